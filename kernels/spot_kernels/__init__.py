@@ -1,0 +1,25 @@
+"""Fused operators for slot models: slot attention, permuted causal attention, slot cross-attention, mask matching.
+
+Every function takes and returns plain tensors in raster layout; `spot_kernels.reference` has the same operators in a
+few lines of PyTorch each.
+"""
+
+from spot_kernels.mask_matching import assign_masks, linear_assignment, match_masks, overlap_counts
+from spot_kernels.nn import PermutedDecoder, PermutedDecoderBlock, SlotAttention
+from spot_kernels.permuted_attention import permuted_causal_attention, shift_by_order
+from spot_kernels.slot_attention import slot_attention_step
+from spot_kernels.slot_cross_attention import slot_cross_attention
+
+__all__ = [
+    "PermutedDecoder",
+    "PermutedDecoderBlock",
+    "SlotAttention",
+    "assign_masks",
+    "linear_assignment",
+    "match_masks",
+    "overlap_counts",
+    "permuted_causal_attention",
+    "shift_by_order",
+    "slot_attention_step",
+    "slot_cross_attention",
+]

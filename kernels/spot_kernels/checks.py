@@ -1,0 +1,43 @@
+"""Argument checks shared by the operators: a ValueError that names the operator, the argument and its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def floating(operator: str, **tensors: torch.Tensor) -> None:
+    """All tensors are of one floating dtype and on one device."""
+    (first, reference), *_ = tensors.items()
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATING:
+            raise ValueError(f"{operator}: {name} is {tensor.dtype}: pass float64, float32, bfloat16 or float16")
+        if tensor.dtype != reference.dtype:
+            raise ValueError(f"{operator}: {name} is {tensor.dtype} but {first} is {reference.dtype}: cast one")
+        if tensor.device != reference.device:
+            raise ValueError(f"{operator}: {name} is on {tensor.device} but {first} on {reference.device}: move one")
+
+
+def shape(
+    operator: str, name: str, tensor: torch.Tensor, layout: str, expected: Sequence[int | None] | None = None
+) -> None:
+    """The tensor has as many axes as `layout` ("[B, N, D]") and the sizes in `expected`, None standing for any."""
+    found = tuple(tensor.shape)
+    if len(found) != layout.count(",") + 1:
+        raise ValueError(f"{operator}: {name} {found} must have the layout {layout}")
+    if expected is not None and any(want not in (None, size) for want, size in zip(expected, found, strict=True)):
+        wanted = ", ".join("any" if want is None else str(want) for want in expected)
+        raise ValueError(f"{operator}: {name} {found} does not fit the other arguments: expected [{wanted}]")
+
+
+def order(operator: str, tensor: torch.Tensor, batch: int, tokens: int, device: torch.device) -> None:
+    """A patch order: int64, [N] or [B, N], on the tokens' device. That it is a permutation is not looked at."""
+    if tensor.dtype != torch.int64:
+        raise ValueError(f"{operator}: order is {tensor.dtype}: pass an int64 tensor of raster indices")
+    if tuple(tensor.shape) not in ((tokens,), (batch, tokens)):
+        raise ValueError(f"{operator}: order {tuple(tensor.shape)} must be [{tokens}] or [{batch}, {tokens}]")
+    if tensor.device != device:
+        raise ValueError(f"{operator}: order is on {tensor.device} but the tokens are on {device}: move one")

@@ -1,0 +1,1 @@
+"""One plain-PyTorch file per operator: the oracle for tests and the baseline for benchmarks."""

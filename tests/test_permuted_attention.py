@@ -1,0 +1,147 @@
+"""Orders as index vectors: attention in raster layout equals permute → causal → unpermute, for any permutation."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import gradcheck
+
+from spot_kernels import permuted_causal_attention, shift_by_order
+
+PERMUTATIONS = st.integers(1, 33).flatmap(lambda tokens: st.permutations(range(tokens)))
+
+
+def inputs(batch=2, heads=3, tokens=9, width=4, dtype=torch.float64, grad=False):
+    generator = torch.Generator().manual_seed(batch + 10 * heads + 100 * tokens)
+    return [torch.randn(batch, heads, tokens, width, generator=generator, dtype=torch.float64).to(dtype)
+            .requires_grad_(grad) for _ in range(3)]  # fmt: skip
+
+
+def random_orders(count, tokens, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(tokens, generator=generator) for _ in range(count)])
+
+
+def in_sequence(q, k, v, order):
+    """The same by moving the data: to sequence order, plain causal attention, back to raster order."""
+    q, k, v = (x[:, :, order] for x in (q, k, v))
+    logits = torch.einsum("bhid,bhjd->bhij", q, k) / q.shape[-1] ** 0.5
+    future = torch.ones(len(order), len(order)).triu(1).bool()
+    out = torch.einsum("bhij,bhjd->bhid", logits.masked_fill(future, float("-inf")).softmax(-1), v)
+    raster = torch.empty_like(out)
+    raster[:, :, order] = out
+    return raster
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 3), st.integers(1, 4), st.integers(1, 8), PERMUTATIONS)
+def test_equals_permuting_the_data(batch, heads, width, permutation):
+    q, k, v = inputs(batch, heads, len(permutation), width)
+    order = torch.tensor(permutation)
+    torch.testing.assert_close(permuted_causal_attention(q, k, v, order), in_sequence(q, k, v, order))
+
+
+def test_an_order_for_each_sample():
+    q, k, v = inputs(batch=3)
+    orders = random_orders(3, 9)
+    together = permuted_causal_attention(q, k, v, orders)
+    for i, order in enumerate(orders):
+        alone = permuted_causal_attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], order)
+        torch.testing.assert_close(together[i : i + 1], alone)
+
+
+def test_a_token_does_not_see_its_successors():
+    q, k, v = inputs()
+    order = random_orders(1, 9)[0]
+    changed = v.clone()
+    changed[:, :, order[5:]] += 100.0
+    before, after = (permuted_causal_attention(q, k, x, order) for x in (v, changed))
+    assert torch.equal(before[:, :, order[:5]], after[:, :, order[:5]])
+    assert (before[:, :, order[5:]] != after[:, :, order[5:]]).all()
+
+
+def test_gradients():
+    order = random_orders(2, 5)
+    assert gradcheck(lambda q, k, v: permuted_causal_attention(q, k, v, order), inputs(tokens=5, width=2, grad=True))
+
+
+def test_half_precision():
+    q, k, v = inputs(dtype=torch.bfloat16)
+    order = random_orders(1, 9)[0]
+    out = permuted_causal_attention(q, k, v, order)
+    expected = in_sequence(q.double(), k.double(), v.double(), order)
+    assert out.dtype == torch.bfloat16
+    assert (out.double() - expected).abs().max() < 8 * torch.finfo(torch.bfloat16).eps * v.abs().max()
+
+
+def test_shift_gives_every_token_its_predecessor():
+    tokens, bos = torch.randn(2, 9, 4), torch.randn(4)
+    for order in random_orders(3, 9):
+        shifted = shift_by_order(tokens, bos, order)
+        assert torch.equal(shifted[:, order[0]], bos.expand(2, 4))
+        assert torch.equal(shifted[:, order[1:]], tokens[:, order[:-1]])
+
+
+def test_shift_with_an_order_and_bos_for_each_sample():
+    tokens, bos, orders = torch.randn(3, 9, 4), torch.randn(3, 4), random_orders(3, 9)
+    shifted = shift_by_order(tokens, bos, orders)
+    for i in range(3):
+        assert torch.equal(shifted[i], shift_by_order(tokens[i : i + 1], bos[i], orders[i])[0])
+
+
+def test_shift_gradients_and_one_token():
+    tokens = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    bos = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    for order in (random_orders(1, 4)[0], random_orders(2, 4)):
+        assert gradcheck(lambda t, b, order=order: shift_by_order(t, b, order), (tokens, bos))
+    assert torch.equal(shift_by_order(torch.randn(2, 1, 3), torch.ones(3), torch.tensor([0])), torch.ones(2, 1, 3))
+
+
+def test_empty_batch():
+    q, k, v = inputs(batch=0)
+    order = random_orders(1, 9)[0]
+    assert permuted_causal_attention(q, k, v, order).shape == q.shape
+    assert shift_by_order(torch.empty(0, 9, 4), torch.ones(4), order).shape == (0, 9, 4)
+
+
+def test_the_order_is_never_read_on_the_host():
+    """Fake tensors have no values: anything that would wait for the device fails on them."""
+    with FakeTensorMode():
+        q = torch.randn(2, 3, 9, 4)
+        for shape in ((9,), (2, 9)):
+            order = torch.zeros(shape, dtype=torch.int64)
+            assert permuted_causal_attention(q, q, q, order).shape == q.shape
+            assert shift_by_order(torch.randn(2, 9, 4), torch.randn(4), order).shape == (2, 9, 4)
+
+
+def test_a_new_order_does_not_recompile():
+    def decode(q, k, v, order):
+        return permuted_causal_attention(q, k, v, order), shift_by_order(q[:, 0], q[0, 0, 0], order)
+
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(decode, backend=backend, fullgraph=True)
+    q, k, v = inputs()
+    for order in random_orders(4, 9):
+        torch.testing.assert_close(compiled(q, k, v, order)[0], in_sequence(q, k, v, order))
+    assert len(graphs) == 1
+
+
+def test_bad_arguments_are_named():
+    q, k, v = inputs()
+    order = torch.arange(9)
+    with pytest.raises(ValueError, match=r"k \(2, 3, 8, 4\) does not fit"):
+        permuted_causal_attention(q, k[:, :, :8], v, order)
+    with pytest.raises(ValueError, match="order is torch.float32"):
+        permuted_causal_attention(q, k, v, order.float())
+    with pytest.raises(ValueError, match=r"order \(8,\) must be \[9\] or \[2, 9\]"):
+        permuted_causal_attention(q, k, v, order[:8])
+    with pytest.raises(ValueError, match=r"bos \(3,\) must be \[4\] or \[2, 4\]"):
+        shift_by_order(torch.randn(2, 9, 4), torch.randn(3), order)
+    with pytest.raises(ValueError, match=r"tokens \(9, 4\) must have the layout"):
+        shift_by_order(torch.randn(9, 4), torch.randn(4), order)

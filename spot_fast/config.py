@@ -1,0 +1,130 @@
+"""Everything that can be set about a run, as one flat dataclass, and the presets.
+
+A run is described by a `Config`: it is built from a preset (`preset("scenes", stage=1)`), changed from the command
+line, written to `config.json` in the run folder and read back from there. Field names are the command-line names with
+underscores; `help` is what `--help` prints.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+
+def _option(default: Any, help: str, group: str, choices: tuple | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "group": group, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run. Sizes in tokens, pixels or channels; rates per step; source of the defaults: SPOT, section 4."""
+
+    preset: str = _option("scenes", "data set and recipe", "run")
+    stage: int = _option(1, "1: reconstruction; 2: a student taught by a stage-1 run", "run", (1, 2))
+    seed: int = _option(0, "seed of weights, data order, patch orders and slot noise", "run")
+
+    log_every: int = _option(20, "steps between lines of metrics.jsonl and TensorBoard", "run")
+    save_every: int = _option(500, "steps between saved training states (every five minutes in any case)", "run")
+    eval_every: int = _option(5, "epochs between quick validations, 0 = only at the end", "run")
+    eval_images: int = _option(200, "validation images of a quick validation, 0 = none", "run")
+
+    data: str | None = _option(None, "folder of the data set (scenes need none)", "data")
+    train_images: int = _option(0, "how many training images to use, 0 = all (scenes: how many to generate)", "data")
+    val_images: int = _option(0, "how many validation images to use, 0 = all (scenes: how many to generate)", "data")
+    image_size: int = _option(224, "side of the square the encoder sees, pixels", "data")
+    mask_size: int = _option(320, "side of the square on which masks are compared, pixels", "data")
+    crop: str = _option("center", "training crop after resizing the minor side", "data",
+                        ("center", "random", "stretch"))
+    flip: bool = _option(True, "flip training images horizontally with probability 1/2", "data")
+    workers: int = _option(2, "threads that decode images (scenes are kept in memory and need none)", "data")
+    cache: str = _option("auto", "keep frozen features in memory: features, none, or auto (when they fit and the "
+                         "pictures do not change from epoch to epoch)", "data", ("auto", "features", "none"))
+
+    encoder: str = _option("vit_base_patch16_224.dino", "timm name of the ViT, or spot_scenes for the packaged one",
+                           "encoder")
+    encoder_weights: str | None = _option(None, "safetensors or .pth file of the ViT; hub = let timm download; "
+                                          "none = random", "encoder")
+    pos_resize: str = _option("dino", "how position embeddings are resampled to another grid", "encoder",
+                              ("dino", "timm"))
+    feature_norm: bool = _option(False, "layer-normalise the encoder's features (no parameters)", "encoder")
+    train_blocks: int = _option(4, "last encoder blocks that train in stage 2", "encoder")
+
+    num_slots: int = _option(7, "slots K", "slots")
+    slot_dim: int = _option(256, "slot width U", "slots")
+    slot_mlp: int = _option(1024, "hidden width of the slot MLP", "slots")
+    slot_heads: int = _option(1, "heads of slot attention", "slots")
+    slot_iterations: int = _option(3, "slot-attention iterations", "slots")
+    slot_init: str = _option("gaussian", "initial slots", "slots", ("gaussian", "learned"))
+    truncation: str = _option("none", "which iterations gradients pass through", "slots",
+                              ("none", "fixed_point", "bi_level"))
+
+    decoder: str = _option("transformer", "decoder", "decoder", ("transformer", "mlp"))
+    dec_blocks: int = _option(4, "transformer decoder blocks", "decoder")
+    dec_heads: int = _option(6, "heads of its self-attention, and of the first cross-attention", "decoder")
+    dec_cross_heads: int = _option(0, "heads of the later cross-attentions, 0 = dec_heads", "decoder")
+    dec_mlp_hidden: int = _option(2048, "hidden width of the MLP decoder", "decoder")
+    mlp_slot_proj: bool = _option(True, "project slots to the feature width before the MLP decoder", "decoder")
+    orders: str = _option("spot9", "patch orders drawn in training", "decoder", ("spot9", "standard"))
+    cappa: float = _option(0.0, "probability of a parallel (CapPa) step, standard order only", "decoder")
+
+    epochs: int = _option(50, "passes over the training images", "optimisation")
+    batch_size: int = _option(64, "images a step", "optimisation")
+    lr: float = _option(4e-4, "peak learning rate", "optimisation")
+    lr_low: float = _option(4e-7, "learning rate approached at the end", "optimisation")
+    warmup_steps: int = _option(10_000, "linear warm-up, rounded to whole epochs", "optimisation")
+    clip: float = _option(0.3, "largest infinity norm of the gradient, 0 = no clipping", "optimisation")
+    att_weight: float = _option(0.005, "lambda, weight of L_ATT in stage 2", "optimisation")
+    att_weight_final: float | None = _option(None, "lambda at the end of a cosine schedule (default: constant)",
+                                             "optimisation")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """Config from `config.json`; raises ValueError on an unknown key or a value of the wrong type."""
+        values = json.loads(text)
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"config has unknown keys {', '.join(unknown)}: it was written by another version")
+        return cls(**values)
+
+
+# Stage 2 starts its student fresh, with learned slots whose gradient rule is bi-level (SPOT, section 3.2).
+_STAGE2 = {"slot_init": "learned", "truncation": "bi_level"}
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "scenes": dict(
+        image_size=64, mask_size=64, flip=False, train_images=8192, val_images=500, encoder="spot_scenes",
+        feature_norm=True, train_blocks=2, num_slots=6, slot_dim=64, slot_mlp=128, dec_blocks=4, dec_heads=4,
+        epochs=24, lr=1e-3, lr_low=1e-5, warmup_steps=200, clip=0.3, att_weight=0.02,
+    ),
+    "coco": dict(),
+    "voc": dict(num_slots=6, epochs=560, crop="random"),
+    "movi_c": dict(num_slots=11, epochs=65, crop="stretch", flip=False, mask_size=128, lr=2e-4, lr_low=4e-5),
+    "movi_e": dict(num_slots=24, epochs=65, crop="stretch", flip=False, mask_size=128, lr=2e-4, lr_low=4e-5),
+}
+
+_PRESETS_STAGE2: dict[str, dict[str, Any]] = {
+    "scenes": dict(),
+    "coco": dict(),
+    "voc": dict(),
+    "movi_c": dict(epochs=30, lr_low=1.5e-4),
+    "movi_e": dict(epochs=30, lr_low=1.5e-4),
+}
+
+
+def preset_names() -> list[str]:
+    return list(_PRESETS)
+
+
+def preset(name: str, stage: int = 1, **changes: Any) -> Config:
+    """The named preset's Config for one stage, with `changes` applied; ValueError names an unknown preset."""
+    if name not in _PRESETS:
+        raise ValueError(f"--preset {name} is unknown: use one of {', '.join(_PRESETS)}")
+    values = dict(_PRESETS[name])
+    if stage == 2:
+        values |= _STAGE2 | _PRESETS_STAGE2[name]
+    return replace(Config(preset=name, stage=stage, **values), **changes)

@@ -1,0 +1,278 @@
+"""The frozen ViT (SPOT, section 3.1) as a trunk and last blocks, through timm, and where its weights come from.
+
+Features are the last block's output without the final LayerNorm and without class and register tokens. The trunk runs
+once for everyone who needs it: student, teacher and reconstruction target differ only in the last blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import socket
+import threading
+from importlib import resources
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import Config
+from .errors import UserError
+from .timm_import import import_timm
+
+SCENES_ENCODER = "spot_scenes"
+_SCENES_VIT = dict(patch_size=8, embed_dim=128, depth=4, num_heads=4, num_classes=0)
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_HUB_SECONDS = 3.0
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 [B, 3, S, S] → float32 with ImageNet's mean and standard deviation removed."""
+    mean = torch.tensor(_MEAN, device=images.device).view(3, 1, 1) * 255
+    std = torch.tensor(_STD, device=images.device).view(3, 1, 1) * 255
+    return (images.float() - mean) / std
+
+
+class Encoder(nn.Module):
+    """A timm ViT that never trains, cut in front of its `last_blocks` last blocks.
+
+    feature_norm adds a LayerNorm without parameters to the features. Always in eval mode, without gradients for its
+    own parameters; `copy_last_blocks` gives blocks that train.
+    """
+
+    def __init__(self, vit: nn.Module, *, last_blocks: int, feature_norm: bool = False) -> None:
+        super().__init__()
+        depth = len(vit.blocks)
+        if not 0 <= last_blocks <= depth:
+            raise UserError(f"--train-blocks is {last_blocks} but the encoder has {depth} blocks: use 0 to {depth}")
+        self.vit = vit.eval().requires_grad_(False)
+        self.feature_norm = feature_norm
+        self.first_last_block = depth - last_blocks
+        self.num_prefix = vit.num_prefix_tokens
+        height, width = vit.patch_embed.grid_size
+        if height != width:
+            raise UserError(f"the encoder's patch grid is {height} x {width}: use a square --image-size")
+        self.grid, self.num_tokens, self.dim = height, height * width, vit.embed_dim
+        self.image_size, self.patch_size = vit.patch_embed.img_size[0], vit.patch_embed.patch_size[0]
+        self.register_buffer("_rope", self._embed(torch.zeros(1, 3, self.image_size, self.image_size))[1],
+                             persistent=False)
+
+    def train(self, mode: bool = True) -> Encoder:
+        return super().train(False)
+
+    @torch.no_grad()
+    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Patch embedding with positions [B, prefix + N, D], and the rotary table of ViTs that have one (DINOv3)."""
+        tokens = self.vit._pos_embed(self.vit.patch_embed(images))
+        tokens, rope = tokens if isinstance(tokens, tuple) else (tokens, None)
+        return self.vit.norm_pre(tokens), rope
+
+    def _run(self, blocks, tokens: Tensor) -> Tensor:
+        for block in blocks:
+            tokens = block(tokens) if self._rope is None else block(tokens, rope=self._rope)
+        return tokens
+
+    @torch.no_grad()
+    def trunk(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, S, S] → hidden [B, prefix + N, D], the input of the last blocks."""
+        if images.shape[1:] != (3, self.image_size, self.image_size):
+            raise UserError(f"images have shape {list(images.shape)} but the encoder was built for "
+                            f"[B, 3, {self.image_size}, {self.image_size}]: resize them")
+        return self._run(self.vit.blocks[: self.first_last_block], self._embed(images)[0])
+
+    def finish(self, hidden: Tensor, blocks: nn.ModuleList | None = None) -> Tensor:
+        """hidden [B, prefix + N, D] → features [B, N, D] through `blocks`, by default the frozen ones."""
+        if blocks is None:
+            with torch.no_grad():
+                tokens = self._run(self.vit.blocks[self.first_last_block :], hidden)
+        else:
+            tokens = self._run(blocks, hidden)
+        tokens = tokens[:, self.num_prefix :]
+        return F.layer_norm(tokens, (self.dim,)) if self.feature_norm else tokens
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, S, S] → frozen features [B, N, D]."""
+        return self.finish(self.trunk(images))
+
+    def copy_last_blocks(self) -> nn.ModuleList:
+        """The last blocks again, with their pretrained weights, ready to train."""
+        blocks = copy.deepcopy(nn.ModuleList(self.vit.blocks[self.first_last_block :])).requires_grad_(True)
+        if next(self.vit.parameters()).device.type == "cpu":
+            use_plain_attention(blocks)
+        return blocks
+
+    def weights_hash(self) -> str:
+        """sha256 of names, shapes and values of the ViT's weights."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.vit.state_dict().items()):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def use_plain_attention(blocks) -> None:
+    """Has timm blocks that train on a CPU attend by matrix products.
+
+    PyTorch's fused attention takes three to ten times as long in its bfloat16 backward there (measured: 41 against
+    8 ms for 64 images of 64 tokens, 4 heads of 32).
+    """
+    for block in blocks:
+        block.attn.fused_attn = False
+
+
+def build_vit(config: Config) -> nn.Module:
+    """The ViT that `config` names, at its image size, with random weights; UserError where timm does not know it."""
+    timm = import_timm()
+    if config.encoder == SCENES_ENCODER:
+        patch = _SCENES_VIT["patch_size"]
+        _require_multiple(config.image_size, patch)
+        return timm.models.vision_transformer.VisionTransformer(img_size=config.image_size, **_SCENES_VIT)
+    if not timm.is_model(config.encoder):
+        close = timm.list_models(f"*{config.encoder.split('.')[0][:12]}*")[:4]
+        hint = f"did you mean {', '.join(close)}?" if close else "python -c 'import timm; print(timm.list_models())'"
+        raise UserError(f"--encoder {config.encoder} is not a model timm knows: {hint}")
+    vit = timm.create_model(config.encoder, pretrained=False, num_classes=0, img_size=config.image_size)
+    if not hasattr(vit, "blocks") or not hasattr(vit, "num_prefix_tokens"):
+        raise UserError(f"--encoder {config.encoder} is not a plain ViT: use one with a sequence of blocks, "
+                        "such as vit_base_patch16_224.dino")
+    _require_multiple(config.image_size, vit.patch_embed.patch_size[0])
+    return vit
+
+
+def _require_multiple(image_size: int, patch: int) -> None:
+    if image_size % patch:
+        raise UserError(f"--image-size {image_size} is not a multiple of the encoder's patch size {patch}: "
+                        f"use {image_size // patch * patch or patch} or {(image_size // patch + 1) * patch}")
+
+
+def build_encoder(config: Config) -> Encoder:
+    """The encoder that `config` describes, with its weights (file, hub, packaged or random)."""
+    vit = build_vit(config)
+    if config.encoder_weights != "none":
+        weights = _find_weights(config)
+        load_vit_weights(vit, weights, pos_resize=config.pos_resize, source=config.encoder_weights or config.encoder)
+    return Encoder(vit, last_blocks=config.train_blocks, feature_norm=config.feature_norm)
+
+
+def encoder_identity(encoder: Encoder, config: Config) -> dict[str, str]:
+    """What to write beside a trained model instead of the frozen weights."""
+    return {"name": config.encoder, "sha256": encoder.weights_hash()}
+
+
+def packaged_weights() -> Path:
+    """The scenes ViT's file, as `python -m spot_fast.pretrain` wrote it."""
+    return Path(str(resources.files("spot_fast") / "weights" / "scenes_vit.safetensors"))
+
+
+def _find_weights(config: Config) -> dict[str, Tensor]:
+    if config.encoder_weights not in (None, "hub"):
+        return _read_weights(Path(config.encoder_weights))
+    if config.encoder == SCENES_ENCODER:
+        return _read_weights(packaged_weights())
+    return _hub_weights(config.encoder)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"--encoder-weights {path} is not a file: pass a .safetensors or .pth file of the ViT")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # every reader has its own exceptions for a broken file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--encoder-weights {path} cannot be read ({reason[:120]}): "
+                        "pass a .safetensors or .pth file that holds only tensors") from error
+    for key in ("teacher", "state_dict", "model"):  # DINO, MoCo-v3 and MAE wrap their tensors
+        if isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    return {_bare(name): value.float() for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _bare(name: str) -> str:
+    for prefix in ("module.", "backbone.", "base_encoder.", "encoder."):
+        name = name.removeprefix(prefix)
+    return "reg_token" if name == "register_tokens" else name
+
+
+def _hub_weights(name: str) -> dict[str, Tensor]:
+    """The hub's weights of a timm model; fails within seconds when neither a cached copy nor the hub is there."""
+    timm = import_timm()
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.has_weights:
+        raise UserError(f"timm has no weights for --encoder {name}: pass --encoder-weights FILE or choose a tagged name")
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = cfg.hf_hub_id and any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, f), str)
+                                   for f in ("model.safetensors", "pytorch_model.bin"))
+    if not cached and not _hub_answers():
+        raise UserError(f"the weights of --encoder {name} are not on this machine and the hub does not answer: pass "
+                        f"--encoder-weights FILE (from huggingface.co/{cfg.hf_hub_id}, model.safetensors)")
+    return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+
+
+def _hub_answers() -> bool:
+    if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
+        return False
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or os.environ.get("HF_ENDPOINT"):
+        return True  # the way there is not a plain connection: let the download find out
+    answered = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection(("huggingface.co", 443), timeout=_HUB_SECONDS).close()
+            answered.append(True)
+        except OSError:
+            pass
+
+    # In a thread, because a name look-up without a network ignores the socket's timeout.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(_HUB_SECONDS)
+    return bool(answered)
+
+
+def load_vit_weights(vit: nn.Module, weights: dict[str, Tensor], *, pos_resize: str, source: str) -> None:
+    """Loads timm-named weights, resampling the position table to the ViT's grid; UserError names what does not fit."""
+    wanted = vit.state_dict()
+    weights = {name: value for name, value in weights.items() if name in wanted}
+    missing = sorted(set(wanted) - set(weights))
+    if missing:
+        raise UserError(f"the weights of {source} lack {len(missing)} tensors of the ViT, such as {missing[0]}: "
+                        "pass weights in timm's names for this --encoder")
+    if "pos_embed" in wanted:
+        prefix = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
+        weights["pos_embed"] = resample_positions(weights["pos_embed"], vit.patch_embed.grid_size[0], prefix,
+                                                  pos_resize)
+    for name, value in weights.items():
+        if value.shape != wanted[name].shape:
+            raise UserError(f"the weights of {source} have {name} of shape {list(value.shape)} but this --encoder "
+                            f"needs {list(wanted[name].shape)}: they belong to another ViT")
+    vit.load_state_dict(weights)
+
+
+def resample_positions(table: Tensor, grid: int, prefix: int, how: str) -> Tensor:
+    """Position table [1, prefix + g·g, D] → [1, prefix + grid·grid, D], bicubic.
+
+    how="dino" as the authors' encoder source: no antialiasing and a scale of (grid + 0.1) / g; "timm" antialiases.
+    Cosine between the two on DINOv2's patch features is 0.9988 (SPOT's authors use the first).
+    """
+    old = round((table.shape[1] - prefix) ** 0.5)
+    if old * old != table.shape[1] - prefix:
+        raise UserError(f"the position table has {table.shape[1] - prefix} patches, which is no square grid: "
+                        "it belongs to another ViT")
+    if old == grid:
+        return table
+    patches = table[:, prefix:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    if how == "dino":
+        patches = F.interpolate(patches, scale_factor=(grid + 0.1) / old, mode="bicubic")
+    else:
+        patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", antialias=True)
+    patches = patches.permute(0, 2, 3, 1).reshape(1, grid * grid, -1)
+    return torch.cat([table[:, :prefix], patches.to(table.dtype)], 1)

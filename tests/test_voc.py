@@ -1,0 +1,72 @@
+"""A tiny hand-made PASCAL VOC 2012."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spot_fast.config import preset
+from spot_fast.data import open_set, open_sets
+from spot_fast.errors import UserError
+
+PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0] + [255] * (253 * 3)
+
+
+def save_labels(path, labels):
+    image = Image.fromarray(labels.astype(np.uint8), mode="P")
+    image.putpalette(PALETTE)
+    image.save(path)
+
+
+@pytest.fixture
+def voc(tmp_path):
+    root = tmp_path / "VOCdevkit" / "VOC2012"
+    for folder in ("JPEGImages", "ImageSets/Segmentation", "SegmentationObject", "SegmentationClass"):
+        (root / folder).mkdir(parents=True)
+    for name, size in (("2007_000032", (40, 60)), ("2008_000001", (60, 40)), ("2009_000005", (50, 50))):
+        Image.linear_gradient("L").resize(size).convert("RGB").save(root / "JPEGImages" / f"{name}.jpg")
+    (root / "ImageSets/Segmentation/trainaug.txt").write_text("2008_000001\n2009_000005\n\n")
+    (root / "ImageSets/Segmentation/val.txt").write_text("2007_000032\n")
+    objects = np.zeros((60, 40), int)
+    objects[10:20, 5:15], objects[30:50, 20:40], objects[20:22] = 1, 2, 255
+    save_labels(root / "SegmentationObject" / "2007_000032.png", objects)
+    save_labels(root / "SegmentationClass" / "2007_000032.png", np.where(objects == 255, 255, (objects > 0) * 15))
+    return tmp_path
+
+
+def test_rim_is_background(voc):
+    val = open_set(preset("voc", data=str(voc), mask_size=40), "val")
+    masks = val.val_masks(0)
+    expected = torch.zeros(40, 40, dtype=torch.int64)
+    expected[0:10, 5:15], expected[20:40, 20:40] = 1, 2  # rows 10 to 50 of the picture
+    assert torch.equal(masks.instances, expected)
+    assert torch.equal(masks.classes, (expected > 0) * 15)
+    assert masks.ignore is None
+
+
+def test_training_crops_at_random(voc):
+    train, val = open_sets(preset("voc", data=str(voc), image_size=32))
+    assert len(train) == 2 and train.random_crop and train.augments and not train.has_masks
+    crops = [train.train_image(0, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(crops[0], crops[1])
+    assert val.val_image(0).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("inside", ["VOCdevkit", "VOCdevkit/VOC2012"])
+def test_root_may_be_any_of_its_folders(voc, inside):
+    assert len(open_set(preset("voc", data=str(voc / inside)), "train")) == 2
+
+
+def test_missing_things_are_named(voc):
+    root = voc / "VOCdevkit" / "VOC2012"
+    with pytest.raises(UserError, match="--preset voc needs --data PATH, a folder with JPEGImages/"):
+        open_set(preset("voc"), "train")
+    with pytest.raises(UserError, match="has no JPEGImages/"):
+        open_set(preset("voc", data=str(root / "ImageSets")), "train")
+    (root / "ImageSets/Segmentation/trainaug.txt").unlink()
+    with pytest.raises(UserError, match="trainaug.txt is missing: VOC trains on trainaug, the 10,582 names"):
+        open_set(preset("voc", data=str(voc)), "train")
+    Image.new("RGB", (40, 60)).save(root / "SegmentationObject" / "2007_000032.png")
+    val = open_set(preset("voc", data=str(voc)), "val")
+    with pytest.raises(UserError, match="has colours"):
+        val.val_masks(0)

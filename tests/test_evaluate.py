@@ -1,0 +1,204 @@
+"""The evaluate command on run folders: what it prints, what it writes, and what it says when something is wrong."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from spot_fast import evaluate as command
+from spot_fast.checkpoint import MODEL, frozen_encoder, save_tensors, write_config
+from spot_fast.config import preset
+from spot_fast.encoder import encoder_identity
+from spot_fast.metrics import METRICS
+from spot_fast.model import Spot
+
+SIZES = dict(image_size=32, mask_size=32, num_slots=4, slot_dim=16, slot_mlp=16, dec_blocks=1, val_images=6,
+             train_images=8, encoder_weights="none")  # fmt: skip
+
+
+def make_run(folder, *, finished=True, stage=1, seed=0, **changes):
+    """A run folder as the trainer leaves it, with an untrained model."""
+    config = preset("scenes", stage, **(SIZES | changes), seed=seed)
+    folder.mkdir(parents=True)
+    write_config(folder, config)
+    if finished:
+        torch.manual_seed(seed)
+        encoder = frozen_encoder(config)
+        identity = encoder_identity(encoder, config)
+        metadata = {"encoder": identity["name"], "encoder_sha256": identity["sha256"]}
+        save_tensors(folder / MODEL, Spot(config, encoder).learned_state_dict(), metadata)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def call(here, capsys):
+    def run(*argv):
+        code = command.main([*map(str, argv), "--device", "cpu"])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_newest_finished_run_without_arguments(here, call):
+    make_run(here / "runs" / "scenes-stage1-001")
+    make_run(here / "runs" / "scenes-stage2-001", stage=2)
+    make_run(here / "runs" / "scenes-stage2-002", stage=2, finished=False)
+    code, out, _ = call()
+    assert code == 0
+    heading, _, columns, *rows = out.splitlines()
+    assert heading.startswith("scenes-stage2-001 · preset scenes · stage 2 · 6 pictures of scenes, masks 32 × 32")
+    assert "protocol spot" in heading
+    assert columns.split() == ["masks", "mBO_i", "mBO_c", "mIoU", "FG-ARI"]
+    titles = ["decoder masks, order 0", "decoder masks, all 9 orders", "slot masks [1]", "block masks, ", "k-means, "]
+    for title, row in zip(titles, rows[:5], strict=True):
+        assert row.startswith(title)
+        assert all(0 <= float(cell) <= 100 for cell in row.split()[-4:])
+    assert "[1] the slot-attention map" in out and "mean ± std" not in out
+
+
+def test_json_is_the_table(here, call):
+    make_run(here / "runs" / "a", seed=3)
+    code, out, _ = call("runs/a", "--json", "table.json", "--limit", 4, "--seed", 2, "--batch-size", 3)
+    assert code == 0 and "wrote table.json" in out
+    content = json.loads((here / "table.json").read_text(encoding="utf-8"))
+    assert content["protocol"] == "spot" and content["unit"] == "fraction" and content["summary"] == []
+    assert content["versions"]["torch"] == torch.__version__
+    assert content["settings"] == {"seed": 2, "batch_size": 3, "limit": 4, "device": "cpu"}
+    (run,) = content["runs"]
+    assert (run["run"], run["preset"], run["stage"], run["seed"]) == ("a", "scenes", 1, 3)
+    assert run["images"] == 4 and run["skipped"] == {} and run["seconds_per_image"] > 0
+    assert [loss["orders"] for loss in run["reconstruction_loss"]] == [1, 9]
+    assert [row["masks"] for row in run["rows"]] == ["decoder", "decoder", "slots", "blocks", "kmeans"]
+    lines = out.splitlines()[3:8]
+    for row, line in zip(run["rows"], lines, strict=True):
+        assert [f"{100 * row[name]:.1f}" for name in METRICS] == line.split()[-4:]
+        assert row["counted"] == dict.fromkeys(METRICS, 4) and row["num_masks"] == 4
+    assert [path.name for path in here.iterdir() if path.is_file()] == ["table.json"]
+
+
+def test_runs_alike_but_for_their_seed_are_averaged(here, call):
+    for seed in range(2):
+        make_run(here / "runs" / f"one-{seed}", seed=seed)
+    make_run(here / "runs" / "two-0", stage=2)
+    make_run(here / "runs" / "plain-0", orders="standard")
+    names = ["one-0", "two-0", "one-1", "plain-0"]
+    code, out, _ = call(*names, "--json", "t.json", "--limit", 3)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines() if "· preset scenes ·" in line] == [*names, "mean"]
+    assert "mean ± std of 2 runs · preset scenes · stage 1 · one-0, one-1" in out
+    content = json.loads((here / "t.json").read_text(encoding="utf-8"))
+    (group,) = content["summary"]
+    assert group["runs"] == ["one-0", "one-1"] and group["stage"] == 1
+    one, other = (content["runs"][i]["rows"][0]["mbo_i"] for i in (0, 2))
+    assert group["rows"][0]["mbo_i"]["mean"] == pytest.approx((one + other) / 2)
+    assert group["rows"][0]["mbo_i"]["std"] == pytest.approx(abs(one - other) / 2**0.5)
+
+
+def coco_folder(root):
+    """Two validation pictures in COCO layout; the second is no image."""
+    (root / "annotations").mkdir(parents=True)
+    (root / "val2017").mkdir()
+    Image.new("RGB", (48, 40), (200, 30, 60)).save(root / "val2017" / "good.jpg")
+    (root / "val2017" / "bad.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
+    square = {"segmentation": [[5, 5, 30, 5, 30, 30, 5, 30]], "iscrowd": 0, "category_id": 1, "area": 625}
+    content = {
+        "images": [{"id": i, "file_name": f"{name}.jpg", "height": 40, "width": 48}
+                   for i, name in enumerate(("good", "bad"))],
+        "annotations": [{"id": i, "image_id": i, "bbox": [5, 5, 25, 25], **square} for i in range(2)],
+        "categories": [{"id": 1, "name": "person"}],
+    }  # fmt: skip
+    (root / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    return root
+
+
+def coco_run(folder, **changes):
+    make_run(folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"preset": "coco", "val_images": 0} | changes))
+    return folder
+
+
+def test_corrupt_picture_is_named(here, call):
+    coco_folder(here / "coco")
+    run = coco_run(here / "runs" / "c")
+    code, out, _ = call(run, "--data", "coco", "--json", "t.json")
+    assert code == 0 and "1 picture of COCO val2017" in out and "skipped 1 that cannot be read:\n  bad.jpg: " in out
+    content = json.loads((here / "t.json").read_text(encoding="utf-8"))
+    assert list(content["runs"][0]["skipped"]) == ["bad.jpg"]
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory):
+    """A folder with a whole run and runs that lack something."""
+    root = tmp_path_factory.mktemp("wrong")
+    whole = make_run(root / "made" / "whole")
+    make_run(root / "made" / "half", finished=False)
+    coco_run(root / "made" / "coco")
+    (root / "made" / "empty").mkdir()
+    torn = make_run(root / "made" / "torn") / MODEL
+    torn.write_bytes(torn.read_bytes()[:100])
+    other = make_run(root / "made" / "other") / "config.json"
+    other.write_text((whole / "config.json").read_text().replace('"slot_dim": 16', '"slot_dim": 24'))
+    return root
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "there is no finished run in runs: train one"),
+        (["--runs", "elsewhere"], "there is no finished run in elsewhere"),
+        (["nothing"], "run nothing is not a folder"),
+        (["made/half"], "run made/half is not finished"),
+        (["made/empty"], "made/empty has no config.json"),
+        (["made/torn"], "made/torn/model.safetensors cannot be read"),
+        (["made/other"], "model.safetensors does not fit its config.json"),
+        (["made/coco"], "--preset coco needs --data PATH"),
+        (["made/coco", "--data", "nowhere"], "--data nowhere is not a folder"),
+        (["made/whole", "--limit", "-1"], "limit -1"),
+        (["made/whole", "--batch-size", "0"], "batch size 0"),
+        (["made/whole", "--seed", "-4"], "seed -4"),
+        (["made/whole", "--json", "no/such/folder.json"], "--json no/such/folder.json lies in no/such"),
+        (["made/whole", "--json", "made"], "--json made is a folder"),
+        (["made/whole", "--device", "gpu"], "--device gpu cannot be used"),
+        (["made/whole", "nothing"], "run nothing is not a folder"),
+    ],
+)
+def test_one_sentence_for_what_is_wrong(wrong, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(wrong)
+    assert command.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_a_set_without_masks(here, call, monkeypatch):
+    make_run(here / "runs" / "a")
+    monkeypatch.setattr("spot_fast.data.scenes.Scenes.has_masks", False)
+    code, _, err = call()
+    assert code == 2 and "scenes has no masks to compare with: evaluate on" in err
+
+
+def test_json_that_cannot_be_written_leaves_the_old_one(here, call, monkeypatch):
+    make_run(here / "runs" / "a")
+    (here / "t.json").write_text("old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    code, out, err = call("--json", "t.json", "--limit", 2)
+    assert code == 2 and "slot masks" in out and "No space left on device" in err
+    assert (here / "t.json").read_text() == "old" and [p.name for p in here.iterdir() if p.is_file()] == ["t.json"]
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--help"])
+    assert stop.value.code == 0 and "(default: the newest finished)" in " ".join(capsys.readouterr().out.split())

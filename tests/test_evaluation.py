@@ -1,0 +1,257 @@
+"""The table of a small untrained model: every row against the same numbers computed the long way."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from spot_fast.baselines import block_masks, kmeans_labels
+from spot_fast.config import preset
+from spot_fast.data.base import ImageSet, Masks
+from spot_fast.data.scenes import Scenes
+from spot_fast.encoder import build_encoder, normalise
+from spot_fast.errors import CorruptImage, UserError
+from spot_fast.evaluation import (
+    Evaluation,
+    Row,
+    evaluate,
+    evaluation_table,
+    mean_rows,
+    mean_table,
+    slot_noise,
+)
+from spot_fast.metrics import METRICS, image_scores, labels_from_soft
+from spot_fast.model import Spot, reconstruction_loss
+
+SIZE = 32
+
+
+def small_config(stage=1, **changes):
+    sizes = dict(image_size=SIZE, mask_size=SIZE, num_slots=4, slot_dim=16, slot_mlp=16, dec_blocks=1,
+                 dec_mlp_hidden=16, val_images=10, train_images=8, encoder_weights="none")  # fmt: skip
+    return preset("scenes", stage, **(sizes | changes))
+
+
+def small_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    config = small_config(**changes)
+    return Spot(config, build_encoder(config)).eval()
+
+
+class Pictures(ImageSet):
+    """Scenes of which some cannot be read, or with other masks."""
+
+    name = "pictures"
+    has_masks = True
+
+    def __init__(self, count, *, broken=(), classes=True, ignore=()):
+        self.scenes, self.broken, self.ignore = Scenes(count, "val", size=SIZE), broken, ignore
+        self.has_classes = classes
+
+    def __len__(self):
+        return len(self.scenes)
+
+    def label(self, index):
+        return f"{index}.jpg"
+
+    def val_image(self, index):
+        if index in self.broken:
+            raise CorruptImage(f"image {index}.jpg cannot be read: truncated")
+        return self.scenes.val_image(index)
+
+    def val_masks(self, index):
+        masks = self.scenes.val_masks(index)
+        ignore = (masks.instances == 1).long() if index in self.ignore else None
+        return Masks(masks.instances, masks.classes if self.has_classes else None, ignore)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return Scenes(10, "val", size=SIZE)
+
+
+def scores_of(row):
+    return [row.scores[name] for name in METRICS]
+
+
+def test_rows_are_what_the_parts_give(model, scenes):
+    result = evaluate(model, scenes, batch_size=10, seed=5, progress=False)
+    assert [(r.masks, r.orders) for r in result.rows] == [
+        ("decoder", 1), ("decoder", 9), ("slots", None), ("blocks", None), ("kmeans", None)]  # fmt: skip
+    images, instances, classes = normalise(scenes.images), scenes.instances, scenes.classes
+    noise = slot_noise(5, range(10), 4, 16)
+    first, every = (model.segment(images, orders=orders, noise=noise) for orders in ("0", "all"))
+    target = model.encode(images)[1]
+    kmeans = F.one_hot(kmeans_labels(target, 4, 5), 4)
+    block = block_masks(result.row("blocks").columns, 4, SIZE).expand(10, -1, -1)
+    expected = [labels_from_soft(m, SIZE) for m in (first.masks, every.masks, first.slot_attn, kmeans)]
+    for row, labels in zip(result.rows, [*expected[:3], block, expected[3]], strict=True):
+        scores = image_scores(labels, 4, instances, classes)
+        assert scores_of(row) == pytest.approx([scores[name].mean().item() for name in METRICS], abs=1e-12)
+        assert row.counted == dict.fromkeys(METRICS, 10)
+    assert result.images == 10 and result.mask_size == SIZE and not result.skipped
+    assert result.reconstruction[1] == pytest.approx(reconstruction_loss(first.prediction, target).item(), rel=1e-5)
+    assert result.reconstruction[9] == pytest.approx(reconstruction_loss(every.prediction, target).item(), rel=1e-5)
+    assert 0 < result.metric_seconds_per_image < result.seconds_per_image
+
+
+def test_block_masks_are_the_best_columns(model, scenes):
+    result = evaluate(model, scenes, progress=False)
+    by_columns = {}
+    for columns in (1, 2, 3, 4):
+        labels = block_masks(columns, 4, SIZE).expand(10, -1, -1)
+        by_columns[columns] = image_scores(labels, 4, scenes.instances)["mbo_i"].mean().item()
+    row = result.row("blocks")
+    assert row.columns == max(by_columns, key=by_columns.get)
+    assert row.scores["mbo_i"] == pytest.approx(max(by_columns.values()), abs=1e-12)
+
+
+def test_noise_belongs_to_the_picture():
+    noise = slot_noise(1, range(6), 3, 8)
+    assert torch.equal(noise[[4, 2]], slot_noise(1, [4, 2], 3, 8))
+    assert not torch.equal(noise, slot_noise(2, range(6), 3, 8))
+    assert noise.flatten().unique().numel() == noise.numel()
+    many = slot_noise(0, range(200), 7, 64)
+    assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
+
+
+def test_batch_size_does_not_matter_and_seed_does(model, scenes):
+    # Features of another batch size may differ in the last bit, so near ties may fall the other way.
+    one, other = (evaluate(model, scenes, batch_size=n, progress=False) for n in (3, 10))
+    for a, b in zip(one.rows, other.rows, strict=True):
+        assert scores_of(a) == pytest.approx(scores_of(b), abs=5e-3)
+    again = evaluate(model, scenes, batch_size=3, progress=False)
+    assert [r.scores for r in again.rows] == [r.scores for r in one.rows]
+    reseeded = evaluate(model, scenes, batch_size=3, seed=1, progress=False)
+    assert reseeded.row("slots").scores != one.row("slots").scores
+    assert reseeded.row("blocks").scores == one.row("blocks").scores
+
+
+def test_global_random_state_is_left_alone(model, scenes):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    evaluate(model, scenes, progress=False, limit=2)
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("changes", [dict(orders="standard"), dict(decoder="mlp", orders="standard")])
+def test_one_order_has_one_decoder_row(scenes, changes):
+    result = evaluate(small_model(**changes), scenes, progress=False, limit=3)
+    assert [r.title for r in result.rows][:2] == ["decoder masks, order 0", "slot masks [1]"]
+    assert list(result.reconstruction) == [1]
+
+
+def test_student_of_stage_2(scenes):
+    student = small_model(stage=2)
+    with torch.no_grad():
+        for parameter in student.last_blocks.parameters():
+            parameter.mul_(1.1)
+    result = evaluate(student, scenes, progress=False)
+    images = normalise(scenes.images)
+    features, target = student.encode(images)
+    assert not torch.equal(features, target)
+    labels = labels_from_soft(student.segment(images).slot_attn, SIZE)
+    expected = image_scores(labels, 4, scenes.instances)["mbo_i"].mean().item()
+    assert result.row("slots").scores["mbo_i"] == pytest.approx(expected, abs=1e-12)
+    kmeans = labels_from_soft(F.one_hot(kmeans_labels(target, 4), 4), SIZE)
+    expected = image_scores(kmeans, 4, scenes.instances)["mbo_i"].mean().item()
+    assert result.row("kmeans").scores["mbo_i"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_unreadable_pictures_are_named_and_the_rest_is_scored(model):
+    result = evaluate(model, Pictures(8, broken=(0, 3, 7)), batch_size=2, progress=False)
+    assert result.images == 5
+    assert result.skipped == {f"{i}.jpg": f"image {i}.jpg cannot be read: truncated" for i in (0, 3, 7)}
+    assert result.row("slots").counted["fg_ari"] == 5
+    # The others keep their own noise: the mean over all is the mean over both parts.
+    whole = evaluate(model, Pictures(8), batch_size=2, progress=False)
+    rest = evaluate(model, Pictures(8, broken=(1, 2, 4, 5, 6)), batch_size=2, progress=False)
+    mean = (5 * result.row("slots").scores["mbo_i"] + 3 * rest.row("slots").scores["mbo_i"]) / 8
+    assert whole.row("slots").scores["mbo_i"] == pytest.approx(mean, abs=5e-3)
+
+
+def test_limit(model):
+    limited, short = (evaluate(model, s, limit=n, progress=False) for s, n in ((Pictures(6), 3), (Pictures(3), 99)))
+    assert limited.images == short.images == 3
+    assert [r.scores for r in limited.rows] == [r.scores for r in short.rows]
+
+
+def test_without_classes(model):
+    result = evaluate(model, Pictures(4, classes=False), progress=False)
+    assert all(r.scores["mbo_c"] is None and r.counted["mbo_c"] == 0 for r in result.rows)
+    assert all(line.split()[-3] == "–" for line in evaluation_table(result).splitlines()[1:])
+
+
+def test_ignore_of_some_pictures(model):
+    plain, partly = (evaluate(model, Pictures(4, ignore=i), batch_size=4, progress=False) for i in ((), (1, 2)))
+    masks = [Pictures(4, ignore=(1, 2)).val_masks(i) for i in range(4)]
+    ignore = torch.stack([torch.zeros(SIZE, SIZE) if m.ignore is None else m.ignore for m in masks]).long()
+    labels = block_masks(partly.row("blocks").columns, 4, SIZE).expand(4, -1, -1)
+    expected = image_scores(labels, 4, torch.stack([m.instances for m in masks]), None, ignore)["mbo_i"].mean().item()
+    assert partly.row("blocks").scores["mbo_i"] == pytest.approx(expected, abs=1e-12)
+    assert partly.row("blocks").scores != plain.row("blocks").scores
+
+
+class Unmasked(Pictures):
+    has_masks = False
+
+
+@pytest.mark.parametrize(
+    "pictures, settings, message",
+    [
+        (lambda: Unmasked(2), {}, "pictures has no masks to compare with: evaluate on"),
+        (lambda: Pictures(0), {}, "no validation pictures"),
+        (lambda: Pictures(2, broken=(0, 1)), {}, "none of the 2 pictures of pictures can be read; the first: image 0"),
+        (lambda: Pictures(2), {"batch_size": 0}, "batch size 0"),
+        (lambda: Pictures(2), {"limit": -1}, "limit -1"),
+        (lambda: Pictures(2), {"seed": -1}, "seed -1"),
+    ],
+)
+def test_bad_input(model, pictures, settings, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(model, pictures(), progress=False, **settings)
+
+
+def fixed(mbo_i, columns=2):
+    def row(masks, value, **extra):
+        return Row(masks, {"mbo_i": value, "mbo_c": None, "miou": 0.25, "fg_ari": 1.0}, {}, 6, **extra)
+
+    rows = [row("decoder", mbo_i, orders=1), row("slots", 0.5), row("blocks", 0.3, columns=columns)]
+    return Evaluation(rows, 10, "scenes", 64, {1: 0.5})
+
+
+def test_table_is_aligned():
+    lines = evaluation_table(fixed(0.456)).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split() == ["masks", "mBO_i", "mBO_c", "mIoU", "FG-ARI"]
+    assert lines[1].split() == ["decoder", "masks,", "order", "0", "45.6", "–", "25.0", "100.0"]
+    assert lines[3].startswith("block masks, 2 columns [2]")
+
+
+def test_mean_and_sample_deviation_over_runs():
+    means = dict(mean_rows([fixed(0.4), fixed(0.5), fixed(0.6, columns=3)]))
+    assert means["decoder masks, order 0"]["mbo_i"] == pytest.approx((0.5, 0.1))
+    assert means["decoder masks, order 0"]["mbo_c"] is None
+    assert means["block masks, best columns [2]"]["mbo_i"] == pytest.approx((0.3, 0))
+    text = mean_table([fixed(0.4), fixed(0.5), fixed(0.6)])
+    assert "50.0 ± 10.0" in text and "block masks, 2 columns [2]" in text
+
+
+def test_slots_of_another_size_are_scored_at_their_masks_size(model):
+    """Masks larger than the picture: the soft masks are resized to them."""
+
+    class Large(Pictures):
+        def val_masks(self, index):
+            masks = super().val_masks(index)
+            return replace(masks, **{k: getattr(masks, k).repeat_interleave(2, 0).repeat_interleave(2, 1)
+                                     for k in ("instances", "classes")})  # fmt: skip
+
+    result = evaluate(model, Large(2), progress=False)
+    assert result.mask_size == 2 * SIZE

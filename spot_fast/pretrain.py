@@ -3,7 +3,9 @@
     python -m spot_fast.pretrain                      # writes spot_fast/weights/scenes_vit.safetensors
 
 Three quarters of the patches are hidden; the ViT sees the rest, and a shallow decoder predicts the hidden patches'
-pixels, each patch normalised by its own mean and deviation. No label is used. The file holds float16 weights (under
+pixels, each patch normalised by its own mean and deviation. No label is used. Unlike the original, the decoder is told
+where the hidden patches are but not where the visible ones are: their features have to say it. SPOT's decoder has no
+positions of its own, and without them in the features its masks are blurred. The file holds float16 weights (under
 3 MB) that load into timm's VisionTransformer.
 """
 
@@ -24,7 +26,7 @@ from tqdm import tqdm
 from .config import preset
 from .data.scenes import Scenes
 from .encoder import build_vit, normalise, packaged_weights, use_plain_attention
-from .precision import cpu_has_bfloat16
+from .precision import autocast, resolve
 from .timm_import import import_timm
 
 
@@ -51,16 +53,16 @@ class MaskedAutoencoder(nn.Module):
         tokens = self.vit._pos_embed(self.vit.patch_embed(images))
         kept = max(1, round(self.keep * self.tokens))
         order = torch.rand(batch, self.tokens, generator=generator).argsort(1)
-        back = order.argsort(1)
         seen = tokens[:, prefix:].gather(1, order[:, :kept, None].expand(-1, -1, tokens.shape[-1]))
         encoded = self.enter(self.vit.norm(self.vit.blocks(torch.cat([tokens[:, :prefix], seen], 1)))[:, prefix:])
-        full = torch.cat([encoded, self.mask_token.expand(batch, self.tokens - kept, -1)], 1)
-        full = full.gather(1, back[..., None].expand_as(full)) + self.positions
-        predicted = self.head(self.norm(self.blocks(full)))
+        hidden = (self.mask_token + self.positions).expand(batch, -1, -1)
+        hidden = hidden.gather(1, order[:, kept:, None].expand(-1, -1, encoded.shape[-1]))
+        full = torch.cat([encoded, hidden], 1)
+        predicted = self.head(self.norm(self.blocks(full)[:, kept:]))
         patches = F.unfold(images, self.patch, stride=self.patch).transpose(1, 2)
         target = F.layer_norm(patches, patches.shape[-1:])
-        error = (predicted.float() - target).square().mean(-1)
-        return error.gather(1, order[:, kept:]).mean()
+        target = target.gather(1, order[:, kept:, None].expand(-1, -1, target.shape[-1]))
+        return F.mse_loss(predicted.float(), target)
 
 
 def pretrain(steps: int, batch: int, images: int, lr: float, seed: int) -> tuple[nn.Module, float]:
@@ -71,7 +73,8 @@ def pretrain(steps: int, batch: int, images: int, lr: float, seed: int) -> tuple
     model = MaskedAutoencoder(build_vit(config)).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     generator = torch.Generator().manual_seed(seed)
-    fast = cpu_has_bfloat16()
+    device = torch.device("cpu")
+    precision = resolve("auto", device)
     recent = []
     bar = tqdm(range(steps), disable=None, desc="masked auto-encoding")
     for step in bar:
@@ -79,7 +82,7 @@ def pretrain(steps: int, batch: int, images: int, lr: float, seed: int) -> tuple
         for group in optimiser.param_groups:
             group["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * done))
         chosen = torch.randint(len(scenes), (batch,), generator=generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+        with autocast(precision, device):
             loss = model(normalise(scenes[chosen]), generator)
         optimiser.zero_grad()
         loss.backward()

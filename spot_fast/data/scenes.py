@@ -20,9 +20,9 @@ from .base import ImageSet, Masks
 
 CLASSES = ("disc", "square", "triangle", "star", "cross", "ellipse", "flower", "drop")
 MIN_OBJECTS, MAX_OBJECTS = 2, 5
-MIN_AREA = 0.035  # visible part of an object, as a fraction of the picture
+MIN_AREA = 0.05  # visible part of an object, as a fraction of the picture
 MAX_HIDDEN = 0.4  # of an object, by the objects in front of it
-RADIUS = (0.15, 0.32)  # of the outline's bounding circle, in picture sides
+RADIUS = (0.17, 0.36)  # of the outline's bounding circle, in picture sides
 TRIES = 14  # candidates a picture gets before it is taken with what it has, once it has MIN_OBJECTS
 _CHUNK = 64
 
@@ -156,7 +156,7 @@ def _paint(draws: np.ndarray, owner: np.ndarray, size: int) -> np.ndarray:
     n, pixels = owner.shape
     first = draws[:, 5:8]
     # The second colour lies at a distance from the first, so that a pattern is visible but one object stays one.
-    second = np.clip(first + (draws[:, 8:11] - 0.5) * 1.3, 0, 1)
+    second = np.clip(first + (draws[:, 8:11] - 0.5) * 0.8, 0, 1)
     angle = np.pi * draws[:, 11]
     period = (0.07 + 0.13 * draws[:, 12]) * (1 + 0.6 * (np.arange(len(draws)) % (MAX_OBJECTS + 1) == 0))
     scale = (2 * np.pi / period).astype(np.float32)

@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# What to run on a machine with a GPU and no network, from the checkout as it is: nothing is installed but carried
+# wheels, nothing is compiled.
+#
+#   bash bench/gpu_check.sh [tests] [scenes] [photos]      default: all three
+#
+#   tests   the test suite without the slow ones
+#   scenes  the README's results table, three seeds
+#   photos  the paper's Table 1 in small, three seeds; skipped without the folder that bench/prepare_gpu.py makes
+#
+# Each part keeps within PART_MINUTES (8.5) and goes on where it stopped when it is started again. OUT is where the CSV
+# files go (bench/results), STORE what has to survive between calls: runs, weights, photos (/tmp/spot_gpu). QUICK=1 is a
+# rehearsal of seconds on any machine. Exit code: 0, or that of the last part that failed (1 target missed, 3 call
+# again).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-bench/results}
+STORE=${STORE:-/tmp/spot_gpu}
+GPU=${GPU:-.gpu}
+PART_MINUTES=${PART_MINUTES:-8.5}
+PYTHON=${PYTHON:-python3}
+DEVICE=${DEVICE:-cuda}
+export PYTHONPATH=.:kernels:$STORE/site PYTHONUNBUFFERED=1
+[ $# -gt 0 ] || set -- tests scenes photos
+mkdir -p "$OUT" "$STORE"
+
+# The folder of a call is gone in the next one: keep what it carried.
+for part in base photos; do
+  [ ! -d "$GPU/$part" ] || cp -r "$GPU/$part" "$STORE/"
+done
+if ! "$PYTHON" -c 'import pycocotools' 2>/dev/null; then
+  if compgen -G "$STORE/base/wheels/*.whl" >/dev/null; then
+    "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$STORE/site" "$STORE"/base/wheels/*.whl
+  else
+    echo "note: pycocotools is missing and no wheel was carried: tests and photos that read COCO masks will fail"
+  fi
+fi
+"$PYTHON" - <<'END'
+import torch, triton
+name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+print(f"torch {torch.__version__}, triton {triton.__version__}, {name}")
+END
+
+tests() {
+  timeout -k 10 "${PART_MINUTES}m" "$PYTHON" -m pytest -x -q -m 'not slow' -p no:cacheprovider ${QUICK:+tests/test_orders.py}
+}
+
+scenes() {
+  local seeds=(--seeds 0 1 2) quick=()
+  [ -z "${QUICK:-}" ] || {
+    seeds=(--seeds 0)
+    quick=(-- --epochs 2 --train-images 64 --val-images 8 --batch-size 32 --warmup-steps 2 --eval-images 0)
+  }
+  "$PYTHON" bench/scenes_table.py "${seeds[@]}" --out "$STORE/scenes" --csv "$OUT/scenes_gpu.csv" --device "$DEVICE" \
+    --threads 4 --jobs 3 --minutes "$PART_MINUTES" "${quick[@]}" | tee "$OUT/scenes_gpu.md"
+}
+
+photos() {
+  if [ ! -d "$STORE/photos" ] || [ ! -f "$STORE/base/encoder.safetensors" ]; then
+    echo "skipped: bench/prepare_gpu.py makes $GPU, carry $GPU/base and $GPU/photos here"
+    return 0
+  fi
+  local size=(--seeds 0 1 2 --steps "${STEPS:-10000}") quick=()
+  [ -z "${QUICK:-}" ] || {
+    size=(--seeds 0 --steps 2 --batch-size 4 --train-images 8 --val-images 4)
+    quick=(-- --dec-blocks 1 --eval-images 0)
+  }
+  "$PYTHON" bench/photo_table.py --photos "$STORE/photos" --encoder-weights "$STORE/base/encoder.safetensors" \
+    "${size[@]}" --out "$STORE/photo-runs" --csv "$OUT/photos_gpu.csv" --device "$DEVICE" --threads 2 \
+    --jobs 6 --minutes "$PART_MINUTES" "${quick[@]}" | tee "$OUT/photos_gpu.md"
+}
+
+status=0
+summary=()
+for part in "$@"; do
+  case $part in tests | scenes | photos) ;; *)
+    echo "error: unknown part $part: use tests, scenes, photos" >&2
+    exit 2
+    ;;
+  esac
+  SECONDS=0
+  echo "== $part"
+  code=0
+  "$part" || code=$?
+  summary+=("$part: exit code $code, $SECONDS s")
+  [ "$code" -eq 0 ] || status=$code
+done
+printf '%s\n' "== done" "${summary[@]}"
+exit "$status"

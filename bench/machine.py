@@ -1,0 +1,43 @@
+"""What a number was measured on: processor, GPU, commit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def cpu_name() -> str:
+    """The model name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), os.uname().machine)
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def gpu_name() -> str:
+    """The name of the first GPU."""
+    names = _output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]).splitlines()
+    return names[0].strip() if names else "cuda"
+
+
+def commit() -> str:
+    """The checkout's short commit, with + where tracked files differ from it; empty outside a git checkout."""
+    git = ["git", "-C", str(ROOT)]
+    head = _output([*git, "rev-parse", "--short", "HEAD"])
+    return head + ("+" if head and _output([*git, "status", "--porcelain", "--untracked-files=no"]) else "")
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

@@ -1,0 +1,292 @@
+"""Trains and evaluates a list of runs through spot_fast's own command lines, each in a process of its own.
+
+What is measured is what a user runs. A run that is finished is not trained again and one that was stopped goes on, so
+a benchmark that was interrupted is simply started again with the same line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import IO
+
+from machine import ROOT, commit, cores, cpu_name, gpu_name
+from safetensors import safe_open
+from tables import METRICS, BenchError, Result, Scores, read_csv, slug, write_csv
+
+OUT_OF_TIME = 3
+_CONFIG, _MODEL, _STATE = "config.json", "model.safetensors", "training_state.safetensors"
+_EVALUATION = "evaluation.json"
+# Settings of a run that change nothing in its weights: a folder may have others than this line asks for.
+_FREE = ("data", "encoder_weights", "workers", "cache", "save_every")
+
+
+class OutOfTime(Exception):
+    """The minutes that were given are over; what was trained so far is saved."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run to make: options of spot_fast.train, and for stage 2 the run that teaches it."""
+
+    variant: str
+    stage: int
+    seed: int
+    options: tuple[str, ...]
+    teacher: Plan | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-stage{self.stage}-seed{self.seed}"
+
+
+def add_arguments(parser: argparse.ArgumentParser, bench: str) -> None:
+    """Options that every benchmark of training has."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
+    parser.add_argument("--out", type=Path, default=Path(f"runs/bench-{bench}"), metavar="DIR",
+                        help=f"where the runs are kept (default: runs/bench-{bench})")  # fmt: skip
+    parser.add_argument("--csv", type=Path, metavar="FILE",
+                        help=f"results (default: bench/results/{bench}_[GPU_]DATE.csv of the checkout)")  # fmt: skip
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a run (default: PyTorch's choice)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N",
+                        help="runs at once; their minutes are then those of shared hardware (default: 1)")  # fmt: skip
+    parser.add_argument("--minutes", type=float, metavar="X",
+                        help=f"stop after so long with exit code {OUT_OF_TIME}; the same line goes on")  # fmt: skip
+    parser.add_argument("--plain-table", nargs="*", type=Path, metavar="CSV",
+                        help="train nothing: the table of these files, or of what is finished in --out")  # fmt: skip
+
+
+def split_options(argv: Sequence[str] | None) -> tuple[list[str], tuple[str, ...]]:
+    """(own arguments, options of spot_fast.train): the latter come after a lone --."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    return words[:cut], tuple(words[cut + 1 :])
+
+
+def results_of(bench: str, plans: Sequence[Plan], args: argparse.Namespace, options: Sequence[str]) -> list[Result]:
+    """What the arguments of `add_arguments` ask for: trains, evaluates and writes the CSV, or only reads.
+
+    OutOfTime once the CSV of what is finished is written.
+    """
+    if args.plain_table:
+        return read_csv(args.plain_table)
+    runner = Runner(args.out, device=args.device, threads=args.threads, jobs=args.jobs, minutes=args.minutes)
+    if args.plain_table is not None:
+        results = runner.collect(bench, plans, options)
+        if not results:
+            raise BenchError(f"nothing is finished in {args.out}: give CSV files, or train without --plain-table")
+        return results
+    try:
+        runner.run(plans)
+    finally:
+        results = runner.collect(bench, plans, options)
+        if results:
+            path = args.csv or default_csv(bench, results)
+            write_csv(path, results)
+            _say(f"wrote {path}: {len(results)} of {len(plans)} runs")
+    return results
+
+
+def command_line(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+    """Runs `main` and turns what stops it into a sentence and an exit code."""
+    # `timeout` and a shutdown send SIGTERM: let the runs save then too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return main(argv)
+    except BenchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OutOfTime:
+        print("out of time: every run is saved, the same line goes on", file=sys.stderr)
+        return OUT_OF_TIME
+    except KeyboardInterrupt:
+        print("interrupted: every run is saved, the same line goes on", file=sys.stderr)
+        return 130
+
+
+# ---- processes
+
+
+def _environment() -> dict[str, str]:
+    """The checkout's packages come first, as in the tests, so nothing has to be installed."""
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "PYTHONUNBUFFERED": "1"}
+
+
+class Runner:
+    """Trains and evaluates plans below `out`, `jobs` at a time, until `minutes` are over."""
+
+    def __init__(self, out: Path, *, device: str | None = None, threads: int | None = None, jobs: int = 1,
+                 minutes: float | None = None) -> None:  # fmt: skip
+        if jobs < 1:
+            raise BenchError(f"--jobs {jobs}: use 1 or more")
+        self.out, self.jobs = out, jobs
+        self.device = ["--device", device] if device else []
+        self.threads = ["--threads", str(threads)] if threads else []
+        self.deadline = time.monotonic() + 60 * minutes if minutes else None
+
+    def folder(self, plan: Plan) -> Path:
+        return self.out / plan.name
+
+    def run(self, plans: Sequence[Plan]) -> None:
+        """BenchError where a process fails, OutOfTime at the deadline; the others are then stopped, with their state
+        saved."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        todo = [(plan, task) for plan in plans for task in (self._train, self._evaluate)]
+        running: dict[subprocess.Popen, tuple] = {}
+        try:
+            while todo or running:
+                for job in [job for job in todo if self._is_ready(*job)][: self.jobs - len(running)]:
+                    todo.remove(job)
+                    if process := job[1](job[0]):
+                        running[process] = (*job, time.monotonic())
+                for process in [p for p in running if p.poll() is not None]:
+                    self._ended(process, *running.pop(process))
+                if self.deadline and time.monotonic() > self.deadline:
+                    raise OutOfTime
+                time.sleep(0.05)
+        finally:
+            _stop(list(running))
+
+    def _is_ready(self, plan: Plan, task) -> bool:
+        needed = plan if task == self._evaluate else plan.teacher
+        return needed is None or _is_finished(self.folder(needed))
+
+    def _train(self, plan: Plan) -> subprocess.Popen | None:
+        folder = self.folder(plan)
+        words = ["--stage", str(plan.stage), "--seed", str(plan.seed), *plan.options, *self.device]
+        if plan.teacher:
+            words += ["--teacher", str(self.folder(plan.teacher))]
+        if (folder / _CONFIG).is_file():
+            self._require_same(plan, words)
+            if _is_finished(folder):
+                _say(f"{plan.name}: trained already")
+                return None
+        return self._start(plan, "spot_fast.train", [*words, *self.threads, "--out", str(folder), "--resume"])
+
+    def _evaluate(self, plan: Plan) -> subprocess.Popen | None:
+        folder = self.folder(plan)
+        target = folder / _EVALUATION
+        if target.is_file() and target.stat().st_mtime_ns > (folder / _MODEL).stat().st_mtime_ns:
+            return None
+        return self._start(plan, "spot_fast.evaluate", [str(folder), "--json", str(target), *self.device])
+
+    def _require_same(self, plan: Plan, words: list[str]) -> None:
+        """A folder of another recipe must not stand in for the run that is asked for."""
+        folder = self.folder(plan)
+        command = [sys.executable, "-m", "spot_fast.train", *words, "--print-config"]
+        done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+        if done.returncode:
+            raise BenchError(f"{plan.name} cannot be trained: {_last_line(done.stderr)}")
+        now, then = json.loads(done.stdout), json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        for name in sorted(now.keys() | then.keys()):
+            if name not in _FREE and now.get(name) != then.get(name):
+                raise BenchError(f"{folder} was trained with {name} {then.get(name)} and now it is {now.get(name)}: "
+                                 "remove the folder or give another --out")  # fmt: skip
+        if plan.teacher and _is_finished(folder):
+            teacher = hashlib.sha256((self.folder(plan.teacher) / _MODEL).read_bytes()).hexdigest()
+            if _metadata(folder / _MODEL).get("teacher_sha256") != teacher:
+                raise BenchError(f"{folder} was taught by another {plan.teacher.name} than the present one: remove it")
+
+    def _start(self, plan: Plan, module: str, words: list[str]) -> subprocess.Popen:
+        log: IO = open(self._log(plan), "a", encoding="utf-8")
+        log.write(f"$ python -m {module} {shlex.join(words)}\n")
+        log.flush()
+        # A single run on a terminal shows its progress bar there.
+        errors = None if self.jobs == 1 and sys.stderr.isatty() else log
+        _say(f"{plan.name}: {module.removeprefix('spot_fast.')}")
+        with log:
+            # A process group of its own, so that Ctrl-C reaches a run once, from `_stop`.
+            return subprocess.Popen([sys.executable, "-m", module, *words], env=_environment(), stdout=log,
+                                    stderr=errors, process_group=0)  # fmt: skip
+
+    def _log(self, plan: Plan) -> Path:
+        return self.out / f"{plan.name}.log"
+
+    def _ended(self, process: subprocess.Popen, plan: Plan, task, start: float) -> None:
+        if process.returncode:
+            log = self._log(plan)
+            reason = _last_line(log.read_text(encoding="utf-8", errors="replace"))
+            raise BenchError(f"{plan.name} failed with exit code {process.returncode}: {reason} (see {log})")
+        _say(f"{plan.name}: {'trained' if task == self._train else 'evaluated'} in {time.monotonic() - start:.0f} s")
+
+    # ---- results
+
+    def collect(self, bench: str, plans: Sequence[Plan], options: Sequence[str]) -> list[Result]:
+        """Results of those plans that are trained and evaluated."""
+        machine = {"bench": bench, "date": datetime.now(UTC).date().isoformat(), "cpu": cpu_name(),
+                   "cores": str(cores()), "torch": metadata.version("torch"), "commit": commit(),
+                   "jobs": str(self.jobs), "options": shlex.join(options)}  # fmt: skip
+        finished = [p for p in plans if _is_finished(self.folder(p)) and (self.folder(p) / _EVALUATION).is_file()]
+        return [read_result(self.folder(plan), plan, machine) for plan in finished]
+
+
+def read_result(folder: Path, plan: Plan, machine: dict[str, str]) -> Result:
+    """The result in a run folder; `machine` has what does not depend on the run."""
+    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    (run,) = json.loads((folder / _EVALUATION).read_text(encoding="utf-8"))["runs"]
+    state = _metadata(folder / _STATE)
+    settings = {name: value for name, value in config.items() if name not in (*_FREE, "seed")}
+    about = machine | {
+        "threads": state.get("threads", ""), "accelerator": gpu_name() if state.get("device") == "cuda" else "",
+        "torch": state.get("torch", machine["torch"]), "precision": str(config.get("precision", "float32")),
+        "variant": plan.variant, "stage": str(plan.stage), "seed": str(plan.seed),
+        "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12],
+        "steps": state["step"], "batch_size": str(config["batch_size"]), "train_images": state.get("images", ""),
+        "val_images": str(run["images"]), "train_seconds": state["seconds"],
+    }  # fmt: skip
+    scores = {
+        (row["masks"], row["orders"] or 0): Scores({name: row[name] for name in METRICS}, row["columns"] or 0)
+        for row in run["rows"]
+    }
+    return Result(about, scores)
+
+
+def default_csv(bench: str, results: Sequence[Result]) -> Path:
+    """bench/results/<bench>_<date>.csv, with the GPU's name where there is one."""
+    about = results[0].about
+    parts = [bench, slug(about["accelerator"]), about["date"]]
+    return ROOT / "bench" / "results" / ("_".join(p for p in parts if p) + ".csv")
+
+
+def _stop(running: list[subprocess.Popen]) -> None:
+    """Asks runs to save and leave, and waits; a second Ctrl-C ends them at once."""
+    for process in running:
+        process.send_signal(signal.SIGINT)
+    try:
+        for process in running:
+            process.wait()
+    except KeyboardInterrupt:
+        for process in running:
+            process.kill()
+        raise
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / _MODEL).is_file()
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="np") as opened:
+        return opened.metadata() or {}
+
+
+def _last_line(text: str) -> str:
+    return next((line for line in reversed(text.replace("\r", "\n").splitlines()) if line.strip()), "no output")
+
+
+def _say(text: str) -> None:
+    print(f"{datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,66 @@
+"""The README's results table: both stages on generated scenes, several seeds, with targets.
+
+    python bench/scenes_table.py [--seeds 0 1 2] [--out DIR] [--csv FILE] [-- options of spot_fast.train]
+
+Prints a Markdown table of mean ± std over seeds, the minutes of training, and whether the targets hold. Exit code 0,
+1 where a target fails, 2 on an error, 3 where --minutes are over. Started again with the same line it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from runs import Plan, add_arguments, command_line, results_of, split_options
+from tables import Result, Row, Target, above, machines, markdown, select, targets_table, training
+
+_POINTS = 0.10  # by which the decoder has to beat block masks
+BLOCKS = Row("block masks (best of 1 to 4 columns)", "scenes", 1, "blocks")
+KMEANS = Row("k-means per image, same features", "scenes", 1, "kmeans")
+DECODER = Row("stage 1, decoder, order 0", "scenes", 1, "decoder", 1)
+SLOTS = Row("stage 1, slots", "scenes", 1, "slots")
+STUDENT_SLOTS = Row("stage 2, slots", "scenes", 2, "slots")
+ROWS = (
+    BLOCKS, KMEANS,
+    DECODER, Row("stage 1, decoder, nine orders", "scenes", 1, "decoder", 9), SLOTS,
+    Row("stage 2, decoder, order 0", "scenes", 2, "decoder", 1),
+    Row("stage 2, decoder, nine orders", "scenes", 2, "decoder", 9), STUDENT_SLOTS,
+)  # fmt: skip
+
+
+def plans(seeds: Sequence[int], options: Sequence[str] = ()) -> list[Plan]:
+    """Stage 1 and its student for every seed."""
+    made = []
+    for seed in seeds:
+        teacher = Plan("scenes", 1, seed, ("--preset", "scenes", *options))
+        made += [teacher, Plan("scenes", 2, seed, teacher.options, teacher)]
+    return made
+
+
+def targets(results: Sequence[Result]) -> list[Target]:
+    """What the default recipe has to reach, in mBO_i and for every seed."""
+    first, second = select(results, "scenes", 1), select(results, "scenes", 2)
+    return [
+        above(f"stage-1 decoder at least {100 * _POINTS:.0f} points above block masks", (first, DECODER),
+              (first, BLOCKS), _POINTS, strict=False),
+        above("stage-1 decoder above k-means", (first, DECODER), (first, KMEANS)),
+        above("slots after stage 2 above slots after stage 1", (second, STUDENT_SLOTS), (first, SLOTS)),
+    ]  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="options after -- go to "
+                                     "spot_fast.train, such as: -- --epochs 1 --train-images 256")  # fmt: skip
+    add_arguments(parser, "scenes")
+    words, options = split_options(argv)
+    args = parser.parse_args(words)
+    results = results_of("scenes", plans(args.seeds, options), args, options)
+    found = targets(results)
+    groups = [(f"stage {stage}", "scenes", stage) for stage in (1, 2)]
+    print(markdown(ROWS, results), training(results, groups), machines(results), targets_table(found), sep="\n\n")
+    return 1 if any(t.passed is False for t in found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(main))

@@ -1,0 +1,222 @@
+"""Files of a run: written whole or not at all, read back with a clear word about what does not fit.
+
+A run folder holds `config.json`, `metrics.jsonl`, `training_state.safetensors` (everything a resumed run needs),
+`tensorboard/` and, once training is finished, `model.safetensors`: the learned tensors, with the name and the hash of
+the frozen encoder's weights instead of the weights.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import Config
+from .encoder import Encoder, build_encoder, encoder_identity
+from .errors import UserError
+from .model import Spot
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+MODEL = "model.safetensors"
+STATE = "training_state.safetensors"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its model is in eval mode; metadata as in `model.safetensors` (all values are strings)."""
+
+    path: Path
+    config: Config
+    model: Spot
+    metadata: dict[str, str]
+
+
+def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a temporary file and puts it in the place of `path`; on failure `path` stays as it was.
+
+    The contents are on the disk before the name is, so that neither a kill nor a power cut leaves half a file.
+    UserError where the file cannot be written (such as no space left).
+    """
+    partial = path.with_name(f".{path.name}.tmp")
+    try:
+        write(partial)
+        descriptor = os.open(partial, os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written ({_reason(error)}): free some space or make it writable; "
+                        "what was saved before is intact") from error  # fmt: skip
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, OSError):
+        return error.strerror or text
+    # safetensors passes the operating system's error on as text.
+    return os.strerror(errno.ENOSPC) if f"os error {errno.ENOSPC})" in text else text
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file atomically."""
+    tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
+
+    def write(partial: Path) -> None:
+        save_file(tensors, partial, dict(metadata))
+        # safetensors makes its files readable for their owner only, whatever the umask.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(partial, 0o666 & ~mask)
+
+    atomic_write(path, write)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({_reason(error)}): it is damaged, use another run") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (on the CPU) and metadata of a safetensors file; UserError where it is damaged."""
+    with _reading(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file alone."""
+    with _reading(path) as file:
+        return file.metadata() or {}
+
+
+def write_config(folder: Path, config: Config) -> None:
+    atomic_write(folder / CONFIG, lambda partial: partial.write_text(config.to_json(), encoding="utf-8"))
+
+
+def read_config(folder: Path) -> Config:
+    """The Config of a run folder; UserError where there is none or it makes no sense."""
+    if not folder.is_dir():
+        raise UserError(f"run {folder} is not a folder: give the folder of a run, such as runs/scenes-stage1-001")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} has no {CONFIG}: it is not the folder of a run")
+    try:
+        return _typed(Config.from_json(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = "not JSON" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise UserError(f"{path} cannot be used ({reason}): restore it or train again") from error
+
+
+def _typed(config: Config) -> Config:
+    """`config` itself; TypeError where a value is not of its field's type."""
+    kinds = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None)}
+    for field in fields(Config):
+        value = getattr(config, field.name)
+        wanted = [kinds[name] for name in field.type.split(" | ")]
+        if not any(isinstance(value, kind) for kind in wanted) or (isinstance(value, bool) and bool not in wanted):
+            raise TypeError(f"{field.name} is {value!r}, not {field.type}")
+    return config
+
+
+def frozen_encoder(config: Config) -> Encoder:
+    """The encoder of `config`; one without weights (`--encoder-weights none`) is random but always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build_encoder(config)
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / MODEL).is_file()
+
+
+def load_run(path: str | os.PathLike, device: str | torch.device = "cpu", *, encoder: Encoder | None = None) -> Run:
+    """The finished run in folder `path`, its model on `device` in eval mode.
+
+    Args:
+        encoder: shared instead of built anew; it has to have the weights that the run was trained with.
+
+    UserError where the run is missing, unfinished or damaged, or where the encoder's weights are not the run's.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    if not is_finished(folder):
+        raise UserError(f"run {folder} is not finished: go on with python -m spot_fast.train --resume {folder}")
+    tensors, metadata = read_tensors(folder / MODEL)
+    encoder = frozen_encoder(config) if encoder is None else encoder
+    found = encoder_identity(encoder, config)["sha256"]
+    wanted = metadata.get("encoder_sha256", "none")
+    if found != wanted:
+        raise UserError(
+            f"run {folder} was trained with encoder {metadata.get('encoder')} of sha256 {wanted[:12]}, but the weights "
+            f"found for {config.encoder} have {found[:12]}: restore the file named by encoder_weights in its {CONFIG}"
+        )
+    model = Spot(config, encoder)
+    try:
+        model.load_learned_state_dict(tensors)
+    except UserError as error:
+        raise UserError(f"{folder / MODEL} does not fit its {CONFIG}: {error}") from error
+    return Run(folder, config, model.to(device).eval(), metadata)
+
+
+def run_folders(root: str | os.PathLike = "runs") -> Iterator[tuple[Path, Config]]:
+    """Every run below `root` with its Config, the one that was written to last first; damaged ones are left out."""
+    found = []
+    for file in Path(root).glob(f"*/{CONFIG}"):
+        folder = file.parent
+        latest = max(path.stat().st_mtime_ns for path in (file, folder / STATE, folder / MODEL) if path.exists())
+        found.append((latest, folder))
+    for _, folder in sorted(found, reverse=True):
+        try:
+            yield folder, read_config(folder)
+        except UserError:
+            continue
+
+
+def find_run(root: str | os.PathLike = "runs", *, preset: str | None = None, stage: int | None = None,
+             finished: bool = True) -> Path:  # fmt: skip
+    """The newest finished (or unfinished) run below `root`, of one preset and stage if given; UserError if none."""
+    runs = [folder for folder, config in run_folders(root)
+            if preset in (None, config.preset) and stage in (None, config.stage)]  # fmt: skip
+    for folder in runs:
+        if is_finished(folder) == finished:
+            return folder
+    what = " ".join(["finished" if finished else "unfinished", *(["stage", str(stage)] if stage else []), "run"])
+    what += f" of preset {preset}" if preset else ""
+    if finished and runs:
+        raise UserError(f"there is no {what} in {root}: finish {runs[0].name} with "
+                        f"python -m spot_fast.train --resume {runs[0]}")  # fmt: skip
+    command = f"python -m spot_fast.train --stage {stage or 1}" + (f" --preset {preset}" if preset else "")
+    raise UserError(f"there is no {what} in {root}: train one with {command}")
+
+
+def find_folder(name: str | os.PathLike, root: str | os.PathLike = "runs") -> Path:
+    """The run folder a user means by a path or by the name of a run below `root`."""
+    below = Path(root) / name
+    return below if not Path(name).exists() and below.is_dir() else Path(name)

@@ -1,0 +1,63 @@
+"""Adam and clipping by the infinity norm (SPOT, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+_FUSED = ("cpu", "cuda")
+_STATE = "adam."
+
+
+def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Adam:
+    """Adam (0.9, 0.999) without weight decay; the learning rate is set before every step."""
+    parameters = list(parameters)
+    fused = all(parameter.device.type in _FUSED for parameter in parameters)
+    return torch.optim.Adam(parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=fused)
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+
+
+@torch.no_grad()
+def clip_by_infinity_norm(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+    """Scales all gradients by min(1, limit / (norm + 1e-6)), norm being their largest absolute value; 0 = no clipping.
+
+    Returns the norm before clipping, a scalar on the device that nobody has waited for; NaN where a gradient has one.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        raise ValueError("no parameter has a gradient: call backward() first")
+    if gradients[0].device.type == "cpu":
+        # Ten times faster than the norms, whose reduction over absolute values is not vectorised on a CPU.
+        norm = torch.stack([bound for gradient in gradients for bound in gradient.aminmax()]).abs().max()
+    else:
+        norm = torch.stack(torch._foreach_norm(gradients, float("inf"))).max()
+    if limit > 0:
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def optimiser_tensors(optimiser: torch.optim.Adam, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+    """Moments and step count of every parameter that has had a gradient, as adam.<what>.<parameter name>."""
+    return {
+        f"{_STATE}{what}.{names[parameter]}": value
+        for parameter, state in optimiser.state.items()
+        for what, value in state.items()
+    }
+
+
+def load_optimiser_tensors(optimiser: torch.optim.Adam, names: Mapping[nn.Parameter, str],
+                           tensors: Mapping[str, Tensor]) -> None:  # fmt: skip
+    """Puts back what `optimiser_tensors` gave."""
+    by_name = {name: parameter for parameter, name in names.items()}
+    for key, value in tensors.items():
+        if key.startswith(_STATE):
+            what, name = key.removeprefix(_STATE).split(".", 1)
+            parameter = by_name[name]
+            # A copy: what was read may lie at any address, and the arithmetic must not depend on alignment.
+            optimiser.state[parameter][what] = value.to(parameter.device, copy=True)

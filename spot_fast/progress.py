@@ -1,0 +1,138 @@
+"""What a run tells while it trains: sums that stay on the device, a bar, lines, TensorBoard."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+
+class Meter:
+    """Sums of losses and gradient norm over the current interval and the current epoch, and whether all were finite.
+
+    Everything stays on the device: nothing waits for a step until `read_*` or `first_bad` is called.
+    """
+
+    NAMES = ("loss", "loss_rec", "loss_att", "grad_norm")
+
+    def __init__(self, device: torch.device) -> None:
+        self.interval, self.epoch = (torch.zeros(len(self.NAMES), dtype=torch.float64, device=device) for _ in "ie")
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
+        self._good = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, loss: Tensor, loss_rec: Tensor, loss_att: Tensor, grad_norm: Tensor) -> None:
+        """Scalars of one step."""
+        values = torch.stack((loss, loss_rec, loss_att, grad_norm)).detach().double()
+        self._finite &= values.isfinite().all()
+        self._good += self._finite
+        self.interval += values
+        self.epoch += values
+
+    def first_bad(self) -> int | None:
+        """How many steps were added before the first one that was not finite; None if all were."""
+        return None if self._finite.item() else int(self._good.item())
+
+    def read(self, sums: Tensor, steps: int) -> dict[str, float]:
+        """Means over `steps` of `interval` or `epoch`, which starts again."""
+        means = dict(zip(self.NAMES, (sums / steps).tolist(), strict=True))
+        sums.zero_()
+        return means
+
+
+class Pace:
+    """Images a second since it was last read."""
+
+    def __init__(self, batch_size: int, step: int) -> None:
+        self.batch_size = batch_size
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self._step, self._clock = step, time.monotonic()
+
+    def read(self, step: int) -> float:
+        pace = (step - self._step) * self.batch_size / max(time.monotonic() - self._clock, 1e-9)
+        self.restart(step)
+        return pace
+
+
+class Display:
+    """Bar on a terminal, lines everywhere; TensorBoard scalars in `folder`/tensorboard."""
+
+    def __init__(self, folder: Path, *, title: str, step: int, total_steps: int, tensorboard: bool) -> None:
+        self.step, self.total_steps = step, total_steps
+        self._bar = tqdm(total=total_steps, initial=step, desc=title, unit="step", disable=None, dynamic_ncols=True)
+        self._first, self._start = step, 0.0
+        self._writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Events of steps that a killed run logged and this one will log again are hidden.
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def advance(self) -> None:
+        """One step more. The clock starts with the first, which is not like the others."""
+        self.step += 1
+        if self.step == self._first + 1:
+            self._start = time.monotonic()
+        self._bar.update()
+
+    def numbers(self, group: str, values: dict[str, float]) -> None:
+        """Scalars of the current step for TensorBoard; a training loss also for the bar."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{group}/{name}", value, self.step)
+        if "images_per_s" in values:
+            text = f"loss {values['loss']:.4f}, {values['images_per_s']:.0f} images/s"
+            self._bar.set_postfix_str(text, refresh=False)
+
+    def line(self, text: str) -> None:
+        if self._bar.disable:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+    def time_left(self) -> str:
+        """Estimate for what remains, in words; empty before there is anything to estimate from."""
+        done = self.step - self._first - 1
+        if done < 1:
+            return ""
+        return duration((time.monotonic() - self._start) / done * (self.total_steps - self.step))
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def duration(seconds: float) -> str:
+    """Such as 45 s, 12 min or 3 h 05 min."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def epoch_line(epoch: int, epochs: int, step: int, total_steps: int, values: dict[str, float], scores: dict[str, float],
+               time_left: str) -> str:  # fmt: skip
+    """One line about an epoch, scores of a validation at its end included."""
+    losses = f"loss {values['loss']:.4f}"
+    if "loss_att" in values:
+        losses += f" (rec {values['loss_rec']:.4f}, att {values['loss_att']:.4f})"
+    parts = [f"epoch {epoch}/{epochs}", f"step {step}/{total_steps}", losses, f"lr {values['lr']:.2e}",
+             f"{values['images_per_s']:.0f} images/s"]  # fmt: skip
+    if scores:
+        parts.append(scores_text(scores))
+    if step < total_steps and time_left:
+        parts.append(f"{time_left} left")
+    return "  ".join(parts)
+
+
+def scores_text(scores: dict[str, float]) -> str:
+    """Such as: val loss 0.5123, mBO_i 41.3 (decoder) 43.0 (slots)."""
+    text = f"val loss {scores['val_loss']:.4f}"
+    if "mbo_i_decoder" in scores:
+        text += f", mBO_i {100 * scores['mbo_i_decoder']:.1f} (decoder) {100 * scores['mbo_i_slots']:.1f} (slots)"
+    return text

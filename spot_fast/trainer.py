@@ -1,0 +1,343 @@
+"""Training of both stages: one loop, from which a killed run continues bit for bit.
+
+Nothing random is carried from step to step: patch orders, slot noise, the sequence of pictures, the schedules are all
+functions of (seed, step). So the state of a run is its weights, Adam's moments and the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .checkpoint import MODEL, STATE, frozen_encoder, read_tensors, save_tensors
+from .config import Config
+from .data import Batch, Loader, cache, open_set
+from .encoder import encoder_identity, normalise
+from .errors import UserError
+from .interrupt import StopRequest
+from .model import Spot, reconstruction_loss
+from .optimiser import adam, clip_by_infinity_norm, load_optimiser_tensors, optimiser_tensors, set_learning_rate
+from .precision import autocast, resolve
+from .progress import Display, Meter, Pace, epoch_line
+from .run_folder import RunFolder
+from .schedule import attention_weight, learning_rate
+from .self_training import attention_loss, teacher_labels
+from .teacher import load_teacher, teacher_hash
+from .validation import quick_validation
+
+# Streams of random numbers: the first word after the seed.
+_WEIGHTS, _STEP, _PARALLEL = range(100, 103)
+_SAVE_SECONDS = 300
+# Settings that change nothing in the weights: a resumed run may have others than it began with.
+FREE = ("data", "encoder_weights", "workers", "cache", "save_every")
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn for one step; orders are int64 [] on the device, noise [B, K, U]; None where nothing is needed."""
+
+    order: Tensor | None
+    noise: Tensor | None
+    teacher_order: Tensor | None
+    teacher_noise: Tensor | None
+    parallel: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: finished, or asked to stop at `step`; the seconds it took and its last quick validation."""
+
+    finished: bool
+    step: int
+    total_steps: int
+    seconds: float
+    scores: dict[str, float]
+
+
+def _seed(*words: int) -> int:
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def config_hash(config: Config) -> str:
+    """sha256 of the settings that decide what the weights become."""
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+class Trainer:
+    """A run of `config` on `device`; stage 2 needs its teacher's folder. UserError where something is missing."""
+
+    def __init__(self, config: Config, *, device: torch.device, teacher: Path | None = None) -> None:
+        self.config, self.device, self.teacher_path = config, device, teacher
+        self.precision = resolve(config.precision, device)
+        self.train_set = open_set(config, "train")
+        self.val_set = open_set(config, "val") if config.eval_images else None
+        self.loader = Loader(self.train_set, config.batch_size, config.seed, config.workers)
+        self.rate = learning_rate(config, len(self.train_set))
+        self.total_steps = self.rate.total_steps
+
+        encoder = frozen_encoder(config).to(device)
+        self.identity = encoder_identity(encoder, config)
+        self.teacher = None if teacher is None else load_teacher(teacher, config, encoder, device)
+        self.teacher_sha256 = "" if teacher is None else teacher_hash(teacher)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_seed(config.seed, _WEIGHTS, config.stage))
+            self.model = Spot(config, encoder).to(device).train()
+        self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
+        self.parameters = list(self.names)
+        self.optimiser = adam(self.parameters)
+        self.generator = torch.Generator(device)
+        self.cache: cache.Cache | None = None
+
+        self.step = self.restored_step = self.saved_step = 0
+        self.seconds, self.clock, self.save_clock = 0.0, time.monotonic(), time.monotonic()
+        self.meter = Meter(device)
+        self.scores: dict[str, float] = {}
+
+    # ---- one step
+
+    def draw(self, step: int) -> Draws:
+        """Everything random in a step, a function of (seed, step)."""
+        config, stage2 = self.config, self.teacher is not None
+        self.generator.manual_seed(_seed(config.seed, _STEP, step))
+        order, noise = self._draw_for(self.model)
+        teacher_order, teacher_noise = self._draw_for(self.teacher) if stage2 else (None, None)
+        chance = np.random.default_rng((config.seed, _PARALLEL, step)).random() if 0 < config.cappa < 1 else 1.0
+        parallel = chance < config.cappa < 1
+        return Draws(order, noise, teacher_order, teacher_noise, parallel)
+
+    def _draw_for(self, model: Spot) -> tuple[Tensor | None, Tensor | None]:
+        """A patch order and initial slots' noise for `model`."""
+        order = noise = None
+        if model.num_orders > 1:
+            order = torch.randint(model.num_orders, (), generator=self.generator, device=self.device)
+        slots = model.slot_encoder
+        if slots.init == "gaussian":
+            shape = (self.config.batch_size, slots.num_slots, slots.slot_dim)
+            noise = torch.randn(shape, generator=self.generator, device=self.device)
+        return order, noise
+
+    @torch.no_grad()
+    def frozen_features(self, images: Tensor) -> tuple[Tensor, ...]:
+        """uint8 pictures [B, 3, S, S] → what never changes: target [B, N, D], in stage 2 also the trunk's output."""
+        with self.autocast():
+            hidden = self.model.encoder.trunk(normalise(images.to(self.device, non_blocking=True)))
+            target = self.model.encoder.finish(hidden).contiguous()
+        return (target,) if self.model.last_blocks is None else (target, hidden)
+
+    def features_of(self, batch: Batch | Tensor) -> tuple[Tensor, Tensor]:
+        """Features for the slots and target features, both [B, N, D], of a batch or of indices of cached pictures."""
+        if self.cache is not None:
+            frozen = self.cache.take(batch, self.device)
+        else:
+            frozen = self.frozen_features(batch.images)
+        if self.model.last_blocks is None:
+            return frozen[0], frozen[0]
+        target, hidden = frozen
+        return self.model.encoder.finish(hidden, self.model.last_blocks), target
+
+    @torch.no_grad()
+    def teach(self, target: Tensor, draws: Draws) -> Tensor:
+        """The teacher's labels [B, N]."""
+        slots, _, _ = self.teacher.slot_encoder(target, draws.teacher_noise)
+        return teacher_labels(self.teacher.decode_masks(slots, target, draws.teacher_order))
+
+    def autocast(self) -> AbstractContextManager:
+        """The run's precision, for everything forward."""
+        return autocast(self.precision, self.device)
+
+    def train_step(self, batch: Batch | Tensor) -> None:
+        """Forward, backward, clip, Adam; waits for nothing on the device."""
+        draws = self.draw(self.step)
+        with self.autocast():
+            features, target = self.features_of(batch)
+            output = self.model(features, target, draws.order, noise=draws.noise, parallel=draws.parallel)
+            labels = None if self.teacher is None else self.teach(target, draws)
+        loss = loss_rec = reconstruction_loss(output.prediction, target)
+        loss_att = torch.zeros_like(loss_rec)
+        if labels is not None:
+            loss_att, _ = attention_loss(output.slot_logits, output.slot_attn, labels)
+            loss = loss_rec + attention_weight(self.config, self.step, self.total_steps) * loss_att
+
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = clip_by_infinity_norm(self.parameters, self.config.clip)
+        set_learning_rate(self.optimiser, self.rate(self.step))
+        self.optimiser.step()
+        self.meter.add(loss, loss_rec, loss_att, norm)
+
+    # ---- the loop
+
+    def run(self, folder: RunFolder, *, tensorboard: bool = True) -> Outcome:
+        """Trains from where `folder` stands to the end, or until Ctrl-C or SIGTERM; the state is saved either way."""
+        config, per_epoch = self.config, self.loader.steps_per_epoch
+        self.clock = time.monotonic()
+        if (folder.path / STATE).is_file():
+            self.restore(folder)
+        else:
+            folder.cut_metrics(-1)
+            self.save(folder)
+        display = Display(folder.path, title=f"{config.preset} stage {config.stage}", step=self.step,
+                          total_steps=self.total_steps, tensorboard=tensorboard)  # fmt: skip
+        try:
+            self._fill_cache(display)
+            self.paces = {name: Pace(config.batch_size, self.step) for name in ("train", "epoch")}
+            with StopRequest() as stop:
+                while self.step < self.total_steps and not stop.made:
+                    for batch in self.batches():
+                        self.train_step(batch)
+                        self.step += 1
+                        display.advance()
+                        if self.step % config.log_every == 0:
+                            self._log_interval(folder, display)
+                        if self.step % per_epoch == 0:
+                            self._log_epoch(folder, display)
+                        if self._save_is_due() or stop.made or self.step == self.total_steps:
+                            self.save(folder)
+                        if stop.made:
+                            break
+        finally:
+            display.close()
+        if self.step == self.total_steps:
+            self._finish(folder)
+        return Outcome(self.step == self.total_steps, self.step, self.total_steps, self.seconds, self.scores)
+
+    def batches(self) -> Iterator[Batch | Tensor]:
+        """What is left of the current epoch: batches, or indices int64 [B] where features are cached."""
+        epoch, start = divmod(self.step, self.loader.steps_per_epoch)
+        if self.cache is None:
+            return self.loader.epoch(epoch, start)
+        return iter(self.loader.order(epoch).split(self.config.batch_size)[start : self.loader.steps_per_epoch])
+
+    def _fill_cache(self, display: Display) -> None:
+        """Caches frozen features where that pays, and says so."""
+        config = self.config
+        if self.step == self.total_steps:
+            return
+        one = torch.zeros(1, 3, config.image_size, config.image_size, dtype=torch.uint8)
+        size = sum(features.nbytes for features in self.frozen_features(one))
+        plan = cache.plan(config.cache, self.train_set, size, config.epochs, self.device)
+        display.line(plan.reason)
+        if plan.device is not None:
+            self.cache = cache.fill(self.train_set, self.frozen_features, batch_size=config.batch_size,
+                                    device=plan.device, seed=config.seed, workers=config.workers)  # fmt: skip
+            self.loader.corrupt |= self.cache.corrupt
+
+    def _log_interval(self, folder: RunFolder, display: Display) -> None:
+        values = self._means("train", self.meter.interval, self.config.log_every)
+        folder.log(kind="train", step=self.step, **values)
+        display.numbers("train", values)
+
+    def _log_epoch(self, folder: RunFolder, display: Display) -> None:
+        config, per_epoch = self.config, self.loader.steps_per_epoch
+        epoch = self.step // per_epoch
+        values = self._means("epoch", self.meter.epoch, per_epoch)
+        folder.log(kind="epoch", step=self.step, epoch=epoch, **values)
+        scores: dict[str, float] = {}
+        if epoch == config.epochs or (config.eval_every and epoch % config.eval_every == 0):
+            self.scores = scores = self.validate()
+            folder.log(kind="validation", step=self.step, epoch=epoch, **scores)
+            display.numbers("validation", scores)
+            for pace in self.paces.values():
+                pace.restart(self.step)
+        display.line(epoch_line(epoch, config.epochs, self.step, self.total_steps, values, scores, display.time_left()))
+
+    def _means(self, kind: str, sums: Tensor, steps: int) -> dict[str, float]:
+        """Means of a meter's sums, with learning rate and pace; a value that is not finite stops the run."""
+        self._require_finite()
+        values = self.meter.read(sums, steps)
+        if self.teacher is None:
+            del values["loss_rec"], values["loss_att"]
+        return {**values, "lr": self.rate(self.step - 1), "images_per_s": self.paces[kind].read(self.step)}
+
+    def validate(self) -> dict[str, float]:
+        """Quick scores of the model as it is; empty where there is nothing to validate on."""
+        if self.val_set is None:
+            return {}
+        with self.autocast():
+            return quick_validation(self.model, self.val_set, images=self.config.eval_images,
+                                    batch_size=self.config.batch_size, device=self.device)  # fmt: skip
+
+    def _require_finite(self) -> None:
+        good = self.meter.first_bad()
+        if good is not None:
+            step = self.restored_step + good + 1
+            raise UserError(f"the loss or its gradient is not finite at step {step}: {self._kept()}")
+
+    def _kept(self) -> str:
+        return (f"the state of step {self.saved_step} is kept, train again with a lower --lr or --clip "
+                f"(--lr is {self.config.lr}, --clip {self.config.clip})")  # fmt: skip
+
+    # ---- the state on disk
+
+    def _save_is_due(self) -> bool:
+        return self.step % self.config.save_every == 0 or time.monotonic() - self.save_clock > _SAVE_SECONDS
+
+    def save(self, folder: RunFolder) -> None:
+        """Puts the present state in the place of the last one, unless it is not finite: then UserError."""
+        self._require_finite()
+        tensors = {f"model.{name}": value for name, value in self.model.learned_state_dict().items()}
+        tensors |= optimiser_tensors(self.optimiser, self.names)
+        finite = torch.stack([value.isfinite().all().to(self.device) for value in tensors.values()])
+        if not finite.all():
+            name = list(tensors)[int((~finite).nonzero()[0])]
+            raise UserError(f"{name} is not finite after step {self.step}: {self._kept()}")
+        tensors |= {"meter.interval": self.meter.interval, "meter.epoch": self.meter.epoch}
+        self._tick()
+        folder.sync()
+        self._write(folder, STATE, tensors, {
+            "config": config_hash(self.config), "images": str(len(self.train_set)), "seconds": f"{self.seconds:.1f}",
+            "teacher_path": str(self.teacher_path.resolve()) if self.teacher_path else "",
+            "threads": str(torch.get_num_threads()), "device": self.device.type, "torch": torch.__version__,
+        })  # fmt: skip
+        self.saved_step, self.save_clock = self.step, time.monotonic()
+
+    def _write(self, folder: RunFolder, name: str, tensors: dict[str, Tensor], more: dict[str, str]) -> None:
+        """A file of the run, with what every one of them says about it and `more`."""
+        about = {"step": str(self.step), "stage": str(self.config.stage), "encoder": self.identity["name"],
+                 "encoder_sha256": self.identity["sha256"]}  # fmt: skip
+        if self.teacher_path is not None:
+            about |= {"teacher": self.teacher_path.name, "teacher_sha256": self.teacher_sha256}
+        try:
+            save_tensors(folder.path / name, tensors, about | more)
+        except UserError as error:
+            raise UserError(f"{error}; go on with python -m spot_fast.train --resume {folder.path}") from error
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+
+    def restore(self, folder: RunFolder) -> None:
+        """Continues from the state in `folder`; UserError where settings, data, encoder or teacher are not the same."""
+        tensors, about = read_tensors(folder.path / STATE)
+        for name, ours, what in (
+            ("config", config_hash(self.config), "settings"), ("images", str(len(self.train_set)), "training images"),
+            ("encoder_sha256", self.identity["sha256"], "encoder weights"),
+            ("teacher_sha256", self.teacher_sha256 if self.teacher_path else "", "teacher"),
+        ):  # fmt: skip
+            if about.get(name, "") != ours:
+                raise UserError(f"{folder.path} cannot be resumed: it began with other {what} "
+                                f"({about.get(name, '')[:12]}, now {ours[:12]}): restore them or train again")
+        model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+        self.model.load_learned_state_dict(model)
+        load_optimiser_tensors(self.optimiser, self.names, tensors)
+        self.meter.interval.copy_(tensors["meter.interval"])
+        self.meter.epoch.copy_(tensors["meter.epoch"])
+        self.step = self.restored_step = self.saved_step = int(about["step"])
+        self.seconds, self.save_clock = float(about["seconds"]), time.monotonic()
+        folder.cut_metrics(self.step)
+
+    def _finish(self, folder: RunFolder) -> None:
+        """The model file, whose presence says that the run is finished."""
+        self.scores = self.scores or self.validate()
+        self._tick()
+        self._write(folder, MODEL, self.model.learned_state_dict(), {"finished": "true"})

@@ -100,8 +100,8 @@ _STAGE2 = {"slot_init": "learned", "truncation": "bi_level"}
 _PRESETS: dict[str, dict[str, Any]] = {
     "scenes": dict(
         image_size=64, mask_size=64, flip=False, train_images=8192, val_images=500, encoder="spot_scenes",
-        feature_norm=True, train_blocks=2, num_slots=6, slot_dim=64, slot_mlp=128, dec_blocks=4, dec_heads=4,
-        epochs=24, lr=1e-3, lr_low=1e-5, warmup_steps=200, clip=0.3, att_weight=0.02,
+        feature_norm=True, train_blocks=2, num_slots=6, slot_dim=128, slot_mlp=256, dec_blocks=4, dec_heads=4,
+        epochs=14, batch_size=32, lr=1e-3, lr_low=1e-5, warmup_steps=256, att_weight=0.02, eval_every=2,
     ),
     "coco": dict(),
     "voc": dict(num_slots=6, epochs=560, crop="random"),

@@ -100,9 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("spot_fast.pretrain", description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=packaged_weights(), help="file to write")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--images", type=int, default=16384, help="scenes to train on")
+    parser.add_argument("--images", type=int, default=12288, help="scenes to train on")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)

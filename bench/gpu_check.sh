@@ -35,11 +35,8 @@ if ! "$PYTHON" -c 'import pycocotools' 2>/dev/null; then
     echo "note: pycocotools is missing and no wheel was carried: tests and photos that read COCO masks will fail"
   fi
 fi
-"$PYTHON" - <<'END'
-import torch, triton
-name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-print(f"torch {torch.__version__}, triton {triton.__version__}, {name}")
-END
+"$PYTHON" -c 'import torch; cuda = torch.cuda
+print("torch", torch.__version__, "on", cuda.get_device_name() if cuda.is_available() else "no GPU")'
 
 tests() {
   timeout -k 10 "${PART_MINUTES}m" "$PYTHON" -m pytest -x -q -m 'not slow' -p no:cacheprovider ${QUICK:+tests/test_orders.py}

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import IO
 
@@ -58,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser, bench: str) -> None:
     parser.add_argument("--out", type=Path, default=Path(f"runs/bench-{bench}"), metavar="DIR",
                         help=f"where the runs are kept (default: runs/bench-{bench})")  # fmt: skip
     parser.add_argument("--csv", type=Path, metavar="FILE",
-                        help=f"results (default: bench/results/{bench}_[GPU_]DATE.csv of the checkout)")  # fmt: skip
+                        help=f"results (default: bench/results/{bench}_[GPU_]DATE.csv, with -- in --out)")  # fmt: skip
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a run (default: PyTorch's choice)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N",
@@ -70,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser, bench: str) -> None:
 
 
 def split_options(argv: Sequence[str] | None) -> tuple[list[str], tuple[str, ...]]:
-    """(own arguments, options of spot_fast.train): the latter come after a lone --."""
+    """(own arguments, options of spot_fast.train): the latter follow a lone --."""
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
     return words[:cut], tuple(words[cut + 1 :])
@@ -83,20 +82,23 @@ def results_of(bench: str, plans: Sequence[Plan], args: argparse.Namespace, opti
     """
     if args.plain_table:
         return read_csv(args.plain_table)
-    runner = Runner(args.out, device=args.device, threads=args.threads, jobs=args.jobs, minutes=args.minutes)
+    about = {"bench": bench, "cpu": cpu_name(), "cores": str(cores()), "commit": commit(), "jobs": str(args.jobs),
+             "options": shlex.join(options), "date": datetime.now(UTC).date().isoformat()}  # fmt: skip
+    runner = Runner(args.out, about, device=args.device, threads=args.threads, jobs=args.jobs, minutes=args.minutes)
     if args.plain_table is not None:
-        results = runner.collect(bench, plans, options)
+        results = runner.collect(plans)
         if not results:
             raise BenchError(f"nothing is finished in {args.out}: give CSV files, or train without --plain-table")
         return results
-    try:
-        runner.run(plans)
-    finally:
-        results = runner.collect(bench, plans, options)
-        if results:
-            path = args.csv or default_csv(bench, results)
-            write_csv(path, results)
-            _say(f"wrote {path}: {len(results)} of {len(plans)} runs")
+    in_time = runner.run(plans)
+    results = runner.collect(plans)
+    if results:
+        # A rehearsal with other options is no result of the project.
+        path = args.csv or (args.out / f"{bench}.csv" if options else default_csv(bench, results))
+        write_csv(path, results)
+        _say(f"wrote {path}: {len(results)} of {len(plans)} runs")
+    if not in_time:
+        raise OutOfTime
     return results
 
 
@@ -127,13 +129,16 @@ def _environment() -> dict[str, str]:
 
 
 class Runner:
-    """Trains and evaluates plans below `out`, `jobs` at a time, until `minutes` are over."""
+    """Trains and evaluates plans below `out`, `jobs` at a time, until `minutes` are over.
 
-    def __init__(self, out: Path, *, device: str | None = None, threads: int | None = None, jobs: int = 1,
-                 minutes: float | None = None) -> None:  # fmt: skip
+    about: texts kept with a run when its training begins, for its line in the CSV.
+    """
+
+    def __init__(self, out: Path, about: dict[str, str], *, device: str | None = None, threads: int | None = None,
+                 jobs: int = 1, minutes: float | None = None) -> None:  # fmt: skip
         if jobs < 1:
             raise BenchError(f"--jobs {jobs}: use 1 or more")
-        self.out, self.jobs = out, jobs
+        self.out, self.about, self.jobs = out, about, jobs
         self.device = ["--device", device] if device else []
         self.threads = ["--threads", str(threads)] if threads else []
         self.deadline = time.monotonic() + 60 * minutes if minutes else None
@@ -141,9 +146,9 @@ class Runner:
     def folder(self, plan: Plan) -> Path:
         return self.out / plan.name
 
-    def run(self, plans: Sequence[Plan]) -> None:
-        """BenchError where a process fails, OutOfTime at the deadline; the others are then stopped, with their state
-        saved."""
+    def run(self, plans: Sequence[Plan]) -> bool:
+        """Whether all was done in time. At the deadline, and before a BenchError where a process fails, the others are
+        stopped with their state saved."""
         self.out.mkdir(parents=True, exist_ok=True)
         todo = [(plan, task) for plan in plans for task in (self._train, self._evaluate)]
         running: dict[subprocess.Popen, tuple] = {}
@@ -156,8 +161,9 @@ class Runner:
                 for process in [p for p in running if p.poll() is not None]:
                     self._ended(process, *running.pop(process))
                 if self.deadline and time.monotonic() > self.deadline:
-                    raise OutOfTime
+                    return False
                 time.sleep(0.05)
+            return True
         finally:
             _stop(list(running))
 
@@ -175,6 +181,7 @@ class Runner:
             if _is_finished(folder):
                 _say(f"{plan.name}: trained already")
                 return None
+        self._about(plan).write_text(json.dumps(self.about, indent=2) + "\n", encoding="utf-8")
         return self._start(plan, "spot_fast.train", [*words, *self.threads, "--out", str(folder), "--resume"])
 
     def _evaluate(self, plan: Plan) -> subprocess.Popen | None:
@@ -187,8 +194,8 @@ class Runner:
     def _require_same(self, plan: Plan, words: list[str]) -> None:
         """A folder of another recipe must not stand in for the run that is asked for."""
         folder = self.folder(plan)
-        command = [sys.executable, "-m", "spot_fast.train", *words, "--print-config"]
-        done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "spot_fast.train", *words, "--print-config"],
+                              env=_environment(), capture_output=True, text=True)  # fmt: skip
         if done.returncode:
             raise BenchError(f"{plan.name} cannot be trained: {_last_line(done.stderr)}")
         now, then = json.loads(done.stdout), json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
@@ -225,24 +232,25 @@ class Runner:
 
     # ---- results
 
-    def collect(self, bench: str, plans: Sequence[Plan], options: Sequence[str]) -> list[Result]:
+    def _about(self, plan: Plan) -> Path:
+        return self.out / f"{plan.name}.json"
+
+    def collect(self, plans: Sequence[Plan]) -> list[Result]:
         """Results of those plans that are trained and evaluated."""
-        machine = {"bench": bench, "date": datetime.now(UTC).date().isoformat(), "cpu": cpu_name(),
-                   "cores": str(cores()), "torch": metadata.version("torch"), "commit": commit(),
-                   "jobs": str(self.jobs), "options": shlex.join(options)}  # fmt: skip
-        finished = [p for p in plans if _is_finished(self.folder(p)) and (self.folder(p) / _EVALUATION).is_file()]
-        return [read_result(self.folder(plan), plan, machine) for plan in finished]
+        done = [p for p in plans if _is_finished(self.folder(p)) and (self.folder(p) / _EVALUATION).is_file()]
+        return [read_result(self.folder(p), p, json.loads(self._about(p).read_text(encoding="utf-8"))) for p in done]
 
 
-def read_result(folder: Path, plan: Plan, machine: dict[str, str]) -> Result:
-    """The result in a run folder; `machine` has what does not depend on the run."""
+def read_result(folder: Path, plan: Plan, about: dict[str, str]) -> Result:
+    """The result in a run folder; `about` was kept when its training began."""
     config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     (run,) = json.loads((folder / _EVALUATION).read_text(encoding="utf-8"))["runs"]
     state = _metadata(folder / _STATE)
     settings = {name: value for name, value in config.items() if name not in (*_FREE, "seed")}
-    about = machine | {
+    settings |= {name: state.get(name) for name in ("images", "encoder_sha256")}  # whatever their paths were
+    about = about | {
         "threads": state.get("threads", ""), "accelerator": gpu_name() if state.get("device") == "cuda" else "",
-        "torch": state.get("torch", machine["torch"]), "precision": str(config.get("precision", "float32")),
+        "torch": state["torch"], "precision": str(config.get("precision", "float32")),
         "variant": plan.variant, "stage": str(plan.stage), "seed": str(plan.seed),
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12],
         "steps": state["step"], "batch_size": str(config["batch_size"]), "train_images": state.get("images", ""),
@@ -285,7 +293,7 @@ def _metadata(file: Path) -> dict[str, str]:
 
 
 def _last_line(text: str) -> str:
-    return next((line for line in reversed(text.replace("\r", "\n").splitlines()) if line.strip()), "no output")
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "no output")
 
 
 def _say(text: str) -> None:

@@ -151,8 +151,8 @@ def machines(results: Sequence[Result]) -> str:
         where = f"{a['accelerator']}, host " if a["accelerator"] else ""
         at_once = f", {a['jobs']} runs at once" if a["jobs"] not in ("", "1") else ""
         extra = f", with {a['options']}" if a["options"] else ""
-        text = (f"{where}{a['cpu']}, {_count(a['cores'], 'core')} ({_count(a['threads'], 'thread')} a run{at_once}), torch {a['torch']}, "
-                f"{a['precision']}, {a['date']}{extra}")  # fmt: skip
+        text = (f"{where}{a['cpu']}, {_count(a['cores'], 'core')} ({_count(a['threads'], 'thread')} a run{at_once}), "
+                f"torch {a['torch']}, {a['precision']}, {a['date']}{extra}")  # fmt: skip
         if text not in found:
             found.append(text)
     return "\n".join(f"Measured on {text}." for text in found)

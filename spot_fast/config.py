@@ -18,7 +18,7 @@ def _option(default: Any, help: str, group: str, choices: tuple | None = None) -
 
 @dataclass(frozen=True)
 class Config:
-    """One training run. Sizes in tokens, pixels or channels; rates per step; source of the defaults: SPOT, section 4."""
+    """One training run. Sizes in tokens, pixels or channels, rates per step; the defaults are SPOT's (section 4)."""
 
     preset: str = _option("scenes", "data set and recipe", "run")
     stage: int = _option(1, "1: reconstruction; 2: a student taught by a stage-1 run", "run", (1, 2))
@@ -110,7 +110,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 _PRESETS_STAGE2: dict[str, dict[str, Any]] = {
-    "scenes": dict(),
+    "scenes": dict(epochs=6),
     "coco": dict(),
     "voc": dict(),
     "movi_c": dict(epochs=30, lr_low=1.5e-4),

@@ -206,7 +206,7 @@ def _hub_weights(name: str) -> dict[str, Tensor]:
     timm = import_timm()
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:
-        raise UserError(f"timm has no weights for --encoder {name}: pass --encoder-weights FILE or choose a tagged name")
+        raise UserError(f"timm has no weights for --encoder {name}: pass --encoder-weights FILE or use a tagged name")
     from huggingface_hub import try_to_load_from_cache
 
     cached = cfg.hf_hub_id and any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, f), str)

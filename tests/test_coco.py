@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-import golden_tensors
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import golden_tensors
 from spot_fast.config import preset
 from spot_fast.data import open_set, open_sets
 from spot_fast.data.coco import CLASS_OF_CATEGORY, Coco, decode_segmentation

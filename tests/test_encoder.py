@@ -9,9 +9,16 @@ import time
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from spot_fast.config import preset
 from spot_fast.encoder import (
-    Encoder, build_encoder, build_vit, encoder_identity, load_vit_weights, normalise, packaged_weights,
+    Encoder,
+    build_encoder,
+    build_vit,
+    encoder_identity,
+    load_vit_weights,
+    normalise,
+    packaged_weights,
     resample_positions,
 )
 from spot_fast.errors import UserError

@@ -3,11 +3,11 @@
 import shutil
 from pathlib import Path
 
-import golden_tensors
 import numpy as np
 import pytest
 from PIL import Image
 
+import golden_tensors
 from spot_fast.config import preset
 from spot_fast.data import open_set
 from spot_fast.data.movi import Movi

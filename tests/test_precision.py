@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from spot_fast import precision
 from spot_fast.config import preset
 from spot_fast.encoder import build_encoder

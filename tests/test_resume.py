@@ -26,7 +26,7 @@ def start(folder: Path, *words: str) -> subprocess.Popen:
 
 
 def wait_for(process: subprocess.Popen, ready) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300  # on a busy machine the imports alone take a minute
     while not ready():
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < end, "the run does not get there"
@@ -59,9 +59,9 @@ def test_killed_twice_and_resumed_is_uninterrupted(tmp_path):
     assert not (run / MODEL).exists()
 
     process = start(tmp_path / "parts", "--resume")
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
-    assert whole.communicate(timeout=60) and whole.returncode == 0
+    assert whole.communicate(timeout=300) and whole.returncode == 0
     assert_same_run(run, tmp_path / "whole/runs/scenes-stage1-001")
     assert not list(run.glob(".*"))
 

@@ -1,4 +1,4 @@
-"""Protects the generated data set: same pictures for the same seed and index, exact masks, disjoint splits, its speed."""
+"""Protects the generated data set: same pictures for a seed and index, exact masks, disjoint splits, speed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+
 from spot_fast.config import preset
 from spot_fast.data.scenes import CLASSES, MAX_HIDDEN, MAX_OBJECTS, MIN_AREA, MIN_OBJECTS, Scenes, draw_scenes
 

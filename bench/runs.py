@@ -76,10 +76,8 @@ def split_options(argv: Sequence[str] | None) -> tuple[list[str], tuple[str, ...
 
 
 def results_of(bench: str, plans: Sequence[Plan], args: argparse.Namespace, options: Sequence[str]) -> list[Result]:
-    """What the arguments of `add_arguments` ask for: trains, evaluates and writes the CSV, or only reads.
-
-    OutOfTime once the CSV of what is finished is written.
-    """
+    """What the arguments of `add_arguments` ask for: trains, evaluates and writes the CSV, or only reads. OutOfTime
+    where time was short, after the CSV of what is finished."""
     if args.plain_table:
         return read_csv(args.plain_table)
     about = {"bench": bench, "cpu": cpu_name(), "cores": str(cores()), "commit": commit(), "jobs": str(args.jobs),
@@ -147,8 +145,7 @@ class Runner:
         return self.out / plan.name
 
     def run(self, plans: Sequence[Plan]) -> bool:
-        """Whether all was done in time. At the deadline, and before a BenchError where a process fails, the others are
-        stopped with their state saved."""
+        """Whether all was done in time; at the deadline, and where a process fails, the others stop and are saved."""
         self.out.mkdir(parents=True, exist_ok=True)
         todo = [(plan, task) for plan in plans for task in (self._train, self._evaluate)]
         running: dict[subprocess.Popen, tuple] = {}

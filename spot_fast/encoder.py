@@ -133,7 +133,10 @@ def build_vit(config: Config) -> nn.Module:
         close = timm.list_models(f"*{config.encoder.split('.')[0][:12]}*")[:4]
         hint = f"did you mean {', '.join(close)}?" if close else "python -c 'import timm; print(timm.list_models())'"
         raise UserError(f"--encoder {config.encoder} is not a model timm knows: {hint}")
-    vit = timm.create_model(config.encoder, pretrained=False, num_classes=0, img_size=config.image_size)
+    try:
+        vit = timm.create_model(config.encoder, pretrained=False, num_classes=0, img_size=config.image_size)
+    except TypeError:  # not a model with an image size
+        vit = None
     if not hasattr(vit, "blocks") or not hasattr(vit, "num_prefix_tokens"):
         raise UserError(f"--encoder {config.encoder} is not a plain ViT: use one with a sequence of blocks, "
                         "such as vit_base_patch16_224.dino")

@@ -45,7 +45,8 @@ def test_trunk_and_last_blocks_are_the_whole_vit_without_its_final_norm():
     assert torch.equal(encoder(images), captured["out"][:, 3:])
     blocks = encoder.copy_last_blocks()
     again = encoder.finish(encoder.trunk(images), blocks)
-    assert torch.equal(again, encoder(images)) and again.requires_grad
+    torch.testing.assert_close(again.detach(), encoder(images))  # not bit for bit: the copy's attention is written out
+    assert again.requires_grad
     assert not any(p.requires_grad for p in encoder.parameters())
     assert not encoder(images).requires_grad
 

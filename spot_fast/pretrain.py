@@ -23,9 +23,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .checkpoint import atomic_write
 from .config import preset
 from .data.scenes import Scenes
 from .encoder import build_vit, normalise, packaged_weights, use_plain_attention
+from .errors import UserError
 from .precision import autocast, resolve
 from .timm_import import import_timm
 
@@ -106,13 +108,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    start = time.monotonic()
-    vit, loss = pretrain(args.steps, args.batch, args.images, args.lr, args.seed)
-    state = {name: value.detach().half().contiguous() for name, value in vit.state_dict().items()}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.out.with_suffix(".partial")
-    partial.write_bytes(save(state, {"made_by": "spot_fast.pretrain", "steps": str(args.steps), "loss": f"{loss:.4f}"}))
-    partial.replace(args.out)
+    try:
+        for name in ("steps", "batch", "images"):
+            if getattr(args, name) < 1:
+                raise UserError(f"--{name} is {getattr(args, name)}: use 1 or more")
+        if not 0 < args.lr < math.inf:
+            raise UserError(f"--lr is {args.lr}: use a number above 0, such as 1e-3")
+        start = time.monotonic()
+        vit, loss = pretrain(args.steps, args.batch, args.images, args.lr, args.seed)
+        if not math.isfinite(loss):
+            raise UserError(f"the loss became {loss}: nothing is written, use a lower --lr than {args.lr}")
+        state = {name: value.detach().half().contiguous() for name, value in vit.state_dict().items()}
+        about = {"made_by": "spot_fast.pretrain", "steps": str(args.steps), "loss": f"{loss:.4f}"}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(args.out, lambda path: path.write_bytes(save(state, about)))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB, loss {loss:.4f}, {time.monotonic() - start:.0f} s")
     return 0
 

@@ -16,20 +16,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
-from machine import ROOT, commit, cores, cpu_name, gpu_name
-from safetensors import safe_open
-from tables import METRICS, BenchError, Result, Scores, read_csv, slug, write_csv
+from machine import ROOT, commit, cores, cpu_name
+from tables import (
+    CONFIG,
+    EVALUATION,
+    FREE,
+    MODEL,
+    BenchError,
+    Result,
+    read_csv,
+    read_metadata,
+    read_run,
+    slug,
+    write_csv,
+)
 
 OUT_OF_TIME = 3
-_CONFIG, _MODEL, _STATE = "config.json", "model.safetensors", "training_state.safetensors"
-_EVALUATION = "evaluation.json"
-# Settings of a run that change nothing in its weights: a folder may have others than this line asks for.
-_FREE = ("data", "encoder_weights", "workers", "cache", "save_every")
 
 
 class OutOfTime(Exception):
@@ -147,6 +155,9 @@ class Runner:
     def run(self, plans: Sequence[Plan]) -> bool:
         """Whether all was done in time; at the deadline, and where a process fails, the others stop and are saved."""
         self.out.mkdir(parents=True, exist_ok=True)
+        there = [p for p in plans if (self.folder(p) / CONFIG).is_file()]
+        with ThreadPoolExecutor(cores()) as pool:  # a second or more each
+            list(pool.map(self._require_same, there))
         todo = [(plan, task) for plan in plans for task in (self._train, self._evaluate)]
         running: dict[subprocess.Popen, tuple] = {}
         try:
@@ -168,41 +179,43 @@ class Runner:
         needed = plan if task == self._evaluate else plan.teacher
         return needed is None or _is_finished(self.folder(needed))
 
+    def _options(self, plan: Plan) -> list[str]:
+        teacher = ["--teacher", str(self.folder(plan.teacher))] if plan.teacher else []
+        return ["--stage", str(plan.stage), "--seed", str(plan.seed), *plan.options, *self.device, *teacher]
+
     def _train(self, plan: Plan) -> subprocess.Popen | None:
         folder = self.folder(plan)
-        words = ["--stage", str(plan.stage), "--seed", str(plan.seed), *plan.options, *self.device]
-        if plan.teacher:
-            words += ["--teacher", str(self.folder(plan.teacher))]
-        if (folder / _CONFIG).is_file():
-            self._require_same(plan, words)
-            if _is_finished(folder):
-                _say(f"{plan.name}: trained already")
-                return None
+        if _is_finished(folder):
+            _say(f"{plan.name}: trained already")
+            return None
         self._about(plan).write_text(json.dumps(self.about, indent=2) + "\n", encoding="utf-8")
-        return self._start(plan, "spot_fast.train", [*words, *self.threads, "--out", str(folder), "--resume"])
+        words = [*self._options(plan), *self.threads, "--out", str(folder), "--resume"]
+        return self._start(plan, "spot_fast.train", words)
 
     def _evaluate(self, plan: Plan) -> subprocess.Popen | None:
         folder = self.folder(plan)
-        target = folder / _EVALUATION
-        if target.is_file() and target.stat().st_mtime_ns > (folder / _MODEL).stat().st_mtime_ns:
+        target = folder / EVALUATION
+        if target.is_file() and target.stat().st_mtime_ns > (folder / MODEL).stat().st_mtime_ns:
             return None
         return self._start(plan, "spot_fast.evaluate", [str(folder), "--json", str(target), *self.device])
 
-    def _require_same(self, plan: Plan, words: list[str]) -> None:
+    def _require_same(self, plan: Plan) -> None:
         """A folder of another recipe must not stand in for the run that is asked for."""
         folder = self.folder(plan)
-        done = subprocess.run([sys.executable, "-m", "spot_fast.train", *words, "--print-config"],
+        if not self._is_ready(plan, self._train):
+            raise BenchError(f"{folder} is there but its teacher {plan.teacher.name} is not: remove it")
+        done = subprocess.run([sys.executable, "-m", "spot_fast.train", *self._options(plan), "--print-config"],
                               env=_environment(), capture_output=True, text=True)  # fmt: skip
         if done.returncode:
             raise BenchError(f"{plan.name} cannot be trained: {_last_line(done.stderr)}")
-        now, then = json.loads(done.stdout), json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        now, then = json.loads(done.stdout), json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         for name in sorted(now.keys() | then.keys()):
-            if name not in _FREE and now.get(name) != then.get(name):
+            if name not in FREE and now.get(name) != then.get(name):
                 raise BenchError(f"{folder} was trained with {name} {then.get(name)} and now it is {now.get(name)}: "
                                  "remove the folder or give another --out")  # fmt: skip
         if plan.teacher and _is_finished(folder):
-            teacher = hashlib.sha256((self.folder(plan.teacher) / _MODEL).read_bytes()).hexdigest()
-            if _metadata(folder / _MODEL).get("teacher_sha256") != teacher:
+            teacher = hashlib.sha256((self.folder(plan.teacher) / MODEL).read_bytes()).hexdigest()
+            if read_metadata(folder / MODEL).get("teacher_sha256") != teacher:
                 raise BenchError(f"{folder} was taught by another {plan.teacher.name} than the present one: remove it")
 
     def _start(self, plan: Plan, module: str, words: list[str]) -> subprocess.Popen:
@@ -234,30 +247,14 @@ class Runner:
 
     def collect(self, plans: Sequence[Plan]) -> list[Result]:
         """Results of those plans that are trained and evaluated."""
-        done = [p for p in plans if _is_finished(self.folder(p)) and (self.folder(p) / _EVALUATION).is_file()]
-        return [read_result(self.folder(p), p, json.loads(self._about(p).read_text(encoding="utf-8"))) for p in done]
-
-
-def read_result(folder: Path, plan: Plan, about: dict[str, str]) -> Result:
-    """The result in a run folder; `about` was kept when its training began."""
-    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    (run,) = json.loads((folder / _EVALUATION).read_text(encoding="utf-8"))["runs"]
-    state = _metadata(folder / _STATE)
-    settings = {name: value for name, value in config.items() if name not in (*_FREE, "seed")}
-    settings |= {name: state.get(name) for name in ("images", "encoder_sha256")}  # whatever their paths were
-    about = about | {
-        "threads": state.get("threads", ""), "accelerator": gpu_name() if state.get("device") == "cuda" else "",
-        "torch": state["torch"], "precision": str(config.get("precision", "float32")),
-        "variant": plan.variant, "stage": str(plan.stage), "seed": str(plan.seed),
-        "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12],
-        "steps": state["step"], "batch_size": str(config["batch_size"]), "train_images": state.get("images", ""),
-        "val_images": str(run["images"]), "train_seconds": state["seconds"],
-    }  # fmt: skip
-    scores = {
-        (row["masks"], row["orders"] or 0): Scores({name: row[name] for name in METRICS}, row["columns"] or 0)
-        for row in run["rows"]
-    }
-    return Result(about, scores)
+        done = [p for p in plans if _is_finished(self.folder(p)) and (self.folder(p) / EVALUATION).is_file()]
+        results = []
+        for plan in done:
+            file = self._about(plan)
+            kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else self.about
+            which = {"variant": plan.variant, "stage": str(plan.stage), "seed": str(plan.seed)}
+            results.append(read_run(self.folder(plan), kept | which))
+        return results
 
 
 def default_csv(bench: str, results: Sequence[Result]) -> Path:
@@ -281,12 +278,7 @@ def _stop(running: list[subprocess.Popen]) -> None:
 
 
 def _is_finished(folder: Path) -> bool:
-    return (folder / _MODEL).is_file()
-
-
-def _metadata(file: Path) -> dict[str, str]:
-    with safe_open(file, framework="np") as opened:
-        return opened.metadata() or {}
+    return (folder / MODEL).is_file()
 
 
 def _last_line(text: str) -> str:

@@ -7,6 +7,8 @@ the standard deviation over seeds with n - 1. Only runs with the same settings a
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import os
 import re
 import tempfile
@@ -15,12 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+from machine import gpu_name
+from safetensors import safe_open
+
 METRICS = ("mbo_i", "mbo_c", "miou", "fg_ari")
 _TITLES = ("mBO_i", "mBO_c", "mIoU", "FG-ARI")
 # Columns of a run; what a table must not mix is in `settings`, where it ran in `cpu` to `jobs`.
 ABOUT = ("bench", "date", "cpu", "cores", "threads", "accelerator", "torch", "precision", "commit", "jobs", "options",
          "variant", "stage", "seed", "settings", "steps", "batch_size", "train_images", "val_images",
          "train_seconds")  # fmt: skip
+# Files of a run folder, and settings of a run that change nothing in its weights.
+CONFIG, MODEL, STATE, EVALUATION = "config.json", "model.safetensors", "training_state.safetensors", "evaluation.json"
+FREE = ("data", "encoder_weights", "workers", "cache", "save_every")
 _FIELDS = (*ABOUT, "masks", "orders", "columns", *METRICS)
 
 
@@ -179,6 +187,36 @@ def above(text: str, ours: tuple[Sequence[Result], Row], theirs: tuple[Sequence[
     passed = all(gap > by or (not strict and gap >= by) for gap in gaps)
     each = ", ".join(f"{100 * gap:+.1f} (seed {seed})" for seed, gap in zip(seeds, gaps, strict=True))
     return Target(text, passed, f"{100 * mean(gaps):+.1f} points on average; {each}")
+
+
+# ---- run folders
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Metadata of a safetensors file."""
+    with safe_open(file, framework="np") as opened:
+        return opened.metadata() or {}
+
+
+def read_run(folder: Path, about: dict[str, str]) -> Result:
+    """The result in a run folder that is trained and evaluated; `about` has what the folder does not tell."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    (run,) = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))["runs"]
+    state = read_metadata(folder / STATE)
+    settings = {name: value for name, value in config.items() if name not in (*FREE, "seed")}
+    settings |= {name: state.get(name) for name in ("images", "encoder_sha256")}  # whatever their paths were
+    about = about | {
+        "threads": state.get("threads", ""), "accelerator": gpu_name() if state.get("device") == "cuda" else "",
+        "torch": state["torch"], "precision": str(config.get("precision", "float32")),
+        "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12],
+        "steps": state["step"], "batch_size": str(config["batch_size"]), "train_images": state.get("images", ""),
+        "val_images": str(run["images"]), "train_seconds": state["seconds"],
+    }  # fmt: skip
+    scores = {
+        (row["masks"], row["orders"] or 0): Scores({name: row[name] for name in METRICS}, row["columns"] or 0)
+        for row in run["rows"]
+    }
+    return Result(about, scores)
 
 
 # ---- CSV

@@ -93,7 +93,8 @@ def draw_scenes(seed: int, index: np.ndarray, size: int) -> tuple[np.ndarray, np
     parts = [_draw_chunk(seed, index[i : i + _CHUNK], size) for i in range(0, len(index), _CHUNK)]
     if not parts:
         return (np.zeros((0, size, size, 3), np.uint8), *(np.zeros((0, size, size), np.uint8) for _ in range(2)))
-    return tuple(np.concatenate(p) for p in zip(*parts, strict=True))  # type: ignore[return-value]
+    images, instances, classes = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return images, instances, classes
 
 
 def _draw_chunk(seed: int, index: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

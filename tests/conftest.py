@@ -1,7 +1,13 @@
 """Settings of the whole suite: one thread (results do not depend on the machine), `torch.empty` filled with NaN."""
 
+import os
+
 import pytest
 import torch
+
+# Without a GPU the Triton kernels run under its interpreter, which has to be known before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)
 

@@ -4,6 +4,7 @@ Every function takes and returns plain tensors in raster layout; `spot_kernels.r
 few lines of PyTorch each.
 """
 
+from spot_kernels.dispatch import chosen_backend, use_backend
 from spot_kernels.mask_matching import assign_masks, linear_assignment, match_masks, overlap_counts
 from spot_kernels.nn import PermutedDecoder, PermutedDecoderBlock, SlotAttention
 from spot_kernels.permuted_attention import permuted_causal_attention, shift_by_order
@@ -15,6 +16,7 @@ __all__ = [
     "PermutedDecoderBlock",
     "SlotAttention",
     "assign_masks",
+    "chosen_backend",
     "linear_assignment",
     "match_masks",
     "overlap_counts",
@@ -22,4 +24,5 @@ __all__ = [
     "shift_by_order",
     "slot_attention_step",
     "slot_cross_attention",
+    "use_backend",
 ]

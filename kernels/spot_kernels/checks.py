@@ -41,3 +41,19 @@ def order(operator: str, tensor: torch.Tensor, batch: int, tokens: int, device: 
         raise ValueError(f"{operator}: order {tuple(tensor.shape)} must be [{tokens}] or [{batch}, {tokens}]")
     if tensor.device != device:
         raise ValueError(f"{operator}: order is on {tensor.device} but the tokens are on {device}: move one")
+
+
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors as torch.autocast wants attention's inputs: in its dtype where it is on, as they are otherwise."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def permutation(operator: str, order: torch.Tensor) -> None:
+    """ValueError unless every row of the order is a permutation of 0…N−1. Waits for the device."""
+    steps = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    if not torch.equal(order.sort(-1).values, steps):
+        raise ValueError(f"{operator}: order {tuple(order.shape)} is not a permutation of 0 to {order.shape[-1] - 1}")

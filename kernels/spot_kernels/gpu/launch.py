@@ -1,0 +1,123 @@
+"""Launching kernels, and the facts about the chip that configurations depend on.
+
+Configurations are static tables keyed by architecture and shape class: no autotuning, so a first call takes no extra
+time, a captured graph sees no trial runs, and what is compiled for a chip can be listed without it.
+
+`recording(architecture)` makes the launchers write down what they would launch instead of launching it. The compile-only
+tests use it to compile every kernel exactly as it is launched, on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from spot_kernels.dispatch import INTERPRETED
+
+# A100; consumer Ampere, Ada and Blackwell (8.6, 8.9, 12.x), which have less shared memory; H100, H200; B200; MI300X.
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+# Bytes of shared memory that one program may use.
+SHARED_MEMORY = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+_MULTIPROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpreter": 4}
+
+
+@dataclass
+class Call:
+    """One launch that was written down: kernel, runtime arguments in order, compile-time constants, options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass
+class Recording:
+    architecture: str
+    calls: list[Call] = field(default_factory=list)
+
+
+_recording: Recording | None = None
+
+
+@contextlib.contextmanager
+def recording(architecture: str) -> Iterator[list[Call]]:
+    """Launches in this block are appended to the list it yields, as on a chip of `architecture`; nothing runs."""
+    global _recording
+    _recording = Recording(architecture)
+    try:
+        yield _recording.calls
+    finally:
+        _recording = None
+
+
+@functools.cache
+def _device_facts(index: int) -> tuple[str, int]:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        name = properties.gcnArchName.split(":")[0]
+        architecture = name if name in ARCHITECTURES else "gfx942"
+    else:
+        small = properties.major < 8 or properties.major == 8 and properties.minor > 0 or properties.major > 11
+        architecture = "sm_89" if small else {8: "sm_80", 9: "sm_90"}.get(properties.major, "sm_100")
+    return architecture, properties.multi_processor_count
+
+
+def architecture(device: torch.device) -> str:
+    """One of ARCHITECTURES, the one whose tables hold for `device`, or `interpreter` for a CPU."""
+    if _recording is not None:
+        return _recording.architecture
+    if device.type == "cpu":
+        return "interpreter"
+    return _device_facts(device.index if device.index is not None else torch.cuda.current_device())[0]
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once at least: what a launch should fill."""
+    if _recording is not None or device.type == "cpu":
+        return _MULTIPROCESSORS[architecture(device)]
+    return _device_facts(device.index if device.index is not None else torch.cuda.current_device())[1]
+
+
+def widen(device: torch.device) -> bool:
+    """Whether kernels convert tiles to float32 before a product: the interpreter's bfloat16 arithmetic is wrong."""
+    return _recording is None and INTERPRETED and device.type == "cpu"
+
+
+def float32_precision(device: torch.device) -> str:
+    """`input_precision` of float32 products: exact as PyTorch's default, tf32 where the user has allowed it there."""
+    if device.type == "cpu" or torch.version.hip or torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32"
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, num_stages: int, **constants: Any) -> None:
+    """Runs `kernel` on `grid`: runtime arguments by position, tl.constexpr ones by name. An empty grid does nothing."""
+    if _recording is not None:
+        _recording.calls.append(Call(kernel, grid, arguments, constants, num_warps, num_stages))
+        return
+    if 0 in grid:
+        return
+    device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+    else:
+        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+def rows_last(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with unit stride in its last axis, which kernels load whole rows along; a copy only where needed."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def power_of_2(value: int, least: int = 16) -> int:
+    """The smallest power of two that is at least `value` and at least `least` (16: the smallest side of a tile)."""
+    return max(least, 1 << max(0, value - 1).bit_length())

@@ -1,0 +1,151 @@
+"""Compiles every kernel as its launcher would launch it on a chip, without the chip: one JSON line per kernel.
+
+    python tests/compile_kernels.py sm_90 [gfx942 …] [--only slot_attention] [--jobs 2]
+
+`compile_cases/<operator>.py` has `cases()`: pairs of a name and a function that calls the launchers on CPU tensors, whose
+values do not matter. Launches that differ only in sizes that the compiler does not see are compiled once. Must run
+without TRITON_INTERPRET. Fields: the case, kernel, constants, options, bytes of shared memory, spilled bytes (local
+memory of a thread), registers, and whether the machine code computes in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "kernels")]
+
+from spot_kernels.gpu.launch import ARCHITECTURES, Call, recording  # noqa: E402
+
+_TYPES = {
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1",
+}  # fmt: skip
+
+
+def specialise(call: Call) -> tuple[dict, dict, dict]:
+    """Signature, constants and attributes of a launch, by the rules of Triton's just-in-time compiler."""
+    names = call.kernel.arg_names
+    constants = {(names.index(name),): value for name, value in call.constants.items()}
+    signature, attributes = {}, {}
+    runtime = iter(call.arguments)
+    for i, name in enumerate(names):
+        if (i,) in constants:
+            signature[name] = "constexpr"
+            continue
+        value = next(runtime)
+        aligned = False
+        if isinstance(value, torch.Tensor):
+            signature[name] = _TYPES[value.dtype]
+            aligned = True
+        elif value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, bool):
+            signature[name] = "i1"
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0
+        else:
+            signature[name] = "fp32"
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def resources(compiled, architecture: str) -> dict:
+    """Registers, spilled bytes and float64 use, from the machine code."""
+    if architecture.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        spilled = sum(4 * int(count) for count in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text))
+        registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1))
+        return {"registers": registers, "spilled": spilled, "float64": bool(re.search(r"\bv_\w+_f64", text))}
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {key: int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK", "LOCAL")}
+    return {
+        "registers": found["REG"],
+        "spilled": found["STACK"] + found["LOCAL"],
+        "float64": bool(re.search(r"\.f64\b", compiled.asm["ptx"])),
+    }
+
+
+def compile_call(job: tuple[str, str, int]) -> dict:
+    """One launch of one case, found again by its place: kernels do not travel between processes."""
+    architecture, case, place = job
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    call = launches(architecture, case)[place]
+    signature, constants, attributes = specialise(call)
+    gfx = architecture.startswith("gfx")
+    target = GPUTarget("hip", architecture, 64) if gfx else GPUTarget("cuda", int(architecture[3:]), 32)
+    options = {"num_warps": call.num_warps, "num_stages": call.num_stages}
+    row = {"architecture": architecture, "case": case, "kernel": call.kernel.__name__, "constants": call.constants} | options
+    try:
+        compiled = triton.compile(ASTSource(call.kernel, signature, constants, attributes), target=target, options=options)
+    except Exception as error:  # whatever stops the compiler is the finding
+        return row | {"error": f"{type(error).__name__}: {error}"[:2000]}
+    return row | {"shared": compiled.metadata.shared} | resources(compiled, architecture)
+
+
+_recorded: dict[tuple[str, str], list[Call]] = {}
+
+
+def launches(architecture: str, case: str) -> list[Call]:
+    if (architecture, case) not in _recorded:
+        module, _, name = case.partition(":")
+        run = dict(importlib.import_module(f"compile_cases.{module}").cases())[name]
+        with recording(architecture) as calls:
+            run()
+        _recorded[architecture, case] = calls
+    return _recorded[architecture, case]
+
+
+def jobs(architectures: list[str], only: str) -> list[tuple[str, str, int]]:
+    """Every launch of every case that the compiler would tell apart."""
+    found, seen = [], set()
+    modules = sorted(path.stem for path in (HERE / "compile_cases").glob("[!_]*.py"))
+    for architecture in architectures:
+        for module in modules:
+            if only not in module:
+                continue
+            for name, _ in importlib.import_module(f"compile_cases.{module}").cases():
+                case = f"{module}:{name}"
+                for place, call in enumerate(launches(architecture, case)):
+                    key = (architecture, call.kernel.__name__, call.num_warps, call.num_stages, repr(specialise(call)))
+                    if key not in seen:
+                        seen.add(key)
+                        found.append((architecture, case, place))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architectures", nargs="+", choices=ARCHITECTURES)
+    parser.add_argument("--only", default="", help="compile_cases whose name contains this")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    todo = jobs(options.architectures, options.only)
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        for row in pool.imap_unordered(compile_call, todo):
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

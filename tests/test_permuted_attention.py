@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from spot_kernels import permuted_causal_attention, shift_by_order
+from spot_kernels.reference import permuted_attention as reference
 
 PERMUTATIONS = st.integers(1, 33).flatmap(lambda tokens: st.permutations(range(tokens)))
 
@@ -64,6 +65,38 @@ def test_a_token_does_not_see_its_successors():
 def test_gradients():
     order = random_orders(2, 5)
     assert gradcheck(lambda q, k, v: permuted_causal_attention(q, k, v, order), inputs(tokens=5, width=2, grad=True))
+
+
+def test_written_out_gradients_are_those_of_autograd():
+    for order in (random_orders(1, 9)[0], random_orders(2, 9)):
+        tensors = inputs(grad=True)
+        out = permuted_causal_attention(*tensors, order)
+        grad = torch.randn_like(out)
+        expected = torch.autograd.grad(out, tensors, grad)
+        with torch.no_grad():
+            torch.testing.assert_close(reference.attention_gradients(grad, *tensors, order), expected)
+        tokens, bos = (x.detach().requires_grad_() for x in (tensors[0][:, 0], tensors[1][:, 0, 0]))
+        shifted = shift_by_order(tokens, bos, order)
+        expected = torch.autograd.grad(shifted, (tokens, bos), grad[:, 0])
+        assert all(map(torch.equal, reference.shift_gradients(grad[:, 0], order), expected))
+
+
+def test_gradients_of_gradients():
+    order = random_orders(1, 4)[0]
+    tensors = inputs(1, 1, 4, 2, grad=True)
+    assert gradgradcheck(lambda q, k, v: permuted_causal_attention(q, k, v, order), tensors)
+    tokens, bos = tensors[0][0].detach().requires_grad_(), torch.ones(2, dtype=torch.float64, requires_grad=True)
+    assert gradgradcheck(lambda t, b: shift_by_order(t, b, order), (tokens, bos))
+
+
+def test_autocast():
+    q, k, v = inputs(dtype=torch.float32)
+    order = random_orders(1, 9)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = permuted_causal_attention(q, k.bfloat16(), v, order)
+        assert shift_by_order(q[:, 0], q[0, 0, 0], order).dtype == torch.float32
+    expected = permuted_causal_attention(*(x.bfloat16() for x in (q, k, v)), order)
+    assert torch.equal(out, expected)
 
 
 def test_half_precision():
@@ -145,3 +178,29 @@ def test_bad_arguments_are_named():
         shift_by_order(torch.randn(2, 9, 4), torch.randn(3), order)
     with pytest.raises(ValueError, match=r"tokens \(9, 4\) must have the layout"):
         shift_by_order(torch.randn(9, 4), torch.randn(4), order)
+    with pytest.raises(ValueError, match="k is torch.float32 but q is torch.float64"):
+        permuted_causal_attention(q, k.float(), v, order)
+    with pytest.raises(ValueError, match=r"q \(2, 3, 9, 0\) needs at least one head and a width of one"):
+        permuted_causal_attention(*(x[..., :0] for x in (q, k, v)), order)
+    with pytest.raises(ValueError, match="tokens is torch.int64: pass a floating dtype"):
+        shift_by_order(torch.ones(2, 9, 4).long(), torch.randn(4), order)
+    with pytest.raises(ValueError, match="order is on meta but the tokens are on cpu"):
+        permuted_causal_attention(q, k, v, order.to("meta"))
+    with pytest.raises(ValueError, match="bos is on meta but tokens on cpu"):
+        shift_by_order(torch.randn(2, 9, 4), torch.randn(4, device="meta"), order)
+
+
+def test_an_order_is_checked_on_request():
+    q, k, v = inputs()
+    tokens, bos = torch.randn(2, 9, 4), torch.randn(4)
+    good, twice, outside = torch.arange(9).flip(0), torch.arange(9) // 2, torch.arange(1, 10)
+    for order in (good, torch.stack([good, good])):
+        assert torch.equal(
+            permuted_causal_attention(q, k, v, order, check=True), permuted_causal_attention(q, k, v, order)
+        )
+        assert torch.equal(shift_by_order(tokens, bos, order, check=True), shift_by_order(tokens, bos, order))
+    for order in (twice, outside, torch.stack([good, twice])):
+        with pytest.raises(ValueError, match="permuted_causal_attention: order .* is not a permutation of 0 to 8"):
+            permuted_causal_attention(q, k, v, order, check=True)
+        with pytest.raises(ValueError, match="shift_by_order: order .* is not a permutation of 0 to 8"):
+            shift_by_order(tokens, bos, order, check=True)

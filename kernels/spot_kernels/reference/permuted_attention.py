@@ -20,6 +20,11 @@ def permuted_causal_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, order: torch.Tensor
 ) -> torch.Tensor:
     """q, k, v [B, H, N, d] raster, order [N] or [B, N] → out [B, H, N, d] raster; scale d^-1/2."""
+    return _weights(q, k, order).to(v.dtype) @ v
+
+
+def _weights(q: torch.Tensor, k: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The softmax over visible tokens [B, H, N, N], float32 at least."""
     rank = order_rank(order)
     visible = rank.unsqueeze(-2) <= rank.unsqueeze(-1)
     if order.dim() == 2:
@@ -28,8 +33,17 @@ def permuted_causal_attention(
     # float32 at these sizes.
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     hidden = torch.zeros_like(visible, dtype=logits.dtype).masked_fill_(~visible, float("-inf"))
-    weights = (logits + hidden).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
-    return weights.to(v.dtype) @ v
+    return (logits + hidden).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def attention_gradients(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, order: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv of `permuted_causal_attention`, written out; grad [B, H, N, d]."""
+    p = _weights(q, k, order)
+    weighted = p * (grad @ v.transpose(-1, -2))
+    grad_s = ((weighted - p * weighted.sum(-1, keepdim=True)) * q.shape[-1] ** -0.5).to(q.dtype)
+    return grad_s @ k, grad_s.transpose(-1, -2) @ q, p.to(grad.dtype).transpose(-1, -2) @ grad
 
 
 def shift_by_order(tokens: torch.Tensor, bos: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -41,3 +55,12 @@ def shift_by_order(tokens: torch.Tensor, bos: torch.Tensor, order: torch.Tensor)
         shifted = tokens.gather(1, previous.unsqueeze(-1).expand_as(tokens))
     first = (order_rank(order) == 0).unsqueeze(-1)
     return torch.where(first, bos.unsqueeze(-2).to(tokens.dtype), shifted)
+
+
+def shift_gradients(grad: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """dtokens [B, N, D] of `shift_by_order`, and dbos [B, D] for each sample, written out; grad [B, N, D]."""
+    orders = order.expand(len(grad), -1)
+    following = torch.zeros_like(orders).scatter(1, orders, orders.roll(-1, 1))
+    last = (order_rank(orders) == orders.shape[1] - 1).unsqueeze(-1)
+    grad_tokens = grad.gather(1, following.unsqueeze(-1).expand_as(grad)).masked_fill(last, 0)
+    return grad_tokens, grad.gather(1, orders[:, :1, None].expand(-1, -1, grad.shape[2])).squeeze(1)

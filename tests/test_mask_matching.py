@@ -1,4 +1,7 @@
-"""Mask matching, on the native path and on the one without a compiler, against golden and against definitions."""
+"""Mask matching, on the native path and on the one without a compiler, against golden and against definitions.
+
+The kernels have test_mask_matching_kernels.py.
+"""
 
 import numpy as np
 import pytest
@@ -8,18 +11,19 @@ from hypothesis import strategies as st
 
 import golden_tensors
 import spot_kernels
-from spot_kernels import native
+from spot_kernels import dispatch, native
 from spot_kernels.reference import mask_matching as reference
 
 GOLDEN = ["matching.*", "self_training.*.matching*"]
 
 
-@pytest.fixture(params=["native", "fallback"])
-def path(request, monkeypatch):
-    if request.param == "fallback":
-        monkeypatch.setattr(native, "available", lambda: False)
-    elif not native.available():
+@pytest.fixture(params=["native", "torch"])
+def path(request):
+    """The backend that the operators run on."""
+    if request.param == "native" and not dispatch.NATIVE:
         pytest.skip(native.describe())
+    with spot_kernels.use_backend(request.param):
+        yield request.param
 
 
 def _maps(batch: int, tokens: int, slots: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,15 +67,29 @@ def test_assign_masks_equals_the_plain_version(batch, tokens, slots, seed, dtype
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
-def test_both_paths_give_the_same(monkeypatch):
+def test_both_paths_give_the_same():
     """Also where the optimum is not unique: half of the slots are empty here."""
-    if not native.available():
+    if not dispatch.NATIVE:
         pytest.skip(native.describe())
     student, teacher = _maps(64, 49, 5)
-    with_library = spot_kernels.assign_masks(student, teacher, 11)
-    monkeypatch.setattr(native, "available", lambda: False)
-    for found, expected in zip(spot_kernels.assign_masks(student, teacher, 11), with_library, strict=True):
+    results = []
+    for backend in ("native", "torch"):
+        with spot_kernels.use_backend(backend):
+            pairs = spot_kernels.assign_masks(student, teacher, 11)
+            results.append((*pairs, spot_kernels.match_masks(student, teacher, 11)))
+    for found, expected in zip(*results, strict=True):
         assert torch.equal(found, expected)
+
+
+def test_without_a_library_scipy_runs(monkeypatch):
+    monkeypatch.setattr(dispatch, "NATIVE", False)
+    monkeypatch.setattr(native, "_load", lambda: (None, "no native library"))
+    cost = torch.rand(2, 4, 4)
+    assert spot_kernels.chosen_backend("linear_assignment", cost) == "torch"
+    assert torch.equal(spot_kernels.linear_assignment(cost), reference.linear_assignment(cost))
+    student, teacher = _maps(2, 9, 3)
+    assert torch.equal(spot_kernels.match_masks(student, student, 3), student)
+    assert spot_kernels.overlap_counts(student, teacher, 3, 3).sum() == 18
 
 
 def test_match_masks_undoes_a_renaming(path):
@@ -185,11 +203,12 @@ def test_opcheck(path, layout):
     student, teacher = _maps(3, 20, 5)
     if layout == "permuted":
         cost, student, teacher = (x.mT.contiguous().mT for x in (cost, student, teacher))
-    torch.library.opcheck(OPERATORS.linear_assignment.default, (cost,))
-    torch.library.opcheck(OPERATORS.linear_assignment.default, (cost.clone().requires_grad_(),))
-    torch.library.opcheck(OPERATORS.assign_masks.default, (student, teacher, 5))
-    torch.library.opcheck(OPERATORS.overlap_counts.default, (student, teacher, 5, 6, None))
-    torch.library.opcheck(OPERATORS.overlap_counts.default, (student, teacher, 5, 6, student > 2))
+    torch.library.opcheck(OPERATORS.linear_assignment.default, (cost, path))
+    torch.library.opcheck(OPERATORS.linear_assignment.default, (cost.clone().requires_grad_(), path))
+    torch.library.opcheck(OPERATORS.assign_masks.default, (student, teacher, 5, path))
+    torch.library.opcheck(OPERATORS.match_masks.default, (student, teacher, 5, path))
+    torch.library.opcheck(OPERATORS.overlap_counts.default, (student, teacher, 5, 6, None, path))
+    torch.library.opcheck(OPERATORS.overlap_counts.default, (student, teacher, 5, 6, student > 2, path))
 
 
 def test_compiled_in_one_graph(path):

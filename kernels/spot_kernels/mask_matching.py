@@ -4,62 +4,90 @@
     cost[t, s] = 1 - IoU[t, s], 1000 for a teacher mask without a token
     assignment = the one-to-one map of teacher masks to student masks of least total cost
 
-On the CPU the assignment runs in the native library, or in scipy where that was not built; `spot_kernels.native` says
-which. Both are exact and search in the same order, so they also agree where several assignments are optimal. A cost on
-another device is copied to the host and the result back, which waits for the device; everything else stays there.
+On a GPU the counts, the assignment and the renaming run in one kernel, one program an image, without waiting for the
+device, for up to 64 slots; `linear_assignment` likewise for up to 64 rows and columns. On the CPU the native library
+runs, or scipy and PyTorch where it was not built; `chosen_backend` says which. All of them are exact and search in the
+same order, so they also agree where several assignments are optimal. Larger problems on a GPU, and backend torch there,
+copy the cost to the host and the result back, which waits for the device.
+
+Labels and assignments are integers: no gradients flow through these operators.
 """
 
 from __future__ import annotations
 
 import torch
 
-from spot_kernels import checks, native
+from spot_kernels import checks, dispatch, native
 from spot_kernels.reference import mask_matching as reference
 
 EMPTY_TEACHER_COST = 1e3
+# Of the kernels: rows, columns and slots, which lie in registers; tokens, whose counts are exact in float32.
+LARGEST_PROBLEM, MOST_TOKENS = 64, 2**24
 
 
 @torch.library.custom_op("spot_kernels::overlap_counts", mutates_args=())
 def _overlap_counts(
-    a: torch.Tensor, b: torch.Tensor, num_a: int, num_b: int, valid: torch.Tensor | None
+    a: torch.Tensor, b: torch.Tensor, num_a: int, num_b: int, valid: torch.Tensor | None, backend: str
 ) -> torch.Tensor:
-    return _count(("a", "b"), a, b, num_a, num_b, valid)
+    if backend == "triton":
+        from spot_kernels.gpu import mask_matching as kernels
+
+        return kernels.overlap_counts(a, b, num_a, num_b, valid)
+    return _count(("a", "b"), a, b, num_a, num_b, valid, backend)
 
 
 @_overlap_counts.register_fake
-def _(a, b, num_a, num_b, valid):
+def _(a, b, num_a, num_b, valid, backend):
     return a.new_empty((a.shape[0], num_a, num_b), dtype=torch.int64)
 
 
 @torch.library.custom_op("spot_kernels::linear_assignment", mutates_args=())
-def _linear_assignment(cost: torch.Tensor) -> torch.Tensor:
-    return _assign(cost)
+def _linear_assignment(cost: torch.Tensor, backend: str) -> torch.Tensor:
+    if backend == "triton":
+        from spot_kernels.gpu import linear_assignment as kernels
+
+        return kernels.linear_assignment(cost)
+    return _assign(cost, backend)
 
 
 @_linear_assignment.register_fake
-def _(cost):
+def _(cost, backend):
     return cost.new_empty(cost.shape[:2], dtype=torch.int64)
 
 
 @torch.library.custom_op("spot_kernels::assign_masks", mutates_args=())
 def _assign_masks(
-    student: torch.Tensor, teacher: torch.Tensor, num_slots: int
+    student: torch.Tensor, teacher: torch.Tensor, num_slots: int, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    both = _count(("teacher", "student"), teacher, student, num_slots, num_slots)
-    in_teacher, in_student = both.sum(2, keepdim=True), both.sum(1, keepdim=True)
-    iou = both.float() / (in_teacher + in_student - both).clamp_(min=1)
-    cost = (1 - iou).masked_fill_(in_teacher == 0, EMPTY_TEACHER_COST)
-    assignment = _assign(cost)
-    return assignment, iou.gather(2, assignment[:, :, None]).squeeze(2), cost
+    if backend == "triton":
+        from spot_kernels.gpu import mask_matching as kernels
+
+        return kernels.assign_masks(student, teacher, num_slots)
+    return _assign_in_steps(student, teacher, num_slots, backend)
 
 
 @_assign_masks.register_fake
-def _(student, teacher, num_slots):
+def _(student, teacher, num_slots, backend):
     batch = student.shape[0]
     pairs = student.new_empty((batch, num_slots), dtype=torch.int64)
     return pairs, pairs.new_empty(pairs.shape, dtype=torch.float32), pairs.new_empty(
         (batch, num_slots, num_slots), dtype=torch.float32
     )
+
+
+@torch.library.custom_op("spot_kernels::match_masks", mutates_args=())
+def _match_masks(student: torch.Tensor, teacher: torch.Tensor, num_slots: int, backend: str) -> torch.Tensor:
+    if backend == "triton":
+        from spot_kernels.gpu import mask_matching as kernels
+
+        return kernels.match_masks(student, teacher, num_slots)
+    assignment, _, _ = _assign_in_steps(student, teacher, num_slots, backend)
+    return assignment.gather(1, teacher.long())
+
+
+@_match_masks.register_fake
+def _(student, teacher, num_slots, backend):
+    return student.new_empty(student.shape, dtype=torch.int64)
 
 
 def overlap_counts(
@@ -77,7 +105,8 @@ def overlap_counts(
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or size does not fit; on the CPU also labels out of
-            range. Elsewhere, where looking would mean waiting, they give wrong counts or a device-side assertion.
+            range. On a GPU, where looking would mean waiting, the kernel does not count a token with such a label, and
+            backend torch gives wrong counts or a device-side assertion.
     """
     _check_labels("overlap_counts", a=a, b=b)
     if num_a < 1 or num_b < 1:
@@ -87,7 +116,7 @@ def overlap_counts(
             f"overlap_counts: valid is {valid.dtype} {tuple(valid.shape)} on {valid.device}: "
             f"pass bool {tuple(a.shape)} on {a.device}"
         )
-    return _overlap_counts(a, b, num_a, num_b, valid)
+    return _overlap_counts(a, b, num_a, num_b, valid, dispatch.choose("overlap_counts", a))
 
 
 def linear_assignment(cost: torch.Tensor) -> torch.Tensor:
@@ -107,11 +136,15 @@ def linear_assignment(cost: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: naming what is wrong with the cost: its shape, its dtype, NaN, infinity, or values so large that
-            their sums might overflow (beyond ±1e300).
+            their sums might overflow (beyond ±1e300). The kernel does not look before it returns: the rows of a problem
+            with such a value are all -1, and the other problems are not affected.
     """
     checks.floating("linear_assignment", cost=cost)
     checks.shape("linear_assignment", "cost", cost, "[B, R, C]")
-    return _linear_assignment(cost)
+    limit = ""
+    if max(cost.shape[1:]) > LARGEST_PROBLEM:
+        limit = f"cost {tuple(cost.shape)} has more than {LARGEST_PROBLEM} rows or columns"
+    return _linear_assignment(cost, dispatch.choose("linear_assignment", cost, limit))
 
 
 def assign_masks(
@@ -130,22 +163,32 @@ def assign_masks(
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or size does not fit; on the CPU also labels out of
-            range. Elsewhere, where looking would mean waiting, they give wrong counts or a device-side assertion.
+            range. On a GPU, where looking would mean waiting, the kernel leaves out a token that has such a label in
+            either map, and backend torch gives wrong results or a device-side assertion.
     """
-    _check_labels("assign_masks", teacher=teacher, student=student)
-    if num_slots < 1:
-        raise ValueError(f"assign_masks: num_slots is {num_slots}: pass at least 1")
-    return _assign_masks(student, teacher, num_slots)
+    return _assign_masks(student, teacher, num_slots, _choose("assign_masks", student, teacher, num_slots))
 
 
 def match_masks(student: torch.Tensor, teacher: torch.Tensor, num_slots: int) -> torch.Tensor:
     """Teacher labels in the student's numbering: the targets of SPOT's attention loss.
 
     student, teacher: label maps [B, N] of an integer dtype, labels in 0…num_slots-1. Returns [B, N] int64, the student
-    slot that `assign_masks` gives to the teacher's label of each token. Raises ValueError as `assign_masks` does.
+    slot that `assign_masks` gives to the teacher's label of each token. Raises ValueError as `assign_masks` does; where
+    labels out of range are not looked for, the kernel gives -1 to a teacher label out of range.
     """
-    assignment, _, _ = assign_masks(student, teacher, num_slots)
-    return assignment.gather(1, teacher.long())
+    return _match_masks(student, teacher, num_slots, _choose("match_masks", student, teacher, num_slots))
+
+
+def _choose(operator: str, student: torch.Tensor, teacher: torch.Tensor, num_slots: int) -> str:
+    _check_labels(operator, teacher=teacher, student=student)
+    if num_slots < 1:
+        raise ValueError(f"{operator}: num_slots is {num_slots}: pass at least 1")
+    limit = ""
+    if num_slots > LARGEST_PROBLEM:
+        limit = f"num_slots is {num_slots}, more than {LARGEST_PROBLEM}"
+    elif teacher.shape[1] > MOST_TOKENS:
+        limit = f"teacher {tuple(teacher.shape)} has more than {MOST_TOKENS} tokens"
+    return dispatch.choose(operator, student, limit)
 
 
 def _check_labels(operator: str, **labels: torch.Tensor) -> None:
@@ -165,11 +208,28 @@ def _check_labels(operator: str, **labels: torch.Tensor) -> None:
             )
 
 
+def _assign_in_steps(
+    student: torch.Tensor, teacher: torch.Tensor, num_slots: int, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    both = _count(("teacher", "student"), teacher, student, num_slots, num_slots, None, backend)
+    in_teacher, in_student = both.sum(2, keepdim=True), both.sum(1, keepdim=True)
+    iou = both.float() / (in_teacher + in_student - both).clamp_(min=1)
+    cost = (1 - iou).masked_fill_(in_teacher == 0, EMPTY_TEACHER_COST)
+    assignment = _assign(cost, backend)
+    return assignment, iou.gather(2, assignment[:, :, None]).squeeze(2), cost
+
+
 def _count(
-    names: tuple[str, str], a: torch.Tensor, b: torch.Tensor, num_a: int, num_b: int, valid: torch.Tensor | None = None
+    names: tuple[str, str],
+    a: torch.Tensor,
+    b: torch.Tensor,
+    num_a: int,
+    num_b: int,
+    valid: torch.Tensor | None,
+    backend: str,
 ) -> torch.Tensor:
     if a.device.type == "cpu":
-        count = native.overlap_counts if native.available() else reference.overlap_counts
+        count = native.overlap_counts if backend == "native" else reference.overlap_counts
         try:
             return count(a, b, num_a, num_b, valid)
         except ValueError:
@@ -184,11 +244,11 @@ def _count(
     return reference.overlap_counts(a, b, num_a, num_b, valid)
 
 
-def _assign(cost: torch.Tensor) -> torch.Tensor:
+def _assign(cost: torch.Tensor, backend: str) -> torch.Tensor:
     on_host = cost.cpu()
     if on_host.dtype != torch.float64:
         on_host = on_host.float()
-    solve = native.linear_assignment if native.available() else reference.linear_assignment
+    solve = native.linear_assignment if backend == "native" else reference.linear_assignment
     try:
         return solve(on_host).to(cost.device)
     except ValueError:

@@ -1,0 +1,35 @@
+"""Launches of the assignment and mask-matching kernels: every tile and number of warps, wide and tall, the dtypes."""
+
+import torch
+
+from spot_kernels.gpu import linear_assignment, mask_matching
+
+
+def _labels(dtype, batch=64, tokens=196):
+    return torch.empty(batch, tokens, dtype=dtype)
+
+
+def cases():
+    shapes = [(7, 7), (11, 11), (24, 20), (64, 64)]
+    some = shapes[:1]
+    for dtype, sizes in (
+        (torch.float64, shapes), (torch.float32, shapes), (torch.bfloat16, some), (torch.float16, some)
+    ):  # fmt: skip
+        for rows, columns in sizes:
+            cost = torch.empty(64, rows, columns, dtype=dtype)
+            name = f"linear_assignment {rows}x{columns} {dtype}"
+            yield name, lambda cost=cost: linear_assignment.linear_assignment(cost)
+
+    integers = [(torch.int64, (7, 11, 24, 64)), (torch.uint8, (7,)), (torch.int32, (24,))]
+    for dtype, numbers in integers:
+        for slots in numbers:
+            student, teacher = _labels(dtype), _labels(dtype)
+            for operator in (mask_matching.assign_masks, mask_matching.match_masks):
+                name = f"{operator.__name__} {slots} {dtype}"
+                yield name, lambda run=operator, s=student, t=teacher, k=slots: run(s, t, k)
+
+    a, b = _labels(torch.int64, 8, 320 * 320), _labels(torch.uint8, 8, 320 * 320)
+    for num_a, num_b in ((7, 7), (24, 255)):
+        for valid in (None, _labels(torch.bool, 8, 320 * 320)):
+            name = f"overlap_counts {num_a}x{num_b}{'' if valid is None else ' masked'}"
+            yield name, lambda na=num_a, nb=num_b, valid=valid: mask_matching.overlap_counts(a, b, na, nb, valid)

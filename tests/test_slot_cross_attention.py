@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from spot_kernels import slot_cross_attention
+from spot_kernels.reference import slot_cross_attention as reference
 
 
 def inputs(batch=2, heads=3, tokens=9, slots=4, width=5, dtype=torch.float64, grad=False):
@@ -29,6 +30,19 @@ def test_equals_the_formula(batch, heads, tokens, slots, width):
 
 def test_gradients_of_both_results():
     assert gradcheck(slot_cross_attention, inputs(tokens=4, slots=3, heads=2, width=2, grad=True))
+
+
+@pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)])
+def test_written_out_gradients_are_those_of_autograd(which):
+    tensors = inputs(grad=True)
+    outputs = reference.slot_cross_attention(*tensors)
+    given = [torch.randn_like(output) if wanted else None for output, wanted in zip(outputs, which, strict=True)]
+    asked = [i for i in (0, 1) if which[i]]
+    expected = torch.autograd.grad(
+        [outputs[i] for i in asked], tensors, [given[i] for i in asked], materialize_grads=True
+    )  # fmt: skip
+    with torch.no_grad():
+        torch.testing.assert_close(reference.gradients(*given, *tensors), expected)
 
 
 def test_map_only_when_asked_and_the_output_is_the_same():

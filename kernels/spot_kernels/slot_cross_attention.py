@@ -2,21 +2,116 @@
 
     p = softmax over slots of q kᵀ / √d;  out = p v;  map = mean of p over heads
 
-q [B, H, N, d]; k, v [B, H, K, d]; any K ≥ 1; float64, float32, bfloat16 or float16.
+q [B, H, N, d]; k, v [B, H, K, d]; any K ≥ 1; float64, float32, bfloat16 or float16. Saved for the backward pass: q, k
+and v.
 """
 
 from __future__ import annotations
 
 import torch
 
-from spot_kernels import checks
+from spot_kernels import checks, dispatch
 from spot_kernels.reference import slot_cross_attention as reference
+
+_OP = "slot_cross_attention"
+# What the kernels hold in one tile.
+MAX_SLOTS = 64
+
+
+def empty_outputs(q: torch.Tensor, k: torch.Tensor, with_map: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [B, H, N, d], a token's heads side by side in memory for whoever merges them; map [B, N, K], or [0]."""
+    batch, _, tokens, _ = q.shape
+    shape = (batch, tokens, k.shape[2]) if with_map else (0,)
+    return _empty_heads(q), q.new_empty(shape, dtype=torch.float32)
+
+
+def empty_gradients(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of q, k and v in the same layout, which is that of the projections they came from."""
+    return _empty_heads(q), _empty_heads(k), _empty_heads(v)
+
+
+def _empty_heads(like: torch.Tensor) -> torch.Tensor:
+    batch, heads, rows, width = like.shape
+    return like.new_empty((batch, rows, heads, width)).transpose(1, 2)
+
+
+@torch.library.custom_op("spot_kernels::slot_cross_attention", mutates_args=())
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, with_map: bool, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if backend == "triton":
+        from spot_kernels.gpu import slot_cross_attention as kernels
+
+        return kernels.forward(q, k, v, with_map)
+    results = empty_outputs(q, k, with_map)
+    with torch.autocast(q.device.type, enabled=False):
+        out, mean_map = reference.slot_cross_attention(q, k, v)
+    results[0].copy_(out)
+    if with_map:
+        results[1].copy_(mean_map)
+    return results
+
+
+@_forward.register_fake
+def _(q, k, v, with_map, backend):
+    return empty_outputs(q, k, with_map)
+
+
+@torch.library.custom_op("spot_kernels::slot_cross_attention_backward", mutates_args=())
+def _backward(
+    grad_out: torch.Tensor | None,
+    grad_map: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if backend == "triton":
+        from spot_kernels.gpu import slot_cross_attention as kernels
+
+        return kernels.backward(grad_out, grad_map, q, k, v)
+    results = empty_gradients(q, k, v)
+    with torch.autocast(q.device.type, enabled=False):
+        gradients = reference.gradients(grad_out, grad_map, q, k, v)
+    for result, gradient in zip(results, gradients, strict=True):
+        result.copy_(gradient)
+    return results
+
+
+@_backward.register_fake
+def _(grad_out, grad_map, q, k, v, backend):
+    return empty_gradients(q, k, v)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, ctx.with_map, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_out, grad_map):
+    grad_map = grad_map if ctx.with_map else None
+    if grad_out is None and grad_map is None:
+        return None, None, None, None, None
+    return *_backward(grad_out, grad_map, *ctx.saved_tensors, ctx.backend), None, None
+
+
+def _refuse(ctx, *gradients):
+    raise ValueError(f"{_OP}: gradients of gradients are not implemented by its kernels: use backend torch")
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_refuse)
 
 
 def slot_cross_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_map: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Each token attends to all slots (SPOT, section 3.1: the last block's map is the decoder's mask).
+
+    Gradients flow through both results. The kernels take K ≤ 64 slots; beyond that PyTorch runs.
 
     Args:
         q: token queries [B, H, N, d].
@@ -25,17 +120,25 @@ def slot_cross_attention(
 
     Returns:
         out [B, H, N, d] in v's dtype; map [B, N, K], the softmax over slots averaged over heads, float32 (float64 for
-        float64 inputs).
+        float64 inputs). Under torch.autocast the inputs are taken, and out is given, in its dtype.
 
     Raises:
-        ValueError: naming the argument whose shape or dtype does not fit.
+        ValueError: naming the argument whose shape, dtype or device does not fit, or the backend that was asked for and
+            cannot run.
     """
-    checks.floating("slot_cross_attention", q=q, k=k, v=v)
-    checks.shape("slot_cross_attention", "q", q, "[B, H, N, d]")
+    q, k, v = checks.autocast(q, k, v)
+    checks.floating(_OP, q=q, k=k, v=v)
+    checks.shape(_OP, "q", q, "[B, H, N, d]")
     batch, heads, _, width = q.shape
-    checks.shape("slot_cross_attention", "k", k, "[B, H, K, d]", (batch, heads, None, width))
-    checks.shape("slot_cross_attention", "v", v, "[B, H, K, d]", k.shape)
-    if k.shape[2] < 1:
-        raise ValueError(f"slot_cross_attention: k {tuple(k.shape)} needs at least one slot")
-    out, mean_map = reference.slot_cross_attention(q, k, v)
+    checks.shape(_OP, "k", k, "[B, H, K, d]", (batch, heads, None, width))
+    checks.shape(_OP, "v", v, "[B, H, K, d]", k.shape)
+    slots = k.shape[2]
+    if slots < 1 or heads < 1 or width < 1:
+        raise ValueError(f"{_OP}: k {tuple(k.shape)} needs at least one slot, one head and a width of one")
+    limit = f"k {tuple(k.shape)} has more than {MAX_SLOTS} slots" if slots > MAX_SLOTS else ""
+    backend = dispatch.choose(_OP, q, limit)
+    if backend == "torch":
+        out, mean_map = reference.slot_cross_attention(q, k, v)
+    else:
+        out, mean_map = _forward(q, k, v, return_map, backend)
     return out, mean_map if return_map else None

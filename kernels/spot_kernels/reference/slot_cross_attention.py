@@ -20,3 +20,20 @@ def slot_cross_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> t
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     p = logits.to(accumulation_dtype(q)).softmax(-1)
     return p.to(v.dtype) @ v, p.mean(1)
+
+
+def gradients(
+    grad_out: torch.Tensor | None, grad_map: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv as the kernels compute them; None stands for a gradient that is zero."""
+    scale = q.shape[-1] ** -0.5
+    p = ((q * scale) @ k.transpose(-1, -2)).to(accumulation_dtype(q)).softmax(-1)
+    grad_p, grad_v = torch.zeros_like(p), torch.zeros_like(v)
+    if grad_out is not None:
+        grad_p = (grad_out @ v.transpose(-1, -2)).to(p.dtype)
+        grad_v = p.to(v.dtype).transpose(-1, -2) @ grad_out
+    if grad_map is not None:
+        grad_p = grad_p + grad_map.unsqueeze(1) / q.shape[1]
+    weighted = p * grad_p
+    grad_s = ((weighted - p * weighted.sum(-1, keepdim=True)) * scale).to(q.dtype)
+    return grad_s @ k, grad_s.transpose(-1, -2) @ q, grad_v

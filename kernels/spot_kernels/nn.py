@@ -1,78 +1,169 @@
-"""Drop-in modules on the operators: `SlotAttention` and `PermutedDecoder`.
+"""Drop-in modules on the operators: `SlotAttention` with its `InitialSlots`, and `PermutedDecoder`.
 
-Tokens are in raster layout [B, N, D] everywhere; a patch order is an int64 tensor [N] or [B, N] and moves nothing.
+Tokens are in raster layout [B, N, D] everywhere. The options of `SlotAttention` cover the published
+variants: `VARIANTS` lists them, and `spot_kernels.name_maps` knows their parameters by name.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spot_kernels.permuted_attention import permuted_causal_attention
+from spot_kernels import dispatch
+from spot_kernels.gru_norm import gru_norm
+from spot_kernels.layers import ACTIVATIONS, check_heads, linear, merge_heads, mlp, split_heads
+from spot_kernels.name_maps import from_state_dict_of
+from spot_kernels.permuted_decoder import (
+    PermutedDecoder,
+    PermutedDecoderBlock,
+    PermutedSelfAttention,
+    SlotCrossAttention,
+)
 from spot_kernels.slot_attention import slot_attention_step
-from spot_kernels.slot_cross_attention import slot_cross_attention
+
+__all__ = [
+    "VARIANTS",
+    "InitialSlots",
+    "PermutedDecoder",
+    "PermutedDecoderBlock",
+    "PermutedSelfAttention",
+    "SlotAttention",
+    "SlotCrossAttention",
+    "linear",
+    "mlp",
+]
 
 TRUNCATIONS = ("none", "fixed_point", "bi_level")
+INITIALS = ("gaussian", "slot_gaussian", "learned")
+SPREADS = ("exp", "softplus", "abs")
+# Keeps the mean over tokens defined where every weight of a slot has underflowed; no other sum notices it.
+_TINY = 1e-30
+
+# What `SlotAttention.like` sets; every option that is not named has the default of `SlotAttention`.
+VARIANTS: dict[str, dict[str, Any]] = {
+    # Locatello et al. 2020; Keras layer norms have eps 1e-3
+    "locatello": {"norm_eps": 1e-3, "initial": "gaussian"},
+    # a widely used PyTorch port of it
+    "lucidrains": {"bias": True, "initial": "gaussian"},
+    # Singh et al. 2021
+    "slate": {"initial": "gaussian"},
+    # Singh et al. 2022: between iterations only is there an MLP
+    "steve": {"iterations": 2, "mlp_last": False, "initial": "gaussian"},
+    # Seitzer et al. 2023
+    "dinosaur": {"initial": "gaussian"},
+    # Jia et al. 2023
+    "bo_qsa": {"eps": 1.0, "eps_in": "sum", "truncation": "bi_level", "drop_path": 0.2, "initial": "learned"},
+    # Kipf et al. 2021, the corrector; Flax layer norms have eps 1e-6, several heads do not compete with one another
+    "savi": {"iterations": 1, "eps_in": "sum", "norm_eps": 1e-6, "joint_heads": False},
+    # the PyTorch SAVi of Wu et al. 2022
+    "slotformer": {"iterations": 2, "eps": 1e-6},
+    # Kakogeorgiou et al. 2024
+    "spot": {"initial": "gaussian"},
+}
 
 
-def linear(
-    inputs: int, outputs: int, *, bias: bool = True, init: str = "xavier", gain: float = 1.0, parts: int = 1
-) -> nn.Linear:
-    """Linear layer with zero bias and `xavier` or `kaiming` (for a ReLU behind it) uniform weights times `gain`.
+def _known(name: str, value: str, options: Iterable[str]) -> None:
+    if value not in options:
+        raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(options)}")
 
-    `parts` > 1: that many layers of outputs/parts rows each, initialised one by one and stored under one another.
+
+class InitialSlots(nn.Module):
+    """The slots before the first iteration.
+
+    Args:
+        slot_dim: width U of the slots.
+        kind: `gaussian`: drawn around one learned `mean` for all slots, with one learned `scale`; `slot_gaussian`: a
+            mean and scale for each slot; `learned`: the mean of each slot itself. Noise is drawn at evaluation, too.
+        num_slots: K. Any number of slots may be asked of a `gaussian`, this one is its default.
+        spread: what gives the standard deviation from `scale`: exp (scale is its logarithm), softplus or abs.
     """
-    layer = nn.Linear(inputs, outputs, bias=bias)
-    for weight in layer.weight.data.chunk(parts):
-        if init == "kaiming":
-            nn.init.kaiming_uniform_(weight, nonlinearity="relu")
-        else:
-            nn.init.xavier_uniform_(weight)
-        weight *= gain
-    if bias:
-        nn.init.zeros_(layer.bias)
-    return layer
 
+    def __init__(self, slot_dim: int, kind: str = "gaussian", *, num_slots: int | None = None, spread: str = "exp"):
+        super().__init__()
+        _known("initial", kind, INITIALS)
+        _known("spread", spread, SPREADS)
+        if kind != "gaussian" and num_slots is None:
+            raise ValueError(f"initial={kind!r} has parameters for each slot: pass num_slots")
+        if num_slots is not None and num_slots < 1:
+            raise ValueError(f"num_slots={num_slots}: pass at least 1")
+        self.kind, self.num_slots, self.spread = kind, num_slots, spread
+        shape = (1, 1 if kind == "gaussian" else num_slots, slot_dim)
+        self.mean = nn.Parameter(torch.empty(shape))
+        nn.init.xavier_uniform_(self.mean if kind == "gaussian" else self.mean.data[0])
+        if kind != "learned":
+            # a standard deviation of about 1, whatever the parametrisation
+            self.scale = nn.Parameter(torch.full(shape, {"exp": 0.0, "softplus": 0.5413, "abs": 1.0}[spread]))
+            if spread == "exp":
+                nn.init.xavier_uniform_(self.scale if kind == "gaussian" else self.scale.data[0])
 
-def mlp(inputs: int, hidden: int, outputs: int, *, gain: float = 1.0) -> nn.Sequential:
-    """Linear (kaiming), ReLU, Linear (xavier × gain)."""
-    return nn.Sequential(
-        linear(inputs, hidden, init="kaiming"), nn.ReLU(), linear(hidden, outputs, gain=gain)
-    )
+    def forward(
+        self, batch: int, num_slots: int | None = None, *, noise: torch.Tensor | None = None, jitter: float = 0.0
+    ) -> torch.Tensor:
+        """Initial slots [B, K, U].
 
-
-def _split(tokens: torch.Tensor, heads: int) -> torch.Tensor:
-    """[B, N, D] → [B, H, N, d], a view."""
-    return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _merge(tokens: torch.Tensor) -> torch.Tensor:
-    """[B, H, N, d] → [B, N, D]."""
-    return tokens.transpose(1, 2).flatten(2)
-
-
-def _check_heads(name: str, width: int, heads: int) -> None:
-    if heads < 1 or width % heads:
-        raise ValueError(f"{name}={heads} does not divide the width {width}: choose a divisor")
+        noise: the standard-normal draw [B, K, U]; None draws it here. jitter: of `learned` slots only, their standard
+        deviation in units of their own mean (BO-QSA lowers it from 1 to 0 during training). ValueError for a number
+        of slots that the parameters do not have, or noise of another shape.
+        """
+        num_slots = num_slots if num_slots is not None else self.num_slots
+        if num_slots is None:
+            raise ValueError("initial slots: pass num_slots, to this call or to the constructor")
+        if self.kind != "gaussian" and num_slots != self.num_slots:
+            raise ValueError(f"initial slots: num_slots={num_slots}, but there are parameters for {self.num_slots}")
+        mean = self.mean.expand(batch, num_slots, -1)
+        if self.kind == "learned" and not jitter:
+            return mean
+        if noise is None:
+            noise = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device)
+        elif noise.shape != mean.shape:
+            raise ValueError(f"initial slots: noise {tuple(noise.shape)} must be {tuple(mean.shape)}")
+        if self.kind == "learned":
+            return mean + noise * jitter * mean.detach()
+        spread = {"exp": torch.exp, "softplus": F.softplus, "abs": torch.abs}[self.spread]
+        return mean + spread(self.scale) * noise
 
 
 class SlotAttention(nn.Module):
-    """Slot attention (SPOT, section 3.1; Locatello et al., 2020, algorithm 1).
+    """Slot attention (Locatello et al., 2020, algorithm 1), by default as in SPOT, section 3.1.
 
-    k and v are bias-free projections of LN(inputs), k scaled by (slot_dim / heads)^-1/2. Each iteration attends with
-    q = bias-free projection of LN(slots), feeds the updates to a GRU whose hidden state is the slots, and adds an MLP
-    of LN(slots).
+    k and v are projections of LN(inputs), k scaled. Each iteration attends with q = projection of LN(slots), feeds the
+    updates to a GRU whose hidden state is the slots, and adds an MLP of LN(slots). `SlotAttention.like` sets the
+    options as a published variant has them.
 
     Args:
         input_dim: width D of the inputs.
         slot_dim: width U of the slots.
-        mlp_hidden: hidden width of the slot MLP.
-        heads: attention heads; the softmax runs over heads × slots jointly.
-        iterations: how often the slots are refined, at least 1.
+        mlp_hidden: hidden width of the slot MLP; None: no MLP.
+        heads: attention heads.
+        iterations: how often the slots are refined, at least 1; a call may say otherwise.
         truncation: which way gradients go. `none`: through all iterations; `fixed_point`: through the last one only;
             `bi_level`: as fixed_point, and straight through to the initial slots as well (BO-QSA).
-        eps: added to the attention before it is normalised over tokens.
+        eps: keeps the mean over tokens defined.
+        eps_in: `weights`: eps is added to the attention before it is normalised over tokens; `sum`: to its sum only.
+        joint_heads: whether the softmax runs over heads × slots jointly, or over the slots of each head.
+        inner_dim: width of q, k and v; None = slot_dim.
+        out_dim: width of a projection, with bias, of the updates of all heads; None: there is none.
+        bias: whether the projections to q, k and v have a bias.
+        scale: of the logits; None = (inner_dim / heads)^-1/2.
+        update: `gru`; without one the updates `replace` the slots or are added to them (`residual`).
+        activation: `relu` or `gelu`, of the MLP.
+        mlp_norm: `pre`: slots + MLP(LN(slots)); `post`: LN(slots + MLP(slots)); `none`: slots + MLP(slots).
+        mlp_residual: False: without the `slots +`.
+        mlp_last: whether the MLP also follows the last iteration (not in STEVE).
+        drop_path: in training, the probability for a sample that an iteration leaves out its MLP; the others are
+            scaled up (BO-QSA).
+        norm_eps: eps of every LayerNorm.
+        initial: `gaussian`, `slot_gaussian` or `learned`: the module owns `InitialSlots`, as `initial`; None: it does
+            not, and initial slots are passed to each call.
+        num_slots: K, see `InitialSlots`.
+        spread: see `InitialSlots`.
+
+    Raises:
+        ValueError: naming the option that does not exist or does not fit the others.
     """
 
     def __init__(
@@ -80,52 +171,126 @@ class SlotAttention(nn.Module):
         input_dim: int,
         slot_dim: int,
         *,
-        mlp_hidden: int,
+        mlp_hidden: int | None,
         heads: int = 1,
         iterations: int = 3,
         truncation: str = "none",
         eps: float = 1e-8,
+        eps_in: str = "weights",
+        joint_heads: bool = True,
+        inner_dim: int | None = None,
+        out_dim: int | None = None,
+        bias: bool = False,
+        scale: float | None = None,
+        update: str = "gru",
+        activation: str = "relu",
+        mlp_norm: str = "pre",
+        mlp_residual: bool = True,
+        mlp_last: bool = True,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-5,
+        initial: str | None = None,
+        num_slots: int | None = None,
+        spread: str = "exp",
     ):
         super().__init__()
-        _check_heads("heads", slot_dim, heads)
-        if iterations < 1:
-            raise ValueError(f"iterations={iterations}: slot attention needs at least one")
-        if truncation not in TRUNCATIONS:
-            raise ValueError(f"truncation={truncation!r} is unknown: use one of {', '.join(TRUNCATIONS)}")
+        inner_dim = inner_dim or slot_dim
+        check_heads("heads", inner_dim, heads)
+        _check_iterations(iterations)
+        _known("truncation", truncation, TRUNCATIONS)
+        _known("eps_in", eps_in, ("weights", "sum"))
+        _known("update", update, ("gru", "residual", "replace"))
+        _known("activation", activation, ACTIVATIONS)
+        _known("mlp_norm", mlp_norm, ("pre", "post", "none"))
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path={drop_path} must be a probability below 1")
+        if update != "gru" and (out_dim or inner_dim) != slot_dim:
+            raise ValueError(
+                f"update={update!r} needs updates as wide as the slots, {slot_dim}: inner_dim is {inner_dim}, "
+                f"out_dim {out_dim}"
+            )
         self.heads, self.iterations, self.truncation, self.eps = heads, iterations, truncation, eps
-        self.scale = (slot_dim // heads) ** -0.5
-        self.norm_inputs = nn.LayerNorm(input_dim)
-        self.norm_slots = nn.LayerNorm(slot_dim)
-        self.norm_mlp = nn.LayerNorm(slot_dim)
-        self.project_q = linear(slot_dim, slot_dim, bias=False)
-        self.project_k = linear(input_dim, slot_dim, bias=False)
-        self.project_v = linear(input_dim, slot_dim, bias=False)
-        self.gru = nn.GRUCell(slot_dim, slot_dim)
-        nn.init.xavier_uniform_(self.gru.weight_ih)
-        nn.init.orthogonal_(self.gru.weight_hh)
-        nn.init.zeros_(self.gru.bias_ih)
-        nn.init.zeros_(self.gru.bias_hh)
-        self.mlp = mlp(slot_dim, mlp_hidden, slot_dim)
+        self.eps_in, self.joint_heads, self.update = eps_in, joint_heads or heads == 1, update
+        self.mlp_norm, self.mlp_residual, self.mlp_last = mlp_norm, mlp_residual, mlp_last
+        self.drop_path = drop_path
+        self.scale = (inner_dim // heads) ** -0.5 if scale is None else scale
+        self.norm_inputs = nn.LayerNorm(input_dim, eps=norm_eps)
+        self.norm_slots = nn.LayerNorm(slot_dim, eps=norm_eps)
+        self.norm_mlp = None if mlp_hidden is None or mlp_norm == "none" else nn.LayerNorm(slot_dim, eps=norm_eps)
+        self.project_q = linear(slot_dim, inner_dim, bias=bias)
+        self.project_k = linear(input_dim, inner_dim, bias=bias)
+        self.project_v = linear(input_dim, inner_dim, bias=bias)
+        self.project_out = None if out_dim is None else linear(inner_dim, out_dim)
+        self.gru = nn.GRUCell(out_dim or inner_dim, slot_dim) if update == "gru" else None
+        if self.gru is not None:
+            nn.init.xavier_uniform_(self.gru.weight_ih)
+            nn.init.orthogonal_(self.gru.weight_hh)
+            nn.init.zeros_(self.gru.bias_ih)
+            nn.init.zeros_(self.gru.bias_hh)
+        self.mlp = None if mlp_hidden is None else mlp(slot_dim, mlp_hidden, slot_dim, activation=activation)
+        self.initial = None if initial is None else InitialSlots(slot_dim, initial, num_slots=num_slots, spread=spread)
 
-    def _refine(
-        self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, last: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        q = _split(self.project_q(self.norm_slots(slots)), self.heads)
-        updates, attn, logits = slot_attention_step(q, k, v, eps=self.eps, return_attn=last, return_logits=last)
-        slots = self.gru(_merge(updates).flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
-        return slots + self.mlp(self.norm_mlp(slots)), attn, logits
+    @classmethod
+    def like(
+        cls, variant: str, input_dim: int, slot_dim: int, *, mlp_hidden: int | None, **options: Any
+    ) -> SlotAttention:
+        """The module with the options of a published variant, one of `VARIANTS`; `options` go before the variant's.
 
-    def forward(self, inputs: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        Widths, heads and numbers of slots are the caller's, as they are the checkpoint's.
+        """
+        _known("variant", variant, VARIANTS)
+        options = {**VARIANTS[variant], **options}
+        heads = options.get("heads", 1)
+        if variant == "savi" and heads > 1:
+            # its heads are concatenated and projected to the width of one
+            options.setdefault("out_dim", (options.get("inner_dim") or slot_dim) // heads)
+        return cls(input_dim, slot_dim, mlp_hidden=mlp_hidden, **options)
+
+    def load_variant(
+        self, variant: str, state: Mapping[str, Any], *, prefix: str = "", initial_prefix: str | None = None
+    ) -> None:
+        """Loads the parameters of a published implementation, by its own names: see `from_state_dict_of`.
+
+        Raises ValueError naming parameters that are unknown, missing or of another shape than this module's; those of
+        the initialiser, too, if the module owns one.
+        """
+        found = from_state_dict_of(variant, state, prefix=prefix, initial_prefix=initial_prefix)
+        own = self.state_dict()
+        missing, unknown = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+        if missing or unknown:
+            raise ValueError(
+                f"{variant} state does not fit this module's options: missing {', '.join(missing) or 'nothing'}; "
+                f"without a place {', '.join(unknown) or 'nothing'}"
+            )
+        for name, value in found.items():
+            if value.shape != own[name].shape:
+                raise ValueError(f"{variant} state: {name} {tuple(value.shape)} must be {tuple(own[name].shape)}")
+        self.load_state_dict(found)
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        slots: torch.Tensor | None = None,
+        *,
+        num_slots: int | None = None,
+        iterations: int | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """inputs [B, N, D], initial slots [B, K, U] → slots [B, K, U], attn [B, N, K], logits [B, H, N, K].
 
-        attn (summed over heads) and logits are those of the last iteration, before its GRU update.
+        attn (summed over heads; averaged where each head has its own softmax) and logits are those of the last
+        iteration, before its update. Without `slots` the initialiser makes them, with `num_slots` and `noise` as
+        `InitialSlots` takes them. iterations: instead of the module's.
         """
+        slots = self._initial(inputs.shape[0], slots, num_slots, noise)
+        iterations = self.iterations if iterations is None else iterations
+        _check_iterations(iterations)
         inputs = self.norm_inputs(inputs)
-        k = _split(self.project_k(inputs) * self.scale, self.heads)
-        v = _split(self.project_v(inputs), self.heads)
+        k = self._split(self.project_k(inputs) * self.scale)
+        v = self._split(self.project_v(inputs))
         initial = slots
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.truncation == "none"):
-            for _ in range(self.iterations - 1):
+            for _ in range(iterations - 1):
                 slots, _, _ = self._refine(k, v, slots, last=False)
         if self.truncation != "none":
             slots = slots.detach()
@@ -134,117 +299,80 @@ class SlotAttention(nn.Module):
             slots = slots + (initial - initial.detach())
         return self._refine(k, v, slots, last=True)
 
+    def _initial(
+        self, batch: int, slots: torch.Tensor | None, num_slots: int | None, noise: torch.Tensor | None
+    ) -> torch.Tensor:
+        if slots is None:
+            if self.initial is None:
+                raise ValueError("slot attention: pass initial slots, or build the module with initial=…")
+            return self.initial(batch, num_slots, noise=noise)
+        if num_slots is not None or noise is not None:
+            raise ValueError("slot attention: slots were passed, so num_slots and noise say nothing: drop them")
+        return slots
 
-class PermutedSelfAttention(nn.Module):
-    """Bias-free multi-head self-attention, causal in a given order; without an order every token sees all."""
+    def _split(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, N, inner] → [B, H, N, d], or [B·H, 1, N, d] where heads do not compete with one another."""
+        tokens = split_heads(tokens, self.heads)
+        return tokens if self.joint_heads else tokens.flatten(0, 1).unsqueeze(1)
 
-    def __init__(self, dim: int, heads: int, *, gain: float):
-        super().__init__()
-        _check_heads("heads", dim, heads)
-        self.heads = heads
-        self.project_qkv = linear(dim, 3 * dim, bias=False, parts=3)
-        self.project_o = linear(dim, dim, bias=False, gain=gain)
+    def _refine(
+        self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, last: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """One iteration. k (scaled) and v as `_split` gives them; attn and logits come with the last one."""
+        updates, attn, logits = self._attend(k, v, slots, last)
+        if self.project_out is not None:
+            updates = self.project_out(updates)
+        return self._update(updates, slots, self.mlp is not None and (self.mlp_last or not last)), attn, logits
 
-    def forward(self, tokens: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-        q, k, v = (_split(part, self.heads) for part in self.project_qkv(tokens).chunk(3, -1))
-        if order is None:
-            out = F.scaled_dot_product_attention(q, k, v)
+    def _attend(
+        self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, last: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        q = self._split(self.project_q(self.norm_slots(slots)))
+        in_sum, joint = self.eps_in == "sum", q.shape[1] > 1
+        updates, attn, logits = slot_attention_step(
+            q, k, v, eps=_TINY if in_sum else self.eps,
+            return_attn=last or in_sum and not joint, return_logits=last or in_sum and joint,
+        )  # fmt: skip
+        if in_sum:
+            # Σ a v / (Σ a + eps) = Σ a v / Σ a · Σ a / (Σ a + eps)
+            weights = logits.transpose(1, 2).flatten(2).softmax(-1) if joint else attn
+            sums = weights.sum(1).view(*updates.shape[:3], 1)
+            updates = updates * (sums / (sums + self.eps)).to(updates.dtype)
+        if not self.joint_heads:
+            size = (slots.shape[0], self.heads)
+            updates = updates.squeeze(1).unflatten(0, size)
+            if last:
+                attn, logits = attn.unflatten(0, size).mean(1), logits.squeeze(1).unflatten(0, size)
+        return merge_heads(updates), attn if last else None, logits if last else None
+
+    def _update(self, updates: torch.Tensor, slots: torch.Tensor, with_mlp: bool) -> torch.Tensor:
+        pre, normed = with_mlp and self.mlp_norm == "pre", None
+        if self.gru is None:
+            slots = updates if self.update == "replace" else slots + updates
+        elif pre and dispatch.choose("gru_norm", updates) == "triton":
+            slots, normed = self._gru_norm(updates, slots)
         else:
-            out = permuted_causal_attention(q, k, v, order)
-        return self.project_o(_merge(out))
+            slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
+        if not with_mlp:
+            return slots
+        if pre and normed is None:
+            normed = self.norm_mlp(slots)
+        change = self.mlp(normed if pre else slots)
+        if self.training and self.drop_path:
+            keep = 1 - self.drop_path
+            change = change * (change.new_empty(change.shape[0], 1, 1).bernoulli_(keep) / keep)
+        slots = slots + change if self.mlp_residual else change
+        return self.norm_mlp(slots) if self.mlp_norm == "post" else slots
+
+    def _gru_norm(self, updates: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """New slots and their LayerNorm: what lies between the GRU's products and the MLP in one kernel."""
+        gru, norm, hidden = self.gru, self.norm_mlp, slots.flatten(0, 1)
+        gates_input = F.linear(updates.flatten(0, 1), gru.weight_ih, gru.bias_ih)
+        gates_hidden = F.linear(hidden, gru.weight_hh, gru.bias_hh)
+        new, normed = gru_norm(gates_input, gates_hidden, hidden, norm.weight, norm.bias, norm.eps)
+        return new.view_as(slots), normed.view_as(slots)
 
 
-class SlotCrossAttention(nn.Module):
-    """Bias-free multi-head attention of tokens to slots; gives the map averaged over heads when asked."""
-
-    def __init__(self, dim: int, heads: int, *, gain: float):
-        super().__init__()
-        _check_heads("cross_heads", dim, heads)
-        self.heads = heads
-        self.project_q = linear(dim, dim, bias=False)
-        self.project_k = linear(dim, dim, bias=False)
-        self.project_v = linear(dim, dim, bias=False)
-        self.project_o = linear(dim, dim, bias=False, gain=gain)
-
-    def forward(
-        self, tokens: torch.Tensor, slots: torch.Tensor, *, return_map: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        q = _split(self.project_q(tokens), self.heads)
-        k = _split(self.project_k(slots), self.heads)
-        v = _split(self.project_v(slots), self.heads)
-        out, mean_map = slot_cross_attention(q, k, v, return_map=return_map)
-        return self.project_o(_merge(out)), mean_map
-
-
-class PermutedDecoderBlock(nn.Module):
-    """Pre-norm transformer block: causal self-attention in an order, cross-attention to slots, FFN (ReLU, 4 × dim).
-
-    `first`: the self-attention's LayerNorm replaces the residual stream, x ← LN(x); x ← x + SA(x), as in the first
-    block of the official decoder.
-    """
-
-    def __init__(self, dim: int, heads: int, cross_heads: int, *, gain: float, first: bool):
-        super().__init__()
-        self.first = first
-        self.norm_self = nn.LayerNorm(dim)
-        self.self_attention = PermutedSelfAttention(dim, heads, gain=gain)
-        self.norm_cross = nn.LayerNorm(dim)
-        self.cross_attention = SlotCrossAttention(dim, cross_heads, gain=gain)
-        self.norm_ffn = nn.LayerNorm(dim)
-        self.ffn = mlp(dim, 4 * dim, dim, gain=gain)
-
-    def forward(
-        self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None, *, return_map: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """tokens [B, N, D], slots [B, K, D] → tokens [B, N, D], cross-attention map [B, N, K] or None."""
-        tokens, mean_map = self.attend(tokens, slots, order, return_map=return_map)
-        return tokens + self.ffn(self.norm_ffn(tokens)), mean_map
-
-    def attend(
-        self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None, *, return_map: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The block without its FFN: all that the map needs."""
-        normed = self.norm_self(tokens)
-        tokens = (normed if self.first else tokens) + self.self_attention(normed, order)
-        out, mean_map = self.cross_attention(self.norm_cross(tokens), slots, return_map=return_map)
-        return tokens + out, mean_map
-
-
-class PermutedDecoder(nn.Module):
-    """Stack of `PermutedDecoderBlock` with a final LayerNorm (SPOT, section 3.1).
-
-    Args:
-        dim: width D of tokens and slots.
-        blocks: how many blocks.
-        heads: heads of every self-attention and of the first block's cross-attention.
-        cross_heads: heads of the cross-attention in the blocks after the first; None = heads.
-    """
-
-    def __init__(self, dim: int, *, blocks: int, heads: int, cross_heads: int | None = None):
-        super().__init__()
-        if blocks < 1:
-            raise ValueError(f"blocks={blocks}: the decoder needs at least one")
-        gain = (3 * blocks) ** -0.5
-        self.blocks = nn.ModuleList(
-            PermutedDecoderBlock(dim, heads, heads if i == 0 else cross_heads or heads, gain=gain, first=i == 0)
-            for i in range(blocks)
-        )
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(
-        self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """tokens [B, N, D], slots [B, K, D], order [N] or [B, N] (None: no causal mask) → out [B, N, D], map [B, N, K].
-
-        The map is the last block's cross-attention softmax averaged over heads.
-        """
-        for block in self.blocks[:-1]:
-            tokens, _ = block(tokens, slots, order)
-        tokens, mean_map = self.blocks[-1](tokens, slots, order, return_map=True)
-        return self.norm(tokens), mean_map
-
-    def masks(self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-        """The map [B, N, K] of `forward` alone, without the work behind it: what a teacher is asked for."""
-        for block in self.blocks[:-1]:
-            tokens, _ = block(tokens, slots, order)
-        return self.blocks[-1].attend(tokens, slots, order, return_map=True)[1]
+def _check_iterations(iterations: int) -> None:
+    if iterations < 1:
+        raise ValueError(f"iterations={iterations}: slot attention needs at least one")

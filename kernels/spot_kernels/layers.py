@@ -1,0 +1,49 @@
+"""Pieces that the modules share: initialised linear layers and MLPs, splitting into heads and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
+
+
+def linear(
+    inputs: int, outputs: int, *, bias: bool = True, init: str = "xavier", gain: float = 1.0, parts: int = 1
+) -> nn.Linear:
+    """Linear layer with zero bias and `xavier` or `kaiming` (for a ReLU behind it) uniform weights times `gain`.
+
+    `parts` > 1: that many layers of outputs/parts rows each, initialised one by one and stored under one another.
+    """
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    for weight in layer.weight.data.chunk(parts):
+        if init == "kaiming":
+            nn.init.kaiming_uniform_(weight, nonlinearity="relu")
+        else:
+            nn.init.xavier_uniform_(weight)
+        weight *= gain
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(inputs: int, hidden: int, outputs: int, *, gain: float = 1.0, activation: str = "relu") -> nn.Sequential:
+    """Linear (kaiming), ReLU or GELU, Linear (xavier × gain)."""
+    return nn.Sequential(
+        linear(inputs, hidden, init="kaiming"), ACTIVATIONS[activation](), linear(hidden, outputs, gain=gain)
+    )
+
+
+def split_heads(tokens: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, N, D] → [B, H, N, d], a view."""
+    return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(tokens: torch.Tensor) -> torch.Tensor:
+    """[B, H, N, d] → [B, N, D]."""
+    return tokens.transpose(1, 2).flatten(2)
+
+
+def check_heads(name: str, width: int, heads: int) -> None:
+    if heads < 1 or width % heads:
+        raise ValueError(f"{name}={heads} does not divide the width {width}: choose a divisor")

@@ -1,0 +1,129 @@
+"""The decoder's modules: transformer blocks that decode patch tokens in any order while they stay in raster layout.
+
+Tokens are [B, N, D]; a patch order is an int64 tensor [N] or [B, N] and moves nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from spot_kernels.layers import check_heads, linear, merge_heads, mlp, split_heads
+from spot_kernels.permuted_attention import permuted_causal_attention
+from spot_kernels.slot_cross_attention import slot_cross_attention
+
+
+class PermutedSelfAttention(nn.Module):
+    """Bias-free multi-head self-attention, causal in a given order; without an order every token sees all."""
+
+    def __init__(self, dim: int, heads: int, *, gain: float):
+        super().__init__()
+        check_heads("heads", dim, heads)
+        self.heads = heads
+        self.project_qkv = linear(dim, 3 * dim, bias=False, parts=3)
+        self.project_o = linear(dim, dim, bias=False, gain=gain)
+
+    def forward(self, tokens: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+        q, k, v = (split_heads(part, self.heads) for part in self.project_qkv(tokens).chunk(3, -1))
+        if order is None:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = permuted_causal_attention(q, k, v, order)
+        return self.project_o(merge_heads(out))
+
+
+class SlotCrossAttention(nn.Module):
+    """Bias-free multi-head attention of tokens to slots; gives the map averaged over heads when asked."""
+
+    def __init__(self, dim: int, heads: int, *, gain: float):
+        super().__init__()
+        check_heads("cross_heads", dim, heads)
+        self.heads = heads
+        self.project_q = linear(dim, dim, bias=False)
+        self.project_k = linear(dim, dim, bias=False)
+        self.project_v = linear(dim, dim, bias=False)
+        self.project_o = linear(dim, dim, bias=False, gain=gain)
+
+    def forward(
+        self, tokens: torch.Tensor, slots: torch.Tensor, *, return_map: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        q = split_heads(self.project_q(tokens), self.heads)
+        k = split_heads(self.project_k(slots), self.heads)
+        v = split_heads(self.project_v(slots), self.heads)
+        out, mean_map = slot_cross_attention(q, k, v, return_map=return_map)
+        return self.project_o(merge_heads(out)), mean_map
+
+
+class PermutedDecoderBlock(nn.Module):
+    """Pre-norm transformer block: causal self-attention in an order, cross-attention to slots, FFN (ReLU, 4 × dim).
+
+    `first`: the self-attention's LayerNorm replaces the residual stream, x ← LN(x); x ← x + SA(x), as in the first
+    block of the official decoder.
+    """
+
+    def __init__(self, dim: int, heads: int, cross_heads: int, *, gain: float, first: bool):
+        super().__init__()
+        self.first = first
+        self.norm_self = nn.LayerNorm(dim)
+        self.self_attention = PermutedSelfAttention(dim, heads, gain=gain)
+        self.norm_cross = nn.LayerNorm(dim)
+        self.cross_attention = SlotCrossAttention(dim, cross_heads, gain=gain)
+        self.norm_ffn = nn.LayerNorm(dim)
+        self.ffn = mlp(dim, 4 * dim, dim, gain=gain)
+
+    def forward(
+        self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None, *, return_map: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """tokens [B, N, D], slots [B, K, D] → tokens [B, N, D], cross-attention map [B, N, K] or None."""
+        tokens, mean_map = self.attend(tokens, slots, order, return_map=return_map)
+        return tokens + self.ffn(self.norm_ffn(tokens)), mean_map
+
+    def attend(
+        self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None, *, return_map: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The block without its FFN: all that the map needs."""
+        normed = self.norm_self(tokens)
+        tokens = (normed if self.first else tokens) + self.self_attention(normed, order)
+        out, mean_map = self.cross_attention(self.norm_cross(tokens), slots, return_map=return_map)
+        return tokens + out, mean_map
+
+
+class PermutedDecoder(nn.Module):
+    """Stack of `PermutedDecoderBlock` with a final LayerNorm (SPOT, section 3.1).
+
+    Args:
+        dim: width D of tokens and slots.
+        blocks: how many blocks.
+        heads: heads of every self-attention and of the first block's cross-attention.
+        cross_heads: heads of the cross-attention in the blocks after the first; None = heads.
+    """
+
+    def __init__(self, dim: int, *, blocks: int, heads: int, cross_heads: int | None = None):
+        super().__init__()
+        if blocks < 1:
+            raise ValueError(f"blocks={blocks}: the decoder needs at least one")
+        gain = (3 * blocks) ** -0.5
+        self.blocks = nn.ModuleList(
+            PermutedDecoderBlock(dim, heads, heads if i == 0 else cross_heads or heads, gain=gain, first=i == 0)
+            for i in range(blocks)
+        )
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(
+        self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """tokens [B, N, D], slots [B, K, D], order [N] or [B, N] (None: no causal mask) → out [B, N, D], map [B, N, K].
+
+        The map is the last block's cross-attention softmax averaged over heads.
+        """
+        for block in self.blocks[:-1]:
+            tokens, _ = block(tokens, slots, order)
+        tokens, mean_map = self.blocks[-1](tokens, slots, order, return_map=True)
+        return self.norm(tokens), mean_map
+
+    def masks(self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+        """The map [B, N, K] of `forward` alone, without the work behind it: what a teacher is asked for."""
+        for block in self.blocks[:-1]:
+            tokens, _ = block(tokens, slots, order)
+        return self.blocks[-1].attend(tokens, slots, order, return_map=True)[1]

@@ -2,9 +2,9 @@
 
     python tests/compile_kernels.py sm_90 [gfx942 …] [--only slot_attention] [--jobs 2]
 
-`compile_cases/<operator>.py` has `cases()`: pairs of a name and a function that calls the launchers on CPU tensors, whose
-values do not matter. Launches that differ only in sizes that the compiler does not see are compiled once. Must run
-without TRITON_INTERPRET. Fields: the case, kernel, constants, options, bytes of shared memory, spilled bytes (local
+`compile_cases/<operator>.py` has `cases()`: pairs of a name and a function that calls the launchers on CPU tensors,
+whose values do not matter. Launches that differ only in sizes that the compiler does not see are compiled once. Must
+run without TRITON_INTERPRET. Fields: the case, kernel, constants, options, bytes of shared memory, spilled bytes (local
 memory of a thread), registers, and whether the machine code computes in float64.
 """
 
@@ -29,7 +29,8 @@ from spot_kernels.gpu.launch import ARCHITECTURES, Call, recording  # noqa: E402
 
 _TYPES = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8", torch.bool: "*i1",
+    torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8",
+    torch.bool: "*i1",
 }  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def specialise(call: Call) -> tuple[dict, dict, dict]:
             signature[name] = "i1"
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0
+            aligned = value % 16 == 0 and not call.kernel.params[i].do_not_specialize_on_alignment
         else:
             signature[name] = "fp32"
         if aligned:
@@ -75,7 +76,8 @@ def resources(compiled, architecture: str) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {key: int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK", "LOCAL")}
     return {
         "registers": found["REG"],
@@ -95,10 +97,12 @@ def compile_call(job: tuple[str, str, int]) -> dict:
     signature, constants, attributes = specialise(call)
     gfx = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if gfx else GPUTarget("cuda", int(architecture[3:]), 32)
-    options = {"num_warps": call.num_warps, "num_stages": call.num_stages}
-    row = {"architecture": architecture, "case": case, "kernel": call.kernel.__name__, "constants": call.constants} | options
+    options = {"num_warps": call.num_warps, "num_stages": call.num_stages, "enable_fp_fusion": True}
+    row = {"architecture": architecture, "case": case, "kernel": call.kernel.__name__, "constants": call.constants}
+    row |= options
+    source = ASTSource(call.kernel, signature, constants, attributes)
     try:
-        compiled = triton.compile(ASTSource(call.kernel, signature, constants, attributes), target=target, options=options)
+        compiled = triton.compile(source, target=target, options=options)
     except Exception as error:  # whatever stops the compiler is the finding
         return row | {"error": f"{type(error).__name__}: {error}"[:2000]}
     return row | {"shared": compiled.metadata.shared} | resources(compiled, architecture)

@@ -33,3 +33,14 @@ def assert_as_exact(name: str, found: torch.Tensor, exact: torch.Tensor, plain: 
     error, baseline = (found - exact).abs().max().item(), (plain - exact).abs().max().item()
     limit = factor * max(baseline, eps * exact.abs().max().item())
     assert error <= limit, f"{name}: error {error:.3g}, PyTorch's {baseline:.3g}, allowed {limit:.3g}"
+
+
+def joined(tensors: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> torch.Tensor:
+    """All of `tensors` in one, float64, each divided by the size of its exact value, for `assert_as_exact`.
+
+    Results of one long chain of products share their errors: judged alone, each would pass or fail by the luck that
+    PyTorch had with it. What is next to nothing beside the rest is not blown up to its size.
+    """
+    sizes = {name: value.abs().max().double() for name, value in exact.items()}
+    least = 1e-2 * max(sizes.values())
+    return torch.cat([(tensors[name].double() / size.clamp_min(least)).flatten() for name, size in sizes.items()])

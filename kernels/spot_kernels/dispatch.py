@@ -41,6 +41,7 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
         "native": (torch.float64, torch.float32, *_HALF),
     },
     "assign_masks": {"triton": _LABELS, "native": _LABELS},
+    "match_masks": {"triton": _LABELS, "native": _LABELS},
     "overlap_counts": {"triton": _LABELS, "native": _LABELS},
 }
 

@@ -3,8 +3,8 @@
 Configurations are static tables keyed by architecture and shape class: no autotuning, so a first call takes no extra
 time, a captured graph sees no trial runs, and what is compiled for a chip can be listed without it.
 
-`recording(architecture)` makes the launchers write down what they would launch instead of launching it. The compile-only
-tests use it to compile every kernel exactly as it is launched, on a machine without a GPU.
+`recording(architecture)` makes the launchers write down what they would launch instead of launching it. The
+compile-only tests use it to compile every kernel exactly as it is launched, on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -93,24 +93,29 @@ def widen(device: torch.device) -> bool:
 
 def float32_precision(device: torch.device) -> str:
     """`input_precision` of float32 products: exact as PyTorch's default, tf32 where the user has allowed it there."""
-    if device.type == "cpu" or torch.version.hip or torch.get_float32_matmul_precision() == "highest":
+    interpreted = _recording is None and device.type == "cpu"
+    if interpreted or torch.version.hip or torch.get_float32_matmul_precision() == "highest":
         return "ieee"
     return "tf32"
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, num_stages: int, **constants: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, num_stages: int, **constants: Any
+) -> None:
     """Runs `kernel` on `grid`: runtime arguments by position, tl.constexpr ones by name. An empty grid does nothing."""
     if _recording is not None:
         _recording.calls.append(Call(kernel, grid, arguments, constants, num_warps, num_stages))
         return
     if 0 in grid:
         return
+    # fusion of multiply and add is said, because Triton's own default is about to change
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
     if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
         with torch.cuda.device(device):
-            kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+            kernel[grid](*arguments, **options, **constants)
     else:
-        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+        kernel[grid](*arguments, **options, **constants)
 
 
 def rows_last(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ every Python 3 on its platform, and a wheel without it every platform.
 """
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -18,6 +19,16 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "libspot_native" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+
+# Beyond those that all files have, as in CMakeLists.txt, which says why.
+X86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i486", "i586", "i686")
+AVX2 = ("-mavx2", "-mfma") if X86 else ()
+AVX512 = (*AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq") if X86 else ()
+BF16 = (*AVX512, "-mavx512bf16") if X86 else ()
+OPTIONS = {
+    f"slot_attention_{level}": ("-ffp-contract=fast", *options)
+    for level, options in {"baseline": (), "avx2": AVX2, "avx512": AVX512, "avx512bf16": BF16}.items()
+}
 
 
 def run(*command: str) -> None:
@@ -32,11 +43,20 @@ def build_with_cmake(folder: Path) -> Path:
 
 def build_with_compiler(folder: Path) -> Path:
     """The same sources and options as in CMakeLists.txt, for a compiler with the command line of GCC."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
-    flags = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off"]
-    sources = sorted(str(path) for path in (ROOT / "kernels" / "csrc").glob("*.cpp"))
+    compiler = shlex.split(os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++"))
+    flags = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread"]
     folder.mkdir(parents=True)
-    run(*shlex.split(compiler), *flags, *sources, "-o", str(folder / LIBRARY))
+    objects = []
+    for source in sorted((ROOT / "kernels" / "csrc").glob("*.cpp")):
+        objects.append(str(folder / source.with_suffix(".o").name))
+        command = (*compiler, *flags, "-c", str(source), "-o", objects[-1])
+        try:
+            run(*command, *OPTIONS.get(source.stem, ()))
+        except subprocess.CalledProcessError:
+            if source.stem not in OPTIONS:
+                raise
+            run(*command)  # a compiler without these options: the file is then empty, or slower
+    run(*compiler, "-shared", "-pthread", *objects, "-o", str(folder / LIBRARY))
     return folder / LIBRARY
 
 

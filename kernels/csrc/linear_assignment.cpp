@@ -62,19 +62,24 @@ class Solver {
         for (int64_t left = columns_;; --left) {
             searched_rows_.push_back(row);
             const double* row_cost = cost.data() + row * columns_;
-            int64_t nearest = 0;  // a place in the list
+            const double dual = row_dual_[row];
             double lowest = kInfinity;
             for (int64_t i = 0; i < left; ++i) {
                 const int64_t column = unreached_[i];
                 // the order of these operations is scipy's: rounding decides between near-ties
-                const double through_row = walked + row_cost[column] - row_dual_[row] - column_dual_[column];
-                if (through_row < distance_[column]) {
-                    distance_[column] = through_row;
-                    came_from_[column] = row;
-                }
-                if (distance_[column] < lowest || (distance_[column] == lowest && row_of_[column] == kNone)) {
-                    lowest = distance_[column];
-                    nearest = i;
+                const double through_row = walked + row_cost[column] - dual - column_dual_[column];
+                // choices, not branches: which way they go cannot be foreseen
+                const bool shorter = through_row < distance_[column];
+                const double distance = shorter ? through_row : distance_[column];
+                distance_[column] = distance;
+                came_from_[column] = shorter ? row : came_from_[column];
+                lowest = distance < lowest ? distance : lowest;
+            }
+            int64_t nearest = kNone;  // a place in the list: the last free column at that distance, or the first taken one
+            for (int64_t i = 0; i < left; ++i) {
+                if (distance_[unreached_[i]] == lowest) {
+                    const bool also_free = row_of_[unreached_[i]] == kNone;
+                    nearest = nearest == kNone || also_free ? i : nearest;
                 }
             }
             const int64_t column = unreached_[nearest];

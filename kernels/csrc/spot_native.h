@@ -1,7 +1,8 @@
 /* The plain C interface of spot_kernels' native library (loaded with ctypes, see spot_kernels/native.py).
 
-   All arrays are dense, row-major and owned by the caller. No function throws, keeps state or starts threads, so every
-   one of them may be called from several threads at once. A function returns one of the codes below. */
+   All arrays are owned by the caller, and dense and row-major unless said otherwise. No function throws or keeps state,
+   and the threads that one starts have ended when it returns, so every one of them may be called from several threads at
+   once. A function returns one of the codes below. */
 
 #ifndef SPOT_NATIVE_H
 #define SPOT_NATIVE_H
@@ -23,7 +24,8 @@ enum {
     SPOT_BAD_SIZE = 1,  /* a negative size */
     SPOT_BAD_COST = 2,  /* a cost is NaN or infinite, or so large (beyond 1e300) that sums of costs might be */
     SPOT_BAD_LABEL = 3, /* a label is negative or not below its number of labels */
-    SPOT_NO_MEMORY = 4
+    SPOT_NO_MEMORY = 4,
+    SPOT_BAD_LEVEL = 5  /* an instruction set that this processor or this build does not have */
 };
 
 /* Raised whenever a signature or a meaning below changes: Python refuses a library with another number. */
@@ -49,6 +51,56 @@ SPOT_API int spot_linear_assignment_f64(const double* cost, int64_t batch, int64
    counts  [batch, num_a, num_b], written; on an error its content is undefined */
 SPOT_API int spot_overlap_counts(const int64_t* a, const int64_t* b, const uint8_t* valid, int64_t batch,
                                  int64_t tokens, int64_t num_a, int64_t num_b, int64_t* counts);
+
+/* One iteration of slot attention (spot_kernels/slot_attention.py has the formula): a = softmax of q k over heads and
+   slots for each token; updates = sum over tokens of (a + eps) v, divided by the sum of (a + eps). */
+
+enum { SPOT_FLOAT32 = 0, SPOT_BFLOAT16 = 1 };
+
+/* The best instruction set there is, or a certain one: for tests, results differ by rounding only. */
+enum {
+    SPOT_LEVEL_BEST = 0,
+    SPOT_LEVEL_BASELINE = 1,
+    SPOT_LEVEL_AVX2 = 2,
+    SPOT_LEVEL_AVX512 = 3,
+    SPOT_LEVEL_AVX512BF16 = 4
+};
+
+typedef struct {
+    int64_t batch, heads, tokens, slots, width;
+    int32_t dtype;   /* of q, k, v, updates and their gradients */
+    int32_t level;   /* instruction set, one of SPOT_LEVEL_... */
+    int32_t threads; /* at most that many; small calls take fewer. The result does not depend on it */
+    float eps;
+} spot_slot_attention;
+
+/* An array [batch, heads, rows, width] whose rows are dense; strides in elements, 0 allowed where it is read. */
+typedef struct {
+    void* data;
+    int64_t batch_stride, head_stride, row_stride;
+} spot_rows;
+
+/* The name of the instruction set that a level stands for: "baseline" and so on; NULL for one that is not there. */
+SPOT_API const char* spot_slot_attention_level(int32_t level);
+
+/* q        [batch, heads, slots, width]
+   k, v     [batch, heads, tokens, width]
+   updates  [batch, heads, slots, width], written
+   exact    the same in float32: the updates before they are rounded to dtype
+   attn     [batch, tokens, slots] float32, written: a summed over heads; or NULL
+   logits   [batch, heads, tokens, slots] float32, written; or NULL
+   sums     [batch, heads, slots] float32, written: the sums of (a + eps) over tokens */
+SPOT_API int spot_slot_attention_forward(const spot_slot_attention* size, const spot_rows* q, const spot_rows* k,
+                                         const spot_rows* v, const spot_rows* updates, const spot_rows* exact,
+                                         float* attn, float* logits, float* sums);
+
+/* From the gradients of updates, attn and logits, each NULL where it is zero, and what forward has written to exact and
+   sums, the gradients dq, dk and dv in the layouts of q, k and v. */
+SPOT_API int spot_slot_attention_backward(const spot_slot_attention* size, const spot_rows* grad_updates,
+                                          const float* grad_attn, const float* grad_logits, const spot_rows* q,
+                                          const spot_rows* k, const spot_rows* v, const spot_rows* exact,
+                                          const float* sums, const spot_rows* dq, const spot_rows* dk,
+                                          const spot_rows* dv);
 
 #ifdef __cplusplus
 }

@@ -1,5 +1,7 @@
-"""`python -m spot_kernels`: one line on whether the native library is there, and what runs if it is not."""
+"""`python -m spot_kernels`: whether the native library is there, or what runs instead; which instructions it uses."""
 
 from spot_kernels import native
 
 print(native.describe())
+if levels := native.slot_attention_levels():
+    print(f"slot attention with {levels[0]} instructions (here too: {', '.join(levels[1:]) or 'none'})")

@@ -4,9 +4,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
-from spot_kernels import slot_attention_step
+from kernel_tier import DEVICE, needs_triton
+from spot_kernels import chosen_backend, dispatch, slot_attention_step, use_backend
+from spot_kernels.reference import slot_attention as reference
+
+needs_native = pytest.mark.skipif(not dispatch.NATIVE, reason="needs the native library")
+# The backends that are custom operators, and where they run.
+BACKENDS = [
+    pytest.param("triton", DEVICE, marks=needs_triton, id="triton"),
+    pytest.param("native", torch.device("cpu"), marks=needs_native, id="native"),
+]
 
 
 def inputs(batch=2, heads=1, tokens=9, slots=4, width=5, dtype=torch.float64, grad=False):
@@ -107,3 +116,103 @@ def test_bad_arguments_are_named():
         slot_attention_step(q, k.float(), v)
     with pytest.raises(ValueError, match="q is torch.int64"):
         slot_attention_step(q.long(), k.long(), v.long())
+
+
+def on(device, layout, heads=2, dtype=torch.float32):
+    """q, k, v that want gradients, as leaves: dense, or with the heads of a token side by side."""
+    tensors = [x.to(device) for x in inputs(heads=heads, dtype=dtype)]
+    if layout == "permuted":
+        tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+    return [x.requires_grad_() for x in tensors]
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("layout", ["dense", "permuted"])
+@pytest.mark.parametrize("asked", [(False, False), (True, False), (True, True)])
+def test_operators_keep_their_promises(backend, device, layout, asked):
+    """Schema, fake tensors (shapes, dtypes, strides), autograd registration and tracing, of forward and backward."""
+    operators = torch.ops.spot_kernels
+    q, k, v = on(device, layout)
+    torch.library.opcheck(operators.slot_attention_step.default, (q, k, v, 1e-3, *asked, backend))
+    updates, attn, logits, exact, sums = operators.slot_attention_step(q, k, v, 1e-3, *asked, backend)
+    grads = [torch.ones_like(x).detach() if x.numel() else None for x in (updates, attn, logits)]
+    saved = [x.detach() for x in (q, k, v, exact, sums)]
+    torch.library.opcheck(operators.slot_attention_step_backward.default, (*grads, *saved, 1e-3, backend))
+    torch.library.opcheck(operators.slot_attention_step_backward.default, (None, *grads[1:], *saved, 1e-3, backend))
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_compiled_forward_and_backward_give_the_same_numbers(backend, device, heads):
+    def loss(q, k, v):
+        updates, attn, logits = slot_attention_step(q, k, v, return_attn=True, return_logits=True)
+        return updates.square().sum() + attn.square().sum() + logits.sum()
+
+    q, k, v = on(device, "permuted", heads)
+    with use_backend(backend):
+        expected = torch.autograd.grad(loss(q, k, v), (q, k, v))
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        found = torch.autograd.grad(compiled(q, k, v), (q, k, v))
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_autocast_casts_as_it_does_for_attention(backend, device):
+    q, k, v = on(device, "permuted")
+    with use_backend(backend), torch.autocast(device.type, dtype=torch.bfloat16):
+        updates, attn, _ = slot_attention_step(q, k, v, return_attn=True)
+        grads = torch.autograd.grad(updates.float().square().sum() + attn[..., 0].sum(), (q, k, v))
+    assert (updates.dtype, attn.dtype) == (torch.bfloat16, torch.float32)
+    assert [x.dtype for x in grads] == 3 * [torch.float32]
+    with use_backend(backend):
+        assert torch.equal(updates, slot_attention_step(q.bfloat16(), k.bfloat16(), v.bfloat16())[0])
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_gradients_of_gradients_are_refused(backend, device):
+    q, k, v = on(device, "dense")
+    with use_backend(backend):
+        (grad,) = torch.autograd.grad(slot_attention_step(q, k, v)[0].square().sum(), k, create_graph=True)
+        with pytest.raises(ValueError, match="slot_attention_step: gradients of gradients .* use backend torch"):
+            grad.sum().backward()
+
+
+def test_torch_backend_gives_gradients_of_gradients():
+    with use_backend("torch"):
+        assert gradgradcheck(lambda *x: slot_attention_step(*x, eps=1e-2)[0], inputs(1, 1, 4, 3, 2, grad=True))
+
+
+@pytest.mark.parametrize("backend, device", BACKENDS)
+def test_results_that_were_not_asked_for_get_no_gradient_and_no_memory(backend, device):
+    q, k, v = on(device, "permuted")
+    raw = torch.ops.spot_kernels.slot_attention_step(q, k, v, 1e-8, False, False, backend)
+    assert raw[1].numel() == raw[2].numel() == 0
+    assert [x.requires_grad for x in raw[3:]] == [False, False]
+    with use_backend(backend):
+        _, attn, logits = slot_attention_step(q, k, v)
+    assert attn is None and logits is None
+
+
+@needs_triton
+def test_what_the_kernels_do_not_take():
+    """More than 64 slots or 256 channels, and float64: an error where they were asked for, PyTorch otherwise."""
+    big = [(65, 8, "more than 64 slots"), (3, 257, "more than 256 channels")]
+    for slots, width, words in big:
+        tensors = [x.to(DEVICE) for x in inputs(1, 1, 4, slots, width, torch.float32)]
+        expected = reference.slot_attention_step(*tensors, 1e-8)[0]
+        torch.testing.assert_close(slot_attention_step(*tensors)[0], expected)
+        with use_backend("triton"), pytest.raises(ValueError, match=words):
+            slot_attention_step(*tensors)
+    tensors = [x.to(DEVICE) for x in inputs()]
+    assert chosen_backend("slot_attention_step", tensors[0]) == "torch"
+    with use_backend("triton"), pytest.raises(ValueError, match="do not take torch.float64"):
+        slot_attention_step(*tensors)
+
+
+@needs_native
+def test_native_is_the_choice_on_the_cpu_and_takes_any_size():
+    for slots, width in ((4, 5), (70, 300)):
+        q, k, v = inputs(2, 2, 9, slots, width, torch.float32)
+        assert chosen_backend("slot_attention_step", q) == "native"
+        expected = reference.slot_attention_step(q.double(), k.double() / width, v.double(), 1e-8)[0]
+        torch.testing.assert_close(slot_attention_step(q, k / width, v)[0].double(), expected, rtol=1e-5, atol=1e-5)

@@ -5,15 +5,124 @@ tokens with weights a + eps:
 
     updates = Σ_n (a + eps) v / Σ_n (a + eps)
 
-q [B, H, K, d]; k, v [B, H, N, d]; any K ≥ 1 and H ≥ 1; float64, float32, bfloat16 or float16.
+q [B, H, K, d]; k, v [B, H, N, d]; any K ≥ 1 and H ≥ 1; float64, float32, bfloat16 or float16. The kernels take up to 64
+slots and heads of up to 256 channels, in the latter three dtypes; the native library float32 and bfloat16.
+
+Forward reads k and v once and saves, beside its inputs, the updates before they are rounded to v's dtype and the sums
+Σ_n (a + eps), in float32. Backward computes the softmax again and reads k and v once more:
+
+    da = (v · d updates - updates · d updates) / sums + d attn          over channels, for each token, head and slot
+    d logits = a (da - Σ a da) + d logits                               the sum over heads × slots
+    dq = Σ_n d logits k,  dk = Σ_k d logits q,  dv = Σ_k (a + eps) / sums d updates
 """
 
 from __future__ import annotations
 
 import torch
 
-from spot_kernels import checks
+from spot_kernels import checks, dispatch, native
 from spot_kernels.reference import slot_attention as reference
+from spot_kernels.reference.slot_cross_attention import accumulation_dtype
+
+OPERATOR = "slot_attention_step"
+
+
+def empty_results(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, return_attn: bool, return_logits: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """updates, attn, logits, exact and sums, uninitialised; attn and logits without elements unless they are wanted."""
+    batch, heads, slots, _ = q.shape
+    tokens, wide = k.shape[2], accumulation_dtype(v)
+    attn = v.new_empty((batch, tokens, slots) if return_attn else (0,), dtype=wide)
+    logits = v.new_empty((batch, heads, tokens, slots) if return_logits else (0,), dtype=wide)
+    sums = v.new_empty((batch, heads, slots), dtype=wide)
+    return _empty_rows(q), attn, logits, _empty_rows(q, wide), sums
+
+
+def empty_gradients(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dv, uninitialised."""
+    return _empty_rows(q), _empty_rows(k), _empty_rows(v)
+
+
+def _empty_rows(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """[B, H, N, d] with the heads of a token side by side: as the layers before and after attention have them."""
+    batch, heads, rows, width = like.shape
+    return like.new_empty((batch, rows, heads, width), dtype=dtype).transpose(1, 2)
+
+
+@torch.library.custom_op("spot_kernels::slot_attention_step", mutates_args=())
+def _step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float, return_attn: bool, return_logits: bool, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    if backend == "triton":
+        from spot_kernels.gpu import slot_attention as kernels
+
+        results = empty_results(q, k, v, return_attn, return_logits)
+        updates, attn, logits, exact, sums = results
+        wanted = attn if return_attn else None, logits if return_logits else None
+        kernels.forward(q, k, v, eps, updates, exact, sums, *wanted)
+        return results
+    updates, *asked, exact, sums = native.slot_attention_forward(q, k, v, eps, return_attn, return_logits)
+    attn, logits = (sums.new_empty(0) if result is None else result for result in asked)
+    return updates, attn, logits, exact, sums
+
+
+@_step.register_fake
+def _(q, k, v, eps, return_attn, return_logits, backend):
+    return empty_results(q, k, v, return_attn, return_logits)
+
+
+@torch.library.custom_op("spot_kernels::slot_attention_step_backward", mutates_args=())
+def _step_backward(
+    grad_updates: torch.Tensor | None,
+    grad_attn: torch.Tensor | None,
+    grad_logits: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    exact: torch.Tensor,
+    sums: torch.Tensor,
+    eps: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    saved = grad_updates, grad_attn, grad_logits, q, k, v, exact, sums, eps
+    if backend == "triton":
+        from spot_kernels.gpu import slot_attention as kernels
+
+        results = empty_gradients(q, k, v)
+        kernels.backward(*saved, *results)
+        return results
+    return native.slot_attention_backward(*saved)
+
+
+@_step_backward.register_fake
+def _(grad_updates, grad_attn, grad_logits, q, k, v, exact, sums, eps, backend):
+    return empty_gradients(q, k, v)
+
+
+def _keep(ctx, inputs, output):
+    q, k, v, eps, return_attn, return_logits, backend = inputs
+    _, attn, logits, exact, sums = output
+    ctx.set_materialize_grads(False)
+    absent = [result for result, asked in ((attn, return_attn), (logits, return_logits)) if not asked]
+    ctx.mark_non_differentiable(exact, sums, *absent)
+    ctx.save_for_backward(q, k, v, exact, sums)
+    ctx.eps, ctx.backend = eps, backend
+
+
+def _differentiate(ctx, grad_updates, grad_attn, grad_logits, _exact, _sums):
+    gradients = grad_updates, grad_attn, grad_logits
+    return *_step_backward(*gradients, *ctx.saved_tensors, ctx.eps, ctx.backend), None, None, None, None
+
+
+def _twice(ctx, *gradients):
+    raise ValueError(f"{OPERATOR}: gradients of gradients are not implemented by its kernels: use backend torch")
+
+
+_step.register_autograd(_differentiate, setup_context=_keep)
+_step_backward.register_autograd(_twice)
 
 
 def slot_attention_step(
@@ -27,6 +136,8 @@ def slot_attention_step(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Softmax over slots and weighted mean over tokens (Slot Attention, algorithm 1, lines 6-7).
 
+    Differentiable in q, k and v through all three results. Under torch.autocast q, k and v are cast to its dtype.
+
     Args:
         q: slot queries [B, H, K, d].
         k: token keys [B, H, N, d], already scaled by the caller.
@@ -39,14 +150,28 @@ def slot_attention_step(
         [B, H, N, K]. The latter two are float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: naming the argument whose shape or dtype does not fit.
+        ValueError: naming the argument whose shape, dtype or device does not fit; where a backend asked for by name
+            cannot run (`spot_kernels.dispatch`); for a gradient of a gradient on any backend but torch.
     """
-    checks.floating("slot_attention_step", q=q, k=k, v=v)
-    checks.shape("slot_attention_step", "q", q, "[B, H, K, d]")
+    checks.floating(OPERATOR, q=q, k=k, v=v)
+    checks.shape(OPERATOR, "q", q, "[B, H, K, d]")
     batch, heads, slots, width = q.shape
-    checks.shape("slot_attention_step", "k", k, "[B, H, N, d]", (batch, heads, None, width))
-    checks.shape("slot_attention_step", "v", v, "[B, H, N, d]", k.shape)
+    checks.shape(OPERATOR, "k", k, "[B, H, N, d]", (batch, heads, None, width))
+    checks.shape(OPERATOR, "v", v, "[B, H, N, d]", k.shape)
     if slots < 1 or heads < 1:
-        raise ValueError(f"slot_attention_step: q {tuple(q.shape)} needs at least one head and one slot")
-    updates, attn, logits = reference.slot_attention_step(q, k, v, eps)
+        raise ValueError(f"{OPERATOR}: q {tuple(q.shape)} needs at least one head and one slot")
+    q, k, v = checks.autocast(q, k, v)
+    backend = dispatch.choose(OPERATOR, q, _limit(q))
+    if backend == "torch":
+        updates, attn, logits = reference.slot_attention_step(q, k, v, eps)
+    else:
+        updates, attn, logits, _, _ = _step(q, k, v, eps, return_attn, return_logits, backend)
     return updates, attn if return_attn else None, logits if return_logits else None
+
+
+def _limit(q: torch.Tensor) -> str:
+    """What the kernels do not take about the shapes, in a few words."""
+    _, _, slots, width = q.shape
+    if slots > 64:
+        return f"q {tuple(q.shape)} has more than 64 slots"
+    return f"q {tuple(q.shape)} has heads of more than 256 channels" if width > 256 else ""

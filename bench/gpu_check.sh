@@ -2,16 +2,19 @@
 # What to run on a machine with a GPU and no network, from the checkout as it is: nothing is installed but carried
 # wheels, nothing is compiled.
 #
-#   bash bench/gpu_check.sh [tests] [scenes] [photos]      default: all three
+#   bash bench/gpu_check.sh [kernels] [bench] [sweep] [tests] [scenes] [photos]      default: all but sweep
 #
+#   kernels the operators' tests, compiled and on the device, KERNEL_MINUTES (3.5) at most
+#   bench   the operators' table, its aims and its CSV
+#   sweep   the kernels' configurations against alternatives
 #   tests   the test suite without the slow ones
 #   scenes  the README's results table, three seeds
 #   photos  the paper's Table 1 in small, three seeds; skipped without the folder that bench/prepare_gpu.py makes
 #
-# All parts of a call together keep within MINUTES (8.5); scenes and photos go on where they stopped when they are called
-# again. OUT is where the CSV files go (bench/results), STORE what has to survive between calls: runs, weights, photos
-# (/tmp/spot_gpu). QUICK=1 is a rehearsal on any machine (DEVICE=cpu). Exit code: 0, or that of the last part that
-# failed (1 target missed, 3 call again, 124 tests ran out of time).
+# All parts of a call together keep within MINUTES (8.5), `kernels bench` is one such call; scenes and photos go on where
+# they stopped when they are called again. OUT is where the CSV files go (bench/results), STORE what has to survive
+# between calls: runs, weights, photos (/tmp/spot_gpu). QUICK=1 is a rehearsal on any machine (DEVICE=cpu). Exit code: 0,
+# or that of the last part that failed (1 target or test missed, 3 call again, 124 out of time).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-bench/results}
@@ -21,7 +24,7 @@ MINUTES=${MINUTES:-8.5}
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
 export PYTHONPATH=.:kernels:$STORE/site PYTHONUNBUFFERED=1
-[ $# -gt 0 ] || set -- tests scenes photos
+[ $# -gt 0 ] || set -- kernels bench tests scenes photos
 mkdir -p "$OUT" "$STORE"
 
 # The folder of a call is gone in the next one: keep what it carried.
@@ -41,6 +44,38 @@ print("torch", torch.__version__, "on", cuda.get_device_name() if cuda.is_availa
 end=$(awk -v now="$EPOCHSECONDS" -v m="$MINUTES" 'BEGIN { print int(now + 60 * m) }')
 seconds_left() { echo $((end - EPOCHSECONDS > 1 ? end - EPOCHSECONDS : 1)); }
 minutes_left() { awk -v s="$(seconds_left)" 'BEGIN { print s / 60 }'; }
+
+# Out of time, tests and benchmarks are interrupted: they still say what they have. The kernels are compiled, whatever
+# the caller's shell says.
+limited_pytest() {
+  local seconds=$1
+  shift
+  [ "$seconds" -lt "$(seconds_left)" ] || seconds=$(seconds_left)
+  env -u TRITON_INTERPRET timeout -s INT -k 15 "$seconds" "$PYTHON" -m pytest -q -p no:cacheprovider "$@"
+}
+
+kernels() {
+  local files=() workers=() name
+  shopt -s nullglob
+  for name in slot_attention permuted_attention slot_cross_attention mask_matching gru_norm nn drop_in; do
+    files+=(tests/test_"$name"*.py)
+  done
+  shopt -u nullglob
+  [ -z "${QUICK:-}" ] || files=(tests/test_orders.py)
+  # most of the time goes into compiling, one kernel a process
+  ! "$PYTHON" -c 'import xdist' 2>/dev/null || workers=(-n "${WORKERS:-12}")
+  limited_pytest "$(awk -v m="${KERNEL_MINUTES:-3.5}" 'BEGIN { print int(60 * m) }')" "${workers[@]}" "${files[@]}" |
+    tee "$OUT/kernel_tests_gpu.txt"
+}
+
+bench() {
+  limited_pytest "$(seconds_left)" bench --benchmark-only --benchmark-quiet --bench-csv "$OUT" ${QUICK:+--tiny} |
+    tee "$OUT/kernels_gpu.txt"
+}
+
+sweep() {
+  "$PYTHON" bench/sweep.py --minutes "$(minutes_left)" ${QUICK:+--tiny} | tee "$OUT/sweep_gpu.txt"
+}
 
 tests() {
   timeout -k 10 "$(seconds_left)" "$PYTHON" -m pytest -x -q -m 'not slow' -p no:cacheprovider ${QUICK:+tests/test_orders.py}
@@ -74,8 +109,8 @@ photos() {
 status=0
 summary=()
 for part in "$@"; do
-  case $part in tests | scenes | photos) ;; *)
-    echo "error: unknown part $part: use tests, scenes, photos" >&2
+  case $part in kernels | bench | sweep | tests | scenes | photos) ;; *)
+    echo "error: unknown part $part: use kernels, bench, sweep, tests, scenes, photos" >&2
     exit 2
     ;;
   esac

@@ -33,6 +33,8 @@ EPS = 1e-8
 ATTENTION = {
     "SPOT": (64, 1, 196, 7, 256),
     "COCO high resolution": (16, 1, 1024, 7, 256),
+    "MOVi-C": (64, 1, 196, 11, 256),
+    "sixteen slots": (64, 1, 196, 16, 256),
     "MOVi-E": (64, 1, 196, 24, 256),
     "image level": (8, 1, 16384, 11, 64),
     "four heads": (64, 4, 196, 7, 64),

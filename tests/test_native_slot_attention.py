@@ -238,7 +238,7 @@ def test_attention_and_logits_only_when_asked():
 
 def test_where_it_wins():
     """The rule is about dtype and slots; it holds under torch.compile, where tensors have no data."""
-    (q, k, _), _ = inputs(2, 1, 9, 24, 16)
+    (q, k, _), _ = inputs(2, 1, 9, 11, 16)
     fast = LEVELS[0] != "baseline"
     assert native.slot_attention_wins(q, k) is native.slot_attention_wins(q.bfloat16(), k.bfloat16()) is fast
     assert not native.slot_attention_wins(q.double(), k.double()) and not native.slot_attention_wins(q.half(), k.half())
@@ -254,3 +254,20 @@ def test_unknown_level_is_refused(monkeypatch):
     monkeypatch.setattr(native, "_level", 99)
     with pytest.raises(RuntimeError, match="code 5"):
         native.slot_attention_forward(*inputs(1, 1, 9, 7, 16)[0], 1e-8, False, False)
+
+
+def test_torchs_own_threads_and_started_ones_give_the_same(monkeypatch):
+    """GOMP_parallel of torch's OpenMP where there is one, std::thread elsewhere; large enough for several threads."""
+    (q, k, v), gradients = inputs(8, 1, 196, 7, 64)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        torch.set_num_threads(3)
+        for team in (native._team(), None):
+            monkeypatch.setattr(native, "_team", lambda team=team: team)
+            updates, attn, logits, exact, sums = native.slot_attention_forward(q, k, v, 1e-8, True, True)
+            found = native.slot_attention_backward(*gradients, q, k, v, exact, sums, 1e-8)
+            results.append((updates, attn, logits, *found))
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *results))

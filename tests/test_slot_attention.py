@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from kernel_tier import DEVICE, needs_triton
-from spot_kernels import chosen_backend, dispatch, slot_attention_step, use_backend
+from spot_kernels import chosen_backend, dispatch, native, slot_attention_step, use_backend
 from spot_kernels.reference import slot_attention as reference
 
 needs_native = pytest.mark.skipif(not dispatch.NATIVE, reason="needs the native library")
@@ -210,9 +210,31 @@ def test_what_the_kernels_do_not_take():
 
 
 @needs_native
-def test_native_is_the_choice_on_the_cpu_and_takes_any_size():
+def test_native_takes_any_size_where_it_is_asked_for():
     for slots, width in ((4, 5), (70, 300)):
         q, k, v = inputs(2, 2, 9, slots, width, torch.float32)
-        assert chosen_backend("slot_attention_step", q) == "native"
         expected = reference.slot_attention_step(q.double(), k.double() / width, v.double(), 1e-8)[0]
-        torch.testing.assert_close(slot_attention_step(q, k / width, v)[0].double(), expected, rtol=1e-5, atol=1e-5)
+        with use_backend("native"):
+            found = slot_attention_step(q, k / width, v)[0]
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("slots", [11, 12])
+def test_auto_takes_the_library_only_where_it_is_faster(monkeypatch, slots):
+    """Up to 11 slots, with AVX2 or more; the library runs all the same where it is asked for."""
+    ran = []
+    forward = native.slot_attention_forward
+    monkeypatch.setattr(native, "slot_attention_forward", lambda *given: ran.append(slots) or forward(*given))
+    monkeypatch.setattr(native, "_FAST", True)
+    q, k, v = inputs(1, 1, 9, slots, 8, torch.float32)
+    for backend, expected in (("auto", slots <= 11), ("torch", False), ("native", True)):
+        with use_backend(backend):
+            slot_attention_step(q, k, v)
+        assert bool(ran) is expected, backend
+        ran.clear()
+    monkeypatch.setattr(native, "_FAST", False)
+    with use_backend("auto"):
+        slot_attention_step(q, k, v)
+    assert not ran
+

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-int spot_native_abi(void) { return 2; }
+int spot_native_abi(void) { return 3; }
 
 int spot_overlap_counts(const int64_t* a, const int64_t* b, const uint8_t* valid, int64_t batch, int64_t tokens,
                         int64_t num_a, int64_t num_b, int64_t* counts) {

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstddef>
 #include <exception>
+#include <functional>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -16,8 +17,10 @@ namespace {
 using spot::Level;
 using spot::Problem;
 
-// A thread takes some 50 us to start and end: each has to have several times that to do, at some 10 products a ns.
+// A thread takes some 50 us to start and end, one of a team some 10 us to wake: each has to have several times that to
+// do, at some 10 products a ns.
 constexpr double kProductsPerThread = 4e6;
+constexpr double kProductsPerMember = 1e6;
 // At least so many work items, as far as there are chunks of tokens that are worth a partial result.
 constexpr int64_t kItems = 64;
 constexpr int64_t kSmallestChunk = 1024;
@@ -91,11 +94,34 @@ bool plan(Problem& p) {
     return true;
 }
 
+// Calls work() in at most `threads` threads at once, this one among them.
+template <class Work>
+void in_team(spot_team team, int64_t threads, const Work& work) {
+    if (threads > 1 && team) {
+        const auto call = [](void* data) { (*static_cast<const Work*>(data))(); };
+        team(call, const_cast<Work*>(&work), static_cast<unsigned>(threads), 0);
+        return;
+    }
+    std::vector<std::thread> others;
+    others.reserve(threads - 1);
+    for (int64_t thread = 1; thread < threads; ++thread) {
+        try {
+            others.emplace_back(std::cref(work));
+        } catch (const std::system_error&) {  // no more threads to be had: those there do the work
+            break;
+        }
+    }
+    work();
+    for (std::thread& other : others) {
+        other.join();
+    }
+}
+
 // Runs item(batch, chunk, partial, scratch) for all work items and finish(batch, partials) for all batch entries.
 template <class Item, class Finish>
 void run(const Problem& p, int64_t scratch, double products, Item item, Finish finish) {
     const int64_t items = p.size.batch * p.chunks, partial = p.partial();
-    const double worth = products / kProductsPerThread;
+    const double worth = products / (p.size.team ? kProductsPerMember : kProductsPerThread);
     const int64_t threads =
         std::max<int64_t>(1, std::min({static_cast<int64_t>(p.size.threads), items, static_cast<int64_t>(worth)}));
     // an item that is the whole batch entry is finished where it was computed
@@ -104,8 +130,9 @@ void run(const Problem& p, int64_t scratch, double products, Item item, Finish f
     const int64_t memory = scratch + (whole ? partial : 0);
     const Buffer memories(threads * memory);
     std::atomic<int64_t> next{0};
-    const auto work = [&](int64_t thread) noexcept {
-        float* own = memories.data + thread * memory;
+    std::atomic<int64_t> workers{0};
+    const auto work = [&]() noexcept {
+        float* own = memories.data + workers.fetch_add(1, std::memory_order_relaxed) * memory;
         for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
             float* sums = whole ? own + scratch : partials.data + i * partial;
             item(i / p.chunks, i % p.chunks, sums, own);
@@ -114,19 +141,7 @@ void run(const Problem& p, int64_t scratch, double products, Item item, Finish f
             }
         }
     };
-    std::vector<std::thread> others;
-    others.reserve(threads - 1);
-    for (int64_t thread = 1; thread < threads; ++thread) {
-        try {
-            others.emplace_back(work, thread);
-        } catch (const std::system_error&) {  // no more threads to be had: those there do the work
-            break;
-        }
-    }
-    work(0);
-    for (std::thread& other : others) {
-        other.join();
-    }
+    in_team(p.size.team, threads, work);
     for (int64_t b = 0; b < p.size.batch && !whole; ++b) {
         finish(b, partials.data + b * p.chunks * partial);
     }

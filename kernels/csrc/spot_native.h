@@ -66,12 +66,17 @@ enum {
     SPOT_LEVEL_AVX512BF16 = 4
 };
 
+/* Calls work(data) in each thread of a team of at most `threads`, the caller among them, and returns when all have
+   returned: what OpenMP's run-time library has as GOMP_parallel (flags is 0). */
+typedef void (*spot_team)(void (*work)(void* data), void* data, unsigned threads, unsigned flags);
+
 typedef struct {
     int64_t batch, heads, tokens, slots, width;
     int32_t dtype;   /* of q, k, v, updates and their gradients */
     int32_t level;   /* instruction set, one of SPOT_LEVEL_... */
     int32_t threads; /* at most that many; small calls take fewer. The result does not depend on it */
     float eps;
+    spot_team team;  /* the threads to work on; NULL: they are started for the call, and end with it */
 } spot_slot_attention;
 
 /* An array [batch, heads, rows, width] whose rows are dense; strides in elements, 0 allowed where it is read. */

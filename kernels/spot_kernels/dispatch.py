@@ -75,7 +75,8 @@ def chosen_backend(operator: str, tensor: torch.Tensor) -> str:
     """The backend that `operator` would run on for `tensor`, one of triton, native, torch.
 
     operator: an operator's name, such as "slot_attention_step". tensor: its first argument; device and dtype matter,
-    the shape does not (an operator called outside the kernels' limits, such as 65 slots, takes PyTorch).
+    the shape does not (an operator called outside the kernels' limits, such as 65 slots, takes PyTorch, and so does
+    slot attention on the CPU with more slots than the library is faster for).
 
     Raises ValueError for an unknown operator, and where the backend that was asked for cannot run.
     """
@@ -84,8 +85,12 @@ def chosen_backend(operator: str, tensor: torch.Tensor) -> str:
     return choose(operator, tensor)
 
 
-def choose(operator: str, tensor: torch.Tensor, limit: str = "") -> str:
-    """As `chosen_backend`; a non-empty `limit` says in a few words what the kernels do not take about this call."""
+def choose(operator: str, tensor: torch.Tensor, limit: str = "", *, native_wins: bool = True) -> str:
+    """As `chosen_backend` for one call.
+
+    limit: what the kernels do not take about it, in a few words; empty: nothing. native_wins: whether the library is
+    faster than PyTorch at its shape; where it is not, `auto` leaves it alone.
+    """
     wanted, support = _requested, SUPPORT[operator]
     kind, dtype = tensor.device.type, tensor.dtype
     if wanted == "torch":
@@ -100,6 +105,8 @@ def choose(operator: str, tensor: torch.Tensor, limit: str = "") -> str:
             raise ValueError(f"{operator}: backend native was asked for, but the tensors are on {kind}: use auto")
     elif kind == "cuda":
         return "triton" if TRITON and not limit and dtype in support.get("triton", ()) else "torch"
+    elif not native_wins:
+        return "torch"
     return "native" if kind == "cpu" and NATIVE and dtype in support.get("native", ()) else "torch"
 
 

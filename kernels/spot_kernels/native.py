@@ -19,7 +19,7 @@ _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 _PATH = Path(__file__).with_name("libspot_native" + _SUFFIX)
 
 # Of csrc/spot_native.h: the version of the interface, and the codes that stand for a mistake of the caller.
-_ABI = 2
+_ABI = 3
 _VALUE_ERRORS = {2: "cost holds NaN, infinity or a value beyond 1e300", 3: "a label is out of range"}
 
 
@@ -30,12 +30,13 @@ _level = 0
 
 
 class _Size(ctypes.Structure):
-    """spot_slot_attention: sizes of a call, dtype, instruction set, threads, eps."""
+    """spot_slot_attention: sizes of a call, dtype, instruction set, threads, eps, the team of threads."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "heads", "tokens", "slots", "width")),
         *((name, ctypes.c_int32) for name in ("dtype", "level", "threads")),
         ("eps", ctypes.c_float),
+        ("team", ctypes.c_void_p),
     ]
 
 
@@ -91,8 +92,9 @@ def slot_attention_levels() -> tuple[str, ...]:
 def slot_attention_wins(q: torch.Tensor, k: torch.Tensor) -> bool:
     """Whether slot attention here is at least 1.3 times as fast as PyTorch's, for q [B, H, K, d] and k [B, H, N, d].
 
-    What bench/native_table.py has measured: with AVX2 or more, in float32 and bfloat16, up to 24 slots. With more slots
-    PyTorch's products are large enough to run at the processor's speed; without AVX2 ours are too slow.
+    What bench/native_table.py has measured, forward and with backward: with AVX2 or more, up to 11 slots. With 16 and
+    24 it is 1.2 to 1.4 times, as PyTorch's products come nearer to the processor's speed; without AVX2 ours are too
+    slow.
     """
     return _FAST and q.dtype in _DTYPES and q.shape[2] <= _MOST_SLOTS and k.shape[2] > 0
 
@@ -197,7 +199,25 @@ def _heads_last(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _size(q: torch.Tensor, tokens: int, eps: float) -> _Size:
     batch, heads, slots, width = q.shape
-    return _Size(batch, heads, tokens, slots, width, _DTYPES[q.dtype], _level, torch.get_num_threads(), eps)
+    return _Size(batch, heads, tokens, slots, width, _DTYPES[q.dtype], _level, torch.get_num_threads(), eps, _team())
+
+
+@functools.cache
+def _team() -> int | None:
+    """PyTorch's own threads: the address of GOMP_parallel in the OpenMP library that torch has loaded, if it has one.
+
+    After an operator of PyTorch its threads keep the processors busy for a while, waiting for the next one; threads
+    started beside them would have to share.
+    """
+    try:
+        with open("/proc/self/maps", encoding="utf-8") as maps:
+            loaded = {line.split(maxsplit=5)[-1].strip() for line in maps if "libgomp" in line}
+        inside = {path for path in loaded if Path(torch.__file__).parent in Path(path).parents}
+        # outside torch's own folder (a distribution's build) only where it can be no other package's
+        (path,) = inside or loaded
+        return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _rows(tensor: torch.Tensor) -> _Rows:
@@ -223,5 +243,5 @@ def _check(status: int) -> None:
 
 
 # Read once, so that a traced graph depends on plain values.
-_MOST_SLOTS = 24
+_MOST_SLOTS = 11
 _FAST = slot_attention_levels()[:1] not in ((), ("baseline",))

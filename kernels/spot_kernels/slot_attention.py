@@ -161,7 +161,7 @@ def slot_attention_step(
     if slots < 1 or heads < 1:
         raise ValueError(f"{OPERATOR}: q {tuple(q.shape)} needs at least one head and one slot")
     q, k, v = checks.autocast(q, k, v)
-    backend = dispatch.choose(OPERATOR, q, _limit(q))
+    backend = dispatch.choose(OPERATOR, q, _limit(q), native_wins=native.slot_attention_wins(q, k))
     if backend == "torch":
         updates, attn, logits = reference.slot_attention_step(q, k, v, eps)
     else:

@@ -220,15 +220,15 @@ def test_native_takes_any_size_where_it_is_asked_for():
 
 
 @needs_native
-@pytest.mark.parametrize("slots", [11, 12])
+@pytest.mark.parametrize("slots", [1, 2, 11, 12])
 def test_auto_takes_the_library_only_where_it_is_faster(monkeypatch, slots):
-    """Up to 11 slots, with AVX2 or more; the library runs all the same where it is asked for."""
+    """From 2 to 11 slots, with AVX2 or more; the library runs all the same where it is asked for."""
     ran = []
     forward = native.slot_attention_forward
     monkeypatch.setattr(native, "slot_attention_forward", lambda *given: ran.append(slots) or forward(*given))
     monkeypatch.setattr(native, "_FAST", True)
     q, k, v = inputs(1, 1, 9, slots, 8, torch.float32)
-    for backend, expected in (("auto", slots <= 11), ("torch", False), ("native", True)):
+    for backend, expected in (("auto", 2 <= slots <= 11), ("torch", False), ("native", True)):
         with use_backend(backend):
             slot_attention_step(q, k, v)
         assert bool(ran) is expected, backend

@@ -75,8 +75,8 @@ def chosen_backend(operator: str, tensor: torch.Tensor) -> str:
     """The backend that `operator` would run on for `tensor`, one of triton, native, torch.
 
     operator: an operator's name, such as "slot_attention_step". tensor: its first argument; device and dtype matter,
-    the shape does not (an operator called outside the kernels' limits, such as 65 slots, takes PyTorch, and so does
-    slot attention on the CPU with more slots than the library is faster for).
+    the shape does not (an operator called outside the kernels' limits, such as 65 slots, takes PyTorch, and so do
+    shapes for which the library is not faster on the CPU).
 
     Raises ValueError for an unknown operator, and where the backend that was asked for cannot run.
     """

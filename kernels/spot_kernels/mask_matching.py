@@ -144,7 +144,9 @@ def linear_assignment(cost: torch.Tensor) -> torch.Tensor:
     limit = ""
     if max(cost.shape[1:]) > LARGEST_PROBLEM:
         limit = f"cost {tuple(cost.shape)} has more than {LARGEST_PROBLEM} rows or columns"
-    return _linear_assignment(cost, dispatch.choose("linear_assignment", cost, limit))
+    # of larger problems scipy's loop is as fast: bench/native_table.py
+    wins = min(cost.shape[1:]) <= 11
+    return _linear_assignment(cost, dispatch.choose("linear_assignment", cost, limit, native_wins=wins))
 
 
 def assign_masks(

@@ -6,7 +6,7 @@
 #
 #   kernels the operators' tests, compiled and on the device, KERNEL_MINUTES (3.5) at most
 #   bench   the operators' table, its aims and its CSV
-#   sweep   the kernels' configurations against alternatives
+#   sweep   the kernels' configurations against alternatives, and all iterations in one kernel against a launch a step
 #   tests   the test suite without the slow ones
 #   scenes  the README's results table, three seeds
 #   photos  the paper's Table 1 in small, three seeds; skipped without the folder that bench/prepare_gpu.py makes
@@ -74,6 +74,7 @@ bench() {
 }
 
 sweep() {
+  "$PYTHON" bench/whole_iterations.py | tee "$OUT/whole_iterations_gpu.txt"
   "$PYTHON" bench/sweep.py --minutes "$(minutes_left)" ${QUICK:+--tiny} | tee "$OUT/sweep_gpu.txt"
 }
 

@@ -97,7 +97,7 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
 
 def _absolute(given: dict[str, Any]) -> dict[str, Any]:
     """Paths that also hold when the run is used from another folder."""
-    paths = {name: os.path.abspath(given[name]) for name in ("data", "encoder_weights")
+    paths = {name: os.path.abspath(given[name]) for name in ("data", "encoder_weights", "sbd", "cache_dir")
              if given.get(name) not in (None, "hub", "none")}  # fmt: skip
     return given | paths
 
@@ -147,7 +147,7 @@ def _add_field(group: argparse._ArgumentGroup, field: Any, default: Any) -> None
     metavar = "{" + ",".join(map(str, choices)) + "}" if choices else _METAVARS[kind]
     if field.name == "preset":
         text = f"{field.metadata['help']}: {', '.join(preset_names())} (default: scenes)"
-    if field.name == "data":
+    if field.name in ("data", "sbd", "cache_dir"):
         metavar = "DIR"
     group.add_argument(option, type={"int": int, "float": float, "str": str}[kind], choices=choices, metavar=metavar,
                        default=argparse.SUPPRESS, help=text.replace("%", "%%"))

@@ -39,9 +39,15 @@ class Config:
     crop: str = _option("center", "training crop after resizing the minor side", "data",
                         ("center", "random", "stretch"))
     flip: bool = _option(True, "flip training images horizontally with probability 1/2", "data")
+    sbd: str | None = _option(None, "folder of the SBD data set, from which VOC's trainaug list is made where VOC has "
+                              "none", "data")
+    loader: str = _option("auto", "what decodes images: dali, torch (Pillow), or auto: DALI where it is installed and "
+                          "there is a GPU; config.json keeps the choice", "data", ("auto", "dali", "torch"))
     workers: int = _option(2, "threads that decode images (scenes are kept in memory and need none)", "data")
-    cache: str = _option("auto", "keep frozen features in memory: features, none, or auto (when they fit and the "
-                         "pictures do not change from epoch to epoch)", "data", ("auto", "features", "none"))
+    cache: str = _option("auto", "what is kept of the training pictures: nothing, decoded pixels, frozen features, or "
+                         "auto, which says what it chose and why", "data", ("auto", "none", "pixels", "features"))
+    cache_dir: str | None = _option(None, "folder of caches on disk (default: $SPOT_FAST_CACHE or ~/.cache/spot_fast)",
+                                    "data")
 
     encoder: str = _option("vit_base_patch16_224.dino", "timm name of the ViT, or spot_scenes for the packaged one",
                            "encoder")

@@ -38,7 +38,7 @@ from .validation import quick_validation
 _WEIGHTS, _STEP, _PARALLEL = range(100, 103)
 _SAVE_SECONDS = 300
 # Settings that change nothing in the weights: a resumed run may have others than it began with.
-FREE = ("data", "encoder_weights", "workers", "cache", "save_every")
+FREE = ("data", "sbd", "encoder_weights", "workers", "cache", "cache_dir", "save_every")
 
 
 @dataclass(frozen=True)

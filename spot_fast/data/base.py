@@ -6,11 +6,14 @@ An `ImageSet` is one split (training or validation). Pictures come out as uint8 
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..errors import CorruptImage
 from . import transforms
@@ -35,7 +38,7 @@ class ImageSet:
     has_masks    `val_masks` works
     has_classes  those masks have class maps
     flip         training pictures are mirrored with probability 1/2; the loader does it, `train_image` does not
-    random_crop  `train_image` depends on its rng
+    random_crop  `finish` and `train_image` depend on their rng
     images       optional: all training pictures at once, uint8 [n, 3, S, S]; the loader then indexes it directly
     """
 
@@ -57,9 +60,22 @@ class ImageSet:
         """What to call the picture in a message: its file name, where it has one."""
         raise NotImplementedError
 
+    def prepared(self, index: int) -> torch.Tensor:
+        """The training picture as far as no chance is involved: uint8 [3, h, w], decoded and resized, and cropped
+        unless the crop is random; CorruptImage names the file and the reason."""
+        raise NotImplementedError
+
+    def finish(self, prepared: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        """The rest: uint8 [3, S, S], cropped at random where the set does so, and not mirrored."""
+        return prepared
+
     def train_image(self, index: int, rng: np.random.Generator) -> torch.Tensor:
         """uint8 [3, S, S], cropped for training and not mirrored; CorruptImage names the file and the reason."""
-        raise NotImplementedError
+        return self.finish(self.prepared(index), rng)
+
+    def content_key(self) -> str:
+        """Names what `prepared` gives for all pictures: another key, other pixels. Empty: not worth storing on disk."""
+        return ""
 
     def val_image(self, index: int) -> torch.Tensor:
         """uint8 [3, S, S], cropped as in evaluation; CorruptImage names the file and the reason."""
@@ -70,11 +86,22 @@ class ImageSet:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """How a picture becomes a square: resized to width x height, then the square whose corner is at (left, top)."""
+
+    width: int
+    height: int
+    left: int
+    top: int
+
+
 class ImageFiles(ImageSet):
     """An ImageSet over image files: SPOT's crops (section 6) of `paths[index]`.
 
     crop: "center" or "random" after resizing the minor side to S (bilinear), or "stretch" to S x S (bicubic, MOVi).
-    Validation pictures are centre-cropped unless they are stretched. upright: obey EXIF orientation.
+    Validation pictures are centre-cropped unless they are stretched. upright: obey EXIF orientation. A set whose
+    pictures are not files of their own overrides `encoded` and `stamps`.
     """
 
     def __init__(self, paths: list[Path], *, image_size: int, mask_size: int, crop: str = "center",
@@ -93,21 +120,63 @@ class ImageFiles(ImageSet):
     def label(self, index: int) -> str:
         return self.paths[index].name
 
-    def train_image(self, index: int, rng: np.random.Generator) -> torch.Tensor:
-        return self._square(index, self.crop, rng)
+    def encoded(self, index: int) -> bytes:
+        """The picture's file as it is stored; CorruptImage where there is none."""
+        try:
+            return self.paths[index].read_bytes()
+        except FileNotFoundError:
+            raise CorruptImage(f"image {self.paths[index]} does not exist") from None
+        except OSError as error:
+            raise CorruptImage(f"image {self.paths[index]} cannot be read: {error.strerror or error}") from None
+
+    def rgb(self, index: int) -> Image.Image:
+        """The decoded picture, upright if the set is; CorruptImage names the file and the reason."""
+        return transforms.open_rgb(self.paths[index], self.encoded(index), upright=self.upright)
+
+    def geometry(self, width: int, height: int, rng: np.random.Generator) -> Geometry:
+        """What training does to a picture of that size; draws from `rng` where the crop is random."""
+        size = self.image_size
+        if self.crop == "stretch":
+            return Geometry(size, size, 0, 0)
+        width, height = transforms.minor_size(width, height, size)
+        place = transforms.random_corner if self.random_crop else transforms.center_corner
+        return Geometry(width, height, *place(width, height, size, rng))
+
+    def prepared(self, index: int) -> torch.Tensor:
+        return transforms.to_tensor(self._resized(index, self.crop))
+
+    def finish(self, prepared: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        if not self.random_crop:
+            return prepared
+        left, top = transforms.random_corner(prepared.shape[2], prepared.shape[1], self.image_size, rng)
+        return prepared[:, top : top + self.image_size, left : left + self.image_size].contiguous()
 
     def val_image(self, index: int) -> torch.Tensor:
-        return self._square(index, "stretch" if self.crop == "stretch" else "center", None)
+        return transforms.to_tensor(self._resized(index, "stretch" if self.crop == "stretch" else "center"))
 
-    def _square(self, index: int, crop: str, rng: np.random.Generator | None) -> torch.Tensor:
-        image = transforms.open_rgb(self.paths[index], upright=self.upright)
+    def _resized(self, index: int, crop: str) -> Image.Image:
+        image = self.rgb(index)
         if crop == "stretch":
-            square = transforms.stretch(image, self.image_size)
-        elif crop == "random":
-            square = transforms.random_crop(transforms.resize_minor(image, self.image_size), self.image_size, rng)
-        else:
-            square = transforms.center_crop(transforms.resize_minor(image, self.image_size), self.image_size)
-        return transforms.to_tensor(square)
+            return transforms.stretch(image, self.image_size)
+        image = transforms.resize_minor(image, self.image_size)
+        return image if crop == "random" else transforms.center_crop(image, self.image_size)
+
+    def content_key(self) -> str:
+        digest = hashlib.sha256()
+        words = (transforms.VERSION, self.image_size, self.crop, self.upright, len(self))
+        digest.update(" ".join(map(str, words)).encode())
+        for stamp in self.stamps():
+            digest.update(f"\n{stamp}".encode())
+        return digest.hexdigest()
+
+    def stamps(self) -> Iterator[str]:
+        """A line for each file that the pictures come from; it changes when the file does: name, size and time."""
+        for path in self.paths:
+            try:
+                about = path.stat()
+                yield f"{path.parent.name}/{path.name} {about.st_size} {about.st_mtime_ns}"
+            except OSError:
+                yield f"{path.parent.name}/{path.name} missing"
 
     def square_labels(self, labels: np.ndarray) -> torch.Tensor:
         """A label map [height, width] as int64 [M, M]: nearest, cropped or stretched as validation pictures are."""
@@ -116,4 +185,4 @@ class ImageFiles(ImageSet):
         return transforms.center_crop_labels(labels, self.mask_size)
 
 
-__all__ = ["CorruptImage", "ImageFiles", "ImageSet", "Masks"]
+__all__ = ["CorruptImage", "Geometry", "ImageFiles", "ImageSet", "Masks"]

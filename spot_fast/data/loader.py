@@ -42,11 +42,14 @@ class Batch:
 class Loader:
     """Batches of `image_set`'s training pictures; an incomplete last batch is dropped.
 
+    Of several processes each gets its share, `rank` of `world`, of the same batches: together they see what one would.
+
     A corrupt picture is replaced by another one, drawn deterministically, and is counted in `corrupt`
     {label: reason}; more than 1 % of the set corrupt is a UserError that names the first of them.
     """
 
-    def __init__(self, image_set: ImageSet, batch_size: int, seed: int = 0, workers: int = 0) -> None:
+    def __init__(self, image_set: ImageSet, batch_size: int, seed: int = 0, workers: int = 0, *, rank: int = 0,
+                 world: int = 1) -> None:
         if batch_size < 1:
             raise UserError(f"--batch-size {batch_size}: use 1 or more")
         if workers < 0:
@@ -56,10 +59,15 @@ class Loader:
         if len(image_set) < batch_size:
             raise UserError(f"{image_set.name} has {len(image_set)} training images, fewer than --batch-size "
                             f"{batch_size}: use a smaller batch or more images")
+        if batch_size % world:
+            raise UserError(f"--batch-size {batch_size} cannot be divided among {world} processes: use a multiple")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank is {rank}: expected 0 to {world - 1}, one below world")
         self.image_set = image_set
         self.batch_size = batch_size
         self.seed = seed
         self.workers = workers
+        self.rank, self.world = rank, world
         self.corrupt: dict[str, str] = {}
 
     @property
@@ -81,11 +89,17 @@ class Loader:
             return torch.zeros(count, dtype=torch.bool)
         return torch.from_numpy(self._rng(_FLIP, epoch).random(count) < 0.5)
 
+    def steps(self, epoch: int, start_step: int = 0) -> list[torch.Tensor]:
+        """This process's share of the pictures of each step from `start_step` on: int64 [batch_size / world]."""
+        share = self.batch_size // self.world
+        whole = self.order(epoch).split(self.batch_size)[start_step : self.steps_per_epoch]
+        return [indices[self.rank * share : (self.rank + 1) * share] for indices in whole]
+
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from `start_step` on."""
-        order, flips = self.order(epoch), self.flips(epoch)
-        steps = [order[step * self.batch_size:(step + 1) * self.batch_size]
-                 for step in range(start_step, self.steps_per_epoch)]
+        return self._batches(epoch, self.steps(epoch, start_step), self.flips(epoch))
+
+    def _batches(self, epoch: int, steps: list[torch.Tensor], flips: torch.Tensor) -> Iterator[Batch]:
         in_memory = getattr(self.image_set, "images", None)
         if in_memory is not None:
             batches = ((in_memory[indices], indices) for indices in steps)

@@ -209,7 +209,7 @@ class Scenes(ImageSet):
     def label(self, index: int) -> str:
         return f"{self.split} scene {index}"
 
-    def train_image(self, index: int, rng: np.random.Generator) -> Tensor:
+    def prepared(self, index: int) -> Tensor:
         return self.images[index]
 
     def val_image(self, index: int) -> Tensor:

@@ -6,6 +6,7 @@ the same geometry with the nearest neighbour. Pillow's bilinear and bicubic filt
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,17 @@ from PIL import Image, ImageOps
 
 from ..errors import CorruptImage
 
+VERSION = 1  # to be raised when the same file gives other pixels: caches of the old ones are then not used
 
-def open_image(path: str | Path) -> Image.Image:
+
+def open_image(path: str | Path, encoded: bytes | None = None) -> Image.Image:
     """The decoded image in its own mode; CorruptImage names the file and the reason.
 
-    Larger than Pillow's decompression-bomb limit (179 megapixels) counts as corrupt too.
+    encoded: what is in the file, where that has been read already. Larger than Pillow's decompression-bomb limit (179
+    megapixels) counts as corrupt too.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if encoded is None else io.BytesIO(encoded)) as image:
             image.load()
             return image
     except MemoryError:
@@ -33,13 +37,13 @@ def open_image(path: str | Path) -> Image.Image:
         raise CorruptImage(f"image {path} cannot be read: {str(reason) or type(error).__name__}") from None
 
 
-def open_rgb(path: str | Path, *, upright: bool = False) -> Image.Image:
-    """The image as 8-bit RGB, from whatever mode it has; transparent parts become white.
+def open_rgb(path: str | Path, encoded: bytes | None = None, *, upright: bool = False) -> Image.Image:
+    """The image, read as `open_image` does, as 8-bit RGB, from whatever mode it has; transparent parts become white.
 
     upright: turn the image as its EXIF orientation says. Data sets whose masks are drawn on the stored pixels leave
     this off.
     """
-    image = open_image(path)
+    image = open_image(path, encoded)
     try:
         if upright:
             image = ImageOps.exif_transpose(image)
@@ -83,20 +87,18 @@ def resize_minor(image: Image.Image, size: int) -> Image.Image:
     return image.resize(minor_size(*image.size, size), Image.Resampling.BILINEAR)
 
 
-def _center(width: int, height: int, size: int) -> tuple[int, int]:
+def center_corner(width: int, height: int, size: int, rng: object = None) -> tuple[int, int]:
     """Left and top of the centred square: half to even, as torchvision rounds."""
     return round((width - size) / 2), round((height - size) / 2)
 
 
+def random_corner(width: int, height: int, size: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Left and top of a square at a uniformly drawn place."""
+    return int(rng.integers(width - size + 1)), int(rng.integers(height - size + 1))
+
+
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    left, top = _center(*image.size, size)
-    return image.crop((left, top, left + size, top + size))
-
-
-def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-    """A square at a uniformly drawn place."""
-    left = int(rng.integers(image.width - size + 1))
-    top = int(rng.integers(image.height - size + 1))
+    left, top = center_corner(*image.size, size)
     return image.crop((left, top, left + size, top + size))
 
 
@@ -113,7 +115,7 @@ def center_crop_labels(labels: np.ndarray, size: int) -> torch.Tensor:
     """Label map [height, width] -> int64 [size, size]: minor side to `size` by nearest neighbour, centre crop."""
     height, width = labels.shape
     width, height = minor_size(width, height, size)
-    left, top = _center(width, height, size)
+    left, top = center_corner(width, height, size)
     square = _resize_labels(labels, width, height)[top:top + size, left:left + size]
     return torch.from_numpy(square.astype(np.int64))
 

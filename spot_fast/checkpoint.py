@@ -7,10 +7,9 @@ the frozen encoder's weights instead of the weights.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 from .config import Config
 from .encoder import Encoder, build_encoder, encoder_identity
 from .errors import UserError
+from .files import atomic_write, reason
 from .model import Spot
 
 CONFIG = "config.json"
@@ -40,45 +40,6 @@ class Run:
     config: Config
     model: Spot
     metadata: dict[str, str]
-
-
-def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary file and puts it in the place of `path`; on failure `path` stays as it was.
-
-    The contents are on the disk before the name is, so that neither a kill nor a power cut leaves half a file.
-    UserError where the file cannot be written (such as no space left).
-    """
-    partial = path.with_name(f".{path.name}.tmp")
-    try:
-        write(partial)
-        descriptor = os.open(partial, os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written ({_reason(error)}): free some space or make it writable; "
-                        "what was saved before is intact") from error  # fmt: skip
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _reason(error: Exception) -> str:
-    text = str(error)
-    if isinstance(error, OSError):
-        return error.strerror or text
-    # safetensors passes the operating system's error on as text.
-    return os.strerror(errno.ENOSPC) if f"os error {errno.ENOSPC})" in text else text
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -101,7 +62,7 @@ def _reading(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({_reason(error)}): it is damaged, use another run") from error
+        raise UserError(f"{path} cannot be read ({reason(error)}): it is damaged, use another run") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

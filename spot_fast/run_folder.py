@@ -14,6 +14,9 @@ from typing import Any
 from .checkpoint import CONFIG, METRICS, write_config
 from .config import Config
 from .errors import UserError
+from .files import atomic_write
+
+CORRUPT = "corrupt.txt"
 
 
 class RunFolder:
@@ -54,6 +57,18 @@ class RunFolder:
         """Appends a line to metrics.jsonl."""
         with self._writing():
             self._metrics.write((json.dumps(record) + "\n").encode())
+
+    def write_corrupt(self, corrupt: dict[str, str]) -> None:
+        """corrupt.txt: a line with label and reason for each picture that could not be read; no file without any."""
+        if not corrupt:
+            return
+        file = self.path / CORRUPT
+        before = file.read_text(encoding="utf-8") if file.is_file() else ""
+        # What an earlier part of the run has met stays in.
+        lines = sorted({*before.splitlines(), *(f"{label}\t{' '.join(why.split())}" for label, why in corrupt.items())})
+        text = "\n".join(lines) + "\n"
+        if text != before:
+            atomic_write(file, lambda partial: partial.write_text(text, encoding="utf-8"))
 
     def sync(self) -> None:
         """Metrics are on the disk when this returns: call it before a state is saved that includes their step."""

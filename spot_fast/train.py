@@ -15,7 +15,7 @@ from .config import Config
 from .errors import UserError
 from .precision import resolve
 from .progress import duration, scores_text
-from .run_folder import RunFolder, is_free
+from .run_folder import CORRUPT, RunFolder, is_free
 from .teacher import check_teacher, find_teacher, inherit
 from .trainer import FREE, Outcome, Trainer
 
@@ -163,8 +163,9 @@ def _run(trainer: Trainer, folder: RunFolder, args: Arguments) -> int:
           f"{trainer.precision} on {where}", flush=True)  # fmt: skip
     outcome = trainer.run(folder, tensorboard=args.tensorboard)
     if trainer.loader.corrupt:
-        name, reason = next(iter(trainer.loader.corrupt.items()))
-        print(f"{len(trainer.loader.corrupt)} corrupt images were replaced by others, such as {name}: {reason}")
+        reason = next(iter(trainer.loader.corrupt.values()))
+        print(f"{len(trainer.loader.corrupt)} corrupt images were replaced by others, all in {path / CORRUPT}; the "
+              f"first: {reason}")  # fmt: skip
     if not outcome.finished:
         print(f"stopped at step {outcome.step} of {outcome.total_steps}: go on with python -m spot_fast.train "
               f"--resume {path}")  # fmt: skip

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .checkpoint import MODEL, STATE, frozen_encoder, read_tensors, save_tensors
 from .config import Config
-from .data import Batch, Loader, cache, open_set
+from .data import Batch, Loader, cache, feature_cache, open_set, pixel_cache
 from .encoder import encoder_identity, normalise
 from .errors import UserError
 from .interrupt import StopRequest
@@ -96,7 +96,7 @@ class Trainer:
         self.parameters = list(self.names)
         self.optimiser = adam(self.parameters)
         self.generator = torch.Generator(device)
-        self.cache: cache.Cache | None = None
+        self.cache: feature_cache.FeatureCache | None = None
 
         self.step = self.restored_step = self.saved_step = 0
         self.seconds, self.clock, self.save_clock = 0.0, time.monotonic(), time.monotonic()
@@ -128,22 +128,30 @@ class Trainer:
 
     @torch.no_grad()
     def frozen_features(self, images: Tensor) -> tuple[Tensor, ...]:
-        """uint8 pictures [B, 3, S, S] → what never changes: target [B, N, D], in stage 2 also the trunk's output."""
+        """uint8 pictures [B, 3, S, S] → what never changes: target [B, N, D], in stage 2 also the trunk's output.
+
+        In bfloat16 in a bf16 run, so that cached features and those computed anew are the same.
+        """
         with self.autocast():
             hidden = self.model.encoder.trunk(normalise(images.to(self.device, non_blocking=True)))
             target = self.model.encoder.finish(hidden).contiguous()
-        return (target,) if self.model.last_blocks is None else (target, hidden)
+        frozen = (target,) if self.model.last_blocks is None else (target, hidden)
+        return tuple(t.bfloat16() for t in frozen) if self.precision == "bf16" else frozen
 
-    def features_of(self, batch: Batch | Tensor) -> tuple[Tensor, Tensor]:
-        """Features for the slots and target features, both [B, N, D], of a batch or of indices of cached pictures."""
-        if self.cache is not None:
-            frozen = self.cache.take(batch, self.device)
-        else:
-            frozen = self.frozen_features(batch.images)
-        if self.model.last_blocks is None:
-            return frozen[0], frozen[0]
-        target, hidden = frozen
-        return self.model.encoder.finish(hidden, self.model.last_blocks), target
+    def frozen_fields(self) -> list[feature_cache.Field]:
+        """What `frozen_features` gives for a picture, and what that depends on besides the picture."""
+        config = self.config
+        one = torch.zeros(1, 3, config.image_size, config.image_size, dtype=torch.uint8)
+        key = f"{self.identity['sha256']} {config.feature_norm} {self.precision} {self.device.type}"
+        keys = key, f"{key} {self.model.encoder.first_last_block}"
+        return [feature_cache.Field(name, tuple(value.shape[1:]), value.dtype, key)
+                for name, key, value in zip(("target", "hidden"), keys, self.frozen_features(one), strict=False)]
+
+    def features_of(self, batch: Batch | tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Features for the slots and target features, both [B, N, D], of a batch of pictures or of cached features."""
+        frozen = batch if isinstance(batch, tuple) else self.frozen_features(batch.images)
+        target, *hidden = (features.float() for features in frozen)
+        return (self.model.encoder.finish(hidden[0], self.model.last_blocks) if hidden else target), target
 
     @torch.no_grad()
     def teach(self, target: Tensor, draws: Draws) -> Tensor:
@@ -155,7 +163,7 @@ class Trainer:
         """The run's precision, for everything forward."""
         return autocast(self.precision, self.device)
 
-    def train_step(self, batch: Batch | Tensor) -> None:
+    def train_step(self, batch: Batch | tuple[Tensor, ...]) -> None:
         """Forward, backward, clip, Adam; waits for nothing on the device."""
         draws = self.draw(self.step)
         with self.autocast():
@@ -211,26 +219,35 @@ class Trainer:
             self._finish(folder)
         return Outcome(self.step == self.total_steps, self.step, self.total_steps, self.seconds, self.scores)
 
-    def batches(self) -> Iterator[Batch | Tensor]:
-        """What is left of the current epoch: batches, or indices int64 [B] where features are cached."""
+    def batches(self) -> Iterator[Batch | tuple[Tensor, ...]]:
+        """What is left of the current epoch: batches of pictures, or their frozen features where those are cached."""
         epoch, start = divmod(self.step, self.loader.steps_per_epoch)
         if self.cache is None:
             return self.loader.epoch(epoch, start)
-        return iter(self.loader.order(epoch).split(self.config.batch_size)[start : self.loader.steps_per_epoch])
+        return self.cache.epoch(self.loader, epoch, start, self.device)
 
     def _fill_cache(self, display: Display) -> None:
-        """Caches frozen features where that pays, and says so."""
-        config = self.config
+        """Caches frozen features or pixels where that pays, and says so."""
         if self.step == self.total_steps:
             return
-        one = torch.zeros(1, 3, config.image_size, config.image_size, dtype=torch.uint8)
-        size = sum(features.nbytes for features in self.frozen_features(one))
-        plan = cache.plan(config.cache, self.train_set, size, config.epochs, self.device)
+        config, folder = self.config, cache.default_folder(self.config.cache_dir)
+        fields = self.frozen_fields()
+        plan = cache.plan(config.cache, self.train_set, fields, epochs=config.epochs, device=self.device, folder=folder)
         display.line(plan.reason)
-        if plan.device is not None:
-            self.cache = cache.fill(self.train_set, self.frozen_features, batch_size=config.batch_size,
-                                    device=plan.device, seed=config.seed, workers=config.workers)  # fmt: skip
-            self.loader.corrupt |= self.cache.corrupt
+        if plan.kind == "pixels":
+            store = pixel_cache.store_of(self.train_set, folder)
+            pixel_cache.build(self.train_set, store, workers=config.workers, too_many=self.loader.note_corrupt,
+                              say=display.line)  # fmt: skip
+            cached = pixel_cache.CachedPixels(self.train_set, store, plan.device)
+            self.loader = Loader(cached, config.batch_size, config.seed, config.workers)
+            self.loader.note_corrupt(dict(store.corrupt.values()))
+        elif plan.on_disk is not None:
+            stores = feature_cache.stores_of(self.train_set, fields, folder)
+            self.cache = feature_cache.on_disk(self.loader, self.frozen_features, fields, stores, say=display.line)
+            if plan.device is not None:
+                self.cache.hold(plan.device)
+        elif plan.kind == "features":
+            self.cache = feature_cache.in_memory(self.loader, self.frozen_features, fields, plan.device)
 
     def _log_interval(self, folder: RunFolder, display: Display) -> None:
         values = self._means("train", self.meter.interval, self.config.log_every)
@@ -293,6 +310,7 @@ class Trainer:
             raise UserError(f"{name} is not finite after step {self.step}: {self._kept()}")
         tensors |= {"meter.interval": self.meter.interval, "meter.epoch": self.meter.epoch}
         self._tick()
+        folder.write_corrupt(self.loader.corrupt)
         folder.sync()
         self._write(folder, STATE, tensors, {
             "config": config_hash(self.config), "images": str(len(self.train_set)), "seconds": f"{self.seconds:.1f}",

@@ -13,6 +13,12 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
+def own_cache_folder(tmp_path_factory):
+    """No test writes into the user's cache folder."""
+    os.environ["SPOT_FAST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
 def fill_uninitialised_memory():
     """Memory that is read before it is written shows as NaN instead of as whatever was there."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,97 +1,90 @@
-"""The feature cache: every picture once, the loader's pictures, a plan that can be explained."""
+"""What is cached, where, and the sentence that says why."""
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from spot_fast.data import Folder, Loader, Scenes, cache
-from spot_fast.data.base import ImageSet
-from spot_fast.errors import CorruptImage, UserError
+from picture_files import folder, make_pictures
+from spot_fast.data import Scenes, cache
+from spot_fast.data.feature_cache import Field
+from spot_fast.errors import UserError
 
-CPU = torch.device("cpu")
-
-
-def mean_and_corner(images):
-    return images.float().mean((2, 3)), images[:, :, :2, :2]
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+FIELD = [Field("target", (250,), torch.float32, "")]  # 1 kB a row
 
 
-@pytest.mark.parametrize("count, batch", [(1, 4), (8, 4), (11, 4), (3, 1)])
-def test_every_picture_has_its_row_and_batches_are_full(count, batch):
-    scenes = Scenes(count, "train", size=16)
-    sizes = []
+@pytest.fixture
+def planned(tmp_path, monkeypatch):
+    """Plans for ten pictures: (mode, options of the set, room in bytes by place) → Plan."""
+    make_pictures(tmp_path, 10)
 
-    def function(images):
-        sizes.append(len(images))
-        return mean_and_corner(images)
+    def plan(mode="auto", *, scenes=False, epochs=10, device=CPU, cpu=10**6, gpu=10**6, disk=10**6, **options):
+        free = {"cpu": cpu, "cuda": gpu}
+        monkeypatch.setattr(cache, "free_bytes", lambda place: free[place.type])
+        monkeypatch.setattr(cache, "free_disk", lambda path: disk + cache._DISK_MARGIN)
+        image_set = Scenes(10, "train", size=16) if scenes else folder(tmp_path, **options)
+        image_set.flip = options.get("flip", False)
+        found = cache.plan(mode, image_set, FIELD, epochs=epochs, device=device, folder=tmp_path / "cache")
+        assert not (tmp_path / "cache").exists()
+        return found
 
-    filled = cache.fill(scenes, function, batch_size=batch, device=CPU)
-    indices = torch.arange(count).flip(0)
-    mean, corner = filled.take(indices, CPU)
-    expected = mean_and_corner(scenes.images[indices])
-    assert torch.equal(mean, expected[0]) and torch.equal(corner, expected[1])
-    assert sizes == [batch] * -(-count // batch)
-
-
-class Broken(ImageSet):
-    """Ten pictures of one colour each; number 3 cannot be read."""
-
-    name = "broken"
-
-    def __len__(self):
-        return 10
-
-    def label(self, index):
-        return f"{index}.png"
-
-    def train_image(self, index, rng):
-        if index == 3:
-            raise CorruptImage("3.png is cut off")
-        return torch.full((3, 4, 4), index, dtype=torch.uint8)
+    return plan
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_corrupt_picture_gets_its_stand_in(workers):
-    filled = cache.fill(Broken(), mean_and_corner, batch_size=4, device=CPU, seed=5, workers=workers)
-    assert filled.corrupt == {"3.png": "3.png is cut off"}
-    loader = Loader(Broken(), 1, seed=5)
-    stand_in = [batch.indices.item() for row, batch in zip(loader.order(0), loader.epoch(0), strict=True) if row == 3]
-    colours = filled.take(torch.arange(10), CPU)[0][:, 0].tolist()
-    assert colours == [0, 1, 2, *map(float, stand_in), 4, 5, 6, 7, 8, 9]
+def where(plan):
+    return plan.kind, plan.device and plan.device.type, plan.on_disk is not None
 
 
-def test_files(tmp_path):
-    for name in range(5):
-        Image.fromarray(np.full((9, 7, 3), 20 * name, np.uint8)).save(tmp_path / f"{name}.png")
-    folder = Folder(tmp_path, image_size=4)
-    filled = cache.fill(folder, mean_and_corner, batch_size=2, device=CPU, workers=2)
-    assert filled.take(torch.arange(5), CPU)[0][:, 0].tolist() == [0, 20, 40, 60, 80]
+@pytest.mark.parametrize("options, place, says", [
+    ({"scenes": True}, ("features", "cpu", False), "features of 10 pictures, 10 kB in float32, are cached: 1 MB free"),
+    ({"scenes": True, "flip": True, "epochs": 3}, ("features", "cpu", False), "mirrored and not, 20 kB"),
+    ({"scenes": True, "epochs": 1}, ("none", None, False), "every picture is needed once"),
+    ({"scenes": True, "cpu": 15_000}, ("none", None, False), "do not fit the memory: 15 kB are free"),
+    ({"scenes": True, "device": GPU, "gpu": 15_000}, ("features", "cpu", False), "free on cpu"),
+    ({}, ("features", None, True), "are built once in"),
+    ({"epochs": 1}, ("none", None, False), "needed once"),
+    ({"flip": True, "epochs": 2}, ("pixels", None, True), "once mirrored and once not, so features are not cached"),
+    ({"crop": "random"}, ("pixels", None, True), "a random crop of image folder has no end of outcomes"),
+    ({"crop": "random", "epochs": 1}, ("none", None, False), "no end of outcomes"),
+    ({"disk": 18_000}, ("features", "cpu", False), "for this run alone"),
+    ({"disk": 18_000, "cpu": 18_000}, ("pixels", None, True), "are too large"),
+    ({"disk": 10_000, "cpu": 18_000}, ("none", None, False), "decoded pixels of 10 pictures, 8 kB, are more than half"),
+    ({"mode": "none"}, ("none", None, False), "--cache none"),
+    ({"mode": "pixels"}, ("pixels", None, True), "8 kB"),
+    ({"mode": "pixels", "scenes": True}, ("none", None, False), "scenes are in memory already"),
+    ({"mode": "features", "epochs": 1, "disk": 11_000}, ("features", None, True), "built once"),
+    ({"device": GPU}, ("features", "cuda", True), "held on cuda"),
+    ({"device": GPU, "gpu": 18_000}, ("features", None, True), "built once"),
+    # From a disk alone a GPU would wait longer than it computes.
+    ({"device": GPU, "gpu": 18_000, "cpu": 18_000}, ("pixels", "cuda", True), "longer than to compute them on a GPU"),
+    ({"device": GPU, "gpu": 15_000, "cpu": 18_000, "mode": "features"}, ("features", None, True), "built once"),
+])  # fmt: skip
+def test_plan(planned, options, place, says):
+    plan = planned(**options)
+    assert (where(plan), says in plan.reason) == (place, True), plan
 
 
-def plan(mode="auto", *, augments=False, size=1000, epochs=10, free=50_000, monkeypatch):
-    scenes = Scenes(10, "train", size=16)
-    scenes.flip = augments
-    monkeypatch.setattr(cache, "free_bytes", lambda device: free)
-    return cache.plan(mode, scenes, size, epochs, CPU)
+@pytest.mark.parametrize("options, message", [
+    ({"mode": "features", "crop": "random"}, "--cache features: a random crop .* use --cache pixels"),
+    ({"mode": "features", "disk": 9_000, "cpu": 9_000},
+     "--cache features: features of 10 pictures, 10 kB in float32, are too large: .* use --cache pixels, another"),
+    ({"mode": "features", "scenes": True, "cpu": 9_000}, "do not fit the memory: 9 kB are free"),
+    ({"mode": "pixels", "disk": 7_000}, "--cache pixels: decoded pixels of 10 pictures, 8 kB, are too large"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused(planned, options, message):
+    with pytest.raises(UserError, match=message):
+        planned(**options)
 
 
-def test_plan(monkeypatch):
-    auto = plan(monkeypatch=monkeypatch)
-    assert auto.device == CPU and "10 pictures are cached: 10 kB of 50 kB" in auto.reason
-    for changes, reason in (({"augments": True}, "change from epoch to epoch"), ({"epochs": 1}, "needed once"),
-                            ({"free": 15_000}, "more than half"), ({"mode": "none"}, "--cache none")):  # fmt: skip
-        found = plan(**changes, monkeypatch=monkeypatch)
-        assert found.device is None and reason in found.reason
-    assert plan("features", epochs=1, free=15_000, monkeypatch=monkeypatch).device == CPU
+def test_the_folder_is_an_option_a_variable_or_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("SPOT_FAST_CACHE", raising=False)
+    assert cache.default_folder(None) == tmp_path / ".cache" / "spot_fast"
+    monkeypatch.setenv("SPOT_FAST_CACHE", "/elsewhere")
+    assert str(cache.default_folder(None)) == "/elsewhere"
+    assert str(cache.default_folder("/given")) == "/given"
 
 
-def test_a_cache_that_cannot_be_is_refused(monkeypatch):
-    with pytest.raises(UserError, match="--cache features needs pictures that are the same"):
-        plan("features", augments=True, monkeypatch=monkeypatch)
-    with pytest.raises(UserError, match="--cache features needs 10 kB and 9 kB are free"):
-        plan("features", free=9_000, monkeypatch=monkeypatch)
-
-
-def test_free_memory_is_a_number_of_this_machine():
+def test_free_memory_and_disk_are_numbers_of_this_machine(tmp_path):
     assert 2**20 < cache.free_bytes(CPU) < 2**50
     assert cache._read_number("/no/such/file") == 0
+    assert 0 < cache.free_disk(tmp_path / "not" / "there") < 2**60

@@ -40,6 +40,7 @@ class ImageSet:
     flip         training pictures are mirrored with probability 1/2; the loader does it, `train_image` does not
     random_crop  `finish` and `train_image` depend on their rng
     images       optional: all training pictures at once, uint8 [n, 3, S, S]; the loader then indexes it directly
+    corrupt      optional, with `images`: the indices of pictures that are none, others stand in for them
     """
 
     name: str = "images"

@@ -1,69 +1,150 @@
-"""What a frozen function makes of every training picture, computed once and kept in memory.
+"""What is kept of the training pictures between epochs and between runs, and where: features, pixels or nothing.
 
-Pays where pictures do not change from epoch to epoch: the function then runs once a picture instead of once an epoch.
+Frozen features are best, where a picture has one outcome or two and their size allows; a random crop has no end of
+outcomes, so there decoded pixels are kept. Features live in the device's memory, in the machine's, or on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import UserError
+from . import pixel_cache
 from .base import ImageSet
-from .loader import Loader
+from .feature_cache import Field, outcomes, stores_of
 
-# uint8 pictures [B, 3, S, S] → tensors whose first axis is the picture's.
-Function = Callable[[Tensor], tuple[Tensor, ...]]
-
-_SHARE = 0.5  # of the free memory that a cache takes unasked
+_SHARE = 0.5  # of the free memory or disk that a cache takes unasked
+_DISK_MARGIN = 2**28  # left free in any case
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where to keep a cache (None: nowhere) and the sentence that explains it."""
+    """kind: none, pixels or features. device: whose memory holds them, None where they are read from `on_disk`, a
+    folder (None: not on disk). reason: the sentence that tells the user."""
 
-    device: torch.device | None
+    kind: str
     reason: str
+    device: torch.device | None = None
+    on_disk: Path | None = None
 
 
-def plan(mode: str, image_set: ImageSet, bytes_per_picture: int, epochs: int, device: torch.device) -> Plan:
-    """Whether to keep the function's results for `image_set`; mode is none, features or auto.
+def default_folder(given: str | None) -> Path:
+    """--cache-dir, $SPOT_FAST_CACHE or ~/.cache/spot_fast."""
+    return Path(given or os.environ.get("SPOT_FAST_CACHE") or Path.home() / ".cache" / "spot_fast")
 
-    UserError where mode is features and the pictures change or the memory does not suffice.
+
+def plan(mode: str, image_set: ImageSet, fields: Sequence[Field], *, epochs: int, device: torch.device,
+         folder: Path) -> Plan:  # fmt: skip
+    """What to keep of `image_set` for so many epochs on `device`; mode is none, pixels, features or auto.
+
+    fields: the frozen features of a picture. UserError where what was asked for is impossible, or too large for memory
+    and disk.
     """
     if mode == "none":
-        return Plan(None, "features are not cached: --cache none")
-    if image_set.augments:
+        return Plan("none", "nothing is cached: --cache none")
+    if mode == "pixels":
+        return _pixels(image_set, folder, device, asked=True, why="--cache pixels")
+    if not outcomes(image_set):
+        why = f"a random crop of {image_set.name} has no end of outcomes, so its features cannot be cached"
         if mode == "features":
-            raise UserError("--cache features needs pictures that are the same in every epoch: add --no-flip, and "
-                            "--crop center or stretch, or use --cache none")  # fmt: skip
-        return Plan(None, "features are not cached: pictures change from epoch to epoch (flip or random crop)")
-    if mode == "auto" and epochs < 2:
-        return Plan(None, "features are not cached: every picture is needed once")
-    size = bytes_per_picture * len(image_set)
-    share = _SHARE if mode == "auto" else 1.0
-    for place in dict.fromkeys([device, torch.device("cpu")]):
-        free = free_bytes(place)
-        if size <= share * free:
-            return Plan(place, f"features of {len(image_set)} pictures are cached: {_text(size)} of {_text(free)} free "
-                               f"on {place.type}")  # fmt: skip
-    if mode == "features":
-        raise UserError(f"--cache features needs {_text(size)} and {_text(free)} are free: use --cache none or fewer "
-                        "--train-images")  # fmt: skip
-    return Plan(None, f"features are not cached: {_text(size)} is more than half of the {_text(free)} that are free")
+            raise UserError(f"--cache features: {why}: use --cache pixels, or --crop center or stretch")
+        return _pixels(image_set, folder, device, asked=False, why=why, epochs=epochs)
+    found = _features(image_set, fields, folder, device, asked=mode == "features")
+    if mode == "features" or (found.kind == "features" and epochs > outcomes(image_set)):
+        return found
+    if found.kind == "features":
+        times = "once" if epochs == 1 else f"in {epochs} epochs about once mirrored and once not"
+        found = Plan("none", f"every picture is needed {times}, so features are not cached")
+    return _pixels(image_set, folder, device, asked=False, why=found.reason, epochs=epochs)
 
 
-def _text(size: float) -> str:
+def _features(image_set: ImageSet, fields: Sequence[Field], folder: Path, device: torch.device, *,
+              asked: bool) -> Plan:  # fmt: skip
+    size = sum(field.nbytes for field in fields) * len(image_set) * outcomes(image_set)
+    sides = ", mirrored and not" if outcomes(image_set) == 2 else ""
+    what = f"features of {len(image_set)} pictures{sides}, {text(size)} in {_dtype(fields)}"
+    share = 1.0 if asked else _SHARE
+    # A GPU also has to hold the training itself, whatever was asked for.
+    holder = next((place for place in dict.fromkeys([device, torch.device("cpu")])
+                   if size <= (share if place.type == "cpu" else _SHARE) * free_bytes(place)), None)  # fmt: skip
+    if not image_set.content_key():
+        if holder is not None:
+            return Plan("features", f"{what}, are cached: {text(free_bytes(holder))} free on {holder.type}", holder)
+        return _refuse(asked, f"{what}, do not fit the memory: {text(free_bytes(torch.device('cpu')))} are free")
+    built = _built(stores_of(image_set, fields, folder))
+    free = free_disk(folder)
+    if size - built <= share * (free - _DISK_MARGIN):
+        state = "are read from" if built == size else "are built once in"
+        rest = "" if built == size else f" ({text(free)} free there{f', {text(built)} are built' if built else ''})"
+        if device.type == "cpu" or holder == device:
+            held = f" and held on {device.type}" if device.type != "cpu" else ""
+            return Plan("features", f"{what}, {state} {folder}{rest}{held}",
+                        device if held else None, folder)  # fmt: skip
+        if asked or holder is not None:
+            return Plan("features", f"{what}, {state} {folder}{rest}", None, folder)
+        return Plan("none", f"{what}, do not fit the memory, and to read them from disk takes longer than to compute "
+                            "them on a GPU")  # fmt: skip
+    if holder is not None:
+        return Plan("features", f"{what}, are cached on {holder.type} for this run alone: {folder} has only "
+                                f"{text(free)} free", holder)  # fmt: skip
+    return _refuse(asked, f"{what}, are too large: {text(free)} are free in {folder}, "
+                          f"{text(free_bytes(torch.device('cpu')))} in memory")  # fmt: skip
+
+
+def _refuse(asked: bool, reason: str) -> Plan:
+    if asked:
+        raise UserError(f"--cache features: {reason}; use --cache pixels, another --cache-dir or fewer --train-images")
+    return Plan("none", reason)
+
+
+def _pixels(image_set: ImageSet, folder: Path, device: torch.device, *, asked: bool, why: str,
+            epochs: int = 2) -> Plan:  # fmt: skip
+    if not image_set.content_key():
+        return Plan("none", f"nothing is cached: {image_set.name} are in memory already" if asked else why)
+    if epochs < 2:
+        return Plan("none", why)
+    size, built = pixel_cache.expected_bytes(image_set), _built([pixel_cache.store_of(image_set, folder)])
+    free = free_disk(folder)
+    what = f"decoded pixels of {len(image_set)} pictures, {text(size)}"
+    if size - built > (1.0 if asked else _SHARE) * (free - _DISK_MARGIN):
+        if asked:
+            raise UserError(f"--cache pixels: {what}, are too large: {text(free)} are free in {folder}; use another "
+                            "--cache-dir, --cache none or fewer --train-images")  # fmt: skip
+        return Plan("none", f"{why}; {what}, are more than half of the {text(free)} that are free in {folder}")
+    state = "are read from" if built >= size else "are built once in"
+    held = device.type == "cuda" and not image_set.random_crop and size <= _SHARE * free_bytes(device)
+    return Plan("pixels", f"{why}: {what}, {state} {folder}{' and held on the GPU' if held else ''}",
+                device if held else None, folder)  # fmt: skip
+
+
+def _built(stores: Sequence) -> int:
+    return sum(store.nbytes for store in stores)
+
+
+def _dtype(fields: Sequence[Field]) -> str:
+    return str(fields[0].dtype).removeprefix("torch.")
+
+
+def text(size: float) -> str:
+    """Bytes for people."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that can be written to the file system of `folder`, which need not be there yet."""
+    while not folder.is_dir():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def free_bytes(device: torch.device) -> int:
@@ -86,46 +167,3 @@ def _read_number(file: str, after: str = "") -> int:
         return int(words[words.index(after) + 1 if after else 0])
     except (OSError, ValueError, IndexError):
         return 0
-
-
-class Cache:
-    """The function's results for every picture; `take` gives rows."""
-
-    def __init__(self, tensors: tuple[Tensor, ...], corrupt: dict[str, str]) -> None:
-        self.tensors = tensors
-        self.corrupt = corrupt  # label → reason of pictures that others stand in for
-
-    def take(self, indices: Tensor, device: torch.device) -> tuple[Tensor, ...]:
-        """Rows of pictures `indices` int64 [B], on `device`."""
-        indices = indices.to(self.tensors[0].device, non_blocking=True)
-        return tuple(t.index_select(0, indices).to(device, non_blocking=True) for t in self.tensors)
-
-
-@torch.no_grad()
-def fill(image_set: ImageSet, function: Function, *, batch_size: int, device: torch.device, seed: int = 0,
-         workers: int = 0, progress: bool | None = None) -> Cache:  # fmt: skip
-    """Runs `function` on every training picture and keeps the results on `device`.
-
-    `function` always sees `batch_size` pictures, because the last bits of its results may depend on how many there
-    are. A corrupt picture gets the row of the picture that the loader puts in its place in epoch 0.
-    """
-    count = len(image_set)
-    loader = Loader(image_set, 1, seed, workers)
-    kept: tuple[Tensor, ...] | None = None
-    rows, pictures = [], []
-    with tqdm(total=count, desc="features", unit="image", leave=False,
-              disable=None if progress is None else not progress) as bar:  # fmt: skip
-        for done, (row, batch) in enumerate(zip(loader.order(0).tolist(), loader.epoch(0), strict=True), 1):
-            rows.append(row)
-            pictures.append(batch.images)
-            bar.update()
-            if len(rows) == batch_size or done == count:
-                filler = pictures[:1] * (batch_size - len(rows))
-                results = function(torch.cat(pictures + filler))
-                if kept is None:
-                    kept = tuple(torch.empty(count, *r.shape[1:], dtype=r.dtype, device=device) for r in results)
-                place = torch.tensor(rows, device=device)
-                for tensor, result in zip(kept, results, strict=True):
-                    tensor[place] = result[: len(rows)].to(device)
-                rows, pictures = [], []
-    return Cache(kept or (), dict(loader.corrupt))

@@ -10,7 +10,7 @@ twice as fast), and threads need no shared memory, no pickling and no second cop
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -99,9 +99,34 @@ class Loader:
         """The batches of an epoch from `start_step` on."""
         return self._batches(epoch, self.steps(epoch, start_step), self.flips(epoch))
 
+    def pictures(self, steps: list[torch.Tensor]) -> Iterator[Batch]:
+        """Batches of pictures asked for by index, int64 [B] each, not mirrored and not part of any epoch.
+
+        In the place of a corrupt one stands another; `Batch.indices` then differs from what was asked for.
+        """
+        return self._batches(0, steps, torch.zeros(len(self.image_set), dtype=torch.bool))
+
+    def stand_ins(self, epoch: int, indices: torch.Tensor, corrupt: Container[int]) -> torch.Tensor:
+        """`indices` int64 [B] with those in `corrupt` replaced as a batch of that epoch would."""
+        found = indices.tolist()
+        for place, wanted in enumerate(found):
+            replace = None
+            while found[place] in corrupt:
+                replace = replace or self._rng(_REPLACE, epoch, wanted)
+                found[place] = int(replace.integers(len(self.image_set)))
+        return torch.tensor(found, dtype=torch.int64)
+
+    def note_corrupt(self, corrupt: dict[str, str]) -> None:
+        """Counts {label: reason} as corrupt; UserError where they become too many."""
+        self.corrupt |= corrupt
+        if len(self.corrupt) > self._tolerated:
+            raise self._too_many(self.corrupt)
+
     def _batches(self, epoch: int, steps: list[torch.Tensor], flips: torch.Tensor) -> Iterator[Batch]:
         in_memory = getattr(self.image_set, "images", None)
         if in_memory is not None:
+            corrupt = getattr(self.image_set, "corrupt", {})
+            steps = [self.stand_ins(epoch, indices, corrupt) for indices in steps] if corrupt else steps
             batches = ((in_memory[indices], indices) for indices in steps)
         elif self.workers:
             batches = self._threaded(epoch, steps)
@@ -110,7 +135,7 @@ class Loader:
         for images, indices in batches:
             flipped = flips[indices]
             if self.image_set.flip:
-                images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+                images = torch.where(flipped[:, None, None, None].to(images.device), images.flip(-1), images)
             yield Batch(images, indices, flipped)
 
     def _rng(self, *stream: int) -> np.random.Generator:
@@ -137,9 +162,7 @@ class Loader:
         for image, index, bad in loaded:
             images.append(image)
             indices.append(index)
-            self.corrupt |= bad
-            if len(self.corrupt) > self._tolerated:
-                raise self._too_many(self.corrupt)
+            self.note_corrupt(bad)
         return torch.stack(images), torch.tensor(indices)
 
     def _threaded(self, epoch: int, steps: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,0 +1,146 @@
+"""Training pictures decoded and resized once, kept as uint8 in one memory-mapped file."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import CorruptImage
+from .base import ImageFiles, ImageSet, Masks
+from .store import Store
+
+_SAMPLE = 64  # pictures by which the size of a cache of random crops is estimated
+
+
+class CachedPixels(ImageSet):
+    """`image_set` with its training pictures from a store; everything else, validation too, is the set's own.
+
+    images is there where all pictures are squares: indexed with int64 [B] it gives uint8 [B, 3, S, S].
+    """
+
+    def __init__(self, image_set: ImageFiles, store: Store, device: torch.device | None = None) -> None:
+        self.image_set, self.store = image_set, store
+        self.name, self.has_masks, self.has_classes = image_set.name, image_set.has_masks, image_set.has_classes
+        self.flip, self.random_crop = image_set.flip, image_set.random_crop
+        if not self.random_crop and len(store.corrupt) < len(image_set):
+            self.images = _Squares(store, device)
+
+    @property
+    def corrupt(self) -> dict[int, tuple[str, str]]:
+        """Label and reason of corrupt pictures, by index."""
+        return self.store.corrupt
+
+    def __len__(self) -> int:
+        return len(self.image_set)
+
+    def label(self, index: int) -> str:
+        return self.image_set.label(index)
+
+    def prepared(self, index: int) -> Tensor:
+        if index in self.store.corrupt:
+            raise CorruptImage(self.store.corrupt[index][1])
+        line = self.store.lines[index]
+        return torch.from_numpy(self.store.row(index)).view(3, int(line["height"]), int(line["width"]))
+
+    def finish(self, prepared: Tensor, rng: np.random.Generator) -> Tensor:
+        return self.image_set.finish(prepared, rng)
+
+    def content_key(self) -> str:
+        return self.image_set.content_key()
+
+    def val_image(self, index: int) -> Tensor:
+        return self.image_set.val_image(index)
+
+    def val_masks(self, index: int) -> Masks:
+        return self.image_set.val_masks(index)
+
+
+class _Squares:
+    """All pictures of a store of squares, indexed by int64 [B]; on `device` if that is given."""
+
+    def __init__(self, store: Store, device: torch.device | None) -> None:
+        self.store = store
+        self.size = int(store.lines["height"].max())
+        self._held = None
+        if device is not None:
+            self._held = torch.empty(store.count, 3, self.size, self.size, dtype=torch.uint8, device=device)
+            for rows in np.array_split(np.arange(store.count), max(1, store.count // 1024)):
+                self._held[rows[0] : rows[-1] + 1] = self._read(rows).to(device)
+
+    def _read(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.store.take(rows)).view(-1, 3, self.size, self.size)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        return self._read(indices.numpy()) if self._held is None else self._held[indices.to(self._held.device)]
+
+
+def store_of(image_set: ImageFiles, folder: Path) -> Store:
+    """The pixel store of `image_set` below `folder`, complete or not."""
+    key = image_set.content_key()
+    about = {"kind": "pixels", "key": key, "data": image_set.name}
+    return Store(folder / f"pixels-{key[:20]}", len(image_set), about)
+
+
+def expected_bytes(image_set: ImageFiles) -> int:
+    """Size of the pixel store: exact where pictures are squares, else by the first pictures that can be read."""
+    sizes = []
+    for index in range(len(image_set)):
+        try:
+            sizes.append(image_set.prepared(index).numel())
+        except CorruptImage:
+            continue
+        if not image_set.random_crop or len(sizes) == _SAMPLE:
+            break
+    return int(np.mean(sizes) * len(image_set)) if sizes else 0
+
+
+def build(image_set: ImageFiles, store: Store, *, workers: int, too_many: Callable[[dict[str, str]], None],
+          progress: bool | None = None, say: Callable[[str], None] = print) -> None:
+    """Writes the pictures that `store` lacks, decoded by `workers` threads; `too_many` is asked about corrupt ones."""
+    with store.building(say) as writer:
+        if writer is None:
+            return
+        corrupt = dict(store.corrupt.values())
+        with tqdm(total=store.count, initial=writer.written, desc="pixels", unit="image", leave=False,
+                  disable=None if progress is None else not progress) as bar:  # fmt: skip
+            for found in _prepared(image_set, range(writer.written, store.count), workers):
+                if isinstance(found, CorruptImage):
+                    label = image_set.label(writer.written)
+                    corrupt[label] = str(found)
+                    too_many(corrupt)
+                    side = 0 if image_set.random_crop else image_set.image_size
+                    blank = np.zeros((3, side, side), np.uint8)
+                    writer.append(blank, height=side, width=side, corrupt=(label, str(found)))
+                else:
+                    writer.append(found.numpy(), height=found.shape[1], width=found.shape[2])
+                bar.update()
+
+
+def _prepared(image_set: ImageFiles, indices: range, workers: int) -> Iterator[Tensor | CorruptImage]:
+    def load(index: int) -> Tensor | CorruptImage:
+        try:
+            return image_set.prepared(index)
+        except CorruptImage as error:
+            return error
+
+    if not workers:
+        yield from map(load, indices)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="pixels")
+    waiting: deque = deque()
+    try:
+        for index in indices:
+            waiting.append(pool.submit(load, index))
+            if len(waiting) > 4 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,52 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .errors import UserError
+
+
+def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a temporary file and puts it in the place of `path`; on failure `path` stays as it was.
+
+    The contents are on the disk before the name is, so that neither a kill nor a power cut leaves half a file.
+    UserError where the file cannot be written (such as no space left).
+    """
+    partial = path.with_name(f".{path.name}.tmp")
+    try:
+        write(partial)
+        descriptor = os.open(partial, os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written ({reason(error)}): free some space or make it writable; "
+                        "what was saved before is intact") from error  # fmt: skip
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def reason(error: Exception) -> str:
+    """What the operating system or safetensors says about a file that failed."""
+    text = str(error)
+    if isinstance(error, OSError):
+        return error.strerror or text
+    # safetensors passes the operating system's error on as text.
+    return os.strerror(errno.ENOSPC) if f"os error {errno.ENOSPC})" in text else text

@@ -1,0 +1,129 @@
+"""The feature cache gives what the function makes of the loader's batches, from memory and from disk."""
+
+import pytest
+import torch
+
+from picture_files import folder, make_pictures, truncate
+from spot_fast.data import Loader, Scenes, feature_cache
+from spot_fast.data.feature_cache import Field
+from spot_fast.errors import UserError
+
+CPU = torch.device("cpu")
+FIELDS = [Field("mean", (3,), torch.float32, "a"), Field("corner", (3, 2, 2), torch.bfloat16, "b")]
+
+
+def mean_and_corner(images):
+    return images.float().mean((2, 3)), images[:, :, :2, :2].bfloat16()
+
+
+def on_disk(loader, root, function=mean_and_corner, fields=FIELDS):
+    stores = feature_cache.stores_of(loader.image_set, fields, root)
+    return feature_cache.on_disk(loader, function, fields, stores, progress=False)
+
+
+def in_memory(loader, function=mean_and_corner):
+    return feature_cache.in_memory(loader, function, FIELDS, CPU, progress=False)
+
+
+def assert_same_epoch(cache, loader, epoch, start=0):
+    plain = Loader(loader.image_set, loader.batch_size, loader.seed)
+    for batch, fields in zip(plain.epoch(epoch, start), cache.epoch(loader, epoch, start, CPU), strict=True):
+        for ours, expected in zip(fields, mean_and_corner(batch.images), strict=True):
+            assert ours.dtype == expected.dtype and torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("place", ["disk", "memory", "held"])
+def test_batches_are_those_of_the_pictures(tmp_path, flip, place):
+    make_pictures(tmp_path, 11)
+    loader = Loader(folder(tmp_path, flip=flip), 4, seed=2, workers=2)
+    cache = in_memory(loader) if place == "memory" else on_disk(loader, tmp_path / "cache")
+    if place == "held":
+        cache.hold(CPU)
+    for epoch in (0, 1, 5):
+        assert_same_epoch(cache, loader, epoch)
+    assert_same_epoch(cache, loader, 3, start=1)
+
+
+@pytest.mark.parametrize("count, batch", [(4, 4), (8, 4), (11, 4), (3, 1)])
+def test_the_function_always_sees_full_batches(count, batch):
+    sizes = []
+
+    def function(images):
+        sizes.append(len(images))
+        return mean_and_corner(images)
+
+    loader = Loader(Scenes(count, "train", size=16), batch)
+    assert_same_epoch(in_memory(loader, function), loader, 0)
+    assert sizes == [batch] * -(-count // batch)
+
+
+@pytest.mark.parametrize("place", ["disk", "memory"])
+def test_corrupt_pictures_have_the_same_stand_ins(tmp_path, place):
+    make_pictures(tmp_path, 11)
+    truncate(tmp_path / "004.png")
+    loader = Loader(folder(tmp_path, flip=True), 4, seed=2)
+    for _ in range(2):  # computed, then read
+        cache = in_memory(loader) if place == "memory" else on_disk(loader, tmp_path / "cache")
+        assert list(cache.corrupt) == [4] and list(loader.corrupt) == [str(tmp_path / "004.png")]
+        for epoch in range(5):
+            assert_same_epoch(cache, loader, epoch)
+        loader = Loader(loader.image_set, 4, seed=2)
+
+
+def test_too_many_corrupt_pictures_are_an_error(tmp_path):
+    make_pictures(tmp_path, 11)
+    for name in ("004.png", "009.png"):
+        truncate(tmp_path / name)
+    with pytest.raises(UserError, match="2 of 11 images .* more than 1%"):
+        on_disk(Loader(folder(tmp_path), 4), tmp_path / "cache")
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("calls", [1, 4])
+def test_an_interrupted_build_goes_on(tmp_path, calls):
+    make_pictures(tmp_path, 11)
+    loader = Loader(folder(tmp_path, flip=True), 4, seed=2)
+    left, seen = [calls], []
+
+    def dies(images):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        return mean_and_corner(images)
+
+    with pytest.raises(Killed):
+        on_disk(loader, tmp_path / "cache", dies)
+
+    def counts(images):
+        seen.append(len(images))
+        return mean_and_corner(images)
+
+    cache = on_disk(loader, tmp_path / "cache", counts)
+    assert len(seen) == 6 - 2 * (calls // 2)  # two calls a batch, one for each outcome
+    assert_same_epoch(cache, loader, 1)
+
+
+def test_a_field_that_is_there_is_not_computed_again(tmp_path):
+    make_pictures(tmp_path, 8)
+    loader = Loader(folder(tmp_path), 4)
+    target = on_disk(loader, tmp_path / "cache", lambda images: mean_and_corner(images)[:1], FIELDS[:1])
+    file = target.stores[0].folder / "rows.bin"
+    before = file.stat().st_mtime_ns
+    assert_same_epoch(on_disk(loader, tmp_path / "cache"), loader, 0)
+    assert file.stat().st_mtime_ns == before
+    on_disk(loader, tmp_path / "cache", lambda images: pytest.fail("everything was there"))
+
+
+@pytest.mark.parametrize("change", ["key", "dtype", "flip", "files"])
+def test_other_weights_precision_or_pictures_have_another_store(tmp_path, change):
+    make_pictures(tmp_path, 4)
+    (before,) = feature_cache.stores_of(folder(tmp_path), FIELDS[:1], tmp_path)
+    if change == "files":
+        make_pictures(tmp_path, 4, seed=1)
+    field = Field("mean", (3,), torch.bfloat16 if change == "dtype" else torch.float32, "c" if change == "key" else "a")
+    (after,) = feature_cache.stores_of(folder(tmp_path, flip=change == "flip"), [field], tmp_path)
+    assert before.folder != after.folder

@@ -1,0 +1,79 @@
+"""Training on files with features, pixels or nothing cached: the same weights and losses to the last bit."""
+
+from dataclasses import replace
+
+import pytest
+
+from picture_files import make_pictures, truncate
+from spot_fast import trainer as trainer_module
+from spot_fast.data import folder as folder_module
+from tiny_runs import assert_same_run, metrics, tiny, train
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """22 pictures, one of them cut off."""
+    root = make_pictures(tmp_path_factory.mktemp("pictures"), 22, size=(48, 32))
+    truncate(root / "013.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("teacher"), tiny(eval_images=0))[0]
+
+
+@pytest.fixture
+def on_files(monkeypatch, pictures, tmp_path):
+    """Runs on the pictures, with a cache folder of their own: (mode, config) → run folder."""
+
+    def open_files(config, split):
+        return folder_module.Folder(pictures, image_size=config.image_size, crop=config.crop, flip=config.flip)
+
+    monkeypatch.setattr(trainer_module, "open_set", open_files)
+
+    def run(mode, config, teacher=None):
+        config = replace(config, cache=mode, cache_dir=str(tmp_path / "cache"))
+        return train(tmp_path, config, teacher if config.stage == 2 else None)[0]
+
+    return run
+
+
+def small(stage=1, **changes):
+    return tiny(stage, **({"eval_images": 0, "epochs": 3, "warmup_steps": 5, "flip": True} | changes))
+
+
+@pytest.mark.parametrize("stage, precision", [(1, "float32"), (2, "float32"), (2, "bf16")])
+def test_features_on_disk(on_files, stage, precision, teacher):
+    config = small(stage, precision=precision)
+    runs = [on_files(mode, config, teacher) for mode in ("none", "features", "features")]
+    for run in runs[1:]:  # built, then read
+        assert_same_run(runs[0], run)
+    assert all("013.png" in (run / "corrupt.txt").read_text() for run in runs)
+    assert len(metrics(runs[0])) > 5
+
+
+def test_stage_2_reads_the_targets_of_stage_1(on_files, teacher, tmp_path):
+    on_files("features", small())
+    (targets,) = (tmp_path / "cache").glob("features-target-*")
+    before = (targets / "rows.bin").stat().st_mtime_ns
+    on_files("features", small(2), teacher)
+    assert {path.name.split("-")[1] for path in (tmp_path / "cache").iterdir()} == {"target", "hidden"}
+    assert (targets / "rows.bin").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_pixels_on_disk(on_files, crop, tmp_path):
+    config = small(crop=crop)
+    runs = [on_files(mode, config) for mode in ("none", "pixels", "pixels")]
+    for run in runs[1:]:
+        assert_same_run(runs[0], run)
+        assert "013.png" in (run / "corrupt.txt").read_text()
+    assert len(list((tmp_path / "cache").glob("pixels-*"))) == 1
+
+
+def test_auto_says_what_it_chose(on_files, capsys):
+    on_files("auto", small(crop="random"))
+    assert "a random crop of image folder has no end of outcomes" in capsys.readouterr().out
+    on_files("auto", small())
+    assert "features of 22 pictures, mirrored and not" in capsys.readouterr().out

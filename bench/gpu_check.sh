@@ -2,11 +2,12 @@
 # What to run on a machine with a GPU and no network, from the checkout as it is: nothing is installed but carried
 # wheels, nothing is compiled.
 #
-#   bash bench/gpu_check.sh [kernels] [bench] [sweep] [tests] [scenes] [photos]      default: all but sweep
+#   bash bench/gpu_check.sh [kernels] [bench] [sweep] [data] [tests] [scenes] [photos]      default: all but sweep, data
 #
 #   kernels the operators' tests, compiled and on the device, KERNEL_MINUTES (3.5) at most
 #   bench   the operators' table, its aims and its CSV
 #   sweep   the kernels' configurations against alternatives, and all iterations in one kernel against a launch a step
+#   data    loaders, caches and evaluation; DALI on the GPU once all pieces of `prepare_gpu.py --dali` have come
 #   tests   the test suite without the slow ones
 #   scenes  the README's results table, three seeds
 #   photos  the paper's Table 1 in small, three seeds; skipped without the folder that bench/prepare_gpu.py makes
@@ -28,9 +29,11 @@ export PYTHONPATH=.:kernels:$STORE/site PYTHONUNBUFFERED=1
 mkdir -p "$OUT" "$STORE"
 
 # The folder of a call is gone in the next one: keep what it carried.
-for part in base photos; do
-  [ ! -d "$GPU/$part" ] || cp -r "$GPU/$part" "$STORE/"
+shopt -s nullglob
+for folder in "$GPU"/base "$GPU"/photos "$GPU"/dali-*-of-*; do
+  [ ! -d "$folder" ] || cp -r "$folder" "$STORE/"
 done
+shopt -u nullglob
 if ! "$PYTHON" -c 'import pycocotools' 2>/dev/null; then
   if compgen -G "$STORE/base/wheels/*.whl" >/dev/null; then
     "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$STORE/site" "$STORE"/base/wheels/*.whl
@@ -78,6 +81,32 @@ sweep() {
   "$PYTHON" bench/sweep.py --minutes "$(minutes_left)" ${QUICK:+--tiny} | tee "$OUT/sweep_gpu.txt"
 }
 
+# Joins and installs the pieces of DALI that calls have brought; fails while one is missing.
+install_dali() {
+  ! "$PYTHON" -c 'import nvidia.dali' 2>/dev/null || return 0
+  local pieces=() number count
+  shopt -s nullglob
+  pieces=("$STORE"/dali-*-of-*/piece)
+  shopt -u nullglob
+  count=${pieces[0]:-}
+  count=${count%/piece}
+  count=${count##*-of-}
+  if [ "${#pieces[@]}" -eq 0 ] || [ "${#pieces[@]}" -lt "$count" ]; then
+    echo "DALI is not here: ${#pieces[@]} of ${count:-all} pieces have come, see bench/prepare_gpu.py --dali"
+    return 1
+  fi
+  mkdir -p "$STORE/dali-wheels"
+  for number in $(seq "$count"); do cat "$STORE/dali-$number-of-$count/piece"; done | tar -x -C "$STORE/dali-wheels"
+  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$STORE/site" "$STORE"/dali-wheels/*.whl
+}
+
+data() {
+  install_dali || return 3
+  limited_pytest 120 tests/test_dali_loader.py tests/test_prefetch.py tests/test_trainer_caches.py |
+    tee "$OUT/data_tests_gpu.txt"
+  "$PYTHON" bench/bench_data.py --device "$DEVICE" ${QUICK:+--tiny} --csv "$OUT" | tee "$OUT/data_gpu.txt"
+}
+
 tests() {
   timeout -k 10 "$(seconds_left)" "$PYTHON" -m pytest -x -q -m 'not slow' -p no:cacheprovider ${QUICK:+tests/test_orders.py}
 }
@@ -110,8 +139,8 @@ photos() {
 status=0
 summary=()
 for part in "$@"; do
-  case $part in kernels | bench | sweep | tests | scenes | photos) ;; *)
-    echo "error: unknown part $part: use kernels, bench, sweep, tests, scenes, photos" >&2
+  case $part in kernels | bench | sweep | data | tests | scenes | photos) ;; *)
+    echo "error: unknown part $part: use kernels, bench, sweep, data, tests, scenes, photos" >&2
     exit 2
     ;;
   esac

@@ -15,6 +15,7 @@ masks.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -196,7 +197,7 @@ def _instances_file(folder: Path, root: Path) -> Path | None:
 
 def _locate(name: str, folder: Path, others: Iterable[Path]) -> Path:
     """The file `name` in `folder` or one of the others, in `folder` where none has it."""
-    return next((base / name for base in (folder, *others) if (base / name).is_file()), folder / name)
+    return next((base / name for base in (folder, *others) if os.path.isfile(base / name)), folder / name)
 
 
 def _is_list(source: Path) -> bool:
@@ -211,7 +212,10 @@ def _read_list(file: Path) -> list[Path]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is neither a folder, nor an image by its name, nor a text file that lists images "
                         f"({error})") from None
-    return [file.parent / line for line in lines if line]
+    paths = [file.parent / line for line in lines if line]
+    if not any(map(os.path.isfile, paths)):
+        raise UserError(f"{file} lists no image that exists: it needs one name a line, relative to its folder")
+    return paths
 
 
 def _upright_size(path: Path) -> tuple[int, int]:

@@ -20,6 +20,8 @@ import numpy as np
 
 from ..errors import UserError
 
+_MAX_SIDE = 1 << 16  # pixels; no image format that is read here has more
+
 
 @dataclass(frozen=True)
 class Listed:
@@ -146,8 +148,11 @@ def _listed(path: Path, images: list) -> list[Listed]:
     try:
         listed = [Listed(image["id"], image["file_name"], int(image["height"]), int(image["width"]))
                   for image in images]  # fmt: skip
-        if not all(isinstance(image.file_name, str) and min(image.height, image.width) > 0 for image in listed):
-            raise TypeError("a name that is not text, or a size below 1")
+        for image in listed:
+            hash(image.id)
+            if not isinstance(image.file_name, str) or not 0 < min(image.height, image.width) <= _MAX_SIDE >= max(
+                    image.height, image.width):  # fmt: skip
+                raise ValueError(f"{image.file_name!r}, {image.width} x {image.height}")
     except (KeyError, TypeError, ValueError) as error:
         raise _misfit(path, error) from None
     return listed

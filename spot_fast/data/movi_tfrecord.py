@@ -23,7 +23,7 @@ from .transforms import open_labels
 _SHARD = re.compile(r"(?P<set>.+)-(?P<split>train|validation)\.tfrecord-(?P<number>\d+)-of-(?P<count>\d+)")
 _DEPTH = 6  # folders below the root that are searched
 _INTERLEAVED, _BLOCK = 16, 16  # files that TensorFlow Datasets reads in turns, and records a turn
-_VIDEO, _MASKS = "video", "segmentations"
+VIDEO, MASKS = "video", "segmentations"  # names of the features
 
 
 class MoviRecords(ImageFiles):
@@ -44,9 +44,9 @@ class MoviRecords(ImageFiles):
         self.records: list[tfrecord.Record] = []
         self.frames: list[tuple[int, int]] = []  # clip and frame of each picture
         count, self._drawn = 0, frames_per_clip
-        for clip, record in enumerate(read_order(map(_shard_records, self.shards))):
+        for clip, record in enumerate(read_order(map(shard_records, self.shards))):
             self.records.append(record)
-            count = count or len(self._places_of(clip, _VIDEO))
+            count = count or len(self._places_of(clip, VIDEO))
             every = list(range(count))
             drawn = every if self.has_masks else movi.draw_frames(_clip_name(clip), every, frames_per_clip)
             self.frames += [(clip, frame) for frame in drawn]
@@ -63,17 +63,17 @@ class MoviRecords(ImageFiles):
         return f"{self.paths[index].parent.name}/{self.paths[index].name}"
 
     def encoded(self, index: int) -> bytes:
-        return self._stored(index, _VIDEO)
+        return self._stored(index, VIDEO)
 
     def val_masks(self, index: int) -> Masks:
         if not self.has_masks:
             raise UserError(f"{self.name} is read without masks: evaluate on the validation clips")
-        labels = open_labels(self.paths[index].with_suffix(f".{_MASKS}"), self.encoded_masks(index))
+        labels = open_labels(self.paths[index].with_suffix(f".{MASKS}"), self.encoded_masks(index))
         return Masks(self.square_labels(labels))
 
     def encoded_masks(self, index: int) -> bytes:
         """The stored map of instance numbers of the picture."""
-        return self._stored(index, _MASKS)
+        return self._stored(index, MASKS)
 
     def stamps(self) -> Iterator[str]:
         yield f"{self._drawn} frames a clip"
@@ -100,7 +100,7 @@ class MoviRecords(ImageFiles):
 
 def open_clips(root: str | Path, split: str, *, release: str = "", **options: Any) -> ImageFiles:
     """One split of MOVi under `root`: PNG clips where there are any, TFRecord shards otherwise."""
-    if (Path(root) / movi.SPLITS[split]).is_dir() or not _candidates(Path(root), movi.SPLITS[split]):
+    if (Path(root) / movi.SPLITS[split]).is_dir() or not releases(Path(root), movi.SPLITS[split]):
         return movi.Movi(root, split, **options)
     return MoviRecords(root, split, release=release, **options)
 
@@ -110,7 +110,7 @@ def find_shards(root: Path, split: str, release: str = "") -> list[Path]:
 
     UserError where there are none, or where there are several sets and `release` does not tell which.
     """
-    found = _candidates(root, split)
+    found = releases(root, split)
     if not found:
         raise UserError(f"--data {root} has no {split} shards: MOVi needs {movi.EXPECTED}")
     of_release = [key for key in found if key[1] == release] or list(found)
@@ -122,8 +122,8 @@ def find_shards(root: Path, split: str, release: str = "") -> list[Path]:
     return [folder / f"{name}-{split}.tfrecord-{number:0{width}d}-of-{count}" for number in range(int(count))]
 
 
-def _candidates(root: Path, split: str) -> list[tuple[Path, str, str]]:
-    """(folder, name, number of shards as written) of the sets under `root` that have a shard of `split`."""
+def releases(root: Path, split: str) -> list[tuple[Path, str, str]]:
+    """(folder, name such as "movi_c", number of shards as written) of the sets under `root` with a shard of `split`."""
     found: dict[tuple[Path, str, str], None] = {}
     depth = len(root.parts)
     for folder, inside, files in os.walk(root):
@@ -138,7 +138,8 @@ def _candidates(root: Path, split: str) -> list[tuple[Path, str, str]]:
     return list(found)
 
 
-def _shard_records(path: Path) -> Iterator[tfrecord.Record]:
+def shard_records(path: Path) -> Iterator[tfrecord.Record]:
+    """The clips of a shard; UserError where it is missing, cut off or damaged."""
     if not path.is_file():
         raise UserError(f"{path} is missing: download all shards of the split (a few are enough for as many "
                         "--train-images or --val-images as they hold)")
@@ -147,13 +148,15 @@ def _shard_records(path: Path) -> Iterator[tfrecord.Record]:
 
 def read_order(files: Iterable[Iterator[tfrecord.Record]]) -> Iterator[tfrecord.Record]:
     """Records in the order of an unshuffled tfds.load: blocks of 16 in turn from 16 files that are open at a time."""
-    waiting = iter(files)
-    turns: list[Iterator[tfrecord.Record] | None] = list(islice(waiting, _INTERLEAVED))
-    while any(turns):
+    waiting, more = iter(files), True
+    turns: list[Iterator[tfrecord.Record] | None] = [None] * _INTERLEAVED
+    while more or any(file is not None for file in turns):
         for turn, file in enumerate(turns):
             # A file that has ended is followed by the next one only when its turn comes again.
-            file = file or next(waiting, None)
-            block = list(islice(file, _BLOCK)) if file else []
+            if file is None and (file := next(waiting, None)) is None:
+                more = False
+                continue
+            block = list(islice(file, _BLOCK))
             yield from block
             turns[turn] = file if len(block) == _BLOCK else None
 

@@ -129,11 +129,12 @@ def read(record: Record, offset: int, length: int) -> bytes:
     return data
 
 
-def verify(record: Record) -> None:
-    """Reads all of the record; CorruptImage where its data does not have its checksum."""
+def verified(record: Record) -> bytes:
+    """The record's data; CorruptImage where it does not have its checksum."""
     data = read(record, record.offset, record.length + _FOOTER)
     if masked_crc32c(data[:-_FOOTER]) != int.from_bytes(data[-_FOOTER:], "little"):
         raise CorruptImage(f"{record} is damaged: its data does not have its checksum; download the file again")
+    return data[:-_FOOTER]
 
 
 class Example:

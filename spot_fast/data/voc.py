@@ -83,7 +83,7 @@ class Voc(ImageFiles):
 
 
 def read_names(file: Path) -> list[str]:
-    """Names in a list of pictures, one a line: the first word, without folder and ending; UserError for an empty list."""
+    """Names in a list, one a line: the first word, without folder and ending; UserError where there are none."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

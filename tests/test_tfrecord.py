@@ -118,3 +118,50 @@ def test_damaged_messages_give_values_or_a_sentence(tmp_path_factory, damage):
         values_of(example, "video"), example.int64_list("n")
     except CorruptImage as error:
         assert "record 0 of" in str(error)
+
+
+def test_files_of_other_writers_are_read(tmp_path):
+    """TensorBoard frames the records, the protobuf library encodes the message."""
+    record_writer = pytest.importorskip("tensorboard.summary.writer.record_writer")
+    with open(tmp_path / "x", "wb") as file:
+        writer = record_writer.RecordWriter(file)
+        numbers = [5, -1, 1 << 40]
+        writer.write(_protobuf_example({"video": [b"frame", b"other" * 99]}, {"n": numbers}))
+        writer.write(b"more")
+    first, second = tfrecord.records(tmp_path / "x")
+    assert tfrecord.verified(second) == b"more" and tfrecord.verified(first)
+    example = tfrecord.Example(first)
+    assert values_of(example, "video") == [b"frame", b"other" * 99] and example.int64_list("n") == numbers
+
+
+def _protobuf_example(of_bytes, of_integers):
+    """A serialised tf.train.Example; the message type is declared here, as TensorFlow documents it."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="t", syntax="proto3")
+    kinds = {"BytesList": field.TYPE_BYTES, "FloatList": field.TYPE_FLOAT, "Int64List": field.TYPE_INT64}
+    for name, kind in kinds.items():
+        file.message_type.add(name=name).field.add(name="value", number=1, type=kind, label=field.LABEL_REPEATED)
+    feature = file.message_type.add(name="Feature")
+    feature.oneof_decl.add(name="kind")
+    for number, name in enumerate(kinds, start=1):
+        feature.field.add(name=name.lower(), number=number, type=field.TYPE_MESSAGE, type_name=f".t.{name}",
+                          label=field.LABEL_OPTIONAL, oneof_index=0)
+    features = file.message_type.add(name="Features")
+    entry = features.nested_type.add(name="FeatureEntry")
+    entry.options.map_entry = True
+    entry.field.add(name="key", number=1, type=field.TYPE_STRING, label=field.LABEL_OPTIONAL)
+    entry.field.add(name="value", number=2, type=field.TYPE_MESSAGE, type_name=".t.Feature", label=field.LABEL_OPTIONAL)
+    features.field.add(name="feature", number=1, type=field.TYPE_MESSAGE, type_name=".t.Features.FeatureEntry",
+                       label=field.LABEL_REPEATED)
+    file.message_type.add(name="Example").field.add(name="features", number=1, type=field.TYPE_MESSAGE,
+                                                    type_name=".t.Features", label=field.LABEL_OPTIONAL)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    message = message_factory.GetMessageClass(pool.FindMessageTypeByName("t.Example"))()
+    for name, values in of_bytes.items():
+        message.features.feature[name].byteslist.value.extend(values)
+    for name, values in of_integers.items():
+        message.features.feature[name].int64list.value.extend(values)
+    return message.SerializeToString()

@@ -177,18 +177,18 @@ def _inspect_record(record: tfrecord.Record, features: list[str], decode: bool) 
     try:
         data = tfrecord.verified(record)
         example = tfrecord.Example(record)
-        bad = []
+        troubles = []
         for feature in features:
             places = example.bytes_list(feature)
             if not places:
-                bad.append((str(record), f'no feature "{feature}"'))
+                troubles.append(f'no feature "{feature}"')
             for number, (offset, length) in enumerate(places):
                 start = offset - record.offset
                 damage = data_damage(record.path, data[start : start + length], decode=decode)
-                bad += [(str(record), f"{feature} {number}: {damage}")] if damage else []
-        return bad
+                troubles += [f"{feature} {number}: {damage}"] if damage else []
+        return [(str(record), "; ".join(troubles))] if troubles else []
     except UserError as error:
-        return [(str(record), str(error))]
+        return [(str(record), str(error).removeprefix(f"{record} "))]
 
 
 def inspect(found: Found, *, jobs: int = 2, progress: bool | None = None) -> None:

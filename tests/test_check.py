@@ -12,6 +12,7 @@ import tfrecord_files as files
 from spot_fast import arguments
 from spot_fast.data import open_sets
 from spot_fast.data.__main__ import main
+from spot_fast.schedule import learning_rate
 from test_folder import coco_file
 
 
@@ -96,7 +97,7 @@ KINDS = {
 @pytest.mark.parametrize("decode", [[], ["--decode", "--jobs", "3"]])
 @pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
 def test_whole_sets(tmp_path, check, make, decode):
-    """The printed command names the preset that opens as many pictures, and a batch size that they fill."""
+    """The printed command opens as many pictures, which fill a batch, and has a warm-up that fits."""
     root = tmp_path / "a set"
     make(root)
     code, out, _ = check(root, *decode)
@@ -108,6 +109,7 @@ def test_whole_sets(tmp_path, check, make, decode):
     config = arguments.parse(words[3:]).config()
     train_set, val_set = open_sets(config)
     assert len(train_set) == pictures >= config.batch_size and len(val_set) > 0
+    assert learning_rate(config, pictures).total_steps > 0
 
 
 def damage(path, content=None):
@@ -229,6 +231,7 @@ def test_without_validation_it_still_trains(tmp_path, check):
     '{"images": [{"id": 1, "file_name": 7, "height": 1, "width": 1}], "annotations": []}',
     '{"images": [{"id": 1, "file_name": "a", "height": 1e30, "width": 1}], "annotations": []}',
     '{"images": [{"id": 1, "file_name": "a", "height": null, "width": 1}], "annotations": []}',
+    '{"images": [{"id": 1, "file_name": "a", "height": 1e999, "width": 1}], "annotations": []}',
     '{"images": [{"id": 1, "file_name": "a", "height": 9, "width": 1}], "annotations": [4]}', "[" * 100_000, "\udcff",
 ])  # fmt: skip
 def test_strange_annotation_files_give_a_sentence(tmp_path, check, content):

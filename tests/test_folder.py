@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import tiny_runs
 from spot_fast.config import preset
 from spot_fast.data import open_set, open_sets
 from spot_fast.data.folder import Folder, list_images
@@ -218,9 +219,24 @@ def test_one_coco_file_or_one_for_validation(tmp_path):
         open_folder(tmp_path, "val")
     coco_file(tmp_path / "y_val.json", ["a.jpg"])
     assert open_folder(tmp_path, "val").instances.path.name == "y_val.json"
-    (tmp_path / "y_val.json").write_text('{"images": [], "annotations": [')
+    (tmp_path / "captions_val.json").write_text('{"images": [{}], "annotations": [{"caption": "no masks"}]}')
+    assert open_folder(tmp_path, "val").instances.path.name == "y_val.json"
+    (tmp_path / "y_val.json").write_text('{"images": [], "annotations": [{"segmentation": [')
     with pytest.raises(UserError, match="y_val.json is not complete JSON"):
         open_folder(tmp_path, "val")
+
+
+def test_training_with_and_without_masks(tmp_path):
+    """Quick validation tells the loss in any case, and the overlap of those pictures that have masks."""
+    changes = {"encoder": "spot_scenes", "dec_heads": 4, "epochs": 2, "warmup_steps": 1, "train_images": 0}
+    config = preset("folder", **{**tiny_runs.CHANGES, **changes}, data=str(tmp_path / "data"))
+    for n in range(5):
+        save(tmp_path / "data" / f"{n}.jpg", Image.effect_noise((40, 30), 90))
+    _, outcome = tiny_runs.train(tmp_path / "runs", config)
+    assert outcome.finished and list(outcome.scores) == ["val_loss"]
+    save(tmp_path / "data" / "3_mask.png", Image.fromarray(half(size=(40, 30))))
+    _, outcome = tiny_runs.train(tmp_path / "runs", config)
+    assert outcome.finished and 0 < outcome.scores["mbo_i_slots"] < 1
 
 
 def test_missing_things_are_named(tree):

@@ -117,6 +117,8 @@ def test_several_sets_are_told_apart_by_the_preset_or_named(both, tmp_path):
     for name in ("movi_c", "movi_e"):
         files.write_shards(tmp_path / name, f"{name}-train.tfrecord", [[message]])
     assert len(open_set(preset("movi_e", data=str(tmp_path)), "train")) == 9
+    with pytest.raises(UserError, match="holds movi_c, not movi_e: add --preset movi_c"):
+        open_set(preset("movi_e", data=str(tmp_path / "movi_c")), "train")
     files.write_shards(tmp_path / "256x256", "movi_c-train.tfrecord", [[message]])
     files.write_shards(tmp_path / "1.0.0.incompleteA1", "movi_e-train.tfrecord", [[message]])
     assert len(open_set(preset("movi_e", data=str(tmp_path)), "train")) == 9

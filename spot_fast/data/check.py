@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..config import preset
 from ..errors import UserError
+from ..schedule import learning_rate
 from . import coco, folder, movi, movi_tfrecord, tfrecord, voc
 from .base import ImageFiles
 from .damage import data_damage, file_damage
@@ -238,8 +239,14 @@ def _command(path: Path, found: Found, sbd: str | None) -> Iterator[str]:
     if sbd is not None and found.preset == "voc":
         yield f"--sbd {shlex.quote(sbd)}"
     train, val = found.splits
-    if train.pictures < preset(found.preset).batch_size:
-        yield f"--batch-size {1 << train.pictures.bit_length() - 1}"
+    config = preset(found.preset)
+    if train.pictures < config.batch_size:
+        config = replace(config, batch_size=1 << train.pictures.bit_length() - 1)
+        yield f"--batch-size {config.batch_size}"
+    try:
+        learning_rate(config, train.pictures)
+    except UserError:  # the warm-up of a large set is longer than all training on a small one
+        yield f"--warmup-steps {config.epochs * (train.pictures // config.batch_size) // 10}"
     if val.trouble:
         yield "--eval-images 0"
 

@@ -3,9 +3,9 @@
 Splits: train/ and val/ (or validation/, valid/) in the folder or in its images/ are training and validation pictures;
 a folder without both, or a list, is used for either. Masks are looked for in this order:
 
-- a COCO instances file: a .json with "images" and "annotations" in the validation folder, the folder itself or its
-  annotations/. The pictures are those it lists; names are relative to where it lies, to the validation folder, to the
-  folder or to its images/. Classes are numbered from 1 in the order of its categories.
+- a COCO instances file: a .json with "images", "annotations" and segmentations in the validation folder, the folder
+  itself or its annotations/. The pictures are those it lists; names are relative to where it lies, to the validation
+  folder, to the folder or to its images/. Classes are numbered from 1 in the order of its categories.
 - an indexed PNG for a picture, palette or grey, whose values are instances and 0 background: photo_mask.png beside
   photo.jpg, or masks/…/photo.png for images/…/photo.jpg. In a palette PNG 255 is a rim, as in VOC, and background.
 

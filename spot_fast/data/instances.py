@@ -95,12 +95,12 @@ def read_images(path: Path, *, needs: str = "") -> list[Listed]:
 
 
 def is_instances_file(path: Path) -> bool:
-    """Whether the text has the two lists of a COCO instances file; it may still be damaged."""
+    """Whether the text has the two lists of a COCO file, and segmentations; it may still be damaged."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return False
-    return all(re.search(rf'"{key}"\s*:\s*\[', text) for key in ("images", "annotations"))
+    return all(re.search(key, text) for key in (r'"images"\s*:\s*\[', r'"annotations"\s*:\s*\[', r'"segmentation"\s*:'))
 
 
 def decode_segmentation(segmentation: list | dict, height: int, width: int) -> np.ndarray:
@@ -153,7 +153,7 @@ def _listed(path: Path, images: list) -> list[Listed]:
             if not isinstance(image.file_name, str) or not 0 < min(image.height, image.width) <= _MAX_SIDE >= max(
                     image.height, image.width):  # fmt: skip
                 raise ValueError(f"{image.file_name!r}, {image.width} x {image.height}")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _misfit(path, error) from None
     return listed
 

@@ -20,6 +20,7 @@ from . import movi, tfrecord
 from .base import ImageFiles, Masks, stamp
 from .transforms import open_labels
 
+_PRESETS = ("movi_c", "movi_e")
 _SHARD = re.compile(r"(?P<set>.+)-(?P<split>train|validation)\.tfrecord-(?P<number>\d+)-of-(?P<count>\d+)")
 _DEPTH = 6  # folders below the root that are searched
 _INTERLEAVED, _BLOCK = 16, 16  # files that TensorFlow Datasets reads in turns, and records a turn
@@ -113,11 +114,13 @@ def find_shards(root: Path, split: str, release: str = "") -> list[Path]:
     found = releases(root, split)
     if not found:
         raise UserError(f"--data {root} has no {split} shards: MOVi needs {movi.EXPECTED}")
-    of_release = [key for key in found if key[1] == release] or list(found)
+    of_release = [key for key in found if key[1] == release] or found
     if len(of_release) > 1:
         names = ", ".join(f"{folder}/{name}-{split}.tfrecord-*-of-{count}" for folder, name, count in of_release)
         raise UserError(f"--data {root} has several sets ({names}): give the folder of one of them")
     folder, name, count = of_release[0]
+    if release and name in _PRESETS and name != release:
+        raise UserError(f"--data {root} holds {name}, not {release}: add --preset {name}")
     width = len(count)
     return [folder / f"{name}-{split}.tfrecord-{number:0{width}d}-of-{count}" for number in range(int(count))]
 

@@ -10,6 +10,7 @@ from PIL import Image
 import tfrecord_files as files
 from spot_fast.config import preset
 from spot_fast.data import open_set
+from spot_fast.data.loader import Loader
 from spot_fast.data.movi_tfrecord import MoviRecords, read_order
 from spot_fast.errors import CorruptImage, UserError
 
@@ -67,6 +68,13 @@ def test_validation_pictures_and_masks_are_those_of_the_png_clips(both):
         ours, theirs = shards.val_masks(i), clips.val_masks(i)
         assert torch.equal(ours.instances, theirs.instances) and len(ours.instances.unique()) == OBJECTS
         assert ours.classes is None and ours.ignore is None
+
+
+def test_threads_read_the_same_batches(both):
+    loaders = [Loader(MoviRecords(both[0], "train", image_size=16), 10, seed=1, workers=workers) for workers in (0, 3)]
+    batches = [list(loader.epoch(0)) for loader in loaders]
+    for ours, theirs in zip(*batches, strict=True):
+        assert torch.equal(ours.indices, theirs.indices) and torch.equal(ours.images, theirs.images)
 
 
 def test_limit_needs_only_the_first_shards(both, tmp_path):

@@ -226,8 +226,9 @@ def report(path: Path, found: Found, *, sbd: str | None = None) -> Iterator[str]
         yield from (f"  {name}: {reason}" for name, reason in list(bad.items())[:SHOWN])
         if len(bad) > SHOWN:
             yield f"  and {len(bad) - SHOWN:,} more: --list FILE writes them all"
-    elif any(split.inspections for split in found.splits):
-        yield "nothing is missing or damaged"
+    else:
+        whole = not any(split.trouble for split in found.splits)
+        yield "nothing is missing or damaged" if whole else "of the files that were found none is damaged"
     yield from (f"note: {note}" for note in found.notes)
     if sentence is None:
         yield "train with:"

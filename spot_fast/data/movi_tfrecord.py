@@ -21,7 +21,7 @@ from .base import ImageFiles, Masks, stamp
 from .transforms import open_labels
 
 _PRESETS = ("movi_c", "movi_e")
-_SHARD = re.compile(r"(?P<set>.+)-(?P<split>train|validation)\.tfrecord-(?P<number>\d+)-of-(?P<count>\d+)")
+_SHARD = re.compile(r"(?P<set>.+)-(?P<split>train|validation)\.tfrecord-\d{5}-of-(?P<count>\d{5})")
 _DEPTH = 6  # folders below the root that are searched
 _INTERLEAVED, _BLOCK = 16, 16  # files that TensorFlow Datasets reads in turns, and records a turn
 VIDEO, MASKS = "video", "segmentations"  # names of the features
@@ -121,8 +121,7 @@ def find_shards(root: Path, split: str, release: str = "") -> list[Path]:
     folder, name, count = of_release[0]
     if release and name in _PRESETS and name != release:
         raise UserError(f"--data {root} holds {name}, not {release}: add --preset {name}")
-    width = len(count)
-    return [folder / f"{name}-{split}.tfrecord-{number:0{width}d}-of-{count}" for number in range(int(count))]
+    return [folder / f"{name}-{split}.tfrecord-{number:05d}-of-{count}" for number in range(int(count))]
 
 
 def releases(root: Path, split: str) -> list[tuple[Path, str, str]]:

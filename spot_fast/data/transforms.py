@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from ..errors import CorruptImage, UserError
 
 VERSION = 1  # to be raised when the same file gives other pixels: caches of the old ones are then not used
+_RIM = 255  # the label that VOC draws around objects
 
 
 def open_image(path: str | Path, encoded: bytes | None = None) -> Image.Image:
@@ -55,14 +56,11 @@ def open_rgb(path: str | Path, encoded: bytes | None = None, *, upright: bool = 
         raise CorruptImage(f"image {path} cannot be converted to RGB: {error or type(error).__name__}") from None
 
 
-RIM = 255
-
-
 def open_labels(path: str | Path, encoded: bytes | None = None, *, rim: Collection[str] = ()) -> np.ndarray:
     """int32 [height, width] of an indexed label image: grey values, or the palette's indices whatever their colours.
 
-    rim: Pillow modes of images in which 255 is the rim that VOC draws around objects, and becomes background. UserError
-    where the image has colours, CorruptImage where it cannot be read.
+    rim: Pillow modes of images in which 255 is VOC's rim around objects, and becomes background. UserError where the
+    image has colours, CorruptImage where it cannot be read.
     """
     image = open_image(path, encoded)
     if image.mode not in ("P", "L", "1", "I") and not image.mode.startswith("I;16"):
@@ -70,7 +68,7 @@ def open_labels(path: str | Path, encoded: bytes | None = None, *, rim: Collecti
                         "PNG whose values are the labels")
     labels = np.array(image, dtype=np.int32)
     if image.mode in rim:
-        labels[labels == RIM] = 0
+        labels[labels == _RIM] = 0
     return labels
 
 

@@ -23,7 +23,7 @@ _GROUPS = {
     "optimisation": "optimisation",
 }
 _METAVARS = {"int": "N", "float": "X", "str": "NAME"}
-_EPILOG = """presets: scenes (generated, needs no data), coco, voc, movi_c, movi_e (need --data FOLDER).
+_EPILOG = """presets: scenes (generated, needs no data), coco, voc, movi_c, movi_e, folder (need --data PATH).
 The defaults above are those of the chosen preset and stage: try --preset coco --stage 2 --help.
 
 examples:

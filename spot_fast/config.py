@@ -113,6 +113,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "voc": dict(num_slots=6, epochs=560, crop="random"),
     "movi_c": dict(num_slots=11, epochs=65, crop="stretch", flip=False, mask_size=128, lr=2e-4, lr_low=4e-5),
     "movi_e": dict(num_slots=24, epochs=65, crop="stretch", flip=False, mask_size=128, lr=2e-4, lr_low=4e-5),
+    "folder": dict(),  # as coco
 }
 
 _PRESETS_STAGE2: dict[str, dict[str, Any]] = {
@@ -121,6 +122,7 @@ _PRESETS_STAGE2: dict[str, dict[str, Any]] = {
     "voc": dict(),
     "movi_c": dict(epochs=30, lr_low=1.5e-4),
     "movi_e": dict(epochs=30, lr_low=1.5e-4),
+    "folder": dict(),
 }
 
 

@@ -70,3 +70,58 @@ def test_missing_things_are_named(voc):
     val = open_set(preset("voc", data=str(voc)), "val")
     with pytest.raises(UserError, match="has colours"):
         val.val_masks(0)
+
+
+@pytest.fixture
+def sbd(voc):
+    """SBD beside a VOC without trainaug.txt: one picture of its own, one of VOC's val, one that VOC has too."""
+    root = voc / "VOCdevkit" / "VOC2012"
+    (root / "ImageSets/Segmentation/trainaug.txt").unlink()
+    (root / "ImageSets/Segmentation/train.txt").write_text("2009_000005\n")
+    dataset = voc / "benchmark_RELEASE" / "dataset"
+    (dataset / "img").mkdir(parents=True)
+    (dataset / "train.txt").write_text("2011_000001\n2008_000001\n")
+    (dataset / "val.txt").write_text("2007_000032\n2008_000001\n")
+    for name in ("2011_000001", "2008_000001"):
+        Image.new("RGB", (40, 40), "red").save(dataset / "img" / f"{name}.jpg")
+    return dataset
+
+
+@pytest.mark.parametrize("above", [0, 1, 2])
+def test_trainaug_is_made_from_sbd(voc, sbd, above):
+    """SBD's train and val and VOC's train, without VOC's val, sorted; VOC's own file where both have one."""
+    folder = [sbd, *sbd.parents][above]
+    train = open_set(preset("voc", data=str(voc), sbd=str(folder), image_size=16), "train")
+    own = voc / "VOCdevkit" / "VOC2012" / "JPEGImages"
+    assert train.paths == [own / "2008_000001.jpg", own / "2009_000005.jpg", sbd / "img" / "2011_000001.jpg"]
+    assert train.train_image(2, np.random.default_rng(0)).shape == (3, 16, 16)
+
+
+def test_list_of_voc_goes_before_sbd(voc, sbd):
+    """Its pictures may still come from SBD."""
+    file = voc / "VOCdevkit/VOC2012/ImageSets/Segmentation/trainaug.txt"
+    file.write_text("2011_000001\n2009_000005\n")
+    train = open_set(preset("voc", data=str(voc), sbd=str(sbd)), "train")
+    assert [path.stem for path in train.paths] == ["2011_000001", "2009_000005"]
+    assert train.paths[0].parent == sbd / "img"
+
+
+def test_sbd_without_pictures_gives_the_list(voc, sbd):
+    for picture in (sbd / "img").iterdir():
+        picture.unlink()
+    (sbd / "img").rmdir()
+    assert len(open_set(preset("voc", data=str(voc), sbd=str(sbd)), "train")) == 3
+
+
+def test_what_is_missing_of_sbd_is_named(voc, sbd):
+    with pytest.raises(UserError, match=r"trainaug.txt is missing: .* download SBD .* and add --sbd PATH$"):
+        open_set(preset("voc", data=str(voc)), "train")
+    with pytest.raises(UserError, match="--sbd .*img has no train.txt and val.txt"):
+        open_set(preset("voc", data=str(voc), sbd=str(sbd / "img")), "train")
+    (sbd / "val.txt").write_text("\n")
+    with pytest.raises(UserError, match="val.txt names no images"):
+        open_set(preset("voc", data=str(voc), sbd=str(sbd)), "train")
+    (sbd / "val.txt").write_text("2007_000032\n")
+    (voc / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt").unlink()
+    with pytest.raises(UserError, match="Segmentation/train.txt is missing"):
+        open_set(preset("voc", data=str(voc), sbd=str(sbd)), "train")

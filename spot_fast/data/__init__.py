@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ..config import Config
 from ..errors import UserError
-from . import coco, movi, voc
+from . import coco, folder, movi, voc
 from .base import ImageFiles, ImageSet, Masks
 from .folder import Folder
 from .loader import Batch, Loader
+from .movi_tfrecord import open_clips
 from .scenes import Scenes
 
-_READERS = {"coco": coco.Coco, "voc": voc.Voc, "movi_c": movi.Movi, "movi_e": movi.Movi}
-_EXPECTED = {"coco": coco.EXPECTED, "voc": voc.EXPECTED, "movi_c": movi.EXPECTED, "movi_e": movi.EXPECTED}
+# preset → what opens a split of it, and what its --data has to be
+_READERS: dict[str, tuple[Callable[..., ImageFiles], str]] = {
+    "coco": (coco.Coco, f"a folder with {coco.EXPECTED}"),
+    "voc": (voc.Voc, f"a folder with {voc.EXPECTED}"),
+    "movi_c": (partial(open_clips, release="movi_c"), f"a folder with {movi.EXPECTED}"),
+    "movi_e": (partial(open_clips, release="movi_e"), f"a folder with {movi.EXPECTED}"),
+    "folder": (Folder, f"a folder of {folder.EXPECTED}"),
+}
 
 
 def open_set(config: Config, split: str) -> ImageSet:
@@ -30,14 +39,17 @@ def open_set(config: Config, split: str) -> ImageSet:
         return image_set
     if config.preset not in _READERS:
         raise UserError(f"--preset {config.preset} has no data set: use scenes, {', '.join(_READERS)}")
-    needs = f"--preset {config.preset} needs --data PATH, a folder with {_EXPECTED[config.preset]}"
+    reader, expected = _READERS[config.preset]
+    needs = f"--preset {config.preset} needs --data PATH, {expected}"
     if not config.data:
         raise UserError(needs)
-    if not Path(config.data).is_dir():
+    if not Path(config.data).is_dir() and (config.preset != "folder" or not Path(config.data).is_file()):
         raise UserError(f"--data {config.data} is not a folder: {needs}")
+    if config.preset == "voc":
+        reader = partial(reader, sbd=config.sbd)
     limit = config.train_images if split == "train" else config.val_images
-    return _READERS[config.preset](config.data, split, image_size=config.image_size, mask_size=config.mask_size,
-                                   crop=config.crop, flip=config.flip and split == "train", limit=limit)
+    return reader(config.data, split, image_size=config.image_size, mask_size=config.mask_size, crop=config.crop,
+                  flip=config.flip and split == "train", limit=limit)
 
 
 def open_sets(config: Config) -> tuple[ImageSet, ImageSet]:

@@ -155,6 +155,10 @@ class ImageFiles(ImageSet):
     def val_image(self, index: int) -> torch.Tensor:
         return transforms.to_tensor(self._resized(index, "stretch" if self.crop == "stretch" else "center"))
 
+    def mask_files(self, index: int) -> list[Path]:
+        """The files that `val_masks` reads for the picture; none where masks are not files of their own."""
+        return []
+
     def _resized(self, index: int, crop: str) -> Image.Image:
         image = self.rgb(index)
         if crop == "stretch":
@@ -172,18 +176,22 @@ class ImageFiles(ImageSet):
 
     def stamps(self) -> Iterator[str]:
         """A line for each file that the pictures come from; it changes when the file does: name, size and time."""
-        for path in self.paths:
-            try:
-                about = path.stat()
-                yield f"{path.parent.name}/{path.name} {about.st_size} {about.st_mtime_ns}"
-            except OSError:
-                yield f"{path.parent.name}/{path.name} missing"
+        return map(stamp, self.paths)
 
     def square_labels(self, labels: np.ndarray) -> torch.Tensor:
         """A label map [height, width] as int64 [M, M]: nearest, cropped or stretched as validation pictures are."""
         if self.crop == "stretch":
             return transforms.stretch_labels(labels, self.mask_size)
         return transforms.center_crop_labels(labels, self.mask_size)
+
+
+def stamp(path: Path) -> str:
+    """Name, size and time of a file: another line, another content."""
+    try:
+        about = path.stat()
+        return f"{path.parent.name}/{path.name} {about.st_size} {about.st_mtime_ns}"
+    except OSError:
+        return f"{path.parent.name}/{path.name} missing"
 
 
 __all__ = ["CorruptImage", "Geometry", "ImageFiles", "ImageSet", "Masks"]

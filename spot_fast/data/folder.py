@@ -1,20 +1,122 @@
-"""Any folder of images, or any list of image files, without masks."""
+"""Any folder of images, or any list of image files, with or without masks.
+
+Splits: train/ and val/ (or validation/, valid/) in the folder or in its images/ are training and validation pictures;
+a folder without both, or a list, is used for either. Masks are looked for in this order:
+
+- a COCO instances file: a .json with "images", "annotations" and segmentations in the validation folder, the folder
+  itself or its annotations/. The pictures are those it lists; names are relative to where it lies, to the validation
+  folder, to the folder or to its images/. Classes are numbered from 1 in the order of its categories.
+- an indexed PNG for a picture, palette or grey, whose values are instances and 0 background: photo_mask.png beside
+  photo.jpg, or masks/…/photo.png for images/…/photo.jpg. In a palette PNG 255 is a rim, as in VOC, and background.
+
+Where some pictures have masks, those are the validation pictures. Masks are never taken as pictures. Training reads no
+masks.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from ..errors import UserError
-from .base import ImageFiles
+from .base import ImageFiles, Masks
+from .instances import Instances, Listed, is_instances_file
+from .transforms import open_labels
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2"})
+EXPECTED = "pictures, or a text file that lists pictures"
+_VALIDATION = ("val", "validation", "valid")
+_MASK = "_mask"
+_ORIENTATION = 0x0112  # EXIF: above 4, width and height change places
+
+Sources = str | Path | Iterable[str | Path]
 
 
-def list_images(sources: str | Path | Iterable[str | Path]) -> list[Path]:
+class Folder(ImageFiles):
+    """Pictures of folders or files, cropped as COCO's; `limit` 0 = all. Turned upright by EXIF, as masks have to be.
+
+    split: "train" or "val"; None for all pictures, without masks. A file among `sources` is a picture, but a single
+    source that is no picture by its name is a text file that lists some, one a line, relative to where it lies.
+    """
+
+    def __init__(self, sources: Sources, split: str | None = None, *, image_size: int = 224, mask_size: int = 320,
+                 crop: str = "center", flip: bool = False, limit: int = 0) -> None:
+        self.name = "image folder" if split is None else f"image folder {split}"
+        self.masks: list[Path] = []  # of each picture, where they are files
+        self.instances: Instances | None = None
+        self.listed: list[Listed] = []  # each picture, where they are in a COCO instances file
+        root = Path(sources) if isinstance(sources, str | Path) else None
+        if root is not None and root.is_dir():
+            paths = self._of_folder(root, split)
+        else:
+            paths = _read_list(root) if root is not None and _is_list(root) else list_images(sources)
+            paths = self._with_masks(paths, None) if split == "val" else paths
+        if not paths:
+            raise UserError("no images given: name an image or a folder of images")
+        self.has_masks = bool(self.masks) or self.instances is not None
+        self.has_classes = self.instances is not None and self.instances.class_of is not None
+        super().__init__(paths[:limit] if limit else paths, image_size=image_size, mask_size=mask_size, crop=crop,
+                         flip=flip, upright=True)
+
+    def _of_folder(self, root: Path, split: str | None) -> list[Path]:
+        folder = _split_folder(root, split)
+        if split == "val" and (file := _instances_file(folder, root)):
+            self.instances = Instances(file)
+            others = file.parent, root, root / "images", _split_folder(root, "train")
+            found = [(_locate(image.file_name, folder, others), image) for image in self.instances.images]
+            found = [(path, image) for path, image in found if path.is_relative_to(folder)]
+            if not found:
+                raise UserError(f"{file} lists no images in {folder}: put the annotations of these pictures there")
+            self.listed = [image for _, image in found]
+            return [path for path, _ in found]
+        paths = list_images(folder)
+        return self._with_masks(paths, root) if split == "val" else paths
+
+    def _with_masks(self, paths: list[Path], root: Path | None) -> list[Path]:
+        """Those of `paths` that have masks, all where none has."""
+        found = [(path, mask) for path in paths if (mask := _mask_of(path, root))]
+        self.masks = [mask for _, mask in found]
+        return [path for path, _ in found] or paths
+
+    def label(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def mask_files(self, index: int) -> list[Path]:
+        return self.masks[index : index + 1]
+
+    def full_masks(self, index: int) -> tuple[np.ndarray, ...]:
+        """(instances,) or (instances, classes, ignore), each int32 [height, width] at the size of the picture."""
+        if self.instances is not None:
+            maps = self.instances.label_maps(self.listed[index])
+            if not self.has_classes:
+                maps = maps[0], None, maps[2]
+            source = self.instances.path
+        elif self.masks:
+            source = self.masks[index]
+            maps = (open_labels(source, rim=("P",)),)
+        else:
+            raise UserError(f"{self.name} is read without masks: they belong beside the pictures, as photo_mask.png "
+                            "beside photo.jpg, or masks/photo.png for images/photo.jpg")  # fmt: skip
+        width, height = _upright_size(self.paths[index])
+        if maps[0].shape != (height, width):
+            raise UserError(f"{source} gives {self.paths[index].name} masks of {maps[0].shape[1]} x "
+                            f"{maps[0].shape[0]}, but it is {width} x {height}: masks need the size of the upright "
+                            "picture")
+        return maps
+
+    def val_masks(self, index: int) -> Masks:
+        return Masks(*(labels if labels is None else self.square_labels(labels) for labels in self.full_masks(index)))
+
+
+def list_images(sources: Sources) -> list[Path]:
     """Image files of folders (recursively, by extension, sorted) and files (as they are, whatever their name).
 
-    Hidden files and folders are left out. UserError names a source that does not exist or a folder without images.
+    Of folders, hidden files and folders and the masks of pictures are left out. UserError names a source that does not
+    exist or a folder without images.
     """
     if isinstance(sources, str | Path):
         sources = [sources]
@@ -22,6 +124,7 @@ def list_images(sources: str | Path | Iterable[str | Path]) -> list[Path]:
     for source in map(Path, sources):
         if source.is_dir():
             inside = [path for path in sorted(source.rglob("*")) if _is_image(path.relative_to(source), path)]
+            inside = _without_masks(inside, source)
             if not inside:
                 raise UserError(f"{source} has no images ({', '.join(sorted(EXTENSIONS))}) in it")
             found += inside
@@ -36,17 +139,89 @@ def _is_image(inside: Path, path: Path) -> bool:
     return path.suffix.lower() in EXTENSIONS and not any(p.startswith(".") for p in inside.parts) and path.is_file()
 
 
-class Folder(ImageFiles):
-    """Pictures of folders or files, cropped as COCO's; `limit` 0 = all. Turned upright by EXIF."""
+def _without_masks(paths: list[Path], root: Path) -> list[Path]:
+    """`paths` but for photo_mask.png beside a photo, and for masks/ beside images/."""
+    stems = {(path.parent, path.stem) for path in paths}
+    mask_folders = {folder for folder in {path.parent for path in paths} if _in_masks(folder, root)}
 
-    def __init__(self, sources: str | Path | Iterable[str | Path], *, image_size: int = 224, mask_size: int = 320,
-                 crop: str = "center", flip: bool = False, limit: int = 0) -> None:
-        self.name = "image folder"
-        paths = list_images(sources)
-        if not paths:
-            raise UserError("no images given: name an image or a folder of images")
-        super().__init__(paths[:limit] if limit else paths, image_size=image_size, mask_size=mask_size, crop=crop,
-                         flip=flip, upright=True)
+    def is_mask(path: Path) -> bool:
+        of = path.stem.removesuffix(_MASK)
+        return path.parent in mask_folders or of != path.stem and (path.parent, of) in stems
 
-    def label(self, index: int) -> str:
-        return str(self.paths[index])
+    return [path for path in paths if not is_mask(path)]
+
+
+def _in_masks(folder: Path, root: Path) -> bool:
+    """Whether `folder` is, or lies in, a folder masks/ under `root` that has images/ beside it."""
+    parts = folder.relative_to(root).parts
+    return any(part == "masks" and root.joinpath(*parts[:i], "images").is_dir() for i, part in enumerate(parts))
+
+
+def _mask_of(path: Path, root: Path | None) -> Path | None:
+    """The mask file of a picture; the folder images/ is looked for below `root` (None: anywhere in the path)."""
+    mask = path.with_name(f"{path.stem}{_MASK}.png")
+    if mask.is_file():
+        return mask
+    first = len(root.parts) if root else 0
+    for i in reversed(range(first, len(path.parts) - 1)):
+        if path.parts[i] == "images":
+            mask = Path(*path.parts[:i], "masks", *path.parts[i + 1 :]).with_suffix(".png")
+            if mask.is_file():
+                return mask
+    return None
+
+
+def _split_folder(root: Path, split: str | None) -> Path:
+    """The folder of a split: `root` itself where it has no training and validation folders."""
+    for base in (root, root / "images") if split else ():
+        validation = next((base / name for name in _VALIDATION if (base / name).is_dir()), None)
+        if validation and (base / "train").is_dir():
+            return base / "train" if split == "train" else validation
+    return root
+
+
+def _instances_file(folder: Path, root: Path) -> Path | None:
+    """The COCO instances file for the validation pictures in `folder`; UserError where it is not clear which."""
+    for place in dict.fromkeys([folder, root, root / "annotations"]):
+        pictures = {path.stem for path in place.glob("*") if path.suffix.lower() in EXTENSIONS}
+        # Annotation tools write a file for each picture, with the picture in it: those are not read.
+        files = [file for file in sorted(place.glob("*.json")) if file.stem not in pictures and is_instances_file(file)]
+        chosen = [file for file in files if "val" in file.stem.lower()] or files
+        if len(chosen) > 1:
+            raise UserError(f"{place} has several COCO instances files ({', '.join(file.name for file in chosen)}): "
+                            'leave one there, or one with "val" in its name')
+        if chosen:
+            return chosen[0]
+    return None
+
+
+def _locate(name: str, folder: Path, others: Iterable[Path]) -> Path:
+    """The file `name` in `folder` or one of the others, in `folder` where none has it."""
+    return next((base / name for base in (folder, *others) if os.path.isfile(base / name)), folder / name)
+
+
+def _is_list(source: Path) -> bool:
+    return source.is_file() and source.suffix.lower() not in EXTENSIONS
+
+
+def _read_list(file: Path) -> list[Path]:
+    if file.suffix.lower() == ".json":
+        raise UserError(f"{file} is no list of images: name the folder, in which a COCO instances file is found")
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is neither a folder, nor an image by its name, nor a text file that lists images "
+                        f"({error})") from None
+    paths = [file.parent / line for line in lines if line]
+    if not any(map(os.path.isfile, paths)):
+        raise UserError(f"{file} lists no image that exists: it needs one name a line, relative to its folder")
+    return paths
+
+
+def _upright_size(path: Path) -> tuple[int, int]:
+    """(width, height) of a picture as `rgb` gives it, from its header."""
+    try:
+        with Image.open(path) as image:
+            return image.size[::-1] if image.getexif().get(_ORIENTATION, 1) > 4 else image.size
+    except Exception as error:  # noqa: BLE001 - damaged files make Pillow raise nearly anything
+        raise UserError(f"image {path} cannot be read: {error or type(error).__name__}") from None

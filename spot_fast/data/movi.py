@@ -2,13 +2,15 @@
 
 Frames are stretched to the square, bicubically (SPOT, section 6). Evaluation uses every frame of a clip, training nine
 drawn at random, the same nine whatever the run's seed, so that both stages see the same pictures. Mask 00 is the
-background; there are no classes.
+background; there are no classes. `movi_tfrecord` reads the same clips from the release itself.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,8 +18,11 @@ from ..errors import UserError
 from .base import ImageFiles, Masks
 from .transforms import open_image
 
+T = TypeVar("T")
 TRAIN_FRAMES = 9
-EXPECTED = "train/ and validation/ with one folder a clip, frames as *_image.png and masks as *_mask_NN.png"
+SPLITS = {"train": "train", "val": "validation"}
+EXPECTED = "train/ and validation/ with one folder a clip, frames as *_image.png and masks as *_mask_NN.png, or the " \
+           "release's TFRecord files such as movi_c-train.tfrecord-00000-of-01024"
 
 
 class Movi(ImageFiles):
@@ -28,13 +33,13 @@ class Movi(ImageFiles):
                  frames_per_clip: int = TRAIN_FRAMES) -> None:
         self.name = f"MOVi {split}"
         self.has_masks = split == "val"
-        folder = Path(root) / {"train": "train", "val": "validation"}[split]
+        folder = Path(root) / SPLITS[split]
         if not folder.is_dir():
             raise UserError(f"--data {root} has no {folder.name}/: MOVi needs {EXPECTED}")
         paths: list[Path] = []
         for clip in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
             frames = sorted(clip.glob("*_image.png"))
-            paths += frames if self.has_masks else _draw(clip.name, frames, frames_per_clip)
+            paths += frames if self.has_masks else draw_frames(clip.name, frames, frames_per_clip)
             if limit and len(paths) >= limit:
                 paths = paths[:limit]
                 break
@@ -45,14 +50,17 @@ class Movi(ImageFiles):
     def label(self, index: int) -> str:
         return f"{self.paths[index].parent.name}/{self.paths[index].name}"
 
-    def val_masks(self, index: int) -> Masks:
+    def mask_files(self, index: int) -> list[Path]:
         frame = self.paths[index]
         stem = frame.name.removesuffix("_image.png")
         files = sorted(frame.parent.glob(f"{stem}_mask_*.png")) if self.has_masks else []
         if not files:
             raise UserError(f"{frame} has no masks {stem}_mask_NN.png beside it: evaluation needs them")
+        return files
+
+    def val_masks(self, index: int) -> Masks:
         instances = None
-        for file in files:
+        for file in self.mask_files(index):
             mask = np.asarray(open_image(file).convert("L")) > 0
             if instances is None:
                 instances = np.zeros(mask.shape, np.int32)
@@ -70,8 +78,8 @@ def _number(file: Path) -> int:
     return int(digits)
 
 
-def _draw(clip: str, frames: list[Path], count: int) -> list[Path]:
-    """`count` of the clip's frames in order; the draw depends on the clip's name alone."""
+def draw_frames(clip: str, frames: Sequence[T], count: int) -> list[T]:
+    """`count` of the clip's frames in order; the draw depends on the clip's name and the number of frames alone."""
     rng = np.random.default_rng(zlib.crc32(clip.encode()))
     chosen = rng.choice(len(frames), min(count, len(frames)), replace=False) if frames else []
     return [frames[i] for i in sorted(chosen)]

@@ -1,6 +1,8 @@
 """PASCAL VOC 2012: trainaug (10,582 images) to train, val (1,449) to evaluate.
 
-Label 255, the rim around objects, counts as background: the published numbers are computed so (SPOT, section 7).
+trainaug is VOC's train and the train and val of SBD (Semantic Boundaries Dataset), without VOC's val. Where VOC has no
+such list it is made from SBD's folder, sorted by name. Label 255, the rim around objects, counts as background: the
+published numbers are computed so (SPOT, section 7).
 """
 
 from __future__ import annotations
@@ -11,63 +13,85 @@ import numpy as np
 
 from ..errors import UserError
 from .base import ImageFiles, Masks
-from .transforms import open_image
+from .transforms import open_labels
 
-EXPECTED = "JPEGImages/, ImageSets/Segmentation/trainaug.txt to train, ImageSets/Segmentation/val.txt, " \
-           "SegmentationObject/ and SegmentationClass/ to evaluate"
-_RIM = 255
+EXPECTED = "JPEGImages/, ImageSets/Segmentation/trainaug.txt (or --sbd PATH) to train, " \
+           "ImageSets/Segmentation/val.txt, SegmentationObject/ and SegmentationClass/ to evaluate"
+TRAINAUG = 10_582
+_GET_TRAINAUG = (
+    f"VOC trains on trainaug, the {TRAINAUG:,} names that are VOC's train plus SBD's train and val without VOC's val: "
+    "save them there, one name a line, or download SBD (benchmark_RELEASE, with train.txt and val.txt in its dataset/) "
+    "and add --sbd PATH"
+)
 
 
 class Voc(ImageFiles):
     """One split ("train" or "val") of VOC 2012; `root` is VOC2012, VOCdevkit or the folder that holds it.
 
-    Pictures are in the order of the list, at most `limit` (0 = all). Only "val" has masks.
+    Pictures are in the order of the list, at most `limit` (0 = all). Only "val" has masks. sbd: benchmark_RELEASE, its
+    dataset/ or another folder with SBD's train.txt and val.txt; pictures that JPEGImages/ lacks come from its img/.
     """
 
     has_classes = True
 
-    def __init__(self, root: str | Path, split: str, *, image_size: int = 224, mask_size: int = 320,
-                 crop: str = "random", flip: bool = False, limit: int = 0) -> None:
+    def __init__(self, root: str | Path, split: str, *, sbd: str | Path | None = None, image_size: int = 224,
+                 mask_size: int = 320, crop: str = "random", flip: bool = False, limit: int = 0) -> None:
         self.name = f"VOC 2012 {'trainaug' if split == 'train' else 'val'}"
         self.has_masks = split == "val"
         self.root = _find(Path(root))
-        names = self._names("trainaug" if split == "train" else "val")
-        names = names[:limit] if limit else names
-        paths = [self.root / "JPEGImages" / f"{name}.jpg" for name in names]
+        self.sbd = None if sbd is None or self.has_masks else _find_sbd(Path(sbd))
+        names = self._list("val") if self.has_masks else self._trainaug()
+        paths = self._pictures(names[:limit] if limit else names)
         super().__init__(paths, image_size=image_size, mask_size=mask_size, crop=crop, flip=flip)
 
-    def _names(self, split: str) -> list[str]:
-        file = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
-        if not file.is_file() and split == "trainaug":
-            raise UserError(f"{file} is missing: VOC trains on trainaug, the 10,582 names that are VOC's train plus "
-                            "SBD's train and val without VOC's val; save them there, one name a line")
+    def _list(self, name: str) -> list[str]:
+        file = self.root / "ImageSets" / "Segmentation" / f"{name}.txt"
         if not file.is_file():
             raise UserError(f"{file} is missing: VOC needs {EXPECTED}")
-        names = [Path(line.split()[0]).stem for line in file.read_text().splitlines() if line.strip()]
-        if not names:
-            raise UserError(f"{file} names no images")
-        return names
+        return read_names(file)
+
+    def _trainaug(self) -> list[str]:
+        file = self.root / "ImageSets" / "Segmentation" / "trainaug.txt"
+        if file.is_file():
+            return read_names(file)
+        if self.sbd is None:
+            raise UserError(f"{file} is missing: {_GET_TRAINAUG}")
+        of_sbd = {*read_names(self.sbd / "train.txt"), *read_names(self.sbd / "val.txt")}
+        return sorted(of_sbd.union(self._list("train")).difference(self._list("val")))
+
+    def _pictures(self, names: list[str]) -> list[Path]:
+        own, of_sbd = self.root / "JPEGImages", self.sbd / "img" if self.sbd else None
+        if of_sbd is None or not of_sbd.is_dir():
+            return [own / f"{name}.jpg" for name in names]
+        lacking = {path.name for path in of_sbd.iterdir()} - {path.name for path in own.iterdir()}
+        return [(of_sbd if f"{name}.jpg" in lacking else own) / f"{name}.jpg" for name in names]
+
+    def mask_files(self, index: int) -> list[Path]:
+        folders = ("SegmentationObject", "SegmentationClass") if self.has_masks else ()
+        return [self.root / folder / f"{self.paths[index].stem}.png" for folder in folders]
 
     def full_masks(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(instances, classes), each int32 [height, width] at the size of the image."""
         if not self.has_masks:
             raise UserError(f"{self.name} is read without masks: evaluate on VOC val")
-        name = self.paths[index].stem
-        maps = []
-        for folder in ("SegmentationObject", "SegmentationClass"):
-            # The PNGs are indexed: the palette's index is the label, its colour is for looking at.
-            image = open_image(self.root / folder / f"{name}.png")
-            if image.mode not in ("P", "L"):
-                raise UserError(f"{self.root / folder / name}.png has colours ({image.mode}) instead of indexed "
-                                "labels: use the PNGs as VOC distributes them")
-            labels = np.array(image, dtype=np.int32)
-            labels[labels == _RIM] = 0
-            maps.append(labels)
-        return maps[0], maps[1]
+        instances, classes = (open_labels(file, rim=("P", "L")) for file in self.mask_files(index))
+        return instances, classes
 
     def val_masks(self, index: int) -> Masks:
         instances, classes = self.full_masks(index)
         return Masks(self.square_labels(instances), self.square_labels(classes))
+
+
+def read_names(file: Path) -> list[str]:
+    """Names in a list, one a line: the first word, without folder and ending; UserError where there are none."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    names = [Path(line.split()[0]).stem for line in lines if line.strip()]
+    if not names:
+        raise UserError(f"{file} names no images")
+    return names
 
 
 def _find(root: Path) -> Path:
@@ -76,3 +100,11 @@ def _find(root: Path) -> Path:
             return folder
     raise UserError(f"--data {root} has no JPEGImages/, nor VOC2012/ or VOCdevkit/VOC2012/ with one: "
                     f"VOC needs {EXPECTED}")
+
+
+def _find_sbd(sbd: Path) -> Path:
+    for folder in (sbd, sbd / "dataset", sbd / "benchmark_RELEASE" / "dataset"):
+        if (folder / "train.txt").is_file() and (folder / "val.txt").is_file():
+            return folder
+    raise UserError(f"--sbd {sbd} has no train.txt and val.txt, nor dataset/ or benchmark_RELEASE/dataset/ with them: "
+                    "name the folder that SBD's benchmark.tgz was unpacked to")

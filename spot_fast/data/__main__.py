@@ -1,0 +1,84 @@
+"""`python -m spot_fast.data check PATH`: exit code 0 where PATH can be trained on, 2 and a sentence where it cannot."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from ..errors import UserError
+from . import check
+
+_INTERRUPTED = 130
+_MAX_JOBS = 16
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m spot_fast.data", allow_abbrev=False, description="Looks after data sets.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="check")
+    command = commands.add_parser(
+        "check", allow_abbrev=False, help="say what a folder holds, what is wrong with it and how to train on it",
+        description="Says what PATH holds (COCO, VOC, MOVi as PNG clips or TFRecord, a folder or a list of images), "
+        "how many pictures and masks, what is missing or damaged, and the command to train with.",
+    )  # fmt: skip
+    command.add_argument("path", metavar="PATH", type=Path, help="folder of a data set, or a text file listing images")
+    command.add_argument("--sbd", metavar="DIR", help="folder of SBD, for VOC without trainaug.txt")
+    command.add_argument("--decode", action="store_true",
+                         help="decode every picture and mask, instead of looking at both ends of the files")
+    command.add_argument("--jobs", metavar="N", type=int, default=min(_MAX_JOBS, os.cpu_count() or 1),
+                         help="threads (default: one a core)")
+    command.add_argument("--list", metavar="FILE", type=Path, help="write the names of missing and damaged files there")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # file names may hold anything
+    try:
+        return _check(args)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _check(args: argparse.Namespace) -> int:
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: use 1 or more")
+    found = check.find(args.path, sbd=args.sbd, decode=args.decode)
+    check.inspect(found, jobs=args.jobs)
+    for line in check.report(args.path, found, sbd=args.sbd):
+        print(line)
+    if args.list is not None:
+        _write_list(args.list, check.bad_files(found))
+    sentence = check.verdict(found)
+    if sentence is None:
+        return 0
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _write_list(path: Path, bad: dict[str, str]) -> None:
+    from ..checkpoint import atomic_write  # here, because it brings the models along
+
+    if not path.parent.is_dir():
+        raise UserError(f"--list {path}: the folder {path.parent} does not exist")
+    lines = "".join(f"{name}\n" for name in bad).encode(errors="surrogateescape")
+    atomic_write(path, lambda partial: partial.write_bytes(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Whether an image file is damaged, mostly from its first and last bytes.
+
+A JPEG or PNG that begins and ends as it should is taken for whole. Anything else is decoded before it is called
+damaged: the loader reads what Pillow reads, such as photos with something appended.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..errors import CorruptImage
+from .transforms import open_rgb
+
+_HEAD, _TAIL = 8, 64
+_JPEG, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+_PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
+_PADDING = b"\x00\n\r "
+
+
+def file_damage(path: Path, *, decode: bool = False) -> str | None:
+    """What is wrong with an image file, such as "missing" or "truncated: no end of the JPEG"; None for nothing.
+
+    decode: decode it whole in any case.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            head = os.pread(file.fileno(), _HEAD, 0)
+            tail = os.pread(file.fileno(), _TAIL, max(0, size - _TAIL))
+    except FileNotFoundError:
+        return "missing"
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+    return _damage(path, None, size, head, tail, decode)
+
+
+def data_damage(name: Path, encoded: bytes, *, decode: bool = False) -> str | None:
+    """`file_damage` of an image that has been read already; `name` is for messages."""
+    return _damage(name, encoded, len(encoded), encoded[:_HEAD], encoded[-_TAIL:], decode)
+
+
+def _damage(path: Path, encoded: bytes | None, size: int, head: bytes, tail: bytes, decode: bool) -> str | None:
+    if not size:
+        return "empty"
+    missing_end = ""
+    if head.startswith(_JPEG):
+        missing_end = "" if tail.rstrip(_PADDING).endswith(_JPEG_END) else "truncated: no end of the JPEG"
+    elif head.startswith(_PNG):
+        missing_end = "" if tail.endswith(_PNG_END) else "truncated: no end of the PNG"
+    else:
+        decode = True
+    if not decode and not missing_end:
+        return None
+    try:
+        open_rgb(path, encoded)
+    except CorruptImage as error:
+        return missing_end or str(error).removeprefix(f"image {path} ")
+    return None

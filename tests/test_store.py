@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from spot_fast.data.__main__ import main
 from spot_fast.data.store import Store
 from spot_fast.errors import UserError
 
@@ -118,6 +119,26 @@ def test_a_second_builder_waits_and_takes_over_from_a_killed_one(tmp_path):
         process.join(10)
     assert second.exitcode == 0
     assert np.array_equal(Store(tmp_path / "s", 200, {}).take(np.arange(200)), rows(200))
+
+
+def test_caches_are_listed_and_removed(tmp_path, capsys):
+    for name, until in (("pixels-aa", 9), ("features-target-bb", 4)):
+        fill(Store(tmp_path / name, 9, {"kind": "pixels", "data": "COCO train2017"}), rows(9), until)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("not a cache")
+    assert main(["caches", "--cache-dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 3 and "incomplete" in printed[0] and "complete" in printed[1]
+    assert "pixels-aa  COCO train2017, 9 rows of pixels" in printed[1] and printed[2].endswith(f" used in {tmp_path}")
+    assert main(["caches", "--cache-dir", str(tmp_path), "--remove", "pixels-a"]) == 2
+    assert "has no cache of that name" in capsys.readouterr().err
+    assert main(["caches", "--cache-dir", str(tmp_path), "--remove", "pixels-aa"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features-target-bb", "mine"]
+    with Store(tmp_path / "features-target-bb", 9, {}).building():
+        assert main(["caches", "--cache-dir", str(tmp_path), "--remove", "all"]) == 2
+    assert "is being built by another process" in capsys.readouterr().err
+    assert main(["caches", "--cache-dir", str(tmp_path), "--remove", "all"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_the_rest(tmp_path):

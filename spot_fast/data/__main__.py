@@ -1,4 +1,7 @@
-"""`python -m spot_fast.data check PATH`: exit code 0 where PATH can be trained on, 2 and a sentence where it cannot."""
+"""`python -m spot_fast.data check PATH`: exit code 0 where PATH can be trained on, 2 and a sentence where it cannot.
+
+`python -m spot_fast.data caches` lists what training has cached on disk, and removes it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..errors import UserError
+from ..files import atomic_write
 from . import check
+from .cache import default_folder, text
+from .store import cached, remove
 
 _INTERRUPTED = 130
 _MAX_JOBS = 16
@@ -24,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m spot_fast.data", allow_abbrev=False, description="Looks after data sets.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="check")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="check|caches")
     command = commands.add_parser(
         "check", allow_abbrev=False, help="say what a folder holds, what is wrong with it and how to train on it",
         description="Says what PATH holds (COCO, VOC, MOVi as PNG clips or TFRecord, a folder or a list of images), "
@@ -37,6 +43,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--jobs", metavar="N", type=int, default=min(_MAX_JOBS, os.cpu_count() or 1),
                          help="threads (default: one a core)")
     command.add_argument("--list", metavar="FILE", type=Path, help="write the names of missing and damaged files there")
+    command = commands.add_parser(
+        "caches", allow_abbrev=False, help="list the caches of pixels and features on disk, and remove them",
+        description="Lists what training has cached on disk: size, day, data set. A removed cache is built again when "
+        "it is needed.",
+    )  # fmt: skip
+    command.add_argument("--cache-dir", metavar="DIR", help="their folder (default: $SPOT_FAST_CACHE or "
+                         "~/.cache/spot_fast)")  # fmt: skip
+    command.add_argument("--remove", metavar="NAME", help="remove the one of that name, or all")
     return parser
 
 
@@ -46,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:
-        return _check(args)
+        return _caches(args) if args.command == "caches" else _check(args)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -71,9 +85,23 @@ def _check(args: argparse.Namespace) -> int:
     return 2
 
 
-def _write_list(path: Path, bad: dict[str, str]) -> None:
-    from ..checkpoint import atomic_write  # here, because it brings the models along
+def _caches(args: argparse.Namespace) -> int:
+    folder = default_folder(args.cache_dir)
+    caches = list(cached(folder))
+    if args.remove is not None:
+        caches = [cache for cache in caches if args.remove in ("all", cache.folder.name)]
+        if not caches and args.remove != "all":
+            raise UserError(f"--remove {args.remove}: {folder} has no cache of that name, list them without --remove")
+        for cache in caches:
+            remove(cache)
+    for cache in caches:
+        state = "removed" if args.remove is not None else "complete" if cache.complete else "incomplete"
+        print(f"{text(cache.nbytes):>8}  {state:10}  {cache.built}  {cache.folder.name}  {cache.what}")
+    print(f"{text(sum(cache.nbytes for cache in caches))} {'freed' if args.remove is not None else 'used'} in {folder}")
+    return 0
 
+
+def _write_list(path: Path, bad: dict[str, str]) -> None:
     if not path.parent.is_dir():
         raise UserError(f"--list {path}: the folder {path.parent} does not exist")
     lines = "".join(f"{name}\n" for name in bad).encode(errors="surrogateescape")

@@ -17,9 +17,12 @@ import fcntl
 import io
 import json
 import os
+import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +139,52 @@ class Store:
 
     def _damaged(self, what: str) -> UserError:
         return UserError(f"the cache {self.folder} is damaged ({what}): delete that folder, it will be built again")
+
+
+@dataclass(frozen=True)
+class Cached:
+    """A store on disk: what its rows are, in words, its size, the day it was last built on, whether it is complete."""
+
+    folder: Path
+    what: str
+    nbytes: int
+    built: str
+    complete: bool
+
+
+def cached(folder: Path) -> Iterator[Cached]:
+    """The stores below `folder`, by name."""
+    for about in sorted(folder.glob("*/about.json")):
+        try:
+            words = json.loads(about.read_text(encoding="utf-8"))
+            store = Store(about.parent, int(words["rows"]), words)
+        except (OSError, ValueError, KeyError):  # UserError, of a damaged one, is a ValueError
+            yield Cached(about.parent, "damaged", _size(about.parent), "", False)
+            continue
+        what = f"{words.get('data', '')}, {store.count:,} rows of {words.get('field', words.get('kind', ''))}"
+        index = about.parent / "index.bin"
+        built = time.strftime("%Y-%m-%d", time.localtime((index if index.is_file() else about).stat().st_mtime))
+        yield Cached(about.parent, what, _size(about.parent), built, store.complete)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+
+
+def remove(store: Cached) -> None:
+    """Deletes a store; UserError while a process builds it."""
+    lock = os.open(store.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"the cache {store.folder} is being built by another process: stop it or wait for it") from None
+    except OSError:
+        pass  # a file system without locks
+    finally:
+        os.close(lock)
+    # Without about.json it is no cache any more, wherever a kill comes between.
+    (store.folder / "about.json").unlink()
+    shutil.rmtree(store.folder)
 
 
 class Writer:

@@ -43,6 +43,7 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "assign_masks": {"triton": _LABELS, "native": _LABELS},
     "match_masks": {"triton": _LABELS, "native": _LABELS},
     "overlap_counts": {"triton": _LABELS, "native": _LABELS},
+    "mask_labels": {"native": (torch.float64, torch.float32, *_HALF)},
 }
 
 

@@ -31,8 +31,8 @@ def golden_truth():
 def random_maps(seed, batch, size, num_pred, num_truth, *, ids=None):
     """Label maps made of blobs, so that masks have sizes and overlaps, and an ignore map."""
     rng = np.random.default_rng(seed)
-    pred = labels_from_soft(torch.from_numpy(rng.random((batch, 16, num_pred))), size)
-    truth = labels_from_soft(torch.from_numpy(rng.random((batch, 25, num_truth))), size)
+    pred = labels_from_soft(torch.from_numpy(rng.random((batch, 16, num_pred))), size).long()
+    truth = labels_from_soft(torch.from_numpy(rng.random((batch, 25, num_truth))), size).long()
     ignore = torch.from_numpy(rng.random((batch, size, size)) < 0.1)
     if ids is not None:
         truth = torch.as_tensor(ids)[truth]
@@ -60,9 +60,9 @@ def slow_scores(pred, num_pred, truth, ignore):
 
 def test_golden_labels():
     labels = labels_from_soft(golden_soft(), 320)
-    assert labels.dtype == torch.int64
+    assert labels.dtype == torch.uint8
     determined = ~golden_tensors.load("metrics.near_tie")
-    golden_tensors.assert_close("metrics.predicted_labels", labels, where=determined)
+    golden_tensors.assert_close("metrics.predicted_labels", labels.long(), where=determined)
 
 
 def test_golden_scores():
@@ -184,7 +184,7 @@ def test_labels_from_soft_is_interpolate_and_argmax(grid, size, num_masks):
     masks = torch.rand(3, grid * grid, num_masks, generator=torch.Generator().manual_seed(grid))
     maps = masks.mT.reshape(3, num_masks, grid, grid)
     expected = F.interpolate(maps, size=(size, size), mode="bilinear", align_corners=False).argmax(1)
-    assert torch.equal(labels_from_soft(masks, size), expected)
+    assert torch.equal(labels_from_soft(masks, size).long(), expected)
 
 
 def test_labels_take_the_first_of_equals():

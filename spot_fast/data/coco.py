@@ -8,6 +8,7 @@ nothing, but uses up its number. A class is the place of its category in the lis
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections import defaultdict
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from .base import ImageFiles, Masks
+from .base import FullLabels, ImageFiles, Masks
 
 # COCO's 80 things: ids run to 90 with ten numbers left out.
 _LEFT_OUT = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
@@ -85,6 +86,24 @@ class Coco(ImageFiles):
         if not self.has_masks:
             raise UserError(f"{self.name} is read without masks: evaluate on COCO val2017")
         return Masks(*(self.square_labels(labels) for labels in self.full_masks(index)))
+
+    def full_labels(self, index: int, *, crowd: bool) -> FullLabels:
+        """As `full_masks`, for other protocols than SPOT's; crowd: whether crowd regions are instances or nothing."""
+        if crowd:
+            annotations = self._annotations[self.image_ids[index]]
+        else:
+            annotations = [a for a in self._annotations[self.image_ids[index]] if not a.get("iscrowd")]
+        picked = copy.copy(self)
+        picked._annotations = {self.image_ids[index]: annotations}
+        instances, classes, covered = picked.full_masks(index)
+        top_classes = classes.copy()
+        if covered.any():
+            height, width = self.sizes[index]
+            for annotation in annotations:
+                of_class = CLASS_OF_CATEGORY.get(annotation["category_id"], 0)
+                mask = decode_segmentation(annotation["segmentation"], height, width)
+                top_classes[mask] = np.maximum(top_classes[mask], of_class)
+        return FullLabels(instances, classes, top_classes, covered > 0, np.zeros(covered.shape, bool))
 
 
 def decode_segmentation(segmentation: list | dict, height: int, width: int) -> np.ndarray:

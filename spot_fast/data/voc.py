@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from .base import ImageFiles, Masks
+from .base import FullLabels, ImageFiles, Masks
 from .transforms import open_image
 
 EXPECTED = "JPEGImages/, ImageSets/Segmentation/trainaug.txt to train, ImageSets/Segmentation/val.txt, " \
@@ -68,6 +68,14 @@ class Voc(ImageFiles):
     def val_masks(self, index: int) -> Masks:
         instances, classes = self.full_masks(index)
         return Masks(self.square_labels(instances), self.square_labels(classes))
+
+    def full_labels(self, index: int, *, crowd: bool) -> FullLabels:
+        """As `full_masks`, with the rim, for other protocols than SPOT's; VOC has no crowd regions."""
+        instances, classes = self.full_masks(index)
+        undecided = np.zeros(instances.shape, bool)
+        for folder in ("SegmentationObject", "SegmentationClass"):
+            undecided |= np.array(open_image(self.root / folder / f"{self.paths[index].stem}.png")) == _RIM
+        return FullLabels(instances, classes, classes, np.zeros(instances.shape, bool), undecided)
 
 
 def _find(root: Path) -> Path:

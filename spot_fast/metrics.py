@@ -1,7 +1,7 @@
 """mBO, mIoU and FG-ARI of predicted label maps, all from one table of pixel counts per image.
 
-A pixel of the ground truth has an instance g and a class h; each pair (g, h) that occurs in an image gets a number j, and
-c[k, j] is how many pixels of predicted label k have pair j: one pass over the pixels. Summing the columns of equal
+A pixel of the ground truth has an instance g and a class h; each pair (g, h) that occurs in an image gets a number j,
+and c[k, j] is how many pixels of predicted label k have pair j: one pass over the pixels. Summing the columns of equal
 instance, or of equal class, gives the tables that everything follows from (SPOT, section 4), with areas as row and
 column sums:
 
@@ -62,7 +62,7 @@ class Pairs:
     """Ground truth of B images as pairs of instance and class.
 
     labels     [B, H, W] int16 or int64 on the device of the maps: the number of each pixel's pair
-    instances  [B, J] int64 on the CPU: of each pair the instance, or IGNORED or OVERLAP; IGNORED beyond the image's pairs
+    instances  [B, J] int64 on the CPU: of each pair the instance, IGNORED or OVERLAP; IGNORED beyond the image's pairs
     classes    [B, J] likewise; all IGNORED where there are no classes
     """
 
@@ -97,7 +97,7 @@ def pair_labels(instances: Tensor, classes: Tensor | None = None, ignore: Tensor
     """Numbers the pairs of instance and class of each image.
 
     instances and classes [B, H, W] are integer maps in 0…255, with gaps, or IGNORED or OVERLAP; where ignore [B, H, W]
-    is not 0 both are IGNORED. On a GPU this waits for the device once or twice. ValueError names a map that does not fit.
+    is not 0 both are IGNORED. On a GPU this waits for the device twice. ValueError names a map that does not fit.
     """
     maps = [instances.flatten(1)] if classes is None else [instances.flatten(1), classes.flatten(1)]
     for labels in (instances, classes):
@@ -121,16 +121,16 @@ def pair_labels(instances: Tensor, classes: Tensor | None = None, ignore: Tensor
     code = code.long()
     codes = (bounds[1] - bounds[0] + 1) * wide + 1
     present = torch.zeros(len(code), codes, dtype=torch.bool, device=code.device).scatter_(1, code, True)
-    number = present.cumsum(1) - 1
-    found, column = present.cpu(), number.cpu()
+    found = present.cpu()
+    number = found.cumsum(1) - 1
     pairs = int(found.sum(1).max())
     image, place = found.nonzero(as_tuple=True)
-    column, place, hidden = column[image, place], place - 1, place == 0
+    column, place, hidden = number[image, place], place - 1, place == 0
     of = torch.full((2, len(code), pairs), IGNORED)
     of[0, image, column] = (place // wide + bounds[0]).masked_fill(hidden, IGNORED)
     if classes is not None:
         of[1, image, column] = (place % wide + bounds[2]).masked_fill(hidden, IGNORED)
-    labels = (number.to(torch.int16) if pairs < 2**15 else number).gather(1, code)
+    labels = (number.to(torch.int16) if pairs < 2**15 else number).to(code.device).gather(1, code)
     return Pairs(labels.reshape(instances.shape), of[0], of[1])
 
 
@@ -239,9 +239,9 @@ def _pairs(count: Tensor) -> Tensor:
 def scores_of_counts(counts: Tensor, truth: Pairs, rules: Rules = SPOT_RULES) -> dict[str, Tensor]:
     """Each metric of each image as a fraction, float64 [B], NaN where it is not counted, from `count_pairs` on the CPU.
 
-    Also "objects" int64 [B]: how many masks mBO_i is a mean over; "size_counts" int64 and "size_sums" float64 [B, bins]:
-    instances of each of SIZE_BINS (larger than its lower end, at most its upper; their counted pixels as a fraction of
-    the label map), and the sum of their best IoU.
+    Also "objects" int64 [B]: how many masks mBO_i is a mean over; "size_counts" int64 and "size_sums" float64
+    [B, bins]: instances of each of SIZE_BINS (larger than its lower end, at most its upper; their counted pixels as a
+    fraction of the label map), and the sum of their best IoU.
     """
     pixels = truth.labels[0].numel() if len(truth) else 0
     table = merge_columns(counts, truth.instances)

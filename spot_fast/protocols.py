@@ -5,10 +5,10 @@ centred square of a picture (MOVi frames: all of it), so the masks of one forwar
 compared is the counting: the picture the model sees is always the run's own, whatever size and filter the code base
 uses. Facts were taken from the sources named, at the commits named, not their text.
 
-Annotations differ as well, and where a data set has none of what a code base reads, its own are used: OCBench reads COCO's panoptic
-maps (here instances_val2017.json, where the earlier instance has a pixel of several) and VOC 2007 (here VOC 2012 val).
-A set without crowd regions, overlaps or undecided pixels is served from its own label maps, nearest neighbour. MOVi is
-scored frame by frame; SlotDiffusion scores whole clips.
+Annotations differ as well, and where a data set lacks what a code base reads, its own are used: OCBench reads COCO's
+panoptic maps (here instances_val2017.json, where the earlier instance has a pixel of several) and VOC 2007 (here VOC
+2012 val). A set without crowd regions, overlaps or undecided pixels is served from its own label maps by the nearest
+neighbour. MOVi is scored frame by frame; SlotDiffusion scores whole clips.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ PROTOCOLS = {
         ),
         Protocol(
             "ocbench",
-            "OCBench (VQ-VFM-OCL, DIAS): 256 × 256, the background counts as a mask in mBO and mIoU, nothing is ignored, "
-            "no FG-ARI for an image without foreground, no class maps",
+            "OCBench (VQ-VFM-OCL, DIAS): 256 × 256, the background counts as a mask in mBO and mIoU, nothing is "
+            "ignored, no FG-ARI for an image without foreground, no class maps",
             "Genera1Z/VQ-VFM-OCL@d21cab5 config-dinosaur/dinosaur_r-coco.py, object_centric_bench/learn/metric.py, "
             "datum/dataset_coco.py",
             Rules(mbo_background=True, miou_background=True, classes=False, empty_ari=False),
@@ -125,17 +125,17 @@ PROTOCOLS = {
         ),
         Protocol(
             "slotdiffusion",
-            "SlotDiffusion: 224 × 224 (MOVi 128), without crowd regions; pixels of several instances and VOC's rim become "
-            "background and a predicted mask of their own; the background counts in mIoU",
-            "Wuziyi616/SlotDiffusion@eacfc9a slotdiffusion/img_based/test_seg.py, models/eval_utils.py, datasets/coco.py, "
-            "datasets/voc.py",
+            "SlotDiffusion: 224 × 224 (MOVi 128), without crowd regions; pixels of several instances and VOC's rim "
+            "become background and a predicted mask of their own; the background counts in mIoU",
+            "Wuziyi616/SlotDiffusion@eacfc9a slotdiffusion/img_based/test_seg.py, models/eval_utils.py, "
+            "datasets/coco.py, datasets/voc.py",
             Rules(miou_background=True),
             size=224, stretched=128, truth=_slotdiffusion_truth, crowd=False, hidden=OVERLAP,
         ),
         Protocol(
             "lsd",
-            "Latent Slot Diffusion: 256 × 256, mBO and mIoU are means over all objects of all images, matched by cosine "
-            "similarity; objects without a partner count nowhere; nothing is ignored, no class maps",
+            "Latent Slot Diffusion: 256 × 256, mBO and mIoU are means over all objects of all images, matched by "
+            "cosine similarity; objects without a partner count nowhere; nothing is ignored, no class maps",
             "JindongJiang/latent-slot-diffusion@b04e74b src/eval/eval.py, src/eval/eval_utils.py",
             Rules(cosine=True, per_object=True, classes=False),
             size=256, stretched=256, truth=_lsd_truth, hidden=None,

@@ -76,8 +76,8 @@ def test_json_is_the_table(here, call):
     assert (run["run"], run["preset"], run["stage"], run["seed"]) == ("a", "scenes", 1, 3)
     assert run["images"] == 4 and run["skipped"] == {} and run["seconds_per_image"] > 0
     assert [loss["orders"] for loss in run["reconstruction_loss"]] == [1, 9]
-    assert [row["masks"] for row in run["rows"]] == ["decoder", "decoder", "slots", "blocks", "kmeans"]
-    lines = out.splitlines()[3:8]
+    assert [row["masks"] for row in run["rows"]] == ["decoder", "decoder", "slots", "blocks", "kmeans", "layout"]
+    lines = out.splitlines()[3:9]
     for row, line in zip(run["rows"], lines, strict=True):
         assert [f"{100 * row[name]:.1f}" for name in METRICS] == line.split()[-4:]
         assert row["counted"] == dict.fromkeys(METRICS, 4) and row["num_masks"] == 4

@@ -12,15 +12,8 @@ from spot_fast.data.base import ImageSet, Masks
 from spot_fast.data.scenes import Scenes
 from spot_fast.encoder import build_encoder, normalise
 from spot_fast.errors import CorruptImage, UserError
-from spot_fast.evaluation import (
-    Evaluation,
-    Row,
-    evaluate,
-    evaluation_table,
-    mean_rows,
-    mean_table,
-    slot_noise,
-)
+from spot_fast.evaluation import Row, Table, evaluate, slot_noise
+from spot_fast.evaluation_report import evaluation_table, mean_rows, mean_table
 from spot_fast.metrics import METRICS, image_scores, labels_from_soft
 from spot_fast.model import Spot, reconstruction_loss
 
@@ -82,7 +75,7 @@ def scores_of(row):
 
 def test_rows_are_what_the_parts_give(model, scenes):
     result = evaluate(model, scenes, batch_size=10, seed=5, progress=False)
-    assert [(r.masks, r.orders) for r in result.rows] == [
+    assert [(r.masks, r.orders) for r in result.tables[0].rows] == [
         ("decoder", 1), ("decoder", 9), ("slots", None), ("blocks", None), ("kmeans", None)]  # fmt: skip
     images, instances, classes = normalise(scenes.images), scenes.instances, scenes.classes
     noise = slot_noise(5, range(10), 4, 16)
@@ -91,11 +84,11 @@ def test_rows_are_what_the_parts_give(model, scenes):
     kmeans = F.one_hot(kmeans_labels(target, 4, 5), 4)
     block = block_masks(result.row("blocks").columns, 4, SIZE).expand(10, -1, -1)
     expected = [labels_from_soft(m, SIZE) for m in (first.masks, every.masks, first.slot_attn, kmeans)]
-    for row, labels in zip(result.rows, [*expected[:3], block, expected[3]], strict=True):
+    for row, labels in zip(result.tables[0].rows, [*expected[:3], block, expected[3]], strict=True):
         scores = image_scores(labels, 4, instances, classes)
         assert scores_of(row) == pytest.approx([scores[name].mean().item() for name in METRICS], abs=1e-12)
         assert row.counted == dict.fromkeys(METRICS, 10)
-    assert result.images == 10 and result.mask_size == SIZE and not result.skipped
+    assert result.images == 10 and result.tables[0].mask_size == SIZE and not result.skipped
     assert result.reconstruction[1] == pytest.approx(reconstruction_loss(first.prediction, target).item(), rel=1e-5)
     assert result.reconstruction[9] == pytest.approx(reconstruction_loss(every.prediction, target).item(), rel=1e-5)
     assert 0 < result.metric_seconds_per_image < result.seconds_per_image
@@ -124,10 +117,10 @@ def test_noise_belongs_to_the_picture():
 def test_batch_size_does_not_matter_and_seed_does(model, scenes):
     # Features of another batch size may differ in the last bit, so near ties may fall the other way.
     one, other = (evaluate(model, scenes, batch_size=n, progress=False) for n in (3, 10))
-    for a, b in zip(one.rows, other.rows, strict=True):
+    for a, b in zip(one.tables[0].rows, other.tables[0].rows, strict=True):
         assert scores_of(a) == pytest.approx(scores_of(b), abs=5e-3)
     again = evaluate(model, scenes, batch_size=3, progress=False)
-    assert [r.scores for r in again.rows] == [r.scores for r in one.rows]
+    assert [r.scores for r in again.tables[0].rows] == [r.scores for r in one.tables[0].rows]
     reseeded = evaluate(model, scenes, batch_size=3, seed=1, progress=False)
     assert reseeded.row("slots").scores != one.row("slots").scores
     assert reseeded.row("blocks").scores == one.row("blocks").scores
@@ -144,7 +137,7 @@ def test_global_random_state_is_left_alone(model, scenes):
 @pytest.mark.parametrize("changes", [dict(orders="standard"), dict(decoder="mlp", orders="standard")])
 def test_one_order_has_one_decoder_row(scenes, changes):
     result = evaluate(small_model(**changes), scenes, progress=False, limit=3)
-    assert [r.title for r in result.rows][:2] == ["decoder masks, order 0", "slot masks [1]"]
+    assert [r.title for r in result.tables[0].rows][:2] == ["decoder masks, order 0", "slot masks [1]"]
     assert list(result.reconstruction) == [1]
 
 
@@ -180,13 +173,13 @@ def test_unreadable_pictures_are_named_and_the_rest_is_scored(model):
 def test_limit(model):
     limited, short = (evaluate(model, s, limit=n, progress=False) for s, n in ((Pictures(6), 3), (Pictures(3), 99)))
     assert limited.images == short.images == 3
-    assert [r.scores for r in limited.rows] == [r.scores for r in short.rows]
+    assert [r.scores for r in limited.tables[0].rows] == [r.scores for r in short.tables[0].rows]
 
 
 def test_without_classes(model):
     result = evaluate(model, Pictures(4, classes=False), progress=False)
-    assert all(r.scores["mbo_c"] is None and r.counted["mbo_c"] == 0 for r in result.rows)
-    assert all(line.split()[-3] == "–" for line in evaluation_table(result).splitlines()[1:])
+    assert all(r.scores["mbo_c"] is None and r.counted["mbo_c"] == 0 for r in result.tables[0].rows)
+    assert all(line.split()[-3] == "–" for line in evaluation_table(result.tables[0]).splitlines()[1:])
 
 
 def test_ignore_of_some_pictures(model):
@@ -224,7 +217,7 @@ def fixed(mbo_i, columns=2):
         return Row(masks, {"mbo_i": value, "mbo_c": None, "miou": 0.25, "fg_ari": 1.0}, {}, 6, **extra)
 
     rows = [row("decoder", mbo_i, orders=1), row("slots", 0.5), row("blocks", 0.3, columns=columns)]
-    return Evaluation(rows, 10, "scenes", 64, {1: 0.5})
+    return Table("spot", 64, rows)
 
 
 def test_table_is_aligned():
@@ -254,4 +247,4 @@ def test_slots_of_another_size_are_scored_at_their_masks_size(model):
                                      for k in ("instances", "classes")})  # fmt: skip
 
     result = evaluate(model, Large(2), progress=False)
-    assert result.mask_size == 2 * SIZE
+    assert result.tables[0].mask_size == 2 * SIZE

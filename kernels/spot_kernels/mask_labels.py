@@ -34,9 +34,9 @@ def _(masks, size, backend):
 def mask_labels(masks: torch.Tensor, size: int) -> torch.Tensor:
     """The hard label map [B, size, size] uint8, labels in 0…K-1, that soft masks on the patch grid stand for.
 
-    masks: [B, N, K], floating point and finite, N = G × G in raster order, K at most 256; resized in float32. size: side
-    of the label map in pixels. Of equal masks the first wins. Gradients do not flow; NaN wins over everything on
-    PyTorch's path and over nothing on the library's.
+    masks: [B, N, K], floating point and finite, N = G × G in raster order, K at most 256; resized in float32.
+    size: side of the label map in pixels. Of equal masks the first wins. Gradients do not flow; NaN wins over
+    everything on PyTorch's path and over nothing on the library's.
 
     Raises ValueError naming the argument whose shape, dtype or size does not fit.
     """

@@ -12,7 +12,7 @@ _FLOATS_ELSEWHERE = 2**26
 
 
 def mask_labels(masks: torch.Tensor, size: int) -> torch.Tensor:
-    """masks [B, G * G, K] -> [B, size, size] uint8: the mask that is largest at each pixel; see spot_kernels.mask_labels."""
+    """masks [B, G * G, K] -> [B, size, size] uint8: the largest mask at each pixel; see spot_kernels.mask_labels."""
     batch, tokens, slots = masks.shape
     grid = math.isqrt(tokens)
     # contiguous: PyTorch adds up in another order where it sees channels last, which a view would be for some K

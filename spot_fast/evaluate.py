@@ -175,7 +175,7 @@ def _report(run: Run, result: Evaluation, sizes: bool) -> str:
         if sizes:
             lines += ["mBO_i by size of the instance, percent of the label map", "", size_table(scored), ""]
         if line := unlabelled_line(scored):
-            lines += [line]
+            lines += [line, ""]
     lines += [
         f"reconstruction loss {losses} · {1000 * result.seconds_per_image:.1f} ms a picture, "
         f"{1000 * result.metric_seconds_per_image:.1f} of them metrics",

@@ -26,7 +26,8 @@ def plot_sizes(path: Path, title: str, rows: Sequence[tuple[str, Sequence[float 
                instances: Sequence[int]) -> None:  # fmt: skip
     """Writes a line for each of `rows`: name, mBO_i of each of SIZE_BINS (fraction; None: no instance), deviation.
 
-    Bins are equally wide; below each stands how many instances are in it. The file appears whole or not at all.
+    Bins are equally wide; below each stands how many instances are in it. Notes in brackets are left out of the names.
+    The file appears whole or not at all.
     """
     from matplotlib.figure import Figure  # not pyplot: no window, no state to clean up
 
@@ -38,7 +39,7 @@ def plot_sizes(path: Path, title: str, rows: Sequence[tuple[str, Sequence[float 
         places = [i for i, mean in enumerate(means) if mean is not None]
         heights = [100 * means[i] for i in places]
         spreads = [100 * deviations[i] for i in places] if any(deviations) else None
-        axes.errorbar(places, heights, yerr=spreads, marker="o", capsize=3, label=name)
+        axes.errorbar(places, heights, yerr=spreads, marker="o", capsize=3, label=name.partition(" [")[0])
     axes.set_xticks(range(len(names)), names)
     axes.set_xlabel("size of the instance, percent of the label map")
     axes.set_ylabel("mBO_i, percent")

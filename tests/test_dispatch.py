@@ -58,6 +58,8 @@ def test_on_a_gpu_auto_takes_the_kernels_within_their_limits(monkeypatch):
             assert dispatch.choose(operator, OnGpu, "q has more than 64 slots") == "torch"
         OnGpu.dtype = torch.float64
         assert chosen_backend("slot_attention_step", OnGpu) == "torch"
+        with use_backend("triton"):
+            assert chosen_backend("mask_labels", OnGpu) == "torch"  # it has no kernel
         monkeypatch.setattr(dispatch, "TRITON", False)
         assert chosen_backend("slot_attention_step", OnGpu) == "torch"
     with use_backend("native"), pytest.raises(ValueError, match="but the tensors are on cuda: use auto"):

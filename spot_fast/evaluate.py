@@ -63,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N pictures (default: all)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at a time (default: 32)")
     parser.add_argument("--workers", type=int, default=WORKERS, metavar="N",
-                        help=f"threads that read pictures and masks ahead, 0 = none (default: {WORKERS})")  # fmt: skip
+                        help="threads that read pictures and masks ahead, 0 = none (default: one a processor, at most "
+                        f"8; here {WORKERS})")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of slot noise and of k-means (default: 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu, cuda or cuda:N (default: a GPU where there is one)")  # fmt: skip

@@ -6,6 +6,7 @@ and k-means starts are functions of (seed, picture), so a table does not depend 
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +21,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .baselines import block_mask_candidates, block_masks, kmeans_labels
-from .data.base import ImageSet, Masks
+from .data.base import FullLabels, ImageSet, Masks
 from .encoder import normalise
 from .errors import UserError
 from .metrics import Pairs, Scores, count_pairs, labels_from_soft, pair_labels
 from .model import Spot
 from .protocols import GroundTruth, Protocol, chosen
 
-WORKERS = 2
+WORKERS = min(8, os.cpu_count() or 1)
 _AHEAD = 64  # pictures that are read beyond the one in use
 _NOISE_STREAM = 0  # keeps these draws apart from other draws of the same (seed, picture)
 
@@ -144,8 +145,9 @@ def evaluate(
     run = _Pass(model, seed, [truth.protocol for truth in truths], layouts)
 
     def load(index: int) -> tuple[int, Tensor, list[Masks]]:
+        read: dict[bool, FullLabels] = {}
         # Small integers: what is stacked and copied to the device is a quarter as large.
-        return index, val_set.val_image(index), [_small(truth.masks(index)) for truth in truths]
+        return index, val_set.val_image(index), [_small(truth.masks(index, read)) for truth in truths]
 
     skipped: dict[str, str] = {}
     with tqdm(total=count, desc="evaluate", unit="image", disable=None if progress else True) as bar:

@@ -106,7 +106,7 @@ def pair_labels(instances: Tensor, classes: Tensor | None = None, ignore: Tensor
     if not instances.numel():
         nothing = torch.full((len(instances), 1), IGNORED)
         return Pairs(instances.to(torch.int16), nothing, nothing)
-    bounds = torch.stack([bound for labels in maps for bound in labels.aminmax()]).tolist()
+    bounds = torch.stack([bound.long() for labels in maps for bound in labels.aminmax()]).tolist()
     for low, high in zip(bounds[::2], bounds[1::2], strict=True):
         if low < OVERLAP or high > MAX_LABEL:
             raise ValueError(f"ground truth has labels {low} to {high}: renumber them to lie in 0 to {MAX_LABEL}")

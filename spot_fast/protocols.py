@@ -169,12 +169,17 @@ class GroundTruth:
             self._set = copy.copy(image_set)
             self._set.mask_size = self._size
 
-    def masks(self, index: int) -> Masks:
-        """int label maps, all of one size, with IGNORED and OVERLAP; UserError where they cannot be read."""
+    def masks(self, index: int, read: dict[bool, FullLabels] | None = None) -> Masks:
+        """int label maps, all of one size, with IGNORED and OVERLAP; UserError where they cannot be read.
+
+        read: what has been read of this picture for other protocols, with and without crowd regions; completed here.
+        """
         full_labels = getattr(self._set, "full_labels", None)
         if self.protocol.truth is not None and full_labels is not None:
-            full = full_labels(index, crowd=self.protocol.crowd)
-            return self.protocol.truth(full, self._size or self._set.mask_size)
+            read, crowd = {} if read is None else read, self.protocol.crowd
+            if crowd not in read:
+                read[crowd] = full_labels(index, crowd=crowd)
+            return self.protocol.truth(read[crowd], self._size or self._set.mask_size)
         masks = self._set.val_masks(index)
         maps = [masks.instances, masks.classes if self.protocol.rules.classes else None]
         if masks.ignore is not None and self.protocol.hidden is not None:

@@ -189,6 +189,25 @@ def test_coco_without_crowd_regions_and_with_the_highest_class():
     assert any(a.get("iscrowd") for a in first), "the mini set should have a crowd region in its first picture"
 
 
+def test_annotations_read_once_serve_every_protocol():
+    coco, calls = Coco(MINI, "val"), []
+    full_labels = Coco.full_labels
+
+    def counted(self, index, *, crowd):
+        calls.append(crowd)
+        return full_labels(self, index, crowd=crowd)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Coco, "full_labels", counted)
+        read = {}
+        shared = [GroundTruth(protocol, coco).masks(0, read) for protocol in PROTOCOLS.values()]
+    assert sorted(calls) == [False, True]
+    for protocol, masks in zip(PROTOCOLS.values(), shared, strict=True):
+        alone = GroundTruth(protocol, coco).masks(0)
+        assert torch.equal(masks.instances, alone.instances)
+        assert masks.classes is alone.classes is None or torch.equal(masks.classes, alone.classes)
+
+
 def test_voc_has_a_rim(voc):  # noqa: F811
     val = open_set(preset("voc", data=str(voc)), "val")
     full = val.full_labels(0, crowd=False)

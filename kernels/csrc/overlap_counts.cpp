@@ -11,23 +11,15 @@ int count(const A* a, const B* b, const uint8_t* valid, int64_t batch, int64_t t
           int64_t* counts) {
     std::fill_n(counts, batch * num_a * num_b, int64_t{0});
     for (int64_t image = 0; image < batch; ++image, counts += num_a * num_b) {
-        const int64_t end = (image + 1) * tokens;
-        for (int64_t i = image * tokens; i < end;) {
+        for (int64_t i = image * tokens; i < (image + 1) * tokens; ++i) {
             if (valid && !valid[i]) {
-                ++i;
                 continue;
             }
-            const A label_a = a[i];
-            const B label_b = b[i];
+            const int64_t label_a = a[i], label_b = b[i];
             if (label_a < 0 || label_a >= num_a || label_b < 0 || label_b >= num_b) {
                 return SPOT_BAD_LABEL;
             }
-            // a run of equal pairs is added at once: in masks runs are long, and a counter that was just written is slow
-            const int64_t start = i;
-            do {
-                ++i;
-            } while (i < end && a[i] == label_a && b[i] == label_b && (!valid || valid[i]));
-            counts[label_a * num_b + label_b] += i - start;
+            ++counts[label_a * num_b + label_b];
         }
     }
     return SPOT_OK;

@@ -99,10 +99,10 @@ def pair_labels(instances: Tensor, classes: Tensor | None = None, ignore: Tensor
     instances and classes [B, H, W] are integer maps in 0…255, with gaps, or IGNORED or OVERLAP; where ignore [B, H, W]
     is not 0 both are IGNORED. On a GPU this waits for the device twice. ValueError names a map that does not fit.
     """
-    maps = [instances.flatten(1)] if classes is None else [instances.flatten(1), classes.flatten(1)]
-    for labels in (instances, classes):
-        if labels is not None:
-            _check_map("truth", labels, instances.shape)
+    maps = [instances] if classes is None else [instances, classes]
+    for labels in maps:
+        _check_map("truth", labels, instances.shape)
+    maps = [labels.flatten(1) for labels in maps]
     if not instances.numel():
         nothing = torch.full((len(instances), 1), IGNORED)
         return Pairs(instances.to(torch.int16), nothing, nothing)

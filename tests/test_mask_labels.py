@@ -27,7 +27,7 @@ def soft(grid, num_masks, kind, seed, batch=3):
 @pytest.mark.parametrize("kind", ["normal", "softmax", "ties"])
 @pytest.mark.parametrize("grid, size, num_masks", [
     (14, 320, 7), (16, 320, 7), (28, 320, 6), (37, 320, 7), (14, 128, 24), (14, 224, 7), (16, 256, 11), (14, 96, 256),
-    (1, 80, 3), (5, 320, 1),
+    (1, 80, 3), (5, 320, 1), (13, 65, 3), (14, 70, 3), (11, 203, 3), (9, 129, 2), (16, 335, 7),
 ])  # fmt: skip
 def test_library_equals_pytorch(grid, size, num_masks, kind):
     for seed in range(3):

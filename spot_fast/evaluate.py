@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,14 +36,20 @@ from .protocols import PROTOCOLS, Protocol, chosen
 from .size_plot import check_target, plot_sizes
 
 
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 80, initial_indent=indent, subsequent_indent=indent + "    " * bool(indent),
+                         break_long_words=False, break_on_hyphens=False)  # fmt: skip
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m spot_fast.evaluate",
-        description="Scores the decoder masks and slot masks of trained runs on their validation pictures, beside "
-        "block masks and k-means on the same features. Several runs that differ in their seed only also get "
-        "a table of mean ± standard deviation.",
-        epilog="protocols, all scored in the same pass:\n" + "\n".join(
-            f"  {protocol.name}: {protocol.about}\n      [{protocol.source}]" for protocol in PROTOCOLS.values()),
+        description=_wrapped("Scores the decoder masks and slot masks of trained runs on their validation pictures, "
+                             "beside block masks and k-means on the same features. Several runs that differ in their "
+                             "seed only also get a table of mean ± standard deviation."),
+        epilog="\n".join(["protocols, all scored in the same pass:", *(
+            _wrapped(text, indent) for protocol in PROTOCOLS.values()
+            for text, indent in ((f"{protocol.name}: {protocol.about}", "  "), (f"[{protocol.source}]", "      ")))]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("runs", nargs="*", metavar="RUN",

@@ -26,6 +26,7 @@ from machine import commit, cores, cpu_name
 
 from spot_kernels import native, slot_attention_step  # noqa: F401  (registers the operator)
 from spot_kernels.reference import mask_matching as plain_matching
+from spot_kernels.reference.mask_labels import mask_labels as plain_labels
 from spot_kernels.reference.slot_attention import slot_attention_step as plain_attention
 
 EPS = 1e-8
@@ -111,6 +112,10 @@ def matching_cases() -> Iterator[Case]:
             lambda f=f, a=a, b=b: (f(a, b, 7, 7),) for f in (native.overlap_counts, plain_matching.overlap_counts)
         ]
         yield Case("overlap counts", f"{batch} × {tokens}, 7 × 7 labels", "int64", *calls, calls[1]())
+    for grid, slots, size in ((14, 7, 320), (16, 7, 320), (14, 24, 128)):
+        masks = (3 * torch.randn(32, grid * grid, slots, generator=generator)).softmax(-1)
+        calls = [lambda f=f, m=masks, s=size: (f(m, s),) for f in (native.mask_labels, plain_labels)]
+        yield Case("mask labels", f"32 × {grid * grid}, {slots} masks, {size} × {size}", "float32", *calls, calls[1]())
 
 
 def error(found: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...]) -> float:

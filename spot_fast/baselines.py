@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_COLUMNS = 4
+# Columns and masks that the paper chose for each data set; and the whole picture as one mask, to set FG-ARI against.
+PUBLISHED_BLOCKS = {"coco": (2, 7), "voc": (2, 6), "movi_c": (3, 11), "movi_e": (4, 24)}
+ONE_BLOCK = (1, 1)
 STARTS = 4
 _MAX_ITERATIONS = 100
 _KMEANS_STREAM = 1  # keeps these draws apart from other draws of the same (seed, image)
@@ -43,6 +46,11 @@ def block_mask_candidates(num_masks: int, size: int) -> dict[int, Tensor]:
     "The best block mask" of a model with K slots is the candidate of K masks with the highest mBO_i.
     """
     return {columns: block_masks(columns, num_masks, size) for columns in range(1, min(MAX_COLUMNS, num_masks) + 1)}
+
+
+def published_layouts(preset: str) -> list[tuple[int, int]]:
+    """Columns and masks of the block masks in SPOT's Table 6 for the data set of `preset`, the single mask last."""
+    return [PUBLISHED_BLOCKS[preset], ONE_BLOCK] if preset in PUBLISHED_BLOCKS else [ONE_BLOCK]
 
 
 def kmeans_labels(

@@ -1,10 +1,12 @@
-"""python -m spot_fast.evaluate [RUN ...]: one table a run, and mean ± std over runs that differ in their seed only."""
+"""python -m spot_fast.evaluate [RUN ...]: a table for each run and protocol, and mean ± std over runs that differ in
+their seed only."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,31 +14,64 @@ from pathlib import Path
 import torch
 
 from . import __version__
+from .baselines import published_layouts
 from .checkpoint import Run, atomic_write, find_folder, find_run, load_run
 from .data import open_set
 from .data.base import ImageSet
 from .errors import UserError
-from .evaluation import NOTES, Evaluation, evaluate, evaluation_table, mean_rows, mean_table
-from .metrics import METRICS
+from .evaluation import WORKERS, Evaluation, Row, Table, evaluate
+from .evaluation_report import (
+    NOTES,
+    evaluation_table,
+    mean_rows,
+    mean_size_table,
+    mean_sizes,
+    mean_table,
+    size_table,
+    unlabelled_line,
+    write_csv,
+)
+from .metrics import METRICS, SIZE_BINS
+from .protocols import PROTOCOLS, Protocol, chosen
+from .size_plot import check_target, plot_sizes
 
-PROTOCOL = "spot"
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 80, initial_indent=indent, subsequent_indent=indent + "    " * bool(indent),
+                         break_long_words=False, break_on_hyphens=False)  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m spot_fast.evaluate",
-        description="Scores the decoder masks and slot masks of trained runs on their validation pictures, beside "
-        "block masks and k-means on the same features. Several runs that differ in their seed only also get "
-        "a table of mean ± standard deviation.",
-    )
+        description=_wrapped("Scores the decoder masks and slot masks of trained runs on their validation pictures, "
+                             "beside block masks and k-means on the same features. Several runs that differ in their "
+                             "seed only also get a table of mean ± standard deviation."),
+        epilog="\n".join(["protocols, all scored in the same pass:", *(
+            _wrapped(text, indent) for protocol in PROTOCOLS.values()
+            for text, indent in ((f"{protocol.name}: {protocol.about}", "  "), (f"[{protocol.source}]", "      ")))]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("runs", nargs="*", metavar="RUN",
                         help="folder of a run, or name of one below --runs (default: the newest finished)")  # fmt: skip
     parser.add_argument("--data", metavar="PATH", help="folder of the data set (default: the one the run trained on)")
     parser.add_argument("--runs", dest="root", default="runs", metavar="DIR",
                         help="folder with the runs (default: runs)")  # fmt: skip
+    parser.add_argument("--protocol", default="spot", metavar="NAME[,NAME]",
+                        help=f"{', '.join(PROTOCOLS)}, several with commas, or all: a table each "
+                        "(default: spot)")  # fmt: skip
+    parser.add_argument("--sizes", action="store_true", help="also print mBO_i by the size of the instances")
+    parser.add_argument("--size-plot", metavar="FILE",
+                        help="the same as a picture, .png or .svg, of the first protocol: of one run or of runs that "
+                        "differ in their seed only every kind of masks, otherwise the decoder masks of each "
+                        "run")  # fmt: skip
+    parser.add_argument("--csv", metavar="FILE", help="also write a line for each picture, kind of masks and protocol")
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON; scores as fractions")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N pictures (default: all)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at a time (default: 32)")
+    parser.add_argument("--workers", type=int, default=WORKERS, metavar="N",
+                        help="threads that read pictures and masks ahead, 0 = none (default: one a processor, at most "
+                        f"8; here {WORKERS})")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of slot noise and of k-means (default: 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu, cuda or cuda:N (default: a GPU where there is one)")  # fmt: skip
@@ -51,13 +86,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("error: interrupted, the JSON file was not written", file=sys.stderr)
+        print("error: interrupted, no file was written", file=sys.stderr)
         return 130
     return 0
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    target = _json_target(args.json)
+    protocols = chosen(args.protocol)
+    targets = {name: _target(name, getattr(args, name.replace("-", "_"))) for name in ("json", "csv", "size-plot")}
+    if targets["size-plot"]:
+        check_target(targets["size-plot"])
     device = _device(args.device)
     paths = [find_folder(name, args.root) for name in args.runs] or [find_run(args.root)]
     # All runs are opened before the first is measured: a missing one should not cost the others' minutes.
@@ -65,28 +103,34 @@ def _evaluate(args: argparse.Namespace) -> None:
     results = []
     opened: dict[str, ImageSet] = {}
     for run in runs:
-        result = evaluate(run.model.to(device), _val_set(run, args.data, opened), batch_size=args.batch_size,
-                          seed=args.seed, limit=args.limit)  # fmt: skip
+        result = evaluate(run.model.to(device), _val_set(run, args.data, opened), protocols=[p.name for p in protocols],
+                          layouts=published_layouts(run.config.preset), batch_size=args.batch_size, seed=args.seed,
+                          limit=args.limit, workers=args.workers)  # fmt: skip
         results.append(result)
-        print(_report(run, result), end="\n\n", flush=True)
+        print(_report(run, result, args.sizes), end="\n\n", flush=True)
         run.model.to("cpu")
     groups = _groups(runs)
     for group in groups:
-        print(_summary(runs, results, group), end="\n\n")
+        print(_summary(runs, results, group, args.sizes), end="\n\n")
     print("\n".join(NOTES))
-    if target:
-        text = json.dumps(_as_json(args, runs, results, groups), indent=2, ensure_ascii=False) + "\n"
+    if target := targets["json"]:
+        text = json.dumps(_as_json(args, protocols, runs, results, groups), indent=2, ensure_ascii=False) + "\n"
         atomic_write(target, lambda partial: partial.write_text(text, encoding="utf-8"))
+    if target := targets["csv"]:
+        write_csv(target, [(_name(run), result) for run, result in zip(runs, results, strict=True)])
+    if target := targets["size-plot"]:
+        _plot(target, runs, results, groups)
+    for target in filter(None, targets.values()):
         print(f"wrote {target}")
 
 
-def _json_target(name: str | None) -> Path | None:
+def _target(option: str, name: str | None) -> Path | None:
     if name is None:
         return None
     target = Path(name)
     if target.is_dir() or not target.parent.is_dir():
         reason = "is a folder" if target.is_dir() else f"lies in {target.parent}, which is not a folder"
-        raise UserError(f"--json {target} {reason}: give a file name in a folder that exists")
+        raise UserError(f"--{option} {target} {reason}: give a file name in a folder that exists")
     return target
 
 
@@ -122,17 +166,25 @@ def _groups(runs: list[Run]) -> list[list[int]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _report(run: Run, result: Evaluation) -> str:
+def _report(run: Run, result: Evaluation, sizes: bool) -> str:
     config = run.config
     losses = ", ".join(f"{loss:.4f} ({'order 0' if orders == 1 else f'{orders} orders'})"
                        for orders, loss in result.reconstruction.items())  # fmt: skip
     count = f"{result.images} picture{'s' * (result.images != 1)}"
-    lines = [
-        f"{_name(run)} · preset {config.preset} · stage {config.stage} · {count} of {result.data}, "
-        f"masks {result.mask_size} × {result.mask_size} · protocol {PROTOCOL} · percent",
-        "",
-        evaluation_table(result),
-        "",
+    lines = []
+    for scored in result.tables:
+        lines += [
+            f"{_name(run)} · preset {config.preset} · stage {config.stage} · {count} of {result.data}, "
+            f"masks {scored.mask_size} × {scored.mask_size} · protocol {scored.protocol} · percent",
+            "",
+            evaluation_table(scored),
+            "",
+        ]
+        if sizes:
+            lines += ["mBO_i by size of the instance, percent of the label map", "", size_table(scored), ""]
+        if line := unlabelled_line(scored):
+            lines += [line, ""]
+    lines += [
         f"reconstruction loss {losses} · {1000 * result.seconds_per_image:.1f} ms a picture, "
         f"{1000 * result.metric_seconds_per_image:.1f} of them metrics",
     ]
@@ -142,18 +194,48 @@ def _report(run: Run, result: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def _summary(runs: list[Run], results: list[Evaluation], group: list[int]) -> str:
+def _summary(runs: list[Run], results: list[Evaluation], group: list[int], sizes: bool) -> str:
     names = ", ".join(_name(runs[place]) for place in group)
     config = runs[group[0]].config
-    heading = f"mean ± std of {len(group)} runs · preset {config.preset} · stage {config.stage} · {names} · percent"
-    return f"{heading}\n\n{mean_table([results[place] for place in group])}"
+    parts = []
+    for tables in _tables(results, group):
+        parts.append(f"mean ± std of {len(group)} runs · preset {config.preset} · stage {config.stage} · {names} · "
+                     f"protocol {tables[0].protocol} · percent\n\n{mean_table(tables)}")  # fmt: skip
+        if sizes:
+            parts.append(f"mBO_i by size of the instance, percent of the label map\n\n{mean_size_table(tables)}")
+    return "\n\n".join(parts)
+
+
+def _tables(results: list[Evaluation], group: list[int]) -> list[list[Table]]:
+    """The group's tables, protocol by protocol."""
+    return [list(tables) for tables in zip(*(results[place].tables for place in group), strict=True)]
+
+
+def _plot(target: Path, runs: list[Run], results: list[Evaluation], groups: list[list[int]]) -> None:
+    first = results[0].tables[0]
+    config = runs[0].config
+    title = f"{results[0].data} · preset {config.preset} · protocol {first.protocol}"
+    if len(runs) == 1:
+        rows = [(row.title, [mean for mean, _ in row.sizes], [0.0] * len(row.sizes)) for row in first.rows]
+    elif groups and len(groups[0]) == len(runs):
+        title += f" · mean ± std of {len(runs)} runs"
+        rows = [(name, [cell and cell[0] for cell in cells], [cell[1] if cell else 0.0 for cell in cells])
+                for name, cells in mean_sizes(_tables(results, groups[0])[0])]  # fmt: skip
+    else:
+        rows = []
+        for run, result in zip(runs, results, strict=True):
+            row = [r for r in result.tables[0].rows if r.masks == "decoder"][-1]
+            rows.append((f"{_name(run)}, {row.title}", [mean for mean, _ in row.sizes], [0.0] * len(row.sizes)))
+    plot_sizes(target, title, rows, [number for _, number in first.rows[0].sizes])
 
 
 def _as_json(
-    args: argparse.Namespace, runs: list[Run], results: list[Evaluation], groups: list[list[int]]
-) -> dict:
+    args: argparse.Namespace, protocols: list[Protocol], runs: list[Run], results: list[Evaluation],
+    groups: list[list[int]],
+) -> dict:  # fmt: skip
     return {
-        "protocol": PROTOCOL,
+        "protocol": protocols[0].name,
+        "protocols": {protocol.name: {"about": protocol.about, "source": protocol.source} for protocol in protocols},
         "unit": "fraction",
         "versions": {"spot_fast": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
         "settings": {"seed": args.seed, "batch_size": args.batch_size, "limit": args.limit, "device": args.device},
@@ -162,19 +244,39 @@ def _as_json(
             {
                 "preset": runs[group[0]].config.preset,
                 "stage": runs[group[0]].config.stage,
+                "protocol": tables[0].protocol,
                 "runs": [_name(runs[place]) for place in group],
                 "rows": [
-                    {"title": title, **{name: score and dict(zip(("mean", "std"), score, strict=True))
-                                        for name, score in scores.items()}}
-                    for title, scores in mean_rows([results[place] for place in group])
+                    {"title": title, **{name: _spread(score) for name, score in scores.items()},
+                     "sizes": [_bin(place, mbo_i=_spread(cell)) for place, cell in enumerate(cells)]}
+                    for (title, scores), (_, cells) in zip(mean_rows(tables), mean_sizes(tables), strict=True)
                 ],
             }
             for group in groups
+            for tables in _tables(results, group)
         ],
     }  # fmt: skip
 
 
+def _spread(score: tuple[float, float] | None) -> dict[str, float] | None:
+    return score and dict(zip(("mean", "std"), score, strict=True))
+
+
+def _bin(place: int, **values: object) -> dict:
+    """Of instances larger than "above" and at most "to", as fractions of the label map."""
+    return {"above": SIZE_BINS[place], "to": SIZE_BINS[place + 1], **values}
+
+
 def _run_json(run: Run, result: Evaluation) -> dict:
+    tables = [
+        {
+            "protocol": scored.protocol,
+            "mask_size": scored.mask_size,
+            "without_object": scored.unlabelled,
+            "rows": [_row_json(row) for row in scored.rows],
+        }
+        for scored in result.tables
+    ]
     return {
         "run": _name(run),
         "preset": run.config.preset,
@@ -183,21 +285,24 @@ def _run_json(run: Run, result: Evaluation) -> dict:
         "data": result.data,
         "images": result.images,
         "skipped": result.skipped,
-        "mask_size": result.mask_size,
+        "mask_size": tables[0]["mask_size"],  # these two are the first protocol's, for readers that know one only
+        "rows": tables[0]["rows"],
         "reconstruction_loss": [{"orders": n, "loss": loss} for n, loss in result.reconstruction.items()],
         "seconds_per_image": result.seconds_per_image,
         "metric_seconds_per_image": result.metric_seconds_per_image,
-        "rows": [
-            {
-                "masks": row.masks,
-                "num_masks": row.num_masks,
-                "orders": row.orders,
-                "columns": row.columns,
-                **{name: row.scores[name] for name in METRICS},
-                "counted": row.counted,
-            }
-            for row in result.rows
-        ],
+        "tables": tables,
+    }
+
+
+def _row_json(row: Row) -> dict:
+    return {
+        "masks": row.masks,
+        "num_masks": row.num_masks,
+        "orders": row.orders,
+        "columns": row.columns,
+        **{name: row.scores[name] for name in METRICS},
+        "counted": row.counted,
+        "sizes": [_bin(place, mbo_i=mean, instances=number) for place, (mean, number) in enumerate(row.sizes)],
     }
 
 

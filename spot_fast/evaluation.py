@@ -1,13 +1,16 @@
-"""The table of a model on a validation set: decoder and slot masks, beside block masks and k-means.
+"""The tables of a model on a validation set: decoder and slot masks, beside block masks and k-means.
 
-Everything is measured in one pass over the pictures (the protocol of the published numbers: SPOT, section 4).
-Slot noise and k-means starts are functions of (seed, picture), so a table does not depend on the batch size.
+Everything is measured in one pass over the pictures, under every protocol that is asked for (protocols.py). Slot noise
+and k-means starts are functions of (seed, picture), so a table does not depend on the batch size.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -17,22 +20,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .baselines import MAX_COLUMNS, STARTS, block_mask_candidates, kmeans_labels
-from .data.base import ImageSet, Masks
+from .baselines import block_mask_candidates, block_masks, kmeans_labels
+from .data.base import FullLabels, ImageSet, Masks
 from .encoder import normalise
 from .errors import UserError
-from .metrics import METRICS, Scores, labels_from_soft
+from .metrics import Pairs, Scores, count_pairs, labels_from_soft, pair_labels
 from .model import Spot
+from .protocols import GroundTruth, Protocol, chosen
 
+WORKERS = min(8, os.cpu_count() or 1)
+_AHEAD = 64  # pictures that are read beyond the one in use
 _NOISE_STREAM = 0  # keeps these draws apart from other draws of the same (seed, picture)
-_TITLES = {"mbo_i": "mBO_i", "mbo_c": "mBO_c", "miou": "mIoU", "fg_ari": "FG-ARI"}
 
 
 @dataclass(frozen=True)
 class Row:
     """One kind of masks: `scores` are fractions (None: nothing to count), `counted` how many pictures each is over.
 
-    masks: decoder, slots, blocks or kmeans. orders: patch orders averaged, for decoder masks. columns: of block masks.
+    masks: decoder, slots, blocks (the best of several layouts), layout (a certain one) or kmeans. orders: patch orders
+    averaged, for decoder masks. columns: of block masks. sizes: mBO_i and number of the instances in each of
+    metrics.SIZE_BINS. per_image: the metrics, NaN where not counted, and "objects", of each picture of
+    `Evaluation.labels`.
     """
 
     masks: str
@@ -41,34 +49,56 @@ class Row:
     num_masks: int
     orders: int | None = None
     columns: int | None = None
+    sizes: list[tuple[float | None, int]] = field(default_factory=list)
+    per_image: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def title(self) -> str:
         if self.masks == "decoder":
             return "decoder masks, order 0" if self.orders == 1 else f"decoder masks, all {self.orders} orders"
+        columns = f"{self.columns} column{'s' * (self.columns != 1)}"
         if self.masks == "blocks":
-            return f"block masks, {self.columns} column{'s' * (self.columns != 1)} [2]"
+            return f"block masks, {columns} [2]"
+        if self.masks == "layout":
+            return "1 block mask [4]" if self.num_masks == 1 else f"{self.num_masks} block masks, {columns} [4]"
         return "slot masks [1]" if self.masks == "slots" else f"k-means, k = {self.num_masks} [3]"
 
 
-@dataclass
-class Evaluation:
-    """What `evaluate` measured. skipped: label of each unreadable picture → reason. reconstruction: mean squared error
-    of the prediction by the number of patch orders averaged. Seconds are per picture: everything, and metrics alone
-    (all rows, with upsampling)."""
+@dataclass(frozen=True)
+class Table:
+    """All rows under one protocol. unlabelled: pictures in which there is no object to be found."""
 
-    rows: list[Row]
-    images: int
-    data: str
+    protocol: str
     mask_size: int
-    reconstruction: dict[int, float]
-    skipped: dict[str, str] = field(default_factory=dict)
-    seconds_per_image: float = 0.0
-    metric_seconds_per_image: float = 0.0
+    rows: list[Row]
+    unlabelled: list[str] = field(default_factory=list)
 
     def row(self, masks: str, orders: int | None = None) -> Row:
         """The row of `masks`; for "decoder", of so many patch orders."""
         return next(r for r in self.rows if r.masks == masks and r.orders == orders)
+
+
+@dataclass
+class Evaluation:
+    """What `evaluate` measured, a table for each protocol. labels: of the pictures, in order. skipped: label of each
+    unreadable picture → reason. reconstruction: mean squared error of the prediction by the number of patch orders
+    averaged. Seconds are per picture: everything, and metrics alone (all rows and protocols, with upsampling)."""
+
+    tables: list[Table]
+    images: int
+    data: str
+    reconstruction: dict[int, float]
+    labels: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    seconds_per_image: float = 0.0
+    metric_seconds_per_image: float = 0.0
+
+    def table(self, protocol: str) -> Table:
+        return next(t for t in self.tables if t.protocol == protocol)
+
+    def row(self, masks: str, orders: int | None = None) -> Row:
+        """A row of the first protocol's table."""
+        return self.tables[0].row(masks, orders)
 
 
 def slot_noise(seed: int, indices: Sequence[int], num_slots: int, slot_dim: int) -> Tensor:
@@ -84,77 +114,130 @@ def evaluate(
     model: Spot,
     val_set: ImageSet,
     *,
+    protocols: str | Sequence[str] = "spot",
+    layouts: Sequence[tuple[int, int]] = (),
     batch_size: int = 32,
     seed: int = 0,
     limit: int = 0,
+    workers: int = WORKERS,
     progress: bool = True,
 ) -> Evaluation:
     """Scores `model`, on its device, on the first `limit` (0 = all) pictures of `val_set`.
 
     The decoder is given the slots of one slot-attention pass, in patch order 0 and in all orders averaged; k-means runs
     on the frozen target features with as many clusters as slots; block masks are the best by mBO_i of 1 to 4 columns
-    with as many masks as slots. Pictures that cannot be read are skipped and named in `skipped`.
+    with as many masks as slots, and each of `layouts` (columns, masks). `workers` threads read ahead (0: none).
+    Pictures that cannot be read are skipped and named in `skipped`.
 
-    UserError where the set has no masks, or where no picture can be read.
+    UserError where the set has no masks, where no picture can be read, or where a protocol is unknown.
     """
     if not val_set.has_masks:
         raise UserError(f"{val_set.name} has no masks to compare with: evaluate on a validation set that has them "
                         "(a folder of images can be looked at with python -m spot_fast.segment)")  # fmt: skip
-    if batch_size < 1 or limit < 0 or seed < 0:
-        raise UserError(f"batch size {batch_size}, limit {limit} or seed {seed} is out of range: "
-                        "use a batch size of at least 1, a limit and a seed of at least 0")  # fmt: skip
+    if batch_size < 1 or limit < 0 or seed < 0 or workers < 0:
+        raise UserError(f"batch size {batch_size}, limit {limit}, seed {seed} or workers {workers} is out of range: "
+                        "use a batch size of at least 1, a limit, a seed and workers of at least 0")  # fmt: skip
     count = min(len(val_set), limit or len(val_set))
     if not count:
         raise UserError(f"{val_set.name} has no validation pictures: set val_images or the data folder")
     start = time.perf_counter()
-    run = _Pass(model, seed, classes=val_set.has_classes)
+    truths = [GroundTruth(protocol, val_set) for protocol in chosen(protocols)]
+    run = _Pass(model, seed, [truth.protocol for truth in truths], layouts)
+
+    def load(index: int) -> tuple[int, Tensor, list[Masks]]:
+        read: dict[bool, FullLabels] = {}
+        # Small integers: what is stacked and copied to the device is a quarter as large.
+        return index, val_set.val_image(index), [_small(truth.masks(index, read)) for truth in truths]
+
     skipped: dict[str, str] = {}
     with tqdm(total=count, desc="evaluate", unit="image", disable=None if progress else True) as bar:
-        readable = _readable(val_set, count, skipped, bar)
+        readable = read_ahead(load, val_set, range(count), workers, skipped, bar.update)
         while batch := list(islice(readable, batch_size)):
-            indices, images, masks = zip(*batch, strict=True)
-            run.add(indices, torch.stack(images), masks)
-    if not run.images:
+            run.add([val_set.label(index) for index, _, _ in batch], *zip(*batch, strict=True))
+    if not run.labels:
         raise UserError(f"none of the {count} pictures of {val_set.name} can be read; the first: "
                         f"{next(iter(skipped.values()))}")  # fmt: skip
+    images = len(run.labels)
     return Evaluation(
-        rows=run.rows(), images=run.images, data=val_set.name, mask_size=run.mask_size, skipped=skipped,
-        reconstruction={orders: total / run.images for orders, total in run.squared_error.items()},
-        seconds_per_image=(time.perf_counter() - start) / run.images,
-        metric_seconds_per_image=run.metric_seconds / run.images,
+        tables=run.tables(), images=images, data=val_set.name, labels=run.labels, skipped=skipped,
+        reconstruction={orders: total / images for orders, total in run.squared_error.items()},
+        seconds_per_image=(time.perf_counter() - start) / images,
+        metric_seconds_per_image=run.metric_seconds / images,
     )  # fmt: skip
 
 
-def _readable(
-    val_set: ImageSet, count: int, skipped: dict[str, str], bar: tqdm
-) -> Iterator[tuple[int, Tensor, Masks]]:
-    """Index, picture uint8 [3, S, S] and masks of what can be read; the reason for the rest goes to `skipped`."""
-    for index in range(count):
+def read_ahead(
+    load: Callable[[int], tuple],
+    image_set: ImageSet,
+    indices: Sequence[int],
+    workers: int,
+    skipped: dict[str, str],
+    done: Callable[[], object] = lambda: None,
+) -> Iterator[tuple]:
+    """`load` of each index, in order, by threads that are ahead; a picture's UserError goes to `skipped` by its label.
+
+    done is called after every picture. Pillow and NumPy release the interpreter lock where the time goes.
+    """
+
+    def settle(index: int, result: Callable[[], tuple]) -> tuple | None:
         try:
-            yield index, val_set.val_image(index), val_set.val_masks(index)
+            return result()
         except UserError as error:
-            skipped[val_set.label(index)] = str(error)
-        bar.update()
+            skipped[image_set.label(index)] = str(error)
+            return None
+
+    if not workers:
+        results = (settle(index, lambda index=index: load(index)) for index in indices)
+        for item in results:
+            if item is not None:
+                yield item
+            done()
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="evaluate")
+    try:
+        waiting, ahead = iter(indices), deque()
+        while True:
+            while len(ahead) <= _AHEAD and (index := next(waiting, None)) is not None:
+                ahead.append((index, pool.submit(load, index)))
+            if not ahead:
+                return
+            index, future = ahead.popleft()
+            item = settle(index, future.result)
+            if item is not None:
+                yield item
+            done()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _small(masks: Masks) -> Masks:
+    return Masks(*(None if m is None else m.to(torch.int16) for m in (masks.instances, masks.classes)))
 
 
 class _Pass:
     """One pass over a validation set: the model's outputs batch by batch, scored as they come."""
 
-    def __init__(self, model: Spot, seed: int, *, classes: bool) -> None:
-        self.model, self.seed, self.classes = model, seed, classes
+    def __init__(self, model: Spot, seed: int, protocols: Sequence[Protocol],
+                 layouts: Sequence[tuple[int, int]]) -> None:  # fmt: skip
+        self.model, self.seed, self.protocols = model, seed, protocols
         self.device = next(model.slot_encoder.parameters()).device
         self.num_slots = model.slot_encoder.num_slots
         self.orders = [1] if model.num_orders == 1 else [1, model.num_orders]
-        self.decoder = {orders: Scores() for orders in self.orders}
-        self.slots, self.kmeans = Scores(), Scores()
-        self.blocks: dict[int, Scores] = {}
-        self.block_labels: dict[int, Tensor] = {}
         self.squared_error = dict.fromkeys(self.orders, 0.0)
-        self.images, self.mask_size, self.metric_seconds = 0, 0, 0.0
+        self.labels: list[str] = []
+        self.metric_seconds = 0.0
+        # The soft masks of a batch in this order; the k-means labels count as such, as one-hot vectors.
+        self.soft = [*(("decoder", orders) for orders in self.orders), ("slots", None), ("kmeans", None)]
+        self.layouts = list(layouts)
+        self.blocks: dict[int, list[tuple[tuple, int, Tensor]]] = {}  # mask size → key, masks, label map
+        self.scores: list[dict[tuple, Scores]] = [{} for _ in protocols]
+        self.sizes = [0] * len(protocols)
+        self.unlabelled: list[list[str]] = [[] for _ in protocols]
 
-    def add(self, indices: Sequence[int], images: Tensor, masks: Sequence[Masks]) -> None:
-        model, batch = self.model, len(indices)
-        features, target = model.encode(normalise(images.to(self.device)))
+    def add(self, labels: Sequence[str], indices: Sequence[int], images: Sequence[Tensor],
+            masks: Sequence[Sequence[Masks]]) -> None:  # fmt: skip
+        model = self.model
+        features, target = model.encode(normalise(torch.stack(images).to(self.device)))
         noise = None
         if model.slot_encoder.init == "gaussian":
             noise = slot_noise(self.seed, indices, self.num_slots, model.slot_encoder.slot_dim).to(self.device)
@@ -164,100 +247,68 @@ class _Pass:
             decoded[model.num_orders] = model.decode_all_orders(output.slots, target)
         clusters = kmeans_labels(target, self.num_slots, self.seed, indices=torch.tensor(indices))
         for orders, (prediction, _) in decoded.items():
-            self.squared_error[orders] += F.mse_loss(prediction.float(), target.float()).item() * batch
-        self.images += batch
+            self.squared_error[orders] += F.mse_loss(prediction.float(), target.float()).item() * len(indices)
 
         start = time.perf_counter()
-        truth = self._truth(masks)
-        for orders, (_, soft) in decoded.items():
-            self._score(self.decoder[orders], soft, truth)
-        self._score(self.slots, output.slot_attn, truth)
-        self._score(self.kmeans, F.one_hot(clusters, self.num_slots), truth)
-        for columns, labels in self.block_labels.items():
-            self.blocks[columns].add(labels.expand(batch, -1, -1), self.num_slots, *truth)
+        soft = [*(decoded[orders][1] for orders in self.orders), output.slot_attn,
+                F.one_hot(clusters, self.num_slots)]  # fmt: skip
+        soft = torch.stack([m.float() for m in soft])
+        predicted: dict[int, Tensor] = {}  # label maps of all kinds by mask size: protocols share them
+        for place, protocol in enumerate(self.protocols):
+            truth = stack_truth([m[place] for m in masks], self.device)
+            self.unlabelled[place] += [name for name, found in zip(labels, (truth.instances > 0).any(1).tolist(),
+                                                                   strict=True) if not found]  # fmt: skip
+            size = self.sizes[place] = truth.labels.shape[-1]
+            if size not in predicted:
+                predicted[size] = labels_from_soft(soft.flatten(0, 1), size).unflatten(0, soft.shape[:2])
+            counts = [(key, count_pairs(p, self.num_slots, truth))
+                      for key, p in zip(self.soft, predicted[size], strict=True)]  # fmt: skip
+            counts += [(key, count_pairs(block.expand(len(indices), -1, -1), number, truth))
+                       for key, number, block in self._blocks(size)]  # fmt: skip
+            # All counts in one copy, so that the device is waited for once.
+            flat = torch.cat([c.flatten() for _, c in counts]).cpu().split([c.numel() for _, c in counts])
+            for (key, c), part in zip(counts, flat, strict=True):
+                self.scores[place].setdefault(key, Scores(protocol.rules)).add_counts(part.view(c.shape), truth)
         self.metric_seconds += time.perf_counter() - start
+        self.labels += labels
 
-    def _score(self, scores: Scores, soft: Tensor, truth: tuple) -> None:
-        scores.add(labels_from_soft(soft, self.mask_size), self.num_slots, *truth)
+    def _blocks(self, size: int) -> list[tuple[tuple, int, Tensor]]:
+        if size not in self.blocks:
+            best = [(("blocks", columns), self.num_slots, labels)
+                    for columns, labels in block_mask_candidates(self.num_slots, size).items()]  # fmt: skip
+            fixed = [(("layout", columns, masks), masks, block_masks(columns, masks, size))
+                     for columns, masks in self.layouts]  # fmt: skip
+            self.blocks[size] = [(key, masks, labels.to(torch.uint8).to(self.device))
+                                 for key, masks, labels in best + fixed]  # fmt: skip
+        return self.blocks[size]
 
-    def _truth(self, masks: Sequence[Masks]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Instances, classes and ignore [B, M, M] on the device."""
-        instances = torch.stack([m.instances for m in masks]).to(self.device)
-        if not self.mask_size:
-            self.mask_size = instances.shape[-1]
-            for columns, labels in block_mask_candidates(self.num_slots, self.mask_size).items():
-                self.blocks[columns], self.block_labels[columns] = Scores(), labels.to(self.device)
-        classes = torch.stack([m.classes for m in masks]).to(self.device) if self.classes else None
-        if all(m.ignore is None for m in masks):
-            return instances, classes, None
-        nothing = torch.zeros_like(masks[0].instances)
-        ignore = torch.stack([nothing if m.ignore is None else m.ignore for m in masks])
-        return instances, classes, ignore.to(self.device)
+    def tables(self) -> list[Table]:
+        return [
+            Table(protocol.name, size, self._rows(scores), unlabelled)
+            for protocol, size, scores, unlabelled in zip(
+                self.protocols, self.sizes, self.scores, self.unlabelled, strict=True)
+        ]  # fmt: skip
 
-    def rows(self) -> list[Row]:
-        best = max(self.blocks, key=lambda columns: self.blocks[columns].result()["mbo_i"] or 0.0)
+    def _rows(self, scores: dict[tuple, Scores]) -> list[Row]:
+        candidates = [key for key in scores if key[0] == "blocks"]
+        best = max(candidates, key=lambda key: scores[key].result()["mbo_i"] or 0.0)
 
-        def row(masks: str, scores: Scores, **extra: int) -> Row:
-            return Row(masks, scores.result(), scores.counted(), self.num_slots, **extra)
+        def row(key: tuple, masks: int = self.num_slots, **extra: int | None) -> Row:
+            found = scores[key]
+            per_image = found.per_image() | {"objects": found.objects()}
+            return Row(key[0], found.result(), found.counted(), masks, sizes=found.by_size(), per_image=per_image,
+                       **extra)  # fmt: skip
 
         return [
-            *(row("decoder", self.decoder[orders], orders=orders) for orders in self.orders),
-            row("slots", self.slots),
-            row("blocks", self.blocks[best], columns=best),
-            row("kmeans", self.kmeans),
+            *(row(("decoder", orders), orders=orders) for orders in self.orders),
+            row(("slots", None)),
+            row(best, columns=best[1]),
+            row(("kmeans", None)),
+            *(row(("layout", columns, masks), masks, columns=columns) for columns, masks in self.layouts),
         ]
 
 
-def table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Lines of metrics under a heading, columns aligned."""
-    heading = ["masks", *(_TITLES[name] for name in METRICS)]
-    lines = [heading, *([title, *row] for title, row in zip(titles, cells, strict=True))]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )
-
-
-def percent(score: float | None) -> str:
-    return "–" if score is None else f"{100 * score:.1f}"
-
-
-def evaluation_table(evaluation: Evaluation) -> str:
-    """The table in percent, without a heading line."""
-    rows = evaluation.rows
-    return table([r.title for r in rows], [[percent(r.scores[name]) for name in METRICS] for r in rows])
-
-
-def mean_rows(evaluations: Sequence[Evaluation]) -> list[tuple[str, dict[str, tuple[float, float] | None]]]:
-    """Title and (mean, standard deviation with n - 1) of each metric, row by row, of two or more runs alike.
-
-    Block masks may have another number of columns in each run: their title then says so.
-    """
-    means = []
-    for rows in zip(*(e.rows for e in evaluations), strict=True):
-        titles = {r.title for r in rows}
-        scores = {}
-        for name in METRICS:
-            values = [r.scores[name] for r in rows]
-            known = None not in values
-            scores[name] = (float(np.mean(values)), float(np.std(values, ddof=1))) if known else None
-        means.append((titles.pop() if len(titles) == 1 else "block masks, best columns [2]", scores))
-    return means
-
-
-def mean_table(evaluations: Sequence[Evaluation]) -> str:
-    """`mean_rows` as a table in percent: mean ± standard deviation."""
-
-    def cell(score: tuple[float, float] | None) -> str:
-        return "–" if score is None else f"{100 * score[0]:.1f} ± {100 * score[1]:.1f}"
-
-    means = mean_rows(evaluations)
-    return table([title for title, _ in means], [[cell(scores[name]) for name in METRICS] for _, scores in means])
-
-
-NOTES = (
-    "[1] the slot-attention map, from before the decoder: the same for every patch order",
-    f"[2] as many masks as slots, in 1 to {MAX_COLUMNS} columns, whichever has the best mBO_i",
-    f"[3] per picture on the frozen features that the decoder reconstructs, at unit length; best of {STARTS} starts",
-)
+def stack_truth(masks: Sequence[Masks], device: torch.device) -> Pairs:
+    """The ground truth of a batch, each picture's from `GroundTruth.masks`, on the device."""
+    classes = None if masks[0].classes is None else torch.stack([m.classes for m in masks]).to(device)
+    return pair_labels(torch.stack([m.instances for m in masks]).to(device), classes)

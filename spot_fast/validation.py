@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 import torch.nn.functional as F
 
 from .data.base import ImageSet
 from .encoder import normalise
-from .errors import UserError
-from .evaluation import slot_noise
-from .metrics import Scores, labels_from_soft
+from .evaluation import WORKERS, read_ahead, slot_noise, stack_truth
+from .metrics import Scores, count_pairs, labels_from_soft
 from .model import Spot
+from .protocols import PROTOCOLS, GroundTruth
 
 
 @torch.no_grad()
@@ -22,12 +24,14 @@ def quick_validation(model: Spot, val_set: ImageSet, *, images: int, batch_size:
     nothing from PyTorch's generators.
     """
     scores = {"decoder": Scores(), "slots": Scores()}
+    truths = GroundTruth(PROTOCOLS["spot"], val_set) if val_set.has_masks else None
+
+    def load(index: int):
+        return index, val_set.val_image(index), truths and truths.masks(index)
+
     error, seen = 0.0, 0
-    indices = list(range(min(images, len(val_set))))
-    for start in range(0, len(indices), batch_size):
-        batch = [found for index in indices[start : start + batch_size] if (found := _read(val_set, index))]
-        if not batch:
-            continue
+    readable = read_ahead(load, val_set, range(min(images, len(val_set))), WORKERS, {})
+    while batch := list(islice(readable, batch_size)):
         numbers, pictures, masks = zip(*batch, strict=True)
         features, target = model.encode(normalise(torch.stack(pictures).to(device)))
         slots = model.slot_encoder
@@ -35,21 +39,13 @@ def quick_validation(model: Spot, val_set: ImageSet, *, images: int, batch_size:
         output = model(features, target, noise=noise)
         error += F.mse_loss(output.prediction.float(), target.float()).item() * len(batch)
         seen += len(batch)
-        if masks[0] is not None:
-            instances = torch.stack([m.instances for m in masks]).to(device)
-            ignore = [torch.zeros_like(m.instances) if m.ignore is None else m.ignore for m in masks]
+        if truths:
+            truth = stack_truth(masks, device)
             for name, soft in (("decoder", output.masks), ("slots", output.slot_attn)):
-                labels = labels_from_soft(soft, instances.shape[-1])
-                scores[name].add(labels, slots.num_slots, instances, ignore=torch.stack(ignore).to(device))
+                labels = labels_from_soft(soft, truth.labels.shape[-1])
+                scores[name].add_counts(count_pairs(labels, slots.num_slots, truth).cpu(), truth)
     if not seen:
         return {}
     mbo = {f"mbo_i_{name}": score.result()["mbo_i"] for name, score in scores.items()}
     return {"val_loss": error / seen, **{name: value for name, value in mbo.items() if value is not None}}
 
-
-def _read(val_set: ImageSet, index: int):
-    """Index, picture and masks (None if the set has none); None where they cannot be read."""
-    try:
-        return index, val_set.val_image(index), val_set.val_masks(index) if val_set.has_masks else None
-    except UserError:
-        return None

@@ -49,12 +49,17 @@ def test_on_a_gpu_auto_takes_the_kernels_within_their_limits(monkeypatch):
 
     monkeypatch.setattr(dispatch, "TRITON", True)
     with use_backend("auto"):
-        for operator in dispatch.SUPPORT:
-            OnGpu.dtype = torch.int64 if "mask" in operator or "counts" in operator else torch.bfloat16
+        for operator, support in dispatch.SUPPORT.items():
+            OnGpu.dtype = support.get("triton", (torch.float32,))[-1]
+            if "triton" not in support:
+                assert chosen_backend(operator, OnGpu) == "torch"
+                continue
             assert chosen_backend(operator, OnGpu) == "triton"
             assert dispatch.choose(operator, OnGpu, "q has more than 64 slots") == "torch"
         OnGpu.dtype = torch.float64
         assert chosen_backend("slot_attention_step", OnGpu) == "torch"
+        with use_backend("triton"):
+            assert chosen_backend("mask_labels", OnGpu) == "torch"  # it has no kernel
         monkeypatch.setattr(dispatch, "TRITON", False)
         assert chosen_backend("slot_attention_step", OnGpu) == "torch"
     with use_backend("native"), pytest.raises(ValueError, match="but the tensors are on cuda: use auto"):

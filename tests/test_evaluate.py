@@ -1,6 +1,7 @@
 """The evaluate command on run folders: what it prints, what it writes, and what it says when something is wrong."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from spot_fast.config import preset
 from spot_fast.encoder import encoder_identity
 from spot_fast.metrics import METRICS
 from spot_fast.model import Spot
+from spot_fast.protocols import PROTOCOLS
 
 SIZES = dict(image_size=32, mask_size=32, num_slots=4, slot_dim=16, slot_mlp=16, dec_blocks=1, val_images=6,
              train_images=8, encoder_weights="none")  # fmt: skip
@@ -76,11 +78,12 @@ def test_json_is_the_table(here, call):
     assert (run["run"], run["preset"], run["stage"], run["seed"]) == ("a", "scenes", 1, 3)
     assert run["images"] == 4 and run["skipped"] == {} and run["seconds_per_image"] > 0
     assert [loss["orders"] for loss in run["reconstruction_loss"]] == [1, 9]
-    assert [row["masks"] for row in run["rows"]] == ["decoder", "decoder", "slots", "blocks", "kmeans"]
-    lines = out.splitlines()[3:8]
+    assert [row["masks"] for row in run["rows"]] == ["decoder", "decoder", "slots", "blocks", "kmeans", "layout"]
+    lines = out.splitlines()[3:9]
     for row, line in zip(run["rows"], lines, strict=True):
         assert [f"{100 * row[name]:.1f}" for name in METRICS] == line.split()[-4:]
-        assert row["counted"] == dict.fromkeys(METRICS, 4) and row["num_masks"] == 4
+        assert row["counted"] == dict.fromkeys(METRICS, 4)
+        assert row["num_masks"] == (1 if row["masks"] == "layout" else 4)
     assert [path.name for path in here.iterdir() if path.is_file()] == ["table.json"]
 
 
@@ -167,6 +170,10 @@ def wrong(tmp_path_factory):
         (["made/whole", "--seed", "-4"], "seed -4"),
         (["made/whole", "--json", "no/such/folder.json"], "--json no/such/folder.json lies in no/such"),
         (["made/whole", "--json", "made"], "--json made is a folder"),
+        (["made/whole", "--protocol", "dino"], "--protocol dino is unknown: use all"),
+        (["made/whole", "--csv", "made"], "--csv made is a folder"),
+        (["made/whole", "--size-plot", "made/plot.pdf"], "--size-plot made/plot.pdf does not end in .png or .svg"),
+        (["made/whole", "--workers", "-1"], "workers -1"),
         (["made/whole", "--device", "gpu"], "--device gpu cannot be used"),
         (["made/whole", "nothing"], "run nothing is not a folder"),
     ],
@@ -198,7 +205,67 @@ def test_json_that_cannot_be_written_leaves_the_old_one(here, call, monkeypatch)
     assert (here / "t.json").read_text() == "old" and [p.name for p in here.iterdir() if p.is_file()] == ["t.json"]
 
 
+def test_protocols_get_a_table_each(here, call):
+    for seed in range(2):
+        make_run(here / "runs" / f"one-{seed}", seed=seed)
+    code, out, _ = call("one-0", "one-1", "--protocol", "spot,ocbench", "--json", "t.json", "--limit", 3, "--sizes")
+    assert code == 0 and out.count("· protocol spot ·") == out.count("· protocol ocbench ·") == 3
+    assert out.count("mBO_i by size of the instance") == 6 and "masks 256 × 256 · protocol ocbench" in out
+    content = json.loads((here / "t.json").read_text(encoding="utf-8"))
+    assert content["protocol"] == "spot" and list(content["protocols"]) == ["spot", "ocbench"]
+    assert content["protocols"]["ocbench"]["source"].startswith("Genera1Z/VQ-VFM-OCL")
+    one, other = content["runs"][0]["tables"]
+    assert one["rows"] == content["runs"][0]["rows"] and (one["mask_size"], other["mask_size"]) == (32, 256)
+    assert other["rows"][0]["mbo_c"] is None and one["without_object"] == []
+    sizes = one["rows"][0]["sizes"]
+    assert sizes[0]["above"] == 0 and sizes[-1]["to"] == 1 and sum(b["instances"] for b in sizes) > 5
+    assert [group["protocol"] for group in content["summary"]] == ["spot", "ocbench"]
+    assert len(content["summary"][1]["rows"][0]["sizes"]) == 8
+
+
+def test_csv_and_plots(here, call):
+    for seed in range(2):
+        make_run(here / "runs" / f"one-{seed}", seed=seed)
+    make_run(here / "runs" / "two", stage=2)
+    cases = {
+        "one-0": ["k-means, k = 4", "1 block mask"],
+        "one-0 one-1": ["mean ± std of 2 runs"],
+        "one-0 two": ["one-0, decoder masks, all 9 orders", "two, decoder"],
+    }
+    for names, words in cases.items():
+        names = names.split()
+        code, out, _ = call(*names, "--csv", "s.csv", "--size-plot", "p.svg", "--limit", 2)
+        assert code == 0 and "wrote s.csv" in out and "wrote p.svg" in out
+        lines = (here / "s.csv").read_text(encoding="utf-8").splitlines()
+        assert len(lines) == 1 + len(names) * 2 * 6 and lines[0].startswith("run,picture,protocol,masks")
+        plot = (here / "p.svg").read_text(encoding="utf-8")
+        assert all(f"<!-- {word}" in plot or word in plot for word in [*words, "80–100 %", "protocol spot"])
+    code, out, _ = call("one-0", "--size-plot", "p.png", "--limit", 2)
+    assert code == 0 and Image.open(here / "p.png").size[0] > 400
+    assert sorted(p.name for p in here.iterdir() if p.is_file()) == ["p.png", "p.svg", "s.csv"]
+
+
+def test_a_plot_needs_matplotlib(here, call, monkeypatch):
+    make_run(here / "runs" / "a")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = call("--size-plot", "p.png")
+    assert code == 2 and err == "error: --size-plot p.png needs matplotlib: pip install matplotlib\n"
+    assert call("--limit", 2)[0] == 0
+
+
+def test_corrupt_and_empty_pictures_are_in_the_csv(here, call):
+    coco_folder(here / "coco")
+    run = coco_run(here / "runs" / "c")
+    code, out, _ = call(run, "--data", "coco", "--csv", "t.csv", "--protocol", "all")
+    assert code == 0 and "7 block masks, 2 columns [4]" in out
+    lines = (here / "t.csv").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1 + 5 * 7 + 1 and lines[-1].startswith("c,bad.jpg,") and "cannot be read" in lines[-1]
+
+
 def test_help(capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(["--help"])
-    assert stop.value.code == 0 and "(default: the newest finished)" in " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "(default: the newest finished)" in text
+    for protocol in PROTOCOLS.values():
+        assert f"{protocol.name}: {protocol.about}" in text and protocol.source in text

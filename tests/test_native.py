@@ -108,11 +108,14 @@ def test_empty_problems(shape):
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
-def test_overlap_counts_equals_numpy(dtype):
+@pytest.mark.parametrize("dtype, other", [
+    (torch.uint8, torch.int16), (torch.int16, torch.uint8), (torch.int32, torch.int64), (torch.int64, torch.int64),
+    (torch.uint8, torch.uint8), (torch.int8, torch.int16), (torch.int64, torch.uint8), (torch.int16, torch.int64),
+])  # fmt: skip
+def test_overlap_counts_equals_numpy(dtype, other):
     generator = torch.Generator().manual_seed(3)
     a = torch.randint(0, 5, (6, 97), generator=generator, dtype=dtype)
-    b = torch.randint(0, 9, (6, 97), generator=generator, dtype=dtype)
+    b = torch.randint(0, 9, (6, 97), generator=generator, dtype=other)
     valid = torch.rand(6, 97, generator=generator) < 0.7
     for mask in (None, valid):
         expected = np.zeros((6, 5, 9), dtype=np.int64)

@@ -21,7 +21,7 @@ extern "C" {
 
 enum {
     SPOT_OK = 0,
-    SPOT_BAD_SIZE = 1,  /* a negative size */
+    SPOT_BAD_SIZE = 1,  /* a negative size, or one that a function does not take; an unknown type */
     SPOT_BAD_COST = 2,  /* a cost is NaN or infinite, or so large (beyond 1e300) that sums of costs might be */
     SPOT_BAD_LABEL = 3, /* a label is negative or not below its number of labels */
     SPOT_NO_MEMORY = 4,
@@ -44,13 +44,30 @@ SPOT_API int spot_linear_assignment_f32(const float* cost, int64_t batch, int64_
 SPOT_API int spot_linear_assignment_f64(const double* cost, int64_t batch, int64_t rows, int64_t columns,
                                         int64_t* assignment);
 
+/* A label map in the type it is kept in. */
+enum { SPOT_UINT8 = 0, SPOT_INT16 = 1, SPOT_INT64 = 2 };
+
+typedef struct {
+    const void* data;
+    int32_t type;
+} spot_labels;
+
 /* Co-occurrence of the labels of two maps, for each of `batch` pairs of maps.
 
    a, b    [batch, tokens], labels in 0...num_a-1 and 0...num_b-1
    valid   [batch, tokens] or NULL: a token with 0 here is not counted and its labels are not looked at
    counts  [batch, num_a, num_b], written; on an error its content is undefined */
-SPOT_API int spot_overlap_counts(const int64_t* a, const int64_t* b, const uint8_t* valid, int64_t batch,
+SPOT_API int spot_overlap_counts(const spot_labels* a, const spot_labels* b, const uint8_t* valid, int64_t batch,
                                  int64_t tokens, int64_t num_a, int64_t num_b, int64_t* counts);
+
+/* The mask that is largest at each pixel, the first of equals, after a bilinear resize (corners not aligned).
+
+   masks   [batch, grid * grid, slots], finite; at most 256 slots
+   fused   not 0: products are fused with additions as PyTorch does on processors with FMA; 0: as it does elsewhere.
+           mask_labels.cpp says where; the labels then are those of PyTorch's own resize, for size > 64
+   labels  [batch, size, size], written */
+SPOT_API int spot_mask_labels(const float* masks, int64_t batch, int64_t grid, int64_t slots, int64_t size,
+                              int32_t fused, uint8_t* labels);
 
 /* One iteration of slot attention (spot_kernels/slot_attention.py has the formula): a = softmax of q k over heads and
    slots for each token; updates = sum over tokens of (a + eps) v, divided by the sum of (a + eps). */

@@ -6,6 +6,7 @@ few lines of PyTorch each.
 
 from spot_kernels.dispatch import chosen_backend, use_backend
 from spot_kernels.gru_norm import gru_norm
+from spot_kernels.mask_labels import mask_labels
 from spot_kernels.mask_matching import assign_masks, linear_assignment, match_masks, overlap_counts
 from spot_kernels.nn import PermutedDecoder, PermutedDecoderBlock, SlotAttention
 from spot_kernels.permuted_attention import permuted_causal_attention, shift_by_order
@@ -20,6 +21,7 @@ __all__ = [
     "chosen_backend",
     "gru_norm",
     "linear_assignment",
+    "mask_labels",
     "match_masks",
     "overlap_counts",
     "permuted_causal_attention",

@@ -8,7 +8,8 @@
 do not cover (float64 on a GPU, more than 64 slots, operators without a native path, a missing library).
 `SPOT_KERNELS_BACKEND` sets another default for the process, `use_backend` one for a block of code; `chosen_backend`
 says what would run. A backend asked for by name that cannot run is a ValueError, with one exception: `native` leaves
-operators and dtypes that have no native path to PyTorch, so that it can be set once for a whole program.
+operators and dtypes that have no native path to PyTorch, and `triton` operators that have no kernel, so that either can
+be set once for a whole program.
 
 The choice is made when an operator is called (under torch.compile: when it is traced, guarded against changes) and
 travels with the call: backward runs on the backend of its forward.
@@ -43,6 +44,7 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "assign_masks": {"triton": _LABELS, "native": _LABELS},
     "match_masks": {"triton": _LABELS, "native": _LABELS},
     "overlap_counts": {"triton": _LABELS, "native": _LABELS},
+    "mask_labels": {"native": (torch.float64, torch.float32, *_HALF)},
 }
 
 
@@ -96,6 +98,8 @@ def choose(operator: str, tensor: torch.Tensor, limit: str = "", *, native_wins:
     if wanted == "torch":
         return "torch"
     if wanted == "triton":
+        if "triton" not in support:
+            return "torch"
         _check_triton(operator, kind, dtype, limit)
         return "triton"
     if wanted == "native":

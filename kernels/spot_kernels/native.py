@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 _PATH = Path(__file__).with_name("libspot_native" + _SUFFIX)
 
 # Of csrc/spot_native.h: the version of the interface, and the codes that stand for a mistake of the caller.
-_ABI = 3
+_ABI = 4
 _VALUE_ERRORS = {2: "cost holds NaN, infinity or a value beyond 1e300", 3: "a label is out of range"}
 
 
@@ -27,6 +28,15 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 # Instruction sets of slot attention by number, the best last; 0 takes the best there is. Tests set _level to another.
 _LEVELS = {"baseline": 1, "avx2": 2, "avx512": 3, "avx512bf16": 4}
 _level = 0
+
+
+_LABELS = {torch.uint8: 0, torch.int16: 1, torch.int64: 2}
+
+
+class _Labels(ctypes.Structure):
+    """spot_labels: a label map and its type."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("type", ctypes.c_int32)]
 
 
 class _Size(ctypes.Structure):
@@ -59,7 +69,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         library.spot_linear_assignment_f32.argtypes = [pointer, size, size, size, pointer]
         library.spot_linear_assignment_f64.argtypes = [pointer, size, size, size, pointer]
-        library.spot_overlap_counts.argtypes = [pointer, pointer, pointer, size, size, size, size, pointer]
+        labels = ctypes.POINTER(_Labels)
+        library.spot_overlap_counts.argtypes = [labels, labels, pointer, size, size, size, size, pointer]
+        library.spot_mask_labels.argtypes = [pointer, size, size, size, size, ctypes.c_int32, pointer]
         library.spot_slot_attention_level.argtypes = [ctypes.c_int32]
         library.spot_slot_attention_level.restype = ctypes.c_char_p
         sizes, rows = ctypes.POINTER(_Size), ctypes.POINTER(_Rows)
@@ -123,12 +135,27 @@ def overlap_counts(
     """
     library = _library()
     # the names keep what contiguous() and long() may have allocated alive during the call
-    a, b = a.long().contiguous(), b.long().contiguous()
+    a, b = ((labels if labels.dtype in _LABELS else labels.long()).contiguous() for labels in (a, b))
     valid = None if valid is None else valid.contiguous()
     counts = torch.empty((len(a), num_a, num_b), dtype=torch.int64)
-    pointers = a.data_ptr(), b.data_ptr(), None if valid is None else valid.data_ptr()
-    _check(library.spot_overlap_counts(*pointers, *a.shape, num_a, num_b, counts.data_ptr()))
+    maps = (_Labels(labels.data_ptr(), _LABELS[labels.dtype]) for labels in (a, b))
+    _check(library.spot_overlap_counts(*maps, _pointer(valid), *a.shape, num_a, num_b, counts.data_ptr()))
     return counts
+
+
+def mask_labels(masks: torch.Tensor, size: int) -> torch.Tensor:
+    """masks [B, G * G, K] float32, finite, K at most 256, on the CPU -> [B, size, size] uint8: the largest mask.
+
+    Equal to `reference.mask_labels` for size > 64: below, PyTorch adds up in another order, and near-ties may differ.
+    Raises RuntimeError when the library is absent or memory runs out.
+    """
+    library = _library()
+    masks = masks.detach().contiguous()
+    batch, tokens, slots = masks.shape
+    labels = torch.empty((batch, size, size), dtype=torch.uint8)
+    shape = batch, math.isqrt(tokens), slots, size
+    _check(library.spot_mask_labels(masks.data_ptr(), *shape, _FUSED, labels.data_ptr()))
+    return labels
 
 
 def slot_attention_forward(
@@ -245,3 +272,5 @@ def _check(status: int) -> None:
 # Read once, so that a traced graph depends on plain values.
 _MOST_SLOTS = 11
 _FAST = slot_attention_levels()[:1] not in ((), ("baseline",))
+# How PyTorch adds up on this processor: its build for those without FMA is called DEFAULT.
+_FUSED = torch.backends.cpu.get_cpu_capability() != "DEFAULT"

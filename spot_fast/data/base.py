@@ -31,6 +31,24 @@ class Masks:
     ignore: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class FullLabels:
+    """Ground truth of one picture at its own size, [height, width], for protocols that crop or count differently.
+
+    instances    int32, 0 is background; where instances overlap, the earlier one's
+    classes      int32, of the earlier instance
+    top_classes  int32, of the instance with the highest class
+    covered      bool, more than one instance lies here
+    undecided    bool, the annotators left the pixel open (VOC's rim); background in the maps above
+    """
+
+    instances: np.ndarray
+    classes: np.ndarray
+    top_classes: np.ndarray
+    covered: np.ndarray
+    undecided: np.ndarray
+
+
 class ImageSet:
     """One split of a data set.
 
@@ -194,4 +212,4 @@ def stamp(path: Path) -> str:
         return f"{path.parent.name}/{path.name} missing"
 
 
-__all__ = ["CorruptImage", "Geometry", "ImageFiles", "ImageSet", "Masks"]
+__all__ = ["CorruptImage", "FullLabels", "Geometry", "ImageFiles", "ImageSet", "Masks"]

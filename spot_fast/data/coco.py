@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from .base import ImageFiles, Masks
+from .base import FullLabels, ImageFiles, Masks
 from .instances import Instances, read_images
 
 # COCO's 80 things: ids run to 90 with ten numbers left out.
@@ -57,6 +57,10 @@ class Coco(ImageFiles):
 
     def val_masks(self, index: int) -> Masks:
         return Masks(*(self.square_labels(labels) for labels in self.full_masks(index)))
+
+    def full_labels(self, index: int, *, crowd: bool) -> FullLabels:
+        """As `full_masks`, for other protocols than SPOT's; crowd: whether crowd regions are instances or nothing."""
+        return self.instances.full_labels(self.listed[index], crowd=crowd)
 
 
 def _image_folder(root: Path, name: str) -> Path:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from .base import FullLabels
 
 _MAX_SIDE = 1 << 16  # pixels; no image format that is read here has more
 
@@ -62,24 +63,47 @@ class Instances:
 
     def label_maps(self, image: Listed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(instances, classes, ignore), each int32 [height, width] at the size of the image."""
-        height, width = image.height, image.width
-        instances, classes = np.zeros((2, height, width), np.int32)
-        covered = np.zeros((height, width), np.int32)
-        for number, annotation in enumerate(self._annotations.get(image.id, ()), start=1):
+        instances, classes, covered = _draw(self._objects(image), image)
+        return instances, classes, (covered > 1).astype(np.int32)
+
+    def full_labels(self, image: Listed, *, crowd: bool) -> FullLabels:
+        """The same for other protocols than SPOT's; crowd: whether crowd regions are instances or nothing."""
+        objects = self._objects(image, crowd=crowd)
+        instances, classes, covered = _draw(objects, image)
+        top_classes = classes.copy()
+        if (covered > 1).any():
+            for of_class, mask in sorted(((of_class, mask) for _, of_class, mask in objects), key=lambda pair: pair[0]):
+                np.copyto(top_classes, of_class, where=mask)
+        return FullLabels(instances, classes, top_classes, covered > 1, np.zeros(covered.shape, bool))
+
+    def _objects(self, image: Listed, *, crowd: bool = True) -> list[tuple[int, int, np.ndarray]]:
+        """Number, class and mask (bool [height, width]) of each annotation of a known category, in their order."""
+        objects = []
+        annotations = self._annotations.get(image.id, ())
+        if not crowd:
+            annotations = [a for a in annotations if not (isinstance(a, dict) and a.get("iscrowd"))]
+        for number, annotation in enumerate(annotations, start=1):
             try:
                 of_class = 1 if self.class_of is None else self.class_of.get(annotation["category_id"])
-                if of_class is None:
-                    continue
-                mask = decode_segmentation(annotation["segmentation"], height, width)
+                if of_class is not None:
+                    mask = decode_segmentation(annotation["segmentation"], image.height, image.width)
+                    objects.append((number, of_class, mask))
             except Exception as error:  # noqa: BLE001 - pycocotools raises bare Exception on a malformed region
                 name = annotation.get("id", number) if isinstance(annotation, dict) else number
                 raise UserError(f"{self.path}: annotation {name} of image {image.file_name} cannot be decoded: "
                                 f"{type(error).__name__} {error}") from None
-            free = mask & (covered == 0)
-            instances[free] = number
-            classes[free] = of_class
-            covered += mask
-        return instances, classes, (covered > 1).astype(np.int32)
+        return objects
+
+
+def _draw(objects: list[tuple[int, int, np.ndarray]], image: Listed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Instances, classes and how many objects cover each pixel, each int32 [height, width]."""
+    instances, classes, covered = np.zeros((3, image.height, image.width), np.int32)
+    # From the last to the first, so that the earlier one has the pixel.
+    for number, of_class, mask in reversed(objects):
+        np.copyto(instances, number, where=mask)
+        np.copyto(classes, of_class, where=mask)
+        covered += mask
+    return instances, classes, covered
 
 
 def read_images(path: Path, *, needs: str = "") -> list[Listed]:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from ..errors import CorruptImage, UserError
 
 VERSION = 1  # to be raised when the same file gives other pixels: caches of the old ones are then not used
-_RIM = 255  # the label that VOC draws around objects
+RIM = 255  # the label that VOC draws around objects
 
 
 def open_image(path: str | Path, encoded: bytes | None = None) -> Image.Image:
@@ -68,7 +68,7 @@ def open_labels(path: str | Path, encoded: bytes | None = None, *, rim: Collecti
                         "PNG whose values are the labels")
     labels = np.array(image, dtype=np.int32)
     if image.mode in rim:
-        labels[labels == _RIM] = 0
+        labels[labels == RIM] = 0
     return labels
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from .base import ImageFiles, Masks
-from .transforms import open_labels
+from .base import FullLabels, ImageFiles, Masks
+from .transforms import RIM, open_labels
 
 EXPECTED = "JPEGImages/, ImageSets/Segmentation/trainaug.txt (or --sbd PATH) to train, " \
            "ImageSets/Segmentation/val.txt, SegmentationObject/ and SegmentationClass/ to evaluate"
@@ -80,6 +80,16 @@ class Voc(ImageFiles):
     def val_masks(self, index: int) -> Masks:
         instances, classes = self.full_masks(index)
         return Masks(self.square_labels(instances), self.square_labels(classes))
+
+    def full_labels(self, index: int, *, crowd: bool) -> FullLabels:
+        """As `full_masks`, with the rim, for other protocols than SPOT's; VOC has no crowd regions."""
+        if not self.has_masks:
+            raise UserError(f"{self.name} is read without masks: evaluate on VOC val")
+        instances, classes = map(open_labels, self.mask_files(index))
+        undecided = (instances == RIM) | (classes == RIM)
+        instances[instances == RIM] = 0
+        classes[classes == RIM] = 0
+        return FullLabels(instances, classes, classes, np.zeros(instances.shape, bool), undecided)
 
 
 def read_names(file: Path) -> list[str]:

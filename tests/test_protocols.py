@@ -185,7 +185,7 @@ def test_coco_without_crowd_regions_and_with_the_highest_class():
         crowds = sum(a.get("iscrowd", 0) for a in annotations)
         without = coco.full_labels(index, crowd=False)
         assert np.array_equal(without.instances, instances) == (not crowds)
-    first = coco._annotations[coco.image_ids[0]]
+    first = coco.instances._annotations[coco.listed[0].id]
     assert any(a.get("iscrowd") for a in first), "the mini set should have a crowd region in its first picture"
 
 

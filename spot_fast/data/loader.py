@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +27,19 @@ _ORDER, _FLIP, _CROP, _REPLACE = range(4)
 MAX_CORRUPT = 0.01  # of the set; a single corrupt picture is always tolerated
 _AHEAD = 2  # batches decoded beyond the one in use
 _ATTEMPTS = 1000
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a worker made of the picture `wanted`, or of the one in its place, `index`.
+
+    item is None where no picture could be found; corrupt {label: reason} are those that were tried.
+    """
+
+    wanted: int
+    index: int
+    item: Any
+    corrupt: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,7 @@ class Loader:
         self.workers = workers
         self.rank, self.world = rank, world
         self.corrupt: dict[str, str] = {}
+        self._unused = self._rng(_CROP)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -99,62 +115,77 @@ class Loader:
         """The batches of an epoch from `start_step` on."""
         return self._batches(epoch, self.steps(epoch, start_step), self.flips(epoch))
 
-    def _batches(self, epoch: int, steps: list[torch.Tensor], flips: torch.Tensor) -> Iterator[Batch]:
-        in_memory = getattr(self.image_set, "images", None)
-        if in_memory is not None:
-            batches = ((in_memory[indices], indices) for indices in steps)
-        elif self.workers:
-            batches = self._threaded(epoch, steps)
-        else:
-            batches = (self._collect(self._load(epoch, int(index)) for index in indices) for indices in steps)
-        for images, indices in batches:
-            flipped = flips[indices]
-            if self.image_set.flip:
-                images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-            yield Batch(images, indices, flipped)
+    def fetch(self, index: int, rng: np.random.Generator) -> Any:
+        """What a worker makes of one picture; CorruptImage where it cannot be read."""
+        return self.image_set.train_image(index, rng)
 
-    def _rng(self, *stream: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, *stream])
-
-    def _load(self, epoch: int, index: int) -> tuple[torch.Tensor, int, dict[str, str]]:
-        """(picture, its index, what was found corrupt on the way): the picture asked for, or the one in its place."""
-        bad: dict[str, str] = {}
-        wanted, replace = index, None
+    def load(self, epoch: int, wanted: int) -> Loaded:
+        """The picture asked for, or another one in its place, always the same."""
+        corrupt: dict[str, str] = {}
+        index, replace = wanted, None
         for _ in range(_ATTEMPTS):
             try:
-                image = self.image_set.train_image(index, self._rng(_CROP, epoch, index))
-                return image, index, bad
+                return Loaded(wanted, index, self.fetch(index, self._crop_rng(epoch, index)), corrupt)
             except CorruptImage as error:
-                bad[self.image_set.label(index)] = str(error)
-            if len(bad) > self._tolerated:
+                corrupt[self.image_set.label(index)] = str(error)
+            if len(corrupt) > self._tolerated:
                 break
             replace = replace or self._rng(_REPLACE, epoch, wanted)
             index = int(replace.integers(len(self.image_set)))
-        raise self._too_many(bad)
+        return Loaded(wanted, index, None, corrupt)
 
-    def _collect(self, loaded: Iterator[tuple[torch.Tensor, int, dict[str, str]]]) -> tuple[torch.Tensor, torch.Tensor]:
-        images, indices = [], []
-        for image, index, bad in loaded:
-            images.append(image)
-            indices.append(index)
-            self.corrupt |= bad
-            if len(self.corrupt) > self._tolerated:
-                raise self._too_many(self.corrupt)
-        return torch.stack(images), torch.tensor(indices)
+    def _batches(self, epoch: int, steps: list[torch.Tensor], flips: torch.Tensor) -> Iterator[Batch]:
+        with closing(self._stacked(epoch, steps)) as batches:
+            for images, indices in batches:
+                flipped = flips[indices]
+                if self.image_set.flip:
+                    images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+                yield Batch(images, indices, flipped)
 
-    def _threaded(self, epoch: int, steps: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _stacked(self, epoch: int, steps: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(images, indices) of each step, not mirrored."""
+        in_memory = getattr(self.image_set, "images", None)
+        if in_memory is not None:
+            for indices in steps:
+                yield in_memory[indices], indices
+            return
+        with closing(self._ahead(epoch, steps)) as ahead:
+            for loaded in ahead:
+                yield torch.stack([each.item for each in loaded]), torch.tensor([each.index for each in loaded])
+
+    def _ahead(self, epoch: int, steps: list[torch.Tensor]) -> Iterator[list[Loaded]]:
+        """The loaded pictures of each step, in threads and ahead of time where there are workers."""
+        if not self.workers:
+            for indices in steps:
+                yield self._counted([self.load(epoch, index) for index in indices.tolist()])
+            return
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="loader")
         ahead: deque[list[Future]] = deque()
         try:
             waiting = iter(steps)
             while True:
                 while len(ahead) <= _AHEAD and (indices := next(waiting, None)) is not None:
-                    ahead.append([pool.submit(self._load, epoch, index) for index in indices.tolist()])
+                    ahead.append([pool.submit(self.load, epoch, index) for index in indices.tolist()])
                 if not ahead:
                     return
-                yield self._collect(future.result() for future in ahead.popleft())
+                yield self._counted([future.result() for future in ahead.popleft()])
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _counted(self, loaded: list[Loaded]) -> list[Loaded]:
+        """The same, with its corrupt pictures counted; UserError where there are too many or none could be read."""
+        for each in loaded:
+            self.corrupt |= each.corrupt
+            if each.item is None or len(self.corrupt) > self._tolerated:
+                raise self._too_many(self.corrupt)
+        return loaded
+
+    def _rng(self, *stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *stream])
+
+    def _crop_rng(self, epoch: int, index: int) -> np.random.Generator:
+        # Making a generator takes 70 µs under the interpreter lock: not where nothing is drawn from it.
+        return self._rng(_CROP, epoch, index) if self.image_set.random_crop else self._unused
 
     def _too_many(self, corrupt: dict[str, str]) -> UserError:
         first = "; ".join(list(corrupt.values())[:3])

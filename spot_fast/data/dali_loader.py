@@ -4,10 +4,11 @@ Order, mirroring, crops, the replacement of corrupt pictures, each process's sha
 functions of (seed, epoch, index). Threads read the files and work out which region becomes the square; DALI does the
 rest (`dali_pipeline`).
 
-DALI decodes whole JPEGs of 8 bits, grey or YCbCr. Everything else is decoded by Pillow in the reading threads and handed
-over as plain pixels: DALI has no GPU decoder for PNG and most others, draws transparent parts over another colour, and
-knows no GIF. A JPEG without its last bytes goes the same way, so a damaged file is what it is for `Loader`. Should DALI
-fail at a picture nevertheless, then that picture is Pillow's from then on, and the batch is made once more.
+DALI decodes whole JPEGs of 8 bits, grey or YCbCr. Everything else is decoded by Pillow in the reading threads and
+handed over as plain pixels: DALI has no GPU decoder for PNG and most others, draws transparent parts over another
+colour, and knows no GIF. A JPEG without its last bytes goes the same way, so a damaged file is what it is for
+`Loader`. Should DALI fail at a picture nevertheless, then that picture is Pillow's from then on, and the batch is made
+once more.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class DaliLoader(Loader):
                             yield Batch(images, indices, flips[indices])
                     feed = None
                 except DaliError as error:
-                    waiting = [self._request(loaded, flips) for loaded in self._repaired(epoch, pipeline.pending, error)]
+                    repaired = self._repaired(epoch, pipeline.pending, error)
+                    waiting = [self._request(loaded, flips) for loaded in repaired]
                     rest = feed if pipeline.feed_error is None else _raise(pipeline.feed_error)
                     feed = itertools.chain(waiting, rest)
                 finally:

@@ -1,4 +1,4 @@
-"""What a JPEG's header says, as far as it decides who decodes it: without Pillow, because reading it takes 10 µs a file.
+"""What a JPEG's header says, as far as it decides who decodes it. Not by Pillow, which takes 70 µs a file for it.
 
 Markers are those of ITU-T T.81, annex B: FFD8 begins a file, FFD9 ends it, and between them come segments, each with a
 marker of two bytes and a length of two bytes, until the first scan.

@@ -217,8 +217,18 @@ def test_corrupt_pictures_are_replaced_as_loader_does(many, hows, workers):
     first = list(dali.epoch(2))
     assert_close(first, pillow.epoch(2))
     assert dali.corrupt == pillow.corrupt and len(dali.corrupt) == 2
+    assert len(dali._by_pillow) == hows.count("tables")  # all else is found before DALI sees it
     assert_same(first, dali.epoch(2))
     assert_same(first[3:], dali.epoch(2, start_step=3))
+
+
+def test_a_replacement_at_which_dali_fails(many):
+    images = random_crops(many)
+    damage(many / "010.jpg", "cut")
+    damage(many / f"{Loader(images, 50).load(0, 10).index:03d}.jpg", "tables")
+    dali, pillow = DaliLoader(images, 50), Loader(images, 50)
+    assert_close(dali.epoch(0), pillow.epoch(0))
+    assert dali.corrupt == pillow.corrupt and len(dali.corrupt) == 2
 
 
 def test_damage_that_pillow_does_not_mind(many):
@@ -242,40 +252,63 @@ def test_more_than_one_percent_corrupt_stops(many, how):
         list(DaliLoader(images, 50, workers=2).epoch(0))
 
 
-def test_a_picture_at_which_dali_fails_is_pillows(folder, tmp_path, monkeypatch):
-    """GIF, which DALI cannot decode, is passed off as something it can: no step is lost, nothing counts as corrupt."""
+@pytest.fixture
+def with_gifs(folder, tmp_path, monkeypatch):
+    """Twelve pictures; three are GIF, which DALI cannot decode, and are passed off as something it can."""
     for i in range(12):
         source = Image.open(folder / f"{i:03d}.jpg")
-        source.convert("P").save(tmp_path / f"{i:03d}.jpg", "GIF") if i in (3, 4, 9) else source.save(
-            tmp_path / f"{i:03d}.jpg", quality=92)
+        if i in (3, 4, 9):
+            source.convert("P").save(tmp_path / f"{i:03d}.jpg", "GIF")
+        else:
+            source.save(tmp_path / f"{i:03d}.jpg", quality=92)
     header = dali_loader.jpeg.plain_header
 
     def any_header(data):
         return dali_loader.jpeg.Header(*Image.open(io.BytesIO(data)).size, ()) if data[:3] == b"GIF" else header(data)
 
     monkeypatch.setattr(dali_loader.jpeg, "plain_header", any_header)
-    images = Folder(tmp_path, image_size=32, crop="random", flip=True)
-    dali = DaliLoader(images, 3, seed=1, workers=2)
+    return random_crops(tmp_path)
+
+
+def test_a_picture_at_which_dali_fails_is_pillows(with_gifs):
+    """No step is lost and nothing counts as corrupt."""
+    dali = DaliLoader(with_gifs, 3, seed=1, workers=2)
     first = list(dali.epoch(0))
-    assert_close(first, Loader(images, 3, seed=1).epoch(0))
+    assert_close(first, Loader(with_gifs, 3, seed=1).epoch(0))
     assert dali._by_pillow == {3, 4, 9} and not dali.corrupt
     assert_same(first, dali.epoch(0))
+
+
+def break_at(images, index, monkeypatch):
+    """Reading picture `index` fails for a reason that is not its own."""
+    encoded = images.encoded
+
+    def fails(asked):
+        if asked == index:
+            raise OSError("the disk is gone")
+        return encoded(asked)
+
+    monkeypatch.setattr(images, "encoded", fails)
 
 
 def test_other_errors_come_through_after_the_batches_before_them(folder, monkeypatch):
     images = random_crops(folder)
     dali = DaliLoader(images, 4, seed=1)
-    bad = int(dali.steps(0)[3][0])
-    encoded = images.encoded
-
-    def fails(index):
-        if index == bad:
-            raise OSError("the disk is gone")
-        return encoded(index)
-
-    monkeypatch.setattr(images, "encoded", fails)
+    break_at(images, int(dali.steps(0)[3][0]), monkeypatch)
     batches = dali.epoch(0)
     assert_close(itertools.islice(batches, 3), itertools.islice(Loader(random_crops(folder), 4, seed=1).epoch(0), 3))
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
+
+
+def test_other_errors_come_through_although_dali_has_failed_before_them(with_gifs, monkeypatch):
+    dali = DaliLoader(with_gifs, 3, seed=1)
+    steps = [set(step.tolist()) for step in dali.steps(0)]
+    first = next(number for number, step in enumerate(steps) if step & {3, 4, 9})
+    assert first < 3
+    break_at(with_gifs, next(iter(steps[first + 1] - {3, 4, 9})), monkeypatch)
+    batches = dali.epoch(0)
+    assert len(list(itertools.islice(batches, first + 1))) == first + 1 and dali._by_pillow
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches)
 

@@ -64,16 +64,26 @@ class Processes:
             return
         try:
             yield from self._loader
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            if not _of_dead_process(error):
                 raise
-            raise UserError(f"a process of --workers {self.count} ended unexpectedly ({_first_line(error)}): use "
-                            "fewer, or give the machine more memory, shared memory (/dev/shm) included") from error
+            raise UserError(f"a process of --workers {self.count} ended unexpectedly ({_reason(error)}): use fewer, "
+                            "or give the machine more memory, shared memory (/dev/shm) included") from error
 
 
 def _unchanged(result: Any) -> Any:
     return result
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(". ")
+def _of_dead_process(error: Exception) -> bool:
+    """Whether DataLoader says so, or could not fetch a tensor's handle; exceptions of `function` say where they are
+    from."""
+    text = str(error)
+    if isinstance(error, RuntimeError):
+        return text.startswith("DataLoader worker (pid")
+    return "in DataLoader worker process" not in text
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__

@@ -23,6 +23,11 @@ def exif(orientation):
     return found.tobytes()
 
 
+CMYK = encoded(PICTURE.convert("CMYK"))
+TRANSFORM = CMYK.index(b"Adobe") + 11
+YCCK = CMYK[:TRANSFORM] + b"\2" + CMYK[TRANSFORM + 1 :]
+
+
 @pytest.mark.parametrize("data", [
     encoded(), encoded(progressive=True), encoded(subsampling=0), encoded(PICTURE.convert("L")), encoded(exif=exif(6)),
     encoded(comment=b"a comment"), encoded(icc_profile=b"a profile " * 9000),
@@ -36,14 +41,14 @@ def test_plain_jpegs(data):
 
 
 @pytest.mark.parametrize("data", [
-    encoded(PICTURE.convert("CMYK")), encoded(keep_rgb=True), encoded(kind="PNG"), encoded(PICTURE.convert("P"), "GIF"),
+    CMYK, YCCK, encoded(keep_rgb=True), encoded(kind="PNG"), encoded(PICTURE.convert("P"), "GIF"),
     encoded()[:-2], encoded() + b"more", encoded()[:300] + b"\xff\xd9", b"", b"\xff\xd8\xff\xd9",
     encoded().replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"),  # 12 bits
     encoded().replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc9\x00\x11\x08"),  # arithmetic code
     encoded().replace(b"\x00\x18\x00\x28", b"\x00\x00\x00\x28"),  # the height comes later
     encoded().replace(b"\xff\xdb\x00\x43", b"\xff\xdb\x00\x01"),  # lengths of a segment that cannot be
     encoded().replace(b"\xff\xdb\x00\x43", b"\xff\xdb\xff\xff"),
-], ids=range(14))
+], ids=range(15))
 def test_everything_else(data):
     assert jpeg.plain_header(data) is None
 

@@ -163,7 +163,7 @@ def processes(monkeypatch):
     monkeypatch.setattr(loader_module, "MAX_THREADS", 0)
 
 
-def children_end(seconds=5.0):
+def children_end(seconds=3.0):
     """Whether no worker process is left within that time."""
     gc.collect()
     until = time.monotonic() + seconds

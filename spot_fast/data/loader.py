@@ -4,10 +4,10 @@ Order, mirroring and crop are pure functions of (seed, epoch, index of the pictu
 sees the pictures it would have seen, whatever the number of workers.
 
 Up to `MAX_THREADS` workers are threads: Pillow releases the interpreter lock while it decodes and resizes, and threads
-need no start, no pickling and no second copy of the file list. About a tenth of a picture's time is under the lock, so
-threads end at some 2,200 pictures a second however many there are: measured on two cores with 640 x 480 JPEGs and the
-parts that release the lock replaced by a pause of their length, 1, 4, 8, 16 and 32 threads gave 220, 900, 1,700, 2,200
-and 2,200. Sixteen cores decode 3,500. More workers are therefore processes (`processes`).
+need no start, no pickling and no second copy of the file list. But a tenth of a picture's time is spent under the lock,
+so threads end at some 2,200 images/s however many there are, and whoever trains waits for the lock too. Measured on two
+cores with what releases the lock replaced by a pause of the same length (JPEGs of 640 x 480): 1, 4, 8, 16 and 32 threads
+gave 220, 900, 1,700, 2,200 and 2,200 images/s, where 16 cores decode 3,500. So more workers are processes (`processes`).
 """
 
 from __future__ import annotations
@@ -190,10 +190,12 @@ class Loader:
             return
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="loader")
         ahead: deque[list[Future]] = deque()
+        # Small batches: enough of them that no thread waits for the one in use.
+        depth = max(_AHEAD, 2 * self.workers * self.world // self.batch_size)
         try:
             waiting = iter(steps)
             while True:
-                while len(ahead) <= _AHEAD and (indices := next(waiting, None)) is not None:
+                while len(ahead) <= depth and (indices := next(waiting, None)) is not None:
                     ahead.append([pool.submit(self.load, epoch, index) for index in indices.tolist()])
                 if not ahead:
                     return

@@ -58,17 +58,32 @@ class Processes:
         self.count = count
 
     def run(self, epoch: int, steps: list[torch.Tensor]) -> Iterator[Any]:
-        """The results for all steps in their order; UserError where a process ends unexpectedly."""
+        """The results for all steps in their order; UserError where a process ends unexpectedly.
+
+        The processes end where this is left early or fails.
+        """
         self._tasks.tasks = [(epoch, indices.tolist()) for indices in steps]
         if not steps:
             return
+        complete = False
         try:
             yield from self._loader
+            complete = True
         except (RuntimeError, OSError, EOFError) as error:
             if not _of_dead_process(error):
                 raise
             raise UserError(f"a process of --workers {self.count} ended unexpectedly ({_reason(error)}): use fewer, "
                             "or give the machine more memory, shared memory (/dev/shm) included") from error
+        finally:
+            if not complete:
+                self.close()
+
+    def close(self) -> None:
+        """Ends the processes; another `run` starts others."""
+        # Without this they would live as long as the traceback of an exception that came from here.
+        iterator, self._loader._iterator = self._loader._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()
 
 
 def _unchanged(result: Any) -> Any:

@@ -1,10 +1,12 @@
 """Decoded training pictures a second: Pillow in threads, Pillow in processes, DALI; with the pixels' difference.
 
     python bench/loader_speed.py [--images 256] [--threads 1 2] [--rounds 5] [--photos FOLDER]
+                                 [--crop center]
 
 Each number of threads is measured in a process of its own that may use as many cores and no others, so "a core" means
 what it says. What is compared takes turns; the median round counts. Pictures are JPEGs of 640 x 480 with a photo's
-spectrum, resized to 224, centre-cropped and mirrored. DALI on a GPU has all cores that this process has.
+spectrum, resized to 224, centre-cropped (or stretched, bicubically) and mirrored. DALI on a GPU has all cores that
+this process has.
 """
 
 from __future__ import annotations
@@ -132,11 +134,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="cores, and threads or processes")
     parser.add_argument("--rounds", type=int, default=5, help="epochs measured of each")
     parser.add_argument("--photos", type=Path, help="a folder of pictures to use instead of generated ones")
+    parser.add_argument("--crop", choices=("center", "random", "stretch"), default="center", help="as of training")
     parser.add_argument("--rows", choices=("cpu", "gpu"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rows:
         cores = pin(arguments.threads[0])
-        images = Folder(arguments.photos, image_size=224, flip=True, limit=arguments.images)
+        images = Folder(arguments.photos, image_size=224, crop=arguments.crop, flip=True,
+                        limit=arguments.images)
         compared = (gpu_loaders if arguments.rows == "gpu" else loaders)(images, cores)
         print(json.dumps(measure(compared, images, arguments.rounds, cores)))
         return
@@ -150,7 +154,7 @@ def main() -> None:
         rows = []
         for kind, threads in jobs:
             command = [sys.executable, __file__, "--rows", kind, "--threads", str(threads), "--photos", str(photos),
-                       "--images", str(arguments.images), "--rounds", str(arguments.rounds)]
+                       "--images", str(arguments.images), "--rounds", str(arguments.rounds), "--crop", arguments.crop]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             rows += json.loads(output.strip().splitlines()[-1])
     print(table(rows))

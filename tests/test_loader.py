@@ -5,6 +5,8 @@ import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -227,6 +229,20 @@ def test_other_errors_come_through(processes, folder, monkeypatch, workers, erro
     with pytest.raises(error, match="the disk is gone"):
         next(Loader(images, 4, workers=workers).epoch(0))
     assert children_end()
+
+
+def test_a_script_that_is_not_guarded(folder, tmp_path):
+    """Processes import the script that starts them; that has to end in a sentence, not in a hang."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+from spot_fast.data import Folder, Loader
+next(Loader(Folder({str(folder)!r}, image_size=16), 4, workers=5).epoch(0))
+""")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "UserError: a process of --workers 5 ended unexpectedly" in done.stderr
+    assert done.stderr.strip().endswith("or have a script's own code below if __name__ == '__main__'")
 
 
 @pytest.mark.parametrize("options, message", [

@@ -10,11 +10,12 @@ colour, and knows no GIF. A JPEG without its last bytes goes the same way, so a 
 `Loader`. Should DALI fail at a picture nevertheless, then that picture is Pillow's from then on, and the batch is made
 once more.
 
-How far pixels are from Pillow's, with DALI on the CPU: the decoders agree bit for bit. Resized bilinearly, pixels differ
-by one level at most, by rounding; in the outermost two by more, because Pillow weighs the filter anew where it reaches
-over the border and DALI repeats the last pixel there. Of 128 photos of 480 x 360: at 224 pixels 8 levels at most, 0.16 on
-average, at 64 pixels 15 and 0.10; bicubic 7 and 0.17. DINOv2 ViT-S/14 makes features of them that differ by 0.45 % of a
-picture's norm, 1.6 % at most; the packaged encoder by 0.35 % and 0.7 %. On a GPU nvJPEG decodes, with its own rounding.
+How far pixels are from Pillow's, with DALI on the CPU: the decoders agree bit for bit. Resized bilinearly, pixels
+differ by one level at most, by rounding; in the outermost two by more, because Pillow weighs the filter anew where it
+reaches over the border and DALI repeats the last pixel there. Of 128 photos of 480 x 360: at 224 pixels 8 levels at
+most, 0.16 on average, at 64 pixels 15 and 0.10; bicubic 7 and 0.17. DINOv2 ViT-S/14 makes features of them that
+differ by 0.45 % of a picture's norm, 1.6 % at most; the packaged encoder by 0.35 % and 0.7 %. On a GPU nvJPEG
+decodes, with its own rounding.
 """
 
 from __future__ import annotations
@@ -99,18 +100,19 @@ class DaliLoader(Loader):
     def _repaired(self, epoch: int, requests: Iterable[Request], error: DaliError) -> list[list[Loaded]]:
         """What was loaded for `requests`, with Pillow's version of every picture at which DALI fails, and with others
         for corrupt ones; the error itself where no picture is to blame."""
-        before, probe, result = len(self._by_pillow), self._pipeline(1), []
+        blamed, probe, result = False, self._pipeline(1), []
         for request in requests:
             batch = []
             for each in request.about:
                 try:
                     list(probe.run(iter([Request([each.item], np.zeros(1, bool))])))
                 except DaliError:
+                    blamed = True
                     self._by_pillow.add(each.index)
                     probe, each = self._pipeline(1), self.load(epoch, each.wanted)
                 batch.append(each)
             result.append(self._counted(batch))
-        if len(self._by_pillow) == before:
+        if not blamed:
             raise error
         return result
 

@@ -3,11 +3,12 @@
 Order, mirroring and crop are pure functions of (seed, epoch, index of the picture). So a run that resumes at any step
 sees the pictures it would have seen, whatever the number of workers.
 
-Up to `MAX_THREADS` workers are threads: Pillow releases the interpreter lock while it decodes and resizes, and threads
-need no start, no pickling and no second copy of the file list. But a tenth of a picture's time is spent under the lock,
-so threads end at some 2,200 images/s however many there are, and whoever trains waits for the lock too. Measured on two
-cores with what releases the lock replaced by a pause of the same length (JPEGs of 640 x 480): 1, 4, 8, 16 and 32 threads
-gave 220, 900, 1,700, 2,200 and 2,200 images/s, where 16 cores decode 3,500. So more workers are processes (`processes`).
+Up to `MAX_THREADS` workers are threads: Pillow releases the interpreter lock while it decodes and resizes, and
+threads need no start, no pickling and no second copy of the file list. But a tenth of a picture's time is spent under
+the lock, so threads end at some 2,100 images/s however many there are, and whoever trains waits for the lock too.
+Measured on two cores with what releases the lock replaced by a pause of the same length (JPEGs of 640 x 480): 1, 4,
+8, 16 and 32 threads gave 230, 900, 1,700, 2,100 and 1,900 images/s, where 16 cores decode 3,700. So more workers are
+processes (`processes`).
 """
 
 from __future__ import annotations

@@ -15,18 +15,21 @@ def open_loader(config_loader: str, image_set: ImageSet, batch_size: int, seed: 
                 device: torch.device, rank: int = 0, world: int = 1) -> tuple[Loader, str]:
     """(the loader, a line that says what decodes and why).
 
-    auto is DALI where it works and `device` is a GPU. On a CPU it is Pillow, whose pixels are the reference, though DALI
-    is faster there too: 335 images/s a core to 248 (JPEGs of 640 x 480), but half as fast where pictures are stretched
-    (`bench/loader_speed.py`). Nothing decodes pictures in memory. UserError where dali is asked for and cannot be had.
+    auto is DALI where it works and `device` is a GPU. On a CPU it is Pillow, whose pixels are the reference, though
+    DALI decodes 335 images/s a core there to Pillow's 248 (JPEGs of 640 x 480; photos of 480 x 360, 552 to 396, but
+    stretched 218 to 334: `bench/loader_speed.py`). Nothing decodes pictures in memory. UserError where dali is asked
+    for and cannot be had.
     """
     if config_loader not in ("auto", "dali", "torch"):
         raise UserError(f"--loader {config_loader} is unknown: use auto, dali or torch")
     loader, why = None, ""
-    if not isinstance(image_set, ImageFiles):
+    if getattr(image_set, "images", None) is not None:
         return (Loader(image_set, batch_size, seed, workers, rank=rank, world=world),
                 f"{image_set.name} are in memory: nothing is decoded")
     if config_loader == "torch":
         why = "--loader torch"
+    elif not isinstance(image_set, ImageFiles):
+        why = f"{image_set.name} are not image files"
     elif config_loader == "auto" and device.type != "cuda":
         why = f"the run is on {device.type}"
     elif config_loader == "auto":
@@ -42,7 +45,8 @@ def open_loader(config_loader: str, image_set: ImageSet, batch_size: int, seed: 
                 raise UserError(f"--loader dali does not start ({reason}): use --loader torch") from error
             why = f"DALI does not start ({reason})"
     if loader is not None:
-        return loader, f"images are decoded by DALI on the {'GPU' if device.type == 'cuda' else 'CPU'}"
+        place = "GPU" if device.type == "cuda" else "CPU"
+        return loader, f"images are decoded by DALI on the {place} (other formats than JPEG by Pillow)"
     kind = "process" if workers > MAX_THREADS else "thread"
     where = f"in {workers} {kind}{'es' if kind == 'process' else 's'}" if workers > 1 else (
         "in one thread" if workers else "in the thread that trains")

@@ -48,7 +48,8 @@ class Processes:
     """
 
     def __init__(self, function: Callable[[int, list[int]], Any], count: int) -> None:
-        context = multiprocessing.get_context("forkserver")
+        methods = multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         context.set_forkserver_preload([__name__])
         self._tasks = _Tasks()
         # A generator of its own: DataLoader would draw from torch's, which belongs to others.
@@ -65,15 +66,19 @@ class Processes:
         self._tasks.tasks = [(epoch, indices.tolist()) for indices in steps]
         if not steps:
             return
-        complete = False
+        started = complete = False
         try:
-            yield from self._loader
+            for result in self._loader:
+                started = True
+                yield result
             complete = True
         except (RuntimeError, OSError, EOFError) as error:
             if not _of_dead_process(error):
                 raise
+            # The processes import the script that starts them.
+            guard = "" if started else ", or have a script's own code below if __name__ == '__main__'"
             raise UserError(f"a process of --workers {self.count} ended unexpectedly ({_reason(error)}): use fewer, "
-                            "or give the machine more memory, shared memory (/dev/shm) included") from error
+                            f"or give the machine more memory, shared memory (/dev/shm) included{guard}") from error
         finally:
             if not complete:
                 self.close()

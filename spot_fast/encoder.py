@@ -24,14 +24,14 @@ from .timm_import import import_timm
 
 SCENES_ENCODER = "spot_scenes"
 _SCENES_VIT = dict(patch_size=8, embed_dim=128, depth=4, num_heads=4, num_classes=0)
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, of values in [0, 1]
 _HUB_SECONDS = 3.0
 
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 [B, 3, S, S] → float32 with ImageNet's mean and standard deviation removed."""
-    mean = torch.tensor(_MEAN, device=images.device).view(3, 1, 1) * 255
-    std = torch.tensor(_STD, device=images.device).view(3, 1, 1) * 255
+    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1) * 255
+    std = torch.tensor(STD, device=images.device).view(3, 1, 1) * 255
     return (images.float() - mean) / std
 
 

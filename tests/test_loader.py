@@ -1,7 +1,14 @@
 """The loader: what a batch holds depends on seed, epoch and index alone; corrupt pictures are replaced and counted."""
 
+import gc
 import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +17,7 @@ from PIL import Image
 
 from spot_fast.config import preset
 from spot_fast.data import Folder, Loader, open_set
+from spot_fast.data import loader as loader_module
 from spot_fast.errors import UserError
 
 COUNT = 23
@@ -149,6 +157,92 @@ def test_leaving_early_ends_the_threads(folder):
     next(batches)
     batches.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("loader")]
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Workers are processes, however few."""
+    monkeypatch.setattr(loader_module, "MAX_THREADS", 0)
+
+
+def children_end(seconds=3.0):
+    """Whether no worker process is left within that time."""
+    gc.collect()
+    until = time.monotonic() + seconds
+    while multiprocessing.active_children() and time.monotonic() < until:
+        time.sleep(0.05)
+    return not multiprocessing.active_children()
+
+
+def test_processes_change_nothing(processes, folder, damaged):
+    """Order, crops, resuming, corrupt pictures and the too many of them are those of one thread; they stay for the
+    next epoch, end when an epoch is left early, and draw nothing from torch's generator."""
+    for number in (10, 31):
+        damage(damaged, number)
+    images = random_crops(damaged)
+    alone, workers = Loader(images, 50, seed=5), Loader(images, 50, seed=5, workers=2)
+    before = torch.get_rng_state()
+    assert_same(alone.epoch(2), workers.epoch(2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert workers.corrupt == alone.corrupt and len(workers.corrupt) == 2
+    started = {child.pid for child in multiprocessing.active_children()}
+    assert len(started) == 2
+    assert_same(itertools.islice(alone.epoch(3), 2, None), workers.epoch(3, start_step=2))
+    assert list(workers.epoch(0, start_step=5)) == []
+    assert {child.pid for child in multiprocessing.active_children()} == started
+    damage(damaged, 77)
+    with pytest.raises(UserError, match=r"3 of 250 images .* are corrupt or missing, more than 1%: image "):
+        list(workers.epoch(0))
+    assert children_end()
+    batches = Loader(random_crops(folder), 4, workers=2).epoch(1)
+    next(batches)
+    batches.close()
+    assert children_end()
+
+
+def test_a_process_that_dies_is_reported(processes, folder):
+    loader = Loader(random_crops(folder), 1, workers=1)
+    batches = loader.epoch(0)
+    next(batches)
+    (child,) = multiprocessing.active_children()
+    os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"a process of --workers 1 ended unexpectedly \(.*\): use fewer"):
+        list(batches)
+    del batches, loader
+    assert children_end()
+
+
+class Broken(Folder):
+    """Reading fails for a reason that is not the picture's; defined here because processes import it."""
+
+    error = OSError
+
+    def prepared(self, index):
+        raise self.error("the disk is gone")
+
+
+@pytest.mark.parametrize("error", [OSError, RuntimeError])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_other_errors_come_through(processes, folder, monkeypatch, workers, error):
+    images = Broken(folder, image_size=16)
+    images.error = error
+    with pytest.raises(error, match="the disk is gone"):
+        next(Loader(images, 4, workers=workers).epoch(0))
+    assert children_end()
+
+
+def test_a_script_that_is_not_guarded(folder, tmp_path):
+    """Processes import the script that starts them; that has to end in a sentence, not in a hang."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+from spot_fast.data import Folder, Loader
+next(Loader(Folder({str(folder)!r}, image_size=16), 4, workers=5).epoch(0))
+""")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "UserError: a process of --workers 5 ended unexpectedly" in done.stderr
+    assert done.stderr.strip().endswith("or have a script's own code below if __name__ == '__main__'")
 
 
 @pytest.mark.parametrize("options, message", [

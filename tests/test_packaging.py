@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SOURCES = {"spot_fast": ROOT / "spot_fast", "spot_kernels": ROOT / "kernels" / "spot_kernels"}
 # where a distribution is not named like what is imported
-DISTRIBUTION = {"PIL": "pillow"}
+DISTRIBUTION = {"PIL": "pillow", "nvidia": "nvidia-dali-cuda130"}
 # generated or built, and what no build needs
 LEFT_OUT = shutil.ignore_patterns(
     "__pycache__", ".*", "*.egg-info", "libspot_native.*", "build", "dist", "runs", "tests", "bench"
@@ -71,7 +71,8 @@ has_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clan
 
 
 def test_every_import_is_declared():
-    declared = {re.split(r"[<>=!~\[; ]", name)[0].lower() for name in PROJECT["project"]["dependencies"]}
+    names = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["dali"]]
+    declared = {re.split(r"[<>=!~\[; ]", name)[0].lower() for name in names}
     imported = {}
     for file, path in _python_files().items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -3,28 +3,50 @@
 Order, mirroring and crop are pure functions of (seed, epoch, index of the picture). So a run that resumes at any step
 sees the pictures it would have seen, whatever the number of workers.
 
-Workers are threads: Pillow releases the interpreter lock while it decodes and resizes (two threads on two cores are
-twice as fast), and threads need no shared memory, no pickling and no second copy of the file list.
+Up to `MAX_THREADS` workers are threads: Pillow releases the interpreter lock while it decodes and resizes, and
+threads need no start, no pickling and no second copy of the file list. But a tenth of a picture's time is spent under
+the lock, so threads end at some 2,100 images/s however many there are, and whoever trains waits for the lock too.
+Measured on two cores with what releases the lock replaced by a pause of the same length (JPEGs of 640 x 480): 1, 4,
+8, 16 and 32 threads gave 230, 900, 1,700, 2,100 and 1,900 images/s, where 16 cores decode 3,700. So more workers are
+processes (`processes`).
 """
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..errors import CorruptImage, UserError
 from .base import ImageSet
+from .processes import Processes
 
 # Streams of random numbers: the first word after the seed.
 _ORDER, _FLIP, _CROP, _REPLACE = range(4)
 MAX_CORRUPT = 0.01  # of the set; a single corrupt picture is always tolerated
+MAX_THREADS = 4  # more workers are processes
 _AHEAD = 2  # batches decoded beyond the one in use
 _ATTEMPTS = 1000
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a worker made of the picture `wanted`, or of the one in its place, `index`.
+
+    item is None where no picture could be found; corrupt {label: reason} are those that were tried.
+    """
+
+    wanted: int
+    index: int
+    item: Any
+    corrupt: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -69,6 +91,8 @@ class Loader:
         self.workers = workers
         self.rank, self.world = rank, world
         self.corrupt: dict[str, str] = {}
+        self._unused = self._rng(_CROP)
+        self._idle: list[Any] = []  # what decodes pictures and is kept from epoch to epoch
 
     @property
     def steps_per_epoch(self) -> int:
@@ -110,10 +134,10 @@ class Loader:
         """`indices` int64 [B] with those in `corrupt` replaced as a batch of that epoch would."""
         found = indices.tolist()
         for place, wanted in enumerate(found):
-            replace = None
+            substitutes = None
             while found[place] in corrupt:
-                replace = replace or self._rng(_REPLACE, epoch, wanted)
-                found[place] = int(replace.integers(len(self.image_set)))
+                substitutes = substitutes or self._rng(_REPLACE, epoch, wanted)
+                found[place] = int(substitutes.integers(len(self.image_set)))
         return torch.tensor(found, dtype=torch.int64)
 
     def note_corrupt(self, corrupt: dict[str, str]) -> None:
@@ -122,64 +146,110 @@ class Loader:
         if len(self.corrupt) > self._tolerated:
             raise self._too_many(self.corrupt)
 
+    def fetch(self, index: int, rng: np.random.Generator) -> Any:
+        """What a worker makes of one picture; CorruptImage where it cannot be read."""
+        return self.image_set.train_image(index, rng)
+
+    def load(self, epoch: int, wanted: int) -> Loaded:
+        """The picture asked for, or another one in its place, always the same."""
+        corrupt: dict[str, str] = {}
+        index, substitutes = wanted, None
+        for _ in range(_ATTEMPTS):
+            try:
+                return Loaded(wanted, index, self.fetch(index, self._crop_rng(epoch, index)), corrupt)
+            except CorruptImage as error:
+                corrupt[self.image_set.label(index)] = str(error)
+            if len(corrupt) > self._tolerated:
+                break
+            substitutes = substitutes or self._rng(_REPLACE, epoch, wanted)
+            index = int(substitutes.integers(len(self.image_set)))
+        return Loaded(wanted, index, None, corrupt)
+
     def _batches(self, epoch: int, steps: list[torch.Tensor], flips: torch.Tensor) -> Iterator[Batch]:
+        with closing(self._stacked(epoch, steps)) as batches:
+            for images, indices in batches:
+                flipped = flips[indices]
+                if self.image_set.flip:
+                    images = torch.where(flipped[:, None, None, None].to(images.device), images.flip(-1), images)
+                yield Batch(images, indices, flipped)
+
+    def _stacked(self, epoch: int, steps: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(images, indices) of each step, not mirrored."""
         in_memory = getattr(self.image_set, "images", None)
         if in_memory is not None:
             corrupt = getattr(self.image_set, "corrupt", {})
-            steps = [self.stand_ins(epoch, indices, corrupt) for indices in steps] if corrupt else steps
-            batches = ((in_memory[indices], indices) for indices in steps)
-        elif self.workers:
-            batches = self._threaded(epoch, steps)
+            for indices in steps:
+                if corrupt:
+                    indices = self.stand_ins(epoch, indices, corrupt)
+                yield in_memory[indices], indices
+        elif self.workers > MAX_THREADS:
+            yield from self._by_processes(epoch, steps)
         else:
-            batches = (self._collect(self._load(epoch, int(index)) for index in indices) for indices in steps)
-        for images, indices in batches:
-            flipped = flips[indices]
-            if self.image_set.flip:
-                images = torch.where(flipped[:, None, None, None].to(images.device), images.flip(-1), images)
-            yield Batch(images, indices, flipped)
+            with closing(self._ahead(epoch, steps)) as ahead:
+                for loaded in ahead:
+                    yield _stack(loaded)
+
+    def _by_processes(self, epoch: int, steps: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        processes = self._idle.pop() if self._idle else self._processes()
+        with closing(processes.run(epoch, steps)) as results:
+            for stacked, loaded in results:
+                self._counted(loaded)
+                yield stacked
+        self._idle.append(processes)
+
+    def _processes(self) -> Processes:
+        alone = copy.copy(self)
+        alone.workers, alone.corrupt, alone._idle = 0, {}, []
+        return Processes(alone.load_all, self.workers)
+
+    def load_all(self, epoch: int, wanted: list[int]) -> tuple[tuple[torch.Tensor, torch.Tensor], list[Loaded]]:
+        """A batch as processes make it: (images, indices), and what `load` says of each, without the pictures."""
+        loaded = [self.load(epoch, index) for index in wanted]
+        complete = all(each.item is not None for each in loaded)
+        stacked = _stack(loaded) if complete else (torch.empty(0), torch.empty(0))
+        return stacked, [replace(each, item=None if each.item is None else True) for each in loaded]
+
+    def _ahead(self, epoch: int, steps: list[torch.Tensor]) -> Iterator[list[Loaded]]:
+        """The loaded pictures of each step, in threads and ahead of time where there are workers."""
+        if not self.workers:
+            for indices in steps:
+                yield self._counted([self.load(epoch, index) for index in indices.tolist()])
+            return
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="loader")
+        ahead: deque[list[Future]] = deque()
+        # Small batches: enough of them that no thread waits for the one in use.
+        depth = max(_AHEAD, 2 * self.workers * self.world // self.batch_size)
+        try:
+            waiting = iter(steps)
+            while True:
+                while len(ahead) <= depth and (indices := next(waiting, None)) is not None:
+                    ahead.append([pool.submit(self.load, epoch, index) for index in indices.tolist()])
+                if not ahead:
+                    return
+                yield self._counted([future.result() for future in ahead.popleft()])
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _counted(self, loaded: list[Loaded]) -> list[Loaded]:
+        """The same, with its corrupt pictures counted; UserError where there are too many or none could be read."""
+        for each in loaded:
+            self.note_corrupt(each.corrupt)
+            if each.item is None:
+                raise self._too_many(self.corrupt)
+        return loaded
 
     def _rng(self, *stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *stream])
 
-    def _load(self, epoch: int, index: int) -> tuple[torch.Tensor, int, dict[str, str]]:
-        """(picture, its index, what was found corrupt on the way): the picture asked for, or the one in its place."""
-        bad: dict[str, str] = {}
-        wanted, replace = index, None
-        for _ in range(_ATTEMPTS):
-            try:
-                image = self.image_set.train_image(index, self._rng(_CROP, epoch, index))
-                return image, index, bad
-            except CorruptImage as error:
-                bad[self.image_set.label(index)] = str(error)
-            if len(bad) > self._tolerated:
-                break
-            replace = replace or self._rng(_REPLACE, epoch, wanted)
-            index = int(replace.integers(len(self.image_set)))
-        raise self._too_many(bad)
-
-    def _collect(self, loaded: Iterator[tuple[torch.Tensor, int, dict[str, str]]]) -> tuple[torch.Tensor, torch.Tensor]:
-        images, indices = [], []
-        for image, index, bad in loaded:
-            images.append(image)
-            indices.append(index)
-            self.note_corrupt(bad)
-        return torch.stack(images), torch.tensor(indices)
-
-    def _threaded(self, epoch: int, steps: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="loader")
-        ahead: deque[list[Future]] = deque()
-        try:
-            waiting = iter(steps)
-            while True:
-                while len(ahead) <= _AHEAD and (indices := next(waiting, None)) is not None:
-                    ahead.append([pool.submit(self._load, epoch, index) for index in indices.tolist()])
-                if not ahead:
-                    return
-                yield self._collect(future.result() for future in ahead.popleft())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    def _crop_rng(self, epoch: int, index: int) -> np.random.Generator:
+        # Making a generator takes 70 µs under the interpreter lock: not where nothing is drawn from it.
+        return self._rng(_CROP, epoch, index) if self.image_set.random_crop else self._unused
 
     def _too_many(self, corrupt: dict[str, str]) -> UserError:
         first = "; ".join(list(corrupt.values())[:3])
         return UserError(f"{len(corrupt)} of {len(self.image_set)} images of {self.image_set.name} are corrupt or "
                          f"missing, more than {MAX_CORRUPT:.0%}: {first}")
+
+
+def _stack(loaded: list[Loaded]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.stack([each.item for each in loaded]), torch.tensor([each.index for each in loaded])

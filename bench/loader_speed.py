@@ -1,0 +1,167 @@
+"""Decoded training pictures a second: Pillow in threads, Pillow in processes, DALI; with the pixels' difference.
+
+    python bench/loader_speed.py [--images 256] [--threads 1 2] [--rounds 5] [--photos FOLDER]
+                                 [--crop center]
+
+Each number of threads is measured in a process of its own that may use as many cores and no others, so "a core" means
+what it says. What is compared takes turns; the median round counts. Pictures are JPEGs of 640 x 480 with a photo's
+spectrum, resized to 224, centre-cropped (or stretched, bicubically) and mirrored. DALI on a GPU has all cores that
+this process has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
+
+from machine import cpu_name, gpu_name  # noqa: E402
+
+from spot_fast.data import Folder, Loader  # noqa: E402
+from spot_fast.data import loader as loader_module  # noqa: E402
+from spot_fast.data.dali_loader import DaliLoader  # noqa: E402
+from spot_fast.data.dali_pipeline import unavailable  # noqa: E402
+
+BATCH = 32
+
+
+def make_photos(folder: Path, count: int, width: int = 640, height: int = 480, quality: int = 90) -> None:
+    """JPEGs of noise whose amplitude falls with the frequency, as that of photos does; colours fall faster."""
+    rng = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
+    frequency = np.maximum(frequency, 1 / max(width, height))
+
+    def noise(power: float, deviation: float) -> np.ndarray:
+        phase = np.exp(2j * np.pi * rng.random((height, width)))
+        values = np.fft.ifft2(frequency**-power * phase).real
+        return values * (deviation / values.std())
+
+    for number in range(count):
+        grey, red, blue = 128 + noise(1.2, 50), noise(1.5, 15), noise(1.5, 15)
+        pixels = np.stack([grey + red, grey, grey + blue], -1).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:05d}.jpg", quality=quality)
+
+
+def pin(count: int) -> int:
+    """Leaves this process, and what it starts, `count` of its cores, or as many as there are."""
+    cores = sorted(os.sched_getaffinity(0))[:count]
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
+    return len(cores)
+
+
+class ProcessLoader(Loader):
+    """Workers are processes, however few."""
+
+    def _stacked(self, epoch, steps):
+        return self._by_processes(epoch, steps)
+
+
+def loaders(images: Folder, threads: int) -> dict[str, Loader]:
+    """What is compared, by its name in the table; the first is the reference for pixels."""
+    found = {"Pillow, threads": Loader(images, BATCH, workers=min(threads, loader_module.MAX_THREADS)),
+             "Pillow, processes": ProcessLoader(images, BATCH, workers=threads)}
+    if not unavailable(torch.device("cpu")):
+        found["DALI, CPU"] = DaliLoader(images, BATCH, workers=threads, device="cpu")
+    return found
+
+
+def gpu_loaders(images: Folder, threads: int) -> dict[str, Loader]:
+    """Pillow for reference, and DALI decoding on the GPU."""
+    device = torch.device("cuda")
+    return {"Pillow, processes": ProcessLoader(images, BATCH, workers=threads),
+            "DALI, GPU": DaliLoader(images, BATCH, workers=threads, device=device)}
+
+
+def rate(loader: Loader, epoch: int) -> float:
+    """Images/s of a whole epoch, on the device."""
+    begin, count = time.perf_counter(), 0
+    for batch in loader.epoch(epoch):
+        count += len(batch)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return count / (time.perf_counter() - begin)
+
+
+def difference(loader: Loader, reference: Loader) -> tuple[int, float]:
+    """(largest, mean) difference of the same epoch's pixels, in levels of 255."""
+    largest, means = 0, []
+    for one, other in zip(loader.epoch(0), reference.epoch(0), strict=True):
+        if not torch.equal(one.indices, other.indices):
+            raise AssertionError("the loaders do not agree on the order of pictures")
+        apart = (one.images.cpu().int() - other.images.int()).abs()
+        largest, means = max(largest, int(apart.max())), [*means, float(apart.float().mean())]
+    return largest, statistics.fmean(means)
+
+
+def measure(compared: dict[str, Loader], images: Folder, rounds: int, cores: int) -> list[dict]:
+    """A row for each loader: name, cores, images_s (median round), max and mean (pixels)."""
+    reference = Loader(images, BATCH)
+    apart = {name: difference(loader, reference) for name, loader in compared.items()}  # warms everything up as well
+    rates = {name: [] for name in compared}
+    for epoch in range(1, rounds + 1):
+        for name, loader in compared.items():
+            rates[name].append(rate(loader, epoch))
+    return [dict(name=name, cores=cores, images_s=statistics.median(rates[name]), max=apart[name][0],
+                 mean=apart[name][1]) for name in compared]
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| decoded by | cores | images/s | images/s a core | pixels, max | pixels, mean |", "|---" * 6 + "|"]
+    for row in rows:
+        per_core = f"{row['images_s'] / row['cores']:.0f}"
+        lines.append(f"| {row['name']} | {row['cores']} | {row['images_s']:.0f} | {per_core} | {row['max']} | "
+                     f"{row['mean']:.3f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=256, help="how many JPEGs to make, or to use of --photos")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="cores, and threads or processes")
+    parser.add_argument("--rounds", type=int, default=5, help="epochs measured of each")
+    parser.add_argument("--photos", type=Path, help="a folder of pictures to use instead of generated ones")
+    parser.add_argument("--crop", choices=("center", "random", "stretch"), default="center", help="as of training")
+    parser.add_argument("--rows", choices=("cpu", "gpu"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rows:
+        cores = pin(arguments.threads[0])
+        images = Folder(arguments.photos, image_size=224, crop=arguments.crop, flip=True,
+                        limit=arguments.images)
+        compared = (gpu_loaders if arguments.rows == "gpu" else loaders)(images, cores)
+        print(json.dumps(measure(compared, images, arguments.rounds, cores)))
+        return
+    with tempfile.TemporaryDirectory() as made:
+        photos = arguments.photos or Path(made)
+        if not arguments.photos:
+            make_photos(photos, arguments.images)
+        jobs = [("cpu", threads) for threads in arguments.threads]
+        if torch.cuda.is_available() and not unavailable(torch.device("cuda")):
+            jobs.append(("gpu", len(os.sched_getaffinity(0))))
+        rows = []
+        for kind, threads in jobs:
+            command = [sys.executable, __file__, "--rows", kind, "--threads", str(threads), "--photos", str(photos),
+                       "--images", str(arguments.images), "--rounds", str(arguments.rounds), "--crop", arguments.crop]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            rows += json.loads(output.strip().splitlines()[-1])
+    print(table(rows))
+    sizes = "photos" if arguments.photos else "JPEGs of 640 x 480, quality 90"
+    device = f", {gpu_name()}" if torch.cuda.is_available() else ""
+    print(f"\n{arguments.images} {sizes}; median of {arguments.rounds} rounds on {cpu_name()}{device}")
+
+
+if __name__ == "__main__":
+    main()

@@ -57,7 +57,7 @@ def _train(args: Arguments) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     trainer = Trainer(config, device=device, teacher=teacher)
-    with RunFolder.create(config, root=args.runs, out=args.out) as folder:
+    with RunFolder.create(trainer.config, root=args.runs, out=args.out) as folder:
         return _run(trainer, folder, args)
 
 
@@ -129,7 +129,7 @@ def _resume(args: Arguments, path: Path, device: torch.device) -> int:
         about = read_metadata(path / STATE) if (path / STATE).is_file() else {}
         _same_machine(args, about, device)
         trainer = Trainer(config, device=device, teacher=_same_teacher(args, config, about, path))
-        write_config(path, config)
+        write_config(path, trainer.config)
         return _run(trainer, folder, args)
 
 

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from .checkpoint import MODEL, STATE, frozen_encoder, read_tensors, save_tensors
 from .config import Config
-from .data import Batch, Loader, cache, feature_cache, open_set, pixel_cache
+from .data import Batch, Loader, cache, feature_cache, open_set, pixel_cache, prefetch
+from .data.loader import MAX_THREADS
+from .data.loaders import open_loader
 from .encoder import encoder_identity, normalise
 from .errors import UserError
 from .interrupt import StopRequest
@@ -77,11 +79,13 @@ class Trainer:
     """A run of `config` on `device`; stage 2 needs its teacher's folder. UserError where something is missing."""
 
     def __init__(self, config: Config, *, device: torch.device, teacher: Path | None = None) -> None:
-        self.config, self.device, self.teacher_path = config, device, teacher
+        self.device, self.teacher_path = device, teacher
         self.precision = resolve(config.precision, device)
         self.train_set = open_set(config, "train")
         self.val_set = open_set(config, "val") if config.eval_images else None
-        self.loader = Loader(self.train_set, config.batch_size, config.seed, config.workers)
+        self.loader, self.decoding = open_loader(config.loader, self.train_set, config.batch_size, config.seed,
+                                                 config.workers, device)  # fmt: skip
+        self.config = config = replace(config, loader=self.loader.kind)
         self.rate = learning_rate(config, len(self.train_set))
         self.total_steps = self.rate.total_steps
 
@@ -142,7 +146,8 @@ class Trainer:
         """What `frozen_features` gives for a picture, and what that depends on besides the picture."""
         config = self.config
         one = torch.zeros(1, 3, config.image_size, config.image_size, dtype=torch.uint8)
-        key = f"{self.identity['sha256']} {config.feature_norm} {self.precision} {self.device.type}"
+        words = (self.identity["sha256"], config.feature_norm, self.precision, self.device.type, self.loader.kind)
+        key = " ".join(map(str, words))
         keys = key, f"{key} {self.model.encoder.first_last_block}"
         return [feature_cache.Field(name, tuple(value.shape[1:]), value.dtype, key)
                 for name, key, value in zip(("target", "hidden"), keys, self.frozen_features(one), strict=False)]
@@ -222,9 +227,13 @@ class Trainer:
     def batches(self) -> Iterator[Batch | tuple[Tensor, ...]]:
         """What is left of the current epoch: batches of pictures, or their frozen features where those are cached."""
         epoch, start = divmod(self.step, self.loader.steps_per_epoch)
-        if self.cache is None:
-            return self.loader.epoch(epoch, start)
-        return self.cache.epoch(self.loader, epoch, start, self.device)
+        if self.cache is not None:
+            return self.cache.epoch(self.loader, epoch, start, self.device)
+        batches = self.loader.epoch(epoch, start)
+        # DALI's are on the device already, pictures in memory need no time on a CPU.
+        if self.loader.kind == "torch" and (self.device.type == "cuda" or self.loader.image_set is not self.train_set):
+            return prefetch.to_device(batches, self.device)
+        return batches
 
     def _fill_cache(self, display: Display) -> None:
         """Caches frozen features or pixels where that pays, and says so."""
@@ -233,13 +242,16 @@ class Trainer:
         config, folder = self.config, cache.default_folder(self.config.cache_dir)
         fields = self.frozen_fields()
         plan = cache.plan(config.cache, self.train_set, fields, epochs=config.epochs, device=self.device, folder=folder)
+        if self.train_set.content_key() and plan.kind != "pixels" and not plan.complete:
+            display.line(self.decoding)
         display.line(plan.reason)
         if plan.kind == "pixels":
             store = pixel_cache.store_of(self.train_set, folder)
             pixel_cache.build(self.train_set, store, workers=config.workers, too_many=self.loader.note_corrupt,
                               say=display.line)  # fmt: skip
             cached = pixel_cache.CachedPixels(self.train_set, store, plan.device)
-            self.loader = Loader(cached, config.batch_size, config.seed, config.workers)
+            # Its rows are only copied: threads do, and a process would be sent a copy of the whole file.
+            self.loader = Loader(cached, config.batch_size, config.seed, min(config.workers, MAX_THREADS))
             self.loader.note_corrupt(dict(store.corrupt.values()))
         elif plan.on_disk is not None:
             stores = feature_cache.stores_of(self.train_set, fields, folder)

@@ -6,11 +6,11 @@ from PIL import Image
 from spot_fast.data import Folder
 
 
-def make_pictures(root, count, size=(40, 24), seed=0):
-    """`count` PNGs of noise, named 000.png and so on."""
+def make_pictures(root, count, size=(40, 24), seed=0, ending="png"):
+    """`count` pictures of noise, named 000.png and so on."""
     rng = np.random.default_rng(seed)
     for i in range(count):
-        Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(root / f"{i:03d}.png")
+        Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(root / f"{i:03d}.{ending}")
     return root
 
 

@@ -53,6 +53,21 @@ def test_features_on_disk(on_files, stage, precision, teacher):
     assert len(metrics(runs[0])) > 5
 
 
+def test_dali_with_and_without_cache(on_files, tmp_path_factory, pictures, monkeypatch):
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    jpegs = make_pictures(tmp_path_factory.mktemp("jpegs"), 22, size=(60, 45), ending="jpg")
+    truncate(jpegs / "013.jpg")
+    monkeypatch.setattr(trainer_module, "open_set", lambda config, split: folder_module.Folder(
+        jpegs, image_size=config.image_size, flip=config.flip))  # fmt: skip
+    by_dali = [on_files(mode, small(loader="dali")) for mode in ("none", "features", "features")]
+    for run in by_dali[1:]:
+        assert_same_run(by_dali[0], run)
+    by_pillow = on_files("features", small(loader="torch"))  # not from the features of DALI's pixels
+    losses = [[line["loss"] for line in metrics(run) if line["kind"] == "epoch"] for run in (by_dali[0], by_pillow)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert "013.jpg" in (by_dali[0] / "corrupt.txt").read_text()
+
+
 def test_stage_2_reads_the_targets_of_stage_1(on_files, teacher, tmp_path):
     on_files("features", small())
     (targets,) = (tmp_path / "cache").glob("features-target-*")

@@ -26,12 +26,13 @@ _DISK_MARGIN = 2**28  # left free in any case
 @dataclass(frozen=True)
 class Plan:
     """kind: none, pixels or features. device: whose memory holds them, None where they are read from `on_disk`, a
-    folder (None: not on disk). reason: the sentence that tells the user."""
+    folder (None: not on disk). complete: they are there already. reason: the sentence that tells the user."""
 
     kind: str
     reason: str
     device: torch.device | None = None
     on_disk: Path | None = None
+    complete: bool = False
 
 
 def default_folder(given: str | None) -> Path:
@@ -85,9 +86,9 @@ def _features(image_set: ImageSet, fields: Sequence[Field], folder: Path, device
         if device.type == "cpu" or holder == device:
             held = f" and held on {device.type}" if device.type != "cpu" else ""
             return Plan("features", f"{what}, {state} {folder}{rest}{held}",
-                        device if held else None, folder)  # fmt: skip
+                        device if held else None, folder, built == size)  # fmt: skip
         if asked or holder is not None:
-            return Plan("features", f"{what}, {state} {folder}{rest}", None, folder)
+            return Plan("features", f"{what}, {state} {folder}{rest}", None, folder, built == size)
         return Plan("none", f"{what}, do not fit the memory, and to read them from disk takes longer than to compute "
                             "them on a GPU")  # fmt: skip
     if holder is not None:

@@ -42,6 +42,8 @@ class DaliLoader(Loader):
     UserError where DALI is not installed or does not run here.
     """
 
+    kind = "dali"
+
     def __init__(self, image_set: ImageFiles, batch_size: int, seed: int = 0, workers: int = 0, *,
                  device: torch.device | str = "cpu", dtype: torch.dtype = torch.uint8, rank: int = 0,
                  world: int = 1) -> None:

@@ -68,7 +68,11 @@ class Loader:
 
     A corrupt picture is replaced by another one, drawn deterministically, and is counted in `corrupt`
     {label: reason}; more than 1 % of the set corrupt is a UserError that names the first of them.
+
+    kind: what decodes, as --loader calls it; another one gives other pixels.
     """
+
+    kind = "torch"
 
     def __init__(self, image_set: ImageSet, batch_size: int, seed: int = 0, workers: int = 0, *, rank: int = 0,
                  world: int = 1) -> None:

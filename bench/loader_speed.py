@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -128,35 +129,40 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def run(count: int, threads: Sequence[int], rounds: int, photos: Path | None = None) -> list[dict]:
+    """Rows for `count` generated pictures, or the first of `photos`: a process for each number of threads, and one for
+    the GPU where DALI runs on one."""
+    with tempfile.TemporaryDirectory() as made:
+        if photos is None:
+            photos = Path(made)
+            make_photos(photos, count)
+        jobs = [("cpu", number) for number in threads]
+        if torch.cuda.is_available() and not unavailable(torch.device("cuda")):
+            jobs.append(("gpu", len(os.sched_getaffinity(0))))
+        rows = []
+        for kind, number in jobs:
+            command = [sys.executable, str(Path(__file__).resolve()), "--rows", kind, "--threads", str(number),
+                       "--photos", str(photos), "--images", str(count), "--rounds", str(rounds)]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            rows += json.loads(output.strip().splitlines()[-1])
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=256, help="how many JPEGs to make, or to use of --photos")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="cores, and threads or processes")
     parser.add_argument("--rounds", type=int, default=5, help="epochs measured of each")
     parser.add_argument("--photos", type=Path, help="a folder of pictures to use instead of generated ones")
-    parser.add_argument("--crop", choices=("center", "random", "stretch"), default="center", help="as of training")
     parser.add_argument("--rows", choices=("cpu", "gpu"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rows:
         cores = pin(arguments.threads[0])
-        images = Folder(arguments.photos, image_size=224, crop=arguments.crop, flip=True,
-                        limit=arguments.images)
+        images = Folder(arguments.photos, image_size=224, flip=True, limit=arguments.images)
         compared = (gpu_loaders if arguments.rows == "gpu" else loaders)(images, cores)
         print(json.dumps(measure(compared, images, arguments.rounds, cores)))
         return
-    with tempfile.TemporaryDirectory() as made:
-        photos = arguments.photos or Path(made)
-        if not arguments.photos:
-            make_photos(photos, arguments.images)
-        jobs = [("cpu", threads) for threads in arguments.threads]
-        if torch.cuda.is_available() and not unavailable(torch.device("cuda")):
-            jobs.append(("gpu", len(os.sched_getaffinity(0))))
-        rows = []
-        for kind, threads in jobs:
-            command = [sys.executable, __file__, "--rows", kind, "--threads", str(threads), "--photos", str(photos),
-                       "--images", str(arguments.images), "--rounds", str(arguments.rounds), "--crop", arguments.crop]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            rows += json.loads(output.strip().splitlines()[-1])
+    rows = run(arguments.images, arguments.threads, arguments.rounds, arguments.photos)
     print(table(rows))
     sizes = "photos" if arguments.photos else "JPEGs of 640 x 480, quality 90"
     device = f", {gpu_name()}" if torch.cuda.is_available() else ""

@@ -125,9 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory):
+def photos(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("photos")
-    loader_speed.make_photos(folder, 64)
+    loader_speed.make_photos(folder, *((32, 96, 72) if request.config.getoption("--tiny") else (64,)))
     return Folder(folder, image_size=224, flip=True)
 
 
@@ -138,7 +138,7 @@ def test_decoding(benchmark, photos, name):
         pytest.skip("DALI is not installed")
     largest, mean = loader_speed.difference(found[name], found["Pillow, threads"])
     assert largest <= PIXELS[0] and mean <= PIXELS[1]
-    benchmark.group = "an epoch of 64 JPEGs"
+    benchmark.group = f"an epoch of {len(photos)} JPEGs"
     benchmark.pedantic(lambda: loader_speed.rate(found[name], 1), rounds=3)
 
 
@@ -151,7 +151,7 @@ def sources(photos, tmp_path_factory):
 @pytest.mark.parametrize("name", list(cache_speed.REFERENCES))
 def test_caches(benchmark, sources, name):
     assert cache_speed.difference(sources[name](0), sources[cache_speed.REFERENCES[name]](0)) == 0
-    benchmark.group = "an epoch of 64 pictures from a cache"
+    benchmark.group = "an epoch from a cache"
     benchmark.pedantic(lambda: cache_speed.rate(sources[name](1)), rounds=5)
 
 

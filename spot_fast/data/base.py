@@ -132,6 +132,7 @@ class ImageFiles(ImageSet):
         self.flip = flip
         self.upright = upright
         self.random_crop = crop == "random"
+        self._key = ""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -185,12 +186,15 @@ class ImageFiles(ImageSet):
         return image if crop == "random" else transforms.center_crop(image, self.image_size)
 
     def content_key(self) -> str:
+        if self._key:  # to ask a large set's file system once is enough
+            return self._key
         digest = hashlib.sha256()
         words = (transforms.VERSION, self.image_size, self.crop, self.upright, len(self))
         digest.update(" ".join(map(str, words)).encode())
         for stamp in self.stamps():
-            digest.update(f"\n{stamp}".encode())
-        return digest.hexdigest()
+            digest.update(f"\n{stamp}".encode(errors="surrogateescape"))
+        self._key = digest.hexdigest()
+        return self._key
 
     def stamps(self) -> Iterator[str]:
         """A line for each file that the pictures come from; it changes when the file does: name, size and time."""

@@ -260,6 +260,11 @@ class Trainer:
                 self.cache.hold(plan.device)
         elif plan.kind == "features":
             self.cache = feature_cache.in_memory(self.loader, self.frozen_features, fields, plan.device)
+        if self.cache is not None:
+            # Nothing is decoded any more, and a decoder on the GPU would go on holding memory.
+            corrupt = self.loader.corrupt
+            self.loader = Loader(self.train_set, config.batch_size, config.seed)
+            self.loader.note_corrupt(corrupt)
 
     def _log_interval(self, folder: RunFolder, display: Display) -> None:
         values = self._means("train", self.meter.interval, self.config.log_every)

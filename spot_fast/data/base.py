@@ -191,8 +191,8 @@ class ImageFiles(ImageSet):
         digest = hashlib.sha256()
         words = (transforms.VERSION, self.image_size, self.crop, self.upright, len(self))
         digest.update(" ".join(map(str, words)).encode())
-        for stamp in self.stamps():
-            digest.update(f"\n{stamp}".encode(errors="surrogateescape"))
+        for line in self.stamps():
+            digest.update(f"\n{line}".encode(errors="surrogateescape"))
         self._key = digest.hexdigest()
         return self._key
 

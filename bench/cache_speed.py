@@ -40,7 +40,7 @@ def sources(images: Folder, folder: Path, *, workers: int, encoder: str, device:
     """What is compared, by name; caches are built below `folder`."""
     files = Loader(images, BATCH, workers=workers)
     store = pixel_cache.store_of(images, folder)
-    pixel_cache.build(images, store, workers=workers, too_many=files.note_corrupt, progress=False)
+    pixel_cache.build(files, store, progress=False)
     pixels = Loader(pixel_cache.CachedPixels(images, store), BATCH)
     vit = build_encoder(preset("coco", encoder=encoder, encoder_weights="none")).to(device)
 

@@ -83,8 +83,11 @@ class Trainer:
         self.precision = resolve(config.precision, device)
         self.train_set = open_set(config, "train")
         self.val_set = open_set(config, "val") if config.eval_images else None
-        self.loader, self.decoding = open_loader(config.loader, self.train_set, config.batch_size, config.seed,
-                                                 config.workers, device)  # fmt: skip
+        loader = config.loader
+        if loader == "auto" and self.train_set.random_crop and config.cache in ("auto", "pixels"):
+            loader = "torch"  # whole pictures are decoded once, by Pillow
+        self.loader, self.decoding = open_loader(loader, self.train_set, config.batch_size, config.seed, config.workers,
+                                                 device)  # fmt: skip
         self.config = config = replace(config, loader=self.loader.kind)
         self.rate = learning_rate(config, len(self.train_set))
         self.total_steps = self.rate.total_steps
@@ -241,14 +244,14 @@ class Trainer:
             return
         config, folder = self.config, cache.default_folder(self.config.cache_dir)
         fields = self.frozen_fields()
-        plan = cache.plan(config.cache, self.train_set, fields, epochs=config.epochs, device=self.device, folder=folder)
-        if self.train_set.content_key() and plan.kind != "pixels" and not plan.complete:
+        plan = cache.plan(config.cache, self.train_set, fields, epochs=config.epochs, device=self.device, folder=folder,
+                          decoder=self.loader.kind)  # fmt: skip
+        if self.train_set.content_key() and not plan.complete:
             display.line(self.decoding)
         display.line(plan.reason)
         if plan.kind == "pixels":
-            store = pixel_cache.store_of(self.train_set, folder)
-            pixel_cache.build(self.train_set, store, workers=config.workers, too_many=self.loader.note_corrupt,
-                              say=display.line)  # fmt: skip
+            store = pixel_cache.store_of(self.train_set, folder, self.loader.kind)
+            pixel_cache.build(self.loader, store, say=display.line)
             cached = pixel_cache.CachedPixels(self.train_set, store, plan.device)
             # Its rows are only copied: threads do, and a process would be sent a copy of the whole file.
             self.loader = Loader(cached, config.batch_size, config.seed, min(config.workers, MAX_THREADS))

@@ -7,6 +7,7 @@ import pytest
 from picture_files import make_pictures, truncate
 from spot_fast import trainer as trainer_module
 from spot_fast.data import folder as folder_module
+from spot_fast.errors import UserError
 from tiny_runs import assert_same_run, metrics, tiny, train
 
 
@@ -59,7 +60,7 @@ def test_dali_with_and_without_cache(on_files, tmp_path_factory, pictures, monke
     truncate(jpegs / "013.jpg")
     monkeypatch.setattr(trainer_module, "open_set", lambda config, split: folder_module.Folder(
         jpegs, image_size=config.image_size, flip=config.flip))  # fmt: skip
-    by_dali = [on_files(mode, small(loader="dali")) for mode in ("none", "features", "features")]
+    by_dali = [on_files(mode, small(loader="dali")) for mode in ("none", "features", "features", "pixels", "pixels")]
     for run in by_dali[1:]:
         assert_same_run(by_dali[0], run)
     by_pillow = on_files("features", small(loader="torch"))  # not from the features of DALI's pixels
@@ -85,6 +86,12 @@ def test_pixels_on_disk(on_files, crop, tmp_path):
         assert_same_run(runs[0], run)
         assert "013.png" in (run / "corrupt.txt").read_text()
     assert len(list((tmp_path / "cache").glob("pixels-*"))) == 1
+
+
+def test_whole_pictures_are_decoded_by_pillow(on_files):
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    with pytest.raises(UserError, match="--cache pixels keeps whole pictures, as Pillow .*--loader torch"):
+        on_files("pixels", small(crop="random", loader="dali"))
 
 
 def test_auto_says_what_it_chose(on_files, capsys):

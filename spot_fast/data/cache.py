@@ -41,28 +41,28 @@ def default_folder(given: str | None) -> Path:
 
 
 def plan(mode: str, image_set: ImageSet, fields: Sequence[Field], *, epochs: int, device: torch.device,
-         folder: Path) -> Plan:  # fmt: skip
+         folder: Path, decoder: str = "torch") -> Plan:  # fmt: skip
     """What to keep of `image_set` for so many epochs on `device`; mode is none, pixels, features or auto.
 
-    fields: the frozen features of a picture. UserError where what was asked for is impossible, or too large for memory
-    and disk.
+    fields: the frozen features of a picture; decoder: the loader's kind. UserError where what was asked for is
+    impossible, or too large for memory and disk.
     """
     if mode == "none":
         return Plan("none", "nothing is cached: --cache none")
     if mode == "pixels":
-        return _pixels(image_set, folder, device, asked=True, why="--cache pixels")
+        return _pixels(image_set, folder, device, decoder, asked=True, why="--cache pixels")
     if not outcomes(image_set):
         why = f"a random crop of {image_set.name} has no end of outcomes, so its features cannot be cached"
         if mode == "features":
             raise UserError(f"--cache features: {why}: use --cache pixels, or --crop center or stretch")
-        return _pixels(image_set, folder, device, asked=False, why=why, epochs=epochs)
+        return _pixels(image_set, folder, device, decoder, asked=False, why=why, epochs=epochs)
     found = _features(image_set, fields, folder, device, asked=mode == "features")
     if mode == "features" or (found.kind == "features" and epochs > outcomes(image_set)):
         return found
     if found.kind == "features":
         times = "once" if epochs == 1 else f"in {epochs} epochs about once mirrored and once not"
         found = Plan("none", f"every picture is needed {times}, so features are not cached")
-    return _pixels(image_set, folder, device, asked=False, why=found.reason, epochs=epochs)
+    return _pixels(image_set, folder, device, decoder, asked=False, why=found.reason, epochs=epochs)
 
 
 def _features(image_set: ImageSet, fields: Sequence[Field], folder: Path, device: torch.device, *,
@@ -104,13 +104,18 @@ def _refuse(asked: bool, reason: str) -> Plan:
     return Plan("none", reason)
 
 
-def _pixels(image_set: ImageSet, folder: Path, device: torch.device, *, asked: bool, why: str,
+def _pixels(image_set: ImageSet, folder: Path, device: torch.device, decoder: str, *, asked: bool, why: str,
             epochs: int = 2) -> Plan:  # fmt: skip
     if not image_set.content_key():
         return Plan("none", f"nothing is cached: {image_set.name} are in memory already" if asked else why)
     if epochs < 2:
         return Plan("none", why)
-    size, built = pixel_cache.expected_bytes(image_set), _built([pixel_cache.store_of(image_set, folder)])
+    if image_set.random_crop and decoder != "torch":
+        if asked:
+            raise UserError("--cache pixels keeps whole pictures, as Pillow decodes them, where a crop is random: use "
+                            f"--loader torch, or --cache none with --loader {decoder}")  # fmt: skip
+        return Plan("none", f"{why}, and --loader {decoder} gives no whole pictures to keep")
+    size, built = pixel_cache.expected_bytes(image_set), _built([pixel_cache.store_of(image_set, folder, decoder)])
     free = free_disk(folder)
     what = f"decoded pixels of {len(image_set)} pictures, {text(size)}"
     if size - built > (1.0 if asked else _SHARE) * (free - _DISK_MARGIN):
@@ -121,7 +126,7 @@ def _pixels(image_set: ImageSet, folder: Path, device: torch.device, *, asked: b
     state = "are read from" if built >= size else "are built once in"
     held = device.type == "cuda" and not image_set.random_crop and size <= _SHARE * free_bytes(device)
     return Plan("pixels", f"{why}: {what}, {state} {folder}{' and held on the GPU' if held else ''}",
-                device if held else None, folder)  # fmt: skip
+                device if held else None, folder, built >= size)  # fmt: skip
 
 
 def _built(stores: Sequence) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from tqdm import tqdm
 
 from ..errors import CorruptImage
 from .base import ImageFiles, ImageSet, Masks
+from .loader import Loader
 from .store import Store
 
 _SAMPLE = 64  # pictures by which the size of a cache of random crops is estimated
@@ -81,66 +84,90 @@ class _Squares:
         return self._read(indices.numpy()) if self._held is None else self._held[indices.to(self._held.device)]
 
 
-def store_of(image_set: ImageFiles, folder: Path) -> Store:
-    """The pixel store of `image_set` below `folder`, complete or not."""
-    key = image_set.content_key()
-    about = {"kind": "pixels", "key": key, "data": image_set.name}
+def store_of(image_set: ImageFiles, folder: Path, kind: str = Loader.kind) -> Store:
+    """The pixel store of `image_set` below `folder`, complete or not; kind: what decodes, as `Loader.kind`."""
+    key = hashlib.sha256(f"{image_set.content_key()} {kind}".encode()).hexdigest()
+    about = {"kind": "pixels", "key": key, "data": image_set.name, "decoder": kind}
     return Store(folder / f"pixels-{key[:20]}", len(image_set), about)
 
 
 def expected_bytes(image_set: ImageFiles) -> int:
     """Size of the pixel store: exact where pictures are squares, else by the first pictures that can be read."""
+    if not image_set.random_crop:
+        return 3 * image_set.image_size**2 * len(image_set)
     sizes = []
     for index in range(len(image_set)):
         try:
             sizes.append(image_set.prepared(index).numel())
         except CorruptImage:
             continue
-        if not image_set.random_crop or len(sizes) == _SAMPLE:
+        if len(sizes) == _SAMPLE:
             break
     return int(np.mean(sizes) * len(image_set)) if sizes else 0
 
 
-def build(image_set: ImageFiles, store: Store, *, workers: int, too_many: Callable[[dict[str, str]], None],
-          progress: bool | None = None, say: Callable[[str], None] = print) -> None:
-    """Writes the pictures that `store` lacks, decoded by `workers` threads; `too_many` is asked about corrupt ones."""
+def build(loader: Loader, store: Store, *, progress: bool | None = None, say: Callable[[str], None] = print) -> None:
+    """Writes the pictures that `store` lacks, as `loader` decodes them; UserError where too many are corrupt."""
+    image_set = loader.image_set
     with store.building(say) as writer:
         if writer is None:
             return
-        corrupt = dict(store.corrupt.values())
+        loader.note_corrupt(dict(store.corrupt.values()))
+        pictures = (_uncropped if image_set.random_crop else _squares)(loader, writer.written)
         with tqdm(total=store.count, initial=writer.written, desc="pixels", unit="image", leave=False,
-                  disable=None if progress is None else not progress) as bar:  # fmt: skip
-            for found in _prepared(image_set, range(writer.written, store.count), workers):
-                if isinstance(found, CorruptImage):
-                    label = image_set.label(writer.written)
-                    corrupt[label] = str(found)
-                    too_many(corrupt)
+                  disable=None if progress is None else not progress) as bar, closing(pictures):  # fmt: skip
+            for index, picture in enumerate(pictures, writer.written):
+                if picture is None:
                     side = 0 if image_set.random_crop else image_set.image_size
-                    blank = np.zeros((3, side, side), np.uint8)
-                    writer.append(blank, height=side, width=side, corrupt=(label, str(found)))
+                    label = image_set.label(index)
+                    writer.append(np.zeros((3, side, side), np.uint8), height=side, width=side,
+                                  corrupt=(label, loader.corrupt[label]))  # fmt: skip
                 else:
-                    writer.append(found.numpy(), height=found.shape[1], width=found.shape[2])
+                    writer.append(picture.numpy(), height=picture.shape[1], width=picture.shape[2])
                 bar.update()
 
 
-def _prepared(image_set: ImageFiles, indices: range, workers: int) -> Iterator[Tensor | CorruptImage]:
+def _squares(loader: Loader, start: int) -> Iterator[Tensor | None]:
+    """Pictures from `start` on, None for a corrupt one."""
+    wanted = list(torch.arange(start, len(loader.image_set)).split(loader.batch_size))
+    # Full batches: what decodes may be built for so many.
+    full = [torch.cat([indices, indices[:1].expand(loader.batch_size - len(indices))]) for indices in wanted]
+    with closing(loader.pictures(full)) as batches:
+        for indices, batch in zip(wanted, batches, strict=True):
+            good = (batch.indices[: len(indices)] == indices).tolist()
+            yield from (picture if right else None for picture, right in zip(batch.images.cpu(), good, strict=False))
+
+
+def _uncropped(loader: Loader, start: int) -> Iterator[Tensor | None]:
+    """The same before the crop, decoded by Pillow in threads."""
+    image_set = loader.image_set
+
     def load(index: int) -> Tensor | CorruptImage:
         try:
             return image_set.prepared(index)
         except CorruptImage as error:
             return error
 
-    if not workers:
-        yield from map(load, indices)
+    def settled(index: int, found: Tensor | CorruptImage) -> Tensor | None:
+        if not isinstance(found, CorruptImage):
+            return found
+        loader.note_corrupt({image_set.label(index): str(found)})
+        return None
+
+    indices = range(start, len(image_set))
+    if not loader.workers:
+        for index in indices:
+            yield settled(index, load(index))
         return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="pixels")
+    pool = ThreadPoolExecutor(loader.workers, thread_name_prefix="pixels")
     waiting: deque = deque()
     try:
         for index in indices:
-            waiting.append(pool.submit(load, index))
-            if len(waiting) > 4 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            waiting.append((index, pool.submit(load, index)))
+            if len(waiting) > 4 * loader.workers:
+                index, future = waiting.popleft()
+                yield settled(index, future.result())
+        for index, future in waiting:
+            yield settled(index, future.result())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

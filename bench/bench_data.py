@@ -36,6 +36,8 @@ from spot_fast.files import atomic_write  # noqa: E402
 PIXELS = (12, 0.5)
 SCORES = 1e-9
 METRICS_MS = 10.0
+# On a GPU: a pixel in ten thousand may fall to another of two equal masks, and COCO val's 5,000 may take 20 s.
+GPU_SCORES, COCO_VAL, COCO_SECONDS = 1e-3, 5000, 20.0
 # Images/s that training without caches asks for: 64 images a step of 11 ms in stage 1, of 18 ms in stage 2.
 APPETITE = {"stage 1": 64 / 0.011, "stage 2": 64 / 0.018}
 _COLUMNS = ("part", "name", "cores", "value", "unit", "reference", "times", "difference", "date", "cpu", "accelerator",
@@ -69,6 +71,16 @@ def rows(images: int, rounds: int, device: torch.device, encoder: str) -> tuple[
             f"metrics of 64 pictures, 320 x 320, 7 masks, both kinds, one core: {scored.ours_ms:.2f} ms a picture; "
             f"one-hot maps {scored.per_mask_ms:.1f} ms, {scored.ratio:.0f} times as long; scores differ by "
             f"{scored.difference:.1e}"]  # fmt: skip
+    if device.type == "cuda":
+        there = evaluation_speed.on_device(evaluation_speed.pictures(256, size=320, masks=7, grid=14), device, rounds)
+        seconds = COCO_VAL * there.ours_ms / 1000
+        found.append(dict(part="metrics", name="the same on the GPU", cores=1, value=there.ours_ms, unit="ms a picture",
+                          reference="a CPU core", difference=there.difference))
+        text.append(f"on the GPU {there.ours_ms:.2f} ms a picture, {seconds:.1f} s for COCO's {COCO_VAL:,}; scores "
+                    f"differ by {there.difference:.1e}")  # fmt: skip
+        wrong += [f"metrics on the GPU: scores differ by {there.difference:.1e}"] * (there.difference > GPU_SCORES)
+        wrong += [f"COCO's {COCO_VAL:,} pictures take {seconds:.0f} s, more than {COCO_SECONDS:g}"] * (
+            seconds > COCO_SECONDS)  # fmt: skip
     return found, "\n".join(text), wrong
 
 

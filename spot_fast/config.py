@@ -43,7 +43,8 @@ class Config:
                               "none", "data")
     loader: str = _option("auto", "what decodes images: dali, torch (Pillow), or auto: DALI where it is installed and "
                           "there is a GPU; config.json keeps the choice", "data", ("auto", "dali", "torch"))
-    workers: int = _option(2, "threads, above 4 processes, that decode images (scenes need none)", "data")
+    workers: int | None = _option(None, "threads, above 4 processes, that decode images (default: one a core, at most "
+                                  "16)", "data")
     cache: str = _option("auto", "what is kept of the training pictures: nothing, decoded pixels, frozen features, or "
                          "auto, which says what it chose and why", "data", ("auto", "none", "pixels", "features"))
     cache_dir: str | None = _option(None, "folder of caches on disk (default: $SPOT_FAST_CACHE or ~/.cache/spot_fast)",

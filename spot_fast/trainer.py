@@ -254,7 +254,7 @@ class Trainer:
             pixel_cache.build(self.loader, store, say=display.line)
             cached = pixel_cache.CachedPixels(self.train_set, store, plan.device)
             # Its rows are only copied: threads do, and a process would be sent a copy of the whole file.
-            self.loader = Loader(cached, config.batch_size, config.seed, min(config.workers, MAX_THREADS))
+            self.loader = Loader(cached, config.batch_size, config.seed, min(self.loader.workers, MAX_THREADS))
             self.loader.note_corrupt(dict(store.corrupt.values()))
         elif plan.on_disk is not None:
             stores = feature_cache.stores_of(self.train_set, fields, folder)

@@ -98,3 +98,12 @@ def test_dali_is_imported_only_where_it_is_used():
     code = "import sys, spot_fast.data.loaders; sys.exit('nvidia.dali' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+@pytest.mark.parametrize("cores, world, expected", [(2, 1, 2), (64, 1, 16), (16, 4, 4), (2, 8, 1)])
+def test_workers_are_the_cores(monkeypatch, tmp_path, cores, world, expected):
+    for i in range(8):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    loader, _ = open_loader("torch", Folder(tmp_path, image_size=8), 8, 0, None, CPU, world=world)
+    assert loader.workers == expected

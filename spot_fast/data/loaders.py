@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from ..errors import UserError
@@ -10,10 +12,14 @@ from .dali_loader import DaliLoader
 from .dali_pipeline import unavailable
 from .loader import MAX_THREADS, Loader
 
+_MOST_WORKERS = 16  # unasked
 
-def open_loader(config_loader: str, image_set: ImageSet, batch_size: int, seed: int, workers: int,
+
+def open_loader(config_loader: str, image_set: ImageSet, batch_size: int, seed: int, workers: int | None,
                 device: torch.device, rank: int = 0, world: int = 1) -> tuple[Loader, str]:
     """(the loader, a line that says what decodes and why).
+
+    workers: None is one for each core that this process may use and shares with the `world`, at most 16.
 
     auto is DALI where it works and `device` is a GPU. On a CPU it is Pillow, whose pixels are the reference, though
     DALI decodes 335 images/s a core there to Pillow's 248 (JPEGs of 640 x 480; photos of 480 x 360, 552 to 396, but
@@ -22,6 +28,8 @@ def open_loader(config_loader: str, image_set: ImageSet, batch_size: int, seed: 
     """
     if config_loader not in ("auto", "dali", "torch"):
         raise UserError(f"--loader {config_loader} is unknown: use auto, dali or torch")
+    if workers is None:
+        workers = max(1, min(_MOST_WORKERS, _cores() // world))
     loader, why = None, ""
     if getattr(image_set, "images", None) is not None:
         return (Loader(image_set, batch_size, seed, workers, rank=rank, world=world),
@@ -52,3 +60,8 @@ def open_loader(config_loader: str, image_set: ImageSet, batch_size: int, seed: 
         "in one thread" if workers else "in the thread that trains")
     return (Loader(image_set, batch_size, seed, workers, rank=rank, world=world),
             f"images are decoded by Pillow {where}: {why}")
+
+
+def _cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -26,6 +26,7 @@ from .encoder import normalise
 from .errors import UserError
 from .metrics import Pairs, Scores, count_pairs, labels_from_soft, pair_labels
 from .model import Spot
+from .precision import autocast, resolve
 from .protocols import GroundTruth, Protocol, chosen
 
 WORKERS = min(8, os.cpu_count() or 1)
@@ -120,6 +121,7 @@ def evaluate(
     seed: int = 0,
     limit: int = 0,
     workers: int = WORKERS,
+    precision: str = "float32",
     progress: bool = True,
 ) -> Evaluation:
     """Scores `model`, on its device, on the first `limit` (0 = all) pictures of `val_set`.
@@ -127,7 +129,8 @@ def evaluate(
     The decoder is given the slots of one slot-attention pass, in patch order 0 and in all orders averaged; k-means runs
     on the frozen target features with as many clusters as slots; block masks are the best by mBO_i of 1 to 4 columns
     with as many masks as slots, and each of `layouts` (columns, masks). `workers` threads read ahead (0: none).
-    Pictures that cannot be read are skipped and named in `skipped`.
+    precision: float32, bf16 or auto, of the model alone. Pictures that cannot be read are skipped and named in
+    `skipped`.
 
     UserError where the set has no masks, where no picture can be read, or where a protocol is unknown.
     """
@@ -142,7 +145,7 @@ def evaluate(
         raise UserError(f"{val_set.name} has no validation pictures: set val_images or the data folder")
     start = time.perf_counter()
     truths = [GroundTruth(protocol, val_set) for protocol in chosen(protocols)]
-    run = _Pass(model, seed, [truth.protocol for truth in truths], layouts)
+    run = _Pass(model, seed, [truth.protocol for truth in truths], layouts, precision)
 
     def load(index: int) -> tuple[int, Tensor, list[Masks]]:
         read: dict[bool, FullLabels] = {}
@@ -218,9 +221,10 @@ class _Pass:
     """One pass over a validation set: the model's outputs batch by batch, scored as they come."""
 
     def __init__(self, model: Spot, seed: int, protocols: Sequence[Protocol],
-                 layouts: Sequence[tuple[int, int]]) -> None:  # fmt: skip
+                 layouts: Sequence[tuple[int, int]], precision: str) -> None:  # fmt: skip
         self.model, self.seed, self.protocols = model, seed, protocols
         self.device = next(model.slot_encoder.parameters()).device
+        self.precision = resolve(precision, self.device)
         self.num_slots = model.slot_encoder.num_slots
         self.orders = [1] if model.num_orders == 1 else [1, model.num_orders]
         self.squared_error = dict.fromkeys(self.orders, 0.0)
@@ -237,14 +241,15 @@ class _Pass:
     def add(self, labels: Sequence[str], indices: Sequence[int], images: Sequence[Tensor],
             masks: Sequence[Sequence[Masks]]) -> None:  # fmt: skip
         model = self.model
-        features, target = model.encode(normalise(torch.stack(images).to(self.device)))
         noise = None
         if model.slot_encoder.init == "gaussian":
             noise = slot_noise(self.seed, indices, self.num_slots, model.slot_encoder.slot_dim).to(self.device)
-        output = model(features, target, noise=noise)
-        decoded = {1: (output.prediction, output.masks)}
-        if model.num_orders > 1:
-            decoded[model.num_orders] = model.decode_all_orders(output.slots, target)
+        with autocast(self.precision, self.device):
+            features, target = model.encode(normalise(torch.stack(images).to(self.device)))
+            output = model(features, target, noise=noise)
+            decoded = {1: (output.prediction, output.masks)}
+            if model.num_orders > 1:
+                decoded[model.num_orders] = model.decode_all_orders(output.slots, target)
         clusters = kmeans_labels(target, self.num_slots, self.seed, indices=torch.tensor(indices))
         for orders, (prediction, _) in decoded.items():
             self.squared_error[orders] += F.mse_loss(prediction.float(), target.float()).item() * len(indices)

@@ -73,7 +73,7 @@ def test_json_is_the_table(here, call):
     content = json.loads((here / "table.json").read_text(encoding="utf-8"))
     assert content["protocol"] == "spot" and content["unit"] == "fraction" and content["summary"] == []
     assert content["versions"]["torch"] == torch.__version__
-    assert content["settings"] == {"seed": 2, "batch_size": 3, "limit": 4, "device": "cpu"}
+    assert content["settings"] == {"seed": 2, "batch_size": 3, "limit": 4, "device": "cpu", "precision": "float32"}
     (run,) = content["runs"]
     assert (run["run"], run["preset"], run["stage"], run["seed"]) == ("a", "scenes", 1, 3)
     assert run["images"] == 4 and run["skipped"] == {} and run["seconds_per_image"] > 0
@@ -269,3 +269,14 @@ def test_help(capsys):
     assert stop.value.code == 0 and "(default: the newest finished)" in text
     for protocol in PROTOCOLS.values():
         assert f"{protocol.name}: {protocol.about}" in text and protocol.source in text
+
+
+def test_precision_is_of_the_model_and_is_told(here, call):
+    make_run(here / "runs" / "scenes-stage1-001")
+    losses = []
+    for precision in ("float32", "bf16"):
+        assert call("--precision", precision, "--json", "all.json")[0] == 0
+        found = json.loads((here / "all.json").read_text())
+        assert found["settings"]["precision"] == precision
+        losses.append(found["runs"][0]["reconstruction_loss"][0]["loss"])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)

@@ -76,6 +76,12 @@ def test_damage_is_an_error_that_names_the_folder(tmp_path):
     file.write_bytes(content[:100])
     with pytest.raises(UserError, match="rows.bin is shorter than its index says"):
         Store(tmp_path / "s", 9, {})
+    file.unlink()
+    with pytest.raises(UserError, match="rows.bin is shorter than its index says"):
+        Store(tmp_path / "s", 9, {})
+    (tmp_path / "s" / "corrupt.json").write_text('{"1": ["a.jp')
+    with pytest.raises(UserError, match=r"corrupt\.json cannot be read"):
+        Store(tmp_path / "s", 9, {})
 
 
 def test_corrupt_pictures_keep_label_and_reason(tmp_path):

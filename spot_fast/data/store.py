@@ -50,12 +50,15 @@ class Store:
         self.lines = np.fromfile(self._index, _LINE, self.written) if self.written else np.empty(0, _LINE)
         self.corrupt: dict[int, tuple[str, str]] = {}  # row → label, reason
         if (self.folder / "corrupt.json").is_file():
-            found = json.loads((self.folder / "corrupt.json").read_text(encoding="utf-8"))
-            self.corrupt = {int(row): (label, reason) for row, (label, reason) in found.items()}
+            try:
+                found = json.loads((self.folder / "corrupt.json").read_text(encoding="utf-8"))
+                self.corrupt = {int(row): (label, reason) for row, (label, reason) in found.items()}
+            except (ValueError, TypeError, AttributeError):
+                raise self._damaged("corrupt.json cannot be read") from None
         self._checked = np.zeros(self.count, bool)
         self._bytes = None
         if self.complete and self.count and self.nbytes:
-            if self._rows.stat().st_size < self.nbytes:
+            if not self._rows.is_file() or self._rows.stat().st_size < self.nbytes:
                 raise self._damaged("rows.bin is shorter than its index says")
             # Copy on write, because PyTorch warns about memory that it may not write to; nothing writes.
             self._bytes = np.memmap(self._rows, np.uint8, "c")

@@ -111,6 +111,9 @@ def _of_files(title: str, name: str, reader: Callable[..., ImageFiles], decode: 
             summary += f", {_masks(image_set)}"
         elif split == "val":
             found.notes.append("no masks: it trains and segments, but cannot be evaluated")
+        if split == "val" and name == "coco" and image_set.instances.class_of is not coco.CLASS_OF_CATEGORY:
+            count = len(image_set.instances.class_of)
+            found.notes.append(f"its {count} categories are its own, not COCO's: classes are their places in its list")
         if split == "train" and name == "voc" and len(image_set) != voc.TRAINAUG:
             found.notes.append(f"trainaug has {len(image_set):,} names here and {voc.TRAINAUG:,} in published results")
         inspections = [partial(_inspect, image_set, index, path not in seen, decode)

@@ -1,6 +1,7 @@
 """COCO 2017 as it is distributed: annotations/instances_*.json beside the image folders.
 
-Label maps are those of `instances`. A class is the place of its category in the list of COCO's ids, from 1 to 80.
+Label maps are those of `instances`. A class is the place of its category in the list of COCO's ids, from 1 to 80. A
+set in COCO's layout that lists other categories has its own, numbered by their place in its list.
 """
 
 from __future__ import annotations

@@ -37,8 +37,9 @@ class Listed:
 class Instances:
     """Images and annotations of `path`; UserError where it is not such a file.
 
-    class_of: category id → class from 1. Without it the file's own categories are numbered from 1 in their order, and
-    where it has none, `class_of` stays None, every annotation counts and the class of all is 1.
+    class_of: category id → class from 1. Without it, or where the file lists a category that it lacks, the file's own
+    categories are numbered from 1 in their order; where the file has none either, `class_of` stays None, every
+    annotation counts and the class of all is 1.
     needs: what belongs there, for the message where the file is missing.
     """
 
@@ -48,8 +49,9 @@ class Instances:
         self.images = _listed(path, _list(content, "images", path))
         annotations = _list(content, "annotations", path)
         try:
-            if class_of is None and content.get("categories"):
-                class_of = {category["id"]: place for place, category in enumerate(content["categories"], start=1)}
+            listed = [category["id"] for category in content.get("categories") or ()]
+            if listed and (class_of is None or not set(listed) <= class_of.keys()):
+                class_of = {category: place for place, category in enumerate(listed, start=1)}
             self.class_of = class_of
             self._annotations = defaultdict(list)
             for annotation in annotations:

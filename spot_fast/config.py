@@ -26,6 +26,8 @@ class Config:
 
     precision: str = _option("auto", "float32, bf16 (float32 weights), or auto: bf16 where the device multiplies it in "
                              "hardware; config.json keeps the choice", "run", ("auto", "float32", "bf16"))
+    compile: str = _option("auto", "compile the forward pass with torch.compile: yes, no, or auto: on a GPU; "
+                           "config.json keeps the choice", "run", ("auto", "yes", "no"))
     log_every: int = _option(20, "steps between lines of metrics.jsonl and TensorBoard", "run")
     save_every: int = _option(500, "steps between saved training states (every five minutes in any case)", "run")
     eval_every: int = _option(5, "epochs between quick validations, 0 = only at the end", "run")

@@ -33,6 +33,7 @@ from .progress import Display, Meter, Pace, epoch_line
 from .run_folder import RunFolder
 from .schedule import attention_weight, learning_rate
 from .self_training import attention_loss, teacher_labels
+from .step import Compiled, resolve_compile
 from .teacher import load_teacher, teacher_hash
 from .validation import quick_validation
 
@@ -88,7 +89,7 @@ class Trainer:
             loader = "torch"  # whole pictures are decoded once, by Pillow
         self.loader, self.decoding = open_loader(loader, self.train_set, config.batch_size, config.seed, config.workers,
                                                  device)  # fmt: skip
-        self.config = config = replace(config, loader=self.loader.kind)
+        self.config = config = replace(config, loader=self.loader.kind, compile=resolve_compile(config.compile, device))
         self.rate = learning_rate(config, len(self.train_set))
         self.total_steps = self.rate.total_steps
 
@@ -104,6 +105,7 @@ class Trainer:
         self.optimiser = adam(self.parameters)
         self.generator = torch.Generator(device)
         self.cache: feature_cache.FeatureCache | None = None
+        self.forward = Compiled(self.losses) if config.compile == "yes" else self.losses
 
         self.step = self.restored_step = self.saved_step = 0
         self.seconds, self.clock, self.save_clock = 0.0, time.monotonic(), time.monotonic()
@@ -171,18 +173,23 @@ class Trainer:
         """The run's precision, for everything forward."""
         return autocast(self.precision, self.device)
 
-    def train_step(self, batch: Batch | tuple[Tensor, ...]) -> None:
-        """Forward, backward, clip, Adam; waits for nothing on the device."""
-        draws = self.draw(self.step)
+    def losses(self, batch: Batch | tuple[Tensor, ...], draws: Draws, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, L_REC and L_ATT (0 in stage 1), scalars; weight [] is lambda. What may be compiled: no host work."""
         with self.autocast():
             features, target = self.features_of(batch)
             output = self.model(features, target, draws.order, noise=draws.noise, parallel=draws.parallel)
             labels = None if self.teacher is None else self.teach(target, draws)
-        loss = loss_rec = reconstruction_loss(output.prediction, target)
-        loss_att = torch.zeros_like(loss_rec)
-        if labels is not None:
-            loss_att, _ = attention_loss(output.slot_logits, output.slot_attn, labels)
-            loss = loss_rec + attention_weight(self.config, self.step, self.total_steps) * loss_att
+        loss_rec = reconstruction_loss(output.prediction, target)
+        if labels is None:
+            return loss_rec, loss_rec, torch.zeros_like(loss_rec)
+        loss_att, _ = attention_loss(output.slot_logits, output.slot_attn, labels)
+        return loss_rec + weight * loss_att, loss_rec, loss_att
+
+    def train_step(self, batch: Batch | tuple[Tensor, ...]) -> None:
+        """Forward, backward, clip, Adam; waits for nothing on the device."""
+        draws = self.draw(self.step)
+        weight = torch.full((), attention_weight(self.config, self.step, self.total_steps), device=self.device)
+        loss, loss_rec, loss_att = self.forward(batch, draws, weight)
 
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -204,6 +211,8 @@ class Trainer:
             self.save(folder)
         display = Display(folder.path, title=f"{config.preset} stage {config.stage}", step=self.step,
                           total_steps=self.total_steps, tensorboard=tensorboard)  # fmt: skip
+        if isinstance(self.forward, Compiled):
+            self.forward.say = display.line
         try:
             self._fill_cache(display)
             self.paces = {name: Pace(config.batch_size, self.step) for name in ("train", "epoch")}

@@ -79,8 +79,8 @@ def test_print_config_is_the_preset_with_what_was_given(capsys):
     assert printed_config(capsys, "--device", "cpu") == asdict(preset("scenes", precision=fast, compile="no"))
     assert printed_config(capsys, "--preset", "movi_e", "--precision", "bf16", "--compile", "yes") == asdict(
         preset("movi_e", precision="bf16", compile="yes"))  # fmt: skip
-    changes = dict(precision="float32", compile="no", num_slots=9, lr=0.5, flip=True, att_weight_final=0.1, cache="none",
-                   feature_norm=False)  # fmt: skip
+    changes = dict(precision="float32", compile="no", num_slots=9, lr=0.5, flip=True, att_weight_final=0.1,
+                   cache="none", feature_norm=False)  # fmt: skip
     words = ["--num-slots", "9", "--lr", "0.5", "--flip", "--att-weight-final", "0.1", "--cache", "none",
              "--no-feature-norm", "--data", "some/where", "--precision", "float32", "--compile", "no"]  # fmt: skip
     expected = asdict(preset("scenes", data=os.path.abspath("some/where"), **changes))

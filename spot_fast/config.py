@@ -27,8 +27,8 @@ class Config:
     precision: str = _option("auto", "float32, tf32 (a GPU rounds the factors of float32 products), bf16 (float32 "
                              "weights), or auto: bf16 where the device multiplies it in hardware; config.json keeps "
                              "the choice", "run", ("auto", "float32", "tf32", "bf16"))
-    compile: str = _option("auto", "compile the forward pass with torch.compile: yes, no, or auto: on a GPU; "
-                           "config.json keeps the choice", "run", ("auto", "yes", "no"))
+    compile: str = _option("auto", "compile forward and backward pass with torch.compile: yes, no, or auto: on a "
+                           "GPU; config.json keeps the choice", "run", ("auto", "yes", "no"))
     on_nonfinite: str = _option("stop", "when loss or gradient is not finite: stop, or skip the step's update (ten "
                                 "in a row stop the run)", "run", ("stop", "skip"))
     log_every: int = _option(20, "steps between lines of metrics.jsonl and TensorBoard", "run")

@@ -1,4 +1,4 @@
-"""The forward pass and losses of a step as one compiled graph.
+"""The forward pass and losses of a step as one compiled graph, and the backward pass that goes with it.
 
 What changes from step to step (features, patch orders, slot noise, lambda) enters as tensors, so that none of it
 compiles anything anew. A CapPa run has two graphs, one for its parallel steps; nothing else has more than one.
@@ -50,9 +50,9 @@ class Compiled:
         start = time.monotonic()
         try:
             results = self._function(*arguments)
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InvalidCxxCompiler) as error:
-            reason = " ".join(str(error).split())[:200]
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:200]
             raise UserError(f"the step cannot be compiled ({reason}): use --compile no") from error
         self._first = False
-        self.say(f"the forward pass was compiled in {time.monotonic() - start:.0f} s")
+        self.say(f"forward and backward pass were compiled in {time.monotonic() - start:.0f} s")
         return results

@@ -10,17 +10,19 @@ from spot_fast.trainer import Draws, Trainer
 from tiny_runs import CPU, tiny, train
 
 STANDARD = {"orders": "standard"}
+SMALL = {"dec_blocks": 1, "slot_iterations": 2}
+# Stage, settings, whether features are cached, graphs.
 CASES = [
-    (1, {}, 1),
-    (1, STANDARD | {"cappa": 0.5}, 2),
-    (1, STANDARD | {"decoder": "mlp", "dec_mlp_hidden": 16}, 1),
-    (2, {"att_weight_final": 0.001, "precision": "bf16"}, 1),
+    (1, SMALL, False, 1),
+    (1, SMALL | STANDARD | {"cappa": 0.5}, True, 2),
+    (1, SMALL | STANDARD | {"decoder": "mlp", "dec_mlp_hidden": 16}, True, 1),
+    (2, SMALL | {"att_weight_final": 0.001, "precision": "bf16"}, True, 1),
 ]
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("teacher"), tiny(eval_images=0, epochs=1))[0]
+    return train(tmp_path_factory.mktemp("teacher"), tiny(eval_images=0, epochs=1, **SMALL))[0]
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +47,14 @@ def all_orders(trainer: Trainer, step: int) -> Draws:
     return Draws(order, drawn.noise, teacher_order, drawn.teacher_noise, bool(trainer.config.cappa and step % 2))
 
 
-@pytest.mark.parametrize("stage, changes, graphs", CASES)
-def test_nine_orders_are_one_graph_that_gives_eager_gradients(stage, changes, graphs, teacher, monkeypatch):
+@pytest.mark.parametrize("stage, changes, cached, graphs", CASES)
+def test_nine_orders_are_one_graph_that_gives_eager_gradients(stage, changes, cached, graphs, teacher, monkeypatch):
     plain, compiled = pair(stage, changes, teacher, "eager")
     for trainer in (plain, compiled):
         monkeypatch.setattr(trainer, "draw", lambda step, trainer=trainer: all_orders(trainer, step))
     batches = [batch for _ in range(2) for batch in plain.batches()][:10]
+    if cached:
+        batches = [plain.frozen_features(batch.images) for batch in batches]
     for batch in batches:
         for trainer in (plain, compiled):
             trainer.train_step(batch)
@@ -61,16 +65,6 @@ def test_nine_orders_are_one_graph_that_gives_eager_gradients(stage, changes, gr
     assert torch.equal(plain.meter.interval, compiled.meter.interval)
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
-
-
-def test_cached_features_are_one_graph_too(teacher):
-    plain, compiled = pair(1, {}, teacher, "eager")
-    for batch in plain.batches():
-        for trainer in (plain, compiled):
-            trainer.train_step(trainer.frozen_features(batch.images))
-            trainer.step += 1
-    assert counters["stats"]["unique_graphs"] == 1
-    assert torch.equal(plain.meter.interval, compiled.meter.interval)
 
 
 @pytest.mark.slow

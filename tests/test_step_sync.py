@@ -16,6 +16,7 @@ CASES = [
     (2, {"att_weight_final": 0.001}),
     (2, {"precision": "bf16", "clip": 0.0, "on_nonfinite": "skip"}),
 ]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 class Waits(Exception):
@@ -80,11 +81,9 @@ def test_no_step_reads_a_number(stage, changes, teacher):
     assert trainer.meter.first_bad() is None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("stage, changes", CASES)
-def test_no_step_waits_for_the_gpu(stage, changes, teacher):
+def assert_no_step_waits_for_the_gpu(stage, changes, teacher):
     device = torch.device("cuda")
-    trainer = Trainer(tiny(stage, compile="no", **changes), device=device, teacher=teacher if stage == 2 else None)
+    trainer = Trainer(tiny(stage, **changes), device=device, teacher=teacher if stage == 2 else None)
     batches = list(trainer.batches())
     cached = [trainer.frozen_features(batch.images.to(device)) for batch in batches]
     # Kernels are compiled and Adam's moments made in the first steps, also in those of a parallel step.
@@ -97,3 +96,16 @@ def test_no_step_waits_for_the_gpu(stage, changes, teacher):
             torch.cuda.set_sync_debug_mode("default")
         trainer.step += 1
     assert trainer.meter.first_bad() is None
+
+
+@needs_gpu
+@pytest.mark.parametrize("stage, changes", CASES)
+def test_no_step_waits_for_the_gpu(stage, changes, teacher):
+    assert_no_step_waits_for_the_gpu(stage, changes | {"compile": "no"}, teacher)
+
+
+@needs_gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_no_compiled_step_waits_for_the_gpu(stage, teacher):
+    assert_no_step_waits_for_the_gpu(stage, {"compile": "yes", "precision": "bf16"}, teacher)

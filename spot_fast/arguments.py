@@ -90,7 +90,7 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     values = vars(_parser(defaults).parse_args(argv))
     own = {f.name for f in fields(Arguments)} - {"given"}
     given = {name: value for name, value in values.items() if name not in own}
-    for name in ("precision", "loader"):
+    for name in ("precision", "compile", "loader"):
         if given.get(name) == "auto":  # asks for the default, also of a run that has settled on one
             del given[name]
     return Arguments(given=_absolute(given), **{name: values[name] for name in own})

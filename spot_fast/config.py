@@ -24,8 +24,13 @@ class Config:
     stage: int = _option(1, "1: reconstruction; 2: a student taught by a stage-1 run", "run", (1, 2))
     seed: int = _option(0, "seed of weights, data order, patch orders and slot noise", "run")
 
-    precision: str = _option("auto", "float32, bf16 (float32 weights), or auto: bf16 where the device multiplies it in "
-                             "hardware; config.json keeps the choice", "run", ("auto", "float32", "bf16"))
+    precision: str = _option("auto", "float32, tf32 (a GPU rounds the factors of float32 products), bf16 (float32 "
+                             "weights), or auto: bf16 where the device multiplies it in hardware; config.json keeps "
+                             "the choice", "run", ("auto", "float32", "tf32", "bf16"))
+    compile: str = _option("auto", "compile forward and backward pass with torch.compile: yes, no, or auto: on a "
+                           "GPU; config.json keeps the choice", "run", ("auto", "yes", "no"))
+    on_nonfinite: str = _option("stop", "when loss or gradient is not finite: stop, or skip the step's update (ten "
+                                "in a row stop the run)", "run", ("stop", "skip"))
     log_every: int = _option(20, "steps between lines of metrics.jsonl and TensorBoard", "run")
     save_every: int = _option(500, "steps between saved training states (every five minutes in any case)", "run")
     eval_every: int = _option(5, "epochs between quick validations, 0 = only at the end", "run")

@@ -11,6 +11,7 @@ import hashlib
 import os
 import socket
 import threading
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -30,9 +31,13 @@ _HUB_SECONDS = 3.0
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 [B, 3, S, S] → float32 with ImageNet's mean and standard deviation removed."""
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1) * 255
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1) * 255
+    mean, std = (_channels(values, images.device) * 255 for values in (MEAN, STD))
     return (images.float() - mean) / std
+
+
+def _channels(values: Sequence[float], device: torch.device) -> Tensor:
+    """[3, 1, 1], written on the device: a copy from the host would wait for it."""
+    return torch.cat([torch.full((1, 1, 1), value, device=device) for value in values])
 
 
 class Encoder(nn.Module):

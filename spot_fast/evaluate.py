@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
                         f"8; here {WORKERS})")  # fmt: skip
     parser.add_argument("--precision", choices=PRECISIONS, default="float32",
                         help="of the model; bf16 is faster where the hardware has it and moves scores by a few tenths "
-                        "of a percent (default: float32)")  # fmt: skip
+                        "of a percent; tf32 is for GPUs (default: float32)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of slot noise and of k-means (default: 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu, cuda or cuda:N (default: a GPU where there is one)")  # fmt: skip

@@ -26,7 +26,7 @@ from .encoder import normalise
 from .errors import UserError
 from .metrics import Pairs, Scores, count_pairs, labels_from_soft, pair_labels
 from .model import Spot
-from .precision import autocast, resolve
+from .precision import autocast, float32_products, resolve
 from .protocols import GroundTruth, Protocol, chosen
 
 WORKERS = min(8, os.cpu_count() or 1)
@@ -129,7 +129,7 @@ def evaluate(
     The decoder is given the slots of one slot-attention pass, in patch order 0 and in all orders averaged; k-means runs
     on the frozen target features with as many clusters as slots; block masks are the best by mBO_i of 1 to 4 columns
     with as many masks as slots, and each of `layouts` (columns, masks). `workers` threads read ahead (0: none).
-    precision: float32, bf16 or auto, of the model alone. Pictures that cannot be read are skipped and named in
+    precision: float32, tf32, bf16 or auto, of the model alone. Pictures that cannot be read are skipped and named in
     `skipped`.
 
     UserError where the set has no masks, where no picture can be read, or where a protocol is unknown.
@@ -244,7 +244,7 @@ class _Pass:
         noise = None
         if model.slot_encoder.init == "gaussian":
             noise = slot_noise(self.seed, indices, self.num_slots, model.slot_encoder.slot_dim).to(self.device)
-        with autocast(self.precision, self.device):
+        with float32_products(self.precision), autocast(self.precision, self.device):
             features, target = model.encode(normalise(torch.stack(images).to(self.device)))
             output = model(features, target, noise=noise)
             decoded = {1: (output.prediction, output.masks)}

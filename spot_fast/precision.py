@@ -1,5 +1,6 @@
-"""Which arithmetic a run uses: float32 throughout, or bfloat16 matrix products around float32 weights.
+"""Which arithmetic a run uses: float32 throughout, or TF32 or bfloat16 matrix products around float32 weights.
 
+TF32 is float32 whose factors a GPU rounds to 10 bits of mantissa as it multiplies; all else is as in float32.
 Under bf16, autocast rounds the inputs of linear layers and attention products; weights and Adam's moments stay
 float32, and so do softmax, LayerNorm statistics, losses and the assignment.
 """
@@ -7,10 +8,13 @@ float32, and so do softmax, LayerNorm statistics, losses and the assignment.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
-PRECISIONS = ("auto", "float32", "bf16")
+from .errors import UserError
+
+PRECISIONS = ("auto", "float32", "tf32", "bf16")
 
 
 def cpu_has_bfloat16() -> bool:
@@ -20,9 +24,15 @@ def cpu_has_bfloat16() -> bool:
 
 
 def resolve(precision: str, device: torch.device) -> str:
-    """`auto` → bf16 where `device` multiplies it in hardware, else float32; ValueError for an unknown name."""
+    """`auto` → bf16 where `device` multiplies it in hardware, else float32.
+
+    ValueError for an unknown name, UserError for tf32 on a device without it.
+    """
     if precision not in PRECISIONS:
         raise ValueError(f"--precision {precision} is unknown: use one of {', '.join(PRECISIONS)}")
+    if precision == "tf32" and not (device.type == "cuda" and torch.cuda.is_tf32_supported()):
+        raise UserError(f"--precision tf32 needs an NVIDIA GPU of compute capability 8.0 or more, not {device}: use "
+                        "float32, or bf16 where the device has it")
     if precision != "auto":
         return precision
     fast = cpu_has_bfloat16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -30,7 +40,21 @@ def resolve(precision: str, device: torch.device) -> str:
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """The context in which a model of a resolved `precision` runs forward."""
-    if precision == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    """The context in which a model of a resolved `precision` runs forward, inside `float32_products`."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """The block in which a run of a resolved `precision` lies, backward passes included: float32 in TF32 under tf32.
+
+    torch's setting, which the kernels follow, is as before afterwards; other precisions leave it as the user has it.
+    """
+    before = torch.get_float32_matmul_precision()
+    if precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        if precision == "tf32":
+            torch.set_float32_matmul_precision(before)

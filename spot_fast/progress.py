@@ -23,9 +23,12 @@ class Meter:
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._good = torch.zeros((), dtype=torch.int64, device=device)
 
-    def add(self, loss: Tensor, loss_rec: Tensor, loss_att: Tensor, grad_norm: Tensor) -> None:
-        """Scalars of one step."""
+    def add(self, loss: Tensor, loss_rec: Tensor, loss_att: Tensor, grad_norm: Tensor,
+            bad: Tensor | None = None) -> None:  # fmt: skip
+        """Scalars of one step; where bad [] is 1 they are left out."""
         values = torch.stack((loss, loss_rec, loss_att, grad_norm)).detach().double()
+        if bad is not None:
+            values = values.masked_fill(bad > 0, 0.0)
         self._finite &= values.isfinite().all()
         self._good += self._finite
         self.interval += values
@@ -36,7 +39,7 @@ class Meter:
         return None if self._finite.item() else int(self._good.item())
 
     def read(self, sums: Tensor, steps: int) -> dict[str, float]:
-        """Means over `steps` of `interval` or `epoch`, which starts again."""
+        """Means over `steps` of `interval` or `epoch`, which starts again; NaN without a step."""
         means = dict(zip(self.NAMES, (sums / steps).tolist(), strict=True))
         sums.zero_()
         return means

@@ -16,6 +16,7 @@ from .errors import UserError
 from .precision import resolve
 from .progress import duration, scores_text
 from .run_folder import CORRUPT, RunFolder, is_free
+from .step import resolve_compile
 from .teacher import check_teacher, find_teacher, inherit
 from .trainer import FREE, Outcome, Trainer
 
@@ -50,7 +51,8 @@ def _train(args: Arguments) -> int:
     if path is not None:
         return _resume(args, path, device)
     config, teacher = _new_config(args)
-    config = replace(config, precision=resolve(config.precision, device))
+    config = replace(config, precision=resolve(config.precision, device),
+                     compile=resolve_compile(config.compile, device))  # fmt: skip
     if args.print_config:
         print(config.to_json(), end="")
         return 0

@@ -27,20 +27,29 @@ from .encoder import encoder_identity, normalise
 from .errors import UserError
 from .interrupt import StopRequest
 from .model import Spot, reconstruction_loss
-from .optimiser import adam, clip_by_infinity_norm, load_optimiser_tensors, optimiser_tensors, set_learning_rate
-from .precision import autocast, resolve
+from .nonfinite import Skipped, skipped_line, too_many
+from .optimiser import (
+    adam,
+    clip_by_infinity_norm,
+    load_optimiser_tensors,
+    optimiser_tensors,
+    set_learning_rate,
+    update,
+)
+from .precision import autocast, float32_products, resolve
 from .progress import Display, Meter, Pace, epoch_line
 from .run_folder import RunFolder
 from .schedule import attention_weight, learning_rate
 from .self_training import attention_loss, teacher_labels
+from .step import Compiled, resolve_compile
 from .teacher import load_teacher, teacher_hash
 from .validation import quick_validation
 
 # Streams of random numbers: the first word after the seed.
 _WEIGHTS, _STEP, _PARALLEL = range(100, 103)
 _SAVE_SECONDS = 300
-# Settings that change nothing in the weights: a resumed run may have others than it began with.
-FREE = ("data", "sbd", "encoder_weights", "workers", "cache", "cache_dir", "save_every")
+# Settings that change nothing in the weights of a run that goes well: a resumed run may have others than it began with.
+FREE = ("data", "sbd", "encoder_weights", "workers", "cache", "cache_dir", "save_every", "on_nonfinite")
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ class Trainer:
             loader = "torch"  # whole pictures are decoded once, by Pillow
         self.loader, self.decoding = open_loader(loader, self.train_set, config.batch_size, config.seed, config.workers,
                                                  device)  # fmt: skip
-        self.config = config = replace(config, loader=self.loader.kind)
+        self.config = config = replace(config, loader=self.loader.kind, compile=resolve_compile(config.compile, device))
         self.rate = learning_rate(config, len(self.train_set))
         self.total_steps = self.rate.total_steps
 
@@ -104,10 +113,11 @@ class Trainer:
         self.optimiser = adam(self.parameters)
         self.generator = torch.Generator(device)
         self.cache: feature_cache.FeatureCache | None = None
+        self.forward = Compiled(self.losses) if config.compile == "yes" else self.losses
 
         self.step = self.restored_step = self.saved_step = 0
         self.seconds, self.clock, self.save_clock = 0.0, time.monotonic(), time.monotonic()
-        self.meter = Meter(device)
+        self.meter, self.skipped = Meter(device), Skipped()
         self.scores: dict[str, float] = {}
 
     # ---- one step
@@ -168,28 +178,34 @@ class Trainer:
         return teacher_labels(self.teacher.decode_masks(slots, target, draws.teacher_order))
 
     def autocast(self) -> AbstractContextManager:
-        """The run's precision, for everything forward."""
+        """The run's precision, for everything forward; under tf32 what `float32_products` sets belongs to it."""
         return autocast(self.precision, self.device)
 
-    def train_step(self, batch: Batch | tuple[Tensor, ...]) -> None:
-        """Forward, backward, clip, Adam; waits for nothing on the device."""
-        draws = self.draw(self.step)
+    def losses(self, batch: Batch | tuple[Tensor, ...], draws: Draws, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, L_REC and L_ATT (0 in stage 1), scalars; weight [] is lambda. What may be compiled: no host work."""
         with self.autocast():
             features, target = self.features_of(batch)
             output = self.model(features, target, draws.order, noise=draws.noise, parallel=draws.parallel)
             labels = None if self.teacher is None else self.teach(target, draws)
-        loss = loss_rec = reconstruction_loss(output.prediction, target)
-        loss_att = torch.zeros_like(loss_rec)
-        if labels is not None:
-            loss_att, _ = attention_loss(output.slot_logits, output.slot_attn, labels)
-            loss = loss_rec + attention_weight(self.config, self.step, self.total_steps) * loss_att
+        loss_rec = reconstruction_loss(output.prediction, target)
+        if labels is None:
+            return loss_rec, loss_rec, torch.zeros_like(loss_rec)
+        loss_att, _ = attention_loss(output.slot_logits, output.slot_attn, labels)
+        return loss_rec + weight * loss_att, loss_rec, loss_att
+
+    def train_step(self, batch: Batch | tuple[Tensor, ...]) -> None:
+        """Forward, backward, clip, Adam; waits for nothing on the device."""
+        draws = self.draw(self.step)
+        weight = torch.full((), attention_weight(self.config, self.step, self.total_steps), device=self.device)
+        loss, loss_rec, loss_att = self.forward(batch, draws, weight)
 
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = clip_by_infinity_norm(self.parameters, self.config.clip)
         set_learning_rate(self.optimiser, self.rate(self.step))
-        self.optimiser.step()
-        self.meter.add(loss, loss_rec, loss_att, norm)
+        bad = self.skipped.add(self.step + 1, loss, norm) if self.config.on_nonfinite == "skip" else None
+        update(self.optimiser, bad)
+        self.meter.add(loss, loss_rec, loss_att, norm, bad)
 
     # ---- the loop
 
@@ -204,10 +220,13 @@ class Trainer:
             self.save(folder)
         display = Display(folder.path, title=f"{config.preset} stage {config.stage}", step=self.step,
                           total_steps=self.total_steps, tensorboard=tensorboard)  # fmt: skip
+        if isinstance(self.forward, Compiled):
+            self.forward.say = display.line
         try:
-            self._fill_cache(display)
+            with float32_products(self.precision):
+                self._fill_cache(display)
             self.paces = {name: Pace(config.batch_size, self.step) for name in ("train", "epoch")}
-            with StopRequest() as stop:
+            with float32_products(self.precision), StopRequest() as stop:
                 while self.step < self.total_steps and not stop.made:
                     for batch in self.batches():
                         self.train_step(batch)
@@ -271,6 +290,7 @@ class Trainer:
 
     def _log_interval(self, folder: RunFolder, display: Display) -> None:
         values = self._means("train", self.meter.interval, self.config.log_every)
+        self._tell_skipped(folder, display)
         folder.log(kind="train", step=self.step, **values)
         display.numbers("train", values)
 
@@ -278,6 +298,7 @@ class Trainer:
         config, per_epoch = self.config, self.loader.steps_per_epoch
         epoch = self.step // per_epoch
         values = self._means("epoch", self.meter.epoch, per_epoch)
+        self._tell_skipped(folder, display)
         folder.log(kind="epoch", step=self.step, epoch=epoch, **values)
         scores: dict[str, float] = {}
         if epoch == config.epochs or (config.eval_every and epoch % config.eval_every == 0):
@@ -291,24 +312,32 @@ class Trainer:
     def _means(self, kind: str, sums: Tensor, steps: int) -> dict[str, float]:
         """Means of a meter's sums, with learning rate and pace; a value that is not finite stops the run."""
         self._require_finite()
-        values = self.meter.read(sums, steps)
+        values = self.meter.read(sums, steps - self.skipped.count(after=self.step - steps))
         if self.teacher is None:
             del values["loss_rec"], values["loss_att"]
         return {**values, "lr": self.rate(self.step - 1), "images_per_s": self.paces[kind].read(self.step)}
+
+    def _tell_skipped(self, folder: RunFolder, display: Display) -> None:
+        if news := self.skipped.news():
+            folder.log(kind="skipped", step=self.step, steps=news)
+            display.line(skipped_line(news, len(self.skipped.steps)))
 
     def validate(self) -> dict[str, float]:
         """Quick scores of the model as it is; empty where there is nothing to validate on."""
         if self.val_set is None:
             return {}
-        with self.autocast():
+        with float32_products(self.precision), self.autocast():
             return quick_validation(self.model, self.val_set, images=self.config.eval_images,
                                     batch_size=self.config.batch_size, device=self.device)  # fmt: skip
 
     def _require_finite(self) -> None:
+        if (last := self.skipped.read()) is not None:
+            raise too_many(last, self._kept())
         good = self.meter.first_bad()
         if good is not None:
             step = self.restored_step + good + 1
-            raise UserError(f"the loss or its gradient is not finite at step {step}: {self._kept()}")
+            raise UserError(f"the loss or its gradient is not finite at step {step}: {self._kept()}, or go on "
+                            "with --on-nonfinite skip")  # fmt: skip
 
     def _kept(self) -> str:
         return (f"the state of step {self.saved_step} is kept, train again with a lower --lr or --clip "
@@ -333,7 +362,8 @@ class Trainer:
         folder.write_corrupt(self.loader.corrupt)
         folder.sync()
         self._write(folder, STATE, tensors, {
-            "config": config_hash(self.config), "images": str(len(self.train_set)), "seconds": f"{self.seconds:.1f}",
+            "config": config_hash(self.config), "skipped": json.dumps(self.skipped.steps),
+            "images": str(len(self.train_set)), "seconds": f"{self.seconds:.1f}",
             "teacher_path": str(self.teacher_path.resolve()) if self.teacher_path else "",
             "threads": str(torch.get_num_threads()), "device": self.device.type, "torch": torch.__version__,
         })  # fmt: skip
@@ -371,6 +401,8 @@ class Trainer:
         self.meter.interval.copy_(tensors["meter.interval"])
         self.meter.epoch.copy_(tensors["meter.epoch"])
         self.step = self.restored_step = self.saved_step = int(about["step"])
+        logged = max(self.step - self.step % every for every in (self.config.log_every, self.loader.steps_per_epoch))
+        self.skipped.restore(json.loads(about.get("skipped", "[]")), told=logged)
         self.seconds, self.save_clock = float(about["seconds"]), time.monotonic()
         folder.cut_metrics(self.step)
 

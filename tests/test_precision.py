@@ -8,7 +8,11 @@ import torch
 from spot_fast import precision
 from spot_fast.config import preset
 from spot_fast.encoder import build_encoder
+from spot_fast.errors import UserError
 from spot_fast.model import Spot, reconstruction_loss
+from spot_fast.run_folder import RunFolder
+from spot_fast.trainer import Trainer
+from tiny_runs import tiny
 
 CPU = torch.device("cpu")
 
@@ -43,3 +47,56 @@ def test_bf16_keeps_weights_losses_and_gradients_in_float32_and_stays_near_float
     assert losses["bf16"] == pytest.approx(losses["float32"], rel=5e-3)
     cosine = torch.nn.functional.cosine_similarity(gradients["bf16"], gradients["float32"], dim=0)
     assert cosine > 0.99
+
+
+def test_tf32_is_for_gpus_that_have_it():
+    with pytest.raises(UserError, match="--precision tf32 needs an NVIDIA GPU.*not cpu: use float32"):
+        precision.resolve("tf32", CPU)
+
+
+def test_tf32_ends_with_its_block_and_other_precisions_change_nothing():
+    setting = torch.get_float32_matmul_precision
+    before = setting()
+    with pytest.raises(RuntimeError), precision.float32_products("tf32"):
+        assert setting() == "high"
+        raise RuntimeError
+    assert setting() == before
+    for name in ("float32", "bf16"):
+        with precision.float32_products(name):
+            assert setting() == before
+
+
+def test_a_tf32_run_is_tf32_in_steps_caches_and_validation_only(tmp_path, monkeypatch):
+    trainer = Trainer(tiny(epochs=2), device=CPU)
+    trainer.precision = "tf32"
+    seen = {}
+    for name in ("train_step", "_fill_cache"):
+        method = getattr(trainer, name)
+
+        def spied(argument, name=name, method=method):
+            seen.setdefault(name, set()).add(torch.get_float32_matmul_precision())
+            return method(argument)
+
+        monkeypatch.setattr(trainer, name, spied)
+    monkeypatch.setattr("spot_fast.trainer.quick_validation", lambda *_, **__: seen.update(
+        validation={torch.get_float32_matmul_precision()}) or {"val_loss": 0.0})  # fmt: skip
+    before = torch.get_float32_matmul_precision()
+    with RunFolder.create(trainer.config, root=tmp_path) as folder:
+        trainer.run(folder, tensorboard=False)
+    assert seen == dict.fromkeys(("train_step", "_fill_cache", "validation"), {"high"})
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tf32_rounds_products_on_a_gpu():
+    device = torch.device("cuda")
+    if not torch.cuda.is_tf32_supported():
+        pytest.skip("needs TF32")
+    assert precision.resolve("tf32", device) == "tf32"
+    a = torch.randn(256, 256, device=device)
+    exact = a.double() @ a.double()
+    errors = {}
+    for name in ("float32", "tf32"):
+        with precision.float32_products(name):
+            errors[name] = ((a @ a - exact).abs().max() / exact.abs().max()).item()
+    assert errors["float32"] < 1e-5 < errors["tf32"] < 1e-2

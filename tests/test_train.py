@@ -76,13 +76,13 @@ def test_both_stages_with_nothing_but_sizes(tmp_path, monkeypatch, capsys):
 
 def test_print_config_is_the_preset_with_what_was_given(capsys):
     fast = resolve("auto", torch.device("cpu"))
-    assert printed_config(capsys, "--device", "cpu") == asdict(preset("scenes", precision=fast))
-    assert printed_config(capsys, "--preset", "movi_e", "--precision", "bf16") == asdict(
-        preset("movi_e", precision="bf16"))  # fmt: skip
-    changes = dict(precision="float32", num_slots=9, lr=0.5, flip=True, att_weight_final=0.1, cache="none",
-                   feature_norm=False)  # fmt: skip
+    assert printed_config(capsys, "--device", "cpu") == asdict(preset("scenes", precision=fast, compile="no"))
+    assert printed_config(capsys, "--preset", "movi_e", "--precision", "bf16", "--compile", "yes") == asdict(
+        preset("movi_e", precision="bf16", compile="yes"))  # fmt: skip
+    changes = dict(precision="float32", compile="no", num_slots=9, lr=0.5, flip=True, att_weight_final=0.1,
+                   cache="none", feature_norm=False)  # fmt: skip
     words = ["--num-slots", "9", "--lr", "0.5", "--flip", "--att-weight-final", "0.1", "--cache", "none",
-             "--no-feature-norm", "--data", "some/where", "--precision", "float32"]  # fmt: skip
+             "--no-feature-norm", "--data", "some/where", "--precision", "float32", "--compile", "no"]  # fmt: skip
     expected = asdict(preset("scenes", data=os.path.abspath("some/where"), **changes))
     assert printed_config(capsys, *words) == expected
 

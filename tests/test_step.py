@@ -1,0 +1,113 @@
+"""The compiled forward pass: one graph, whatever is drawn; the same numbers as without."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from spot_fast.errors import UserError
+from spot_fast.step import Compiled, resolve_compile
+from spot_fast.trainer import Draws, Trainer
+from tiny_runs import CPU, tiny, train
+
+STANDARD = {"orders": "standard"}
+SMALL = {"dec_blocks": 1, "slot_iterations": 2}
+# Stage, settings, whether features are cached, graphs.
+CASES = [
+    (1, SMALL, False, 1),
+    (1, SMALL | STANDARD | {"cappa": 0.5}, True, 2),
+    (1, SMALL | STANDARD | {"decoder": "mlp", "dec_mlp_hidden": 16}, True, 1),
+    (2, SMALL | {"att_weight_final": 0.001, "precision": "bf16"}, True, 1),
+]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("teacher"), tiny(eval_images=0, epochs=1, **SMALL))[0]
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def pair(stage, changes, teacher, backend) -> tuple[Trainer, Trainer]:
+    """The same run without and with compilation."""
+    teacher = teacher if stage == 2 else None
+    plain, compiled = (Trainer(tiny(stage, **changes), device=CPU, teacher=teacher) for _ in "pc")
+    compiled.forward = Compiled(compiled.losses, backend=backend)
+    return plain, compiled
+
+
+def all_orders(trainer: Trainer, step: int) -> Draws:
+    """What `trainer` draws, but in nine steps all nine orders, and with cappa a parallel step in every two."""
+    drawn = Trainer.draw(trainer, step)
+    order, teacher_order = (None if o is None else torch.tensor(i % 9)
+                            for o, i in ((drawn.order, step), (drawn.teacher_order, step + 4)))  # fmt: skip
+    return Draws(order, drawn.noise, teacher_order, drawn.teacher_noise, bool(trainer.config.cappa and step % 2))
+
+
+@pytest.mark.parametrize("stage, changes, cached, graphs", CASES)
+def test_nine_orders_are_one_graph_that_gives_eager_gradients(stage, changes, cached, graphs, teacher, monkeypatch):
+    plain, compiled = pair(stage, changes, teacher, "eager")
+    for trainer in (plain, compiled):
+        monkeypatch.setattr(trainer, "draw", lambda step, trainer=trainer: all_orders(trainer, step))
+    batches = [batch for _ in range(2) for batch in plain.batches()][:10]
+    if cached:
+        batches = [plain.frozen_features(batch.images) for batch in batches]
+    for batch in batches:
+        for trainer in (plain, compiled):
+            trainer.train_step(batch)
+            trainer.step += 1
+        for one, other in zip(plain.parameters, compiled.parameters, strict=True):
+            assert torch.equal(one, other) and (one.grad is None) == (other.grad is None)
+            assert one.grad is None or torch.equal(one.grad, other.grad)
+    assert torch.equal(plain.meter.interval, compiled.meter.interval)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, backend", [(1, "aot_eager"), (2, "inductor")])
+def test_compiled_code_gives_eager_gradients_to_rounding(stage, backend, teacher):
+    """Sums in another order: within 2e-5 of a gradient's largest value, float32 being accurate to 6e-8.
+
+    Some gradients, such as norm_slots.bias's, are zero but for rounding: hence 1e-8.
+    """
+    plain, compiled = pair(stage, {}, teacher, backend)
+    try:
+        for batch in plain.batches():
+            plain.train_step(batch)
+            compiled.train_step(batch)
+            for one, other in zip(plain.parameters, compiled.parameters, strict=True):
+                assert (one.grad - other.grad).abs().max() <= 2e-5 * one.grad.abs().max() + 1e-8
+                other.data.copy_(one)
+    except UserError as error:
+        if "CxxCompiler" in str(error):
+            pytest.skip("no C++ compiler")
+        raise
+    torch.testing.assert_close(plain.meter.interval, compiled.meter.interval, rtol=1e-5, atol=0)
+
+
+def test_what_cannot_be_compiled_is_a_sentence():
+    def reads_the_device(value):
+        return value * 2 if value.sum() > 0 else value
+
+    with pytest.raises(UserError, match="cannot be compiled .*--compile no"):
+        Compiled(reads_the_device, backend="eager")(torch.ones(2))
+
+
+def test_the_first_call_alone_is_told():
+    told = []
+    function = Compiled(lambda value: value * 2, backend="eager")
+    function.say = told.append
+    for _ in range(3):
+        assert function(torch.ones(2)).tolist() == [2, 2]
+    assert len(told) == 1 and "compiled in" in told[0]
+
+
+def test_auto_compiles_on_a_gpu_only():
+    assert resolve_compile("auto", CPU) == "no" and resolve_compile("yes", CPU) == "yes"
+    with pytest.raises(ValueError, match="--compile perhaps is unknown"):
+        resolve_compile("perhaps", CPU)
+    assert Trainer(tiny(), device=CPU).config.compile == "no"

@@ -36,10 +36,12 @@ class Compiled:
     """`function` compiled as one graph for each combination of shapes and of arguments that are not tensors.
 
     `say` is told how long the first call took. torch keeps what Inductor compiles ($TORCHINDUCTOR_CACHE_DIR), so that
-    a second run takes a fraction of it. The first call raises UserError where the function cannot be compiled.
+    a second run takes a fraction of it. Where the function cannot be compiled the first call raises UserError or, if
+    `optional`, says so and everything runs uncompiled.
     """
 
-    def __init__(self, function: Callable[..., Any], *, backend: str = "inductor") -> None:
+    def __init__(self, function: Callable[..., Any], *, backend: str = "inductor", optional: bool = False) -> None:
+        self._plain, self._optional = function, optional
         self._function = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
         self._first = True
         self.say: Callable[[str], None] = print
@@ -50,9 +52,17 @@ class Compiled:
         start = time.monotonic()
         try:
             results = self._function(*arguments)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except Exception as error:
+            # What is wrong with the pictures or the memory is not the compiler's fault.
+            if isinstance(error, UserError | torch.OutOfMemoryError) or not (
+                    self._optional or isinstance(error, torch._dynamo.exc.TorchDynamoException)):  # fmt: skip
+                raise
             reason = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:200]
-            raise UserError(f"the step cannot be compiled ({reason}): use --compile no") from error
+            if not self._optional:
+                raise UserError(f"the step cannot be compiled ({reason}): use --compile no") from error
+            self.say(f"the step cannot be compiled ({reason}): it runs uncompiled")
+            self._function, self._first = self._plain, False
+            return self._function(*arguments)
         self._first = False
         self.say(f"forward and backward pass were compiled in {time.monotonic() - start:.0f} s")
         return results

@@ -48,8 +48,9 @@ from .validation import quick_validation
 # Streams of random numbers: the first word after the seed.
 _WEIGHTS, _STEP, _PARALLEL = range(100, 103)
 _SAVE_SECONDS = 300
-# Settings that change nothing in the weights of a run that goes well: a resumed run may have others than it began with.
-FREE = ("data", "sbd", "encoder_weights", "workers", "cache", "cache_dir", "save_every", "on_nonfinite")
+# Settings that change nothing in the weights of a run that goes well, but for the last bits: a resumed run may have
+# others than it began with.
+FREE = ("data", "sbd", "encoder_weights", "workers", "cache", "cache_dir", "compile", "save_every", "on_nonfinite")
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class Trainer:
             loader = "torch"  # whole pictures are decoded once, by Pillow
         self.loader, self.decoding = open_loader(loader, self.train_set, config.batch_size, config.seed, config.workers,
                                                  device)  # fmt: skip
+        unasked = config.compile == "auto"
         self.config = config = replace(config, loader=self.loader.kind, compile=resolve_compile(config.compile, device))
         self.rate = learning_rate(config, len(self.train_set))
         self.total_steps = self.rate.total_steps
@@ -113,7 +115,7 @@ class Trainer:
         self.optimiser = adam(self.parameters)
         self.generator = torch.Generator(device)
         self.cache: feature_cache.FeatureCache | None = None
-        self.forward = Compiled(self.losses) if config.compile == "yes" else self.losses
+        self.forward = Compiled(self.losses, optional=unasked) if config.compile == "yes" else self.losses
 
         self.step = self.restored_step = self.saved_step = 0
         self.seconds, self.clock, self.save_clock = 0.0, time.monotonic(), time.monotonic()

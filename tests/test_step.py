@@ -111,3 +111,19 @@ def test_auto_compiles_on_a_gpu_only():
     with pytest.raises(ValueError, match="--compile perhaps is unknown"):
         resolve_compile("perhaps", CPU)
     assert Trainer(tiny(), device=CPU).config.compile == "no"
+
+
+@pytest.mark.parametrize("optional", [True, False])
+def test_what_cannot_be_compiled_runs_uncompiled_unless_it_was_asked_for(optional):
+    def broken(graph, inputs):
+        raise RuntimeError("this backend compiles nothing")
+
+    said = []
+    compiled = Compiled(lambda x: x * 2, backend=broken, optional=optional)
+    compiled.say = said.append
+    if optional:
+        assert [compiled(torch.ones(1)).item(), compiled(torch.ones(1)).item()] == [2, 2]
+        assert len(said) == 1 and "compiles nothing" in said[0] and said[0].endswith("it runs uncompiled")
+    else:
+        with pytest.raises(UserError, match=r"cannot be compiled \(.*compiles nothing.*use --compile no"):
+            compiled(torch.ones(1))

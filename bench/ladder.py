@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
 from kernel_clock import measure_ceilings  # noqa: E402
-from ladder_row import Job, Process, Technique  # noqa: E402
+from ladder_row import Job, Process, RowEnded, Technique  # noqa: E402
 from machine import commit, cores, cpu_name  # noqa: E402
 from step_runs import settings, write_teacher  # noqa: E402
 
@@ -99,8 +99,8 @@ def missing_option(technique: Technique) -> str:
 
 def measure(stage: int, batch_size: int, steps: int, device: torch.device, *, tiny: bool, flops_per_s: float,
             techniques: Sequence[Technique] = TECHNIQUES) -> list[Row]:  # fmt: skip
-    """The rows of one stage."""
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+    """The rows of one stage, of `steps` timed steps each; flops_per_s: of the products that make the floor."""
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = settings(stage, precision="float32", batch_size=batch_size, tiny=tiny)
         teacher = write_teacher(folder / "teacher", config) if stage == 2 else None
@@ -109,49 +109,50 @@ def measure(stage: int, batch_size: int, steps: int, device: torch.device, *, ti
         with Process(job, None) as exact:
             about = exact.read()
         if "error" in about:
-            return [Row(stage, t.name, batch_size, problem=about["error"]) for t in techniques]
-        floors = {cached: batch_size * about["flops"][str(cached)] / flops_per_s for cached in (False, True)}
-        rows, times, open_rows = [], {}, {}
-        for technique in techniques:
-            row = Row(stage, technique.name, batch_size, floor_ms=1e3 * floors[technique.cached])
-            reason = missing_option(technique)
-            if reason:
-                rows.append(replace(row, problem=reason))
-                continue
-            _say(f"stage {stage}: {technique.name}")
+            return [Row(stage, one.name, batch_size, problem=about["error"]) for one in techniques]
+        floors = {cached: 1e3 * batch_size * about["flops"][str(cached)] / flops_per_s for cached in (False, True)}
+        rows = {one.name: Row(stage, one.name, batch_size, floor_ms=floors[one.cached], problem=missing_option(one))
+                for one in techniques}  # fmt: skip
+        runnable = [one for one in techniques if not rows[one.name].problem]
+        times: dict[str, list[float]] = {}
+        for group in [runnable] if device.type == "cpu" else [[one] for one in runnable]:
+            times |= _group(job, group, rows, about["plain"], steps)
+    return with_speeds(list(rows.values()), times)
+
+
+def _group(job: Job, group: Sequence[Technique], rows: dict[str, Row], plain: dict[str, tuple[float, float]],
+           steps: int) -> dict[str, list[float]]:  # fmt: skip
+    """Checks all of the group, whose rows it completes, then has them take turns: seconds of each one's steps."""
+    with ExitStack() as stack:
+        running = {}
+        for technique in group:
+            name = technique.name
+            _say(f"stage {job.stage}: {name}")
             process = stack.enter_context(Process(job, technique))
-            checked = process.read()
-            if "error" in checked:
-                rows.append(replace(row, problem=checked["error"]))
+            found = process.read()
+            if "error" in found:
+                rows[name] = replace(rows[name], problem=found["error"])
                 continue
-            loss_limit, gradient_limit = limits(about["plain"], technique.precision)
-            row = verdict(replace(row, loss_error=checked["loss_error"], gradient_error=checked["gradient_error"],
-                                  loss_limit=loss_limit, gradient_limit=gradient_limit))  # fmt: skip
-            rows.append(row)
-            if row.problem:
+            loss, gradients = limits(plain, technique.precision)
+            rows[name] = verdict(replace(rows[name], loss_error=found["loss_error"], loss_limit=loss,
+                                         gradient_error=found["gradient_error"], gradient_limit=gradients))
+            if rows[name].problem:
                 process.close()
-                continue
-            open_rows[technique.name] = process
-            if device.type != "cpu":
-                times |= _in_turns({technique.name: process}, steps)
-                open_rows[technique.name] = process.end()
-        if device.type == "cpu":
-            _say(f"stage {stage}: {steps} steps of each, in turns")
-            times = _in_turns(open_rows, steps)
-            open_rows = {name: process.end() for name, process in open_rows.items()}
-    rows = [replace(row, peak_mib=open_rows.get(row.technique)) for row in rows]
-    return with_speeds(rows, times)
-
-
-def _in_turns(processes: dict[str, Process], steps: int) -> dict[str, list[float]]:
-    """Seconds of `steps` steps of each process; one more before them is not counted."""
-    times = {name: [] for name in processes}
-    for number in range(steps + 1):
-        for name, process in processes.items():
-            seconds = process.step()
-            if number:
-                times[name].append(seconds)
-    return times
+            else:
+                running[name] = process
+        _say(f"stage {job.stage}: {steps} steps of each, in turns" if len(group) > 1 else f"  {steps} steps")
+        times: dict[str, list[float]] = {name: [] for name in running}
+        for number in range(steps + 2):
+            for name, process in list(running.items()):
+                try:
+                    if number <= steps:
+                        times[name].append(process.step())
+                    else:
+                        rows[name] = replace(rows[name], peak_mib=process.end())
+                except RowEnded as error:
+                    rows[name] = replace(rows[name], problem=str(error))
+                    del running[name], times[name]
+    return {name: seconds[1:] for name, seconds in times.items()}  # the first one warms up
 
 
 def with_speeds(rows: Sequence[Row], times: dict[str, list[float]]) -> list[Row]:

@@ -47,8 +47,12 @@ class Job:
     folder: str
 
 
+class RowEnded(Exception):
+    """The process ended while its row was timed: its last words."""
+
+
 class Process:
-    """The parent's end. Everything it reads is a dict with `error` where the process failed; a context manager."""
+    """The parent's end; a context manager."""
 
     def __init__(self, job: Job, technique: Technique | None) -> None:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
@@ -64,7 +68,7 @@ class Process:
         self.close()
 
     def read(self) -> dict:
-        """The next answer; whatever else a library prints is passed over."""
+        """The next answer, or `error` where the process ended; whatever else a library prints is passed over."""
         for line in self._process.stdout:
             if line.startswith(_MARK):
                 return json.loads(line.removeprefix(_MARK))
@@ -81,11 +85,11 @@ class Process:
             pass
         answer = self.read()
         if "error" in answer:
-            raise RuntimeError(f"a row ended while it was timed: {answer['error']}")
+            raise RowEnded(answer["error"])
         return answer["value"]
 
     def step(self) -> float:
-        """Seconds of one step."""
+        """Seconds of one step; RowEnded where there will be none."""
         return self._ask("step")
 
     def end(self) -> float:

@@ -53,7 +53,10 @@ _GRADIENTS = {"float32": 1e-3, "bf16": 0.0}
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table and of the CSV. Errors are relative; None where the row did not run or has no speed."""
+    """A line of the table and of the CSV. Errors are relative; None where the row did not run or has no speed.
+
+    gflop: billions of operations of the products that its step needs.
+    """
 
     stage: int
     technique: str
@@ -61,7 +64,7 @@ class Row:
     ms: float | None = None
     images_s: float | None = None
     times: float | None = None
-    floor_ms: float | None = None
+    gflop: float | None = None
     peak_mib: float | None = None
     loss_error: float | None = None
     gradient_error: float | None = None
@@ -97,9 +100,9 @@ def missing_option(technique: Technique) -> str:
     return f"skipped: the trainer has no setting {', '.join(absent)}" if absent else ""
 
 
-def measure(stage: int, batch_size: int, steps: int, device: torch.device, *, tiny: bool, flops_per_s: float,
+def measure(stage: int, batch_size: int, steps: int, device: torch.device, *, tiny: bool,
             techniques: Sequence[Technique] = TECHNIQUES) -> list[Row]:  # fmt: skip
-    """The rows of one stage, of `steps` timed steps each; flops_per_s: of the products that make the floor."""
+    """The rows of one stage, of `steps` timed steps each."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = settings(stage, precision="float32", batch_size=batch_size, tiny=tiny)
@@ -110,8 +113,8 @@ def measure(stage: int, batch_size: int, steps: int, device: torch.device, *, ti
             about = exact.read()
         if "error" in about:
             return [Row(stage, one.name, batch_size, problem=about["error"]) for one in techniques]
-        floors = {cached: 1e3 * batch_size * about["flops"][str(cached)] / flops_per_s for cached in (False, True)}
-        rows = {one.name: Row(stage, one.name, batch_size, floor_ms=floors[one.cached], problem=missing_option(one))
+        gflop = {cached: batch_size * about["flops"][str(cached)] / 1e9 for cached in (False, True)}
+        rows = {one.name: Row(stage, one.name, batch_size, gflop=gflop[one.cached], problem=missing_option(one))
                 for one in techniques}  # fmt: skip
         runnable = [one for one in techniques if not rows[one.name].problem]
         times: dict[str, list[float]] = {}
@@ -171,8 +174,8 @@ def with_speeds(rows: Sequence[Row], times: dict[str, list[float]]) -> list[Row]
 # ---- text
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown, a table a stage; what did not run or was wrong below."""
+def table(rows: Sequence[Row], flops_per_s: float) -> str:
+    """Markdown, a table a stage; what did not run or was wrong below. flops_per_s: of the products, makes the floor."""
     parts = []
     for stage in sorted({row.stage for row in rows}):
         titles = (f"stage {stage}", "images/s", "ms/step", "× reference", "% of floor", "peak MiB", "loss error",
@@ -182,8 +185,9 @@ def table(rows: Sequence[Row]) -> str:
         for row in of_stage:
             speed = ["FAILED" if row.failed else "–"] + ["–"] * 4
             if row.ms is not None:
-                speed = [f"{row.images_s:,.1f}", f"{row.ms:,.4g}", _text(row.times, ".2f"),
-                         f"{100 * row.floor_ms / row.ms:.1f}", _text(row.peak_mib, ",.0f")]  # fmt: skip
+                floor_ms = 1e12 * row.gflop / flops_per_s
+                speed = [f"{row.images_s:,.{2 if row.images_s < 10 else 1}f}", f"{row.ms:,.{row.ms < 100:d}f}",
+                         _text(row.times, ".2f"), f"{100 * floor_ms / row.ms:.1f}", _text(row.peak_mib, ",.0f")]
             errors = [_text(row.loss_error, ".1e"), _text(row.gradient_error, ".1e")]
             lines.append("| " + " | ".join([row.technique, *speed, *errors]) + " |")
         lines += [f"\n{row.technique}: {row.problem}" for row in of_stage if row.problem]
@@ -201,10 +205,15 @@ def about_machine(device: torch.device, flops_per_s: float) -> dict[str, str]:
             "torch": torch.__version__, "commit": commit(), "bfloat16_flops_per_s": f"{flops_per_s:.4g}"}  # fmt: skip
 
 
+def report(rows: Sequence[Row], about: dict[str, str]) -> str:
+    """The tables, and what they were measured on."""
+    return "\n\n".join((table(rows, float(about["bfloat16_flops_per_s"])), footer(about, rows[0].batch_size)))
+
+
 def footer(about: dict[str, str], batch_size: int) -> str:
     where = about["device"] if about["device"] != "cpu" else f"{about['cpu']}, {about['cores']} cores"
-    return (f"Batch {batch_size}; medians on {where}, torch {about['torch']}, {about['date']}. Floor: the products a "
-            f"step needs at the {float(about['bfloat16_flops_per_s']) / 1e12:.3g} TFLOP/s of a large bfloat16 product "
+    return (f"Batch {batch_size}; medians on {where}, torch {about['torch']}, {about['date']}. Percent: the time of "
+            f"the products that the step needs, by that of the step, at the {float(about['bfloat16_flops_per_s']) / 1e12:.3g} TFLOP/s of a large bfloat16 product "
             "measured there. Errors: relative to the reference step in float64, gradients' as the norm of their "
             "difference.")  # fmt: skip
 
@@ -249,19 +258,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if args.table is not None:
-        rows, about = read_csv(args.table)
-        print(table(rows), footer(about, rows[0].batch_size), sep="\n\n")
+        print(report(*read_csv(args.table)))
         return 0
     device = torch.device(args.device)
     gpu = device.type == "cuda"
     batch_size, steps = args.batch_size or (64 if gpu else 8), args.steps or (30 if gpu else 5)
-    flops_per_s = measure_ceilings(device).flops["bfloat16"]
-    about, rows = about_machine(device, flops_per_s), []
+    rows, fastest = [], 0.0
     for stage in args.stages:
-        rows += measure(stage, batch_size, steps, device, tiny=args.tiny, flops_per_s=flops_per_s)
+        fastest = max(fastest, measure_ceilings(device).flops["bfloat16"])
+        rows += measure(stage, batch_size, steps, device, tiny=args.tiny)
+        # Again: something else may have been running before.
+        fastest = max(fastest, measure_ceilings(device).flops["bfloat16"])
+        about = about_machine(device, fastest)
         if args.csv is not None:
             write_csv(args.csv, rows, about)
-    print(table(rows), footer(about, batch_size), sep="\n\n")
+    print(report(rows, about))
     return int(any(row.failed for row in rows))
 
 

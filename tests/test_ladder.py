@@ -65,13 +65,13 @@ def stand_in(monkeypatch):
 
 
 def rows(*techniques):
-    return ladder.measure(1, 4, 3, CPU, tiny=True, flops_per_s=1e12, techniques=techniques)
+    return ladder.measure(1, 4, 3, CPU, tiny=True, techniques=techniques)
 
 
 def test_rows_of_a_stage(stand_in):
     reference, ours = rows(REFERENCE, OURS)
-    assert (reference.ms, reference.images_s, reference.times, reference.floor_ms) == (3000, 4 / 3, 1, 12)
-    assert (ours.ms, ours.images_s, ours.times, ours.floor_ms, ours.peak_mib) == (1000, 4, 3, 8, 100)
+    assert (reference.ms, reference.images_s, reference.times, reference.gflop) == (3000, 4 / 3, 1, 12)
+    assert (ours.ms, ours.images_s, ours.times, ours.gflop, ours.peak_mib) == (1000, 4, 3, 8, 100)
 
 
 @pytest.mark.parametrize("error", ["loss_error", "gradient_error"])
@@ -82,7 +82,7 @@ def test_a_wrong_row_has_no_speed(stand_in, error, value):
     reference, ours = rows(REFERENCE, OURS)
     assert ours.failed and ours.ms is ours.times is ours.peak_mib is None and "allowed" in ours.problem
     assert not reference.failed and reference.ms
-    assert "| ours | FAILED | – | – | – | – |" in ladder.table([reference, ours])
+    assert "| ours | FAILED | – | – | – | – |" in ladder.table([reference, ours], 1e12)
 
 
 def test_a_row_that_ends_has_no_speed(stand_in):
@@ -97,7 +97,7 @@ def test_a_row_that_ends_has_no_speed(stand_in):
 def test_a_setting_that_the_trainer_lacks_is_skipped(stand_in):
     row = rows(REFERENCE, Technique("+ magic", changes={"magic": True}))[1]
     assert row.problem == "skipped: the trainer has no setting magic" and not row.failed and row.ms is None
-    assert "| + magic | – |" in ladder.table([row])
+    assert "| + magic | – |" in ladder.table([row], 1e12)
 
 
 def test_limits_are_a_multiple_of_plain_errors():
@@ -106,7 +106,7 @@ def test_limits_are_a_multiple_of_plain_errors():
 
 
 def test_csv_and_table(tmp_path, capsys):
-    made = [Row(1, "reference", 8, 100.0, 80.0, 1.0, 20.0, 1500.0, 1e-8, 1e-6, 1e-6, 1e-3),
+    made = [Row(1, "reference", 8, 100.0, 80.0, 1.0, 40.0, 1500.0, 1e-8, 1e-6, 1e-6, 1e-3),
             Row(2, "+ magic", 8, problem="skipped: no wand")]  # fmt: skip
     about = ladder.about_machine(CPU, 2e12)
     ladder.write_csv(tmp_path / "new" / "l.csv", made, about)

@@ -214,9 +214,9 @@ def footer(about: dict[str, str], batch_size: int) -> str:
     where = about["device"] if about["device"] != "cpu" else f"{about['cpu']}, {about['cores']} cores"
     speed = float(about["bfloat16_flops_per_s"]) / 1e12
     return (f"Batch {batch_size}; medians on {where}, torch {about['torch']}, {about['date']}. % of floor: the time "
-            f"that the products a step needs would take at the {speed:.3g} TFLOP/s of a large bfloat16 product measured "
-            "there, by the step's. Errors: relative to the reference step in float64, gradients' as the norm of their "
-            "difference.")  # fmt: skip
+            f"that the products a step needs would take at the {speed:.3g} TFLOP/s of a large bfloat16 product "
+            "(measured there), by the step's time. Errors: relative to the reference step in float64, gradients' as "
+            "the norm of their difference.")  # fmt: skip
 
 
 def write_csv(path: Path, rows: Sequence[Row], about: dict[str, str]) -> None:

@@ -159,7 +159,7 @@ def _group(job: Job, group: Sequence[Technique], rows: dict[str, Row], plain: di
 
 
 def with_speeds(rows: Sequence[Row], times: dict[str, list[float]]) -> list[Row]:
-    """Rows with medians of the seconds a step took; `times` is the median of the ratios to the reference's steps."""
+    """Rows with the medians of `times`, seconds by technique; `Row.times` is the median of step-by-step ratios."""
     reference = times.get(REFERENCE.name)
     found = []
     for row in rows:

@@ -27,6 +27,9 @@ from spot_fast.trainer import Trainer
 # What makes steps small: 16 tokens of 128 channels.
 _TINY = dict(image_size=32, mask_size=32, encoder="spot_scenes", train_blocks=2, num_slots=3, slot_dim=16, slot_mlp=16,
              dec_blocks=2, dec_heads=4)  # fmt: skip
+# What a teacher takes from its student's settings; the rest is stage 1's own.
+_SHARED = ("preset", "encoder", "encoder_weights", "feature_norm", "image_size", "mask_size", "train_blocks",
+           "num_slots", "slot_dim", "slot_mlp", "dec_blocks", "dec_heads", "batch_size")  # fmt: skip
 
 
 def settings(stage: int, *, precision: str, batch_size: int, tiny: bool = False, **changes) -> Config:
@@ -40,7 +43,7 @@ def settings(stage: int, *, precision: str, batch_size: int, tiny: bool = False,
 
 
 def write_teacher(folder: Path, config: Config) -> Path:
-    """A finished stage-1 run with the weights of its first step, for a student of `config`; returns `folder`."""
+    """A finished stage-1 run that was never trained, for a student of `config`, in the new `folder`; returns it."""
     first = replace(preset("coco", 1), **{name: getattr(config, name) for name in _SHARED})
     encoder = frozen_encoder(first)
     with torch.random.fork_rng(devices=[]):
@@ -52,10 +55,6 @@ def write_teacher(folder: Path, config: Config) -> Path:
     about = {"encoder": identity["name"], "encoder_sha256": identity["sha256"]}
     save_tensors(folder / MODEL, model.learned_state_dict(), about)
     return folder
-
-
-_SHARED = ("preset", "encoder", "encoder_weights", "feature_norm", "image_size", "mask_size", "train_blocks",
-           "num_slots", "slot_dim", "slot_mlp", "dec_blocks", "dec_heads", "batch_size")  # fmt: skip
 
 
 @dataclass(frozen=True)

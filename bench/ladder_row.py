@@ -127,8 +127,9 @@ def _exact(job: Job) -> None:
     for name, options in (("float32", {}), ("bf16", {"autocast": True}), ("exact", {"dtype": torch.float64})):
         steps = ReferenceSteps(config, device, teacher, **options)
         found[name] = steps.first()
-        model, taught_by = steps.trainer.model, steps.trainer.teacher
-    flops = {str(cached): step_flops.step(model, taught_by, cached=cached) for cached in (False, True)}
+        flops = {str(cached): step_flops.step(steps.trainer.model, steps.trainer.teacher, cached=cached)
+                 for cached in (False, True)}  # fmt: skip
+        del steps  # before the next one needs its memory
     plain = {name: outcome.errors(found["exact"]) for name, outcome in found.items() if name != "exact"}
     exact: Outcome = found["exact"]
     # Gradients are kept in float32: its rounding is far below any error they are compared for.

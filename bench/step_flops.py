@@ -1,0 +1,59 @@
+"""Operations of the matrix products that a training step cannot do without: the arithmetic floor of the ladder.
+
+A product of [m, k] and [k, n] has 2·m·k·n. Backward has twice those of forward, as every product needs the gradients
+of both factors. Causal attention needs half of its N × N matrix. Counted once: the trunk of student, teacher and
+target; the teacher's decoder up to the last cross-attention's weights; of the student's slot attention in stage 2 only
+the last iteration has a backward pass. Softmax, LayerNorm, losses, Adam and matching are left out.
+`tests/test_step_flops.py` compares with `torch.utils.flop_counter` on the reference step's parts.
+"""
+
+from __future__ import annotations
+
+from spot_fast.model import Spot
+
+
+def encoder(model: Spot, blocks: int, *, embed: bool = False) -> float:
+    """Forward of `blocks` ViT blocks for one picture, with `embed` also of the patch embedding."""
+    one = model.encoder
+    tokens, dim = one.num_tokens + one.num_prefix, one.dim
+    block = one.vit.blocks[0]
+    hidden = block.mlp.fc1.out_features
+    products = blocks * (tokens * dim * (4 * dim + 2 * hidden) + 2 * tokens**2 * dim)
+    return 2 * (products + (one.num_tokens * 3 * one.patch_size**2 * dim if embed else 0))
+
+
+def slots(model: Spot) -> tuple[float, float, float]:
+    """Forward of the slot encoder for one picture: its products over tokens, the earlier iterations, the last one."""
+    one, module = model.slot_encoder, model.slot_encoder.attention
+    tokens, dim, count, width = model.encoder.num_tokens, model.encoder.dim, one.num_slots, one.slot_dim
+    hidden = module.mlp[0].out_features
+    over_tokens = 2 * tokens * dim * (2 * dim + 2 * width)
+    iteration = 2 * count * (width * width + 2 * tokens * width + 6 * width * width + 2 * width * hidden)
+    return over_tokens, (module.iterations - 1) * iteration, iteration
+
+
+def decoder(model: Spot, *, masks_only: bool = False) -> float:
+    """Forward of the decoder for one picture; masks_only: up to the last cross-attention's weights."""
+    one, count, width = model.decoder, model.slot_encoder.num_slots, model.slot_encoder.slot_dim
+    tokens, dim = model.encoder.num_tokens, model.encoder.dim
+    ffn = 2 * tokens * dim * one.transformer.blocks[0].ffn[0].out_features
+    attend = tokens * dim * 4 * dim + tokens**2 * dim  # half of the two products of N × N
+    query = tokens * dim * dim + count * dim * dim + tokens * count * dim  # q, k and the weights
+    rest = tokens * dim * dim + count * dim * dim + tokens * count * dim  # v, what is read from it, the projection
+    products = len(one.transformer.blocks) * (attend + query + rest + ffn) - (rest + ffn if masks_only else 0)
+    return 2 * (products + tokens * dim * dim + count * width * dim)
+
+
+def step(model: Spot, teacher: Spot | None, *, cached: bool) -> float:
+    """A training step for one picture; cached: its frozen features are given."""
+    depth, first = len(model.encoder.vit.blocks), model.encoder.first_last_block
+    over_tokens, earlier, last = slots(model)
+    through = 3 if model.slot_encoder.attention.truncation == "none" else 1
+    total = 3 * (over_tokens + last + decoder(model)) + through * earlier
+    if not cached:
+        total += encoder(model, depth, embed=True)
+    if model.last_blocks is not None:
+        total += 3 * encoder(model, depth - first)
+    if teacher is not None:
+        total += sum(slots(teacher)) + decoder(teacher, masks_only=True)
+    return total

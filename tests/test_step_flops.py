@@ -1,0 +1,70 @@
+"""The floor's formulas against PyTorch's own counter on the reference step's parts."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from spot_fast.encoder import normalise
+from spot_fast.trainer import Trainer
+from tiny_runs import CPU, tiny
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+
+import reference_step  # noqa: E402
+import step_flops  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Trainer(tiny(eval_images=0), device=CPU).model
+
+
+def counted(function, *inputs) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function(*inputs)
+    return counter.get_total_flops()
+
+
+def inputs(model, batch=1):
+    encoder, slots = model.encoder, model.slot_encoder
+    images = normalise(torch.zeros(batch, 3, encoder.image_size, encoder.image_size, dtype=torch.uint8))
+    return (images, torch.randn(batch, encoder.num_tokens, encoder.dim),
+            torch.randn(batch, slots.num_slots, slots.slot_dim))  # fmt: skip
+
+
+def test_forward_of_the_parts(model):
+    images, features, slots = inputs(model)
+    blocks = list(model.encoder.vit.blocks)
+    assert counted(reference_step.encode, model, blocks, images) == step_flops.encoder(model, len(blocks), embed=True)
+    assert counted(reference_step.attend, model.slot_encoder, features, slots) == sum(step_flops.slots(model))
+    other_half = len(model.decoder.transformer.blocks) * 2 * features.shape[1] ** 2 * features.shape[2]
+    counted_decoder = counted(reference_step.decode, model.decoder, slots, features, 3)
+    assert counted_decoder == step_flops.decoder(model) + other_half
+
+
+def test_backward_is_twice_forward(model):
+    """Exactly but for products whose other factor needs no gradient; here slots and features come from parameters."""
+    _, features, slots = inputs(model)
+
+    def both():
+        prediction, _ = reference_step.decode(model.decoder, slots.requires_grad_(), features, 0)
+        prediction.sum().backward()
+
+    other_half = len(model.decoder.transformer.blocks) * 2 * features.shape[1] ** 2 * features.shape[2]
+    assert counted(both) == 3 * (step_flops.decoder(model) + other_half)
+
+
+def test_a_teachers_floor_stops_at_its_weights(model):
+    """At least what the decoder's own `masks` leaves out: the last FFN."""
+    _, features, slots = inputs(model)
+    left_out = counted(model.decoder.forward, slots, features) - counted(model.decoder.masks, slots, features)
+    assert step_flops.decoder(model) - step_flops.decoder(model, masks_only=True) >= left_out > 0
+
+
+def test_caches_take_the_encoder_off(model):
+    depth = len(model.encoder.vit.blocks)
+    saved = step_flops.step(model, None, cached=False) - step_flops.step(model, None, cached=True)
+    assert saved == step_flops.encoder(model, depth, embed=True)

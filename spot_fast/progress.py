@@ -59,11 +59,14 @@ class Pace:
 
 
 class Display:
-    """Bar on a terminal, lines everywhere; TensorBoard scalars in `folder`/tensorboard."""
+    """Bar on a terminal, lines everywhere; TensorBoard scalars in `folder`/tensorboard. A quiet one shows nothing."""
 
-    def __init__(self, folder: Path, *, title: str, step: int, total_steps: int, tensorboard: bool) -> None:
-        self.step, self.total_steps = step, total_steps
-        self._bar = tqdm(total=total_steps, initial=step, desc=title, unit="step", disable=None, dynamic_ncols=True)
+    def __init__(self, folder: Path, *, title: str, step: int, total_steps: int, tensorboard: bool,
+                 quiet: bool = False) -> None:
+        self.step, self.total_steps, self._quiet = step, total_steps, quiet
+        tensorboard = tensorboard and not quiet
+        self._bar = tqdm(total=total_steps, initial=step, desc=title, unit="step", disable=quiet or None,
+                         dynamic_ncols=True)  # fmt: skip
         self._first, self._start = step, 0.0
         self._writer = None
         if tensorboard:
@@ -89,6 +92,8 @@ class Display:
             self._bar.set_postfix_str(text, refresh=False)
 
     def line(self, text: str) -> None:
+        if self._quiet:
+            return
         if self._bar.disable:
             print(text, flush=True)
         else:

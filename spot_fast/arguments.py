@@ -31,6 +31,7 @@ examples:
   python -m spot_fast.train --stage 2                    its student; the newest stage-1 run is the teacher
   python -m spot_fast.train --stage 2 --resume           go on after a stop, bit for bit
   python -m spot_fast.train --preset coco --data /data/coco
+  torchrun --standalone --nproc-per-node 8 -m spot_fast.train --preset coco --data /data/coco
 """
 
 
@@ -159,8 +160,8 @@ _AT_LEAST: dict[str, float] = {
     "seed": 0, "log_every": 1, "save_every": 1, "eval_every": 0, "eval_images": 0, "train_images": 0, "val_images": 0,
     "image_size": 1, "mask_size": 1, "workers": 0, "train_blocks": 0, "num_slots": 1, "slot_dim": 1, "slot_mlp": 1,
     "slot_heads": 1, "slot_iterations": 1, "dec_blocks": 1, "dec_heads": 1, "dec_cross_heads": 0, "dec_mlp_hidden": 1,
-    "cappa": 0, "epochs": 1, "batch_size": 1, "lr": 0, "lr_low": 0, "warmup_steps": 0, "clip": 0, "att_weight": 0,
-    "att_weight_final": 0,
+    "cappa": 0, "epochs": 1, "batch_size": 1, "accumulate": 1, "lr": 0, "lr_low": 0, "warmup_steps": 0,
+    "clip": 0, "att_weight": 0, "att_weight_final": 0,
 }  # fmt: skip
 
 

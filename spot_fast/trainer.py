@@ -40,8 +40,9 @@ from .validation import quick_validation
 # Streams of random numbers: the first word after the seed.
 _WEIGHTS, _STEP, _PARALLEL = range(100, 103)
 _SAVE_SECONDS = 300
-# Settings that change nothing in the weights: a resumed run may have others than it began with.
-FREE = ("data", "sbd", "encoder_weights", "workers", "cache", "cache_dir", "save_every")
+# Settings that change nothing in the weights, or no more than the last bits (accumulate): a resumed run may have others
+# than it began with.
+FREE = ("accumulate", "data", "sbd", "encoder_weights", "workers", "cache", "cache_dir", "save_every")
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,10 @@ class Trainer:
         self.loader, self.decoding = open_loader(loader, self.train_set, config.batch_size, config.seed, config.workers,
                                                  device, self.world.rank, self.world.size)  # fmt: skip
         self.config = config = replace(config, loader=self.loader.kind)
+        share = config.batch_size // self.world.size
+        if share % config.accumulate:
+            raise UserError(f"--accumulate {config.accumulate} does not divide the {share} pictures of a process: use "
+                            f"a divisor of {share}")  # fmt: skip
         self.rate = learning_rate(config, len(self.train_set))
         self.total_steps = self.rate.total_steps
 
@@ -189,15 +194,31 @@ class Trainer:
         loss_att, _ = attention_loss(output.slot_logits, output.slot_attn, labels)
         return loss_rec + weight * loss_att, loss_rec, loss_att
 
+    def parts(self, batch: Batch | tuple[Tensor, ...],
+              draws: Draws) -> Iterator[tuple[Batch | tuple[Tensor, ...], Draws]]:  # fmt: skip
+        """A batch and what is drawn for it, in --accumulate equal parts."""
+        count = self.config.accumulate
+        size = self.config.batch_size // self.world.size // count
+        for start in range(0, count * size, size):
+            own = slice(start, start + size)
+            noise, teacher_noise = (None if noise is None else noise[own]
+                                    for noise in (draws.noise, draws.teacher_noise))  # fmt: skip
+            yield (prefetch.map_tensors(batch, lambda tensor, own=own: tensor[own]),
+                   replace(draws, noise=noise, teacher_noise=teacher_noise))
+
+    def backward(self, batch: Batch | tuple[Tensor, ...], draws: Draws, weight: Tensor) -> list[Tensor]:
+        """Adds a part's share of the gradient; its share of the losses, scalars."""
+        losses = [loss / self.config.accumulate for loss in self.losses(batch, draws, weight)]
+        losses[0].backward()
+        return [loss.detach() for loss in losses]
+
     def train_step(self, batch: Batch | tuple[Tensor, ...]) -> None:
         """Forward, backward, mean over the processes, clip, Adam; waits for nothing on the device."""
         draws = self.draw(self.step)
         weight = torch.full((), attention_weight(self.config, self.step, self.total_steps), device=self.device)
-        losses = self.losses(batch, draws, weight)
-
         self.optimiser.zero_grad(set_to_none=True)
-        losses[0].backward()
-        losses = self.world.average(self.parameters, losses)
+        means = [self.backward(*part, weight) for part in self.parts(batch, draws)]
+        losses = self.world.average(self.parameters, [torch.stack(values).sum() for values in zip(*means, strict=True)])
         norm = clip_by_infinity_norm(self.parameters, self.config.clip)
         set_learning_rate(self.optimiser, self.rate(self.step))
         self.optimiser.step()

@@ -78,7 +78,7 @@ def save_gradients(rank: int) -> None:
     Trainer.train_step = recorded
 
 
-@pytest.mark.parametrize("changes", [{}, {"orders": "standard", "cappa": 0.5, "seed": 3}])
+@pytest.mark.parametrize("changes", [{"accumulate": 2}, {"orders": "standard", "cappa": 0.5, "seed": 3}])
 def test_first_gradients_and_pictures(changes, workplace, monkeypatch):
     words = options(epochs=2, eval_images=0, cache="none", flip=True, log_every=3, **changes)
     ending = two_processes.train(workplace, [*words, "--out", "two"], prepare="test_distributed.save_gradients")

@@ -47,6 +47,8 @@ class Arguments:
     device: str | None
     threads: int | None
     tensorboard: bool
+    measure_peak: bool
+    profile: int
     print_config: bool
 
     @property
@@ -129,6 +131,12 @@ def _parser(defaults: Config) -> argparse.ArgumentParser:
                      help="CPU threads (default: PyTorch's choice; a resumed run keeps its number)")
     run.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True,
                      help="write TensorBoard events (default: yes)")
+    run.add_argument("--measure-peak", action="store_true",
+                     help="measure the device's FLOP/s, against which MFU is shown (default: a table of GPUs; MFU is "
+                     "not shown on a CPU)")
+    run.add_argument("--profile", metavar="N", type=int, default=0,
+                     help="profile N steps after the first few: profile.json (a trace) and profile.txt (a table) in "
+                     "the run folder")
     run.add_argument("--print-config", "--dry-run", action="store_true", dest="print_config",
                      help="print the configuration as JSON and leave")
     for name, field in every.items():

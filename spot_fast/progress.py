@@ -127,7 +127,10 @@ def epoch_line(epoch: int, epochs: int, step: int, total_steps: int, values: dic
     if "loss_att" in values:
         losses += f" (rec {values['loss_rec']:.4f}, att {values['loss_att']:.4f})"
     parts = [f"epoch {epoch}/{epochs}", f"step {step}/{total_steps}", losses, f"lr {values['lr']:.2e}",
-             f"{values['images_per_s']:.0f} images/s"]  # fmt: skip
+             f"{values['images_per_s']:.0f} images/s", f"{values['step_ms']:.3g} ms"]  # fmt: skip
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.0%}")
+    parts.append(f"{values['peak_memory'] / 1e9:.1f} GB")
     if scores:
         parts.append(scores_text(scores))
     if step < total_steps and time_left:

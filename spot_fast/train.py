@@ -23,6 +23,7 @@ from .precision import resolve
 from .progress import duration, scores_text
 from .run_folder import CORRUPT, OthersFolder, RunFolder, is_free
 from .teacher import check_teacher, find_teacher, inherit
+from .throughput import measured_peak
 from .trainer import FREE, Outcome, Trainer
 
 _INTERRUPTED = 130
@@ -112,6 +113,8 @@ def _job(args: Arguments, device: torch.device, world: World) -> _Job | None:
     """What the command line asks for; None where there is nothing to train."""
     if args.threads is not None and args.threads < 1:
         raise UserError(f"--threads {args.threads}: use 1 or more")
+    if args.profile < 0:
+        raise UserError(f"--profile {args.profile}: use the number of steps to profile, 1 or more")
     path = _run_to_resume(args) if args.resume is not None else None
     if path is not None:
         return _resume(args, path, device, world)
@@ -226,7 +229,10 @@ def _run(trainer: Trainer, folder: RunFolder | OthersFolder, args: Arguments) ->
     print(f"{path}: preset {config.preset}, stage {config.stage}, {len(trainer.train_set)} images, "
           f"{trainer.total_steps} steps of {config.batch_size}, {trained:.1f} M parameters train, "
           f"{trainer.precision} on {where}", flush=True)  # fmt: skip
-    outcome = trainer.run(folder, tensorboard=args.tensorboard)
+    if args.measure_peak:
+        trainer.throughput.peak = measured_peak(device, trainer.precision)
+        print(f"{trainer.throughput.peak / 1e12:.3g} TFLOP/s measured in {trainer.precision}: MFU is against that")
+    outcome = trainer.run(folder, tensorboard=args.tensorboard, profile=args.profile)
     if trainer.loader.corrupt:
         reason = next(iter(trainer.loader.corrupt.values()))
         print(f"{len(trainer.loader.corrupt)} corrupt images were replaced by others, all in {path / CORRUPT}; the "

@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from .run_folder import RunFolder
 from .schedule import attention_weight, learning_rate
 from .self_training import attention_loss, teacher_labels
 from .teacher import load_teacher, teacher_hash
+from .throughput import Profile, Throughput, count_flops
 from .validation import quick_validation
 
 # Streams of random numbers: the first word after the seed.
@@ -117,7 +118,7 @@ class Trainer:
 
         self.step = self.restored_step = self.saved_step = 0
         self.seconds, self.clock, self.save_clock = 0.0, time.monotonic(), time.monotonic()
-        self.meter = Meter(device)
+        self.meter, self.throughput = Meter(device), Throughput(device, self.precision)
         self.scores: dict[str, float] = {}
 
     # ---- one step
@@ -224,10 +225,22 @@ class Trainer:
         self.optimiser.step()
         self.meter.add(*losses, norm)
 
+    def flops(self, batch: Batch | tuple[Tensor, ...]) -> int:
+        """FLOPs of a step of this process, counted on the first picture of its batch; nothing changes by it."""
+        one, weight = slice(0, 1), torch.zeros((), device=self.device)
+        batch, draws = prefetch.map_tensors(batch, lambda tensor: tensor[one]), self.draw(0)
+        draws = replace(draws, **{name: noise[one] for name in ("noise", "teacher_noise")
+                                  if (noise := getattr(draws, name)) is not None})  # fmt: skip
+        share = self.config.batch_size // self.world.size
+        return share * count_flops(lambda: self.losses(batch, draws, weight)[0], self.parameters)
+
     # ---- the loop
 
-    def run(self, folder: RunFolder, *, tensorboard: bool = True) -> Outcome:
-        """Trains from where `folder` stands to the end, or until Ctrl-C or SIGTERM; the state is saved either way."""
+    def run(self, folder: RunFolder, *, tensorboard: bool = True, profile: int = 0) -> Outcome:
+        """Trains from where `folder` stands to the end, or until Ctrl-C or SIGTERM; the state is saved either way.
+
+        profile: how many steps go into a profile in `folder`.
+        """
         config, world = self.config, self.world
         self.clock = time.monotonic()
         if world.first(lambda: (folder.path / STATE).is_file()):
@@ -241,9 +254,10 @@ class Trainer:
         try:
             self._fill_cache(display)
             self.paces = {name: Pace(config.batch_size, self.step) for name in ("train", "epoch")}
-            with StopRequest() as stop:
+            recorder = Profile(folder.path, profile if world.main else 0, self.device, display.line)
+            with StopRequest() as stop, closing(recorder):
                 try:
-                    self._train(folder, display, stop)
+                    self._train(folder, display, recorder, stop)
                 except Ended:
                     # On a GPU the step may wait for the other process for ever: there the last saved state remains.
                     if self.device.type == "cpu":
@@ -255,15 +269,18 @@ class Trainer:
             self._finish(folder)
         return Outcome(self.step == self.total_steps, self.step, self.total_steps, self.seconds, self.scores)
 
-    def _train(self, folder: RunFolder, display: Display, stop: StopRequest) -> None:
+    def _train(self, folder: RunFolder, display: Display, recorder: Profile, stop: StopRequest) -> None:
         """Steps to the end, or until any process is asked to stop."""
         stopping = False
         while self.step < self.total_steps and not stopping:
             for batch in self.batches():
                 if stopping := self.world.agree(stop.made, self.loader.corrupt):
                     break
+                if self.world.main and not self.throughput.flops:
+                    self.throughput.flops = self.flops(batch)
                 self.train_step(batch)
                 self.step += 1
+                recorder.step()
                 display.advance()
                 if self.world.main:
                     if self.step % self.config.log_every == 0:
@@ -358,7 +375,9 @@ class Trainer:
         values = self.meter.read(sums, steps)
         if self.teacher is None:
             del values["loss_rec"], values["loss_att"]
-        return {**values, "lr": self.rate(self.step - 1), "images_per_s": self.paces[kind].read(self.step)}
+        pace = self.paces[kind].read(self.step)
+        return {**values, "lr": self.rate(self.step - 1), "images_per_s": pace,
+                **self.throughput.read(pace, self.config.batch_size)}  # fmt: skip
 
     def validate(self) -> dict[str, float]:
         """Quick scores of the model as it is; empty where there is nothing to validate on."""

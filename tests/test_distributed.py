@@ -1,6 +1,6 @@
 """Several processes train the run of one, and end together.
 
-One process and two differ by rounding: gradients by 1e-6 of a tensor's norm at most, weights after 24 steps by 1e-5.
+One process and two differ by rounding: gradients by 2e-6 of a tensor's norm at most, weights after 24 steps by 1e-5.
 Left out are parameters whose gradient is 0 but for rounding, of which Adam makes whole steps: a bias on the queries of
 all slots adds the same to the logits of all slots, and a bias on the keys of a ViT the same to those of all keys.
 """
@@ -91,7 +91,7 @@ def test_first_gradients_and_pictures(changes, workplace, monkeypatch):
     assert torch.equal(torch.cat([part[1] for part in parts]), images)
     assert torch.equal(torch.cat([part[2] for part in parts]), indices)
     assert all(torch.equal(parts[0][0][name], parts[1][0][name]) for name in gradients)
-    assert_rounding(parts[0][0], gradients, 1e-6)
+    assert_rounding(parts[0][0], gradients, 2e-6)
     assert_same_but_rounding(workplace / "two", workplace / "one")
 
 

@@ -136,9 +136,10 @@ class World:
     def copy_from_first(self, parameters: Sequence[nn.Parameter]) -> None:
         """Gives `parameters` the values they have in rank 0, to the last bit."""
         if self.size > 1:
-            with self._exchange(), torch.no_grad():
+            with torch.no_grad():
                 flat = torch.cat([parameter.flatten() for parameter in parameters])
-                dist.broadcast(flat, src=0, group=self._gradients)
+                with self._exchange():
+                    dist.broadcast(flat, src=0, group=self._gradients)
                 _copy_back(flat, parameters)
 
     # ---- steps
@@ -181,7 +182,10 @@ class World:
     # ---- the end
 
     def leave(self, error: BaseException) -> None:
-        """Before this process ends because of `error`, which rank 0 has printed: lets the others know why."""
+        """Before this process ends because of `error`, which rank 0 has printed: lets the others know why.
+
+        Connections stay open until it has ended: a GPU's may wait for a process that is gone.
+        """
         self._ending = True
         if self.size == 1:
             return
@@ -201,8 +205,8 @@ class World:
         return code
 
     def close(self) -> None:
-        """Ends the connections; not those that may wait for a process that is gone."""
-        if self.size > 1 and not self._ending:
+        """Ends the connections, after all has gone well."""
+        if self.size > 1:
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
 

@@ -94,8 +94,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Throughput:
-    """Numbers beside images/s, once `flops` of a step, in this process, is known: milliseconds of a step, peak memory
-    in bytes, and MFU as a fraction where `peak`, FLOP/s of the device, is known."""
+    """Numbers beside images/s: milliseconds of a step, peak memory in bytes, and MFU as a fraction where `peak`, FLOP/s
+    of the device, and `flops`, those of a step in this process, are known."""
 
     def __init__(self, device: torch.device, precision: str) -> None:
         self.device, self.flops = device, 0

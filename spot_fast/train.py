@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error))
     try:
-        return _train(world, argv)
+        code = _train(world, argv)
+        world.close()
+        return code
     except KeyboardInterrupt as error:
         failure, sentence = error, ""
     except torch.OutOfMemoryError as error:
@@ -61,8 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:
         world.leave(error)
         raise
-    finally:
-        world.close()
     if world.main and not sentence:
         print("interrupted; python -m spot_fast.train --resume goes on from the last saved state", file=sys.stderr)
     elif world.main:

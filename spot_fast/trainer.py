@@ -276,7 +276,7 @@ class Trainer:
             for batch in self.batches():
                 if stopping := self.world.agree(stop.made, self.loader.corrupt):
                     break
-                if self.world.main and not self.throughput.flops:
+                if self.throughput.peak and not self.throughput.flops:
                     self.throughput.flops = self.flops(batch)
                 self.train_step(batch)
                 self.step += 1

@@ -36,7 +36,8 @@ def train(folder: Path, words: list[str], *, size: int = 2, prepare: str = "") -
     prepare: "module.function", called with the rank in each process before it trains.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["spot_fast.train", "two_processes"])
+    # Adam's first step imports torch._dynamo, which takes longer than the run.
+    context.set_forkserver_preload(["spot_fast.train", "torch._dynamo", "two_processes"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -45,8 +45,8 @@ def plan(mode: str, image_set: ImageSet, fields: Sequence[Field], *, epochs: int
     """What to keep of `image_set` for so many epochs on `device`; mode is none, pixels, features or auto.
 
     fields: the frozen features of a picture; decoder: the loader's kind; processes: how many train together, each with
-    a copy of what is held in memory. UserError where what was asked for is
-    impossible, or too large for memory and disk.
+    a copy of what is held in memory. UserError where what was asked for is impossible, or too large for memory and
+    disk.
     """
     if mode == "none":
         return Plan("none", "nothing is cached: --cache none")

@@ -31,6 +31,7 @@ examples:
   python -m spot_fast.train --stage 2                    its student; the newest stage-1 run is the teacher
   python -m spot_fast.train --stage 2 --resume           go on after a stop, bit for bit
   python -m spot_fast.train --preset coco --data /data/coco
+  torchrun --standalone --nproc-per-node 8 -m spot_fast.train --preset coco --data /data/coco
 """
 
 
@@ -46,6 +47,8 @@ class Arguments:
     device: str | None
     threads: int | None
     tensorboard: bool
+    measure_peak: bool
+    profile: int
     print_config: bool
 
     @property
@@ -128,6 +131,12 @@ def _parser(defaults: Config) -> argparse.ArgumentParser:
                      help="CPU threads (default: PyTorch's choice; a resumed run keeps its number)")
     run.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True,
                      help="write TensorBoard events (default: yes)")
+    run.add_argument("--measure-peak", action="store_true",
+                     help="measure the device's FLOP/s, against which MFU is shown (default: a table of GPUs; MFU is "
+                     "not shown on a CPU)")
+    run.add_argument("--profile", metavar="N", type=int, default=0,
+                     help="profile N steps after the first few: profile.json (a trace) and profile.txt (a table) in "
+                     "the run folder")
     run.add_argument("--print-config", "--dry-run", action="store_true", dest="print_config",
                      help="print the configuration as JSON and leave")
     for name, field in every.items():
@@ -159,8 +168,8 @@ _AT_LEAST: dict[str, float] = {
     "seed": 0, "log_every": 1, "save_every": 1, "eval_every": 0, "eval_images": 0, "train_images": 0, "val_images": 0,
     "image_size": 1, "mask_size": 1, "workers": 0, "train_blocks": 0, "num_slots": 1, "slot_dim": 1, "slot_mlp": 1,
     "slot_heads": 1, "slot_iterations": 1, "dec_blocks": 1, "dec_heads": 1, "dec_cross_heads": 0, "dec_mlp_hidden": 1,
-    "cappa": 0, "epochs": 1, "batch_size": 1, "lr": 0, "lr_low": 0, "warmup_steps": 0, "clip": 0, "att_weight": 0,
-    "att_weight_final": 0,
+    "cappa": 0, "epochs": 1, "batch_size": 1, "accumulate": 1, "lr": 0, "lr_low": 0, "warmup_steps": 0,
+    "clip": 0, "att_weight": 0, "att_weight_final": 0,
 }  # fmt: skip
 
 

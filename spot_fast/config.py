@@ -83,7 +83,10 @@ class Config:
     cappa: float = _option(0.0, "probability of a parallel (CapPa) step, standard order only", "decoder")
 
     epochs: int = _option(50, "passes over the training images", "optimisation")
-    batch_size: int = _option(64, "images a step", "optimisation")
+    batch_size: int = _option(64, "images a step, of all processes together; --lr stays what it is (the usual rule for "
+                              "Adam, not tried here: sqrt(k) times the rate for k times the images)", "optimisation")
+    accumulate: int = _option(1, "parts of a process's share of a batch that go through the model one after another, "
+                              "for small memories; the gradient is the whole batch's but for rounding", "optimisation")
     lr: float = _option(4e-4, "peak learning rate", "optimisation")
     lr_low: float = _option(4e-7, "learning rate approached at the end", "optimisation")
     warmup_steps: int = _option(10_000, "linear warm-up, rounded to whole epochs", "optimisation")

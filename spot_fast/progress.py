@@ -62,11 +62,14 @@ class Pace:
 
 
 class Display:
-    """Bar on a terminal, lines everywhere; TensorBoard scalars in `folder`/tensorboard."""
+    """Bar on a terminal, lines everywhere; TensorBoard scalars in `folder`/tensorboard. A quiet one shows nothing."""
 
-    def __init__(self, folder: Path, *, title: str, step: int, total_steps: int, tensorboard: bool) -> None:
-        self.step, self.total_steps = step, total_steps
-        self._bar = tqdm(total=total_steps, initial=step, desc=title, unit="step", disable=None, dynamic_ncols=True)
+    def __init__(self, folder: Path, *, title: str, step: int, total_steps: int, tensorboard: bool,
+                 quiet: bool = False) -> None:
+        self.step, self.total_steps, self._quiet = step, total_steps, quiet
+        tensorboard = tensorboard and not quiet
+        self._bar = tqdm(total=total_steps, initial=step, desc=title, unit="step", disable=quiet or None,
+                         dynamic_ncols=True)  # fmt: skip
         self._first, self._start = step, 0.0
         self._writer = None
         if tensorboard:
@@ -92,6 +95,8 @@ class Display:
             self._bar.set_postfix_str(text, refresh=False)
 
     def line(self, text: str) -> None:
+        if self._quiet:
+            return
         if self._bar.disable:
             print(text, flush=True)
         else:
@@ -125,7 +130,10 @@ def epoch_line(epoch: int, epochs: int, step: int, total_steps: int, values: dic
     if "loss_att" in values:
         losses += f" (rec {values['loss_rec']:.4f}, att {values['loss_att']:.4f})"
     parts = [f"epoch {epoch}/{epochs}", f"step {step}/{total_steps}", losses, f"lr {values['lr']:.2e}",
-             f"{values['images_per_s']:.0f} images/s"]  # fmt: skip
+             f"{values['images_per_s']:.0f} images/s", f"{values['step_ms']:.3g} ms"]  # fmt: skip
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.0%}")
+    parts.append(f"{values['peak_memory'] / 1e9:.1f} GB")
     if scores:
         parts.append(scores_text(scores))
     if step < total_steps and time_left:

@@ -100,6 +100,19 @@ class RunFolder:
         self.close()
 
 
+class OthersFolder:
+    """A run folder that another process of the same run writes: what is written here goes nowhere."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def log(self, **record: Any) -> None:
+        pass
+
+    def cut_metrics(self, step: int) -> None:
+        pass
+
+
 def _step_of(line: bytes) -> float:
     """The step of a line of metrics; infinity for an unfinished one."""
     try:

@@ -1,10 +1,15 @@
-"""python -m spot_fast.train: trains stage 1 or stage 2, on generated scenes unless told otherwise."""
+"""python -m spot_fast.train: trains stage 1 or stage 2, on generated scenes unless told otherwise.
+
+Under torchrun all processes do the same; what depends on files that come and go is decided by rank 0, which writes and
+prints (`distributed`).
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,30 +17,59 @@ import torch
 from .arguments import Arguments, check_config, conflicts, parse, with_free
 from .checkpoint import CONFIG, STATE, find_folder, is_finished, read_config, read_metadata, run_folders, write_config
 from .config import Config
+from .distributed import World, join
 from .errors import UserError
 from .precision import resolve
 from .progress import duration, scores_text
-from .run_folder import CORRUPT, RunFolder, is_free
+from .run_folder import CORRUPT, OthersFolder, RunFolder, is_free
 from .step import resolve_compile
 from .teacher import check_teacher, find_teacher, inherit
+from .throughput import measured_peak
 from .trainer import FREE, Outcome, Trainer
 
 _INTERRUPTED = 130
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What to train: a new run, or the one in the folder `path`; threads: None is PyTorch's choice."""
+
+    config: Config
+    teacher: Path | None
+    threads: int | None
+    path: Path | None = None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        return _train(parse(argv))
-    except KeyboardInterrupt:
-        print("interrupted; python -m spot_fast.train --resume goes on from the last saved state", file=sys.stderr)
-        return _INTERRUPTED
-    except torch.OutOfMemoryError:
-        return _fail("the device's memory is full: use a smaller --batch-size or --cache none")
-    except OSError as error:
-        return _fail(f"{error.filename or 'a file'} cannot be used ({error.strerror or error}): check the path, its "
-                     "permissions and the free space")  # fmt: skip
+        world = join()
     except UserError as error:
         return _fail(str(error))
+    try:
+        code = _train(world, argv)
+        world.close()
+        return code
+    except KeyboardInterrupt as error:
+        failure, sentence = error, ""
+    except torch.OutOfMemoryError as error:
+        failure = error
+        sentence = ("the device's memory is full: use a smaller --batch-size or --cache none, or --accumulate 2 for "
+                    "half a batch at a time")  # fmt: skip
+    except OSError as error:
+        failure = error
+        sentence = (f"{error.filename or 'a file'} cannot be used ({error.strerror or error}): check the path, its "
+                    "permissions and the free space")  # fmt: skip
+    except UserError as error:
+        failure, sentence = error, str(error)
+    except BaseException as error:
+        world.leave(error)
+        raise
+    if world.main and not sentence:
+        print("interrupted; python -m spot_fast.train --resume goes on from the last saved state", file=sys.stderr)
+    elif world.main:
+        _fail(sentence)
+    world.leave(failure)
+    return 2 if sentence else _INTERRUPTED
 
 
 def _fail(sentence: str) -> int:
@@ -43,29 +77,59 @@ def _fail(sentence: str) -> int:
     return 2
 
 
-def _train(args: Arguments) -> int:
+def _train(world: World, argv: Sequence[str] | None) -> int:
+    args = world.first(lambda: parse(argv))
+    device = world.together(lambda: _device(args.device, world))
+    world.connect(device)
+    with ExitStack() as stack:
+        opened: list[RunFolder] = []  # in rank 0
+
+        def prepare() -> _Job | None:
+            job = _job(args, device, world)
+            if job is not None and job.path is not None:
+                opened.append(stack.enter_context(RunFolder(job.path)))
+            return job
+
+        def folder() -> Path:
+            if opened:
+                write_config(job.path, trainer.config)
+            else:
+                opened.append(stack.enter_context(RunFolder.create(trainer.config, root=args.runs, out=args.out)))
+            return opened[0].path
+
+        job = world.first(prepare)
+        if job is None:
+            return 0
+        if job.threads:
+            torch.set_num_threads(job.threads)
+        trainer = world.together(lambda: Trainer(job.config, device=device, teacher=job.teacher, world=world))
+        if len(kinds := set(world.gather(trainer.loader.kind))) > 1:
+            raise UserError(f"pictures are decoded by {' and '.join(sorted(kinds))} in different processes: add "
+                            "--loader torch")  # fmt: skip
+        path = world.first(folder)
+        return _run(trainer, opened[0] if world.main else OthersFolder(path), args)
+
+
+def _job(args: Arguments, device: torch.device, world: World) -> _Job | None:
+    """What the command line asks for; None where there is nothing to train."""
     if args.threads is not None and args.threads < 1:
         raise UserError(f"--threads {args.threads}: use 1 or more")
-    device = _device(args.device)
+    if args.profile < 0:
+        raise UserError(f"--profile {args.profile}: use the number of steps to profile, 1 or more")
     path = _run_to_resume(args) if args.resume is not None else None
     if path is not None:
-        return _resume(args, path, device)
+        return _resume(args, path, device, world)
     config, teacher = _new_config(args)
-    config = replace(config, precision=resolve(config.precision, device),
-                     compile=resolve_compile(config.compile, device))  # fmt: skip
+    config = replace(config, precision=resolve(config.precision, device))
     if args.print_config:
-        print(config.to_json(), end="")
-        return 0
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    trainer = Trainer(config, device=device, teacher=teacher)
-    with RunFolder.create(trainer.config, root=args.runs, out=args.out) as folder:
-        return _run(trainer, folder, args)
+        print(replace(config, compile=resolve_compile(config.compile, device)).to_json(), end="")
+        return None
+    return _Job(config, teacher, args.threads)
 
 
-def _device(name: str | None) -> torch.device:
+def _device(name: str | None, world: World) -> torch.device:
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = world.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None
@@ -116,34 +180,33 @@ def _run_to_resume(args: Arguments) -> Path | None:
     return None
 
 
-def _resume(args: Arguments, path: Path, device: torch.device) -> int:
+def _resume(args: Arguments, path: Path, device: torch.device, world: World) -> _Job | None:
     config = read_config(path)
     if different := conflicts(config, args.given, FREE):
         raise UserError(f"{path} cannot be resumed: {different[0]}; drop the option, or drop --resume for a new run")
     config = check_config(with_free(config, args.given, FREE))
     if args.print_config:
         print(config.to_json(), end="")
-        return 0
+        return None
     if is_finished(path):
         print(f"{path} is finished: there is nothing to resume")
-        return 0
-    with RunFolder(path) as folder:
-        about = read_metadata(path / STATE) if (path / STATE).is_file() else {}
-        _same_machine(args, about, device)
-        trainer = Trainer(config, device=device, teacher=_same_teacher(args, config, about, path))
-        write_config(path, trainer.config)
-        return _run(trainer, folder, args)
+        return None
+    about = read_metadata(path / STATE) if (path / STATE).is_file() else {}
+    threads = _same_machine(args, about, device, world)
+    return _Job(config, _same_teacher(args, config, about, path), threads, path)
 
 
-def _same_machine(args: Arguments, about: dict[str, str], device: torch.device) -> None:
-    """As many threads as before; says so where the arithmetic may differ from before."""
+def _same_machine(args: Arguments, about: dict[str, str], device: torch.device, world: World) -> int:
+    """As many threads as before, 0 = PyTorch's choice; says so where the arithmetic may differ from before."""
     threads = args.threads or int(about.get("threads", 0))
     if threads:
         torch.set_num_threads(threads)
-    now = {"threads": str(torch.get_num_threads()), "device": device.type, "torch": torch.__version__}
+    now = {"threads": str(torch.get_num_threads()), "device": device.type, "torch": torch.__version__,
+           "processes": str(world.size)}  # fmt: skip
     for name, value in now.items():
         if about.get(name, value) != value:
             print(f"note: {name} was {about[name]} and is {value}: the last bits may differ from an uninterrupted run")
+    return threads
 
 
 def _same_teacher(args: Arguments, config: Config, about: dict[str, str], path: Path) -> Path | None:
@@ -155,15 +218,22 @@ def _same_teacher(args: Arguments, config: Config, about: dict[str, str], path: 
     return find_teacher(recorded if recorded.is_dir() else path.parent / recorded.name, args.runs, config.preset)
 
 
-def _run(trainer: Trainer, folder: RunFolder, args: Arguments) -> int:
+def _run(trainer: Trainer, folder: RunFolder | OthersFolder, args: Arguments) -> int:
+    if not trainer.world.main:
+        return 0 if trainer.run(folder, tensorboard=False).finished else _INTERRUPTED
     config, device, path = trainer.config, trainer.device, folder.path
-    threads = torch.get_num_threads()
+    threads, processes = torch.get_num_threads(), trainer.world.size
     where = f"CPU with {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else str(device)
+    if processes > 1:
+        where = f"{processes} {'GPUs' if device.type == 'cuda' else f'processes, each {where}'}"
     trained = sum(parameter.numel() for parameter in trainer.parameters) / 1e6
     print(f"{path}: preset {config.preset}, stage {config.stage}, {len(trainer.train_set)} images, "
           f"{trainer.total_steps} steps of {config.batch_size}, {trained:.1f} M parameters train, "
           f"{trainer.precision} on {where}", flush=True)  # fmt: skip
-    outcome = trainer.run(folder, tensorboard=args.tensorboard)
+    if args.measure_peak:
+        trainer.throughput.peak = measured_peak(device, trainer.precision)
+        print(f"{trainer.throughput.peak / 1e12:.3g} TFLOP/s measured in {trainer.precision}: MFU is against that")
+    outcome = trainer.run(folder, tensorboard=args.tensorboard, profile=args.profile)
     if trainer.loader.corrupt:
         reason = next(iter(trainer.loader.corrupt.values()))
         print(f"{len(trainer.loader.corrupt)} corrupt images were replaced by others, all in {path / CORRUPT}; the "

@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from .config import Config
 from .data import Batch, Loader, cache, feature_cache, open_set, pixel_cache, prefetch
 from .data.loader import MAX_THREADS
 from .data.loaders import open_loader
+from .distributed import Ended, World
 from .encoder import encoder_identity, normalise
 from .errors import UserError
 from .interrupt import StopRequest
@@ -43,6 +44,7 @@ from .schedule import attention_weight, learning_rate
 from .self_training import attention_loss, teacher_labels
 from .step import Compiled, resolve_compile
 from .teacher import load_teacher, teacher_hash
+from .throughput import Profile, Throughput, count_flops
 from .validation import quick_validation
 
 # Streams of random numbers: the first word after the seed.
@@ -50,7 +52,8 @@ _WEIGHTS, _STEP, _PARALLEL = range(100, 103)
 _SAVE_SECONDS = 300
 # Settings that change nothing in the weights of a run that goes well, but for the last bits: a resumed run may have
 # others than it began with.
-FREE = ("data", "sbd", "encoder_weights", "workers", "cache", "cache_dir", "compile", "save_every", "on_nonfinite")
+FREE = ("accumulate", "data", "sbd", "encoder_weights", "workers", "cache", "cache_dir", "compile", "save_every",
+        "on_nonfinite")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,14 @@ def config_hash(config: Config) -> str:
 
 
 class Trainer:
-    """A run of `config` on `device`; stage 2 needs its teacher's folder. UserError where something is missing."""
+    """A run of `config` on `device`; stage 2 needs its teacher's folder. UserError where something is missing.
 
-    def __init__(self, config: Config, *, device: torch.device, teacher: Path | None = None) -> None:
-        self.device, self.teacher_path = device, teacher
+    Of several processes (`world`) each has a Trainer, for its share of every batch; all call the same methods.
+    """
+
+    def __init__(self, config: Config, *, device: torch.device, teacher: Path | None = None,
+                 world: World | None = None) -> None:
+        self.device, self.teacher_path, self.world = device, teacher, world or World()
         self.precision = resolve(config.precision, device)
         self.train_set = open_set(config, "train")
         self.val_set = open_set(config, "val") if config.eval_images else None
@@ -97,9 +104,13 @@ class Trainer:
         if loader == "auto" and self.train_set.random_crop and config.cache in ("auto", "pixels"):
             loader = "torch"  # whole pictures are decoded once, by Pillow
         self.loader, self.decoding = open_loader(loader, self.train_set, config.batch_size, config.seed, config.workers,
-                                                 device)  # fmt: skip
+                                                 device, self.world.rank, self.world.size)  # fmt: skip
         unasked = config.compile == "auto"
         self.config = config = replace(config, loader=self.loader.kind, compile=resolve_compile(config.compile, device))
+        share = config.batch_size // self.world.size
+        if share % config.accumulate:
+            raise UserError(f"--accumulate {config.accumulate} does not divide the {share} pictures of a process: use "
+                            f"a divisor of {share}")  # fmt: skip
         self.rate = learning_rate(config, len(self.train_set))
         self.total_steps = self.rate.total_steps
 
@@ -119,7 +130,7 @@ class Trainer:
 
         self.step = self.restored_step = self.saved_step = 0
         self.seconds, self.clock, self.save_clock = 0.0, time.monotonic(), time.monotonic()
-        self.meter, self.skipped = Meter(device), Skipped()
+        self.meter, self.skipped, self.throughput = Meter(device), Skipped(), Throughput(device, self.precision)
         self.scores: dict[str, float] = {}
 
     # ---- one step
@@ -142,7 +153,8 @@ class Trainer:
         slots = model.slot_encoder
         if slots.init == "gaussian":
             shape = (self.config.batch_size, slots.num_slots, slots.slot_dim)
-            noise = torch.randn(shape, generator=self.generator, device=self.device)
+            # Of the whole batch, whatever the share: pictures get the noise that they would get in one process.
+            noise = torch.randn(shape, generator=self.generator, device=self.device)[self.loader.mine]
         return order, noise
 
     @torch.no_grad()
@@ -195,58 +207,106 @@ class Trainer:
         loss_att, _ = attention_loss(output.slot_logits, output.slot_attn, labels)
         return loss_rec + weight * loss_att, loss_rec, loss_att
 
+    def parts(self, batch: Batch | tuple[Tensor, ...],
+              draws: Draws) -> Iterator[tuple[Batch | tuple[Tensor, ...], Draws]]:  # fmt: skip
+        """A batch and what is drawn for it, in --accumulate equal parts."""
+        count = self.config.accumulate
+        size = self.config.batch_size // self.world.size // count
+        for start in range(0, count * size, size):
+            own = slice(start, start + size)
+            noise, teacher_noise = (None if noise is None else noise[own]
+                                    for noise in (draws.noise, draws.teacher_noise))  # fmt: skip
+            yield (prefetch.map_tensors(batch, lambda tensor, own=own: tensor[own]),
+                   replace(draws, noise=noise, teacher_noise=teacher_noise))
+
+    def backward(self, batch: Batch | tuple[Tensor, ...], draws: Draws, weight: Tensor) -> list[Tensor]:
+        """Adds a part's share of the gradient; its share of the losses, scalars."""
+        losses = [loss / self.config.accumulate for loss in self.forward(batch, draws, weight)]
+        losses[0].backward()
+        return [loss.detach() for loss in losses]
+
     def train_step(self, batch: Batch | tuple[Tensor, ...]) -> None:
-        """Forward, backward, clip, Adam; waits for nothing on the device."""
+        """Forward, backward, mean over the processes, clip, Adam; waits for nothing on the device."""
         draws = self.draw(self.step)
         weight = torch.full((), attention_weight(self.config, self.step, self.total_steps), device=self.device)
-        loss, loss_rec, loss_att = self.forward(batch, draws, weight)
-
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        means = [self.backward(*part, weight) for part in self.parts(batch, draws)]
+        losses = self.world.average(self.parameters, [torch.stack(values).sum() for values in zip(*means, strict=True)])
         norm = clip_by_infinity_norm(self.parameters, self.config.clip)
         set_learning_rate(self.optimiser, self.rate(self.step))
-        bad = self.skipped.add(self.step + 1, loss, norm) if self.config.on_nonfinite == "skip" else None
+        bad = self.skipped.add(self.step + 1, losses[0], norm) if self.config.on_nonfinite == "skip" else None
         update(self.optimiser, bad)
-        self.meter.add(loss, loss_rec, loss_att, norm, bad)
+        self.meter.add(*losses, norm, bad)
+
+    def flops(self, batch: Batch | tuple[Tensor, ...]) -> int:
+        """FLOPs of a step of this process, counted on the first picture of its batch; nothing changes by it."""
+        one, weight = slice(0, 1), torch.zeros((), device=self.device)
+        batch, draws = prefetch.map_tensors(batch, lambda tensor: tensor[one]), self.draw(0)
+        draws = replace(draws, **{name: noise[one] for name in ("noise", "teacher_noise")
+                                  if (noise := getattr(draws, name)) is not None})  # fmt: skip
+        share = self.config.batch_size // self.world.size
+        return share * count_flops(lambda: self.losses(batch, draws, weight)[0], self.parameters)
 
     # ---- the loop
 
-    def run(self, folder: RunFolder, *, tensorboard: bool = True) -> Outcome:
-        """Trains from where `folder` stands to the end, or until Ctrl-C or SIGTERM; the state is saved either way."""
-        config, per_epoch = self.config, self.loader.steps_per_epoch
+    def run(self, folder: RunFolder, *, tensorboard: bool = True, profile: int = 0) -> Outcome:
+        """Trains from where `folder` stands to the end, or until Ctrl-C or SIGTERM; the state is saved either way.
+
+        profile: how many steps go into a profile in `folder`.
+        """
+        config, world = self.config, self.world
         self.clock = time.monotonic()
-        if (folder.path / STATE).is_file():
-            self.restore(folder)
+        if world.first(lambda: (folder.path / STATE).is_file()):
+            world.together(lambda: self.restore(folder))
         else:
             folder.cut_metrics(-1)
             self.save(folder)
+        world.copy_from_first(self.parameters)
         display = Display(folder.path, title=f"{config.preset} stage {config.stage}", step=self.step,
-                          total_steps=self.total_steps, tensorboard=tensorboard)  # fmt: skip
+                          total_steps=self.total_steps, tensorboard=tensorboard, quiet=not world.main)  # fmt: skip
         if isinstance(self.forward, Compiled):
             self.forward.say = display.line
         try:
             with float32_products(self.precision):
                 self._fill_cache(display)
             self.paces = {name: Pace(config.batch_size, self.step) for name in ("train", "epoch")}
-            with float32_products(self.precision), StopRequest() as stop:
-                while self.step < self.total_steps and not stop.made:
-                    for batch in self.batches():
-                        self.train_step(batch)
-                        self.step += 1
-                        display.advance()
-                        if self.step % config.log_every == 0:
-                            self._log_interval(folder, display)
-                        if self.step % per_epoch == 0:
-                            self._log_epoch(folder, display)
-                        if self._save_is_due() or stop.made or self.step == self.total_steps:
-                            self.save(folder)
-                        if stop.made:
-                            break
+            recorder = Profile(folder.path, profile if world.main else 0, self.device, display.line)
+            with float32_products(self.precision), StopRequest() as stop, closing(recorder):
+                try:
+                    self._train(folder, display, recorder, stop)
+                except Ended:
+                    # On a GPU the step may wait for the other process for ever: there the last saved state remains.
+                    if self.device.type == "cpu":
+                        self.save(folder)
+                    raise
         finally:
             display.close()
         if self.step == self.total_steps:
             self._finish(folder)
         return Outcome(self.step == self.total_steps, self.step, self.total_steps, self.seconds, self.scores)
+
+    def _train(self, folder: RunFolder, display: Display, recorder: Profile, stop: StopRequest) -> None:
+        """Steps to the end, or until any process is asked to stop."""
+        stopping = False
+        while self.step < self.total_steps and not stopping:
+            for batch in self.batches():
+                if stopping := self.world.agree(stop.made, self.loader.corrupt):
+                    break
+                if self.throughput.peak and not self.throughput.flops:
+                    self.throughput.flops = self.flops(batch)
+                self.train_step(batch)
+                self.step += 1
+                recorder.step()
+                display.advance()
+                if self.world.main:
+                    if self.step % self.config.log_every == 0:
+                        self._log_interval(folder, display)
+                    if self.step % self.loader.steps_per_epoch == 0:
+                        self._log_epoch(folder, display)
+                if self._save_is_due() or self.step == self.total_steps:
+                    self.save(folder)
+        if self.saved_step != self.step:
+            self.save(folder)
 
     def batches(self) -> Iterator[Batch | tuple[Tensor, ...]]:
         """What is left of the current epoch: batches of pictures, or their frozen features where those are cached."""
@@ -265,29 +325,45 @@ class Trainer:
             return
         config, folder = self.config, cache.default_folder(self.config.cache_dir)
         fields = self.frozen_fields()
-        plan = cache.plan(config.cache, self.train_set, fields, epochs=config.epochs, device=self.device, folder=folder,
-                          decoder=self.loader.kind)  # fmt: skip
+        world = self.world
+        plan = world.first(lambda: cache.plan(config.cache, self.train_set, fields, epochs=config.epochs,
+                                              device=self.device, folder=folder, decoder=self.loader.kind,
+                                              processes=world.size))  # fmt: skip
+        # Each process holds all rows of what is held in memory, on its own device.
+        holder = self.device if plan.device is not None and plan.device.type == self.device.type else plan.device
         if self.train_set.content_key() and not plan.complete:
             display.line(self.decoding)
         display.line(plan.reason)
         if plan.kind == "pixels":
-            store = pixel_cache.store_of(self.train_set, folder, self.loader.kind)
-            pixel_cache.build(self.loader, store, say=display.line)
-            cached = pixel_cache.CachedPixels(self.train_set, store, plan.device)
+            def pixels() -> pixel_cache.Store:
+                store = pixel_cache.store_of(self.train_set, folder, self.loader.kind)
+                pixel_cache.build(self.loader, store, say=display.line)
+                return store
+
+            world.first(lambda: pixels().complete)
+            store = world.together(pixels)
+            cached = world.together(lambda: pixel_cache.CachedPixels(self.train_set, store, holder))
             # Its rows are only copied: threads do, and a process would be sent a copy of the whole file.
-            self.loader = Loader(cached, config.batch_size, config.seed, min(self.loader.workers, MAX_THREADS))
+            self.loader = Loader(cached, config.batch_size, config.seed, min(self.loader.workers, MAX_THREADS),
+                                 rank=world.rank, world=world.size)  # fmt: skip
             self.loader.note_corrupt(dict(store.corrupt.values()))
         elif plan.on_disk is not None:
-            stores = feature_cache.stores_of(self.train_set, fields, folder)
-            self.cache = feature_cache.on_disk(self.loader, self.frozen_features, fields, stores, say=display.line)
-            if plan.device is not None:
-                self.cache.hold(plan.device)
+            def features() -> feature_cache.FeatureCache:
+                stores = feature_cache.stores_of(self.train_set, fields, folder)
+                return feature_cache.on_disk(self.loader, self.frozen_features, fields, stores, say=display.line)
+
+            world.first(lambda: bool(features()))
+            self.cache = world.together(features)
+            if holder is not None:
+                world.together(lambda: self.cache.hold(holder))
         elif plan.kind == "features":
-            self.cache = feature_cache.in_memory(self.loader, self.frozen_features, fields, plan.device)
+            progress = None if world.main else False
+            self.cache = world.together(lambda: feature_cache.in_memory(self.loader, self.frozen_features, fields,
+                                                                        holder, progress))  # fmt: skip
         if self.cache is not None:
             # Nothing is decoded any more, and a decoder on the GPU would go on holding memory.
             corrupt = self.loader.corrupt
-            self.loader = Loader(self.train_set, config.batch_size, config.seed)
+            self.loader = Loader(self.train_set, config.batch_size, config.seed, rank=world.rank, world=world.size)
             self.loader.note_corrupt(corrupt)
 
     def _log_interval(self, folder: RunFolder, display: Display) -> None:
@@ -317,7 +393,9 @@ class Trainer:
         values = self.meter.read(sums, steps - self.skipped.count(after=self.step - steps))
         if self.teacher is None:
             del values["loss_rec"], values["loss_att"]
-        return {**values, "lr": self.rate(self.step - 1), "images_per_s": self.paces[kind].read(self.step)}
+        pace = self.paces[kind].read(self.step)
+        return {**values, "lr": self.rate(self.step - 1), "images_per_s": pace,
+                **self.throughput.read(pace, self.config.batch_size)}  # fmt: skip
 
     def _tell_skipped(self, folder: RunFolder, display: Display) -> None:
         if news := self.skipped.news():
@@ -351,7 +429,12 @@ class Trainer:
         return self.step % self.config.save_every == 0 or time.monotonic() - self.save_clock > _SAVE_SECONDS
 
     def save(self, folder: RunFolder) -> None:
-        """Puts the present state in the place of the last one, unless it is not finite: then UserError."""
+        """Puts the present state in the place of the last one, unless it is not finite: then UserError.
+
+        Rank 0 does it, whose state all processes share.
+        """
+        if not self.world.main:
+            return
         self._require_finite()
         tensors = {f"model.{name}": value for name, value in self.model.learned_state_dict().items()}
         tensors |= optimiser_tensors(self.optimiser, self.names)
@@ -361,6 +444,7 @@ class Trainer:
             raise UserError(f"{name} is not finite after step {self.step}: {self._kept()}")
         tensors |= {"meter.interval": self.meter.interval, "meter.epoch": self.meter.epoch}
         self._tick()
+        self.loader.note_corrupt(self.world.corrupt_elsewhere())
         folder.write_corrupt(self.loader.corrupt)
         folder.sync()
         self._write(folder, STATE, tensors, {
@@ -368,6 +452,7 @@ class Trainer:
             "images": str(len(self.train_set)), "seconds": f"{self.seconds:.1f}",
             "teacher_path": str(self.teacher_path.resolve()) if self.teacher_path else "",
             "threads": str(torch.get_num_threads()), "device": self.device.type, "torch": torch.__version__,
+            "processes": str(self.world.size),
         })  # fmt: skip
         self.saved_step, self.save_clock = self.step, time.monotonic()
 
@@ -410,6 +495,8 @@ class Trainer:
 
     def _finish(self, folder: RunFolder) -> None:
         """The model file, whose presence says that the run is finished."""
+        if not self.world.main:
+            return
         self.scores = self.scores or self.validate()
         self._tick()
         self._write(folder, MODEL, self.model.learned_state_dict(), {"finished": "true"})

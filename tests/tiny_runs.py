@@ -20,6 +20,7 @@ CHANGES = dict(image_size=32, mask_size=32, train_images=26, val_images=6, encod
                log_every=4, eval_every=2)  # fmt: skip
 STEPS = 24
 CPU = torch.device("cpu")
+TIMES = ("images_per_s", "step_ms", "mfu", "peak_memory")
 
 
 def tiny(stage: int = 1, **changes) -> Config:
@@ -72,9 +73,9 @@ def stop_after(monkeypatch, step: int):
 
 
 def metrics(path: Path) -> list[dict]:
-    """Lines of metrics.jsonl without times."""
+    """Lines of metrics.jsonl without times and memory."""
     lines = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_s"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
 def assert_same_run(one: Path, other: Path) -> None:

@@ -41,11 +41,12 @@ def default_folder(given: str | None) -> Path:
 
 
 def plan(mode: str, image_set: ImageSet, fields: Sequence[Field], *, epochs: int, device: torch.device,
-         folder: Path, decoder: str = "torch") -> Plan:  # fmt: skip
+         folder: Path, decoder: str = "torch", processes: int = 1) -> Plan:  # fmt: skip
     """What to keep of `image_set` for so many epochs on `device`; mode is none, pixels, features or auto.
 
-    fields: the frozen features of a picture; decoder: the loader's kind. UserError where what was asked for is
-    impossible, or too large for memory and disk.
+    fields: the frozen features of a picture; decoder: the loader's kind; processes: how many train together, each with
+    a copy of what is held in memory. UserError where what was asked for is impossible, or too large for memory and
+    disk.
     """
     if mode == "none":
         return Plan("none", "nothing is cached: --cache none")
@@ -56,7 +57,7 @@ def plan(mode: str, image_set: ImageSet, fields: Sequence[Field], *, epochs: int
         if mode == "features":
             raise UserError(f"--cache features: {why}: use --cache pixels, or --crop center or stretch")
         return _pixels(image_set, folder, device, decoder, asked=False, why=why, epochs=epochs)
-    found = _features(image_set, fields, folder, device, asked=mode == "features")
+    found = _features(image_set, fields, folder, device, asked=mode == "features", processes=processes)
     if mode == "features" or (found.kind == "features" and epochs > outcomes(image_set)):
         return found
     if found.kind == "features":
@@ -66,17 +67,20 @@ def plan(mode: str, image_set: ImageSet, fields: Sequence[Field], *, epochs: int
 
 
 def _features(image_set: ImageSet, fields: Sequence[Field], folder: Path, device: torch.device, *,
-              asked: bool) -> Plan:  # fmt: skip
+              asked: bool, processes: int) -> Plan:  # fmt: skip
     size = sum(field.nbytes for field in fields) * len(image_set) * outcomes(image_set)
     sides = ", mirrored and not" if outcomes(image_set) == 2 else ""
     what = f"features of {len(image_set)} pictures{sides}, {text(size)} in {_dtype(fields)}"
     share = 1.0 if asked else _SHARE
     # A GPU also has to hold the training itself, whatever was asked for.
     holder = next((place for place in dict.fromkeys([device, torch.device("cpu")])
-                   if size <= (share if place.type == "cpu" else _SHARE) * free_bytes(place)), None)  # fmt: skip
+                   if (size * processes <= share * free_bytes(place) if place.type == "cpu" else
+                       size <= _SHARE * free_bytes(place))), None)  # fmt: skip
     if not image_set.content_key():
         if holder is not None:
-            return Plan("features", f"{what}, are cached: {text(free_bytes(holder))} free on {holder.type}", holder)
+            copies = f", in each of {processes} processes" if processes > 1 else ""
+            return Plan("features", f"{what}, are cached{copies}: {text(free_bytes(holder))} free on {holder.type}",
+                        holder)  # fmt: skip
         return _refuse(asked, f"{what}, do not fit the memory: {text(free_bytes(torch.device('cpu')))} are free")
     built = _built(stores_of(image_set, fields, folder))
     free = free_disk(folder)

@@ -166,9 +166,10 @@ def _compute(loader: Loader, function: Function,
              start: int) -> Iterator[tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]]:  # fmt: skip
     """(indices int64 [b], which of them are pictures bool [b], results of each outcome) from picture `start` on.
 
-    `function` always sees a full batch, because the last bits of its results may depend on how many there are.
+    `function` always sees a full batch (of several processes: a process's share of one), because the last bits of its
+    results may depend on how many there are.
     """
-    size, count = loader.batch_size, len(loader.image_set)
+    size, count = loader.batch_size // loader.world, len(loader.image_set)
     wanted = list(torch.arange(start, count).split(size))
     full = [torch.cat([indices, indices[:1].expand(size - len(indices))]) for indices in wanted]
     for indices, batch in zip(wanted, loader.pictures(full), strict=True):

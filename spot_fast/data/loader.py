@@ -103,6 +103,12 @@ class Loader:
         return len(self.image_set) // self.batch_size
 
     @property
+    def mine(self) -> slice:
+        """This process's share of a batch."""
+        share = self.batch_size // self.world
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    @property
     def _tolerated(self) -> float:
         return max(1.0, MAX_CORRUPT * len(self.image_set))
 
@@ -119,9 +125,8 @@ class Loader:
 
     def steps(self, epoch: int, start_step: int = 0) -> list[torch.Tensor]:
         """This process's share of the pictures of each step from `start_step` on: int64 [batch_size / world]."""
-        share = self.batch_size // self.world
         whole = self.order(epoch).split(self.batch_size)[start_step : self.steps_per_epoch]
-        return [indices[self.rank * share : (self.rank + 1) * share] for indices in whole]
+        return [indices[self.mine] for indices in whole]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from `start_step` on."""

@@ -129,9 +129,10 @@ def build(loader: Loader, store: Store, *, progress: bool | None = None, say: Ca
 
 def _squares(loader: Loader, start: int) -> Iterator[Tensor | None]:
     """Pictures from `start` on, None for a corrupt one."""
-    wanted = list(torch.arange(start, len(loader.image_set)).split(loader.batch_size))
+    size = loader.batch_size // loader.world
+    wanted = list(torch.arange(start, len(loader.image_set)).split(size))
     # Full batches: what decodes may be built for so many.
-    full = [torch.cat([indices, indices[:1].expand(loader.batch_size - len(indices))]) for indices in wanted]
+    full = [torch.cat([indices, indices[:1].expand(size - len(indices))]) for indices in wanted]
     with closing(loader.pictures(full)) as batches:
         for indices, batch in zip(wanted, batches, strict=True):
             good = (batch.indices[: len(indices)] == indices).tolist()

@@ -75,17 +75,18 @@ def _through_pinned(batches: Iterator[T], device: torch.device) -> Iterator[T]:
     def copied() -> Iterator[tuple[T, torch.cuda.Event]]:
         for batch in batches:
             with torch.cuda.stream(stream):
-                moved = _map(batch, copy)
+                moved = map_tensors(batch, copy)
                 yield moved, stream.record_event()
 
     for batch, done in ahead(copied()):
         now = torch.cuda.current_stream(device)
         now.wait_event(done)
-        _map(batch, lambda tensor: tensor.record_stream(now))  # noqa: B023 - called at once
+        map_tensors(batch, lambda tensor: tensor.record_stream(now))  # noqa: B023 - called at once
         yield batch
 
 
-def _map(batch: T, function: Callable[[Tensor], object]) -> T:
+def map_tensors(batch: T, function: Callable[[Tensor], object]) -> T:
+    """`batch`, a tuple or a dataclass of tensors, with `function` of each tensor in its place."""
     if isinstance(batch, tuple):
         return tuple(map(function, batch))
     return replace(batch, **{field.name: function(getattr(batch, field.name)) for field in fields(batch)})

@@ -94,10 +94,11 @@ def test_a_row_that_ends_has_no_speed(stand_in):
     assert rows(REFERENCE, OURS)[1].problem == "no compiler"
 
 
-def test_a_setting_that_the_trainer_lacks_is_skipped(stand_in):
-    row = rows(REFERENCE, Technique("+ magic", changes={"magic": True}))[1]
-    assert row.problem == "skipped: the trainer has no setting magic" and not row.failed and row.ms is None
-    assert "| + magic | – |" in ladder.table([row], 1e12)
+def test_compiling_is_skipped_on_a_cpu():
+    compiled = ladder.TECHNIQUES[-1]
+    assert ladder.reason_to_skip(compiled, torch.device("cpu")).startswith("skipped: on a CPU")
+    assert not ladder.reason_to_skip(compiled, torch.device("cuda"))
+    assert not any(ladder.reason_to_skip(one, torch.device("cpu")) for one in ladder.TECHNIQUES[:-1])
 
 
 def test_limits_are_a_multiple_of_plain_errors():

@@ -37,9 +37,13 @@ _PEAKS: dict[str, tuple[float, float]] = {
 
 
 def peak_by_name(name: str, precision: str) -> float | None:
-    """FLOP/s of the device that PyTorch calls `name` in bf16 or float32; None for one that is not in the table."""
+    """FLOP/s of the device that PyTorch calls `name` in a precision; None for one that is not in the table."""
     known = [part for part in _PEAKS if re.search(rf"(?<![A-Za-z0-9]){re.escape(part)}(?![A-Za-z0-9])", name)]
-    return 1e12 * _PEAKS[max(known, key=len)][precision != "bf16"] if known else None
+    if not known:
+        return None
+    bf16, float32 = _PEAKS[max(known, key=len)]
+    # All these cards multiply TF32 at half the rate of bfloat16.
+    return 1e12 * {"bf16": bf16, "tf32": bf16 / 2, "float32": float32}[precision]
 
 
 def measured_peak(device: torch.device, precision: str, seconds: float = 1.0) -> float:

@@ -85,6 +85,7 @@ def test_counting_changes_nothing(teacher):
 ])  # fmt: skip
 def test_peaks_by_name(name, bf16, float32):
     assert peak_by_name(name, "bf16") == 1e12 * bf16 and peak_by_name(name, "float32") == 1e12 * float32
+    assert peak_by_name(name, "tf32") == 1e12 * bf16 / 2
 
 
 @pytest.mark.parametrize("name", ["NVIDIA A1000", "NVIDIA GH200 480GB", "Some L400", ""])

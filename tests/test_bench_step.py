@@ -10,11 +10,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import bench_step  # noqa: E402
+from machine import cpu_name  # noqa: E402
 
 import spot_fast.trainer as trainer_module  # noqa: E402
 
 LEAST = 0.9  # of the committed ratio
-COMMITTED = json.loads(bench_step.RATIOS.read_text(encoding="utf-8"))["times_faster_than_reference"]
+_MEASURED = json.loads(bench_step.RATIOS.read_text(encoding="utf-8"))
+# On another processor than the committed one nothing is known but that the step should not lose to the reference.
+COMMITTED = {stage: ratio if _MEASURED["cpu"] == cpu_name() else min(ratio, 1.0)
+             for stage, ratio in _MEASURED["times_faster_than_reference"].items()}  # fmt: skip
 
 
 def too_slow(rounds, stages=(1, 2)):

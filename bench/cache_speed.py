@@ -51,8 +51,8 @@ def sources(images: Folder, folder: Path, *, workers: int, encoder: str, device:
 
     fields = [feature_cache.Field("target", (vit.num_tokens, vit.dim), torch.bfloat16, vit.weights_hash())]
     stores = feature_cache.stores_of(images, fields, folder)
-    on_disk = feature_cache.on_disk(pixels, function, fields, stores, progress=False)
-    held = feature_cache.on_disk(pixels, function, fields, stores, progress=False)
+    feature_cache.build(pixels, function, stores, progress=False)
+    on_disk, held = (feature_cache.opened(pixels, fields, stores) for _ in range(2))
     held.hold(device)
     return {
         "files": lambda epoch: ((batch.images,) for batch in files.epoch(epoch)),

@@ -322,8 +322,8 @@ class Bench:
             rows[name] = replace(rows[name], forward_s=forward[name], both_s=both.get(name))
             if self.setting.gpu:
                 call = self._calls[name]
-                graph = None if name in case.waiting else graph_seconds(call, len(sets))
-                rows[name] = replace(rows[name], peak_bytes=_peak(call), graph_s=graph)
+                graph, why = (None, "") if name in case.waiting else graph_seconds(call, len(sets))
+                rows[name] = replace(rows[name], peak_bytes=_peak(call), graph_s=graph, not_captured=why)
         return rows
 
 

@@ -115,9 +115,9 @@ def interleaved(
     return {name: median(values) for name, values in times.items()}
 
 
-def graph_seconds(call: Call, sets: int) -> float | None:
-    """Seconds per call when the calls with all sets of inputs are replayed as one CUDA graph; None where the call
-    cannot be captured."""
+def graph_seconds(call: Call, sets: int) -> tuple[float | None, str]:
+    """Seconds per call when the calls with all sets of inputs are replayed as one CUDA graph, and an empty text; None
+    and the reason where the call cannot be captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     try:
@@ -130,9 +130,9 @@ def graph_seconds(call: Call, sets: int) -> float | None:
                 call(i)
         clock = DeviceClock()
         replay = interleaved(clock, {"graph": lambda i: graph.replay()}, seconds=0.05)
-    except Exception:  # whatever stops a capture: the figure is an extra
-        return None
-    return replay["graph"] / sets
+    except Exception as error:  # noqa: BLE001 - whatever stops a capture is told, and the other figures stay
+        return None, " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return replay["graph"] / sets, ""
 
 
 # ---- what the machine can do

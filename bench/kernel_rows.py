@@ -24,8 +24,8 @@ class Row:
 
     problem: empty; `FAILED: …` where a number is wrong or the operator raised; anything else is why a technique is not
     there. forward_s: seconds of a forward that keeps what backward needs; both_s: with backward, None without one;
-    graph_s: both_s (or forward_s) in a replayed CUDA graph. Errors are the largest differences from float64, relative
-    to the largest value.
+    graph_s: both_s (or forward_s) in a replayed CUDA graph; not_captured: why there is none. Errors are the largest
+    differences from float64, relative to the largest value.
     """
 
     operator: str
@@ -44,6 +44,7 @@ class Row:
     output_error: float | None = None
     gradient_error: float | None = None
     problem: str = ""
+    not_captured: str = ""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -130,9 +131,9 @@ def _cells(row: Row, ours: Row | None, ceilings: Ceilings | None) -> tuple[str, 
 
 
 def problems(rows: Iterable[Row]) -> str:
-    """A line for each technique without a time: where, and why."""
-    found = [f"{' · '.join(row.key)} · {row.technique}: {row.problem}" for row in rows if row.problem]
-    return "\n".join(found)
+    """A line for each technique without a time, in a graph or at all: where, and why."""
+    reasons = ((row, row.problem or (f"no graph: {row.not_captured}" if row.not_captured else "")) for row in rows)
+    return "\n".join(f"{' · '.join(row.key)} · {row.technique}: {why}" for row, why in reasons if why)
 
 
 def _ratio(seconds: float | None, ours: float | None) -> str:
@@ -225,7 +226,8 @@ def aims_text(rows: Sequence[Row], gpu: bool) -> str:
 ABOUT = ("date", "device", "cpu", "cores", "torch", "triton", "commit", "copy_bytes_per_s", "float32_flops_per_s",
          "bfloat16_flops_per_s")  # fmt: skip
 _FIELDS = tuple(field.name for field in fields(Row))
-_TEXTS = ("operator", "shape", "dtype", "technique", "backend", "problem")
+_TEXTS = ("operator", "shape", "dtype", "technique", "backend", "problem", "not_captured")
+_LATER = ("not_captured",)  # columns that older files lack
 
 
 def write_csv(path: Path, about: dict[str, str], rows: Sequence[Row]) -> None:
@@ -247,8 +249,9 @@ def read_csv(path: Path) -> tuple[dict[str, str], list[Row]]:
         with open(path, encoding="utf-8", newline="") as file:
             for line in csv.DictReader(file):
                 about = {name: line[name] for name in ABOUT}
+                # Files from before a column existed have its default.
                 values = {name: line[name] if name in _TEXTS else float(line[name]) if line[name] else None
-                          for name in _FIELDS}  # fmt: skip
+                          for name in _FIELDS if name in line or name not in _LATER}  # fmt: skip
                 rows.append(Row(**values))
     except (KeyError, ValueError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -54,7 +55,9 @@ class RunFolder:
         return folder
 
     def log(self, **record: Any) -> None:
-        """Appends a line to metrics.jsonl."""
+        """Appends a line to metrics.jsonl; a number that is not finite becomes null, for which JSON has no word."""
+        record = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for name, value in record.items()}  # fmt: skip
         with self._writing():
             self._metrics.write((json.dumps(record) + "\n").encode())
 

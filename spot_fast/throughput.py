@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from spot_kernels import use_backend
 
 from .files import atomic_write
+from .precision import float32_products
 
 TRACE, TABLE = "profile.json", "profile.txt"
 _WARMUP = 5  # steps before those that are profiled
@@ -53,12 +54,13 @@ def measured_peak(device: torch.device, precision: str, seconds: float = 1.0) ->
     # Not random numbers: the run's generators stay as they are.
     one, other = (torch.linspace(-1, 1, side * side, device=device).view(side, side).to(dtype) for _ in "ab")
     best, end = float("inf"), time.monotonic() + seconds
-    while time.monotonic() < end or best == float("inf"):
-        _wait(device)
-        start = time.perf_counter()
-        one @ other
-        _wait(device)
-        best = min(best, time.perf_counter() - start)
+    with float32_products(precision):
+        while time.monotonic() < end or best == float("inf"):
+            _wait(device)
+            start = time.perf_counter()
+            one @ other
+            _wait(device)
+            best = min(best, time.perf_counter() - start)
     return 2 * side**3 / best
 
 

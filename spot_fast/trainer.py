@@ -20,8 +20,7 @@ from torch import Tensor
 
 from .checkpoint import MODEL, STATE, frozen_encoder, read_tensors, save_tensors
 from .config import Config
-from .data import Batch, Loader, cache, feature_cache, open_set, pixel_cache, prefetch
-from .data.loader import MAX_THREADS
+from .data import Batch, feature_cache, open_set, prefetch
 from .data.loaders import open_loader
 from .distributed import Ended, World
 from .encoder import encoder_identity, normalise
@@ -39,6 +38,7 @@ from .optimiser import (
 )
 from .precision import autocast, float32_products, resolve
 from .progress import Display, Meter, Pace, epoch_line
+from .run_cache import open_source
 from .run_folder import RunFolder
 from .schedule import attention_weight, learning_rate
 from .self_training import attention_loss, teacher_labels
@@ -268,7 +268,7 @@ class Trainer:
             self.forward.say = display.line
         try:
             with float32_products(self.precision):
-                self._fill_cache(display)
+                self._open_cache(display)
             self.paces = {name: Pace(config.batch_size, self.step) for name in ("train", "epoch")}
             recorder = Profile(folder.path, profile if world.main else 0, self.device, display.line)
             with float32_products(self.precision), StopRequest() as stop, closing(recorder):
@@ -319,52 +319,13 @@ class Trainer:
             return prefetch.to_device(batches, self.device)
         return batches
 
-    def _fill_cache(self, display: Display) -> None:
+    def _open_cache(self, display: Display) -> None:
         """Caches frozen features or pixels where that pays, and says so."""
         if self.step == self.total_steps:
             return
-        config, folder = self.config, cache.default_folder(self.config.cache_dir)
-        fields = self.frozen_fields()
-        world = self.world
-        plan = world.first(lambda: cache.plan(config.cache, self.train_set, fields, epochs=config.epochs,
-                                              device=self.device, folder=folder, decoder=self.loader.kind,
-                                              processes=world.size))  # fmt: skip
-        # Each process holds all rows of what is held in memory, on its own device.
-        holder = self.device if plan.device is not None and plan.device.type == self.device.type else plan.device
-        if self.train_set.content_key() and not plan.complete:
-            display.line(self.decoding)
-        display.line(plan.reason)
-        if plan.kind == "pixels":
-            def pixels() -> pixel_cache.Store:
-                store = pixel_cache.store_of(self.train_set, folder, self.loader.kind)
-                pixel_cache.build(self.loader, store, say=display.line)
-                return store
-
-            world.first(lambda: pixels().complete)
-            store = world.together(pixels)
-            cached = world.together(lambda: pixel_cache.CachedPixels(self.train_set, store, holder))
-            # Its rows are only copied: threads do, and a process would be sent a copy of the whole file.
-            self.loader = Loader(cached, config.batch_size, config.seed, min(self.loader.workers, MAX_THREADS),
-                                 rank=world.rank, world=world.size)  # fmt: skip
-            self.loader.note_corrupt(dict(store.corrupt.values()))
-        elif plan.on_disk is not None:
-            def features() -> feature_cache.FeatureCache:
-                stores = feature_cache.stores_of(self.train_set, fields, folder)
-                return feature_cache.on_disk(self.loader, self.frozen_features, fields, stores, say=display.line)
-
-            world.first(lambda: bool(features()))
-            self.cache = world.together(features)
-            if holder is not None:
-                world.together(lambda: self.cache.hold(holder))
-        elif plan.kind == "features":
-            progress = None if world.main else False
-            self.cache = world.together(lambda: feature_cache.in_memory(self.loader, self.frozen_features, fields,
-                                                                        holder, progress))  # fmt: skip
-        if self.cache is not None:
-            # Nothing is decoded any more, and a decoder on the GPU would go on holding memory.
-            corrupt = self.loader.corrupt
-            self.loader = Loader(self.train_set, config.batch_size, config.seed, rank=world.rank, world=world.size)
-            self.loader.note_corrupt(corrupt)
+        source = open_source(self.config, self.loader, self.decoding, self.frozen_fields, self.frozen_features,
+                             device=self.device, world=self.world, say=display.line)  # fmt: skip
+        self.loader, self.cache = source.loader, source.features
 
     def _log_interval(self, folder: RunFolder, display: Display) -> None:
         values = self._means("train", self.meter.interval, self.config.log_every)

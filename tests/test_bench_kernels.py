@@ -187,6 +187,13 @@ def test_table():
         "slot_attention_step", "other"]  # fmt: skip
     assert len({line.index("torch.compile" if "torch" in line else "eager") for line in lines[3:5]}) == 1
     assert kernel_rows.problems(rows()).splitlines()[1].endswith("FlexAttention: not here: no compiler")
+    uncaptured = replace(rows()[0], not_captured="RuntimeError: it waits for the device")
+    assert kernel_rows.problems([uncaptured]).endswith("no graph: RuntimeError: it waits for the device")
+
+
+def test_a_table_from_before_a_column_existed_is_read():
+    about, found = kernel_rows.read_csv(BENCH / "results" / "kernels_cpu_2026-11-25.csv")
+    assert about["device"] == "cpu" and found and not any(row.not_captured for row in found)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(None, "–"), (3.086e-6, "3.09 µs"), (99.96e-6, "100 µs"),

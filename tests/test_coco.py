@@ -124,7 +124,7 @@ def test_training_never_touches_masks(layout):
     config = preset("coco", data=str(layout), image_size=32)
     train, val = open_sets(config)
     assert (len(train), len(val)) == (2, 1)
-    assert train.flip and not val.flip and train.augments and not train.has_masks
+    assert train.flip and not val.flip and not train.has_masks
     assert train.train_image(1, np.random.default_rng(0)).shape == (3, 32, 32)
     with pytest.raises(UserError, match="without masks"):
         train.val_masks(0)

@@ -60,6 +60,9 @@ class Pictures(ImageSet):
     def label(self, index):
         return f"{index}.jpg"
 
+    def prepared(self, index):
+        return self.scenes.prepared(index)
+
     def val_image(self, index):
         if index in self.broken:
             raise CorruptImage(f"image {index}.jpg cannot be read: truncated")

@@ -18,7 +18,8 @@ def mean_and_corner(images):
 
 def on_disk(loader, root, function=mean_and_corner, fields=FIELDS):
     stores = feature_cache.stores_of(loader.image_set, fields, root)
-    return feature_cache.on_disk(loader, function, fields, stores, progress=False)
+    feature_cache.build(loader, function, stores, progress=False)
+    return feature_cache.opened(loader, fields, stores)
 
 
 def in_memory(loader, function=mean_and_corner):

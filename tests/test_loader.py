@@ -86,7 +86,7 @@ def test_pictures_in_memory_are_indexed():
         assert not batch.flipped.any()
     mirrored = open_set(preset("scenes", train_images=12, flip=True), "train")
     batch = next(Loader(mirrored, 12, seed=0).epoch(0))
-    assert mirrored.augments and batch.flipped.any()
+    assert mirrored.flip and batch.flipped.any()
     expected = [scenes.images[i].flip(-1) if f else scenes.images[i]
                 for i, f in zip(batch.indices, batch.flipped, strict=True)]
     assert torch.equal(batch.images, torch.stack(expected))

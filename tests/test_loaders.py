@@ -39,7 +39,7 @@ def without_dali(monkeypatch):
     ("torch", 1, CPU, "by Pillow in one thread: --loader torch"),
     ("torch", 5, CPU, "by Pillow in 5 processes: --loader torch"),
     ("auto", 2, CPU, "by Pillow in 2 threads: the run is on cpu"),
-    ("auto", 2, CUDA, "by Pillow in 2 threads: DALI is not installed, pip install 'spot-fast[dali]'"),
+    ("auto", 2, CUDA, f"by Pillow in 2 threads: DALI is not installed, {dali_pipeline.INSTALL}"),
 ])
 def test_pillow(images, without_dali, choice, workers, device, line):
     loader, reason = open_loader(choice, images, 4, 3, workers, device, rank=1, world=2)
@@ -50,7 +50,7 @@ def test_pillow(images, without_dali, choice, workers, device, line):
 def test_dali_that_is_not_there_is_one_sentence(images, without_dali):
     with pytest.raises(UserError) as caught:
         open_loader("dali", images, 4, 0, 2, CPU)
-    assert str(caught.value) == "--loader dali: DALI is not installed, pip install 'spot-fast[dali]'"
+    assert str(caught.value) == f"--loader dali: DALI is not installed, {dali_pipeline.INSTALL}"
 
 
 def test_an_amd_gpu_has_no_dali(images, monkeypatch):

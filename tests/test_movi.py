@@ -52,7 +52,7 @@ def test_training_takes_nine_frames_and_always_the_same(clips):
     per_clip = [frames[i:i + 9] for i in (0, 9, 18)]
     assert all(len(set(clip)) == 9 and clip == sorted(clip) for clip in per_clip)
     assert per_clip[0] != per_clip[1]
-    assert not stage1.augments
+    assert not stage1.flip and not stage1.random_crop
 
 
 def test_validation_takes_every_frame(clips):

@@ -52,7 +52,7 @@ def test_found_in_any_folder_above(both, inside):
 
 def test_training_pictures_are_those_of_the_png_clips(both):
     shards, clips = (open_set(preset("movi_c", data=str(root), image_size=16), "train") for root in both)
-    assert len(shards) == 5 * 9 and not shards.has_masks and not shards.augments
+    assert len(shards) == 5 * 9 and not shards.has_masks and not shards.flip and not shards.random_crop
     assert [shards.label(i) for i in range(len(shards))] == [clips.label(i) for i in range(len(clips))]
     rng = np.random.default_rng(0)
     for i in range(len(clips)):

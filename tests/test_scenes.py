@@ -75,7 +75,8 @@ def test_objects_differ_from_what_is_around_them():
 def test_interface_of_the_data_set():
     config = preset("scenes", train_images=5, val_images=7)
     train, val = Scenes.from_config(config, "train"), Scenes.from_config(config, "val")
-    assert (len(train), len(val)) == (5, 7) and not train.augments and val.has_masks and val.has_classes
+    assert (len(train), len(val)) == (5, 7) and not train.flip and not train.random_crop
+    assert val.has_masks and val.has_classes
     masks = val.val_masks(2)
     assert val.val_image(2).shape == (3, config.image_size, config.image_size)
     assert masks.instances.shape == masks.classes.shape == (config.mask_size, config.mask_size)

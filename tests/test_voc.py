@@ -46,7 +46,7 @@ def test_rim_is_background(voc):
 
 def test_training_crops_at_random(voc):
     train, val = open_sets(preset("voc", data=str(voc), image_size=32))
-    assert len(train) == 2 and train.random_crop and train.augments and not train.has_masks
+    assert len(train) == 2 and train.random_crop and not train.has_masks
     crops = [train.train_image(0, np.random.default_rng(seed)) for seed in (0, 0, 1)]
     assert torch.equal(crops[0], crops[1])
     assert val.val_image(0).shape == (3, 32, 32)

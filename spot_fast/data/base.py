@@ -7,6 +7,7 @@ An `ImageSet` is one split (training or validation). Pictures come out as uint8 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import CorruptImage
+from ..errors import CorruptImage, UserError
 from . import transforms
 
 
@@ -49,7 +50,7 @@ class FullLabels:
     undecided: np.ndarray
 
 
-class ImageSet:
+class ImageSet(ABC):
     """One split of a data set.
 
     name         for messages and tables
@@ -67,22 +68,18 @@ class ImageSet:
     flip: bool = False
     random_crop: bool = False
 
-    @property
-    def augments(self) -> bool:
-        """Whether training pictures change from epoch to epoch."""
-        return self.flip or self.random_crop
-
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """How many pictures it has."""
 
+    @abstractmethod
     def label(self, index: int) -> str:
         """What to call the picture in a message: its file name, where it has one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prepared(self, index: int) -> torch.Tensor:
         """The training picture as far as no chance is involved: uint8 [3, h, w], decoded and resized, and cropped
         unless the crop is random; CorruptImage names the file and the reason."""
-        raise NotImplementedError
 
     def finish(self, prepared: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         """The rest: uint8 [3, S, S], cropped at random where the set does so, and not mirrored."""
@@ -96,13 +93,16 @@ class ImageSet:
         """Names what `prepared` gives for all pictures: another key, other pixels. Empty: not worth storing on disk."""
         return ""
 
+    @abstractmethod
     def val_image(self, index: int) -> torch.Tensor:
         """uint8 [3, S, S], cropped as in evaluation; CorruptImage names the file and the reason."""
-        raise NotImplementedError
 
     def val_masks(self, index: int) -> Masks:
-        """Label maps that cover the same part of the picture as `val_image`; UserError where they cannot be read."""
-        raise NotImplementedError
+        """Label maps that cover the same part of the picture as `val_image`; UserError where they cannot be read.
+
+        A set without masks has no more than this.
+        """
+        raise UserError(f"{self.name} has no masks: evaluate on a set that has them")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from ..encoder import MEAN, STD
 from ..errors import UserError
 
-INSTALL = "pip install 'spot-fast[dali]'"
+INSTALL = "pip install nvidia-dali-cuda130 (-cuda120 for drivers of CUDA 12)"
 _DEPTH = 2  # batches that DALI works on or has ready
 
 
@@ -88,8 +88,8 @@ class Pipeline:
         pipeline = dali.Pipeline(batch_size=batch_size, num_threads=threads, device_id=gpu if on_gpu else None,
                                  prefetch_queue_depth=_DEPTH, seed=0)
         with pipeline:
-            # Copying files costs the thread that trains 15 ms a batch. DALI reads them where they are instead, until
-            # the batch is done: so long `_held` has them, and the cycle through `_next` makes that outlive DALI.
+            # Copying files would keep the thread that trains waiting. DALI reads them where they are instead, until the
+            # batch is done: so long `_held` has them, and the cycle through `_next` makes that outlive DALI.
             encoded, start, end, mirrored = fn.external_source(
                 source=self._next, num_outputs=4, batch=True, no_copy=True, ndim=[1, 1, 1, 0],
                 dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32])

@@ -125,9 +125,12 @@ def in_memory(loader: Loader, function: Function, fields: Sequence[Field], devic
     return FeatureCache(fields, per_picture, tensors=held, corrupt=corrupt)
 
 
-def on_disk(loader: Loader, function: Function, fields: Sequence[Field], stores: Sequence[Store],
-            progress: bool | None = None, say: Callable[[str], None] = print) -> FeatureCache:  # fmt: skip
-    """Completes `stores` with what `function` makes of the loader's pictures, and reads from them."""
+def build(loader: Loader, function: Function, stores: Sequence[Store], progress: bool | None = None,
+          say: Callable[[str], None] = print) -> None:  # fmt: skip
+    """Completes `stores`, one a field, with what `function` makes of the loader's pictures.
+
+    UserError where more of them are corrupt than the loader puts up with, or a store cannot be written.
+    """
     per_picture = outcomes(loader.image_set)
     with ExitStack() as stack:
         writers = [stack.enter_context(store.building(say)) for store in stores]
@@ -139,6 +142,11 @@ def on_disk(loader: Loader, function: Function, fields: Sequence[Field], stores:
                 for indices, good, results in _compute(loader, function, start):
                     _append(loader, writers, indices, good, results)
                     bar.update(len(indices))
+
+
+def opened(loader: Loader, fields: Sequence[Field], stores: Sequence[Store]) -> FeatureCache:
+    """Reads from complete `stores`; UserError where more pictures were corrupt than the loader puts up with."""
+    per_picture = outcomes(loader.image_set)
     corrupt = {row // per_picture: found for row, found in stores[0].corrupt.items()}
     loader.note_corrupt(dict(corrupt.values()))
     return FeatureCache(fields, per_picture, stores=stores, corrupt=corrupt)

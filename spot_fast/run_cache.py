@@ -1,0 +1,83 @@
+"""What a run caches of its training pictures, and from where it reads them afterwards (`data.cache` chooses)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .config import Config
+from .data import Loader, cache, feature_cache, pixel_cache
+from .data.loader import MAX_THREADS
+from .distributed import World
+
+
+@dataclass(frozen=True)
+class Source:
+    """loader: gives the run's batches; features: the frozen features of what it would give, None where they are not
+    cached."""
+
+    loader: Loader
+    features: feature_cache.FeatureCache | None = None
+
+
+def open_source(config: Config, loader: Loader, decoding: str, fields: Callable[[], list[feature_cache.Field]],
+                function: feature_cache.Function, *, device: torch.device, world: World,
+                say: Callable[[str], None]) -> Source:  # fmt: skip
+    """Caches what pays for a run whose pictures `loader` gives; rank 0 builds what is on disk, then all read it.
+
+    fields: what `function` makes of a picture, asked for where it is needed. decoding: the sentence about who decodes.
+    UserError where what --cache asks for cannot be.
+    """
+    image_set, folder = loader.image_set, cache.default_folder(config.cache_dir)
+    kept = fields() if config.cache in ("auto", "features") else []
+    plan = world.first(lambda: cache.plan(config.cache, image_set, kept, epochs=config.epochs, device=device,
+                                          folder=folder, decoder=loader.kind, processes=world.size))  # fmt: skip
+    # Each process holds all rows of what is held in memory, on its own device.
+    holder = device if plan.device is not None and plan.device.type == device.type else plan.device
+    if image_set.content_key() and not plan.complete:
+        say(decoding)
+    say(plan.reason)
+    if plan.kind == "pixels":
+        return Source(_pixels(config, loader, plan, holder, world, say))
+    if plan.kind != "features":
+        return Source(loader)
+    if plan.on_disk is None:
+        progress = None if world.main else False
+        found = world.together(lambda: feature_cache.in_memory(loader, function, kept, holder, progress))
+    else:
+        found = _features(loader, kept, function, plan, world, say)
+        if holder is not None:
+            world.together(lambda: found.hold(holder))
+    # Nothing is decoded any more, and a decoder on the GPU would go on holding memory.
+    rows = Loader(image_set, config.batch_size, config.seed, rank=world.rank, world=world.size)
+    rows.note_corrupt(loader.corrupt)
+    return Source(rows, found)
+
+
+def _pixels(config: Config, loader: Loader, plan: cache.Plan, holder: torch.device | None, world: World,
+            say: Callable[[str], None]) -> Loader:  # fmt: skip
+    def built() -> None:
+        pixel_cache.build(loader, pixel_cache.store_of(loader.image_set, plan.on_disk, loader.kind), say=say)
+
+    def opened() -> pixel_cache.CachedPixels:
+        store = pixel_cache.store_of(loader.image_set, plan.on_disk, loader.kind)
+        return pixel_cache.CachedPixels(loader.image_set, store, holder)
+
+    world.first(built)
+    pixels = world.together(opened)
+    # Its rows are only copied: threads do, and a process would be sent a copy of the whole file.
+    rows = Loader(pixels, config.batch_size, config.seed, min(loader.workers, MAX_THREADS), rank=world.rank,
+                  world=world.size)  # fmt: skip
+    rows.note_corrupt(dict(pixels.corrupt.values()))
+    return rows
+
+
+def _features(loader: Loader, fields: list[feature_cache.Field], function: feature_cache.Function, plan: cache.Plan,
+              world: World, say: Callable[[str], None]) -> feature_cache.FeatureCache:  # fmt: skip
+    def stores() -> list:
+        return feature_cache.stores_of(loader.image_set, fields, plan.on_disk)
+
+    world.first(lambda: feature_cache.build(loader, function, stores(), say=say))
+    return world.together(lambda: feature_cache.opened(loader, fields, stores()))

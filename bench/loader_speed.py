@@ -1,6 +1,7 @@
 """Decoded training pictures a second: Pillow in threads, Pillow in processes, DALI; with the pixels' difference.
 
-    python bench/loader_speed.py [--images 256] [--threads 1 2] [--rounds 5] [--photos FOLDER]
+    python bench/loader_speed.py [--images 256] [--threads 1 2] [--rounds 5] [--photos FOLDER] [--crop center|stretch]
+    python bench/loader_speed.py --photos FOLDER --encoder NAME --encoder-weights FILE
                                  [--crop center]
 
 Each number of threads is measured in a process of its own that may use as many cores and no others, so "a core" means
@@ -31,12 +32,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
 from machine import cpu_name, gpu_name  # noqa: E402
 
+from spot_fast.config import preset  # noqa: E402
 from spot_fast.data import Folder, Loader  # noqa: E402
 from spot_fast.data import loader as loader_module  # noqa: E402
 from spot_fast.data.dali_loader import DaliLoader  # noqa: E402
 from spot_fast.data.dali_pipeline import unavailable  # noqa: E402
+from spot_fast.encoder import SCENES_ENCODER, Encoder, build_encoder, normalise  # noqa: E402
 
-BATCH = 32
+BATCH, SIZE = 32, 224
 
 
 def make_photos(folder: Path, count: int, width: int = 640, height: int = 480, quality: int = 90) -> None:
@@ -120,6 +123,17 @@ def measure(compared: dict[str, Loader], images: Folder, rounds: int, cores: int
                  mean=apart[name][1]) for name in compared]
 
 
+@torch.no_grad()
+def feature_errors(images: Folder, encoder: Encoder) -> list[float]:
+    """Relative differences of a picture's features, DALI's against Pillow's, as norms, by picture."""
+    errors = []
+    loaded = (DaliLoader(images, BATCH, workers=1, device="cpu"), Loader(images, BATCH))
+    for one, other in zip(*(loader.epoch(0) for loader in loaded), strict=True):
+        found, expected = (encoder(normalise(batch.images)) for batch in (one, other))
+        errors += ((found - expected).norm(dim=(1, 2)) / expected.norm(dim=(1, 2))).tolist()
+    return errors
+
+
 def table(rows: list[dict]) -> str:
     lines = ["| decoded by | cores | images/s | images/s a core | pixels, max | pixels, mean |", "|---" * 6 + "|"]
     for row in rows:
@@ -129,7 +143,8 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def run(count: int, threads: Sequence[int], rounds: int, photos: Path | None = None) -> list[dict]:
+def run(count: int, threads: Sequence[int], rounds: int, photos: Path | None = None,
+        crop: str = "center") -> list[dict]:  # fmt: skip
     """Rows for `count` generated pictures, or the first of `photos`: a process for each number of threads, and one for
     the GPU where DALI runs on one."""
     with tempfile.TemporaryDirectory() as made:
@@ -142,7 +157,7 @@ def run(count: int, threads: Sequence[int], rounds: int, photos: Path | None = N
         rows = []
         for kind, number in jobs:
             command = [sys.executable, str(Path(__file__).resolve()), "--rows", kind, "--threads", str(number),
-                       "--photos", str(photos), "--images", str(count), "--rounds", str(rounds)]
+                       "--photos", str(photos), "--images", str(count), "--rounds", str(rounds), "--crop", crop]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             rows += json.loads(output.strip().splitlines()[-1])
     return rows
@@ -154,15 +169,29 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="cores, and threads or processes")
     parser.add_argument("--rounds", type=int, default=5, help="epochs measured of each")
     parser.add_argument("--photos", type=Path, help="a folder of pictures to use instead of generated ones")
+    parser.add_argument("--crop", choices=("center", "stretch"), default="center", help="stretch is bicubic, as MOVi's")
+    parser.add_argument("--encoder", metavar="NAME", help="say instead how far its features of DALI's pixels are from "
+                        "those of Pillow's: a ViT by timm's name, or spot_scenes")  # fmt: skip
+    parser.add_argument("--encoder-weights", metavar="FILE", help="its weights (spot_scenes has its own)")
     parser.add_argument("--rows", choices=("cpu", "gpu"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rows:
         cores = pin(arguments.threads[0])
-        images = Folder(arguments.photos, image_size=224, flip=True, limit=arguments.images)
+        images = Folder(arguments.photos, image_size=SIZE, crop=arguments.crop, flip=True, limit=arguments.images)
         compared = (gpu_loaders if arguments.rows == "gpu" else loaders)(images, cores)
         print(json.dumps(measure(compared, images, arguments.rounds, cores)))
         return
-    rows = run(arguments.images, arguments.threads, arguments.rounds, arguments.photos)
+    if arguments.encoder:
+        if arguments.photos is None:
+            parser.error("--encoder needs --photos FOLDER")
+        config = preset("scenes" if arguments.encoder == SCENES_ENCODER else "coco", encoder=arguments.encoder,
+                        encoder_weights=arguments.encoder_weights)  # fmt: skip
+        images = Folder(arguments.photos, image_size=config.image_size, crop=arguments.crop, limit=arguments.images)
+        errors = feature_errors(images, build_encoder(config))
+        print(f"{len(errors)} photos at {config.image_size} px, {arguments.encoder}: features differ by "
+              f"{statistics.fmean(errors):.2%} of their norm, {max(errors):.2%} at most")  # fmt: skip
+        return
+    rows = run(arguments.images, arguments.threads, arguments.rounds, arguments.photos, arguments.crop)
     print(table(rows))
     sizes = "photos" if arguments.photos else "JPEGs of 640 x 480, quality 90"
     device = f", {gpu_name()}" if torch.cuda.is_available() else ""

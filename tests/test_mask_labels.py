@@ -104,3 +104,25 @@ def test_library_refuses_sizes_it_does_not_take():
     with pytest.raises(RuntimeError, match="code 1"):
         native.mask_labels(torch.rand(1, 4, 257), 8)
     assert native.mask_labels(torch.rand(1, 4, 256), 8).shape == (1, 8, 8)
+
+
+@needs_library
+@pytest.mark.parametrize("team", [True, False])
+def test_threads_change_nothing(team, monkeypatch):
+    """PyTorch's own threads and started ones, for labels and for counts; large enough for several of them."""
+    if not team:
+        monkeypatch.setattr(native, "_team", lambda: None)
+    masks = torch.randn(24, 196, 7, generator=torch.Generator().manual_seed(0))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            labels = native.mask_labels(masks, 320)
+            others = labels.flip(0)
+            found.append((labels, native.overlap_counts(labels.flatten(1), others.flatten(1), 7, 7)))
+            with pytest.raises(ValueError, match="a label is out of range"):
+                native.overlap_counts(labels.flatten(1), others.flatten(1), 7, 6)
+    finally:
+        torch.set_num_threads(before)
+    for labels, counts in found[1:]:
+        assert torch.equal(labels, found[0][0]) and torch.equal(counts, found[0][1])

@@ -8,9 +8,12 @@
 #include "spot_native.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <exception>
 #include <vector>
+
+#include "team.h"
 
 #if defined(__GNUC__)
 #define SPOT_INLINE inline __attribute__((always_inline))
@@ -23,6 +26,7 @@
 
 namespace {
 
+constexpr double kMixesPerNs = 1.5;  // of a core, roughly: decides how many threads are worth waking
 constexpr int64_t kBlock = 64;  // pixels of a row whose largest values and labels are kept close by
 
 // Of one coordinate of the label map: between which two of the grid, and their weights.
@@ -124,19 +128,27 @@ Image chosen(bool fused) {
 }  // namespace
 
 int spot_mask_labels(const float* masks, int64_t batch, int64_t grid, int64_t slots, int64_t size, int32_t fused,
-                     uint8_t* labels) {
+                     int32_t threads, spot_team team, uint8_t* labels) {
     if (batch < 0 || grid < 1 || slots < 1 || slots > 256 || size < 1) {
         return SPOT_BAD_SIZE;
     }
+    std::atomic<bool> enough{true};
     try {
         const std::vector<Mix> at = mixes(grid, size, fused);
-        std::vector<float> rows(grid * slots * size);
         const Image image = chosen(fused);
-        for (int64_t b = 0; b < batch; ++b) {
-            image(masks + b * grid * grid * slots, at.data(), grid, slots, size, rows.data(), labels + b * size * size);
-        }
+        const double nanoseconds = static_cast<double>(size * size * slots) / kMixesPerNs;
+        spot::each_image(team, threads, batch, nanoseconds, [&](int64_t b) noexcept {
+            try {
+                // as large as the image's maps in one direction: little beside what is done with it
+                std::vector<float> rows(grid * slots * size);
+                image(masks + b * grid * grid * slots, at.data(), grid, slots, size, rows.data(),
+                      labels + b * size * size);
+            } catch (const std::exception&) {
+                enough = false;
+            }
+        });
     } catch (const std::exception&) {
         return SPOT_NO_MEMORY;
     }
-    return SPOT_OK;
+    return enough ? SPOT_OK : SPOT_NO_MEMORY;
 }

@@ -1,19 +1,18 @@
 // Entry points of the slot-attention step: sizes, the instruction set, work items and threads.
 
 #include "slot_attention.h"
+#include "team.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <exception>
-#include <functional>
 #include <new>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 namespace {
 
+using spot::in_team;
 using spot::Level;
 using spot::Problem;
 
@@ -92,29 +91,6 @@ bool plan(Problem& p) {
     p.chunks = std::min(most, wanted);
     p.chunk = round_up((s.tokens + p.chunks - 1) / p.chunks, spot::kBlock);
     return true;
-}
-
-// Calls work() in at most `threads` threads at once, this one among them.
-template <class Work>
-void in_team(spot_team team, int64_t threads, const Work& work) {
-    if (threads > 1 && team) {
-        const auto call = [](void* data) { (*static_cast<const Work*>(data))(); };
-        team(call, const_cast<Work*>(&work), static_cast<unsigned>(threads), 0);
-        return;
-    }
-    std::vector<std::thread> others;
-    others.reserve(threads - 1);
-    for (int64_t thread = 1; thread < threads; ++thread) {
-        try {
-            others.emplace_back(std::cref(work));
-        } catch (const std::system_error&) {  // no more threads to be had: those there do the work
-            break;
-        }
-    }
-    work();
-    for (std::thread& other : others) {
-        other.join();
-    }
 }
 
 // Runs item(batch, chunk, partial, scratch) for all work items and finish(batch, partials) for all batch entries.

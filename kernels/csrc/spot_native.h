@@ -44,6 +44,10 @@ SPOT_API int spot_linear_assignment_f32(const float* cost, int64_t batch, int64_
 SPOT_API int spot_linear_assignment_f64(const double* cost, int64_t batch, int64_t rows, int64_t columns,
                                         int64_t* assignment);
 
+/* Calls work(data) in each thread of a team of at most `threads`, the caller among them, and returns when all have
+   returned: what OpenMP's run-time library has as GOMP_parallel (flags is 0). */
+typedef void (*spot_team)(void (*work)(void* data), void* data, unsigned threads, unsigned flags);
+
 /* A label map in the type it is kept in. */
 enum { SPOT_UINT8 = 0, SPOT_INT16 = 1, SPOT_INT64 = 2 };
 
@@ -56,18 +60,22 @@ typedef struct {
 
    a, b    [batch, tokens], labels in 0...num_a-1 and 0...num_b-1
    valid   [batch, tokens] or NULL: a token with 0 here is not counted and its labels are not looked at
+   threads at most that many; the result does not depend on it
+   team    the threads to work on; NULL: they are started for the call, and end with it
    counts  [batch, num_a, num_b], written; on an error its content is undefined */
 SPOT_API int spot_overlap_counts(const spot_labels* a, const spot_labels* b, const uint8_t* valid, int64_t batch,
-                                 int64_t tokens, int64_t num_a, int64_t num_b, int64_t* counts);
+                                 int64_t tokens, int64_t num_a, int64_t num_b, int32_t threads, spot_team team,
+                                 int64_t* counts);
 
 /* The mask that is largest at each pixel, the first of equals, after a bilinear resize (corners not aligned).
 
    masks   [batch, grid * grid, slots], finite; at most 256 slots
    fused   not 0: products are fused with additions as PyTorch does on processors with FMA; 0: as it does elsewhere.
            mask_labels.cpp says where; the labels then are those of PyTorch's own resize, for size > 64
+   threads, team  as above
    labels  [batch, size, size], written */
 SPOT_API int spot_mask_labels(const float* masks, int64_t batch, int64_t grid, int64_t slots, int64_t size,
-                              int32_t fused, uint8_t* labels);
+                              int32_t fused, int32_t threads, spot_team team, uint8_t* labels);
 
 /* One iteration of slot attention (spot_kernels/slot_attention.py has the formula): a = softmax of q k over heads and
    slots for each token; updates = sum over tokens of (a + eps) v, divided by the sum of (a + eps). */
@@ -82,10 +90,6 @@ enum {
     SPOT_LEVEL_AVX512 = 3,
     SPOT_LEVEL_AVX512BF16 = 4
 };
-
-/* Calls work(data) in each thread of a team of at most `threads`, the caller among them, and returns when all have
-   returned: what OpenMP's run-time library has as GOMP_parallel (flags is 0). */
-typedef void (*spot_team)(void (*work)(void* data), void* data, unsigned threads, unsigned flags);
 
 typedef struct {
     int64_t batch, heads, tokens, slots, width;

@@ -145,7 +145,7 @@ def linear_assignment(cost: torch.Tensor) -> torch.Tensor:
     if max(cost.shape[1:]) > LARGEST_PROBLEM:
         limit = f"cost {tuple(cost.shape)} has more than {LARGEST_PROBLEM} rows or columns"
     # of larger problems scipy's loop is as fast: bench/native_table.py
-    wins = min(cost.shape[1:]) <= 11
+    wins = native.linear_assignment_wins(cost)
     return _linear_assignment(cost, dispatch.choose("linear_assignment", cost, limit, native_wins=wins))
 
 

@@ -111,8 +111,8 @@ def slot_attention_wins(q: torch.Tensor, k: torch.Tensor) -> bool:
     """Whether slot attention here is at least 1.3 times as fast as PyTorch's, for q [B, H, K, d] and k [B, H, N, d].
 
     What bench/native_table.py has measured, forward and with backward: with AVX2 or more, 2 to 11 slots. With 16 and
-    24 it is 1.2 to 1.4 times, as PyTorch's products come nearer to the processor's speed, and with one they are not
-    products at all; without AVX2 ours are too slow.
+    24 it is 1.3 to 1.5 times with backward, too near the limit, as PyTorch's products come nearer to the processor's
+    speed; with one they are not products at all; without AVX2 ours are too slow.
     """
     return _FAST and q.dtype in _DTYPES and 1 < q.shape[2] <= _MOST_SLOTS and k.shape[2] > 0
 

@@ -12,10 +12,10 @@ once more.
 
 How far pixels are from Pillow's, with DALI on the CPU: the decoders agree bit for bit. Resized bilinearly, pixels
 differ by one level at most, by rounding; in the outermost two by more, because Pillow weighs the filter anew where it
-reaches over the border and DALI repeats the last pixel there. Of 128 photos of 480 x 360: at 224 pixels 8 levels at
-most, 0.16 on average, at 64 pixels 15 and 0.10; bicubic 7 and 0.17. DINOv2 ViT-S/14 makes features of them that
-differ by 0.45 % of a picture's norm, 1.6 % at most; the packaged encoder by 0.35 % and 0.7 %. On a GPU nvJPEG
-decodes, with its own rounding.
+reaches over the border and DALI repeats the last pixel there. Of 128 photos of 480 x 360 at 224 pixels: 8 levels at
+most, 0.16 on average; bicubic 7 and 0.17. DINOv2 ViT-S/14 makes features of them that differ by 0.45 % of a picture's
+norm, 1.55 % at most; the packaged encoder, at 64 pixels, by 0.35 % and 0.73 % (`bench/loader_speed.py --photos`, with
+`--crop` and `--encoder`). On a GPU nvJPEG decodes, with its own rounding.
 """
 
 from __future__ import annotations

@@ -4,11 +4,10 @@ Order, mirroring and crop are pure functions of (seed, epoch, index of the pictu
 sees the pictures it would have seen, whatever the number of workers.
 
 Up to `MAX_THREADS` workers are threads: Pillow releases the interpreter lock while it decodes and resizes, and
-threads need no start, no pickling and no second copy of the file list. But a tenth of a picture's time is spent under
-the lock, so threads end at some 2,100 images/s however many there are, and whoever trains waits for the lock too.
-Measured on two cores with what releases the lock replaced by a pause of the same length (JPEGs of 640 x 480): 1, 4,
-8, 16 and 32 threads gave 230, 900, 1,700, 2,100 and 1,900 images/s, where 16 cores decode 3,700. So more workers are
-processes (`processes`).
+threads need no start, no pickling and no second copy of the file list. But an eighth of a picture's time is spent
+under the lock, so threads end at some 2,100 images/s however many there are, and whoever trains waits for the lock too:
+of JPEGs of 640 x 480 1, 4, 8, 16 and 32 threads give 238, 928, 1,703, 2,018 and 2,147 images/s, where 16 cores could
+decode 4,013 (`bench/loader_lock.py`, on two cores). So more workers are processes (`processes`).
 """
 
 from __future__ import annotations
@@ -251,7 +250,7 @@ class Loader:
         return np.random.default_rng([self.seed, *stream])
 
     def _crop_rng(self, epoch: int, index: int) -> np.random.Generator:
-        # Making a generator takes 70 µs under the interpreter lock: not where nothing is drawn from it.
+        # A generator is made under the interpreter lock: not where nothing is drawn from it.
         return self._rng(_CROP, epoch, index) if self.image_set.random_crop else self._unused
 
     def _too_many(self, corrupt: dict[str, str]) -> UserError:

@@ -22,8 +22,8 @@ def open_loader(config_loader: str, image_set: ImageSet, batch_size: int, seed: 
     workers: None is one for each core that this process may use and shares with the `world`, at most 16.
 
     auto is DALI where it works and `device` is a GPU. On a CPU it is Pillow, whose pixels are the reference, though
-    DALI decodes 335 images/s a core there to Pillow's 248 (JPEGs of 640 x 480; photos of 480 x 360, 552 to 396, but
-    stretched 218 to 334: `bench/loader_speed.py`). Nothing decodes pictures in memory. UserError where dali is asked
+    DALI decodes 335 images/s a core there to Pillow's 242 (JPEGs of 640 x 480; photos of 480 x 360, 550 to 413, but
+    stretched 225 to 353: `bench/loader_speed.py`). Nothing decodes pictures in memory. UserError where dali is asked
     for and cannot be had.
     """
     if config_loader not in ("auto", "dali", "torch"):

@@ -26,7 +26,7 @@ _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5  # wire types
 
 
 def crc32c(data: bytes) -> int:
-    """CRC-32C of `data`. NumPy divides the parts of a long message at once: a few hundred MB a second."""
+    """CRC-32C of `data`. NumPy divides the parts of a long message at once."""
     crc, done = 0xFFFFFFFF, 0
     words = len(data) // (2 * _LANES)
     if words >= 16:

@@ -14,6 +14,14 @@ from .distributed import World
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """What a run will cache, and the fields of its frozen features where these may be cached."""
+
+    plan: cache.Plan
+    fields: list[feature_cache.Field]
+
+
+@dataclass(frozen=True)
 class Source:
     """loader: gives the run's batches; features: the frozen features of what it would give, None where they are not
     cached."""
@@ -22,18 +30,27 @@ class Source:
     features: feature_cache.FeatureCache | None = None
 
 
-def open_source(config: Config, loader: Loader, decoding: str, fields: Callable[[], list[feature_cache.Field]],
-                function: feature_cache.Function, *, device: torch.device, world: World,
-                say: Callable[[str], None]) -> Source:  # fmt: skip
-    """Caches what pays for a run whose pictures `loader` gives; rank 0 builds what is on disk, then all read it.
+def choose(config: Config, loader: Loader, fields: Callable[[], list[feature_cache.Field]], *, device: torch.device,
+           world: World) -> Chosen:  # fmt: skip
+    """What pays for a run whose pictures `loader` gives; fields: what is known of its features, asked for if needed.
 
-    fields: what `function` makes of a picture, asked for where it is needed. decoding: the sentence about who decodes.
-    UserError where what --cache asks for cannot be.
+    UserError where what --cache or --cache-dir asks for cannot be. Nothing is written.
     """
-    image_set, folder = loader.image_set, cache.default_folder(config.cache_dir)
     kept = fields() if config.cache in ("auto", "features") else []
-    plan = world.first(lambda: cache.plan(config.cache, image_set, kept, epochs=config.epochs, device=device,
-                                          folder=folder, decoder=loader.kind, processes=world.size))  # fmt: skip
+    plan = world.first(lambda: cache.plan(config.cache, loader.image_set, kept, epochs=config.epochs, device=device,
+                                          folder=cache.folder_of(config.cache_dir), decoder=loader.kind,
+                                          processes=world.size))  # fmt: skip
+    return Chosen(plan, kept)
+
+
+def open_source(config: Config, loader: Loader, decoding: str, chosen: Chosen, function: feature_cache.Function, *,
+                device: torch.device, world: World, say: Callable[[str], None]) -> Source:  # fmt: skip
+    """Caches what was chosen; rank 0 builds what is on disk, then all read it.
+
+    function: gives the fields of a batch of pictures. decoding: the sentence about who decodes. UserError where a cache
+    cannot be written, or more pictures are corrupt than the loader puts up with.
+    """
+    image_set, plan, kept = loader.image_set, chosen.plan, chosen.fields
     # Each process holds all rows of what is held in memory, on its own device.
     holder = device if plan.device is not None and plan.device.type == device.type else plan.device
     if image_set.content_key() and not plan.complete:

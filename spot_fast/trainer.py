@@ -38,7 +38,7 @@ from .optimiser import (
 )
 from .precision import autocast, float32_products, resolve
 from .progress import Display, Meter, Pace, epoch_line
-from .run_cache import open_source
+from .run_cache import Chosen, choose, open_source
 from .run_folder import RunFolder
 from .schedule import attention_weight, learning_rate
 from .self_training import attention_loss, teacher_labels
@@ -125,6 +125,7 @@ class Trainer:
         self.parameters = list(self.names)
         self.optimiser = adam(self.parameters)
         self.generator = torch.Generator(device)
+        self.chosen: Chosen | None = None
         self.cache: feature_cache.FeatureCache | None = None
         self.forward = Compiled(self.losses, optional=unasked) if config.compile == "yes" else self.losses
 
@@ -319,11 +320,18 @@ class Trainer:
             return prefetch.to_device(batches, self.device)
         return batches
 
+    def choose_cache(self) -> None:
+        """Decides what of the pictures is cached; UserError where what --cache asks for cannot be. Writes nothing."""
+        with float32_products(self.precision):
+            self.chosen = choose(self.config, self.loader, self.frozen_fields, device=self.device, world=self.world)
+
     def _open_cache(self, display: Display) -> None:
         """Caches frozen features or pixels where that pays, and says so."""
         if self.step == self.total_steps:
             return
-        source = open_source(self.config, self.loader, self.decoding, self.frozen_fields, self.frozen_features,
+        if self.chosen is None:
+            self.choose_cache()
+        source = open_source(self.config, self.loader, self.decoding, self.chosen, self.frozen_features,
                              device=self.device, world=self.world, say=display.line)  # fmt: skip
         self.loader, self.cache = source.loader, source.features
 

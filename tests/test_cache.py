@@ -78,10 +78,18 @@ def test_what_cannot_be_is_refused(planned, options, message):
 def test_the_folder_is_an_option_a_variable_or_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("SPOT_FAST_CACHE", raising=False)
-    assert cache.default_folder(None) == tmp_path / ".cache" / "spot_fast"
+    assert cache.folder_of(None) == tmp_path / ".cache" / "spot_fast"
     monkeypatch.setenv("SPOT_FAST_CACHE", "/elsewhere")
-    assert str(cache.default_folder(None)) == "/elsewhere"
-    assert str(cache.default_folder("/given")) == "/given"
+    assert str(cache.folder_of(None)) == "/elsewhere"
+    assert cache.folder_of(str(tmp_path / "given")) == tmp_path / "given"
+
+
+def test_a_cache_dir_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("")
+    for given in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=f"--cache-dir {given} is not a folder that can be made and written to"):
+            cache.folder_of(str(given))
+        assert cache.free_disk(given) == 0
 
 
 def test_free_memory_and_disk_are_numbers_of_this_machine(tmp_path):

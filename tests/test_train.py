@@ -11,6 +11,7 @@ from dataclasses import asdict, fields
 import pytest
 import torch
 
+from picture_files import make_pictures
 from spot_fast import arguments, train
 from spot_fast.checkpoint import CONFIG, METRICS, MODEL, STATE, load_run, read_config, read_metadata
 from spot_fast.config import Config, preset, preset_names
@@ -132,13 +133,22 @@ def test_help_shows_the_defaults_of_preset_and_stage(capsys):
     ("--image-size 30 --mask-size 30", "--image-size 30 is not a multiple"),
     ("--teacher x", "--teacher x belongs to stage 2"),
     ("--resume nowhere", "run nowhere is not a folder"),
+    ("--accumulate 3", "--accumulate 3 does not divide the 8 pictures of a process"),
+    ("--precision tf32 --device cpu", "--precision tf32 needs an NVIDIA GPU"),
+    ("--profile -1", "--profile -1: use the number of steps to profile"),
+    ("--cache-dir /dev/null/x", "--cache-dir /dev/null/x is not a folder that can be made and written to"),
+    ("--preset folder --data {pictures} --encoder spot_scenes --image-size 16 --mask-size 16 --dec-heads 4 "
+     "--crop random --cache features", "--cache features: a random crop of image folder train has no end of outcomes"),
+    ("--preset folder --data {pictures} --sbd x --cache none --loader tape", "argument --loader: invalid choice"),
     ("--stage 2", "stage 2 needs a teacher, but there is no finished stage 1 run of preset scenes in runs: train one "
                   "with python -m spot_fast.train --stage 1"),
 ])  # fmt: skip
-def test_bad_input_is_one_sentence_and_leaves_nothing(words, sentence, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_sentence_and_leaves_nothing(words, sentence, tmp_path, tmp_path_factory, monkeypatch,
+                                                      capsys):
     monkeypatch.chdir(tmp_path)
+    pictures = make_pictures(tmp_path_factory.mktemp("pictures"), 8)
     small = ["--train-images", "64", "--val-images", "2", "--batch-size", "8", "--warmup-steps", "8"]
-    assert sentence in refused(capsys, *small, *words.split())
+    assert sentence in refused(capsys, *small, *words.format(pictures=pictures).split())
     assert os.listdir(tmp_path) == []
 
 

@@ -15,7 +15,7 @@ from typing import NoReturn
 from ..errors import UserError
 from ..files import atomic_write
 from . import check
-from .cache import default_folder, text
+from .cache import folder_of, text
 from .store import cached, remove
 
 _INTERRUPTED = 130
@@ -86,7 +86,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _caches(args: argparse.Namespace) -> int:
-    folder = default_folder(args.cache_dir)
+    folder = folder_of(args.cache_dir)
     caches = list(cached(folder))
     if args.remove is not None:
         caches = [cache for cache in caches if args.remove in ("all", cache.folder.name)]

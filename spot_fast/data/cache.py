@@ -35,9 +35,24 @@ class Plan:
     complete: bool = False
 
 
-def default_folder(given: str | None) -> Path:
-    """--cache-dir, $SPOT_FAST_CACHE or ~/.cache/spot_fast."""
-    return Path(given or os.environ.get("SPOT_FAST_CACHE") or Path.home() / ".cache" / "spot_fast")
+def folder_of(given: str | None) -> Path:
+    """--cache-dir, $SPOT_FAST_CACHE or ~/.cache/spot_fast; UserError for a --cache-dir that cannot be written to."""
+    folder = Path(given or os.environ.get("SPOT_FAST_CACHE") or Path.home() / ".cache" / "spot_fast")
+    if given and not _can_be_written(folder):
+        raise UserError(f"--cache-dir {given} is not a folder that can be made and written to: use another one")
+    return folder
+
+
+def _existing(folder: Path) -> Path:
+    """`folder`, or the nearest thing above it that exists."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _can_be_written(folder: Path) -> bool:
+    there = _existing(folder)
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def plan(mode: str, image_set: ImageSet, fields: Sequence[Field], *, epochs: int, device: torch.device,
@@ -151,10 +166,8 @@ def text(size: float) -> str:
 
 
 def free_disk(folder: Path) -> int:
-    """Bytes that can be written to the file system of `folder`, which need not be there yet."""
-    while not folder.is_dir():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    """Bytes that can be written below `folder`, which need not be there yet; 0 where nothing can be."""
+    return shutil.disk_usage(_existing(folder)).free if _can_be_written(folder) else 0
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,6 +1,8 @@
 """The native library against scipy and numpy: same costs, same assignments, same refusals."""
 
 import itertools
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -11,9 +13,14 @@ from spot_kernels import native
 from spot_kernels.reference import mask_matching as reference
 
 needs_library = pytest.mark.skipif(not native.available(), reason=native.describe())
-
 SOLVERS = [pytest.param(native.linear_assignment, marks=needs_library), reference.linear_assignment]
 BATCH = 25
+
+
+@pytest.mark.skipif("CI" not in os.environ or not shutil.which("c++"), reason="not CI's installation with a compiler")
+def test_an_installation_with_a_compiler_has_the_library():
+    """Otherwise every test of it would be skipped, and nobody would notice."""
+    assert native.available(), native.describe()
 
 
 def _problems(kind: str, rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:

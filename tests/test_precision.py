@@ -70,7 +70,7 @@ def test_a_tf32_run_is_tf32_in_steps_caches_and_validation_only(tmp_path, monkey
     trainer = Trainer(tiny(epochs=2), device=CPU)
     trainer.precision = "tf32"
     seen = {}
-    for name in ("train_step", "_fill_cache"):
+    for name in ("train_step", "_open_cache"):
         method = getattr(trainer, name)
 
         def spied(argument, name=name, method=method):
@@ -83,7 +83,7 @@ def test_a_tf32_run_is_tf32_in_steps_caches_and_validation_only(tmp_path, monkey
     before = torch.get_float32_matmul_precision()
     with RunFolder.create(trainer.config, root=tmp_path) as folder:
         trainer.run(folder, tensorboard=False)
-    assert seen == dict.fromkeys(("train_step", "_fill_cache", "validation"), {"high"})
+    assert seen == dict.fromkeys(("train_step", "_open_cache", "validation"), {"high"})
     assert torch.get_float32_matmul_precision() == before
 
 

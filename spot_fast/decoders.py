@@ -6,6 +6,8 @@ layout. The autoregressive one is teacher-forced with the target features, at ev
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -99,6 +101,20 @@ class AutoregressiveDecoder(nn.Module):
         """The masks of `forward` alone, [B, N, K]."""
         return self.transformer.masks(*self._prepare(slots, target, order_index, parallel=False))
 
+    def all_orders(self, slots: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """`forward` in every order in turn (ENS), which projects the target features once for all of them."""
+        if self.num_orders == 1:
+            yield self(slots, target)
+            return
+        batch, tokens = target.shape[:2]
+        bos = self.bos.to(target.dtype).expand(batch, -1, -1)
+        # Raster positions 0 … N−1 hold the patches, N + p the [BOS] of order p.
+        begin = torch.arange(tokens, tokens + self.num_orders, device=target.device).unsqueeze(1)
+        before = torch.cat([begin, self.orders[:, :-1]], 1)
+        sources = torch.empty_like(self.orders).scatter_(1, self.orders, before)
+        inputs = self.input_proj(torch.cat([target, bos], 1))
+        yield from self.transformer.decode_orders(inputs, self.slot_proj(slots), self.orders, sources)
+
 
 class MlpDecoder(nn.Module):
     """Spatial-broadcast MLP decoder (SPOT, table 4): slot + position → four layers → features and a mixing logit.
@@ -143,3 +159,7 @@ class MlpDecoder(nn.Module):
     def masks(self, slots: Tensor, target: Tensor, order_index: Tensor | None = None) -> Tensor:
         """The masks of `forward` alone, [B, N, K]."""
         return self(slots, target)[1]
+
+    def all_orders(self, slots: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """`forward`, in the only order there is."""
+        yield self(slots, target)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from .data.base import FullLabels, ImageSet, Masks
 from .encoder import normalise
 from .errors import UserError
 from .metrics import Pairs, Scores, count_pairs, labels_from_soft, pair_labels
-from .model import Spot
+from .model import Spot, mean_of_orders
 from .precision import autocast, float32_products, resolve
 from .protocols import GroundTruth, Protocol, chosen
 
@@ -246,16 +246,18 @@ class _Pass:
             noise = slot_noise(self.seed, indices, self.num_slots, model.slot_encoder.slot_dim).to(self.device)
         with float32_products(self.precision), autocast(self.precision, self.device):
             features, target = model.encode(normalise(torch.stack(images).to(self.device)))
-            output = model(features, target, noise=noise)
-            decoded = {1: (output.prediction, output.masks)}
+            slots, slot_attn, _ = model.slot_encoder(features, noise)
+            orders = model.decoder.all_orders(slots, target)
+            first = next(orders)
+            decoded = {1: first}
             if model.num_orders > 1:
-                decoded[model.num_orders] = model.decode_all_orders(output.slots, target)
+                decoded[model.num_orders] = mean_of_orders(chain([first], orders))
         clusters = kmeans_labels(target, self.num_slots, self.seed, indices=torch.tensor(indices))
         for orders, (prediction, _) in decoded.items():
             self.squared_error[orders] += F.mse_loss(prediction.float(), target.float()).item() * len(indices)
 
         start = time.perf_counter()
-        soft = [*(decoded[orders][1] for orders in self.orders), output.slot_attn,
+        soft = [*(decoded[orders][1] for orders in self.orders), slot_attn,
                 F.one_hot(clusters, self.num_slots)]  # fmt: skip
         soft = torch.stack([m.float() for m in soft])
         predicted: dict[int, Tensor] = {}  # label maps of all kinds by mask size: protocols share them

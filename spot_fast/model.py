@@ -5,7 +5,7 @@ Axes: B images, N = G·G patch tokens in raster layout, D encoder width, K slots
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -175,12 +175,7 @@ class Spot(nn.Module):
 
     def decode_all_orders(self, slots: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Prediction [B, N, D] and masks [B, N, K] averaged over all patch orders (ENS)."""
-        prediction, masks = self.decoder(slots, target)
-        for index in range(1, self.num_orders):
-            order_index = torch.full((), index, dtype=torch.int64, device=slots.device)
-            more_prediction, more_masks = self.decoder(slots, target, order_index)
-            prediction, masks = prediction + more_prediction, masks + more_masks
-        return prediction / self.num_orders, masks / self.num_orders
+        return mean_of_orders(self.decoder.all_orders(slots, target))
 
     @torch.no_grad()
     def segment(self, images: Tensor, *, orders: str = "0", noise: Tensor | None = None) -> SpotOutput:
@@ -211,6 +206,16 @@ class Spot(nn.Module):
                     f"{list(own[name].shape)}: their settings differ"
                 )
         self.load_state_dict(dict(state), strict=False)
+
+
+def mean_of_orders(decoded: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean prediction [B, N, D] and masks [B, N, K] of what the decoder gives in each order; one at a time is kept."""
+    decoded = iter(decoded)
+    prediction, masks = next(decoded)
+    count = 1
+    for more_prediction, more_masks in decoded:
+        prediction, masks, count = prediction + more_prediction, masks + more_masks, count + 1
+    return prediction / count, masks / count
 
 
 def reconstruction_loss(prediction: Tensor, target: Tensor) -> Tensor:

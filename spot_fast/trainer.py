@@ -36,7 +36,7 @@ from .optimiser import (
     set_learning_rate,
     update,
 )
-from .precision import autocast, float32_products, resolve
+from .precision import autocast, float32_products, resolve, store_in_bfloat16
 from .progress import Display, Meter, Pace, epoch_line
 from .run_cache import Chosen, choose, open_source
 from .run_folder import RunFolder
@@ -121,6 +121,10 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_seed(config.seed, _WEIGHTS, config.stage))
             self.model = Spot(config, encoder).to(device).train()
+        if self.precision == "bf16":
+            store_in_bfloat16(encoder)
+            if self.teacher is not None:
+                store_in_bfloat16(self.teacher.decoder)
         self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         self.parameters = list(self.names)
         self.optimiser = adam(self.parameters)

@@ -64,6 +64,48 @@ def test_all_orders_averaged():
     assert_decoding("decoder.all", *model.decode_all_orders(slots, target), target)
 
 
+def calls(modules, monkeypatch) -> dict[str, int]:
+    """Counts how often each of the named modules runs from now on."""
+    counts = dict.fromkeys(modules, 0)
+    for name, module in modules.items():
+        def forward(*arguments, name=name, original=module.forward):
+            counts[name] += 1
+            return original(*arguments)
+
+        monkeypatch.setattr(module, "forward", forward)
+    return counts
+
+
+def test_orders_decoded_together_are_those_decoded_alone_and_share_what_no_order_changes(monkeypatch):
+    model = golden_models.stage1().double()
+    decoder, (slots, target) = model.decoder, slots_and_target(torch.float64)
+    alone = [decoder(slots, target, torch.tensor(index)) for index in range(9)]
+    first, last = decoder.transformer.blocks[0], decoder.transformer.blocks[-1]
+    assert first is not last
+    shared = {"input_proj": decoder.input_proj, "slot_proj": decoder.slot_proj, "norm": first.norm_self,
+              "qkv": first.self_attention.project_qkv, "k": last.cross_attention.project_k,
+              "v": last.cross_attention.project_v}  # fmt: skip
+    counts = calls(shared | {"ffn": last.ffn}, monkeypatch)
+    together = list(decoder.all_orders(slots, target))
+    assert counts == dict.fromkeys(shared, 1) | {"ffn": 9}
+    for (prediction, masks), (expected, expected_masks) in zip(together, alone, strict=True):
+        torch.testing.assert_close(prediction, expected, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(masks, expected_masks, rtol=1e-11, atol=1e-11)
+
+
+def test_a_teacher_computes_nothing_beyond_its_masks(monkeypatch):
+    decoder = golden_models.stage1().decoder
+    slots, target = slots_and_target()
+    last = decoder.transformer.blocks[-1]
+    unread = {"v": last.cross_attention.project_v, "o": last.cross_attention.project_o, "ffn": last.ffn,
+              "norm": decoder.transformer.norm}  # fmt: skip
+    index = torch.tensor(3)
+    expected = decoder(slots, target, index)[1]
+    counts = calls(unread, monkeypatch)
+    assert torch.equal(decoder.masks(slots, target, index), expected)
+    assert counts == dict.fromkeys(unread, 0)
+
+
 def variant(name, drop):
     """The stage-1 model with the parameters of one decoder variant."""
     state = {key: value for key, value in golden_tensors.stage1_state_dict().items() if not key.startswith(drop)}

@@ -12,7 +12,7 @@ from spot_fast.errors import UserError
 from spot_fast.model import Spot, reconstruction_loss
 from spot_fast.run_folder import RunFolder
 from spot_fast.trainer import Trainer
-from tiny_runs import tiny
+from tiny_runs import tiny, train
 
 CPU = torch.device("cpu")
 
@@ -85,6 +85,31 @@ def test_a_tf32_run_is_tf32_in_steps_caches_and_validation_only(tmp_path, monkey
         trainer.run(folder, tensorboard=False)
     assert seen == dict.fromkeys(("train_step", "_open_cache", "validation"), {"high"})
     assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize("changes", [{}, dict(decoder="mlp", dec_mlp_hidden=16, orders="standard")])
+def test_frozen_weights_in_bfloat16_change_no_bit(changes, tmp_path, monkeypatch):
+    config = tiny(precision="bf16", eval_images=0, epochs=1, dec_blocks=1, **changes)
+    teacher, _ = train(tmp_path, config)
+    config = tiny(2, precision="bf16", dec_blocks=1, **changes)
+    stored = Trainer(config, device=CPU, teacher=teacher)
+    monkeypatch.setattr("spot_fast.trainer.store_in_bfloat16", lambda module: None)
+    plain = Trainer(config, device=CPU, teacher=teacher)
+    kinds = {module: {p.dtype for p in module.parameters() if p.dim() > 1}
+             for module in (*stored.model.encoder.vit.blocks, stored.teacher.decoder, stored.model.last_blocks)}
+    *frozen, trained = kinds.values()
+    assert trained == {torch.float32} and all(torch.bfloat16 in dtypes for dtypes in frozen)
+    for trainer in (stored, plain):
+        for batch in list(trainer.batches())[:2]:
+            trainer.train_step(batch)
+    assert torch.equal(stored.meter.epoch, plain.meter.epoch)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(stored.parameters, plain.parameters, strict=True))
+    assert stored.validate() == plain.validate()
+
+
+def test_weights_that_train_are_not_rounded():
+    with pytest.raises(ValueError, match="keeps its float32 weights"):
+        precision.store_in_bfloat16(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

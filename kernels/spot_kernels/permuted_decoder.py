@@ -5,13 +5,15 @@ Tokens are [B, N, D]; a patch order is an int64 tensor [N] or [B, N] and moves n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from spot_kernels.layers import check_heads, linear, merge_heads, mlp, split_heads
 from spot_kernels.permuted_attention import permuted_causal_attention
-from spot_kernels.slot_cross_attention import slot_cross_attention
+from spot_kernels.slot_cross_attention import slot_cross_attention, slot_cross_map
 
 
 class PermutedSelfAttention(nn.Module):
@@ -25,7 +27,11 @@ class PermutedSelfAttention(nn.Module):
         self.project_o = linear(dim, dim, bias=False, gain=gain)
 
     def forward(self, tokens: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-        q, k, v = (split_heads(part, self.heads) for part in self.project_qkv(tokens).chunk(3, -1))
+        return self.attend(self.project_qkv(tokens), order)
+
+    def attend(self, qkv: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+        """From the projected tokens [B, N, 3D]."""
+        q, k, v = (split_heads(part, self.heads) for part in qkv.chunk(3, -1))
         if order is None:
             out = F.scaled_dot_product_attention(q, k, v)
         else:
@@ -48,11 +54,23 @@ class SlotCrossAttention(nn.Module):
     def forward(
         self, tokens: torch.Tensor, slots: torch.Tensor, *, return_map: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.attend(tokens, *self.keys_values(slots), return_map=return_map)
+
+    def keys_values(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v [B, H, K, d] of slots [B, K, D]: the same for every order."""
+        return split_heads(self.project_k(slots), self.heads), split_heads(self.project_v(slots), self.heads)
+
+    def attend(
+        self, tokens: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_map: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         q = split_heads(self.project_q(tokens), self.heads)
-        k = split_heads(self.project_k(slots), self.heads)
-        v = split_heads(self.project_v(slots), self.heads)
         out, mean_map = slot_cross_attention(q, k, v, return_map=return_map)
         return self.project_o(merge_heads(out)), mean_map
+
+    def map(self, tokens: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """The map [B, N, K] without the output, whose projections are then left out."""
+        q, k = self.project_q(tokens), self.project_k(slots)
+        return slot_cross_map(split_heads(q, self.heads), split_heads(k, self.heads))
 
 
 class PermutedDecoderBlock(nn.Module):
@@ -76,17 +94,24 @@ class PermutedDecoderBlock(nn.Module):
         self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None, *, return_map: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """tokens [B, N, D], slots [B, K, D] → tokens [B, N, D], cross-attention map [B, N, K] or None."""
-        tokens, mean_map = self.attend(tokens, slots, order, return_map=return_map)
+        return self.look(self.listen(tokens, order), *self.cross_attention.keys_values(slots), return_map=return_map)
+
+    def listen(self, tokens: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+        """The self-attention's part of the block, [B, N, D]."""
+        normed = self.norm_self(tokens)
+        return (normed if self.first else tokens) + self.self_attention(normed, order)
+
+    def look(
+        self, tokens: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_map: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The rest of the block: cross-attention to the slots' k and v [B, H, K, d], FFN; and the map or None."""
+        out, mean_map = self.cross_attention.attend(self.norm_cross(tokens), k, v, return_map=return_map)
+        tokens = tokens + out
         return tokens + self.ffn(self.norm_ffn(tokens)), mean_map
 
-    def attend(
-        self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None, *, return_map: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The block without its FFN: all that the map needs."""
-        normed = self.norm_self(tokens)
-        tokens = (normed if self.first else tokens) + self.self_attention(normed, order)
-        out, mean_map = self.cross_attention(self.norm_cross(tokens), slots, return_map=return_map)
-        return tokens + out, mean_map
+    def map(self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+        """The map [B, N, K] and nothing beyond it."""
+        return self.cross_attention.map(self.norm_cross(self.listen(tokens, order)), slots)
 
 
 class PermutedDecoder(nn.Module):
@@ -126,4 +151,27 @@ class PermutedDecoder(nn.Module):
         """The map [B, N, K] of `forward` alone, without the work behind it: what a teacher is asked for."""
         for block in self.blocks[:-1]:
             tokens, _ = block(tokens, slots, order)
-        return self.blocks[-1].attend(tokens, slots, order, return_map=True)[1]
+        return self.blocks[-1].map(tokens, slots, order)
+
+    def decode_orders(
+        self, tokens: torch.Tensor, slots: torch.Tensor, orders: torch.Tensor, sources: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """`forward` in several orders, one after the other; what does not depend on the order is computed once.
+
+        That is everything up to the first self-attention, and the slots' keys and values.
+
+        Args:
+            tokens: all inputs that occur in any order, [B, M, D].
+            slots: [B, K, D].
+            orders: int64 [P, N].
+            sources: int64 [P, N], which of the M inputs stands at each raster position.
+        """
+        first, last = self.blocks[0], len(self.blocks) - 1
+        normed = first.norm_self(tokens)
+        qkv = first.self_attention.project_qkv(normed)
+        slots_kv = [block.cross_attention.keys_values(slots) for block in self.blocks]
+        for order, source in zip(orders, sources, strict=True):
+            x = normed.index_select(1, source) + first.self_attention.attend(qkv.index_select(1, source), order)
+            for i, (block, kv) in enumerate(zip(self.blocks, slots_kv, strict=True)):
+                x, mean_map = block.look(block.listen(x, order) if i else x, *kv, return_map=i == last)
+            yield self.norm(x), mean_map

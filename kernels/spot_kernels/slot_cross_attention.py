@@ -1,4 +1,4 @@
-"""Cross-attention of patch tokens to slots with its head-averaged map: `slot_cross_attention`.
+"""Cross-attention of patch tokens to slots with its head-averaged map, `slot_cross_attention`, or the map alone.
 
     p = softmax over slots of q kᵀ / √d;  out = p v;  map = mean of p over heads
 
@@ -142,3 +142,18 @@ def slot_cross_attention(
     else:
         out, mean_map = _forward(q, k, v, return_map, backend)
     return out, mean_map if return_map else None
+
+
+def slot_cross_map(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The map of `slot_cross_attention` alone, [B, N, K], of q [B, H, N, d] and k [B, H, K, d]: no v, no output.
+
+    PyTorch on every device: one thin product and a softmax over K, which torch.compile fuses.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype or device does not fit.
+    """
+    q, k = checks.autocast(q, k)
+    checks.floating("slot_cross_map", q=q, k=k)
+    checks.shape("slot_cross_map", "q", q, "[B, H, N, d]")
+    checks.shape("slot_cross_map", "k", k, "[B, H, K, d]", (*q.shape[:2], None, q.shape[3]))
+    return reference.slot_map(q, k).mean(1)

@@ -17,9 +17,14 @@ def accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 def slot_cross_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """q [B, H, N, d], k and v [B, H, K, d] → out [B, H, N, d] in v's dtype, map [B, N, K] in float32 at least."""
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    p = logits.to(accumulation_dtype(q)).softmax(-1)
+    p = slot_map(q, k)
     return p.to(v.dtype) @ v, p.mean(1)
+
+
+def slot_map(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """p [B, H, N, K] in float32 at least."""
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return logits.to(accumulation_dtype(q)).softmax(-1)
 
 
 def gradients(
@@ -27,7 +32,7 @@ def gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv as the kernels compute them; None stands for a gradient that is zero."""
     scale = q.shape[-1] ** -0.5
-    p = ((q * scale) @ k.transpose(-1, -2)).to(accumulation_dtype(q)).softmax(-1)
+    p = slot_map(q, k)
     grad_p, grad_v = torch.zeros_like(p), torch.zeros_like(v)
     if grad_out is not None:
         grad_p = (grad_out @ v.transpose(-1, -2)).to(p.dtype)

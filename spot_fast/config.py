@@ -29,8 +29,10 @@ class Config:
                              "the choice", "run", ("auto", "float32", "tf32", "bf16"))
     compile: str = _option("auto", "compile forward and backward pass with torch.compile: yes, no, or auto: on a "
                            "GPU; config.json keeps the choice", "run", ("auto", "yes", "no"))
-    on_nonfinite: str = _option("stop", "when loss or gradient is not finite: stop, or skip the step's update (ten "
-                                "in a row stop the run)", "run", ("stop", "skip"))
+    on_bad_step: str = _option("stop", "when loss or gradient is not finite or the loss leaps: stop, or skip the "
+                               "step's update (ten in a row stop the run)", "run", ("stop", "skip"))
+    spike: float = _option(5.0, "a loss leaps when it is so many times the mean of the last 100 or so; 0 = never",
+                           "run")
     log_every: int = _option(20, "steps between lines of metrics.jsonl and TensorBoard", "run")
     save_every: int = _option(500, "steps between saved training states (every five minutes in any case)", "run")
     eval_every: int = _option(5, "epochs between quick validations, 0 = only at the end", "run")

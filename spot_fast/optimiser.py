@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
-
 _FUSED = ("cpu", "cuda")
 _STATE = "adam."
 
@@ -20,15 +18,12 @@ def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=fused)
 
 
-def update(optimiser: torch.optim.Adam, bad: Tensor | None = None) -> None:
+def update(optimiser: torch.optim.Adam, bad: Tensor) -> None:
     """Adam's step. bad: [] float32 on the device; where it is 1 nothing changes, neither moments nor step count.
 
-    Nobody looks at it on the host. Only the fused Adam knows it: UserError on a device without one.
+    Nobody looks at it on the host. Only the fused Adam knows it; on a device without one the step is always made.
     """
-    group = optimiser.param_groups[0]
-    if bad is not None and not group["fused"]:
-        raise UserError(f"--on-nonfinite skip does not work on {group['params'][0].device}: use stop")
-    optimiser.found_inf = bad  # as GradScaler tells it
+    optimiser.found_inf = bad if optimiser.param_groups[0]["fused"] else None  # as GradScaler tells it
     optimiser.step()
 
 

@@ -11,32 +11,21 @@ from tqdm import tqdm
 
 
 class Meter:
-    """Sums of losses and gradient norm over the current interval and the current epoch, and whether all were finite.
+    """Sums of losses and gradient norm over the current interval and the current epoch.
 
-    Everything stays on the device: nothing waits for a step until `read_*` or `first_bad` is called.
+    Everything stays on the device: nothing waits for a step until `read` is called.
     """
 
     NAMES = ("loss", "loss_rec", "loss_att", "grad_norm")
 
     def __init__(self, device: torch.device) -> None:
         self.interval, self.epoch = (torch.zeros(len(self.NAMES), dtype=torch.float64, device=device) for _ in "ie")
-        self._finite = torch.ones((), dtype=torch.bool, device=device)
-        self._good = torch.zeros((), dtype=torch.int64, device=device)
 
-    def add(self, loss: Tensor, loss_rec: Tensor, loss_att: Tensor, grad_norm: Tensor,
-            bad: Tensor | None = None) -> None:  # fmt: skip
+    def add(self, loss: Tensor, loss_rec: Tensor, loss_att: Tensor, grad_norm: Tensor, bad: Tensor) -> None:
         """Scalars of one step; where bad [] is 1 they are left out."""
-        values = torch.stack((loss, loss_rec, loss_att, grad_norm)).detach().double()
-        if bad is not None:
-            values = values.masked_fill(bad > 0, 0.0)
-        self._finite &= values.isfinite().all()
-        self._good += self._finite
+        values = torch.stack((loss, loss_rec, loss_att, grad_norm)).detach().double().masked_fill(bad > 0, 0.0)
         self.interval += values
         self.epoch += values
-
-    def first_bad(self) -> int | None:
-        """How many steps were added before the first one that was not finite; None if all were."""
-        return None if self._finite.item() else int(self._good.item())
 
     def read(self, sums: Tensor, steps: int) -> dict[str, float]:
         """Means over `steps` of `interval` or `epoch`, which starts again; NaN without a step."""

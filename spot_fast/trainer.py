@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .bad_steps import BadSteps, skipped_line, too_many
 from .checkpoint import MODEL, STATE, frozen_encoder, read_tensors, save_tensors
 from .config import Config
 from .data import Batch, feature_cache, open_set, prefetch
@@ -27,7 +29,6 @@ from .encoder import encoder_identity, normalise
 from .errors import UserError
 from .interrupt import StopRequest
 from .model import Spot, reconstruction_loss
-from .nonfinite import Skipped, skipped_line, too_many
 from .optimiser import (
     adam,
     clip_by_infinity_norm,
@@ -53,7 +54,7 @@ _SAVE_SECONDS = 300
 # Settings that change nothing in the weights of a run that goes well, but for the last bits: a resumed run may have
 # others than it began with.
 FREE = ("accumulate", "data", "sbd", "encoder_weights", "workers", "cache", "cache_dir", "compile", "save_every",
-        "on_nonfinite")  # fmt: skip
+        "on_bad_step", "spike")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,11 @@ class Outcome:
 
 def _seed(*words: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _some(names: list[str]) -> str:
+    """The first few names."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def config_hash(config: Config) -> str:
@@ -133,9 +139,12 @@ class Trainer:
         self.cache: feature_cache.FeatureCache | None = None
         self.forward = Compiled(self.losses, optional=unasked) if config.compile == "yes" else self.losses
 
-        self.step = self.restored_step = self.saved_step = 0
+        self.step = self.saved_step = 0
         self.seconds, self.clock, self.save_clock = 0.0, time.monotonic(), time.monotonic()
-        self.meter, self.skipped, self.throughput = Meter(device), Skipped(), Throughput(device, self.precision)
+        if config.on_bad_step == "skip" and not self.optimiser.param_groups[0]["fused"]:
+            raise UserError(f"--on-bad-step skip does not work on {device}: use stop")
+        self.meter, self.throughput = Meter(device), Throughput(device, self.precision)
+        self.bad_steps = BadSteps(device, config.spike)
         self.scores: dict[str, float] = {}
 
     # ---- one step
@@ -239,9 +248,10 @@ class Trainer:
         losses = self.world.average(self.parameters, [torch.stack(values).sum() for values in zip(*means, strict=True)])
         norm = clip_by_infinity_norm(self.parameters, self.config.clip)
         set_learning_rate(self.optimiser, self.rate(self.step))
-        bad = self.skipped.add(self.step + 1, losses[0], norm) if self.config.on_nonfinite == "skip" else None
-        update(self.optimiser, bad)
-        self.meter.add(*losses, norm, bad)
+        verdict = self.bad_steps.judge(losses[0], norm)
+        update(self.optimiser, verdict[0])
+        self.meter.add(*losses, norm, verdict[0])
+        self.bad_steps.note(self.step + 1, verdict)
 
     def flops(self, batch: Batch | tuple[Tensor, ...]) -> int:
         """FLOPs of a step of this process, counted on the first picture of its batch; nothing changes by it."""
@@ -361,9 +371,9 @@ class Trainer:
         display.line(epoch_line(epoch, config.epochs, self.step, self.total_steps, values, scores, display.time_left()))
 
     def _means(self, kind: str, sums: Tensor, steps: int) -> dict[str, float]:
-        """Means of a meter's sums, with learning rate and pace; a value that is not finite stops the run."""
-        self._require_finite()
-        values = self.meter.read(sums, steps - self.skipped.count(after=self.step - steps))
+        """Means of a meter's sums, with learning rate and pace; UserError where the run is to stop."""
+        self._require_good()
+        values = self.meter.read(sums, steps - self.bad_steps.count(after=self.step - steps))
         if self.teacher is None:
             del values["loss_rec"], values["loss_att"]
         pace = self.paces[kind].read(self.step)
@@ -371,9 +381,16 @@ class Trainer:
                 **self.throughput.read(pace, self.config.batch_size)}  # fmt: skip
 
     def _tell_skipped(self, folder: RunFolder, display: Display) -> None:
-        if news := self.skipped.news():
-            folder.log(kind="skipped", step=self.step, steps=news)
-            display.line(skipped_line(news, len(self.skipped.steps)))
+        if news := self.bad_steps.news():
+            pictures = {each.step: self._pictures(each.step) for each in news}
+            folder.log(kind="skipped", step=self.step, steps=list(pictures), pictures=list(pictures.values()))
+            display.line(skipped_line(news, len(self.bad_steps.found), _some(pictures[news[0].step])))
+
+    def _pictures(self, step: int) -> list[str]:
+        """Names of the pictures of the whole batch of a step, counted from 1."""
+        epoch, index = divmod(step - 1, self.loader.steps_per_epoch)
+        indices = self.loader.order(epoch).split(self.config.batch_size)[index]
+        return [self.train_set.label(i) for i in indices.tolist()]
 
     def validate(self) -> dict[str, float]:
         """Quick scores of the model as it is; empty where there is nothing to validate on."""
@@ -383,14 +400,16 @@ class Trainer:
             return quick_validation(self.model, self.val_set, images=self.config.eval_images,
                                     batch_size=self.config.batch_size, device=self.device)  # fmt: skip
 
-    def _require_finite(self) -> None:
-        if (last := self.skipped.read()) is not None:
+    def _require_good(self) -> None:
+        """UserError where a step was bad and the run is to stop then, or too many were."""
+        if (last := self.bad_steps.read()) is not None:
             raise too_many(last, self._kept())
-        good = self.meter.first_bad()
-        if good is not None:
-            step = self.restored_step + good + 1
-            raise UserError(f"the loss or its gradient is not finite at step {step}: {self._kept()}, or go on "
-                            "with --on-nonfinite skip")  # fmt: skip
+        if self.config.on_bad_step == "stop" and self.bad_steps.found:
+            bad = self.bad_steps.found[0]
+            finite = math.isfinite(bad.loss) and bad.loss > self.config.spike * bad.mean > 0
+            what = "the loss leapt" if finite else "the loss or its gradient is not finite"
+            raise UserError(f"{what} at {bad}, pictures {_some(self._pictures(bad.step))}: {self._kept()}, or go on "
+                            "with --on-bad-step skip")  # fmt: skip
 
     def _kept(self) -> str:
         return (f"the state of step {self.saved_step} is kept, train again with a lower --lr or --clip "
@@ -408,20 +427,21 @@ class Trainer:
         """
         if not self.world.main:
             return
-        self._require_finite()
+        self._require_good()
         tensors = {f"model.{name}": value for name, value in self.model.learned_state_dict().items()}
         tensors |= optimiser_tensors(self.optimiser, self.names)
         finite = torch.stack([value.isfinite().all().to(self.device) for value in tensors.values()])
         if not finite.all():
             name = list(tensors)[int((~finite).nonzero()[0])]
             raise UserError(f"{name} is not finite after step {self.step}: {self._kept()}")
-        tensors |= {"meter.interval": self.meter.interval, "meter.epoch": self.meter.epoch}
+        tensors |= {"meter.interval": self.meter.interval, "meter.epoch": self.meter.epoch,
+                    "bad_steps": self.bad_steps.state}  # fmt: skip
         self._tick()
         self.loader.note_corrupt(self.world.corrupt_elsewhere())
         folder.write_corrupt(self.loader.corrupt)
         folder.sync()
         self._write(folder, STATE, tensors, {
-            "config": config_hash(self.config), "skipped": json.dumps(self.skipped.steps),
+            "config": config_hash(self.config), "skipped": json.dumps(self.bad_steps.found),
             "images": str(len(self.train_set)), "seconds": f"{self.seconds:.1f}",
             "teacher_path": str(self.teacher_path.resolve()) if self.teacher_path else "",
             "threads": str(torch.get_num_threads()), "device": self.device.type, "torch": torch.__version__,
@@ -460,9 +480,9 @@ class Trainer:
         load_optimiser_tensors(self.optimiser, self.names, tensors)
         self.meter.interval.copy_(tensors["meter.interval"])
         self.meter.epoch.copy_(tensors["meter.epoch"])
-        self.step = self.restored_step = self.saved_step = int(about["step"])
+        self.step = self.saved_step = int(about["step"])
         logged = max(self.step - self.step % every for every in (self.config.log_every, self.loader.steps_per_epoch))
-        self.skipped.restore(json.loads(about.get("skipped", "[]")), told=logged)
+        self.bad_steps.restore(json.loads(about["skipped"]), tensors["bad_steps"], told=logged)
         self.seconds, self.save_clock = float(about["seconds"]), time.monotonic()
         folder.cut_metrics(self.step)
 

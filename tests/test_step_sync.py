@@ -14,7 +14,7 @@ CASES = [
     (1, STANDARD | {"decoder": "mlp", "dec_mlp_hidden": 16}),
     (1, STANDARD | {"cappa": 0.5, "precision": "bf16"}),
     (2, {"att_weight_final": 0.001}),
-    (2, {"precision": "bf16", "clip": 0.0, "on_nonfinite": "skip"}),
+    (2, {"precision": "bf16", "clip": 0.0, "on_bad_step": "skip"}),
 ]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -78,7 +78,7 @@ def test_no_step_reads_a_number(stage, changes, teacher):
         with Operators(), Functions():
             trainer.train_step((cached if trainer.step % 2 else batches)[trainer.step % len(batches)])
         trainer.step += 1
-    assert trainer.meter.first_bad() is None
+    assert trainer.bad_steps.read() is None and not trainer.bad_steps.found
 
 
 def assert_no_step_waits_for_the_gpu(stage, changes, teacher):
@@ -95,7 +95,7 @@ def assert_no_step_waits_for_the_gpu(stage, changes, teacher):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         trainer.step += 1
-    assert trainer.meter.first_bad() is None
+    assert trainer.bad_steps.read() is None and not trainer.bad_steps.found
 
 
 @needs_gpu

@@ -1,4 +1,4 @@
-"""--on-nonfinite skip: a step that is not finite leaves no trace in the weights, and is told of."""
+"""--on-bad-step skip: a step that is not finite, or whose loss leaps, leaves no trace in the weights and is told of."""
 
 from dataclasses import replace
 
@@ -7,15 +7,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from spot_fast.bad_steps import MOST_IN_A_ROW, BadSteps
 from spot_fast.checkpoint import MODEL, STATE
 from spot_fast.errors import UserError
-from spot_fast.nonfinite import MOST_IN_A_ROW, Skipped
 from spot_fast.optimiser import adam, update
 from spot_fast.trainer import Trainer
-from tiny_runs import assert_same_run, go_on, metrics, stop_after, tiny, train
+from tiny_runs import CPU, assert_same_run, go_on, metrics, stop_after, tiny, train
 
 NAN = float("nan")
-SKIP = dict(on_nonfinite="skip", eval_images=0)
+SKIP = dict(on_bad_step="skip", eval_images=0)
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_means_are_those_of_the_steps_that_count(tmp_path, broken):
 
 
 def test_without_a_broken_step_both_choices_are_the_same_run(tmp_path):
-    runs = [train(tmp_path, tiny(on_nonfinite=choice, epochs=2))[0] for choice in ("stop", "skip")]
+    runs = [train(tmp_path, tiny(on_bad_step=choice, epochs=2))[0] for choice in ("stop", "skip")]
     assert_same_run(*runs)
 
 
@@ -97,10 +97,10 @@ def test_stopping_between_a_broken_step_and_its_report_changes_nothing(tmp_path,
 
 def test_a_run_that_stopped_can_go_on_without_the_step(tmp_path, broken):
     broken(14)
-    with pytest.raises(UserError, match="not finite at step 14.*--on-nonfinite skip"):
+    with pytest.raises(UserError, match="not finite at step 14.*--on-bad-step skip"):
         train(tmp_path, tiny(save_every=5))
     path = tmp_path / "scenes-stage1-001"
-    assert go_on(path, replace(tiny(save_every=5), on_nonfinite="skip")).finished
+    assert go_on(path, replace(tiny(save_every=5), on_bad_step="skip")).finished
     assert told(path) == [14]
 
 
@@ -110,20 +110,59 @@ def test_ten_in_a_row_stop_the_run(log_every, save_every, tmp_path, monkeypatch,
     config = tiny(**SKIP, log_every=log_every, save_every=save_every)
     with stop_after(monkeypatch, 8):  # the count goes on in a resumed run
         path, _ = train(tmp_path, config)
-    with pytest.raises(UserError, match="not finite in 10 steps in a row, the last of them step 14: the state of step"):
+    with pytest.raises(UserError, match="in 10 steps in a row, the last of them step 14: the state of step"):
         go_on(path, config)
     assert all(value.isfinite().all() for value in load_file(path / STATE).values())
 
 
+def judged(bad_steps: BadSteps, step: int, loss: float, norm: float = 1.0) -> bool:
+    verdict = bad_steps.judge(torch.tensor(loss), torch.tensor(norm))
+    bad_steps.note(step, verdict)
+    return bool(verdict[0])
+
+
 def test_nine_in_a_row_do_not():
-    skipped = Skipped()
-    bad, good = torch.tensor(NAN), torch.tensor(1.0)
+    bad_steps = BadSteps(CPU, spike=5.0)
     for step in range(1, 31):
-        assert skipped.add(step, good, bad if step % 10 else good).tolist() == float(step % 10 > 0)
-    assert skipped.read() is None and skipped.count(after=20) == 9 and len(skipped.news()) == 27
-    assert skipped.news() == []
-    skipped.add(31, bad)
-    assert skipped.read() is None and skipped.news() == [31]
+        assert judged(bad_steps, step, 1.0, NAN if step % 10 else 1.0) == bool(step % 10)
+    assert bad_steps.read() is None and bad_steps.count(after=20) == 9 and len(bad_steps.news()) == 27
+    assert bad_steps.news() == []
+    judged(bad_steps, 31, NAN)
+    assert bad_steps.read() is None and [each.step for each in bad_steps.news()] == [31]
+
+
+@pytest.mark.parametrize("spike", [5.0, 0.0])
+def test_a_loss_leaps_beside_the_mean_of_those_before_it(spike):
+    """Not in the first steps, whose mean says little; a falling loss is none; what leapt is not in the mean."""
+    bad_steps = BadSteps(CPU, spike)
+    falling = [8.0, 41.0, *(0.995**step for step in range(200))]
+    assert not any(judged(bad_steps, step, loss) for step, loss in enumerate(falling, 1))
+    mean = bad_steps.state[0].item()
+    assert falling[-1] < mean < 3 * falling[-1]
+    assert judged(bad_steps, 203, 5.1 * mean) == judged(bad_steps, 204, 5.1 * mean) == (spike > 0)
+    if spike:
+        assert bad_steps.state[0].item() == mean and not judged(bad_steps, 205, 4.9 * mean)
+        bad_steps.read()
+        assert str(bad_steps.found[0]) == f"step 203 (loss {5.1 * mean:.3g}, before it {mean:.3g} on average)"
+
+
+@pytest.mark.parametrize("on_bad_step", ["skip", "stop"])
+def test_a_leap_is_told_with_its_pictures(on_bad_step, tmp_path, broken, capsys):
+    broken(22, value=50.0)
+    config = tiny(on_bad_step=on_bad_step, eval_images=0)
+    if on_bad_step == "stop":
+        told_of = (r"the loss leapt at step 22 \(loss .*, before it .* on average\), pictures train scene \d+, .*: the "
+                   "state of step 0 is kept.*--on-bad-step skip")  # fmt: skip
+        with pytest.raises(UserError, match=told_of):
+            train(tmp_path, config)
+        return
+    path, outcome = train(tmp_path, config)
+    assert outcome.finished and told(path) == [22]
+    (line,) = [line for line in metrics(path) if line["kind"] == "skipped"]
+    trainer = Trainer(config, device=CPU)
+    epoch, step = divmod(21, trainer.loader.steps_per_epoch)
+    assert line["pictures"] == [[trainer.train_set.label(i) for i in trainer.loader.steps(epoch)[step].tolist()]]
+    assert "update left out: step 22 (loss" in capsys.readouterr().out
 
 
 def test_a_bad_update_changes_neither_moments_nor_step_count():
@@ -137,11 +176,12 @@ def test_a_bad_update_changes_neither_moments_nor_step_count():
         assert torch.equal(parameter, before[0]) == bool(bad)
         assert int(optimiser.state[parameter]["step"]) == int(before[1].get("step", 0)) + (not bad)
         assert all(torch.equal(optimiser.state[parameter][name], value) for name, value in before[1].items()) or not bad
-    update(optimiser)
+    update(optimiser, torch.tensor(0.0))
     assert parameter.isnan().all()
 
 
-def test_where_there_is_no_fused_adam_skip_is_refused():
-    optimiser = torch.optim.Adam([nn.Parameter(torch.ones(1))], fused=False)
-    with pytest.raises(UserError, match="--on-nonfinite skip does not work on cpu: use stop"):
-        update(optimiser, torch.tensor(0.0))
+def test_where_there_is_no_fused_adam_skip_is_refused(monkeypatch):
+    monkeypatch.setattr("spot_fast.trainer.adam", lambda parameters: torch.optim.Adam(parameters, fused=False))
+    Trainer(tiny(), device=CPU)
+    with pytest.raises(UserError, match="--on-bad-step skip does not work on cpu: use stop"):
+        Trainer(tiny(**SKIP), device=CPU)

@@ -110,7 +110,7 @@ data() {
 }
 
 step() {
-  limited_pytest 150 tests/test_step.py tests/test_step_sync.py tests/test_bad_steps.py tests/test_precision.py |
+  limited_pytest 150 tests/test_step.py tests/test_step_sync.py tests/test_graph.py tests/test_bad_steps.py tests/test_precision.py |
     tee "$OUT/step_tests_gpu.txt"
   timeout -s INT -k 10 "$(seconds_left)" "$PYTHON" bench/ladder.py --device "$DEVICE" ${QUICK:+--tiny} \
     --csv "$OUT/ladder_gpu.csv" | tee "$OUT/ladder_gpu.md"

@@ -28,8 +28,8 @@ ABOUT = ("bench", "date", "cpu", "cores", "threads", "accelerator", "torch", "pr
          "train_seconds")  # fmt: skip
 # Files of a run folder, and settings of a run that change nothing in its weights.
 CONFIG, MODEL, STATE, EVALUATION = "config.json", "model.safetensors", "training_state.safetensors", "evaluation.json"
-FREE = ("accumulate", "data", "sbd", "encoder_weights", "workers", "cache", "cache_dir", "compile", "save_every",
-        "on_bad_step", "spike")  # fmt: skip
+FREE = ("accumulate", "data", "sbd", "encoder_weights", "workers", "cache", "cache_dir", "compile", "cuda_graph",
+        "save_every", "on_bad_step", "spike")  # fmt: skip
 _FIELDS = (*ABOUT, "masks", "orders", "columns", *METRICS)
 
 

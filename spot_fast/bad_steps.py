@@ -41,8 +41,9 @@ class BadSteps:
         self._unread: list[tuple[int, Tensor]] = []
 
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """A step's loss and gradient norm, scalars → float32 [3] on the device: 1 where it is bad, else 0; the loss; the
-        mean before it. A good loss goes into the mean.
+        """Of a step's loss and gradient norm, scalars: whether it is bad, 1 or 0, the loss, the mean before it.
+
+        float32 [3] on the device. A good loss goes into the mean.
         """
         loss, norm = loss.detach().float(), norm.detach().float()
         mean, count = self.state.unbind()

@@ -29,6 +29,8 @@ class Config:
                              "the choice", "run", ("auto", "float32", "tf32", "bf16"))
     compile: str = _option("auto", "compile forward and backward pass with torch.compile: yes, no, or auto: on a "
                            "GPU; config.json keeps the choice", "run", ("auto", "yes", "no"))
+    cuda_graph: str = _option("auto", "record the whole step as a CUDA graph and replay it: yes, no, or auto: on an "
+                              "NVIDIA GPU, in a run of one process", "run", ("auto", "yes", "no"))
     on_bad_step: str = _option("stop", "when loss or gradient is not finite or the loss leaps: stop, or skip the "
                                "step's update (ten in a row stop the run)", "run", ("stop", "skip"))
     spike: float = _option(5.0, "a loss leaps when it is so many times the mean of the last 100 or so; 0 = never",

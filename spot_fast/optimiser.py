@@ -11,11 +11,15 @@ _FUSED = ("cpu", "cuda")
 _STATE = "adam."
 
 
-def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Adam:
-    """Adam (0.9, 0.999) without weight decay; the learning rate is set before every step."""
+def adam(parameters: Iterable[nn.Parameter], *, graphed: bool = False) -> torch.optim.Adam:
+    """Adam (0.9, 0.999) without weight decay; the learning rate is set before every step.
+
+    graphed: its step may be recorded as a CUDA graph; the rate is then a tensor on the device.
+    """
     parameters = list(parameters)
     fused = all(parameter.device.type in _FUSED for parameter in parameters)
-    return torch.optim.Adam(parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=fused)
+    rate = torch.zeros((), device=parameters[0].device) if graphed else 0.0
+    return torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.999), weight_decay=0.0, fused=fused, capturable=graphed)
 
 
 def update(optimiser: torch.optim.Adam, bad: Tensor) -> None:
@@ -29,7 +33,10 @@ def update(optimiser: torch.optim.Adam, bad: Tensor) -> None:
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
     for group in optimiser.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 @torch.no_grad()

@@ -22,10 +22,11 @@ from .errors import UserError
 from .precision import resolve
 from .progress import duration, scores_text
 from .run_folder import CORRUPT, OthersFolder, RunFolder, is_free
+from .run_state import FREE
 from .step import resolve_compile
 from .teacher import check_teacher, find_teacher, inherit
 from .throughput import measured_peak
-from .trainer import FREE, Outcome, Trainer
+from .trainer import Outcome, Trainer
 
 _INTERRUPTED = 130
 

@@ -6,37 +6,30 @@ functions of (seed, step). So the state of a run is its weights, Adam's moments 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import run_state
 from .bad_steps import BadSteps, skipped_line, too_many
-from .checkpoint import MODEL, STATE, frozen_encoder, read_tensors, save_tensors
+from .checkpoint import STATE, frozen_encoder
 from .config import Config
 from .data import Batch, feature_cache, open_set, prefetch
 from .data.loaders import open_loader
 from .distributed import Ended, World
 from .encoder import encoder_identity, normalise
 from .errors import UserError
+from .graph import Graphed, resolve_cuda_graph
 from .interrupt import StopRequest
 from .model import Spot, reconstruction_loss
-from .optimiser import (
-    adam,
-    clip_by_infinity_norm,
-    load_optimiser_tensors,
-    optimiser_tensors,
-    set_learning_rate,
-    update,
-)
+from .optimiser import adam, clip_by_infinity_norm, set_learning_rate, update
 from .precision import autocast, float32_products, resolve, store_in_bfloat16
 from .progress import Display, Meter, Pace, epoch_line
 from .run_cache import Chosen, choose, open_source
@@ -51,11 +44,6 @@ from .validation import quick_validation
 # Streams of random numbers: the first word after the seed.
 _WEIGHTS, _STEP, _PARALLEL = range(100, 103)
 _SAVE_SECONDS = 300
-# Settings that change nothing in the weights of a run that goes well, but for the last bits: a resumed run may have
-# others than it began with.
-FREE = ("accumulate", "data", "sbd", "encoder_weights", "workers", "cache", "cache_dir", "compile", "save_every",
-        "on_bad_step", "spike")  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Draws:
@@ -88,12 +76,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def config_hash(config: Config) -> str:
-    """sha256 of the settings that decide what the weights become."""
-    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
 class Trainer:
     """A run of `config` on `device`; stage 2 needs its teacher's folder. UserError where something is missing.
 
@@ -111,7 +93,8 @@ class Trainer:
             loader = "torch"  # whole pictures are decoded once, by Pillow
         self.loader, self.decoding = open_loader(loader, self.train_set, config.batch_size, config.seed, config.workers,
                                                  device, self.world.rank, self.world.size)  # fmt: skip
-        unasked = config.compile == "auto"
+        unasked = {name for name in ("compile", "cuda_graph") if getattr(config, name) == "auto"}
+        graph = resolve_cuda_graph(config.cuda_graph, device, self.world.size)
         self.config = config = replace(config, loader=self.loader.kind, compile=resolve_compile(config.compile, device))
         share = config.batch_size // self.world.size
         if share % config.accumulate:
@@ -133,11 +116,16 @@ class Trainer:
                 store_in_bfloat16(self.teacher.decoder)
         self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         self.parameters = list(self.names)
-        self.optimiser = adam(self.parameters)
+        self.optimiser = adam(self.parameters, graphed=graph == "yes")
         self.generator = torch.Generator(device)
         self.chosen: Chosen | None = None
         self.cache: feature_cache.FeatureCache | None = None
-        self.forward = Compiled(self.losses, optional=unasked) if config.compile == "yes" else self.losses
+        self.forward = self.losses
+        if config.compile == "yes":
+            self.forward = Compiled(self.losses, optional="compile" in unasked)
+        self.update = self.update_weights
+        if graph == "yes":
+            self.update = Graphed(self.update_weights, device, optional="cuda_graph" in unasked)
 
         self.step = self.saved_step = 0
         self.seconds, self.clock, self.save_clock = 0.0, time.monotonic(), time.monotonic()
@@ -241,17 +229,21 @@ class Trainer:
 
     def train_step(self, batch: Batch | tuple[Tensor, ...]) -> None:
         """Forward, backward, mean over the processes, clip, Adam; waits for nothing on the device."""
-        draws = self.draw(self.step)
         weight = torch.full((), attention_weight(self.config, self.step, self.total_steps), device=self.device)
+        set_learning_rate(self.optimiser, self.rate(self.step))
+        verdict, *numbers = self.update(batch, self.draw(self.step), weight)
+        self.meter.add(*numbers, verdict[0])
+        self.bad_steps.note(self.step + 1, verdict)
+
+    def update_weights(self, batch: Batch | tuple[Tensor, ...], draws: Draws, weight: Tensor) -> tuple[Tensor, ...]:
+        """All of a step on the device: what `BadSteps.judge` says of it, the losses, and the gradient's norm."""
         self.optimiser.zero_grad(set_to_none=True)
         means = [self.backward(*part, weight) for part in self.parts(batch, draws)]
         losses = self.world.average(self.parameters, [torch.stack(values).sum() for values in zip(*means, strict=True)])
         norm = clip_by_infinity_norm(self.parameters, self.config.clip)
-        set_learning_rate(self.optimiser, self.rate(self.step))
         verdict = self.bad_steps.judge(losses[0], norm)
         update(self.optimiser, verdict[0])
-        self.meter.add(*losses, norm, verdict[0])
-        self.bad_steps.note(self.step + 1, verdict)
+        return verdict, *losses, norm
 
     def flops(self, batch: Batch | tuple[Tensor, ...]) -> int:
         """FLOPs of a step of this process, counted on the first picture of its batch; nothing changes by it."""
@@ -279,8 +271,9 @@ class Trainer:
         world.copy_from_first(self.parameters)
         display = Display(folder.path, title=f"{config.preset} stage {config.stage}", step=self.step,
                           total_steps=self.total_steps, tensorboard=tensorboard, quiet=not world.main)  # fmt: skip
-        if isinstance(self.forward, Compiled):
-            self.forward.say = display.line
+        for part in (self.forward, self.update):
+            if isinstance(part, Compiled | Graphed):
+                part.say = display.line
         try:
             with float32_products(self.precision):
                 self._open_cache(display)
@@ -403,93 +396,48 @@ class Trainer:
     def _require_good(self) -> None:
         """UserError where a step was bad and the run is to stop then, or too many were."""
         if (last := self.bad_steps.read()) is not None:
-            raise too_many(last, self._kept())
+            raise too_many(last, self.kept())
         if self.config.on_bad_step == "stop" and self.bad_steps.found:
             bad = self.bad_steps.found[0]
             finite = math.isfinite(bad.loss) and bad.loss > self.config.spike * bad.mean > 0
             what = "the loss leapt" if finite else "the loss or its gradient is not finite"
-            raise UserError(f"{what} at {bad}, pictures {_some(self._pictures(bad.step))}: {self._kept()}, or go on "
+            raise UserError(f"{what} at {bad}, pictures {_some(self._pictures(bad.step))}: {self.kept()}, or go on "
                             "with --on-bad-step skip")  # fmt: skip
 
-    def _kept(self) -> str:
-        return (f"the state of step {self.saved_step} is kept, train again with a lower --lr or --clip "
-                f"(--lr is {self.config.lr}, --clip {self.config.clip})")  # fmt: skip
-
     # ---- the state on disk
-
-    def _save_is_due(self) -> bool:
-        return self.step % self.config.save_every == 0 or time.monotonic() - self.save_clock > _SAVE_SECONDS
 
     def save(self, folder: RunFolder) -> None:
         """Puts the present state in the place of the last one, unless it is not finite: then UserError.
 
         Rank 0 does it, whose state all processes share.
         """
-        if not self.world.main:
-            return
-        self._require_good()
-        tensors = {f"model.{name}": value for name, value in self.model.learned_state_dict().items()}
-        tensors |= optimiser_tensors(self.optimiser, self.names)
-        finite = torch.stack([value.isfinite().all().to(self.device) for value in tensors.values()])
-        if not finite.all():
-            name = list(tensors)[int((~finite).nonzero()[0])]
-            raise UserError(f"{name} is not finite after step {self.step}: {self._kept()}")
-        tensors |= {"meter.interval": self.meter.interval, "meter.epoch": self.meter.epoch,
-                    "bad_steps": self.bad_steps.state}  # fmt: skip
-        self._tick()
-        self.loader.note_corrupt(self.world.corrupt_elsewhere())
-        folder.write_corrupt(self.loader.corrupt)
-        folder.sync()
-        self._write(folder, STATE, tensors, {
-            "config": config_hash(self.config), "skipped": json.dumps(self.bad_steps.found),
-            "images": str(len(self.train_set)), "seconds": f"{self.seconds:.1f}",
-            "teacher_path": str(self.teacher_path.resolve()) if self.teacher_path else "",
-            "threads": str(torch.get_num_threads()), "device": self.device.type, "torch": torch.__version__,
-            "processes": str(self.world.size),
-        })  # fmt: skip
-        self.saved_step, self.save_clock = self.step, time.monotonic()
-
-    def _write(self, folder: RunFolder, name: str, tensors: dict[str, Tensor], more: dict[str, str]) -> None:
-        """A file of the run, with what every one of them says about it and `more`."""
-        about = {"step": str(self.step), "stage": str(self.config.stage), "encoder": self.identity["name"],
-                 "encoder_sha256": self.identity["sha256"]}  # fmt: skip
-        if self.teacher_path is not None:
-            about |= {"teacher": self.teacher_path.name, "teacher_sha256": self.teacher_sha256}
-        try:
-            save_tensors(folder.path / name, tensors, about | more)
-        except UserError as error:
-            raise UserError(f"{error}; go on with python -m spot_fast.train --resume {folder.path}") from error
-
-    def _tick(self) -> None:
-        now = time.monotonic()
-        self.seconds, self.clock = self.seconds + now - self.clock, now
+        if self.world.main:
+            self._require_good()
+            self.tick()
+            run_state.save(self, folder)
+            self.saved_step, self.save_clock = self.step, time.monotonic()
 
     def restore(self, folder: RunFolder) -> None:
         """Continues from the state in `folder`; UserError where settings, data, encoder or teacher are not the same."""
-        tensors, about = read_tensors(folder.path / STATE)
-        for name, ours, what in (
-            ("config", config_hash(self.config), "settings"), ("images", str(len(self.train_set)), "training images"),
-            ("encoder_sha256", self.identity["sha256"], "encoder weights"),
-            ("teacher_sha256", self.teacher_sha256 if self.teacher_path else "", "teacher"),
-        ):  # fmt: skip
-            if about.get(name, "") != ours:
-                raise UserError(f"{folder.path} cannot be resumed: it began with other {what} "
-                                f"({about.get(name, '')[:12]}, now {ours[:12]}): restore them or train again")
-        model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-        self.model.load_learned_state_dict(model)
-        load_optimiser_tensors(self.optimiser, self.names, tensors)
-        self.meter.interval.copy_(tensors["meter.interval"])
-        self.meter.epoch.copy_(tensors["meter.epoch"])
-        self.step = self.saved_step = int(about["step"])
-        logged = max(self.step - self.step % every for every in (self.config.log_every, self.loader.steps_per_epoch))
-        self.bad_steps.restore(json.loads(about["skipped"]), tensors["bad_steps"], told=logged)
-        self.seconds, self.save_clock = float(about["seconds"]), time.monotonic()
+        run_state.restore(self, folder)
+        self.save_clock = time.monotonic()
         folder.cut_metrics(self.step)
+
+    def kept(self) -> str:
+        """What a run that ends with an error has left."""
+        return (f"the state of step {self.saved_step} is kept, train again with a lower --lr or --clip "
+                f"(--lr is {self.config.lr}, --clip {self.config.clip})")  # fmt: skip
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+
+    def _save_is_due(self) -> bool:
+        return self.step % self.config.save_every == 0 or time.monotonic() - self.save_clock > _SAVE_SECONDS
 
     def _finish(self, folder: RunFolder) -> None:
         """The model file, whose presence says that the run is finished."""
-        if not self.world.main:
-            return
-        self.scores = self.scores or self.validate()
-        self._tick()
-        self._write(folder, MODEL, self.model.learned_state_dict(), {"finished": "true"})
+        if self.world.main:
+            self.scores = self.scores or self.validate()
+            self.tick()
+            run_state.write_model(self, folder)

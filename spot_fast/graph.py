@@ -1,0 +1,120 @@
+"""A whole training step recorded once as a CUDA graph and replayed: one launch instead of a thousand.
+
+A recording has the addresses of its tensors and the values of its Python numbers in it. So everything that changes from
+step to step comes in as a tensor, whose contents are copied to where the recording reads them; weights, moments and
+whatever else the step updates in place stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+CUDA_GRAPH = ("auto", "yes", "no")
+# Steps made before one is recorded: they compile kernels, make Adam's moments, and let libraries allocate.
+WARMUP = 3
+
+
+def resolve_cuda_graph(choice: str, device: torch.device, processes: int) -> str:
+    """`auto` → yes on an NVIDIA GPU in a run of one process, else no; UserError for a yes where it cannot be."""
+    if choice not in CUDA_GRAPH:
+        raise ValueError(f"--cuda-graph {choice} is unknown: use one of {', '.join(CUDA_GRAPH)}")
+    able = device.type == "cuda" and torch.version.cuda is not None and processes == 1
+    if choice == "yes" and not able:
+        where = f"{processes} processes" if processes > 1 else f"{device}"
+        raise UserError(f"--cuda-graph yes needs one process on an NVIDIA GPU, not {where}: use auto or no")
+    return "yes" if able and choice != "no" else "no"
+
+
+def record(function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+    """Records what `function` does on the GPU, which it does not do yet: (replay, results, which replays overwrite)."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads copy batches to the GPU meanwhile.
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        results = function()
+    return graph.replay, results
+
+
+def warm_up(function: Callable[[], Any], device: torch.device) -> Any:
+    """Runs `function` on another stream, as recording will."""
+    stream, now = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(now)
+    with torch.cuda.stream(stream):
+        results = function()
+    now.wait_stream(stream)
+    return results
+
+
+class Graphed:
+    """`function`, recorded at its fourth call and replayed from then on.
+
+    That is so for each combination of shapes and of arguments that are no tensors. Arguments are tensors, tuples and
+    dataclasses of them, and plain values. Where a recording fails UserError is raised or, if `optional`, `say` is told
+    and everything runs as it is.
+    """
+
+    def __init__(self, function: Callable[..., Any], device: torch.device, *, optional: bool = False,
+                 record: Callable = record, warm_up: Callable = warm_up) -> None:  # fmt: skip
+        self._function, self._device, self._optional = function, device, optional
+        self._record, self._warm_up = record, warm_up
+        self._calls: dict[tuple, int] = {}
+        self._recorded: dict[tuple, tuple[tuple, Callable[[], None], Any]] = {}
+        self._given_up = False
+        self.say: Callable[[str], None] = print
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._given_up:
+            return self._function(*arguments)
+        key = _key(arguments)
+        if key not in self._recorded:
+            self._calls[key] = self._calls.get(key, 0) + 1
+            if self._calls[key] <= WARMUP:
+                return self._warm_up(lambda: self._function(*arguments), self._device)
+            own = map_leaves(arguments, Tensor.clone)
+            try:
+                self._recorded[key] = own, *self._record(lambda: self._function(*own), self._device)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:200]
+                if not self._optional:
+                    raise UserError(f"the step cannot be recorded as a CUDA graph ({reason}): use --cuda-graph no"
+                                    ) from error  # fmt: skip
+                self._given_up = True
+                self.say(f"the step cannot be recorded as a CUDA graph ({reason}): it is launched piece by piece")
+                return self._function(*arguments)
+            if len(self._recorded) == 1:
+                self.say("the step was recorded as a CUDA graph")
+        own, replay, results = self._recorded[key]
+        for ours, given in zip(leaves(own), leaves(arguments), strict=True):
+            if isinstance(ours, Tensor):
+                ours.copy_(given, non_blocking=True)
+        replay()
+        return map_leaves(results, Tensor.clone)
+
+
+def leaves(value: Any) -> list[Any]:
+    """Tensors and plain values in `value`, in order."""
+    if isinstance(value, tuple):
+        return [leaf for each in value for leaf in leaves(each)]
+    if is_dataclass(value):
+        return [leaf for field in fields(value) for leaf in leaves(getattr(value, field.name))]
+    return [value]
+
+
+def map_leaves(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """`value` with `function` of each tensor in its place."""
+    if isinstance(value, tuple):
+        return tuple(map_leaves(each, function) for each in value)
+    if is_dataclass(value):
+        return replace(value, **{field.name: map_leaves(getattr(value, field.name), function)
+                                 for field in fields(value)})  # fmt: skip
+    return function(value) if isinstance(value, Tensor) else value
+
+
+def _key(arguments: tuple) -> tuple:
+    return tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves(arguments))

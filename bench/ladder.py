@@ -42,7 +42,10 @@ TECHNIQUES = (
     Technique("+ bfloat16 products, float32 weights", precision="bf16"),
     Technique("+ frozen features cached", precision="bf16", cached=True),
     Technique("+ torch.compile", precision="bf16", cached=True, changes={"compile": "yes"}),
-)
+    Technique("+ the whole step as a CUDA graph", precision="bf16", cached=True,
+              changes={"compile": "yes", "cuda_graph": "yes"}),
+)  # fmt: skip
+COCO_BATCH, COCO_STEPS = 64, 50 * (118_287 // 64)
 # A row may be this many times as far from float64 as plain PyTorch of its precision, and as far as this in any case:
 # rounding of a loss; in float32 gradients a ReLU input next to zero that falls on the other side.
 ROOM = 3.0
@@ -94,6 +97,8 @@ def verdict(row: Row) -> Row:
 
 def reason_to_skip(technique: Technique, device: torch.device) -> str:
     """Why the row is not run on this device; empty if it is."""
+    if technique.changes.get("cuda_graph") == "yes" and device.type == "cpu":
+        return "skipped: there is no GPU to record on"
     if technique.changes.get("compile") == "yes" and device.type == "cpu":
         return "skipped: on a CPU compiling takes a minute or more and the step is no faster"
     return ""
@@ -206,7 +211,20 @@ def about_machine(device: torch.device, flops_per_s: float) -> dict[str, str]:
 
 def report(rows: Sequence[Row], about: dict[str, str]) -> str:
     """The tables, and what they were measured on."""
-    return "\n\n".join((table(rows, float(about["bfloat16_flops_per_s"])), footer(about, rows[0].batch_size)))
+    parts = (table(rows, float(about["bfloat16_flops_per_s"])), footer(about, rows[0].batch_size), projection(rows))
+    return "\n\n".join(filter(None, parts))
+
+
+def projection(rows: Sequence[Row]) -> str:
+    """What both stages on COCO would take at the speed of the fastest rows; empty where they are of another batch."""
+    fastest = {row.stage: row for row in sorted(rows, key=lambda row: -(row.ms or 0))
+               if row.ms is not None and row.batch_size == COCO_BATCH}  # fmt: skip
+    if fastest.keys() != {1, 2}:
+        return ""
+    minutes = [COCO_STEPS * fastest[stage].ms / 60e3 for stage in (1, 2)]
+    return (f"COCO, {COCO_STEPS:,} steps of {COCO_BATCH} a stage, at the fastest rows' speed: {minutes[0]:.1f} + "
+            f"{minutes[1]:.1f} = {sum(minutes):.1f} minutes. A projection: filling the caches, validation and saving are "
+            "not in it.")  # fmt: skip
 
 
 def footer(about: dict[str, str], batch_size: int) -> str:

@@ -38,7 +38,7 @@ def settings(stage: int, *, precision: str, batch_size: int, tiny: bool = False,
         preset("coco", stage), preset="scenes", mask_size=224, encoder="vit_base_patch16_224", encoder_weights="none",
         feature_norm=True, flip=False, train_images=2 * batch_size, eval_images=0, batch_size=batch_size, epochs=500,
         warmup_steps=200, precision=precision, workers=0, loader="torch", cache="none",
-        compile="no",
+        compile="no", cuda_graph="no",
     )  # fmt: skip
     return replace(config, **{**(_TINY if tiny else {}), **changes})
 

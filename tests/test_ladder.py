@@ -94,11 +94,19 @@ def test_a_row_that_ends_has_no_speed(stand_in):
     assert rows(REFERENCE, OURS)[1].problem == "no compiler"
 
 
-def test_compiling_is_skipped_on_a_cpu():
-    compiled = ladder.TECHNIQUES[-1]
+def test_compiling_and_recording_are_skipped_on_a_cpu():
+    *others, compiled, graph = ladder.TECHNIQUES
     assert ladder.reason_to_skip(compiled, torch.device("cpu")).startswith("skipped: on a CPU")
-    assert not ladder.reason_to_skip(compiled, torch.device("cuda"))
-    assert not any(ladder.reason_to_skip(one, torch.device("cpu")) for one in ladder.TECHNIQUES[:-1])
+    assert ladder.reason_to_skip(graph, torch.device("cpu")).startswith("skipped: there is no GPU")
+    assert not any(ladder.reason_to_skip(one, torch.device("cuda")) for one in (compiled, graph))
+    assert not any(ladder.reason_to_skip(one, torch.device("cpu")) for one in others)
+
+
+def test_coco_is_projected_from_the_fastest_right_rows_of_its_batch():
+    right = [ladder.Row(1, "slow", 64, ms=100.0), ladder.Row(1, "fast", 64, ms=6.0),
+             ladder.Row(2, "fast", 64, ms=12.0), ladder.Row(2, "wrong", 64, problem="loss off")]  # fmt: skip
+    assert "92,400 steps of 64 a stage, at the fastest rows' speed: 9.2 + 18.5 = 27.7 min" in ladder.projection(right)
+    assert ladder.projection(right[:2]) == ladder.projection([replace(row, batch_size=8) for row in right]) == ""
 
 
 def test_limits_are_a_multiple_of_plain_errors():

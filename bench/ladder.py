@@ -223,8 +223,8 @@ def projection(rows: Sequence[Row]) -> str:
         return ""
     minutes = [COCO_STEPS * fastest[stage].ms / 60e3 for stage in (1, 2)]
     return (f"COCO, {COCO_STEPS:,} steps of {COCO_BATCH} a stage, at the fastest rows' speed: {minutes[0]:.1f} + "
-            f"{minutes[1]:.1f} = {sum(minutes):.1f} minutes. A projection: filling the caches, validation and saving are "
-            "not in it.")  # fmt: skip
+            f"{minutes[1]:.1f} = {sum(minutes):.1f} minutes. A projection: filling the caches, validation and saving "
+            "are not in it.")  # fmt: skip
 
 
 def footer(about: dict[str, str], batch_size: int) -> str:

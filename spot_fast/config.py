@@ -27,6 +27,8 @@ class Config:
     precision: str = _option("auto", "float32, tf32 (a GPU rounds the factors of float32 products), bf16 (float32 "
                              "weights), or auto: bf16 where the device multiplies it in hardware; config.json keeps "
                              "the choice", "run", ("auto", "float32", "tf32", "bf16"))
+    float8: bool = _option(False, "the decoder multiplies in float8 (bf16 runs on GPUs of compute capability 8.9 or "
+                           "more; needs torchao); the run says how far its first batch is off", "run")
     compile: str = _option("auto", "compile forward and backward pass with torch.compile: yes, no, or auto: on a "
                            "GPU; config.json keeps the choice", "run", ("auto", "yes", "no"))
     cuda_graph: str = _option("auto", "record the whole step as a CUDA graph and replay it: yes, no, or auto: on an "

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import run_state
+from . import float8, run_state
 from .bad_steps import BadSteps, skipped_line, too_many
 from .checkpoint import STATE, frozen_encoder
 from .config import Config
@@ -114,6 +114,12 @@ class Trainer:
             store_in_bfloat16(encoder)
             if self.teacher is not None:
                 store_in_bfloat16(self.teacher.decoder)
+        self.float8_layers = 0  # until their error has been told
+        if config.float8:
+            if self.precision != "bf16":
+                raise UserError(f"--float8 belongs to --precision bf16, not {self.precision}: leave one out")
+            float8.require(device)
+            self.float8_layers = float8.convert(self.model.decoder)
         self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         self.parameters = list(self.names)
         self.optimiser = adam(self.parameters, graphed=graph == "yes")
@@ -254,6 +260,14 @@ class Trainer:
         share = self.config.batch_size // self.world.size
         return share * count_flops(lambda: self.losses(batch, draws, weight)[0], self.parameters)
 
+    def _tell_float8(self, batch: Batch | tuple[Tensor, ...], display: Display) -> None:
+        draws, decoder = self.draw(self.step), self.model.decoder
+        weight = torch.zeros((), device=self.device)
+        loss, gradients = float8.errors(decoder, lambda: self.losses(batch, draws, weight)[1], self.parameters)
+        display.line(f"float8 in {self.float8_layers} layers of the decoder: on this batch the loss is {loss:.1e} and "
+                     f"its gradients are {gradients:.1e} from bfloat16's")  # fmt: skip
+        self.float8_layers = 0
+
     # ---- the loop
 
     def run(self, folder: RunFolder, *, tensorboard: bool = True, profile: int = 0) -> Outcome:
@@ -302,6 +316,8 @@ class Trainer:
                     break
                 if self.throughput.peak and not self.throughput.flops:
                     self.throughput.flops = self.flops(batch)
+                if self.float8_layers:
+                    self._tell_float8(batch, display)
                 self.train_step(batch)
                 self.step += 1
                 recorder.step()

@@ -2,14 +2,16 @@
 # What to run on a machine with a GPU and no network, from the checkout as it is: nothing is installed but carried
 # wheels, nothing is compiled.
 #
-#   bash bench/gpu_check.sh [kernels] [bench] [sweep] [data] [step] [tests] [scenes] [photos]
-#                                                                        default: all but sweep, data, step
+#   bash bench/gpu_check.sh [kernels] [bench] [sweep] [data] [step] [growth] [tests] [scenes] [photos]
+#                                                                default: all but sweep, data, step, growth
 #
 #   kernels the operators' tests, compiled and on the device, KERNEL_MINUTES (3.5) at most
 #   bench   the operators' table, its aims and its CSV
 #   sweep   the kernels' configurations against alternatives, and all iterations in one kernel against a launch a step
 #   data    loaders, caches and evaluation; DALI on the GPU once all pieces of `prepare_gpu.py --dali` have come
-#   step    a training step: no wait for the device, one graph, and the ladder from the reference to the whole stack
+#   step    a training step: no wait for the device, one graph, the recorded step, and the ladder from the reference to
+#           the whole stack with the minutes that COCO would take
+#   growth  how a step's time and memory grow with pictures, tokens and slots
 #   tests   the test suite without the slow ones
 #   scenes  the README's results table, three seeds
 #   photos  the paper's Table 1 in small, three seeds; skipped without the folder that bench/prepare_gpu.py makes
@@ -110,10 +112,15 @@ data() {
 }
 
 step() {
-  limited_pytest 150 tests/test_step.py tests/test_step_sync.py tests/test_graph.py tests/test_bad_steps.py tests/test_precision.py |
-    tee "$OUT/step_tests_gpu.txt"
+  limited_pytest 180 tests/test_step.py tests/test_step_sync.py tests/test_graph.py tests/test_bad_steps.py \
+    tests/test_precision.py | tee "$OUT/step_tests_gpu.txt"
   timeout -s INT -k 10 "$(seconds_left)" "$PYTHON" bench/ladder.py --device "$DEVICE" ${QUICK:+--tiny} \
     --csv "$OUT/ladder_gpu.csv" | tee "$OUT/ladder_gpu.md"
+}
+
+growth() {
+  timeout -s INT -k 10 "$(seconds_left)" "$PYTHON" bench/growth.py --device "$DEVICE" ${QUICK:+--tiny --steps 1} \
+    --csv "$OUT/growth_gpu.csv" --plot "$OUT/growth_gpu.png" | tee "$OUT/growth_gpu.md"
 }
 
 tests() {
@@ -148,8 +155,8 @@ photos() {
 status=0
 summary=()
 for part in "$@"; do
-  case $part in kernels | bench | sweep | data | step | tests | scenes | photos) ;; *)
-    echo "error: unknown part $part: use kernels, bench, sweep, data, step, tests, scenes, photos" >&2
+  case $part in kernels | bench | sweep | data | step | growth | tests | scenes | photos) ;; *)
+    echo "error: unknown part $part: use kernels, bench, sweep, data, step, growth, tests, scenes, photos" >&2
     exit 2
     ;;
   esac

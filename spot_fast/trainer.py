@@ -85,6 +85,8 @@ def _seed(*words: int) -> int:
 def config_hash(config: Config) -> str:
     """sha256 of the settings that decide what the weights become."""
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+    if config.implementation == "spot":
+        del settings["implementation"]  # runs that were begun before there was a choice go on
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

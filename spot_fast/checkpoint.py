@@ -123,11 +123,14 @@ def _file_config(path: Path, like: Config | None) -> Config:
     config = infer_config(contents, preset=like and like.preset)
     if like and config.slot_init == "gaussian":
         config = replace(config, num_slots=like.num_slots)
+    return replace(config, encoder_weights=os.path.abspath(path))
+
+
+def _tell_assumptions(path: Path, config: Config) -> None:
     if path not in _told:
         _told.add(path)
-        print(f"note: {path} does not tell {', '.join(assumptions(config))}: where that is wrong, set it with python "
-              f"-m spot_fast.convert {path} OUT", file=sys.stderr, flush=True)  # fmt: skip
-    return replace(config, encoder_weights=os.path.abspath(path))
+        print(f"note: the tensors of {path} do not tell everything, assumed is {', '.join(assumptions(config))}: where "
+              f"that is wrong, set it with python -m spot_fast.convert {path} OUT", file=sys.stderr, flush=True)
 
 
 def _typed(config: Config) -> Config:
@@ -173,6 +176,7 @@ def load_run(
         own = frozen_encoder(config)
         tensors, metadata = learned_tensors(folder, config), encoder_identity_metadata(own, config)
         encoder = own if encoder is None else encoder
+        _tell_assumptions(folder, config)
     else:
         tensors, metadata = read_tensors(folder / MODEL)
         encoder = frozen_encoder(config) if encoder is None else encoder

@@ -212,9 +212,9 @@ def build_encoder(config: Config) -> Encoder:
     return Encoder(vit, last_blocks=config.train_blocks, feature_norm=config.feature_norm)
 
 
-def raw_weights(config: Config) -> dict[str, Tensor]:
-    """The weights that `config` names as they are stored, positions not resampled; random ones are as built."""
-    return build_encoder(config).vit.state_dict() if config.encoder_weights == "none" else _find_weights(config)
+def raw_weights(config: Config) -> dict[str, Tensor] | None:
+    """The weights that `config` names as they are stored, positions not resampled; None for random ones."""
+    return None if config.encoder_weights == "none" else _find_weights(config)
 
 
 def encoder_identity(encoder: Encoder, config: Config) -> dict[str, str]:

@@ -234,8 +234,8 @@ def _grid(vit: Mapping[str, Tensor]) -> int:
 def _videosaur(rest: _Rest) -> _Read:
     if any(name.startswith("processor.module.") for name in rest.state):
         raise UserError("this is a video model of videosaur: its predictor carries slots from frame to frame, which "
-                        "Spot does not; slot attention alone loads with spot_kernels: SlotAttention.like('videosaur', …)"
-                        ".load_variant('videosaur', state, prefix='processor.module.corrector.')")  # fmt: skip
+                        "Spot does not; slot attention alone loads with spot_kernels: SlotAttention.like('videosaur', "
+                        "…).load_variant('videosaur', state, prefix='processor.module.corrector.')")  # fmt: skip
     if "decoder.mlp.layers.0.weight" not in rest.state:
         raise UserError("this checkpoint of videosaur has no MLP decoder (decoder.mlp): its other decoders have no "
                         "counterpart here")  # fmt: skip
@@ -248,10 +248,10 @@ def _videosaur(rest: _Rest) -> _Read:
 
 def _dinosaur(rest: _Rest) -> _Read:
     rest.strip("models.")
-    if "object_decoder.cond_transform.0.weight" in rest.state or "object_decoder.cond_transform.weight" in rest.state:
+    if any(name.startswith("object_decoder.cond_transform.") for name in rest.state):
         raise UserError("this DINOSAUR has OCLF's autoregressive decoder, whose attention has biases and whose first "
-                        "block keeps the residual, which Spot's does not; slot attention alone loads with spot_kernels: "
-                        "SlotAttention.like('dinosaur', …).load_variant('dinosaur', state, prefix="
+                        "block keeps the residual, which Spot's does not; slot attention alone loads with "
+                        "spot_kernels: SlotAttention.like('dinosaur', …).load_variant('dinosaur', state, prefix="
                         "'models.perceptual_grouping.slot_attention.')")  # fmt: skip
     vit = rest.vit("feature_extractor.model.")
     learned, slots = rest.slot_attention("perceptual_grouping.slot_attention.", "conditioning.")

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from .config import Config
 from .encoder import SCENES_ENCODER
 
-_NAMES = {"mbo_i_decoder": "mBO_i, decoder masks", "mbo_i_slots": "mBO_i, slot masks", "val_loss": "reconstruction loss"}
+_NAMES = {"mbo_i_decoder": "mBO_i, decoder masks", "mbo_i_slots": "mBO_i, slot masks",
+          "val_loss": "reconstruction loss"}  # fmt: skip
 _PAPER = "[SPOT, CVPR 2024](https://arxiv.org/abs/2312.00648)"
 
 
@@ -49,8 +50,8 @@ def card(config: Config, scores: Mapping[str, float], sha256: str, *, included: 
         "",
         f"# SPOT, stage {config.stage}, {config.preset}",
         "",
-        f"Takes pictures apart into {config.num_slots} slots without labels ({_PAPER}): frozen ViT `{config.encoder}` at "
-        f"{config.image_size} px, {config.slot_init} slots of width {config.slot_dim}, {decoder}.",
+        f"Takes pictures apart into {config.num_slots} slots without labels ({_PAPER}): frozen ViT `{config.encoder}` "
+        f"at {config.image_size} px, {config.slot_init} slots of width {config.slot_dim}, {decoder}.",
         *([f"Converted from {source}."] if source else []),
         *([f"Details as in {config.implementation}, not as SPOT's authors have them."]
           if config.implementation != "spot" else []),
@@ -79,6 +80,6 @@ def card(config: Config, scores: Mapping[str, float], sha256: str, *, included: 
               f"The frozen encoder's weights are {licence}{assumed}. They are {where}; sha256 of the loaded weights: "
               f"`{sha256}`."]  # fmt: skip
     if config.stage == 2:
-        parts.append(f"This model also holds a trained copy of its last {config.train_blocks} blocks, which derives from "
-                     "them.")  # fmt: skip
+        parts.append(f"This model also holds a trained copy of its last {config.train_blocks} blocks, which derives "
+                     "from them.")  # fmt: skip
     return "\n".join(parts) + "\n"

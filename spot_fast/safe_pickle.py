@@ -52,7 +52,8 @@ def _refusal(path: Path, error: Exception) -> str:
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # not a zip archive: the name is only in the unpickler's message
-        names = re.findall(r"GLOBAL ([\w.]+)", str(error))[:1]
+        found = re.findall(r"GLOBAL ([\w.]+)", str(error))[:1]
+        names = [name if "." in name else f"builtins.{name}" for name in found]
     if not names:
         return f"checkpoint {path} cannot be read ({first_line(error)}): it is damaged or no checkpoint"
     return (f"checkpoint {path} was not loaded: it calls {', '.join(sorted(names))}, which a file of weights has no "

@@ -71,5 +71,5 @@ def load_teacher(folder: Path, config: Config, encoder: Encoder, device: torch.d
 
 def teacher_hash(folder: Path) -> str:
     """sha256 of the teacher's model file."""
-    with open(folder / MODEL, "rb") as file:
+    with open(folder if folder.is_file() else folder / MODEL, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

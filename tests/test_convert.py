@@ -17,7 +17,8 @@ from spot_fast.safe_pickle import read_checkpoint
 from tiny_runs import tiny
 from untrained_runs import untrained
 
-GOLDEN = ["checkpoints/*"]
+GOLDEN = ["checkpoints/images", "checkpoints/*.slot_noise", "checkpoints/*.slots",
+          "checkpoints/*.decoder_masks_order_0"]  # fmt: skip
 
 FILE = ROOT / "checkpoints" / "stage1_checkpoint_numpy1.pt.tar"
 TELL = ["--num-slots", "4", "--encoder-heads", "3"]

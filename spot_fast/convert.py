@@ -59,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
                          "ocbench below width 768: 4)")
     assumed.add_argument("--dec-cross-heads", type=int, metavar="N",
                          help="heads of its later cross-attentions (default: as many)")
+    assumed.add_argument("--cappa", type=float, metavar="P", help="probability of a parallel step of a CapPa decoder; "
+                         "from 1 on it always decodes in parallel (default: 0.25)")
     assumed.add_argument("--encoder", metavar="NAME", help="timm name of the ViT, for its licence too (default: DINO's "
                          "or DINOv2's of the shape; MAE's where positions are fixed sines)")
     assumed.add_argument("--encoder-heads", type=int, metavar="N", help="heads of a ViT without a name (default: one "
@@ -76,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-_ASSUMED = ("preset", "num_slots", "slot_iterations", "dec_heads", "dec_cross_heads", "encoder", "encoder_heads")
+_ASSUMED = ("preset", "num_slots", "slot_iterations", "dec_heads", "dec_cross_heads", "cappa", "encoder",
+            "encoder_heads")  # fmt: skip
 
 
 def _convert(args: argparse.Namespace) -> list[str]:
@@ -84,7 +87,7 @@ def _convert(args: argparse.Namespace) -> list[str]:
     out = args.out
     given = {name: value for name in _ASSUMED if (value := getattr(args, name)) is not None}
     for name, value in given.items():
-        if isinstance(value, int) and value < (0 if name == "dec_cross_heads" else 1):
+        if isinstance(value, int) and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}: use 1 or more")
     check_free(out)
     source = find_folder(args.source)
@@ -183,9 +186,7 @@ def _authors_options(config: Config) -> str:
 
 
 def _to_folder(model: Spot, source: Path, out: Path) -> list[str]:
-    included = model.config.encoder_weights not in (None, "hub")
-    vit = raw_weights(model.config) if included else None
-    save_pretrained(model, out, vit=vit, unused=unused_of(model))
+    save_pretrained(model, out)
     return [f"{source}: {describe(model.config)}", *_written(out), *_next(out, model.config)]
 
 

@@ -61,7 +61,11 @@ def convert(kind: str, contents: Mapping[str, Any], *, encoder_heads: int | None
     if recognise(contents) != kind:
         raise UserError(f"this is no checkpoint of {kind}: it has no tensor named as its slot attention's LayerNorm")
     rest = _Rest(kind, _state(contents))
-    values, learned, vit, notes = read(rest)
+    try:
+        values, learned, vit, notes = read(rest)
+    except KeyError as error:
+        raise UserError(f"this checkpoint of {kind} has no {error.args[0]}: it is of another model, or damaged"
+                        ) from None  # fmt: skip
     rest.refuse_if_any()
     values |= dict(implementation=kind, encoder=vit_name(vit, encoder_heads), slot_heads=1, feature_norm=False,
                    slot_dim=learned["slot_encoder.attention.project_q.weight"].shape[1],
@@ -90,10 +94,8 @@ class _Rest:
         self.state = {name.removeprefix(prefix): value for name, value in self.state.items() if name.startswith(prefix)}
 
     def take(self, name: str, *, default: Tensor | None = None) -> Tensor:
-        value = self.state.pop(name, default)
-        if value is None:
-            raise UserError(f"this checkpoint of {self.kind} has no {name}: it is of another model, or damaged")
-        return value
+        """KeyError where there is neither the tensor nor a default."""
+        return self.state.pop(name) if default is None else self.state.pop(name, default)
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """All that begins with `prefix`, without it."""
@@ -114,6 +116,8 @@ class _Rest:
             found = from_state_dict_of(self.kind, own, prefix=prefix, initial_prefix=initial)
         except ValueError as error:
             raise UserError(f"slot attention of this checkpoint: {error}") from None
+        if "initial.mean" not in found:
+            raise KeyError(f"initial slots below {initial}")
         mean, scale = found.pop("initial.mean"), found.pop("initial.scale", None)
         learned = {f"slot_encoder.attention.{name}": value for name, value in found.items()}
         if mean.shape[1] == 1 and scale is not None:
@@ -127,6 +131,9 @@ class _Rest:
     def vit(self, prefix: str) -> dict[str, Tensor]:
         """A ViT without its final LayerNorm, which these models do not have and features do not see."""
         found = self.under(prefix)
+        for needed in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"):
+            if needed not in found:
+                raise KeyError(prefix + needed)
         width = found["cls_token"].shape[-1]
         return {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)} | found
 
@@ -165,8 +172,7 @@ def _ocbench(rest: _Rest) -> _Read:
     if "decode.norm0.weight" not in rest.state or "decode.bos" not in rest.state:
         raise UserError("this checkpoint of ocbench has not the nine-order transformer decoder of its SPOT "
                         "(decode.bos, decode.norm0): its other models have no counterpart here")  # fmt: skip
-    prefix = next(name for name in rest.state if name.endswith("patch_embed.proj.weight"))
-    prefix = prefix.removesuffix("patch_embed.proj.weight").replace("encode_backbone2", "encode_backbone")
+    prefix = "encode_backbone.1."  # behind its resizing
     vit, values = rest.vit(prefix), {}
     learned, slots = rest.slot_attention("aggregat.", "initializ.")
     frozen = rest.vit(prefix.replace("encode_backbone", "encode_backbone2")) if any(
@@ -183,7 +189,7 @@ def _ocbench(rest: _Rest) -> _Read:
         learned |= rest.layer(f"decode.{theirs}.0", f"decoder.{ours}.0", bias=False)
         learned |= rest.layer(f"decode.{theirs}.1", f"decoder.{ours}.1")
     layer = re.compile(r"decode\.backbone\.layers\.(\d+)\.")
-    blocks = 1 + max(int(match[1]) for name in rest.state if (match := layer.match(name)))
+    blocks = 1 + max((int(match[1]) for name in rest.state if (match := layer.match(name))), default=0)
     for number in range(blocks):
         learned |= _ocbench_block(rest, number)
     width = learned["decoder.bos"].shape[-1]

@@ -23,6 +23,9 @@ from .safe_pickle import read_checkpoint
 
 # Published models have different numbers of slots: that of learned slots is in the file.
 _PRESETS = {7: "coco", 6: "voc", 11: "movi_c", 24: "movi_e"}
+# Tensors that settings are read off.
+_NEEDED = ("encoder.patch_embed.proj.weight", "encoder.pos_embed", "encoder.blocks.0.mlp.fc1.weight",
+           "slot_attn.slot_attention.project_q.weight", "slot_attn.slot_attention.mlp.0.weight")  # fmt: skip
 # What the authors' training code does unless told otherwise, whatever the preset.
 _DEFAULTS = dict(feature_norm=False, encoder_weights=None, slot_heads=1, slot_iterations=3, dec_heads=6,
                  dec_cross_heads=0)  # fmt: skip
@@ -35,7 +38,8 @@ def official_weights(source: str | os.PathLike | Mapping[str, Any]) -> dict[str,
     if not isinstance(state, Mapping):
         raise UserError("the checkpoint's `model` is not a state dict: pass the authors' .pt.tar")
     state = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
-    for needed in ("encoder.patch_embed.proj.weight", "slot_attn.slot_attention.project_q.weight"):
+    mlp = any(name.startswith(("dec.decoder.", "tf_dec.decoder.")) for name in state)
+    for needed in (*_NEEDED, *(() if mlp else ("bos_tokens",))):
         if needed not in state:
             raise UserError(f"the checkpoint lacks {needed}: it is not a model of the authors' implementation")
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
@@ -50,7 +54,11 @@ def _trained_blocks(state: Mapping[str, Tensor]) -> int:
     """How many last blocks of the student's encoder differ from the frozen one; the authors train four."""
     depth = _depth(state, "encoder.")
     for name, value in state.items():
-        if not name.startswith("second_encoder.") or torch.equal(value, state[name.removeprefix("second_")]):
+        if not name.startswith("second_encoder."):
+            continue
+        if (own := state.get(name.removeprefix("second_"))) is None:
+            raise UserError(f"the checkpoint lacks {name.removeprefix('second_')}: it is damaged")
+        if torch.equal(value, own):
             continue
         match = re.match(r"second_encoder\.blocks\.(\d+)\.", name)
         if match is None:
@@ -115,6 +123,7 @@ def assumptions(config: Config) -> list[str]:
     if config.decoder == "transformer":
         lines.append(f"--dec-heads {config.dec_heads}")
         lines.append(f"--dec-cross-heads {config.dec_cross_heads or config.dec_heads}")
+        lines += [f"--cappa {config.cappa}"] if config.cappa else []
     return [*lines, f"--encoder {config.encoder}"]
 
 

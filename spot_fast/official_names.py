@@ -29,6 +29,7 @@ _BLOCK = {
     "encoder_decoder_attn": "cross_attention",
     "ffn": "ffn",
 }
+_THIRDS = {"proj_q.weight": 0, "proj_k.weight": 1, "proj_v.weight": 2, "proj_o.weight": None}
 _TOP = {"bos_tokens": "bos", "mask_token": "mask_token", "pos_embed": "positions"}
 
 
@@ -71,10 +72,10 @@ def _decoder_name(name: str) -> tuple[str, int | None] | None:
         prefix = f"decoder.transformer.blocks.{block}"
         if part == "self_attn_mask":
             return None
-        if part == "self_attn":
-            third = {"proj_q.weight": 0, "proj_k.weight": 1, "proj_v.weight": 2, "proj_o.weight": None}[rest]
+        if part == "self_attn" and rest in _THIRDS:
+            third = _THIRDS[rest]
             return f"{prefix}.self_attention.{'project_o' if third is None else 'project_qkv'}.weight", third
-        if part in _BLOCK:
+        if part in _BLOCK and rest:
             return f"{prefix}.{_BLOCK[part]}.{rest.replace('proj_', 'project_')}", None
     raise UserError(f"the checkpoint has dec.{name}, which the authors' decoders do not: it is of another method")
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import METRICS, MODEL, encoder_identity_metadata, read_tensors, save_tensors, write_config
+from .encoder import raw_weights
 from .errors import UserError
 from .files import atomic_write, reason
 from .model import Spot
@@ -37,8 +38,8 @@ def save_pretrained(
     Args:
         scores: for the model card, fractions by name; by default the last validation of the run it was loaded from.
         vit: weights of the frozen encoder to write, as they were before positions were resampled (timm's names); by
-            default the model's own, where they are neither packaged nor on the hub.
-        unused: tensors for `UNUSED`.
+            default those of the file that they came from, and none where they are packaged or on the hub.
+        unused: tensors for `UNUSED`; by default those of the folder that the model was loaded from.
         source: where the model comes from, for the card.
 
     Raises:
@@ -49,6 +50,9 @@ def save_pretrained(
     include = vit is not None or config.encoder_weights not in (None, "hub")
     config = replace(config, data=None, sbd=None, cache_dir=None,
                      encoder_weights=ENCODER if include else config.encoder_weights)  # fmt: skip
+    if include and vit is None:
+        vit = _stored_weights(model)
+    unused = unused_of(model) if unused is None else unused
     metadata = encoder_identity_metadata(model.encoder, config) | {"stage": str(config.stage), "finished": "true"}
     scores = scores if scores is not None else last_scores(model.origin)
     text = card(config, scores or {}, metadata["encoder_sha256"], included=include, source=source)
@@ -58,8 +62,7 @@ def save_pretrained(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         if include:
-            weights = vit if vit is not None else model.encoder.vit.state_dict()
-            save_tensors(partial / ENCODER, _on_cpu(weights), {"encoder": config.encoder})
+            save_tensors(partial / ENCODER, _on_cpu(vit), {"encoder": config.encoder})
         if unused:
             save_tensors(partial / UNUSED, _on_cpu(unused), {})
         write_config(partial, config)
@@ -71,6 +74,14 @@ def save_pretrained(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _stored_weights(model: Spot) -> Mapping[str, Tensor]:
+    """The frozen encoder's weights as its file has them; the model's own where there is no file, or none any more."""
+    try:
+        return raw_weights(model.config) or model.encoder.vit.state_dict()
+    except UserError:
+        return model.encoder.vit.state_dict()
 
 
 def check_free(path: Path) -> None:

@@ -266,6 +266,10 @@ def test_what_has_no_counterpart_is_refused_with_the_reason(encoder):
     refuse("ocbench", {n: v for n, v in ocbench.items() if "norm0" not in n}, "nine-order transformer decoder")
     bias = "decode.backbone.layers.0.self_attn.in_proj_bias"
     refuse("ocbench", ocbench | {f"m.{bias}": torch.zeros(1)}, f"without a place in Spot, such as {bias}")
+    for name in ("encode_backbone.1.cls_token", "decode.backbone.layers.1.linear1.weight", "encode_project.3.weight"):
+        refuse("ocbench", {n: v for n, v in ocbench.items() if n != f"m.{name}"}, f"has no {name}: it is of another")
+    no_slots = {n: v for n, v in videosaur.items() if not n.startswith("initializer.")}
+    refuse("videosaur", no_slots, "has no initial slots below initializer.")
     refuse("ocbench", videosaur, "this is no checkpoint of ocbench")
     assert recognise({"encoder.patch_embed.proj.weight": torch.zeros(1)}) is None
 

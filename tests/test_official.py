@@ -100,6 +100,11 @@ def test_other_state_dicts_are_refused_in_a_sentence():
     with pytest.raises(UserError, match="lacks encoder.patch_embed.proj.weight"):
         official_weights({"model": {"weight": torch.zeros(3)}})
     state = golden_tensors.stage1_state_dict()
+    for name in ("bos_tokens", "encoder.pos_embed", "slot_attn.slot_attention.mlp.0.weight"):
+        with pytest.raises(UserError, match=f"lacks {name}: it is not a model"):
+            infer_config({n: value for n, value in state.items() if n != name})
+    with pytest.raises(UserError, match="has dec.blocks.0.self_attn.bias, which the authors' decoders do not"):
+        official_state_dict(state | {"dec.blocks.0.self_attn.bias": torch.zeros(3)})
     with pytest.raises(UserError, match="has head.weight, which the authors' models do not"):
         official_state_dict(state | {"head.weight": torch.zeros(3)})
     del state["dec.blocks.1.self_attn.proj_k.weight"]

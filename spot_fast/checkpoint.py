@@ -237,7 +237,7 @@ def find_run(root: str | os.PathLike = "runs", *, preset: str | None = None, sta
 def find_folder(name: str | os.PathLike, root: str | os.PathLike = "runs") -> Path:
     """The run a user means by a path, by the name of a run below `root`, or by `owner/name` of a model on the hub.
 
-    The latter only where no folder `owner` is here; it is downloaded unless it is on this machine.
+    The latter only where no folder `owner` is here; its newest files are downloaded where the hub answers.
     """
     below, path = Path(root) / name, Path(name)
     if not path.exists() and below.is_dir():

@@ -26,7 +26,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"checkpoint {path} is not a file: pass the authors' .pt.tar")
+        raise UserError(f"checkpoint {path} is not a file: pass a .pt, .pth or .pt.tar file")
     with torch.serialization.safe_globals(_allowed()):
         try:
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -37,7 +37,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
                             ) from None  # fmt: skip
     if not isinstance(contents, dict):
         kind = type(contents).__name__
-        raise UserError(f"checkpoint {path} holds a {kind}, not a state dict: pass the authors' .pt.tar")
+        raise UserError(f"checkpoint {path} holds a {kind}, not a state dict: pass a file of weights")
     return contents
 
 

@@ -174,7 +174,7 @@ def test_refusals_write_nothing(tmp_path, capsys):
         ((FILE, tmp_path / "x", "--from", "ocbench"), "looks like a checkpoint of authors"),
         ((FILE, tmp_path / "x", "--num-slots", "0"), "--num-slots is 0: use 1 or more"),
         ((FILE, tmp_path / "x", "--dec-heads", "7"), "this model cannot be built"),
-        ((FILE, tmp_path / "x", "--encoder", "vit_base_patch16_224"), "belong to another ViT"),
+        ((FILE, tmp_path / "x", "--encoder", "vit:patch=16,width=12,depth=12,heads=3,hidden=48"), "another ViT"),
         ((scenes.path, tmp_path / "x", "--preset", "voc"), "--preset belongs to checkpoint files"),
         ((scenes.path, tmp_path / "x.pt.tar"), "its features are normalised"),
         ((tmp_path / "other.pt", tmp_path / "x"), "lacks encoder.patch_embed.proj.weight"),

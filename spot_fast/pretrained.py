@@ -43,10 +43,12 @@ def save_pretrained(
         source: where the model comes from, for the card.
 
     Raises:
-        UserError: where `folder` exists or cannot be written.
+        UserError: where `folder` exists or cannot be written, or the model is not in float32.
     """
     folder, config = Path(folder), model.config
     check_free(folder)
+    if others := {value.dtype for value in model.parameters()} - {torch.float32}:
+        raise UserError(f"the model has weights in {others.pop()}, files are float32: save it after model.float()")
     include = vit is not None or config.encoder_weights not in (None, "hub")
     config = replace(config, data=None, sbd=None, cache_dir=None,
                      encoder_weights=ENCODER if include else config.encoder_weights)  # fmt: skip

@@ -84,6 +84,14 @@ def test_what_is_there_is_never_overwritten_and_a_failure_leaves_nothing(run, tm
     assert sorted(os.listdir(tmp_path)) == ["mine"] and os.listdir(tmp_path / "mine") == ["file"]
 
 
+def test_other_precisions_are_not_mixed_up_with_the_encoders_hash(run, tmp_path):
+    model = checkpoint.load_run(run.path).model.double()
+    with pytest.raises(UserError, match="weights in torch.float64, files are float32: save it after model.float()"):
+        model.save_pretrained(tmp_path / "model")
+    model.float().save_pretrained(tmp_path / "model")
+    assert equal(run.model, Spot.from_pretrained(tmp_path / "model", "cpu"))
+
+
 def test_a_changed_encoder_file_is_noticed(run, tmp_path):
     run.model.save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / "encoder.safetensors"

@@ -120,7 +120,8 @@ def _parser(defaults: Config) -> argparse.ArgumentParser:
     for name in ("preset", "stage", "seed"):
         _add_field(run, every.pop(name), getattr(defaults, name))
     run.add_argument("--teacher", metavar="RUN",
-                     help="stage-1 run that teaches stage 2 (default: the newest finished one of the preset)")
+                     help="stage-1 run, or checkpoint file of the authors, that teaches stage 2 (default: the newest "
+                     "finished run of the preset)")
     run.add_argument("--resume", metavar="RUN", nargs="?", const="",
                      help="go on with a stopped run, exactly (default: the newest unfinished one of preset and stage)")
     run.add_argument("--runs", metavar="DIR", type=Path, default=Path("runs"),

@@ -3,15 +3,20 @@
 A run folder holds `config.json`, `metrics.jsonl`, `training_state.safetensors` (everything a resumed run needs),
 `tensorboard/` and, once training is finished, `model.safetensors`: the learned tensors, with the name and the hash of
 the frozen encoder's weights instead of the weights.
+
+What is loaded as a run may also be a folder that was saved to be shared (`pretrained`), which can hold the encoder's
+weights in a file of its own, or a checkpoint file of the authors' implementation (`official`).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +29,19 @@ from .config import Config
 from .encoder import Encoder, build_encoder, encoder_identity
 from .errors import UserError
 from .files import atomic_write, reason
+from .foreign import recognise
+from .hub import hub_folder
 from .model import Spot
+from .official import assumptions, infer_config, learned_tensors
+from .safe_pickle import read_checkpoint
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 MODEL = "model.safetensors"
 STATE = "training_state.safetensors"
+# `owner/name` of a model on the hub, with @revision where one is meant.
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+_told: set[Path] = set()  # checkpoint files whose assumptions have been printed
 
 
 @dataclass(frozen=True)
@@ -81,18 +93,44 @@ def write_config(folder: Path, config: Config) -> None:
     atomic_write(folder / CONFIG, lambda partial: partial.write_text(config.to_json(), encoding="utf-8"))
 
 
-def read_config(folder: Path) -> Config:
-    """The Config of a run folder; UserError where there is none or it makes no sense."""
+def read_config(folder: Path, *, like: Config | None = None) -> Config:
+    """The Config of a run folder or checkpoint file; UserError where there is none or it makes no sense.
+
+    A file of encoder weights that lies in the folder is named by its path from here. like: has the preset and the
+    number of gaussian slots, which a checkpoint file does not tell.
+    """
+    if folder.is_file():
+        return _file_config(folder, like)
     if not folder.is_dir():
         raise UserError(f"run {folder} is not a folder: give the folder of a run, such as runs/scenes-stage1-001")
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder} has no {CONFIG}: it is not the folder of a run")
     try:
-        return _typed(Config.from_json(path.read_text(encoding="utf-8")))
+        config = _typed(Config.from_json(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError) as error:
         reason = "not JSON" if isinstance(error, json.JSONDecodeError) else str(error)
         raise UserError(f"{path} cannot be used ({reason}): restore it or train again") from error
+    weights = folder / (config.encoder_weights or "")
+    return replace(config, encoder_weights=os.path.abspath(weights)) if weights.is_file() else config
+
+
+def _file_config(path: Path, like: Config | None) -> Config:
+    """The Config of a checkpoint of the authors' implementation, whose encoder's weights are in the file itself."""
+    contents = read_checkpoint(path)
+    if kind := recognise(contents):
+        raise UserError(f"{path} is a checkpoint of {kind}, not of the authors: python -m spot_fast.convert {path} OUT")
+    config = infer_config(contents, preset=like and like.preset)
+    if like and config.slot_init == "gaussian":
+        config = replace(config, num_slots=like.num_slots)
+    return replace(config, encoder_weights=os.path.abspath(path))
+
+
+def _tell_assumptions(path: Path, config: Config) -> None:
+    if path not in _told:
+        _told.add(path)
+        print(f"note: the tensors of {path} do not tell everything, assumed is {', '.join(assumptions(config))}: where "
+              f"that is wrong, set it with python -m spot_fast.convert {path} OUT", file=sys.stderr, flush=True)
 
 
 def _typed(config: Config) -> Config:
@@ -114,23 +152,34 @@ def frozen_encoder(config: Config) -> Encoder:
 
 
 def is_finished(folder: Path) -> bool:
-    return (folder / MODEL).is_file()
+    """Whether there is a trained model: in the run folder, or in the checkpoint file that `folder` is."""
+    return folder.is_file() or (folder / MODEL).is_file()
 
 
-def load_run(path: str | os.PathLike, device: str | torch.device = "cpu", *, encoder: Encoder | None = None) -> Run:
-    """The finished run in folder `path`, its model on `device` in eval mode.
+def load_run(
+    path: str | os.PathLike, device: str | torch.device = "cpu", *, encoder: Encoder | None = None,
+    like: Config | None = None,
+) -> Run:  # fmt: skip
+    """The finished run in folder `path`, or the model in checkpoint file `path`, on `device` in eval mode.
 
     Args:
         encoder: shared instead of built anew; it has to have the weights that the run was trained with.
+        like: see `read_config`.
 
     UserError where the run is missing, unfinished or damaged, or where the encoder's weights are not the run's.
     """
     folder = Path(path)
-    config = read_config(folder)
+    config = read_config(folder, like=like)
     if not is_finished(folder):
         raise UserError(f"run {folder} is not finished: go on with python -m spot_fast.train --resume {folder}")
-    tensors, metadata = read_tensors(folder / MODEL)
-    encoder = frozen_encoder(config) if encoder is None else encoder
+    if folder.is_file():
+        own = frozen_encoder(config)
+        tensors, metadata = learned_tensors(folder, config), encoder_identity_metadata(own, config)
+        encoder = own if encoder is None else encoder
+        _tell_assumptions(folder, config)
+    else:
+        tensors, metadata = read_tensors(folder / MODEL)
+        encoder = frozen_encoder(config) if encoder is None else encoder
     found = encoder_identity(encoder, config)["sha256"]
     wanted = metadata.get("encoder_sha256", "none")
     if found != wanted:
@@ -142,8 +191,16 @@ def load_run(path: str | os.PathLike, device: str | torch.device = "cpu", *, enc
     try:
         model.load_learned_state_dict(tensors)
     except UserError as error:
-        raise UserError(f"{folder / MODEL} does not fit its {CONFIG}: {error}") from error
+        where = folder if folder.is_file() else folder / MODEL
+        raise UserError(f"{where} does not fit its {CONFIG}: {error}") from error
+    model.origin = folder
     return Run(folder, config, model.to(device).eval(), metadata)
+
+
+def encoder_identity_metadata(encoder: Encoder, config: Config) -> dict[str, str]:
+    """The encoder's identity as a model file's metadata has it."""
+    identity = encoder_identity(encoder, config)
+    return {"encoder": identity["name"], "encoder_sha256": identity["sha256"]}
 
 
 def run_folders(root: str | os.PathLike = "runs") -> Iterator[tuple[Path, Config]]:
@@ -178,6 +235,13 @@ def find_run(root: str | os.PathLike = "runs", *, preset: str | None = None, sta
 
 
 def find_folder(name: str | os.PathLike, root: str | os.PathLike = "runs") -> Path:
-    """The run folder a user means by a path or by the name of a run below `root`."""
-    below = Path(root) / name
-    return below if not Path(name).exists() and below.is_dir() else Path(name)
+    """The run a user means by a path, by the name of a run below `root`, or by `owner/name` of a model on the hub.
+
+    The latter only where no folder `owner` is here; its newest files are downloaded where the hub answers.
+    """
+    below, path = Path(root) / name, Path(name)
+    if not path.exists() and below.is_dir():
+        return below
+    if not path.exists() and not path.parent.exists() and _HUB_ID.fullmatch(str(name)):
+        return hub_folder(str(name), (CONFIG, MODEL))
+    return path

@@ -79,6 +79,10 @@ class Config:
     truncation: str = _option("none", "which iterations gradients pass through", "slots",
                               ("none", "fixed_point", "bi_level"))
 
+    implementation: str = _option("spot", "whose details slot encoder and decoder have: those of SPOT's authors, of "
+                                  "OCBench, of OCLF's DINOSAUR or of VideoSAUR's (see spot_fast.convert)", "slots",
+                                  ("spot", "ocbench", "dinosaur", "videosaur"))
+
     decoder: str = _option("transformer", "decoder", "decoder", ("transformer", "mlp"))
     dec_blocks: int = _option(4, "transformer decoder blocks", "decoder")
     dec_heads: int = _option(6, "heads of its self-attention, and of the first cross-attention", "decoder")

@@ -34,11 +34,12 @@ class AutoregressiveDecoder(nn.Module):
         orders: `spot9` or `standard`; every order has its own [BOS].
         cappa: probability p of a parallel training step (CapPa, table 3). p > 0 adds learned positions to the inputs
             at every step; p ≥ 1 always decodes in parallel. Standard order only. The caller draws the step.
+        activation, final_norm: of the transformer, as in `PermutedDecoder`.
     """
 
     def __init__(
         self, dim: int, slot_dim: int, grid: int, *, blocks: int, heads: int, cross_heads: int = 0,
-        orders: str = "spot9", cappa: float = 0.0,
+        orders: str = "spot9", cappa: float = 0.0, activation: str = "relu", final_norm: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         self.register_buffer("orders", patch_orders(grid, orders), persistent=False)
@@ -46,7 +47,8 @@ class AutoregressiveDecoder(nn.Module):
         self.bos = nn.Parameter(torch.empty(self.num_orders, dim).normal_(std=0.02))
         self.input_proj = _projection(dim, dim)
         self.slot_proj = _projection(slot_dim, dim)
-        self.transformer = PermutedDecoder(dim, blocks=blocks, heads=heads, cross_heads=cross_heads or None)
+        self.transformer = PermutedDecoder(dim, blocks=blocks, heads=heads, cross_heads=cross_heads or None,
+                                           activation=activation, final_norm=final_norm)  # fmt: skip
         if cappa > 0:
             if self.num_orders > 1:
                 raise ValueError(f"cappa={cappa} decodes in the standard order only, not in {orders!r}")

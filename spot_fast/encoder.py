@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
-import socket
-import threading
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -21,12 +19,24 @@ from torch import Tensor, nn
 
 from .config import Config
 from .errors import UserError
+from .hub import hub_answers
+from .official_names import frozen_vit
+from .safe_pickle import read_checkpoint
 from .timm_import import import_timm
 
 SCENES_ENCODER = "spot_scenes"
 _SCENES_VIT = dict(patch_size=8, embed_dim=128, depth=4, num_heads=4, num_classes=0)
+# timm's names of ViTs by (width, patch size, registers): labels for weights that come from elsewhere.
+_VIT_NAMES = {
+    (384, 16, 0): "vit_small_patch16_224.dino", (768, 16, 0): "vit_base_patch16_224.dino",
+    (384, 8, 0): "vit_small_patch8_224.dino", (768, 8, 0): "vit_base_patch8_224.dino",
+    (384, 14, 0): "vit_small_patch14_dinov2", (768, 14, 0): "vit_base_patch14_dinov2",
+    (384, 14, 4): "vit_small_patch14_reg4_dinov2", (768, 14, 4): "vit_base_patch14_reg4_dinov2",
+}  # fmt: skip
+# A ViT that timm has no name for: vit:patch=16,width=96,depth=12,heads=3,hidden=384, and registers=N, scale=1
+# (LayerScale).
+_OWN_VIT = re.compile(r"vit:\w+=\d+(,\w+=\d+)*")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, of values in [0, 1]
-_HUB_SECONDS = 3.0
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -134,6 +144,8 @@ def build_vit(config: Config) -> nn.Module:
         patch = _SCENES_VIT["patch_size"]
         _require_multiple(config.image_size, patch)
         return timm.models.vision_transformer.VisionTransformer(img_size=config.image_size, **_SCENES_VIT)
+    if _OWN_VIT.fullmatch(config.encoder):
+        return _own_vit(config)
     if not timm.is_model(config.encoder):
         close = timm.list_models(f"*{config.encoder.split('.')[0][:12]}*")[:4]
         hint = f"did you mean {', '.join(close)}?" if close else "python -c 'import timm; print(timm.list_models())'"
@@ -149,6 +161,42 @@ def build_vit(config: Config) -> nn.Module:
     return vit
 
 
+def _own_vit(config: Config) -> nn.Module:
+    shape = {name: int(value) for name, value in (part.split("=") for part in config.encoder[4:].split(","))}
+    needed, known = {"patch", "width", "depth", "heads", "hidden"}, {"registers", "scale"}
+    if not needed <= shape.keys() <= needed | known or min(shape[name] for name in needed) < 1:
+        raise UserError(f"--encoder {config.encoder} describes no ViT: give {', '.join(sorted(needed))}, and registers "
+                        "or scale where it has them, each as name=number")
+    if shape["width"] % shape["heads"]:
+        raise UserError(f"--encoder {config.encoder}: heads={shape['heads']} does not divide width={shape['width']}")
+    _require_multiple(config.image_size, shape["patch"])
+    registers = shape.get("registers", 0)
+    return import_timm().models.vision_transformer.VisionTransformer(
+        img_size=config.image_size, patch_size=shape["patch"], embed_dim=shape["width"], depth=shape["depth"],
+        num_heads=shape["heads"], mlp_ratio=shape["hidden"] / shape["width"], num_classes=0,
+        init_values=1.0 if shape.get("scale") else None, reg_tokens=registers, no_embed_class=registers > 0,
+    )  # fmt: skip
+
+
+def vit_name(weights: Mapping[str, Tensor], heads: int | None = None) -> str:
+    """What --encoder calls the ViT of these weights (timm's parameter names): timm's name where there is one.
+
+    heads: attention heads, which tensors do not show; by default one per 64 channels. Tensors do not show either how
+    the ViT was trained: the name is that of DINO's or DINOv2's, or of MAE's where positions are fixed sines.
+    """
+    width, _, patch, _ = weights["patch_embed.proj.weight"].shape
+    numbers = [int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))]
+    depth, hidden = max(numbers) + 1, weights["blocks.0.mlp.fc1.weight"].shape[0]
+    registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
+    scale, plain = "blocks.0.ls1.gamma" in weights, max(width // 64, 1)
+    name = _VIT_NAMES.get((width, patch, registers))
+    if name and (depth, hidden, heads or plain, scale) == (12, 4 * width, plain, patch == 14):
+        fixed = patch == 16 and width == 768 and not weights["pos_embed"][:, 0].any()
+        return "vit_base_patch16_224.mae" if fixed else name
+    own = f"vit:patch={patch},width={width},depth={depth},heads={heads or plain},hidden={hidden}"
+    return own + (f",registers={registers}" if registers else "") + (",scale=1" if scale else "")
+
+
 def _require_multiple(image_size: int, patch: int) -> None:
     if image_size % patch:
         raise UserError(f"--image-size {image_size} is not a multiple of the encoder's patch size {patch}: "
@@ -162,6 +210,11 @@ def build_encoder(config: Config) -> Encoder:
         weights = _find_weights(config)
         load_vit_weights(vit, weights, pos_resize=config.pos_resize, source=config.encoder_weights or config.encoder)
     return Encoder(vit, last_blocks=config.train_blocks, feature_norm=config.feature_norm)
+
+
+def raw_weights(config: Config) -> dict[str, Tensor] | None:
+    """The weights that `config` names as they are stored, positions not resampled; None for random ones."""
+    return None if config.encoder_weights == "none" else _find_weights(config)
 
 
 def encoder_identity(encoder: Encoder, config: Config) -> dict[str, str]:
@@ -191,7 +244,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = read_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"--encoder-weights: {error}") from None
     except Exception as error:  # every reader has its own exceptions for a broken file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--encoder-weights {path} cannot be read ({reason[:120]}): "
@@ -200,11 +255,14 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         if isinstance(state.get(key), dict):
             state = state[key]
             break
-    return {_bare(name): value.float() for name, value in state.items() if isinstance(value, Tensor)}
+    state = {name.removeprefix("module."): value.float() for name, value in state.items() if isinstance(value, Tensor)}
+    if "slot_attn.slot_attention.project_q.weight" in state:
+        return frozen_vit(state)  # a whole SPOT of the authors
+    return {_bare(name): value for name, value in state.items()}
 
 
 def _bare(name: str) -> str:
-    for prefix in ("module.", "backbone.", "base_encoder.", "encoder."):
+    for prefix in ("backbone.", "base_encoder.", "encoder."):
         name = name.removeprefix(prefix)
     return "reg_token" if name == "register_tokens" else name
 
@@ -219,37 +277,18 @@ def _hub_weights(name: str) -> dict[str, Tensor]:
 
     cached = cfg.hf_hub_id and any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, f), str)
                                    for f in ("model.safetensors", "pytorch_model.bin"))
-    if not cached and not _hub_answers():
+    if not cached and not hub_answers():
         raise UserError(f"the weights of --encoder {name} are not on this machine and the hub does not answer: pass "
                         f"--encoder-weights FILE (from huggingface.co/{cfg.hf_hub_id}, model.safetensors)")
     return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
-
-
-def _hub_answers() -> bool:
-    if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
-        return False
-    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or os.environ.get("HF_ENDPOINT"):
-        return True  # the way there is not a plain connection: let the download find out
-    answered = []
-
-    def connect() -> None:
-        try:
-            socket.create_connection(("huggingface.co", 443), timeout=_HUB_SECONDS).close()
-            answered.append(True)
-        except OSError:
-            pass
-
-    # In a thread, because a name look-up without a network ignores the socket's timeout.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(_HUB_SECONDS)
-    return bool(answered)
 
 
 def load_vit_weights(vit: nn.Module, weights: dict[str, Tensor], *, pos_resize: str, source: str) -> None:
     """Loads timm-named weights, resampling the position table to the ViT's grid; UserError names what does not fit."""
     wanted = vit.state_dict()
     weights = {name: value for name, value in weights.items() if name in wanted}
+    if "reg_token" in wanted and "pos_embed" in weights and vit.no_embed_class:
+        weights |= _class_token_with_position(weights)
     missing = sorted(set(wanted) - set(weights))
     if missing:
         raise UserError(f"the weights of {source} lack {len(missing)} tensors of the ViT, such as {missing[0]}: "
@@ -263,6 +302,14 @@ def load_vit_weights(vit: nn.Module, weights: dict[str, Tensor], *, pos_resize: 
             raise UserError(f"the weights of {source} have {name} of shape {list(value.shape)} but this --encoder "
                             f"needs {list(wanted[name].shape)}: they belong to another ViT")
     vit.load_state_dict(weights)
+
+
+def _class_token_with_position(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """DINOv2's source keeps a position for the class token, timm its sum with the token where there are registers."""
+    table = weights["pos_embed"]
+    if "cls_token" not in weights or round((table.shape[1] - 1) ** 0.5) ** 2 != table.shape[1] - 1:
+        return {}
+    return {"cls_token": weights["cls_token"] + table[:, :1], "pos_embed": table[:, 1:]}
 
 
 def resample_positions(table: Tensor, grid: int, prefix: int, how: str) -> Tensor:

@@ -54,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("runs", nargs="*", metavar="RUN",
-                        help="folder of a run, or name of one below --runs (default: the newest finished)")  # fmt: skip
+                        help="folder of a run, name of one below --runs, checkpoint file of the authors, or owner/name "
+                        "on the hub (default: the newest finished run)")  # fmt: skip
     parser.add_argument("--data", metavar="PATH", help="folder of the data set (default: the one the run trained on)")
     parser.add_argument("--runs", dest="root", default="runs", metavar="DIR",
                         help="folder with the runs (default: runs)")  # fmt: skip

@@ -5,8 +5,11 @@ Axes: B images, N = G·G patch tokens in raster layout, D encoder width, K slots
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +23,32 @@ from .decoders import AutoregressiveDecoder, MlpDecoder
 from .encoder import Encoder
 from .errors import UserError
 
+if TYPE_CHECKING:
+    from .api import Segmentation
+
 INITIALISERS = ("gaussian", "learned")
+
+
+@dataclass(frozen=True)
+class Details:
+    """Where published models of this kind differ (`Config.implementation`).
+
+    activation: of every MLP. project: the slot encoder's MLP goes D → project · D → U, 0: D → D → D. slot_attention:
+    options of `SlotAttention`. final_norm: whether a LayerNorm follows the transformer decoder.
+    """
+
+    activation: str = "relu"
+    project: int = 0
+    slot_attention: tuple[tuple[str, str | float], ...] = ()
+    final_norm: bool = True
+
+
+DETAILS = {
+    "spot": Details(),
+    "ocbench": Details(activation="gelu", slot_attention=(("eps", 1e-5), ("eps_in", "sum")), final_norm=False),
+    "dinosaur": Details(project=1),
+    "videosaur": Details(project=2, slot_attention=(("hidden", "normed"),)),
+}
 
 
 @dataclass
@@ -36,7 +64,7 @@ class SpotOutput:
 
 
 class SlotEncoder(nn.Module):
-    """Features → slots: LayerNorm, MLP D→D→D, initial slots, slot attention (SPOT, section 3.1).
+    """Features → slots: LayerNorm, MLP D→D→D, initial slots, slot attention (SPOT, section 3.1); details: of others.
 
     Initial slots are `gaussian` (one learned mean and log-scale for all slots, noise drawn at evaluation too) or
     `learned` (one embedding per slot).
@@ -53,21 +81,24 @@ class SlotEncoder(nn.Module):
         iterations: int = 3,
         init: str = "gaussian",
         truncation: str = "none",
+        details: Details = DETAILS["spot"],
     ) -> None:
         super().__init__()
         if init not in INITIALISERS:
             raise ValueError(f"init={init!r} is unknown: use one of {', '.join(INITIALISERS)}")
         self.num_slots, self.slot_dim, self.init = num_slots, slot_dim, init
         self.norm = nn.LayerNorm(dim)
-        self.mlp = mlp(dim, dim, dim)
+        width = slot_dim if details.project else dim
+        self.mlp = mlp(dim, (details.project or 1) * dim, width, activation=details.activation)
         if init == "gaussian":
             self.slot_mean = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, slot_dim)))
             self.slot_log_scale = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, slot_dim)))
         else:
             self.slot_embedding = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_slots, slot_dim)))
         self.attention = SlotAttention(
-            dim, slot_dim, mlp_hidden=slot_mlp, heads=heads, iterations=iterations, truncation=truncation
-        )
+            width, slot_dim, mlp_hidden=slot_mlp, heads=heads, iterations=iterations, truncation=truncation,
+            activation=details.activation, **dict(details.slot_attention),
+        )  # fmt: skip
 
     def initial_slots(self, batch: int, noise: Tensor | None = None) -> Tensor:
         """Initial slots [B, K, U]; noise [B, K, U] is the standard-normal draw of `gaussian`, None draws it here."""
@@ -94,9 +125,11 @@ def _build_decoder(config: Config, encoder: Encoder) -> AutoregressiveDecoder | 
             raise UserError(f"--cappa {config.cappa} belongs to the transformer decoder: drop it or --decoder mlp")
         return MlpDecoder(encoder.dim, config.slot_dim, encoder.num_tokens, hidden=config.dec_mlp_hidden,
                           project_slots=config.mlp_slot_proj)  # fmt: skip
+    details = DETAILS[config.implementation]
     return AutoregressiveDecoder(
         encoder.dim, config.slot_dim, encoder.grid, blocks=config.dec_blocks, heads=config.dec_heads,
-        cross_heads=config.dec_cross_heads, orders=config.orders, cappa=config.cappa,
+        cross_heads=config.dec_cross_heads, orders=config.orders, cappa=config.cappa, activation=details.activation,
+        final_norm=details.final_norm,
     )  # fmt: skip
 
 
@@ -110,13 +143,17 @@ class Spot(nn.Module):
 
     def __init__(self, config: Config, encoder: Encoder) -> None:
         super().__init__()
+        if config.implementation not in DETAILS:
+            raise UserError(f"--implementation {config.implementation} is unknown: use one of {', '.join(DETAILS)}")
         self.config = config
+        self.origin: Path | None = None  # the run folder or file that it was loaded from
         self.encoder = encoder
         self.last_blocks = encoder.copy_last_blocks() if config.stage == 2 else None
         try:
             self.slot_encoder = SlotEncoder(
                 encoder.dim, config.num_slots, config.slot_dim, config.slot_mlp, heads=config.slot_heads,
                 iterations=config.slot_iterations, init=config.slot_init, truncation=config.truncation,
+                details=DETAILS[config.implementation],
             )  # fmt: skip
             self.decoder = _build_decoder(config, encoder)
         except UserError:
@@ -187,6 +224,25 @@ class Spot(nn.Module):
             return self(features, target, noise=noise)
         slots, attn, logits = self.slot_encoder(features, noise)
         return SpotOutput(slots, attn, logits, *self.decode_all_orders(slots, target))
+
+    def segment_images(self, images: Any, **options: Any) -> Segmentation:
+        """PIL images, arrays or tensors of any sizes → masks at their sizes, and slots: see `api.segment_images`."""
+        from .api import segment_images
+
+        return segment_images(self, images, **options)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, device: str | torch.device | None = None) -> Spot:
+        """The model of a run folder, a saved folder, a checkpoint of the authors or `owner/name` on the hub."""
+        from .api import load
+
+        return load(path, device)
+
+    def save_pretrained(self, folder: str | os.PathLike, *, scores: Mapping[str, float] | None = None) -> Path:
+        """Writes a new folder that can be moved and shared: see `pretrained.save_pretrained`."""
+        from .pretrained import save_pretrained
+
+        return save_pretrained(self, folder, scores=scores)
 
     def learned_state_dict(self) -> dict[str, Tensor]:
         """All that training changes: the state dict without the frozen encoder."""

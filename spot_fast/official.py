@@ -1,141 +1,34 @@
 """Reads checkpoints of the authors' implementation (gkakogeorgiou/spot, `.pt.tar`) into this package's models.
 
-A checkpoint is a pickle: it is read with PyTorch's restricted unpickler and a short list of NumPy names that the
-authors' optimiser state needs, so that no code in the file runs. Decoder keys start with `dec.` or, in older files,
-`tf_dec.`; the state dict stands alone or under `model`. In stage 2 `encoder.` is the student's and `second_encoder.`
-the frozen one.
+The state dict stands alone or under `model`, beside an optimiser's state that is not looked at. What the tensors show
+becomes a Config; what they cannot show is assumed, and `assumptions` says what that is.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .config import Config
-from .encoder import Encoder
+from .config import Config, preset
+from .encoder import Encoder, build_vit, load_vit_weights, vit_name
 from .errors import UserError
 from .model import Spot
-from .timm_import import import_timm
+from .official_names import frozen_vit, official_tensors, spot_name
+from .safe_pickle import read_checkpoint
 
-# timm names of the DINO ViTs by (width, patch size): a label, the weights come from the file.
-_ENCODERS = {
-    (384, 16): "vit_small_patch16_224.dino",
-    (384, 8): "vit_small_patch8_224.dino",
-    (768, 16): "vit_base_patch16_224.dino",
-    (768, 8): "vit_base_patch8_224.dino",
-    (384, 14): "vit_small_patch14_dinov2",
-    (768, 14): "vit_base_patch14_dinov2",
-}
-_SLOTS = {
-    "layer_norm": "norm",
-    "mlp": "mlp",
-    "slot_attention": "attention",
-    "slot_mu": "slot_mean",
-    "slot_log_sigma": "slot_log_scale",
-    "slots_init": "slot_embedding",
-}
-_BLOCK = {
-    "self_attn_layer_norm": "norm_self",
-    "encoder_decoder_attn_layer_norm": "norm_cross",
-    "ffn_layer_norm": "norm_ffn",
-    "encoder_decoder_attn": "cross_attention",
-    "ffn": "ffn",
-}
-_TOP = {"bos_tokens": "bos", "mask_token": "mask_token", "pos_embed": "positions"}
-
-
-def spot_name(name: str) -> tuple[str, int | None] | None:
-    """Official parameter name → name in `Spot`, and which third of it (q, k, v) or None for the whole.
-
-    None for what `Spot` does not keep: causal masks, and the mask token of a DINOv2 encoder. Names of the student's
-    encoder (beside `second_encoder.`) are not known here: they follow from the number of trained blocks.
-    """
-    head, _, rest = name.partition(".")
-    if name in _TOP:
-        return f"decoder.{_TOP[name]}", None
-    if head in ("input_proj", "slot_proj"):
-        return f"decoder.{name}", None
-    if head == "encoder":
-        return None if rest == "mask_token" else (f"encoder.vit.{_vit_name(rest)}", None)
-    if head == "slot_attn":
-        part, _, rest = rest.partition(".")
-        if part in _SLOTS:
-            return ".".join(filter(None, ["slot_encoder", _SLOTS[part], "" if part == "slots_init" else rest])), None
-    if head in ("dec", "tf_dec"):
-        return _decoder_name(rest)
-    raise UserError(f"the checkpoint has {name}, which the authors' models do not: it is of another method")
-
-
-def _vit_name(name: str) -> str:
-    return "reg_token" if name == "register_tokens" else name
-
-
-def _decoder_name(name: str) -> tuple[str, int | None] | None:
-    if name == "pos_embed":
-        return "decoder.positions", None
-    if name.startswith("decoder."):
-        return f"decoder.mlp.{name.removeprefix('decoder.')}", None
-    if name.startswith("layer_norm."):
-        return f"decoder.transformer.norm.{name.removeprefix('layer_norm.')}", None
-    match = re.fullmatch(r"blocks\.(\d+)\.(\w+)(?:\.(.+))?", name)
-    if match:
-        block, part, rest = match.groups()
-        prefix = f"decoder.transformer.blocks.{block}"
-        if part == "self_attn_mask":
-            return None
-        if part == "self_attn":
-            third = {"proj_q.weight": 0, "proj_k.weight": 1, "proj_v.weight": 2, "proj_o.weight": None}[rest]
-            return f"{prefix}.self_attention.{'project_o' if third is None else 'project_qkv'}.weight", third
-        if part in _BLOCK:
-            return f"{prefix}.{_BLOCK[part]}.{rest.replace('proj_', 'project_')}", None
-    raise UserError(f"the checkpoint has dec.{name}, which the authors' decoders do not: it is of another method")
-
-
-def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """The file's contents as plain data; UserError when it is no checkpoint or would run code on loading."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} is not a file: pass the authors' .pt.tar")
-    scalar = np.float64(0).__reduce__()[0]  # the function has moved between NumPy versions, and so has its pickled name
-    allowed = [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype]
-    allowed += [type(np.dtype(name)) for name in ("float64", "float32", "int64")]
-    with torch.serialization.safe_globals(allowed):
-        try:
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise UserError(_refusal(path, error)) from None
-        except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-            raise UserError(f"checkpoint {path} cannot be read ({_first_line(error)}): it is damaged or no checkpoint"
-                            ) from None  # fmt: skip
-    if not isinstance(contents, dict):
-        kind = type(contents).__name__
-        raise UserError(f"checkpoint {path} holds a {kind}, not a state dict: pass the authors' .pt.tar")
-    return contents
-
-
-def _refusal(path: Path, error: Exception) -> str:
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not a zip archive: the name is only in the unpickler's message
-        names = re.findall(r"GLOBAL ([\w.]+)", str(error))[:1]
-    if not names:
-        return f"checkpoint {path} cannot be read ({_first_line(error)}): it is damaged or no checkpoint"
-    return (f"checkpoint {path} was not loaded: it calls {', '.join(sorted(names))}, which a file of weights has no "
-            "need for; get the file from its authors again")  # fmt: skip
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:120] if text else type(error).__name__
+# Published models have different numbers of slots: that of learned slots is in the file.
+_PRESETS = {7: "coco", 6: "voc", 11: "movi_c", 24: "movi_e"}
+# Tensors that settings are read off.
+_NEEDED = ("encoder.patch_embed.proj.weight", "encoder.pos_embed", "encoder.blocks.0.mlp.fc1.weight",
+           "slot_attn.slot_attention.project_q.weight", "slot_attn.slot_attention.mlp.0.weight")  # fmt: skip
+# What the authors' training code does unless told otherwise, whatever the preset.
+_DEFAULTS = dict(feature_norm=False, encoder_weights=None, slot_heads=1, slot_iterations=3, dec_heads=6,
+                 dec_cross_heads=0)  # fmt: skip
 
 
 def official_weights(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Tensor]:
@@ -145,7 +38,8 @@ def official_weights(source: str | os.PathLike | Mapping[str, Any]) -> dict[str,
     if not isinstance(state, Mapping):
         raise UserError("the checkpoint's `model` is not a state dict: pass the authors' .pt.tar")
     state = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
-    for needed in ("encoder.patch_embed.proj.weight", "slot_attn.slot_attention.project_q.weight"):
+    mlp = any(name.startswith(("dec.decoder.", "tf_dec.decoder.")) for name in state)
+    for needed in (*_NEEDED, *(() if mlp else ("bos_tokens",))):
         if needed not in state:
             raise UserError(f"the checkpoint lacks {needed}: it is not a model of the authors' implementation")
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
@@ -160,7 +54,11 @@ def _trained_blocks(state: Mapping[str, Tensor]) -> int:
     """How many last blocks of the student's encoder differ from the frozen one; the authors train four."""
     depth = _depth(state, "encoder.")
     for name, value in state.items():
-        if not name.startswith("second_encoder.") or torch.equal(value, state[name.removeprefix("second_")]):
+        if not name.startswith("second_encoder."):
+            continue
+        if (own := state.get(name.removeprefix("second_"))) is None:
+            raise UserError(f"the checkpoint lacks {name.removeprefix('second_')}: it is damaged")
+        if torch.equal(value, own):
             continue
         match = re.match(r"second_encoder\.blocks\.(\d+)\.", name)
         if match is None:
@@ -174,34 +72,37 @@ def _trained_blocks(state: Mapping[str, Tensor]) -> int:
     return min(4, depth)
 
 
-def infer_config(source: str | os.PathLike | Mapping[str, Any], **changes: Any) -> Config:
+def infer_config(
+    source: str | os.PathLike | Mapping[str, Any], *, encoder_heads: int | None = None, **changes: Any
+) -> Config:  # fmt: skip
     """The Config that a checkpoint's tensors imply, with `changes` applied.
 
-    Not visible in the tensors: number of heads (the defaults are the authors'), λ, the optimiser's settings. Cross-
-    attention heads other than the authors' default, `dec_cross_heads`, have to be passed.
+    Not visible in the tensors: the data set (a preset, see `assumptions`), the number of gaussian slots, heads (the
+    defaults are the authors'), λ, the optimiser's settings. Cross-attention heads other than the authors' default,
+    `dec_cross_heads`, have to be passed.
     """
     state = official_weights(source)
     slots = "slot_attn.slot_attention."
     stage = 2 if any(name.startswith("second_encoder.") for name in state) else 1
-    learned = "slot_attn.slots_init.weight" in state
-    dim, _, patch, _ = state["encoder.patch_embed.proj.weight"].shape
+    learned = state.get("slot_attn.slots_init.weight")
+    patch = state["encoder.patch_embed.proj.weight"].shape[-1]
     mlp = any(name.startswith(("dec.decoder.", "tf_dec.decoder.")) for name in state)
-    tokens = _tokens(state)
     values: dict[str, Any] = dict(
-        preset="coco",
-        stage=stage,
-        encoder=_ENCODERS.get((dim, patch), f"vit_{dim}_patch{patch}"),
-        image_size=round(tokens**0.5) * patch,
+        _DEFAULTS,
+        encoder=vit_name(frozen_vit(state), encoder_heads),
+        image_size=round(_tokens(state) ** 0.5) * patch,
         train_blocks=_trained_blocks(state) if stage == 2 else min(4, _depth(state, "encoder.")),
         slot_dim=state[slots + "project_q.weight"].shape[0],
         slot_mlp=state[slots + "mlp.0.weight"].shape[0],
-        slot_init="learned" if learned else "gaussian",
-        truncation="bi_level" if learned else "none",
+        slot_init="gaussian" if learned is None else "learned",
+        truncation="none" if learned is None else "bi_level",
         orders="standard" if mlp or state["bos_tokens"].shape[0] == 1 else "spot9",
         decoder="mlp" if mlp else "transformer",
     )
-    if learned:
-        values["num_slots"] = state["slot_attn.slots_init.weight"].shape[0]
+    name = changes.pop("preset", None)
+    if learned is not None:
+        values["num_slots"] = learned.shape[0]
+        name = name or _PRESETS.get(learned.shape[0])
     if mlp:
         prefix = "dec." if "dec.pos_embed" in state else "tf_dec."
         width, projected = state[prefix + "pos_embed"].shape[-1], state.get("slot_proj.0.weight")
@@ -210,7 +111,20 @@ def infer_config(source: str | os.PathLike | Mapping[str, Any], **changes: Any) 
     else:
         values["dec_blocks"] = max(_depth(state, "dec."), _depth(state, "tf_dec."))
         values["cappa"] = 0.25 if "mask_token" in state else 0.0
-    return replace(Config(**values), **changes)
+    return preset(name or "coco", stage, **values | changes)
+
+
+def assumptions(config: Config) -> list[str]:
+    """What of an inferred `config` no tensor tells, as options of spot_fast.convert that set it."""
+    gaussian = config.slot_init == "gaussian"
+    lines = [f"--preset {config.preset}" + ("" if gaussian else f" ({config.num_slots} slots)")]
+    lines += [f"--num-slots {config.num_slots}"] if gaussian else []
+    lines.append(f"--slot-iterations {config.slot_iterations}")
+    if config.decoder == "transformer":
+        lines.append(f"--dec-heads {config.dec_heads}")
+        lines.append(f"--dec-cross-heads {config.dec_cross_heads or config.dec_heads}")
+        lines += [f"--cappa {config.cappa}"] if config.cappa else []
+    return [*lines, f"--encoder {config.encoder}"]
 
 
 def _tokens(state: Mapping[str, Tensor]) -> int:
@@ -283,38 +197,56 @@ def _reshape(name: str, value: Tensor) -> Tensor:
 
 
 def load_official(
-    source: str | os.PathLike | Mapping[str, Any], *, num_slots: int, encoder_heads: int | None = None, **changes: Any
-) -> Spot:
+    source: str | os.PathLike | Mapping[str, Any], *, encoder_heads: int | None = None, **changes: Any
+) -> Spot:  # fmt: skip
     """A Spot in eval mode with a checkpoint's weights, encoder included.
 
     Args:
         source: as in `official_state_dict`.
-        num_slots: slots K (gaussian slots share their parameters: the file does not say how many there are).
         encoder_heads: attention heads of the ViT, by default one per 64 channels.
-        changes: Config fields that the file does not show, such as dec_heads or dec_cross_heads.
+        changes: Config fields that the file does not show, such as num_slots (gaussian slots share their parameters),
+            dec_heads or dec_cross_heads.
     """
     state = official_weights(source)
-    config = infer_config(state, num_slots=num_slots, **changes)
-    weights = official_state_dict(state, config)
-    vit, learned = {}, {}
-    for name, value in weights.items():
-        (vit if name.startswith("encoder.") else learned)[name.removeprefix("encoder.vit.")] = value
-    model = Spot(config, Encoder(_vit(vit, config, encoder_heads), last_blocks=config.train_blocks))
-    model.load_learned_state_dict(learned)
+    config = infer_config(state, encoder_heads=encoder_heads, **changes)
+    vit = build_vit(config)
+    load_vit_weights(vit, frozen_vit(state), pos_resize=config.pos_resize, source="the checkpoint")
+    model = Spot(config, Encoder(vit, last_blocks=config.train_blocks, feature_norm=config.feature_norm))
+    model.load_learned_state_dict(learned_tensors(state, config))
     return model.eval()
 
 
-def _vit(weights: Mapping[str, Tensor], config: Config, heads: int | None) -> torch.nn.Module:
-    """timm's ViT of the shape that the weights (timm names) have."""
-    dim, _, patch, _ = weights["patch_embed.proj.weight"].shape
-    registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
-    vit = import_timm().models.vision_transformer.VisionTransformer(
-        img_size=config.image_size, patch_size=patch, embed_dim=dim, depth=_depth(weights, ""),
-        num_heads=heads or max(dim // 64, 1), mlp_ratio=weights["blocks.0.mlp.fc1.weight"].shape[0] / dim,
-        num_classes=0, init_values=1.0 if "blocks.0.ls1.gamma" in weights else None, reg_tokens=registers,
-    )  # fmt: skip
-    try:
-        vit.load_state_dict(dict(weights))
-    except RuntimeError as error:
-        raise UserError(f"the checkpoint's encoder is not a ViT of this package ({_first_line(error)})") from None
-    return vit
+def learned_tensors(source: str | os.PathLike | Mapping[str, Any], config: Config) -> dict[str, Tensor]:
+    """What `Spot.load_learned_state_dict` takes: a checkpoint's tensors without the frozen encoder's."""
+    state = official_state_dict(source, config)
+    return {name: value for name, value in state.items() if not name.startswith("encoder.")}
+
+
+def authors_state_dict(model: Spot, vit: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """A model's state dict in the authors' names and shapes, as their strict loading wants it.
+
+    vit: the frozen encoder's weights as they were before positions were resampled; by default the model's own.
+
+    Raises:
+        UserError: for a model that the authors' code cannot be.
+    """
+    config = model.config
+    rope = getattr(model.encoder.vit, "rope", None) is not None
+    for wrong, why in (
+        (config.implementation != "spot", f"implementation is {config.implementation}"),
+        (config.feature_norm, "its features are normalised (feature_norm)"),
+        (config.slot_heads != 1, f"slot attention has {config.slot_heads} heads"),
+        (rope, f"its encoder {config.encoder} has rotary positions"),
+    ):
+        if wrong:
+            raise UserError(f"this model cannot become a checkpoint of the authors' implementation: {why}, which that "
+                            "does not know")  # fmt: skip
+    learned = {name: value.detach().cpu() for name, value in model.learned_state_dict().items()}
+    vit = {name: value.detach().cpu() for name, value in (vit or model.encoder.vit.state_dict()).items()}
+    return official_tensors(learned, vit, tokens=model.encoder.num_tokens, mlp=config.decoder == "mlp")
+
+
+def unused_tensors(original: Mapping[str, Tensor], back: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a checkpoint the way back does not give: tensors that its authors' code holds and never uses."""
+    return {name: value for name, value in original.items()
+            if name not in back or not torch.equal(back[name].to(value.dtype), value)}  # fmt: skip

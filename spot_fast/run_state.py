@@ -28,6 +28,10 @@ FREE = ("accumulate", "data", "sbd", "encoder_weights", "workers", "cache", "cac
 def config_hash(config: Config) -> str:
     """sha256 of the settings that decide what the weights become."""
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+    # Runs that were begun before there was a choice go on.
+    for name, value in (("implementation", "spot"), ("float8", False)):
+        if settings[name] == value:
+            del settings[name]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

@@ -134,7 +134,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m spot_fast.segment", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, or folders to search for images")
-    parser.add_argument("--run", metavar="RUN", help="run folder (default: the newest finished one under runs/)")
+    parser.add_argument("--run", metavar="RUN", help="run folder, checkpoint file of the authors, "
+                        "or owner/name on the hub (default: the newest finished run under runs/)")
     parser.add_argument("--out", type=Path, default=Path("segments"), metavar="DIR",
                         help="where to write (default: segments)")
     parser.add_argument("--orders", choices=("0", "all"), default="0",

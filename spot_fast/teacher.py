@@ -20,7 +20,7 @@ from .model import Spot
 INHERITED = (
     "data", "train_images", "val_images", "image_size", "mask_size", "crop", "flip",
     "encoder", "encoder_weights", "pos_resize", "feature_norm",
-    "num_slots", "slot_dim", "slot_mlp", "slot_iterations",
+    "num_slots", "slot_dim", "slot_mlp", "slot_iterations", "implementation",
     "decoder", "dec_blocks", "dec_heads", "dec_cross_heads", "dec_mlp_hidden", "mlp_slot_proj", "orders", "cappa",
     "batch_size",
 )  # fmt: skip
@@ -65,11 +65,11 @@ def check_teacher(folder: Path, teacher: Config, config: Config) -> None:
 
 def load_teacher(folder: Path, config: Config, encoder: Encoder, device: torch.device) -> Spot:
     """The teacher around the student's frozen `encoder`, in eval mode, without gradients."""
-    check_teacher(folder, read_config(folder), config)
-    return load_run(folder, device, encoder=encoder).model.requires_grad_(False)
+    check_teacher(folder, read_config(folder, like=config), config)
+    return load_run(folder, device, encoder=encoder, like=config).model.requires_grad_(False)
 
 
 def teacher_hash(folder: Path) -> str:
     """sha256 of the teacher's model file."""
-    with open(folder / MODEL, "rb") as file:
+    with open(folder if folder.is_file() else folder / MODEL, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

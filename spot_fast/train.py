@@ -145,8 +145,9 @@ def _new_config(args: Arguments) -> tuple[Config, Path | None]:
             raise UserError(f"--teacher {args.teacher} belongs to stage 2: add --stage 2 or drop it")
         return check_config(args.config()), None
     teacher = find_teacher(args.teacher, args.runs, args.preset)
-    theirs = read_config(teacher)
-    config, taken = inherit(args.config(args.given.get("preset", theirs.preset)), theirs, args.given)
+    asked = args.config(args.given.get("preset", read_config(teacher).preset))
+    theirs = read_config(teacher, like=asked)
+    config, taken = inherit(asked, theirs, args.given)
     check_teacher(teacher, theirs, check_config(config))
     if taken and not args.print_config:
         print("from the teacher: " + ", ".join(f"{name} {getattr(config, name)}" for name in taken))
@@ -217,7 +218,7 @@ def _same_teacher(args: Arguments, config: Config, about: dict[str, str], path: 
     if args.teacher is not None or "teacher_path" not in about:
         return find_teacher(args.teacher, args.runs, config.preset)
     recorded = Path(about["teacher_path"])
-    return find_teacher(recorded if recorded.is_dir() else path.parent / recorded.name, args.runs, config.preset)
+    return find_teacher(recorded if recorded.exists() else path.parent / recorded.name, args.runs, config.preset)
 
 
 def _run(trainer: Trainer, folder: RunFolder | OthersFolder, args: Arguments) -> int:

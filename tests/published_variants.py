@@ -133,6 +133,31 @@ def slotformer(p, inputs, slots, *, iterations=2):
     return slots, attn
 
 
+def videosaur(p, inputs, slots, *, iterations=3):
+    """The GRU goes on from the normalised slots."""
+    x = normed(inputs, p, "norm_features")
+    k, v = dense(x, p, "to_k"), dense(x, p, "to_v")
+    for _ in range(iterations):
+        slots = normed(slots, p, "norm_slots")
+        q = dense(slots, p, "to_q")
+        attn = (q @ k.mT * q.shape[-1] ** -0.5).softmax(1)[:, None]
+        slots = gru(weighted_mean(attn, v[:, None], 1e-8), slots, p)
+        hidden = dense(normed(slots, p, "mlp.layers.0"), p, "mlp.layers.1").relu()
+        slots = slots + dense(hidden, p, "mlp.layers.3")
+    return slots, attn
+
+
+def ocbench(p, inputs, slots, *, iterations=3):
+    x = normed(inputs, p, "norm1kv")
+    k, v = dense(x, p, "proj_k"), dense(x, p, "proj_v")
+    for _ in range(iterations):
+        q = dense(normed(slots, p, "norm1q"), p, "proj_q")
+        attn = (q @ k.mT * q.shape[-1] ** -0.5).softmax(1)[:, None]
+        slots = gru(mean_over_sum(attn, v[:, None], 1e-5), slots, p, "rnn")
+        slots = slots + dense(F.gelu(dense(normed(slots, p, "norm2"), p, "ffn.0")), p, "ffn.2")
+    return slots, attn
+
+
 def locatello(p, inputs, slots, *, iterations=3):
     """The original in TensorFlow: weights are [in, out], the GRU's gates update, reset, candidate."""
     keras = {"eps": 1e-3, "weight": "gamma", "bias": "beta"}
@@ -236,6 +261,10 @@ _SLATE = ("norm_inputs", "norm_slots", "project_q", "project_k", "project_v", "n
 _LUCIDRAINS = ("norm_input", "norm_slots", "to_q", "to_k", "to_v")
 _DINOSAUR = (*_LUCIDRAINS, "ff_mlp.module.0", "ff_mlp.module.1", "ff_mlp.module.3")
 _SLOTFORMER = ("norm_inputs", "project_q.0", "project_q.1", "project_k", "project_v", "mlp.0", "mlp.1", "mlp.3")
+_VIDEOSAUR = (
+    "norm_features", "norm_slots", "to_q", "to_k", "to_v", "mlp.layers.0", "mlp.layers.1", "mlp.layers.3",
+)  # fmt: skip
+_OCBENCH = ("norm1kv", "norm1q", "proj_q", "proj_k", "proj_v", "norm2", "ffn.0", "ffn.2")
 # Published formula, its state dict, the options of our module beyond those of the variant, the formula's settings.
 CASES = {
     "locatello": (locatello, keras_shapes(), {}, {}),
@@ -261,6 +290,10 @@ CASES = {
     "slotformer": (slotformer, torch_shapes(_SLOTFORMER), {}, {}),
     "spot": (spot, torch_shapes(_SLATE), {}, {}),
     "spot, bi-level": (spot, torch_shapes(_SLATE), {"truncation": "bi_level"}, {"truncation": "bi_level"}),
+    "videosaur": (videosaur, torch_shapes(_VIDEOSAUR), {}, {}),
+    "ocbench": (
+        ocbench, {name.replace("gru.", "rnn."): shape for name, shape in torch_shapes(_OCBENCH).items()}, {}, {},
+    ),
     "spot, fixed point": (spot, torch_shapes(_SLATE), {"truncation": "fixed_point"}, {"truncation": "fixed_point"}),
 }  # fmt: skip
 

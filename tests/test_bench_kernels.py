@@ -415,7 +415,8 @@ def test_every_bench_runs_at_tiny_size(rehearsal, capsys):
 def test_gpu_script_knows_its_parts(tmp_path):
     more = {"OUT": str(tmp_path / "out"), "STORE": str(tmp_path / "store"), "PYTHON": "true"}
     done = run(["bash", str(BENCH / "gpu_check.sh"), "kernel"], environment(**more))
-    assert done.returncode == 2 and "use kernels, bench, sweep, data, step, growth, tests, scenes, photos" in done.stderr
+    parts = "kernels, bench, sweep, data, step, growth, tests, scenes, photos"
+    assert done.returncode == 2 and f"use {parts}" in done.stderr
 
 
 interpreted = pytest.mark.skipif(not dispatch.INTERPRETED, reason="needs Triton's interpreter")

@@ -20,6 +20,7 @@ from spot_fast.encoder import (
     normalise,
     packaged_weights,
     resample_positions,
+    vit_name,
 )
 from spot_fast.errors import UserError
 from spot_fast.timm_import import import_timm
@@ -138,13 +139,68 @@ def test_weight_files_that_do_not_fit_are_refused(tmp_path):
     refuse("has 4 blocks", train_blocks=5)
 
 
+@pytest.mark.parametrize("name", ["vit_small_patch16_224.dino", "vit_small_patch14_dinov2",
+                                  "vit_small_patch14_reg4_dinov2"])
+def test_a_vit_is_recognised_by_its_weights(name):
+    """Those with a name of timm's by it, others by their shape, which is enough to build them."""
+    weights = dict(build_vit(preset("coco", encoder=name)).state_dict())
+    torch.nn.init.normal_(weights["pos_embed"])
+    assert vit_name(weights) == name
+    shape = vit_name(weights, heads=3)
+    assert shape.startswith("vit:patch=1") and "width=384,depth=12,heads=3,hidden=1536" in shape
+    own = build_vit(preset("coco", encoder=shape))
+    load_vit_weights(own, weights, pos_resize="dino", source="x")
+    assert own.blocks[0].attn.num_heads == 3 and own.state_dict().keys() == weights.keys()
+
+
+def test_maes_fixed_positions_are_not_taken_for_dinos():
+    weights = dict(build_vit(preset("coco", encoder="vit_base_patch16_224.mae")).state_dict())
+    weights["pos_embed"] = torch.randn(1, 197, 768)
+    assert vit_name(weights) == "vit_base_patch16_224.dino"
+    weights["pos_embed"][:, 0] = 0
+    assert vit_name(weights) == "vit_base_patch16_224.mae"
+
+
+@pytest.mark.parametrize("encoder, words", [
+    ("vit:patch=8,width=24", "describes no ViT: give depth, heads, hidden, patch, width"),
+    ("vit:patch=8,width=24,depth=2,heads=0,hidden=8", "describes no ViT"),
+    ("vit:patch=8,width=24,depth=2,heads=3,hidden=8,colour=1", "describes no ViT"),
+    ("vit:patch=8,width=24,depth=2,heads=5,hidden=8", "heads=5 does not divide width=24"),
+])  # fmt: skip
+def test_a_vit_described_wrongly_is_refused(encoder, words):
+    with pytest.raises(UserError, match=words):
+        build_vit(preset("scenes", encoder=encoder))
+
+
+def test_dinov2s_own_weights_with_registers_mean_the_same():
+    """Its source adds the class token's position when it runs, timm has added it; features are equal."""
+    vit = small_vit(reg_tokens=2, no_embed_class=True)
+    torch.nn.init.normal_(vit.cls_token)
+    source, position = dict(vit.state_dict()), torch.randn(1, 1, 24)
+    source |= {"cls_token": vit.cls_token.data - position, "pos_embed": torch.cat([position, vit.pos_embed.data], 1)}
+    again = small_vit(reg_tokens=2, no_embed_class=True)
+    load_vit_weights(again, source, pos_resize="dino", source="x")
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(Encoder(again, last_blocks=1)(images), Encoder(vit, last_blocks=1)(images))
+
+
+def test_the_encoder_of_a_whole_spot_of_the_authors_is_the_frozen_one(tmp_path):
+    vit = build_vit(SCENES)
+    frozen = {f"second_encoder.{name}": value for name, value in vit.state_dict().items()}
+    student = {name.removeprefix("second_"): value + 1 for name, value in frozen.items()}
+    rest = {"slot_attn.slot_attention.project_q.weight": torch.zeros(2, 2), "pos_embed": torch.zeros(1, 64, 128)}
+    torch.save({"model": frozen | student | rest, "epoch": 3}, tmp_path / "spot.pt.tar")
+    found = build_encoder(preset("scenes", encoder_weights=str(tmp_path / "spot.pt.tar"))).vit.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in vit.state_dict().items())
+
+
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     class Malicious:
         def __reduce__(self):
             return (open, (str(tmp_path / "executed"), "w"))
 
     torch.save({"cls_token": Malicious()}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"--encoder-weights: checkpoint .*w.pth was not loaded: it calls \w+.open"):
         build_encoder(preset("scenes", encoder_weights=str(tmp_path / "w.pth")))
     assert not (tmp_path / "executed").exists()
 

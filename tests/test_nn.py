@@ -380,6 +380,8 @@ def test_bad_settings_are_named():
         PermutedDecoder(24, blocks=2, heads=4, cross_heads=5)
     with pytest.raises(ValueError, match="blocks=0"):
         PermutedDecoder(24, blocks=0, heads=4)
+    with pytest.raises(ValueError, match="activation='tanh' is unknown: use one of relu, gelu"):
+        PermutedDecoder(24, blocks=1, heads=4, activation="tanh")
 
 
 @pytest.mark.parametrize(
@@ -387,6 +389,7 @@ def test_bad_settings_are_named():
     [
         ({"eps_in": "mean"}, "eps_in='mean' is unknown: use one of weights, sum"),
         ({"update": "lstm"}, "update='lstm' is unknown"),
+        ({"hidden": "both"}, "hidden='both' is unknown: use one of slots, normed"),
         ({"activation": "tanh"}, "activation='tanh' is unknown: use one of relu, gelu"),
         ({"mlp_norm": "both"}, "mlp_norm='both' is unknown"),
         ({"update": "residual", "inner_dim": 32}, "needs updates as wide as the slots, 64: inner_dim is 32"),

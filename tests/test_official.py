@@ -1,19 +1,22 @@
-"""The authors' checkpoints: every tensor finds its place, outputs are theirs, and a file cannot run code."""
+"""The authors' checkpoints: every tensor finds its place, outputs are theirs, and the way back gives the same file."""
 
-import os
-import pickle
-import zipfile
-
-import numpy as np
 import pytest
 import torch
 
 import golden_models
 import golden_tensors
 from golden_tensors import ROOT, assert_close, load
+from spot_fast.checkpoint import frozen_encoder
 from spot_fast.errors import UserError
-from spot_fast.model import reconstruction_loss
-from spot_fast.official import infer_config, load_official, official_state_dict, official_weights, read_checkpoint
+from spot_fast.model import Spot, reconstruction_loss
+from spot_fast.official import (
+    authors_state_dict,
+    infer_config,
+    load_official,
+    official_state_dict,
+    official_weights,
+)
+from tiny_runs import tiny
 
 GOLDEN = ["stage1_state_dict:*", "stage2_student_state_dict:*", "checkpoints/*"]
 
@@ -51,26 +54,6 @@ def test_a_released_checkpoint_gives_the_authors_outputs():
     for name, value in single.items():
         error = (value - double[name]).abs().max().item()
         assert_close(STORED + name, value, atol=4 * error + 1e-6 * value.abs().max().item())
-
-
-def test_the_rest_of_the_checkpoint_is_plain_data():
-    """NumPy scalars in the optimiser's state, which plain weights_only loading refuses."""
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(FILE, weights_only=True)
-    contents = read_checkpoint(FILE)
-    stored = golden_tensors.index()["checkpoints"]["checkpoints/stage1_checkpoint_numpy1.pt.tar"]
-    assert list(contents) == stored["keys"] and len(contents["model"]) == stored["model_keys"]
-    assert contents["optimizer"]["param_groups"][0]["lr"] == stored["lr"]
-
-
-def test_both_names_of_numpys_module_are_read(tmp_path):
-    """numpy.core is what NumPy 1 wrote, numpy._core what NumPy 2 writes."""
-    contents = read_checkpoint(FILE) | {"epoch": np.float64(3)}
-    torch.save(contents, tmp_path / "new.pt.tar")
-    assert read_checkpoint(tmp_path / "new.pt.tar")["epoch"] == 3
-    with zipfile.ZipFile(FILE) as archive:
-        pickled = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-        assert b"numpy.core" in archive.read(pickled)
 
 
 def test_settings_are_read_off_the_tensors():
@@ -113,45 +96,15 @@ def test_older_key_names_and_wrappings_mean_the_same():
         assert all(torch.equal(converted[name], expected[name]) for name in expected)
 
 
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_checkpoint_cannot_run_code(tmp_path, zipped):
-    file, trace = tmp_path / "evil.pt.tar", tmp_path / "executed"
-    contents = {"model": official_weights(FILE), "epoch": Malicious(str(trace))}
-    torch.save(contents, file, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=r"was not loaded: it calls (posix|nt)\.mkdir"):
-        read_checkpoint(file)
-    assert not trace.exists()
-
-
-def test_allowing_numpy_does_not_outlast_the_reading():
-    before = set(map(repr, torch.serialization.get_safe_globals()))
-    read_checkpoint(FILE)
-    assert set(map(repr, torch.serialization.get_safe_globals())) == before
-
-
-def test_other_files_are_refused_in_a_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"checkpoint .*missing.pt.tar is not a file"):
-        read_checkpoint(tmp_path / "missing.pt.tar")
-    (tmp_path / "half.pt.tar").write_bytes(FILE.read_bytes()[:100_000])
-    (tmp_path / "text.pt.tar").write_text("hello")
-    (tmp_path / "empty.pt.tar").write_bytes(b"")
-    for name in ("half", "text", "empty"):
-        with pytest.raises(UserError, match=rf"checkpoint .*{name}.pt.tar cannot be read .*no checkpoint"):
-            read_checkpoint(tmp_path / f"{name}.pt.tar")
-    torch.save([1, 2], tmp_path / "list.pt.tar")
-    with pytest.raises(UserError, match="holds a list, not a state dict"):
-        read_checkpoint(tmp_path / "list.pt.tar")
+def test_other_state_dicts_are_refused_in_a_sentence():
     with pytest.raises(UserError, match="lacks encoder.patch_embed.proj.weight"):
         official_weights({"model": {"weight": torch.zeros(3)}})
     state = golden_tensors.stage1_state_dict()
+    for name in ("bos_tokens", "encoder.pos_embed", "slot_attn.slot_attention.mlp.0.weight"):
+        with pytest.raises(UserError, match=f"lacks {name}: it is not a model"):
+            infer_config({n: value for n, value in state.items() if n != name})
+    with pytest.raises(UserError, match="has dec.blocks.0.self_attn.bias, which the authors' decoders do not"):
+        official_state_dict(state | {"dec.blocks.0.self_attn.bias": torch.zeros(3)})
     with pytest.raises(UserError, match="has head.weight, which the authors' models do not"):
         official_state_dict(state | {"head.weight": torch.zeros(3)})
     del state["dec.blocks.1.self_attn.proj_k.weight"]
@@ -169,3 +122,40 @@ def test_a_student_trained_deeper_is_refused():
     state["encoder.cls_token"] = state["encoder.cls_token"] + 1
     with pytest.raises(UserError, match="differ in encoder.cls_token"):
         official_state_dict(state)
+
+
+@pytest.mark.parametrize("build, official_state", [
+    (golden_models.stage1, golden_tensors.stage1_state_dict), (golden_models.stage2, golden_tensors.stage2_state_dict)
+])  # fmt: skip
+def test_the_way_back_is_the_authors_state_dict(build, official_state):
+    """Names, shapes, types and bits, causal masks and both encoders included: their strict loading accepts it."""
+    expected, found = official_state(), authors_state_dict(build())
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+
+
+def test_cappas_positions_go_back_too():
+    state = golden_tensors.stage1_state_dict() | golden_tensors.state_dict("decoder_variants:parallel_decoding/")
+    model = load_official(state, num_slots=7, encoder_heads=3)
+    found = authors_state_dict(model)
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("changes, reason", [
+    ({"feature_norm": True}, "features are normalised"), ({"slot_heads": 2}, "slot attention has 2 heads"),
+    ({"implementation": "videosaur"}, "implementation is videosaur"),
+])  # fmt: skip
+def test_a_model_that_the_authors_code_cannot_be_is_refused(changes, reason):
+    with pytest.raises(UserError, match=f"cannot become a checkpoint of the authors' implementation: .*{reason}"):
+        config = tiny(**{"feature_norm": False} | changes)
+        authors_state_dict(Spot(config, frozen_encoder(config)))
+
+
+def test_the_preset_is_that_with_as_many_learned_slots():
+    state = golden_tensors.stage2_state_dict()
+    for slots, name in ((7, "coco"), (6, "voc"), (11, "movi_c"), (24, "movi_e"), (5, "coco")):
+        changed = state | {"slot_attn.slots_init.weight": torch.zeros(slots, 64)}
+        assert (infer_config(changed).preset, infer_config(changed).num_slots) == (name, slots)
+    # What the authors' models never have, whatever the data.
+    assert infer_config(state, preset="scenes").feature_norm is False

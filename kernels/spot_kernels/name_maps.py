@@ -60,6 +60,19 @@ NAMES: dict[str, dict[str, str]] = {
     },
     # gkakogeorgiou/spot, slot_attn.py, SlotAttention; the initialisers of its SlotAttentionEncoder
     "spot": {**_SLATE, "slots_init": "initial.mean"},
+    # martius-lab/videosaur, videosaur/modules/groupers.py, SlotAttention with the MLP of networks.py; the initialisers
+    # of initializers.py
+    "videosaur": {
+        "to_q": "project_q", "to_k": "project_k", "to_v": "project_v", "norm_features": "norm_inputs",
+        "norm_slots": "norm_slots", "gru": "gru", "mlp.layers.0": "norm_mlp", "mlp.layers.1": "mlp.0",
+        "mlp.layers.3": "mlp.2", "mean": "initial.mean", "log_std": "initial.scale", "slots": "initial.mean",
+    },
+    # Genera1Z/SmoothSA, object_centric_bench/model/ocl.py, SlotAttention; its NormalShared
+    "ocbench": {
+        "proj_q": "project_q", "proj_k": "project_k", "proj_v": "project_v", "norm1kv": "norm_inputs",
+        "norm1q": "norm_slots", "rnn": "gru", "norm2": "norm_mlp", "ffn.0": "mlp.0", "ffn.2": "mlp.2",
+        "mean": "initial.mean", "logstd": "initial.scale",
+    },
 }  # fmt: skip
 _LEFT_OUT = {"steve": "predictor."}
 _NORMS = ("norm_inputs", "norm_slots", "norm_mlp")

@@ -63,6 +63,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "slotformer": {"iterations": 2, "eps": 1e-6},
     # Kakogeorgiou et al. 2024
     "spot": {"initial": "gaussian"},
+    # Zadaianchuk et al. 2023
+    "videosaur": {"hidden": "normed", "initial": "gaussian"},
+    # the models of Zhao et al.'s OCBench, its SPOT among them
+    "ocbench": {"eps": 1e-5, "eps_in": "sum", "activation": "gelu", "initial": "gaussian"},
 }
 
 
@@ -150,6 +154,7 @@ class SlotAttention(nn.Module):
         bias: whether the projections to q, k and v have a bias.
         scale: of the logits; None = (inner_dim / heads)^-1/2.
         update: `gru`; without one the updates `replace` the slots or are added to them (`residual`).
+        hidden: what the GRU goes on from: the `slots`, or LN(slots), the `normed` ones that q is projected from.
         activation: `relu` or `gelu`, of the MLP.
         mlp_norm: `pre`: slots + MLP(LN(slots)); `post`: LN(slots + MLP(slots)); `none`: slots + MLP(slots).
         mlp_residual: False: without the `slots +`.
@@ -183,6 +188,7 @@ class SlotAttention(nn.Module):
         bias: bool = False,
         scale: float | None = None,
         update: str = "gru",
+        hidden: str = "slots",
         activation: str = "relu",
         mlp_norm: str = "pre",
         mlp_residual: bool = True,
@@ -200,6 +206,7 @@ class SlotAttention(nn.Module):
         _known("truncation", truncation, TRUNCATIONS)
         _known("eps_in", eps_in, ("weights", "sum"))
         _known("update", update, ("gru", "residual", "replace"))
+        _known("hidden", hidden, ("slots", "normed"))
         _known("activation", activation, ACTIVATIONS)
         _known("mlp_norm", mlp_norm, ("pre", "post", "none"))
         if not 0 <= drop_path < 1:
@@ -211,6 +218,7 @@ class SlotAttention(nn.Module):
             )
         self.heads, self.iterations, self.truncation, self.eps = heads, iterations, truncation, eps
         self.eps_in, self.joint_heads, self.update = eps_in, joint_heads or heads == 1, update
+        self.hidden = hidden
         self.mlp_norm, self.mlp_residual, self.mlp_last = mlp_norm, mlp_residual, mlp_last
         self.drop_path = drop_path
         self.scale = (inner_dim // heads) ** -0.5 if scale is None else scale
@@ -322,6 +330,8 @@ class SlotAttention(nn.Module):
         updates, attn, logits = self._attend(k, v, slots, last)
         if self.project_out is not None:
             updates = self.project_out(updates)
+        if self.hidden == "normed":
+            slots = self.norm_slots(slots)
         return self._update(updates, slots, self.mlp is not None and (self.mlp_last or not last)), attn, logits
 
     def _attend(

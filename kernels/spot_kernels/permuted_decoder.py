@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spot_kernels.layers import check_heads, linear, merge_heads, mlp, split_heads
+from spot_kernels.layers import ACTIVATIONS, check_heads, linear, merge_heads, mlp, split_heads
 from spot_kernels.permuted_attention import permuted_causal_attention
 from spot_kernels.slot_cross_attention import slot_cross_attention, slot_cross_map
 
@@ -74,13 +74,13 @@ class SlotCrossAttention(nn.Module):
 
 
 class PermutedDecoderBlock(nn.Module):
-    """Pre-norm transformer block: causal self-attention in an order, cross-attention to slots, FFN (ReLU, 4 × dim).
+    """Pre-norm transformer block: causal self-attention in an order, cross-attention to slots, FFN of width 4 × dim.
 
     `first`: the self-attention's LayerNorm replaces the residual stream, x ← LN(x); x ← x + SA(x), as in the first
     block of the official decoder.
     """
 
-    def __init__(self, dim: int, heads: int, cross_heads: int, *, gain: float, first: bool):
+    def __init__(self, dim: int, heads: int, cross_heads: int, *, gain: float, first: bool, activation: str = "relu"):
         super().__init__()
         self.first = first
         self.norm_self = nn.LayerNorm(dim)
@@ -88,7 +88,7 @@ class PermutedDecoderBlock(nn.Module):
         self.norm_cross = nn.LayerNorm(dim)
         self.cross_attention = SlotCrossAttention(dim, cross_heads, gain=gain)
         self.norm_ffn = nn.LayerNorm(dim)
-        self.ffn = mlp(dim, 4 * dim, dim, gain=gain)
+        self.ffn = mlp(dim, 4 * dim, dim, gain=gain, activation=activation)
 
     def forward(
         self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None, *, return_map: bool = False
@@ -115,25 +115,33 @@ class PermutedDecoderBlock(nn.Module):
 
 
 class PermutedDecoder(nn.Module):
-    """Stack of `PermutedDecoderBlock` with a final LayerNorm (SPOT, section 3.1).
+    """Stack of `PermutedDecoderBlock`, by default with a final LayerNorm (SPOT, section 3.1).
 
     Args:
         dim: width D of tokens and slots.
         blocks: how many blocks.
         heads: heads of every self-attention and of the first block's cross-attention.
         cross_heads: heads of the cross-attention in the blocks after the first; None = heads.
+        activation: `relu` or `gelu`, of the FFNs.
+        final_norm: False: the last block's output is the prediction.
     """
 
-    def __init__(self, dim: int, *, blocks: int, heads: int, cross_heads: int | None = None):
+    def __init__(
+        self, dim: int, *, blocks: int, heads: int, cross_heads: int | None = None, activation: str = "relu",
+        final_norm: bool = True,
+    ):  # fmt: skip
         super().__init__()
         if blocks < 1:
             raise ValueError(f"blocks={blocks}: the decoder needs at least one")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation={activation!r} is unknown: use one of {', '.join(ACTIVATIONS)}")
         gain = (3 * blocks) ** -0.5
         self.blocks = nn.ModuleList(
-            PermutedDecoderBlock(dim, heads, heads if i == 0 else cross_heads or heads, gain=gain, first=i == 0)
+            PermutedDecoderBlock(dim, heads, heads if i == 0 else cross_heads or heads, gain=gain, first=i == 0,
+                                 activation=activation)
             for i in range(blocks)
-        )
-        self.norm = nn.LayerNorm(dim)
+        )  # fmt: skip
+        self.norm = nn.LayerNorm(dim) if final_norm else nn.Identity()
 
     def forward(
         self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None

@@ -49,7 +49,7 @@ def open_rgb(path: str | Path, encoded: bytes | None = None, *, upright: bool = 
     try:
         if upright:
             image = ImageOps.exif_transpose(image)
-        return _to_rgb(image)
+        return to_rgb(image)
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - metadata and palettes can be damaged too
@@ -72,7 +72,7 @@ def open_labels(path: str | Path, encoded: bytes | None = None, *, rim: Collecti
     return labels
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode == "F" or image.mode.startswith("I"):

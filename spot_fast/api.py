@@ -1,0 +1,156 @@
+"""The library in a few lines: load a model, segment pictures, get masks and slots.
+
+    model = spot_fast.load("runs/coco-stage2-001")      # a folder, the authors' .pt.tar, or owner/name on the hub
+    result = model.segment_images([Image.open("photo.jpg"), array])
+    result.labels[0], result.masks[0], result.slots[0]  # [H, W], [K, H, W], [K, U]
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from .checkpoint import find_folder, find_run, load_run
+from .data.transforms import to_rgb, to_tensor
+from .encoder import normalise
+from .model import Spot
+from .pictures import labels_at
+
+MASKS = ("decoder", "slots")
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What a model makes of B pictures, on the CPU. Indexing and `len` are those of the pictures.
+
+    slots [B, K, U]; decoder_masks and slot_masks [B, N, K], soft masks of the N = G·G patches in raster layout, summing
+    to 1 over slots; sizes: (H, W) of each picture; kind: which of the two `masks` and `labels` are made of.
+    """
+
+    slots: Tensor
+    decoder_masks: Tensor
+    slot_masks: Tensor
+    sizes: list[tuple[int, int]]
+    kind: str = "decoder"
+
+    @property
+    def token_masks(self) -> Tensor:
+        """The chosen soft masks [B, N, K] of the patches."""
+        return self.decoder_masks if self.kind == "decoder" else self.slot_masks
+
+    @property
+    def masks(self) -> list[Tensor]:
+        """Soft masks [K, H, W] of each picture at its own size, float32, bilinear; made anew at each access."""
+        return [_mask_at(masks, height, width)
+                for masks, (height, width) in zip(self.token_masks, self.sizes, strict=True)]  # fmt: skip
+
+    @property
+    def labels(self) -> list[Tensor]:
+        """Label maps [H, W] of each picture at its own size, uint8: the slot whose mask is largest."""
+        return [torch.from_numpy(labels_at(masks, height, width))
+                for masks, (height, width) in zip(self.token_masks, self.sizes, strict=True)]  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+
+def load(path: str | os.PathLike | None = None, device: str | torch.device | None = None) -> Spot:
+    """A trained model in eval mode.
+
+    Args:
+        path: run or saved folder, checkpoint file of the authors, or `owner/name` of the hub; None: the newest finished
+            run under `runs`.
+        device: None takes a GPU where there is one.
+
+    Raises:
+        UserError: saying what is missing or does not fit.
+    """
+    device = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    return load_run(find_folder(path) if path is not None else find_run(), device).model
+
+
+@torch.no_grad()
+def segment_images(
+    model: Spot, images: Any, *, orders: str = "0", masks: str = "decoder", batch_size: int = 32, seed: int = 0
+) -> Segmentation:  # fmt: skip
+    """Segments pictures of any sizes, each resized as a whole to the model's square, as `spot_fast.segment` does.
+
+    Args:
+        images: a picture or a sequence of pictures. A picture is a PIL image (taken as it stands, whatever EXIF says
+            of turning it), a uint8 array [H, W, 3] or [H, W], or a uint8 tensor [3, H, W]; a uint8 tensor
+            [B, 3, H, W] or array [B, H, W, 3] is B of them.
+        orders: patch order "0", or "all" averaged.
+        masks: what `masks` and `labels` of the result are made of, the "decoder"'s or the "slots"' masks.
+        batch_size: pictures at a time.
+        seed: of the initial slots' noise, the same for every picture, where slots are gaussian.
+
+    Raises:
+        ValueError: naming the picture and what is wrong with it.
+    """
+    if masks not in MASKS:
+        raise ValueError(f"masks={masks!r} is unknown: use {' or '.join(map(repr, MASKS))}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: use 1 or more")
+    config, device = model.config, next(model.parameters()).device
+    pictures = [_picture(image, number) for number, image in enumerate(_each(images))]
+    if not pictures:
+        raise ValueError("images is empty: pass at least one picture")
+    noise = None
+    if config.slot_init == "gaussian":
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(1, config.num_slots, config.slot_dim, generator=generator).to(device)
+    found: list[tuple[Tensor, ...]] = []
+    for start in range(0, len(pictures), batch_size):
+        squares = torch.stack([square(image, config.image_size) for image in pictures[start : start + batch_size]])
+        own_noise = None if noise is None else noise.expand(len(squares), -1, -1)
+        output = model.segment(normalise(squares.to(device)), orders=orders, noise=own_noise)
+        found.append((output.slots.cpu(), output.masks.cpu(), output.slot_attn.cpu()))
+    slots, decoder_masks, slot_masks = map(torch.cat, zip(*found, strict=True))
+    return Segmentation(slots, decoder_masks, slot_masks, [(image.height, image.width) for image in pictures], masks)
+
+
+def square(image: Image.Image, size: int) -> Tensor:
+    """An RGB picture as a uint8 square [3, S, S], all of it: nothing is cut off."""
+    return to_tensor(image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _each(images: Any) -> Iterable[Any]:
+    if isinstance(images, Image.Image | str | Path):
+        return [images]
+    if isinstance(images, np.ndarray | Tensor):
+        return images if images.ndim >= 4 else [images]
+    return images
+
+
+def _picture(image: Any, number: int) -> Image.Image:
+    """One picture as an RGB image."""
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, str | Path):
+        raise ValueError(f"images[{number}] is a path: pass PIL.Image.open({str(image)!r})")
+    if not isinstance(image, np.ndarray | Tensor):
+        raise ValueError(f"images[{number}] is a {type(image).__name__}: pass a PIL image, an array or a tensor")
+    if image.dtype not in (np.dtype(np.uint8), torch.uint8):
+        raise ValueError(f"images[{number}] has dtype {image.dtype}: pass uint8 values from 0 to 255, not normalised")
+    expected = "[3, H, W]" if isinstance(image, Tensor) else "[H, W, 3] or [H, W]"
+    array = image.permute(1, 2, 0).cpu().numpy() if isinstance(image, Tensor) and image.ndim == 3 else image
+    grey = isinstance(array, np.ndarray) and array.ndim == 2
+    if not isinstance(array, np.ndarray) or not (grey or array.ndim == 3 and array.shape[2] == 3) or not array.size:
+        raise ValueError(f"images[{number}] has shape {list(image.shape)}: expected {expected}")
+    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+
+
+def _mask_at(masks: Tensor, height: int, width: int) -> Tensor:
+    """Soft masks [N, K] on a square grid → [K, height, width], bilinear without align-corners."""
+    grid = round(masks.shape[0] ** 0.5)
+    maps = masks.float().T.reshape(1, -1, grid, grid)
+    return F.interpolate(maps, (height, width), mode="bilinear")[0]

@@ -1,0 +1,207 @@
+"""python -m spot_fast.convert: checkpoints of others become a run folder, and a run a checkpoint of the authors or one
+folder to share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import foreign, official
+from .checkpoint import CONFIG, find_folder, load_run
+from .config import Config, preset_names
+from .encoder import Encoder, build_vit, load_vit_weights, raw_weights
+from .errors import UserError
+from .files import atomic_write
+from .model import Spot
+from .pretrained import check_free, save_pretrained, unused_of
+from .safe_pickle import read_checkpoint
+
+SOURCES = ("authors", *foreign.KINDS)
+_SUFFIXES = (".pt", ".pth", ".tar")
+_EPILOG = """sources (recognised by their tensors; --from insists on one):
+  authors    gkakogeorgiou/spot, stage 1 and 2, transformer and MLP decoder
+  ocbench    Genera1Z/SmoothSA, its SPOT and the distilled student: GELU, no LayerNorm behind the decoder
+  videosaur  martius-lab/videosaur, image models with the MLP decoder; the GRU goes on from normalised slots
+  dinosaur   amazon-science/object-centric-learning-framework, DINOSAUR with the MLP decoder
+What has no counterpart (video models, OCLF's autoregressive decoder) is refused with the reason.
+
+examples:
+  python -m spot_fast.convert checkpoint.pt.tar runs/spot-coco       evaluate, segment and --teacher take it
+  python -m spot_fast.convert checkpoint.pt.tar runs/spot-voc --preset voc
+  python -m spot_fast.convert runs/coco-stage2-001 back.pt.tar       for the authors' code
+  python -m spot_fast.convert runs/coco-stage2-001 shared/spot-coco  one folder with a model card, to share
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m spot_fast.convert", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_EPILOG,
+        description="Reads a checkpoint without running code in it and writes a folder that every command takes as a\n"
+        "run; or writes a run as a checkpoint of the authors' implementation, or as one folder to share.")
+    parser.add_argument("source", metavar="SOURCE", help="checkpoint file, run folder, or owner/name on the hub")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make, or a .pt.tar file for the authors' code")
+    parser.add_argument("--from", dest="kind", choices=("auto", *SOURCES), default="auto",
+                        help="whose checkpoint it is (default: auto)")
+    parser.add_argument("--to", choices=("auto", "folder", "authors"), default="auto",
+                        help="folder, or authors: a .pt.tar (default: what OUT ends in says)")
+    assumed = parser.add_argument_group("what the tensors of a checkpoint do not tell")
+    assumed.add_argument("--preset", choices=preset_names(), help="data set and recipe (default: coco, or the one with "
+                         "as many learned slots)")
+    assumed.add_argument("--num-slots", type=int, metavar="K", help="gaussian slots (default: the preset's)")
+    assumed.add_argument("--slot-iterations", type=int, metavar="N", help="slot-attention iterations (default: 3)")
+    assumed.add_argument("--dec-heads", type=int, metavar="N", help="heads of the transformer decoder (default: 6; "
+                         "ocbench below width 768: 4)")
+    assumed.add_argument("--dec-cross-heads", type=int, metavar="N",
+                         help="heads of its later cross-attentions (default: as many)")
+    assumed.add_argument("--cappa", type=float, metavar="P", help="probability of a parallel step of a CapPa decoder; "
+                         "from 1 on it always decodes in parallel (default: 0.25)")
+    assumed.add_argument("--encoder", metavar="NAME", help="timm name of the ViT, for its licence too (default: DINO's "
+                         "or DINOv2's of the shape; MAE's where positions are fixed sines)")
+    assumed.add_argument("--encoder-heads", type=int, metavar="N", help="heads of a ViT without a name (default: one "
+                         "per 64 channels)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        print("\n".join(_convert(args)))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+_ASSUMED = ("preset", "num_slots", "slot_iterations", "dec_heads", "dec_cross_heads", "cappa", "encoder",
+            "encoder_heads")  # fmt: skip
+
+
+def _convert(args: argparse.Namespace) -> list[str]:
+    """Does what the command line asks for; the lines to print."""
+    out = args.out
+    given = {name: value for name in _ASSUMED if (value := getattr(args, name)) is not None}
+    for name, value in given.items():
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: use 1 or more")
+    check_free(out)
+    source = find_folder(args.source)
+    to = args.to if args.to != "auto" else "authors" if out.suffix in _SUFFIXES else "folder"
+    if source.is_file():
+        if to == "authors":
+            raise UserError(f"{source} is a checkpoint file already: give OUT the name of a folder")
+        return _from_file(source, out, args.kind, given)
+    if not source.exists():
+        raise UserError(f"{args.source} is no file, folder or run: give a checkpoint file, or a run to write")
+    if args.kind != "auto" or given:
+        option = "--from" if args.kind != "auto" else f"--{next(iter(given)).replace('_', '-')}"
+        raise UserError(f"{option} belongs to checkpoint files, but {source} is a run, whose {CONFIG} says all")
+    model = load_run(source).model
+    return _to_authors(model, source, out) if to == "authors" else _to_folder(model, source, out)
+
+
+def _from_file(source: Path, out: Path, kind: str, given: Mapping[str, Any]) -> list[str]:
+    contents = read_checkpoint(source)
+    found = foreign.recognise(contents) or "authors"
+    kind = found if kind == "auto" else kind
+    if kind != found:
+        raise UserError(f"--from {kind}: {source} looks like a checkpoint of {found}, drop the option")
+    unused: dict[str, Tensor] = {}
+    notes: list[str] = []
+    if kind == "authors":
+        config, learned, vit, unused = _authors(contents, given)
+    else:
+        converted = foreign.convert(kind, contents, **given)
+        config, learned, vit, notes = converted.config, converted.learned, converted.vit, converted.notes
+    model = build(config, learned, vit)
+    save_pretrained(model, out, vit=vit, unused=unused, source=f"`{source.name}`, a checkpoint of "
+                    f"{'the authors' if kind == 'authors' else kind}", scores={})  # fmt: skip
+    whose = "the authors' SPOT" if kind == "authors" else kind
+    lines = [f"{source}: {whose}, {describe(config)}", "not in the tensors, so assumed unless given:"]
+    lines += [f"  {line}" for line in official.assumptions(config)]
+    lines += [f"note: {note}" for note in notes]
+    return [*lines, *_written(out), *_next(out, config)]
+
+
+def _authors(contents: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Config, dict, dict, dict]:
+    """Config, learned tensors, the frozen ViT's and what the way back would not give of an authors' checkpoint."""
+    state = official.official_weights(contents)
+    config = official.infer_config(state, **given)
+    learned, vit = official.learned_tensors(state, config), official.frozen_vit(state)
+    original = {name.replace("tf_dec.", "dec.", 1) if name.startswith("tf_dec.") else name: value
+                for name, value in state.items()}  # fmt: skip
+    tokens = (config.image_size // state["encoder.patch_embed.proj.weight"].shape[-1]) ** 2
+    back = official.official_tensors(learned, vit, tokens=tokens, mlp=config.decoder == "mlp")
+    return config, learned, vit, official.unused_tensors(original, back)
+
+
+def build(config: Config, learned: Mapping[str, Tensor], vit: Mapping[str, Tensor]) -> Spot:
+    """The model of converted tensors, in eval mode."""
+    trunk = build_vit(config)
+    load_vit_weights(trunk, dict(vit), pos_resize=config.pos_resize, source="the checkpoint")
+    model = Spot(config, Encoder(trunk, last_blocks=config.train_blocks, feature_norm=config.feature_norm))
+    model.load_learned_state_dict(learned)
+    return model.eval()
+
+
+def describe(config: Config) -> str:
+    """A model in one line."""
+    orders = "9 orders" if config.orders == "spot9" else "standard order"
+    decoder = ("MLP decoder" if config.decoder == "mlp" else f"transformer decoder of {config.dec_blocks} blocks in "
+               f"{orders}") + (", CapPa" if config.cappa else "")  # fmt: skip
+    return (f"stage {config.stage}, {decoder}, {config.num_slots} {config.slot_init} slots of width {config.slot_dim}, "
+            f"encoder {config.encoder} at {config.image_size} px")  # fmt: skip
+
+
+def _to_authors(model: Spot, source: Path, out: Path) -> list[str]:
+    config = model.config
+    if not out.parent.is_dir():
+        raise UserError(f"OUT {out} lies in {out.parent}, which is not a folder: make it, or choose another")
+    state = official.authors_state_dict(model, raw_weights(config)) | unused_of(model)
+    atomic_write(out, lambda partial: torch.save({"model": state}, partial))
+    return [f"{source}: {describe(config)}",
+            f"wrote {out}: {len(state)} tensors under `model`, {out.stat().st_size / 1e6:.1f} MB",
+            f"for the authors' eval_spot.py: {_authors_options(config)}"]  # fmt: skip
+
+
+def _authors_options(config: Config) -> str:
+    """How the authors' evaluation builds the model, but for its encoder."""
+    options = dict(
+        num_slots=config.num_slots, slot_size=config.slot_dim, mlp_hidden_size=config.slot_mlp,
+        num_iterations=config.slot_iterations, image_size=config.image_size, val_image_size=config.image_size,
+        init_method="shared_gaussian" if config.slot_init == "gaussian" else "embedding", dec_type=config.decoder,
+        train_permutations="random" if config.orders == "spot9" else "standard", use_second_encoder=config.stage == 2,
+    )  # fmt: skip
+    if config.decoder == "mlp":
+        options |= dict(mlp_dec_hidden=config.dec_mlp_hidden, use_slot_proj=config.mlp_slot_proj)
+    else:
+        options |= dict(num_dec_blocks=config.dec_blocks, num_heads=config.dec_heads, cappa=config.cappa or -1,
+                        num_cross_heads=config.dec_cross_heads or config.dec_heads)  # fmt: skip
+    return " ".join(f"--{name} {value}" for name, value in options.items())
+
+
+def _to_folder(model: Spot, source: Path, out: Path) -> list[str]:
+    save_pretrained(model, out)
+    return [f"{source}: {describe(model.config)}", *_written(out), *_next(out, model.config)]
+
+
+def _written(out: Path) -> list[str]:
+    sizes = [f"{file.name} {file.stat().st_size / 1e6:.1f} MB" for file in sorted(out.iterdir())]
+    return [f"wrote {out}: {', '.join(sizes)}"]
+
+
+def _next(out: Path, config: Config) -> list[str]:
+    data = "" if config.preset == "scenes" else " --data DATA"
+    lines = ["next:", f"  python -m spot_fast.evaluate {out}{data}", f"  python -m spot_fast.segment IMAGE --run {out}"]
+    if config.stage == 1:
+        lines.append(f"  python -m spot_fast.train --stage 2 --preset {config.preset}{data} --teacher {out}")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

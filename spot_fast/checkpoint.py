@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -161,14 +161,20 @@ def run_folders(root: str | os.PathLike = "runs") -> Iterator[tuple[Path, Config
 
 
 def find_run(root: str | os.PathLike = "runs", *, preset: str | None = None, stage: int | None = None,
-             finished: bool = True) -> Path:  # fmt: skip
-    """The newest finished (or unfinished) run below `root`, of one preset and stage if given; UserError if none."""
+             methods: Sequence[str] = (), finished: bool = True) -> Path:  # fmt: skip
+    """The newest finished (or unfinished) run below `root`, UserError if none.
+
+    Of one preset, one stage and some methods, where they are given; the first method is named in the message.
+    """
     runs = [folder for folder, config in run_folders(root)
-            if preset in (None, config.preset) and stage in (None, config.stage)]  # fmt: skip
+            if preset in (None, config.preset) and stage in (None, config.stage)
+            and (not methods or config.method in methods)]  # fmt: skip
     for folder in runs:
         if is_finished(folder) == finished:
             return folder
     what = " ".join(["finished" if finished else "unfinished", *(["stage", str(stage)] if stage else []), "run"])
+    if preset and methods and methods[0] != "spot":
+        preset += f"+{methods[0]}"
     what += f" of preset {preset}" if preset else ""
     if finished and runs:
         raise UserError(f"there is no {what} in {root}: finish {runs[0].name} with "

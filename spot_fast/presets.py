@@ -141,8 +141,8 @@ def _everything() -> dict[str, Any]:
 
 
 def _list() -> str:
-    lines = ["python -m spot_fast.train --preset DATA+METHOD+ENCODER, in any order; what is left out is scenes, spot "
-             "and dino_vitb16 (scenes: a packaged one)", ""]  # fmt: skip
+    lines = ["python -m spot_fast.train --preset DATA+METHOD+ENCODER, in any order. Left out they are scenes, spot and "
+             "dino_vitb16;", "scenes have an encoder of their own.", ""]  # fmt: skip
     lines += _section("data sets", ((name, one.about) for name, one in DATA_SETS.items()))
     lines += _section("methods", ((name, one.about + ("" if one.stage2 is not None else "; stage 1 alone"))
                                   for name, one in METHODS.items()))  # fmt: skip

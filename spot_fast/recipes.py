@@ -74,13 +74,13 @@ class Vit:
 
 # What every preset has unless it says otherwise: Config's defaults, whose sources are these.
 COMMON: dict[str, Value] = {
-    **_from("D.3, SPOT's code", image_size=224),
+    **_from("D.3", image_size=224),
     **_from("D.2", slot_dim=256, slot_mlp=1024, slot_iterations=3, dec_blocks=4, dec_heads=6, dec_mlp_hidden=2048,
             batch_size=64, warmup_steps=10_000, att_weight=0.005, train_blocks=4),
     **_from("3.2, 4.2 (A)", orders="spot9"),
     **_from("authors' code", clip=0.3, slot_heads=1),
     **_from("3.3", slot_init="gaussian"),
-    **_from("SA [41]", truncation="none"),
+    **_from("authors' code", truncation="none"),
 }  # fmt: skip
 # Stage 2 starts its student fresh, with learned slots whose gradient rule is bi-level.
 STAGE2 = _from("3.3", slot_init="learned", truncation="bi_level")
@@ -190,7 +190,8 @@ ENCODERS: dict[str, Vit] = {
                          f"the hub, or {_META}dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
                          "vit_base_patch14_dinov2", rates=_AS_DINO, notes=(_NOT_IN_PAPER,)),
     "dinov3_vitb16": Vit("DINOv3 ViT-B/16, with registers and rotary positions", "vit_base_patch16_dinov3.lvd1689m",
-                         "not in the paper", "DINOv3 licence", "the hub", "vit_base_patch16_dinov3", rates=_AS_DINO, notes=(_NOT_IN_PAPER,)),
+                         "not in the paper", "DINOv3 licence", "the hub", "vit_base_patch16_dinov3", rates=_AS_DINO,
+                         notes=(_NOT_IN_PAPER,)),
 }  # fmt: skip
 
 

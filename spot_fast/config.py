@@ -77,7 +77,7 @@ class Config:
     truncation: str = _option("none", "which iterations gradients pass through", "slots",
                               ("none", "fixed_point", "bi_level"))
 
-    decoder: str = _option("transformer", "decoder", "decoder", ("transformer", "mlp"))
+    decoder: str = _option("transformer", "decoder: transformer or mlp", "decoder")
     dec_blocks: int = _option(4, "transformer decoder blocks", "decoder")
     dec_heads: int = _option(6, "heads of its self-attention, and of the first cross-attention", "decoder")
     dec_cross_heads: int = _option(0, "heads of the later cross-attentions, 0 = dec_heads", "decoder")

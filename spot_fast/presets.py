@@ -148,11 +148,20 @@ def _list() -> str:
                                   for name, one in METHODS.items()))  # fmt: skip
     lines += _section("encoders", ((name, _about_encoder(name)) for name in ENCODERS))
     lines.append("scores of the paper, percent, decoder masks, mean ± standard deviation of 3 seeds where it has them")
-    best = [row for row in scores() if row.masks == "decoder" and _as_preset(row)]
-    lines += _table(best, with_data=True)
+    lines += _table(main_scores(), with_data=True)
     lines += ["", "python -m spot_fast.presets NAME shows one in full: every value with its source, commands, all "
               "scores."]  # fmt: skip
     return "\n".join(lines)
+
+
+def main_scores() -> list[Score]:
+    """The paper's own scores of decoder masks of what the presets train."""
+    return [row for row in scores() if row.masks == "decoder" and _as_preset(row)]
+
+
+def score_name(row: Score) -> str:
+    """The preset of a row."""
+    return "+".join([row.data, row.method, *([row.encoder] if row.encoder != "dino_vitb16" else [])])
 
 
 def _as_preset(row: Score) -> bool:
@@ -177,9 +186,8 @@ def _table(rows: Sequence[Score], *, with_data: bool) -> list[str]:
     head = ["preset", *([] if with_data else ["stage", "masks"]), *METRICS, "source", ""]
     body = []
     for row in rows:
-        name = "+".join([row.data, row.method, *([row.encoder] if row.encoder != "dino_vitb16" else [])])
         place = [] if with_data else [str(row.stage), row.masks]
-        body.append([name, *place, *row.figures, row.source, row.note])
+        body.append([score_name(row), *place, *row.figures, row.source, row.note])
     widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
     return ["  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
             for line in [head, *body]]  # fmt: skip

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,10 +31,16 @@ CARDS = ("RTX 3090", "A100", "H100")
 SHARE = 0.4
 
 
+@cache
+def _encoder(name: str, image_size: int, last_blocks: int) -> Encoder:
+    return Encoder(build_vit(Config(encoder=name, image_size=image_size)), last_blocks=last_blocks)
+
+
+@cache
 def operations(config: Config, images: int) -> tuple[int, float]:
     """Steps of a run, and operations of one."""
     with torch.device("meta"):
-        encoder = Encoder(build_vit(config), last_blocks=config.train_blocks)
+        encoder = _encoder(config.encoder, config.image_size, config.train_blocks)
         model = Spot(config, encoder)
         teacher = Spot(preset(config.recipe, 1), encoder) if config.stage == 2 else None
     one = step_flops.step(model, teacher, cached=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +22,8 @@ _DOING = {
     "Several processes or GPUs": ("distributed",),
     "Stage 2, resuming and runs on disk": ("teacher", "checkpoint", "self_training"),
     "Opening a data set": ("data/__init__", "data/__main__", "data/check", "data/coco", "data/voc", "data/movi*",
-                           "data/tfrecord", "data/folder", "data/instances", "data/base", "data/transforms", "data/scenes"),
+                           "data/tfrecord", "data/folder", "data/instances", "data/base", "data/transforms",
+                           "data/scenes"),
     "Loading and caching pictures": ("data/*",),
     "Encoder, slots and decoder": ("encoder", "model", "decoders"),
     "Evaluating": ("evaluat*", "metrics", "protocols", "baselines", "size_plot"),
@@ -75,6 +77,7 @@ REMEDIES: dict[str, str] = {
 _KERNELS_REMEDY = "pass an argument that is so"
 
 
+@cache
 def sentences() -> dict[str, list[tuple[str, str]]]:
     """What one was doing → (sentence, what to do), each once, in the order of files and lines."""
     found: dict[str, dict[str, str]] = {title: {} for title in [*_DOING, _KERNELS]}

@@ -1,6 +1,6 @@
 """Writes what is generated in docs/: the tables of reproducing.md and the messages of troubleshooting.md.
 
-    python docs/tables.py            # writes; --check says whether all is current
+    python docs/generate.py            # writes; --check says whether all is current
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "kernels"), str(DOCS.parent / "bench"), str(DOCS)]
 
+import error_sentences  # noqa: E402
 import hours  # noqa: E402
-import messages  # noqa: E402
 
 from spot_fast.files import atomic_write  # noqa: E402
 from spot_fast.presets import main_scores, score_name  # noqa: E402
@@ -29,7 +29,7 @@ def scores() -> str:
 
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "reproducing.md": {"scores": scores, "hours": lambda: hours.table(hours.SHARE)},
-    "troubleshooting.md": {"messages": messages.listing},
+    "troubleshooting.md": {"messages": error_sentences.listing},
 }
 
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         old += 1
         if not check:
             atomic_write(file, partial(_write, text))
-        print(f"docs/{name} {'is not current: python docs/tables.py' if check else 'is written'}")
+        print(f"docs/{name} {'is not current: python docs/generate.py' if check else 'is written'}")
     return int(check and old > 0)
 
 

@@ -36,8 +36,6 @@ _KERNELS = "Calling spot_kernels"
 
 # What to do, by the beginning of sentences that do not say so after a colon.
 REMEDIES: dict[str, str] = {
-    "config has unknown keys": "use the version that wrote it, or train again",
-    "method … is unknown": "use the version that wrote it, or train again",
     "--preset … is unknown: …": "one of the names that it lists; `python -m spot_fast.presets` explains them",
     "the loss or its gradient was not finite": "lower --lr, or --precision float32",
     "--out … is not an empty folder: …": "another folder, or --resume as it says",
@@ -73,6 +71,22 @@ REMEDIES: dict[str, str] = {
     "none of the … pictures of … can be read": "the first reason is given; see Opening a data set",
     "a contact sheet needs": "give it a row",
     "the checkpoint's encoder is not a ViT": "only ViTs that are listed there can be read",
+}
+# The same where what follows the colon is a reason.
+INSTEAD: dict[str, str] = {
+    "config has unknown keys": "use the version that wrote it, or train again",
+    "method … is unknown: it was": "use the version that wrote it, or train again",
+    "--lr is 0": "use more: nothing would be learned",
+    "--slot-heads …: the student": "drop it: a student has one head",
+    "… cannot be resumed: …": "drop the option that it names, or drop --resume for a new run",
+    "the loss or its gradient is not finite at step": "lower --lr, --precision float32, or --on-nonfinite skip",
+    "… has no …: it is not the folder": "give the folder of a run, such as runs/scenes-stage1-001",
+    "… does not exist: name": "check the spelling; name an image or a folder of images",
+    "… is not a COCO instances file: ": "the file is of another kind or damaged: name one with images and annotations",
+    "the position table has": "pass weights of this --encoder",
+    "the weights lack …: they belong": "restore the run's config.json, or use the run that they belong to",
+    "the weights have …, which": "restore the run's config.json, or use the run that they belong to",
+    "the weights have … of shape … but this model": "restore the run's config.json, or use the run that they belong to",
 }
 _KERNELS_REMEDY = "pass an argument that is so"
 
@@ -129,7 +143,7 @@ def _text(node: ast.expr) -> str:
 
 def _split(sentence: str) -> tuple[str, str]:
     """Cause and remedy; the remedy is empty where nothing says what to do."""
-    for beginning, remedy in REMEDIES.items():
+    for beginning, remedy in INSTEAD.items():
         if sentence.startswith(beginning):
             return sentence, remedy
     cause, colon, remedy = sentence.rpartition(": ")
@@ -137,7 +151,9 @@ def _split(sentence: str) -> tuple[str, str]:
     # What stands before the colon may be no more than the operator's name.
     if colon and (" " in said or "=" in said or said == "is" or said.startswith("--")) and remedy.strip("… "):
         return cause, remedy
-    return sentence, ""
+    # The longest beginning: one may be that of another.
+    fitting = [beginning for beginning in REMEDIES if sentence.startswith(beginning)]
+    return sentence, REMEDIES[max(fitting, key=len)] if fitting else ""
 
 
 def listing() -> str:

@@ -161,17 +161,21 @@ def run_folders(root: str | os.PathLike = "runs") -> Iterator[tuple[Path, Config
 
 
 def find_run(root: str | os.PathLike = "runs", *, preset: str | None = None, stage: int | None = None,
-             methods: Sequence[str] = (), finished: bool = True) -> Path:  # fmt: skip
+             methods: Sequence[str] = (), encoder: str | None = None, finished: bool = True) -> Path:  # fmt: skip
     """The newest finished (or unfinished) run below `root`, UserError if none.
 
-    Of one preset, one stage and some methods, where they are given; the first method is named in the message.
+    Of one preset, one stage and some methods, where they are given; the first method is named in the message. Those
+    with `encoder` go before others.
     """
     runs = [folder for folder, config in run_folders(root)
             if preset in (None, config.preset) and stage in (None, config.stage)
             and (not methods or config.method in methods)]  # fmt: skip
-    for folder in runs:
-        if is_finished(folder) == finished:
+    fitting = [folder for folder in runs if is_finished(folder) == finished]
+    for folder in fitting:
+        if encoder is None or read_config(folder).encoder == encoder:
             return folder
+    if fitting:
+        return fitting[0]
     what = " ".join(["finished" if finished else "unfinished", *(["stage", str(stage)] if stage else []), "run"])
     if preset and methods and methods[0] != "spot":
         preset += f"+{methods[0]}"

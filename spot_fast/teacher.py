@@ -27,8 +27,11 @@ INHERITED = (
 )  # fmt: skip
 
 
-def find_teacher(name: str | None, root: Path, preset: str, method: str = "spot") -> Path:
-    """The teacher's run folder: the one named, or the newest finished stage-1 run that can teach preset and method."""
+def find_teacher(name: str | None, root: Path, preset: str, method: str = "spot", encoder: str | None = None) -> Path:
+    """The teacher's run folder: the one named, or the newest finished stage-1 run that can teach preset and method.
+
+    Of several kinds, one with the encoder that was asked for; whether it fits, `check_teacher` says.
+    """
     if name is not None:
         folder = find_folder(name, root)
         read_config(folder)
@@ -37,7 +40,7 @@ def find_teacher(name: str | None, root: Path, preset: str, method: str = "spot"
                             f"--resume {folder}")  # fmt: skip
         return folder
     try:
-        return find_run(root, preset=preset, stage=1, methods=METHODS[method].teachers)
+        return find_run(root, preset=preset, stage=1, methods=METHODS[method].teachers, encoder=encoder)
     except UserError as error:
         raise UserError(f"stage 2 needs a teacher, but {error}") from None
 

@@ -144,12 +144,13 @@ def _new_config(args: Arguments) -> tuple[Config, Path | None]:
         if args.teacher is not None:
             raise UserError(f"--teacher {args.teacher} belongs to stage 2: add --stage 2 or drop it")
         return check_config(args.config()), None
-    teacher = find_teacher(args.teacher, args.runs, args.preset, args.given.get("method", "spot"))
+    given = args.given
+    teacher = find_teacher(args.teacher, args.runs, args.preset, given.get("method", "spot"), given.get("encoder"))
     theirs = read_config(teacher)
-    method = student_method(args.given.get("method"), teacher, theirs)
+    method = student_method(given.get("method"), teacher, theirs)
     # The teacher's encoder is the student's and brings its rates.
-    line = args.config(args.given.get("preset", theirs.preset), method=method, encoder=theirs.encoder)
-    config, taken = inherit(line, theirs, args.given)
+    line = args.config(given.get("preset", theirs.preset), method=method, encoder=theirs.encoder)
+    config, taken = inherit(line, theirs, given)
     check_teacher(teacher, theirs, check_config(config))
     if taken and not args.print_config:
         print("from the teacher: " + ", ".join(f"{name} {getattr(config, name)}" for name in taken))

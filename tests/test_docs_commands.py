@@ -168,7 +168,7 @@ def test_every_error_sentence_says_what_to_do():
     assert not without, f"give them a remedy after a colon, or in REMEDIES of docs/error_sentences.py: {without}"
     causes = {cause for cause, _ in rows}
     assert {"--lr is 0", "--encoder … is not a model timm knows: …", "--data … is not a folder: …"} <= causes
-    for beginning in error_sentences.REMEDIES:
+    for beginning in error_sentences.REMEDIES | error_sentences.INSTEAD:
         assert any(cause.startswith(beginning) for cause in causes), f"no sentence begins with {beginning} any more"
 
 

@@ -21,6 +21,7 @@ from spot_fast.model import Spot
 from spot_fast.published import SCORES, scores
 from spot_fast.recipes import DATA_SETS, ENCODERS, METHODS
 from spot_fast.teacher import find_teacher
+from tiny_runs import options
 
 # From arXiv 2312.00648v3, by hand: preset, stage → what its text says. Appendix D.2 unless another place is named.
 PAPER = [
@@ -173,7 +174,11 @@ def test_a_student_finds_a_teacher_of_its_kind(tmp_path):
     assert find_teacher(None, tmp_path, "coco") == find_teacher(None, tmp_path, "coco", "spot_ens") == spot
     assert find_teacher(None, tmp_path, "coco", "spot_mlp") == mlp
     assert find_teacher(str(plain), tmp_path, "coco") == plain
-    assert find_run(tmp_path, preset="coco", stage=1) in (spot, plain, mlp)
+    mae = a_run(tmp_path, "coco+mae_vitb16", 2)
+    assert find_teacher(None, tmp_path, "coco") == mae
+    for encoder, teacher in (("vit_base_patch16_224.dino", spot), ("vit_base_patch16_224.mae", mae), ("another", mae)):
+        assert find_teacher(None, tmp_path, "coco", "spot", encoder) == teacher
+    assert find_run(tmp_path, preset="coco", stage=1) == mae  # the newest, whatever its method
     with pytest.raises(UserError, match=r"no finished stage 1 run of preset voc\+spot_mlp in .*voc\+spot_mlp$"):
         find_teacher(None, tmp_path, "voc", "spot_mlp")
 
@@ -263,8 +268,6 @@ def test_scores_are_of_presets_and_complete():
 
 def test_methods_of_scenes_train(tmp_path, monkeypatch, capsys):
     """From the command line to the end: an MLP teacher, and the command that it prints for its student."""
-    from tiny_runs import options
-
     monkeypatch.chdir(tmp_path)
     tiny = options(epochs=2, train_images=8, warmup_steps=2, val_images=2, eval_images=0, dec_mlp_hidden=16)
     assert train.main(["--preset", "dinosaur_mlp", "--no-tensorboard", "--threads", "1", *tiny]) == 0

@@ -160,8 +160,9 @@ def main_scores() -> list[Score]:
 
 
 def score_name(row: Score) -> str:
-    """The preset of a row."""
-    return "+".join([row.data, row.method, *([row.encoder] if row.encoder != "dino_vitb16" else [])])
+    """The preset of a row; an encoder that none has is in the row's note."""
+    encoder = [row.encoder] if row.encoder in ENCODERS and row.encoder != "dino_vitb16" else []
+    return "+".join([row.data, row.method, *encoder])
 
 
 def _as_preset(row: Score) -> bool:

@@ -15,7 +15,10 @@ METRICS = ("mBO_i", "mBO_c", "mIoU", "FG-ARI")
 
 @dataclass(frozen=True)
 class Score:
-    """A row of a table: what was scored, and mBO_i, mBO_c, mIoU and FG-ARI as printed, "-" where there is none."""
+    """A row of a table: what was scored, and mBO_i, mBO_c, mIoU and FG-ARI as printed, "-" where there is none.
+
+    encoder is a name of `recipes.ENCODERS`, or dino_vits8, which no preset has.
+    """
 
     data: str
     method: str
@@ -57,20 +60,20 @@ coco dinosaur dino_vitb16 1 decoder | 32.3±0.3 42.1±0.2 30.2±0.3 31.8±0.9 | 
 coco dinosaur dino_vitb16 1 slots | 30.5±0.2 39.8±0.1 28.5±0.3 30.0±0.7 | Tab. 1 (d) | 100 epochs
 coco dinosaur dino_vitb16 1 decoder | 32.0±0.1 41.4±0.3 30.0±0.1 32.3±0.6 | Tab. 1 (a), 3 | --epochs 50
 coco dinosaur dino_vitb16 1 slots | 30.0±0.2 38.9±0.4 28.1±0.2 29.5±0.6 | Tab. 1 (a) | --epochs 50
-coco dinosaur vit_small_patch8_224.dino 1 decoder | 32.3±0.4 38.8±0.4 - 34.3±0.5 | Tab. 5, 6 | its own, 270 epochs
+coco dinosaur dino_vits8 1 decoder | 32.3±0.4 38.8±0.4 - 34.3±0.5 | Tab. 5, 6 | DINOSAUR's own, ViT-S/8, 270 epochs
 coco dinosaur dino_vitb16 1 decoder | 31.6±0.7 39.7±0.9 - 34.1±1.0 | Tab. 10 | not said who trained it
 coco dinosaur moco_vitb16 1 decoder | 31.4±0.2 38.5±0.5 - 35.2±0.2 | Tab. 10 | not said who trained it
 coco dinosaur mae_vitb16 1 decoder | 30.2±1.8 33.2±1.8 - 32.8±3.7 | Tab. 10 | not said who trained it
 coco dinosaur_mlp dino_vitb16 1 decoder | 26.7 30.3 25.6 38.7 | Tab. 4
-coco dinosaur_mlp dino_vitb16 1 decoder | 27.7±0.2 30.9±0.2 - - | Tab. 5 | its own
+coco dinosaur_mlp dino_vitb16 1 decoder | 27.7±0.2 30.9±0.2 - - | Tab. 5 | DINOSAUR's own
 coco cappa dino_vitb16 1 decoder | 27.8 - 26.5 35.3 | Tab. 3
 coco bo_qsa dino_vitb16 1 decoder | 31.5 39.7 - - | Tab. 9 | 100 epochs
 voc spot dino_vitb16 2 decoder | 48.1±0.4 55.3±0.4 46.5±0.4 19.4±0.7 | Tab. 5, 6
 voc spot dino_vitb16 2 slots | - - - 19.7±0.4 | Tab. 6
 voc spot_ens dino_vitb16 2 decoder | 48.3±0.4 55.6±0.4 46.8±0.4 19.9±0.9 | Tab. 5, 6
 voc spot_ens dino_vitb16 2 slots | - - - 19.7±0.4 | Tab. 6
-voc dinosaur dino_vitb16 1 decoder | 44.0±1.9 51.2±1.9 - 24.8±2.2 | Tab. 5, 6 | its own
-voc dinosaur_mlp dino_vitb16 1 decoder | 39.5±0.1 40.9±0.1 - 24.6±0.2 | Tab. 5, 6 | its own
+voc dinosaur dino_vitb16 1 decoder | 44.0±1.9 51.2±1.9 - 24.8±2.2 | Tab. 5, 6 | DINOSAUR's own
+voc dinosaur_mlp dino_vitb16 1 decoder | 39.5±0.1 40.9±0.1 - 24.6±0.2 | Tab. 5, 6 | DINOSAUR's own
 movi_c spot dino_vitb16 2 decoder | 47.0±1.2 - 46.4±1.2 52.1±3.3 | Tab. 5, 6
 movi_c spot dino_vitb16 2 slots | - - - 57.9±2.0 | Tab. 6
 movi_c spot_ens dino_vitb16 2 decoder | 47.3±1.2 - 46.7±1.3 52.3±3.3 | Tab. 5, 6, 7 (c)
@@ -79,13 +82,13 @@ movi_c spot_ens dino_vitb16 1 decoder | 46.1±0.9 - 45.2±0.9 51.8±2.7 | Tab. 7
 movi_c spot_ens dino_vitb16 1 slots | 42.5±0.1 - 41.6±0.1 57.6±0.7 | Tab. 7 (b)
 movi_c dinosaur dino_vitb16 1 decoder | 45.3±1.8 - 44.6±1.7 50.6±4.3 | Tab. 7 (a)
 movi_c dinosaur dino_vitb16 1 slots | 42.8±0.1 - 42.0±0.1 55.4±0.6 | Tab. 7 (a)
-movi_c dinosaur dino_vitb16 1 decoder | 42.4 - - 55.7 | Tab. 5, 6 | its own
-movi_c dinosaur_mlp vit_small_patch8_224.dino 1 decoder | 39.1±0.2 - - 68.6±0.4 | Tab. 5, 6 | its own
+movi_c dinosaur dino_vitb16 1 decoder | 42.4 - - 55.7 | Tab. 5, 6 | DINOSAUR's own
+movi_c dinosaur_mlp dino_vits8 1 decoder | 39.1±0.2 - - 68.6±0.4 | Tab. 5, 6 | DINOSAUR's own, ViT-S/8
 movi_e spot dino_vitb16 2 decoder | 39.9±1.1 - 39.0±1.1 56.4±4.1 | Tab. 5, 6
 movi_e spot dino_vitb16 2 slots | - - - 59.9±0.4 | Tab. 6
 movi_e spot_ens dino_vitb16 2 decoder | 40.1±1.2 - 39.3±1.2 56.8±4.3 | Tab. 5, 6
 movi_e spot_ens dino_vitb16 2 slots | - - - 59.9±0.4 | Tab. 6
-movi_e dinosaur_mlp vit_small_patch8_224.dino 1 decoder | 35.5±0.2 - - 65.1±1.2 | Tab. 5, 6 | its own
+movi_e dinosaur_mlp dino_vits8 1 decoder | 35.5±0.2 - - 65.1±1.2 | Tab. 5, 6 | DINOSAUR's own, ViT-S/8
 """
 
 

@@ -45,8 +45,6 @@ REMEDIES: dict[str, str] = {
     "stage 2 needs a teacher, but …": "train stage 1 first, with the command it gives, or name a run with --teacher",
     "--preset … needs --data PATH, …": "add --data with the folder that it describes",
     "--data … is not a folder: …": "the folder that it describes; check the spelling and that the disk is mounted",
-    "--remove …: …": "a name from python -m spot_fast.data caches",
-    "--list …: the folder": "a file in a folder that exists",
     "image … does not exist": "restore the file, or take it out of the list or annotations that name it",
     "image … cannot be read: …": "the file is damaged: download or export it again",
     "image … cannot be converted to RGB": "save it as an ordinary RGB picture",
@@ -74,6 +72,8 @@ REMEDIES: dict[str, str] = {
 }
 # The same where what follows the colon is a reason.
 INSTEAD: dict[str, str] = {
+    "--remove …: …": "a name from python -m spot_fast.data caches",
+    "--list …: the folder": "a file in a folder that exists",
     "config has unknown keys": "use the version that wrote it, or train again",
     "method … is unknown: it was": "use the version that wrote it, or train again",
     "--lr is 0": "use more: nothing would be learned",

@@ -15,13 +15,16 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from doc_commands import PAGES, ROOT, commands, furnish, python_blocks, untrained
 from spot_fast.config import Config
-from spot_fast.data import open_sets
+from spot_fast.data import READERS, open_sets
+from spot_fast.model import DECODERS
+from spot_fast.recipes import DATA_SETS, ENCODERS
 
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "docs")]
 
@@ -83,10 +86,11 @@ def configured(words: list[str]) -> None:
 
 
 def helped(words: list[str]) -> None:
-    """python FILE …, too long to run: the program exists and its --help knows the options."""
-    code, output = call(Path(words[1]).stem, ["--help"])
-    assert code == 0 and (ROOT / words[1]).is_file()
-    for option in (word for word in words[2:] if word.startswith("--")):
+    """python FILE … or python -m MODULE …, too long to run: the program exists and its --help knows the options."""
+    module = words[2] if words[1] == "-m" else Path(words[1]).stem
+    code, output = call(module, ["--help"])
+    assert code == 0 and (words[1] == "-m" or (ROOT / words[1]).is_file())
+    for option in (word for word in words if word.startswith("--")):
         assert option in output
 
 
@@ -152,7 +156,10 @@ def test_every_command_works(command, place):
 
 @pytest.mark.parametrize("page, number, code", python_blocks(), ids=lambda value: str(value)[:20].splitlines()[0])
 def test_every_python_block_runs(page, number, code, place):
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        for registry in (READERS, DECODERS, DATA_SETS, ENCODERS):  # to which the examples add
+            stack.enter_context(mock.patch.dict(registry))
         exec(compile(code, f"{page}, block {number}", "exec"), {"__name__": "__main__", **_README})
 
 
@@ -167,7 +174,7 @@ def test_every_error_sentence_says_what_to_do():
     without = [cause for cause, remedy in rows if not remedy]
     assert not without, f"give them a remedy after a colon, or in REMEDIES of docs/error_sentences.py: {without}"
     causes = {cause for cause, _ in rows}
-    assert {"--lr is 0", "--encoder … is not a model timm knows: …", "--data … is not a folder: …"} <= causes
+    assert {"--lr-low … is above the peak --lr …", "--encoder … is not a model timm knows: …"} <= causes
     for beginning in error_sentences.REMEDIES | error_sentences.INSTEAD:
         assert any(cause.startswith(beginning) for cause in causes), f"no sentence begins with {beginning} any more"
 

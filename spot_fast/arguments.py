@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from .config import Config, preset, preset_names
 from .errors import UserError
+from .recipes import METHODS, split, timm_name
 
 _GROUPS = {
     "run": "run",
@@ -23,7 +24,9 @@ _GROUPS = {
     "optimisation": "optimisation",
 }
 _METAVARS = {"int": "N", "float": "X", "str": "NAME"}
-_EPILOG = """presets: scenes (generated, needs no data), coco, voc, movi_c, movi_e, folder (need --data PATH).
+_EPILOG = """presets: scenes (generated, needs no data), coco, voc, movi_c, movi_e, folder (need --data PATH); with + a
+method and an encoder where they are not SPOT's own: coco+dinosaur, coco+mae_vitb16, voc+spot_mlp+moco_vitb16.
+All of them with their sources and the paper's numbers: python -m spot_fast.presets
 The defaults above are those of the chosen preset and stage: try --preset coco --stage 2 --help.
 
 examples:
@@ -59,9 +62,9 @@ class Arguments:
     def stage(self) -> int:
         return self.given.get("stage", 1)
 
-    def config(self, preset_name: str | None = None) -> Config:
-        """The preset's Config with what was given."""
-        return preset(preset_name or self.preset, self.stage, **self.changes)
+    def config(self, preset_name: str | None = None, **defaults: Any) -> Config:
+        """The preset's Config with what was given; defaults stand for method and encoder where they were not."""
+        return preset(preset_name or self.preset, self.stage, **(defaults | self.changes))
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -79,24 +82,42 @@ class _Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str] | None = None) -> Arguments:
     """Arguments of a command line; exits with code 2 and a sentence where an option is unknown or malformed.
 
-    UserError where the preset is unknown.
+    UserError where preset or method is unknown, or has no such stage.
     """
-    # Preset and stage first: they decide the defaults that --help shows.
+    # What decides the defaults that --help shows comes first.
     first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="scenes")
+    first.add_argument("--method", default=argparse.SUPPRESS)
+    first.add_argument("--encoder", default=argparse.SUPPRESS)
     first.add_argument("--stage", default="1")
-    known, _ = first.parse_known_args(argv)
-    try:
-        defaults = preset(known.preset, 2 if known.stage == "2" else 1)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    known = vars(first.parse_known_args(argv)[0])
+    defaults = preset(known.pop("preset"), 2 if known.pop("stage") == "2" else 1, **known)
     values = vars(_parser(defaults).parse_args(argv))
     own = {f.name for f in fields(Arguments)} - {"given"}
     given = {name: value for name, value in values.items() if name not in own}
     for name in ("precision", "compile", "loader"):
         if given.get(name) == "auto":  # asks for the default, also of a run that has settled on one
             del given[name]
-    return Arguments(given=_absolute(given), **{name: values[name] for name in own})
+    given = _absolute(_named_parts(given, has_data=values["teacher"] is not None or values["resume"] is not None))
+    return Arguments(given=given, **{name: values[name] for name in own})
+
+
+def _named_parts(given: dict[str, Any], *, has_data: bool) -> dict[str, Any]:
+    """`given` with the parts of --preset as preset, method and encoder, each only where it was named.
+
+    has_data: another run tells which data set it is. UserError where --data is of a set that nothing names.
+    """
+    name = given.get("preset", "scenes")
+    data, method, encoder = split(name)
+    if data is None and not has_data and given.get("data") is not None:
+        raise UserError(f"--preset {name} names no data set for --data {given['data']}: write the set before it, such "
+                        f"as --preset coco+{name}")  # fmt: skip
+    encoder = encoder or given.get("encoder")
+    parts = {"method": method, "encoder": encoder and timm_name(encoder)}
+    rest = {key: value for key, value in given.items() if key != "preset"}
+    if "preset" in given and data is not None:
+        rest["preset"] = data
+    return rest | {key: value for key, value in parts.items() if value is not None}
 
 
 def _absolute(given: dict[str, Any]) -> dict[str, Any]:
@@ -158,6 +179,8 @@ def _add_field(group: argparse._ArgumentGroup, field: Any, default: Any) -> None
     metavar = "{" + ",".join(map(str, choices)) + "}" if choices else _METAVARS[kind]
     if field.name == "preset":
         text = f"{field.metadata['help']}: {', '.join(preset_names())} (default: scenes)"
+    if field.name == "method":
+        text = f"{field.metadata['help']}: {', '.join(METHODS)} (default: spot)"
     if field.name in ("data", "sbd", "cache_dir"):
         metavar = "DIR"
     group.add_argument(option, type={"int": int, "float": float, "str": str}[kind], choices=choices, metavar=metavar,

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -218,14 +218,24 @@ def run_folders(root: str | os.PathLike = "runs") -> Iterator[tuple[Path, Config
 
 
 def find_run(root: str | os.PathLike = "runs", *, preset: str | None = None, stage: int | None = None,
-             finished: bool = True) -> Path:  # fmt: skip
-    """The newest finished (or unfinished) run below `root`, of one preset and stage if given; UserError if none."""
+             methods: Sequence[str] = (), encoder: str | None = None, finished: bool = True) -> Path:  # fmt: skip
+    """The newest finished (or unfinished) run below `root`, UserError if none.
+
+    Of one preset, one stage and some methods, where they are given; the first method is named in the message. Those
+    with `encoder` go before others.
+    """
     runs = [folder for folder, config in run_folders(root)
-            if preset in (None, config.preset) and stage in (None, config.stage)]  # fmt: skip
-    for folder in runs:
-        if is_finished(folder) == finished:
+            if preset in (None, config.preset) and stage in (None, config.stage)
+            and (not methods or config.method in methods)]  # fmt: skip
+    fitting = [folder for folder in runs if is_finished(folder) == finished]
+    for folder in fitting:
+        if encoder is None or read_config(folder).encoder == encoder:
             return folder
+    if fitting:
+        return fitting[0]
     what = " ".join(["finished" if finished else "unfinished", *(["stage", str(stage)] if stage else []), "run"])
+    if preset and methods and methods[0] != "spot":
+        preset += f"+{methods[0]}"
     what += f" of preset {preset}" if preset else ""
     if finished and runs:
         raise UserError(f"there is no {what} in {root}: finish {runs[0].name} with "

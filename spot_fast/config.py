@@ -1,8 +1,8 @@
-"""Everything that can be set about a run, as one flat dataclass, and the presets.
+"""Everything that can be set about a run, as one flat dataclass, and how presets fill it.
 
-A run is described by a `Config`: it is built from a preset (`preset("scenes", stage=1)`), changed from the command
-line, written to `config.json` in the run folder and read back from there. Field names are the command-line names with
-underscores; `help` is what `--help` prints.
+A run is described by a `Config`: it is built from a preset (`preset("scenes", stage=1)`; `recipes` holds them), changed
+from the command line, written to `config.json` in the run folder and read back from there. Field names are the
+command-line names with underscores; `help` is what `--help` prints.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
+
+from . import recipes
+from .errors import UserError
 
 
 def _option(default: Any, help: str, group: str, choices: tuple | None = None) -> Any:
@@ -20,7 +23,8 @@ def _option(default: Any, help: str, group: str, choices: tuple | None = None) -
 class Config:
     """One training run. Sizes in tokens, pixels or channels, rates per step; the defaults are SPOT's (section 4)."""
 
-    preset: str = _option("scenes", "data set and recipe", "run")
+    preset: str = _option("scenes", "data set, with + a method and an encoder if you like", "run")
+    method: str = _option("spot", "how it is trained", "run")
     stage: int = _option(1, "1: reconstruction; 2: a student taught by a stage-1 run", "run", (1, 2))
     seed: int = _option(0, "seed of weights, data order, patch orders and slot noise", "run")
 
@@ -61,8 +65,8 @@ class Config:
     cache_dir: str | None = _option(None, "folder of caches on disk (default: $SPOT_FAST_CACHE or ~/.cache/spot_fast)",
                                     "data")
 
-    encoder: str = _option("vit_base_patch16_224.dino", "timm name of the ViT, or spot_scenes for the packaged one",
-                           "encoder")
+    encoder: str = _option("vit_base_patch16_224.dino", "preset or timm name of the ViT (presets bring their rates), "
+                          "or spot_scenes for the packaged one", "encoder")
     encoder_weights: str | None = _option(None, "safetensors or .pth file of the ViT; hub = let timm download; "
                                           "none = random", "encoder")
     pos_resize: str = _option("dino", "how position embeddings are resampled to another grid", "encoder",
@@ -83,7 +87,7 @@ class Config:
                                   "OCBench, of OCLF's DINOSAUR or of VideoSAUR's (see spot_fast.convert)", "slots",
                                   ("spot", "ocbench", "dinosaur", "videosaur"))
 
-    decoder: str = _option("transformer", "decoder", "decoder", ("transformer", "mlp"))
+    decoder: str = _option("transformer", "decoder: transformer or mlp", "decoder")
     dec_blocks: int = _option(4, "transformer decoder blocks", "decoder")
     dec_heads: int = _option(6, "heads of its self-attention, and of the first cross-attention", "decoder")
     dec_cross_heads: int = _option(0, "heads of the later cross-attentions, 0 = dec_heads", "decoder")
@@ -105,6 +109,11 @@ class Config:
     att_weight_final: float | None = _option(None, "lambda at the end of a cosine schedule (default: constant)",
                                              "optimisation")
 
+    @property
+    def recipe(self) -> str:
+        """Data set and method as `--preset` takes them, the method where it is not spot."""
+        return self.preset if self.method == "spot" else f"{self.preset}+{self.method}"
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
 
@@ -116,44 +125,34 @@ class Config:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"config has unknown keys {', '.join(unknown)}: it was written by another version")
+        if (method := values.get("method", "spot")) not in recipes.METHODS:
+            raise ValueError(f"method {method!r} is unknown: it was written by another version")
         return cls(**values)
 
 
-# Stage 2 starts its student fresh, with learned slots whose gradient rule is bi-level (SPOT, section 3.2).
-_STAGE2 = {"slot_init": "learned", "truncation": "bi_level"}
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    "scenes": dict(
-        image_size=64, mask_size=64, flip=False, train_images=8192, val_images=500, encoder="spot_scenes",
-        feature_norm=True, train_blocks=2, num_slots=6, slot_dim=128, slot_mlp=256, dec_blocks=4, dec_heads=4,
-        epochs=14, batch_size=32, lr=1e-3, lr_low=1e-5, warmup_steps=256, att_weight=0.02, eval_every=2,
-    ),
-    "coco": dict(),
-    "voc": dict(num_slots=6, epochs=560, crop="random"),
-    "movi_c": dict(num_slots=11, epochs=65, crop="stretch", flip=False, mask_size=128, lr=2e-4, lr_low=4e-5),
-    "movi_e": dict(num_slots=24, epochs=65, crop="stretch", flip=False, mask_size=128, lr=2e-4, lr_low=4e-5),
-    "folder": dict(),  # as coco
-}
-
-_PRESETS_STAGE2: dict[str, dict[str, Any]] = {
-    "scenes": dict(epochs=6),
-    "coco": dict(),
-    "voc": dict(),
-    "movi_c": dict(epochs=30, lr_low=1.5e-4),
-    "movi_e": dict(epochs=30, lr_low=1.5e-4),
-    "folder": dict(),
-}
-
-
 def preset_names() -> list[str]:
-    return list(_PRESETS)
+    """The data sets, which are what `Config.preset` holds."""
+    return list(recipes.DATA_SETS)
 
 
 def preset(name: str, stage: int = 1, **changes: Any) -> Config:
-    """The named preset's Config for one stage, with `changes` applied; ValueError names an unknown preset."""
-    if name not in _PRESETS:
-        raise ValueError(f"--preset {name} is unknown: use one of {', '.join(_PRESETS)}")
-    values = dict(_PRESETS[name])
-    if stage == 2:
-        values |= _STAGE2 | _PRESETS_STAGE2[name]
-    return replace(Config(preset=name, stage=stage, **values), **changes)
+    """Config of a data set, method and encoder for one stage, with `changes` applied.
+
+    name joins the three with + in any order, such as "coco", "coco+dinosaur" or "voc+spot_mlp+mae_vitb16"; scenes,
+    spot and the data set's own encoder stand for what it leaves out. `method` and `encoder` may be among the changes:
+    an encoder that the presets know brings its rates under either of its names. UserError names what is unknown.
+    """
+    data, method, encoder = recipes.split(name)
+    for option, named in (("method", method), ("encoder", encoder)):
+        given = changes.get(option)
+        if named and given and recipes.timm_name(named) != recipes.timm_name(given):
+            raise UserError(f"--preset {name} and --{option} {given} differ: give the {option} once")
+    data, method = data or "scenes", method or changes.get("method") or "spot"
+    encoder = encoder or changes.get("encoder")
+    recipes.check_method(method, stage)
+    own = "dino_vitb16" if data != "scenes" else None
+    found = recipes.values(data, method, recipes.encoder_recipe(encoder) if encoder else own, stage)
+    values = {field: value for field, (value, _) in found.items()}
+    if encoder:
+        changes = changes | {"encoder": recipes.timm_name(encoder)}
+    return replace(Config(preset=data, method=method, stage=stage, **values), **changes)

@@ -10,6 +10,7 @@ import copy
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from .config import Config
 from .errors import UserError
 from .hub import hub_answers
 from .official_names import frozen_vit
+from .recipes import ENCODERS, timm_name
 from .safe_pickle import read_checkpoint
 from .timm_import import import_timm
 
@@ -37,6 +39,8 @@ _VIT_NAMES = {
 # (LayerScale).
 _OWN_VIT = re.compile(r"vit:\w+=\d+(,\w+=\d+)*")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, of values in [0, 1]
+# Encoders of `recipes` that timm has no weights for, and so no name: the ViT that their file fits.
+_ARCHITECTURES = {"moco_vitb16": "vit_base_patch16_224"}
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -146,12 +150,14 @@ def build_vit(config: Config) -> nn.Module:
         return timm.models.vision_transformer.VisionTransformer(img_size=config.image_size, **_SCENES_VIT)
     if _OWN_VIT.fullmatch(config.encoder):
         return _own_vit(config)
-    if not timm.is_model(config.encoder):
-        close = timm.list_models(f"*{config.encoder.split('.')[0][:12]}*")[:4]
+    name = timm_name(config.encoder)
+    name = _ARCHITECTURES.get(name, name)
+    if not timm.is_model(name):
+        close = get_close_matches(name, ENCODERS, n=1) or timm.list_models(f"*{name.split('.')[0][:12]}*")[:4]
         hint = f"did you mean {', '.join(close)}?" if close else "python -c 'import timm; print(timm.list_models())'"
         raise UserError(f"--encoder {config.encoder} is not a model timm knows: {hint}")
     try:
-        vit = timm.create_model(config.encoder, pretrained=False, num_classes=0, img_size=config.image_size)
+        vit = timm.create_model(name, pretrained=False, num_classes=0, img_size=config.image_size)
     except TypeError:  # not a model with an image size
         vit = None
     if not hasattr(vit, "blocks") or not hasattr(vit, "num_prefix_tokens"):
@@ -232,7 +238,7 @@ def _find_weights(config: Config) -> dict[str, Tensor]:
         return _read_weights(Path(config.encoder_weights))
     if config.encoder == SCENES_ENCODER:
         return _read_weights(packaged_weights())
-    return _hub_weights(config.encoder)
+    return _hub_weights(timm_name(config.encoder))
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -269,6 +275,9 @@ def _bare(name: str) -> str:
 
 def _hub_weights(name: str) -> dict[str, Tensor]:
     """The hub's weights of a timm model; fails within seconds when neither a cached copy nor the hub is there."""
+    if name in _ARCHITECTURES:
+        raise UserError(f"neither timm nor the hub has the weights of --encoder {name}: download "
+                        f"{ENCODERS[name].weights} and pass it as --encoder-weights FILE")
     timm = import_timm()
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:

@@ -179,7 +179,7 @@ def _report(run: Run, result: Evaluation, sizes: bool) -> str:
     lines = []
     for scored in result.tables:
         lines += [
-            f"{_name(run)} · preset {config.preset} · stage {config.stage} · {count} of {result.data}, "
+            f"{_name(run)} · preset {config.recipe} · stage {config.stage} · {count} of {result.data}, "
             f"masks {scored.mask_size} × {scored.mask_size} · protocol {scored.protocol} · percent",
             "",
             evaluation_table(scored),
@@ -204,7 +204,7 @@ def _summary(runs: list[Run], results: list[Evaluation], group: list[int], sizes
     config = runs[group[0]].config
     parts = []
     for tables in _tables(results, group):
-        parts.append(f"mean ± std of {len(group)} runs · preset {config.preset} · stage {config.stage} · {names} · "
+        parts.append(f"mean ± std of {len(group)} runs · preset {config.recipe} · stage {config.stage} · {names} · "
                      f"protocol {tables[0].protocol} · percent\n\n{mean_table(tables)}")  # fmt: skip
         if sizes:
             parts.append(f"mBO_i by size of the instance, percent of the label map\n\n{mean_size_table(tables)}")
@@ -219,7 +219,7 @@ def _tables(results: list[Evaluation], group: list[int]) -> list[list[Table]]:
 def _plot(target: Path, runs: list[Run], results: list[Evaluation], groups: list[list[int]]) -> None:
     first = results[0].tables[0]
     config = runs[0].config
-    title = f"{results[0].data} · preset {config.preset} · protocol {first.protocol}"
+    title = f"{results[0].data} · preset {config.recipe} · protocol {first.protocol}"
     if len(runs) == 1:
         rows = [(row.title, [mean for mean, _ in row.sizes], [0.0] * len(row.sizes)) for row in first.rows]
     elif groups and len(groups[0]) == len(runs):

@@ -6,7 +6,7 @@ Axes: B images, N = G·G patch tokens in raster layout, D encoder width, K slots
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,21 +116,33 @@ class SlotEncoder(nn.Module):
         return self.attention(self.mlp(self.norm(features)), self.initial_slots(features.shape[0], noise))
 
 
-def _build_decoder(config: Config, encoder: Encoder) -> AutoregressiveDecoder | MlpDecoder:
-    if config.orders != "standard" and (config.decoder == "mlp" or config.cappa > 0):
-        option = "--decoder mlp" if config.decoder == "mlp" else f"--cappa {config.cappa}"
-        raise UserError(f"{option} works in the standard patch order only: add --orders standard")
-    if config.decoder == "mlp":
-        if config.cappa > 0:
-            raise UserError(f"--cappa {config.cappa} belongs to the transformer decoder: drop it or --decoder mlp")
-        return MlpDecoder(encoder.dim, config.slot_dim, encoder.num_tokens, hidden=config.dec_mlp_hidden,
-                          project_slots=config.mlp_slot_proj)  # fmt: skip
+def _transformer(config: Config, encoder: Encoder) -> AutoregressiveDecoder:
     details = DETAILS[config.implementation]
     return AutoregressiveDecoder(
         encoder.dim, config.slot_dim, encoder.grid, blocks=config.dec_blocks, heads=config.dec_heads,
         cross_heads=config.dec_cross_heads, orders=config.orders, cappa=config.cappa, activation=details.activation,
         final_norm=details.final_norm,
     )  # fmt: skip
+
+
+def _mlp(config: Config, encoder: Encoder) -> MlpDecoder:
+    if config.cappa > 0:
+        raise UserError(f"--cappa {config.cappa} belongs to the transformer decoder: drop it or --decoder mlp")
+    return MlpDecoder(encoder.dim, config.slot_dim, encoder.num_tokens, hidden=config.dec_mlp_hidden,
+                      project_slots=config.mlp_slot_proj)  # fmt: skip
+
+
+# --decoder → what builds it; one of your own goes in here (docs/extending.md).
+DECODERS: dict[str, Callable[[Config, Encoder], nn.Module]] = {"transformer": _transformer, "mlp": _mlp}
+
+
+def _build_decoder(config: Config, encoder: Encoder) -> nn.Module:
+    if config.orders != "standard" and (config.decoder == "mlp" or config.cappa > 0):
+        option = "--decoder mlp" if config.decoder == "mlp" else f"--cappa {config.cappa}"
+        raise UserError(f"{option} works in the standard patch order only: add --orders standard")
+    if config.decoder not in DECODERS:
+        raise UserError(f"--decoder {config.decoder} is unknown: use one of {', '.join(DECODERS)}")
+    return DECODERS[config.decoder](config, encoder)
 
 
 class Spot(nn.Module):

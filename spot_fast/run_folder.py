@@ -41,9 +41,9 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: Config, *, root: Path, out: Path | None = None) -> RunFolder:
-        """A new folder with `config`: `out`, or the next free root/<preset>-stage<stage>-<NNN>."""
+        """A new folder with `config`: `out`, or the next free root/<preset>[-<method>]-stage<stage>-<NNN>."""
         if out is None:
-            path = _next_folder(root, f"{config.preset}-stage{config.stage}")
+            path = _next_folder(root, f"{config.recipe.replace('+', '-')}-stage{config.stage}")
         else:
             path = out
             if path.exists() and (not path.is_dir() or any(path.iterdir())):

@@ -14,6 +14,7 @@ from .config import Config
 from .encoder import Encoder
 from .errors import UserError
 from .model import Spot
+from .recipes import METHODS
 
 # Where student and teacher have to agree, and where a user who changed stage 1 expects the same of stage 2. Initial
 # slots, gradient rule, heads of slot attention and optimisation are the stage's own.
@@ -26,8 +27,11 @@ INHERITED = (
 )  # fmt: skip
 
 
-def find_teacher(name: str | None, root: Path, preset: str) -> Path:
-    """The teacher's run folder: the one named, or the newest finished stage-1 run of the preset."""
+def find_teacher(name: str | None, root: Path, preset: str, method: str = "spot", encoder: str | None = None) -> Path:
+    """The teacher's run folder: the one named, or the newest finished stage-1 run that can teach preset and method.
+
+    Of several kinds, one with the encoder that was asked for; whether it fits, `check_teacher` says.
+    """
     if name is not None:
         folder = find_folder(name, root)
         read_config(folder)
@@ -36,9 +40,22 @@ def find_teacher(name: str | None, root: Path, preset: str) -> Path:
                             f"--resume {folder}")  # fmt: skip
         return folder
     try:
-        return find_run(root, preset=preset, stage=1)
+        return find_run(root, preset=preset, stage=1, methods=METHODS[method].teachers, encoder=encoder)
     except UserError as error:
         raise UserError(f"stage 2 needs a teacher, but {error}") from None
+
+
+def student_method(given: str | None, folder: Path, teacher: Config) -> str:
+    """The method of a student: the one `given`, or what follows from its teacher's; UserError where they do not fit."""
+    if given is None:
+        if METHODS[teacher.method].stage2 is not None:
+            return teacher.method
+        return "spot_mlp" if teacher.decoder == "mlp" else "spot"
+    if teacher.method not in METHODS[given].teachers:
+        raise UserError(f"the teacher {folder} was trained with method {teacher.method} but --method {given} needs "
+                        f"{' or '.join(METHODS[given].teachers)}: choose another --teacher, or name no method for a "
+                        "student with the teacher's decoder and orders")  # fmt: skip
+    return given
 
 
 def inherit(config: Config, teacher: Config, given: Iterable[str]) -> tuple[Config, list[str]]:

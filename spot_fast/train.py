@@ -21,10 +21,11 @@ from .distributed import World, join
 from .errors import UserError
 from .precision import resolve
 from .progress import duration, scores_text
+from .recipes import METHODS
 from .run_folder import CORRUPT, OthersFolder, RunFolder, is_free
 from .run_state import FREE
 from .step import resolve_compile
-from .teacher import check_teacher, find_teacher, inherit
+from .teacher import check_teacher, find_teacher, inherit, student_method
 from .throughput import measured_peak
 from .trainer import Outcome, Trainer
 
@@ -144,10 +145,14 @@ def _new_config(args: Arguments) -> tuple[Config, Path | None]:
         if args.teacher is not None:
             raise UserError(f"--teacher {args.teacher} belongs to stage 2: add --stage 2 or drop it")
         return check_config(args.config()), None
-    teacher = find_teacher(args.teacher, args.runs, args.preset)
-    asked = args.config(args.given.get("preset", read_config(teacher).preset))
+    given = args.given
+    teacher = find_teacher(args.teacher, args.runs, args.preset, given.get("method", "spot"), given.get("encoder"))
+    first = read_config(teacher)
+    method = student_method(given.get("method"), teacher, first)
+    # The teacher's encoder is the student's and brings its rates.
+    asked = args.config(given.get("preset", first.preset), method=method, encoder=first.encoder)
     theirs = read_config(teacher, like=asked)
-    config, taken = inherit(asked, theirs, args.given)
+    config, taken = inherit(asked, theirs, given)
     check_teacher(teacher, theirs, check_config(config))
     if taken and not args.print_config:
         print("from the teacher: " + ", ".join(f"{name} {getattr(config, name)}" for name in taken))
@@ -216,7 +221,7 @@ def _same_teacher(args: Arguments, config: Config, about: dict[str, str], path: 
     if config.stage == 1:
         return None
     if args.teacher is not None or "teacher_path" not in about:
-        return find_teacher(args.teacher, args.runs, config.preset)
+        return find_teacher(args.teacher, args.runs, config.preset, config.method)
     recorded = Path(about["teacher_path"])
     return find_teacher(recorded if recorded.exists() else path.parent / recorded.name, args.runs, config.preset)
 
@@ -230,7 +235,7 @@ def _run(trainer: Trainer, folder: RunFolder | OthersFolder, args: Arguments) ->
     if processes > 1:
         where = f"{processes} {'GPUs' if device.type == 'cuda' else f'processes, each {where}'}"
     trained = sum(parameter.numel() for parameter in trainer.parameters) / 1e6
-    print(f"{path}: preset {config.preset}, stage {config.stage}, {len(trainer.train_set)} images, "
+    print(f"{path}: preset {config.recipe}, stage {config.stage}, {len(trainer.train_set)} images, "
           f"{trainer.total_steps} steps of {config.batch_size}, {trained:.1f} M parameters train, "
           f"{trainer.precision} on {where}", flush=True)  # fmt: skip
     if args.measure_peak:
@@ -254,9 +259,11 @@ def _summary(path: Path, config: Config, outcome: Outcome) -> str:
     lines = [f"{path} is finished: {outcome.total_steps} steps in {duration(outcome.seconds)}"]
     if outcome.scores:
         lines.append(scores_text(outcome.scores))
-    student = "" if config.preset == "scenes" else f" --preset {config.preset}"
-    lines += ["next:", f"  python -m spot_fast.evaluate {path}", f"  python -m spot_fast.segment IMAGE --run {path}"]
-    if config.stage == 1:
+    student = "" if config.recipe == "scenes" else f" --preset {config.recipe}"
+    orders = " --orders all" if config.method == "spot_ens" else ""
+    lines += ["next:", f"  python -m spot_fast.evaluate {path}",
+              f"  python -m spot_fast.segment IMAGE --run {path}{orders}"]
+    if config.stage == 1 and METHODS[config.method].stage2 is not None:
         lines.insert(-2, f"  python -m spot_fast.train --stage 2{student} --teacher {path}")
     return "\n".join(lines)
 

@@ -15,8 +15,8 @@ from .loader import Batch, Loader
 from .movi_tfrecord import open_clips
 from .scenes import Scenes
 
-# preset → what opens a split of it, and what its --data has to be
-_READERS: dict[str, tuple[Callable[..., ImageFiles], str]] = {
+# preset → what opens a split of it, and what its --data has to be; one of your own goes in here (docs/extending.md)
+READERS: dict[str, tuple[Callable[..., ImageFiles], str]] = {
     "coco": (coco.Coco, f"a folder with {coco.EXPECTED}"),
     "voc": (voc.Voc, f"a folder with {voc.EXPECTED}"),
     "movi_c": (partial(open_clips, release="movi_c"), f"a folder with {movi.EXPECTED}"),
@@ -37,9 +37,9 @@ def open_set(config: Config, split: str) -> ImageSet:
         image_set = Scenes.from_config(config, split)
         image_set.flip = config.flip and split == "train"
         return image_set
-    if config.preset not in _READERS:
-        raise UserError(f"--preset {config.preset} has no data set: use scenes, {', '.join(_READERS)}")
-    reader, expected = _READERS[config.preset]
+    if config.preset not in READERS:
+        raise UserError(f"--preset {config.preset} has no data set: use scenes, {', '.join(READERS)}")
+    reader, expected = READERS[config.preset]
     needs = f"--preset {config.preset} needs --data PATH, {expected}"
     if not config.data:
         raise UserError(needs)
@@ -57,4 +57,4 @@ def open_sets(config: Config) -> tuple[ImageSet, ImageSet]:
     return open_set(config, "train"), open_set(config, "val")
 
 
-__all__ = ["Batch", "Folder", "ImageFiles", "ImageSet", "Loader", "Masks", "Scenes", "open_set", "open_sets"]
+__all__ = ["Batch", "Folder", "ImageFiles", "ImageSet", "Loader", "Masks", "READERS", "Scenes", "open_set", "open_sets"]

@@ -1,0 +1,68 @@
+"""Writes what is generated in docs/: the tables of reproducing.md and the messages of troubleshooting.md.
+
+    python docs/generate.py            # writes; --check says whether all is current
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "kernels"), str(DOCS.parent / "bench"), str(DOCS)]
+
+import error_sentences  # noqa: E402
+import hours  # noqa: E402
+
+from spot_fast.files import atomic_write  # noqa: E402
+from spot_fast.presets import main_scores, score_name  # noqa: E402
+
+
+def scores() -> str:
+    lines = ["| preset | mBO_i | mBO_c | mIoU | FG-ARI | source |", "|---|---|---|---|---|---|"]
+    lines += [f"| {score_name(row)} | {' | '.join(row.figures)} | {row.source} |" for row in main_scores()]
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
+    "reproducing.md": {"scores": scores, "hours": lambda: hours.table(hours.SHARE)},
+    "troubleshooting.md": {"messages": error_sentences.listing},
+}
+
+
+def renewed(name: str) -> str:
+    """The text of docs/`name` with its generated sections as they have to be."""
+    text = (DOCS / name).read_text(encoding="utf-8")
+    for marker, make in SECTIONS[name].items():
+        before, opening, rest = text.partition(f"<!-- {marker} -->\n")
+        _, closing, after = rest.partition(f"<!-- /{marker} -->")
+        assert opening and closing, f"{name} has no section {marker}"
+        text = f"{before}{opening}{make()}\n{closing}{after}"
+    return text
+
+
+def _write(text: str, file: Path) -> None:
+    file.write_text(text, encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a file is not current")
+    check = parser.parse_args(argv).check
+    old = 0
+    for name in SECTIONS:
+        file, text = DOCS / name, renewed(name)
+        if text == file.read_text(encoding="utf-8"):
+            continue
+        old += 1
+        if not check:
+            atomic_write(file, partial(_write, text))
+        print(f"docs/{name} {'is not current: python docs/generate.py' if check else 'is written'}")
+    return int(check and old > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

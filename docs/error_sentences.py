@@ -36,6 +36,8 @@ _KERNELS = "Calling spot_kernels"
 
 # What to do, by the beginning of sentences that do not say so after a colon.
 REMEDIES: dict[str, str] = {
+    "--encoder-weights: …": "as it says of the file; it has to hold the ViT's weights",
+    "slot attention of this checkpoint: …": "as it says; `--from` chooses another kind of checkpoint",
     "--preset … is unknown: …": "one of the names that it lists; `python -m spot_fast.presets` explains them",
     "the loss or its gradient was not finite": "lower --lr, or --precision float32",
     "--out … is not an empty folder: …": "another folder, or --resume as it says",

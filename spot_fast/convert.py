@@ -100,7 +100,8 @@ def _convert(args: argparse.Namespace) -> list[str]:
         raise UserError(f"{args.source} is no file, folder or run: give a checkpoint file, or a run to write")
     if args.kind != "auto" or given:
         option = "--from" if args.kind != "auto" else f"--{next(iter(given)).replace('_', '-')}"
-        raise UserError(f"{option} belongs to checkpoint files, but {source} is a run, whose {CONFIG} says all")
+        raise UserError(f"{option} belongs to checkpoint files, but {source} is a run, whose {CONFIG} says all: "
+                        "leave the option out")
     model = load_run(source).model
     return _to_authors(model, source, out) if to == "authors" else _to_folder(model, source, out)
 

@@ -161,7 +161,3 @@ class MlpDecoder(nn.Module):
     def masks(self, slots: Tensor, target: Tensor, order_index: Tensor | None = None) -> Tensor:
         """The masks of `forward` alone, [B, N, K]."""
         return self(slots, target)[1]
-
-    def all_orders(self, slots: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """`forward`, in the only order there is."""
-        yield self(slots, target)

@@ -247,7 +247,7 @@ class _Pass:
         with float32_products(self.precision), autocast(self.precision, self.device):
             features, target = model.encode(normalise(torch.stack(images).to(self.device)))
             slots, slot_attn, _ = model.slot_encoder(features, noise)
-            orders = model.decoder.all_orders(slots, target)
+            orders = model.decode_orders(slots, target)
             first = next(orders)
             decoded = {1: first}
             if model.num_orders > 1:

@@ -6,7 +6,7 @@ Axes: B images, N = G·G patch tokens in raster layout, D encoder width, K slots
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,7 +224,15 @@ class Spot(nn.Module):
 
     def decode_all_orders(self, slots: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Prediction [B, N, D] and masks [B, N, K] averaged over all patch orders (ENS)."""
-        return mean_of_orders(self.decoder.all_orders(slots, target))
+        return mean_of_orders(self.decode_orders(slots, target))
+
+    def decode_orders(self, slots: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Prediction and masks in each patch order in turn, order 0 first."""
+        if hasattr(self.decoder, "all_orders"):
+            yield from self.decoder.all_orders(slots, target)
+            return
+        for index in range(self.num_orders):
+            yield self.decoder(slots, target, torch.full((), index, dtype=torch.int64, device=slots.device))
 
     @torch.no_grad()
     def segment(self, images: Tensor, *, orders: str = "0", noise: Tensor | None = None) -> SpotOutput:

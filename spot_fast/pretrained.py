@@ -89,7 +89,7 @@ def _stored_weights(model: Spot) -> Mapping[str, Tensor]:
 def check_free(path: Path) -> None:
     """UserError where there is something at `path` that would be overwritten."""
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
-        raise UserError(f"{path} exists: choose a name that is free, nothing is overwritten")
+        raise UserError(f"{path} exists and is not overwritten: choose a name that is free")
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -169,7 +169,7 @@ def test_refusals_write_nothing(tmp_path, capsys):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
     before = sorted(tmp_path.rglob("*"))
     for argv, words in (
-        ((FILE, tmp_path / "there"), "there exists: choose a name that is free"),
+        ((FILE, tmp_path / "there"), "there exists and is not overwritten: choose"),
         ((FILE, tmp_path / "x.pt.tar"), "is a checkpoint file already"),
         ((FILE, tmp_path / "x", "--from", "ocbench"), "looks like a checkpoint of authors"),
         ((FILE, tmp_path / "x", "--num-slots", "0"), "--num-slots is 0: use 1 or more"),

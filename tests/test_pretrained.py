@@ -72,7 +72,7 @@ def test_what_is_there_is_never_overwritten_and_a_failure_leaves_nothing(run, tm
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("x")
     for name in ("mine", "mine/file"):
-        with pytest.raises(UserError, match="exists: choose a name that is free"):
+        with pytest.raises(UserError, match="exists and is not overwritten: choose a name"):
             run.model.save_pretrained(tmp_path / name)
 
     def full(*arguments):

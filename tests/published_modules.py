@@ -73,7 +73,7 @@ class Lucidrains(nn.Module):
         super().__init__()
         self.dim, self.num_slots, self.iters, self.eps, self.scale = dim, SLOTS, 3, 1e-8, dim**-0.5
         self.slots_mu = nn.Parameter(torch.randn(1, 1, dim))
-        setattr(self, self.sigma, nn.Parameter(torch.randn(1, 1, dim) * 0.1))
+        setattr(self, self.sigma, nn.Parameter(torch.rand(1, 1, dim) * 0.1))
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner) for _ in range(3))
         self.gru = nn.GRUCell(dim, dim)
         self.norm_input, self.norm_slots, self.norm_pre_ff = (nn.LayerNorm(dim) for _ in range(3))
@@ -121,6 +121,18 @@ class Evelinehong(Lucidrains):
 
     def feed(self, x):
         return self.fc2(F.relu(self.fc1(x)))
+
+    def forward(self, inputs, num_slots=None):
+        return self.refined(inputs, num_slots)
+
+
+@published_as("SlotAttention")
+class Evelinehong2021(Evelinehong):
+    sigma = "slots_sigma"
+
+    def initial(self, inputs, num_slots):
+        size = inputs.shape[0], self.num_slots if num_slots is None else num_slots, -1
+        return torch.normal(self.slots_mu.expand(size), self.slots_sigma.expand(size))
 
     def forward(self, inputs, num_slots=None):
         return self.refined(inputs, num_slots)
@@ -285,7 +297,7 @@ class BoQsaPlain(Projected):
         slots = slots_init
         for _ in range(num_iter):
             slots, attn = self.step(slots, k * v.shape[-1] ** -0.5, v)
-        return slots, attn.mT.contiguous()
+        return slots, attn.mT.contiguous() + self.epsilon
 
 
 @published_as("SlotAttention")
@@ -506,6 +518,7 @@ INPUTS["wide"] = (3, 25, SLOT_WIDTH), (3, SLOTS, SLOT_WIDTH)
 MODULES = {
     "Slot Attention (evelinehong)": ([Evelinehong], "alone"),
     "Slot Attention (untitled-ai)": ([Untitled], "alone"),
+    "Slot Attention (evelinehong, 2021)": ([Evelinehong2021], "alone"),
     "lucidrains": ([LucidrainsSlots], "alone"),
     "lucidrains, heads": ([LucidrainsHeads], "alone"),
     "SLATE": ([Slate, lambda: Slate(heads=4)], "slots"),

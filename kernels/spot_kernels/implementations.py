@@ -122,17 +122,27 @@ _LSD = ClassShape(
     {"slot_mu": (1, 1, "U"), "slot_log_sigma": (1, 1, "U")},
 )  # fmt: skip
 
+_EVELINEHONG = ClassShape(
+    "SlotAttention",
+    {**_LUCIDRAINS, "fc1": linear("D", "M"), "fc2": linear("M", "D")},
+    _LUCIDRAINS_NUMBERS,
+    {"slots_mu": (1, 1, "D"), "slots_log_sigma": (1, 1, "D")},
+)
+
 IMPLEMENTATIONS = (
     Implementation(
         "Slot Attention (evelinehong)",
         "evelinehong/slot-attention-pytorch, model.py",
-        ClassShape(
-            "SlotAttention",
-            {**_LUCIDRAINS, "fc1": linear("D", "M"), "fc2": linear("M", "D")},
-            _LUCIDRAINS_NUMBERS,
-            {"slots_mu": (1, 1, "D"), "slots_log_sigma": (1, 1, "D")},
-        ),
+        _EVELINEHONG,
         {"forward": published.evelinehong},
+        WHOLE,
+        _by_count,
+    ),
+    Implementation(
+        "Slot Attention (evelinehong, 2021)",
+        "evelinehong/slot-attention-pytorch, model.py, before it learned the logarithm of sigma",
+        replace(_EVELINEHONG, parameters={"slots_mu": (1, 1, "D"), "slots_sigma": (1, 1, "D")}),
+        {"forward": published.evelinehong_2021},
         WHOLE,
         _by_count,
     ),

@@ -80,10 +80,11 @@ def _with_random_parameters(module: nn.Module) -> nn.Module:
     """A copy in which no layer is idle: zeros, as many models begin with, would hide what differs."""
     module, generator = copy.deepcopy(module), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
             if parameter.is_floating_point():
                 fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * fan_in**-0.5
+                noise = noise.abs() if "sigma" in name else noise
                 parameter.copy_(noise + 0.3 * (parameter.dim() == 1))
     return module
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from spot_kernels import checks
 from spot_kernels.layers import gru_and_norm, merge_heads, split_heads
 from spot_kernels.slot_attention import slot_attention_step
 
@@ -79,10 +80,10 @@ def _gru(gru: nn.GRUCell, updates: Tensor, slots: Tensor) -> Tensor:
 
 
 def _gru_and_norm(gru: nn.GRUCell, norm: nn.LayerNorm, updates: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """New slots and their LayerNorm; under torch.autocast the GRU's state has its dtype, as PyTorch's has."""
-    kind = slots.device.type
-    if torch.is_autocast_enabled(kind) and slots.dtype == torch.float32:
-        slots = slots.to(updates.dtype)
+    """New slots and their LayerNorm."""
+    if slots.is_cuda:
+        # Here, not on CPUs, autocast casts the state of PyTorch's GRU cell as well, and the new slots have that dtype.
+        (slots,) = checks.autocast(slots)
     return gru_and_norm(gru, norm, updates, slots)
 
 
@@ -92,16 +93,17 @@ def _single(tokens: Tensor) -> Tensor:
 
 
 def evelinehong(self, inputs, num_slots=None):
-    batch, width = inputs.shape[0], inputs.shape[2]
-    count = num_slots if num_slots is not None else self.num_slots
-    mean = self.slots_mu.expand(batch, count, -1)
-    spread = torch.exp(self.slots_log_sigma.expand(batch, count, -1))
-    slots = mean + spread * torch.randn_like(spread)
+    size = inputs.shape[0], num_slots if num_slots is not None else self.num_slots, -1
+    spread = torch.exp(self.slots_log_sigma.expand(size))
+    slots = self.slots_mu.expand(size) + spread * torch.randn_like(spread)
+    return _lucidrains_iterations(self, inputs, slots, lambda normed: self.fc2(self.fc1(normed).relu()))
 
-    def mlp(normed):
-        return self.fc2(self.fc1(normed).relu())
 
-    return _lucidrains_iterations(self, inputs, slots, mlp).reshape(batch, -1, width)
+def evelinehong_2021(self, inputs, num_slots=None):
+    """No gradient goes to the mean and the spread of the initial slots."""
+    size = inputs.shape[0], num_slots if num_slots is not None else self.num_slots, -1
+    slots = torch.normal(self.slots_mu.expand(size), self.slots_sigma.expand(size))
+    return _lucidrains_iterations(self, inputs, slots, lambda normed: self.fc2(self.fc1(normed).relu()))
 
 
 def lucidrains(self, inputs, num_slots=None):
@@ -229,7 +231,9 @@ def bo_qsa(self, features, slots_init, num_iter=3):
 
 
 def bo_qsa_plain(self, features, slots_init, num_iter=3):
-    return _bo_qsa_iterations(self, features, slots_init, num_iter, nn.Identity())
+    """Its attention is returned with eps."""
+    slots, attn = _bo_qsa_iterations(self, features, slots_init, num_iter, nn.Identity())
+    return slots, attn + self.epsilon
 
 
 def _bo_qsa_iterations(self, features, slots, iterations, drop_path, *, in_sum=False, truncation="none"):

@@ -190,11 +190,14 @@ class Projected(nn.Module):
     def queries(self, slots):
         return self.project_q(self.norm_slots(slots))
 
-    def step(self, slots, k, v, *, mean=weighted_mean, with_mlp=True, drop=nn.Identity()):
+    def step(self, slots, k, v, *, mean=weighted_mean, with_mlp=True, drop=None):
         """One head; k is scaled."""
         attn = F.softmax(k @ self.queries(slots).transpose(-1, -2), dim=-1)
         slots = gru_step(self.gru, mean(attn, v, self.epsilon), slots)
-        return slots + drop(self.mlp(self.norm_mlp(slots))) if with_mlp else slots, attn
+        if with_mlp:
+            change = self.mlp(self.norm_mlp(slots))
+            slots = slots + (change if drop is None else drop(change))
+        return slots, attn
 
     def step_with_heads(self, slots, k, v, heads):
         """k, v [B, H, N, d], k scaled → slots, attention [B, H, N, K], logits"""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernel_tier import DEVICE, GRADIENT, OUTPUT, assert_as_exact, joined, needs_triton
-from spot_kernels import SlotAttention, nn, use_backend
+from spot_kernels import SlotAttention, layers, use_backend
 
 BATCH, TOKENS, WIDTH, SLOTS, SLOT_WIDTH, HIDDEN = 2, 9, 12, 7, 16, 20
 

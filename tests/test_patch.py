@@ -10,13 +10,47 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+import published_frameworks as frameworks
 import published_modules as published
 from kernel_tier import DEVICE, needs_triton
-from published_modules import INPUTS, MODULES, SLOT_WIDTH, SLOTS, WIDTH
+from published_modules import SLOT_WIDTH, SLOTS, WIDTH
 from spot_kernels import PatchReport, SlotAttention, dispatch, patch, unpatch, use_backend
 from spot_kernels.implementations import IMPLEMENTATIONS
 
-VARIANTS = [(name, i) for name, (builders, _) in MODULES.items() for i in range(len(builders))]
+INPUTS = {
+    "alone": ((3, 25, SLOT_WIDTH),), "video": ((3, 2, 25, WIDTH),), "maps": ((3, 2, WIDTH, 4, 4),),
+    "slots": ((3, 25, WIDTH), (3, SLOTS, SLOT_WIDTH)), "slots first": ((3, SLOTS, SLOT_WIDTH), (3, 25, WIDTH)),
+    "as wide as slots": ((3, 25, SLOT_WIDTH), (3, SLOTS, SLOT_WIDTH)),
+}  # fmt: skip
+# Implementation as reports name it → class, the options of each variant, the inputs it takes.
+MODULES = {
+    "Slot Attention (evelinehong)": (published.Evelinehong, [{}], "alone"),
+    "Slot Attention (evelinehong, 2021)": (published.Evelinehong2021, [{}], "alone"),
+    "Slot Attention (untitled-ai)": (published.Untitled, [{}], "alone"),
+    "lucidrains": (published.LucidrainsSlots, [{}], "alone"),
+    "lucidrains, heads": (published.LucidrainsHeads, [{}], "alone"),
+    "SLATE": (published.Slate, [{}, {"heads": 4}], "slots"),
+    "STEVE": (published.Steve, [{}], "video"),
+    "BO-QSA": (
+        published.BoQsa, [{}, {"truncate": "fixed-point", "drop_path": 0}, {"truncate": "none"}], "as wide as slots",
+    ),
+    "BO-QSA, its Slot Attention": (published.BoQsaPlain, [{}], "as wide as slots"),
+    "SPOT": (published.Spot, [{}, {"truncate": "bi-level"}, {"truncate": "fixed-point", "heads": 2}], "slots"),
+    "OCLF (DINOSAUR)": (
+        frameworks.Oclf,
+        [{}, {"n_heads": 2, "kvq_dim": 24, "bias": True}, {"implicit": True}, {"with_mlp": False}],
+        "slots",
+    ),
+    "VideoSAUR, SlotContrast": (
+        frameworks.Videosaur, [{}, {"kvq_dim": 24, "use_mlp": False}, {"use_gru": False}], "slots first",
+    ),
+    "OCBench": (frameworks.OcBench, [{}, {"trunc_bp": "bi-level", "dropout": 0.0}], "slots"),
+    "LSD": (published.Lsd, [{}, {"heads": 4}], "maps"),
+    "LSD, learned slots": (published.Lsd, [{"learned": True}], "maps"),
+    "SlotDiffusion, SlotFormer": (frameworks.SlotFormer, [{}], "slots"),
+    "SlotDiffusion, SlotFormer, with masks": (frameworks.SlotFormerWithMask, [{}], "slots"),
+}  # fmt: skip
+VARIANTS = [(name, i) for name, (_, options, _) in MODULES.items() for i in range(len(options))]
 NAMES = [f"{name} {i}" if i else name for name, i in VARIANTS]
 every_variant = pytest.mark.parametrize(("name", "variant"), VARIANTS, ids=NAMES)
 
@@ -24,7 +58,8 @@ every_variant = pytest.mark.parametrize(("name", "variant"), VARIANTS, ids=NAMES
 def build(name, variant=0):
     """A module with parameters of trained size: no layer is idle."""
     torch.manual_seed(variant)
-    module = MODULES[name][0][variant]()
+    cls, options, _ = MODULES[name]
+    module = cls(**options[variant])
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.dim() == 1:
@@ -34,7 +69,7 @@ def build(name, variant=0):
 
 def inputs_of(name, dtype=torch.float32):
     generator = torch.Generator().manual_seed(5)
-    shapes = INPUTS[MODULES[name][1]]
+    shapes = INPUTS[MODULES[name][2]]
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
 
 
@@ -88,7 +123,7 @@ def test_outputs_and_gradients_stay(name, variant):
     """In both precisions to rounding, under autocast to bfloat16's, and with the original's dtypes. The module keeps
     parameters, keys and name of its class; unpatching brings the very same numbers back.
     """
-    module, kind = build(name, variant), type(MODULES[name][0][variant]())
+    module, kind = build(name, variant), MODULES[name][0]
     (before, half_before), keys = run_everywhere(name, module), list(module.state_dict())
     parameters = [id(parameter) for parameter in module.parameters()]
     assert only(patch(module)).implementation == name

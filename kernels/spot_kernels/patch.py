@@ -142,7 +142,10 @@ def _patch_one(path: str, module: nn.Module, compiled: bool) -> Patched | None:
         return entry("", "", f"closest to {name}, but {'; '.join(differences)}")
     if reason := "is compiled: patch before torch.compile" if compiled else _obstacle(module, known):
         return entry(name, "", reason)
-    patched = _patched_class(kind, name)
+    try:
+        patched = _patched_class(kind, name)
+    except Exception as error:  # a metaclass or __init_subclass__ may refuse
+        return entry(name, "", f"no class can be derived from it: {error}")
     if reason := disagreement(module, patched, lambda module, draw: known.calls(module, sizes, draw)):
         return entry(name, "", reason)
     module.__class__ = patched

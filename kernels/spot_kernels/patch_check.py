@@ -67,13 +67,16 @@ class _Generators:
     def states(self) -> list[Tensor]:
         states = [torch.get_rng_state()]
         if self.device.type != "cpu":
-            states.append(torch.get_device_module(self.device).get_rng_state(self.device))
+            states.append(torch.get_device_module(self.device).get_rng_state(*self._which()))
         return states
 
     def rewind(self) -> None:
         torch.set_rng_state(self.start[0])
         if self.device.type != "cpu":
-            torch.get_device_module(self.device).set_rng_state(self.start[1], self.device)
+            torch.get_device_module(self.device).set_rng_state(self.start[1], *self._which())
+
+    def _which(self) -> tuple[torch.device, ...]:
+        return () if self.device.type == "mps" else (self.device,)
 
 
 def _with_random_parameters(module: nn.Module) -> nn.Module:

@@ -225,6 +225,25 @@ def test_a_replica_looks_at_its_own_parameters():
     assert replica.forward.__self__ is replica
 
 
+class SlotAttentionModel(Model):
+    """A name that speaks of slot attention, of what holds it."""
+
+
+def test_a_model_named_after_slot_attention_is_not_reported_for_it():
+    assert [module.path for module in patch(SlotAttentionModel()).modules] == ["grouping.slots", "grouping.others"]
+
+
+@pytest.mark.parametrize("name", ["SLATE", "SPOT", "BO-QSA", "OCLF (DINOSAUR)"])
+def test_a_single_slot(name):
+    module, (inputs, slots) = build(name), inputs_of(name)
+    module.num_slots = 1
+    inputs = [inputs, slots.detach()[:, :1].requires_grad_()]
+    before = run(module, inputs)
+    assert patch(module).replaced
+    for a, b in zip(run(module, inputs), before, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_report_names_every_module_and_a_second_call_changes_nothing():
     model = Model()
     model.mine = SlotAttention(WIDTH, SLOT_WIDTH, mlp_hidden=None)

@@ -102,7 +102,7 @@ class ClassShape:
         return [*self._differences(module, sizes)], sizes
 
     def _differences(self, module: nn.Module, sizes: Sizes) -> Iterator[str]:
-        children = {name: child for name, child in module.named_children() if child is not None}
+        children = dict(module.named_children())
         for name, layer in self.layers.items():
             if name in children:
                 if difference := layer.difference(children.pop(name), sizes):

@@ -26,6 +26,7 @@ from spot_kernels.implementations import IMPLEMENTATIONS, Implementation
 from spot_kernels.nn import SlotAttention
 from spot_kernels.patch_check import disagreement
 
+_UNKNOWN = "no implementation we know has a class of this name"
 _LOOKS_LIKE_ONE = re.compile(r"slot_?att|att\w*slot", re.IGNORECASE)
 
 
@@ -92,9 +93,9 @@ def patch(model: nn.Module) -> PatchReport:
         entry = _patch_one(path, module, any(_is_inside(path, outer) for outer in compiled))
         if entry is not None:
             found.append(entry)
-    # A class of which no more is known than a name that speaks of slot attention is often one that holds the module.
+    # Where no more is known than a name that speaks of slot attention, it is often a model that holds the module.
     holders = {a.path for a in found for b in found if a is not b and _is_inside(b.path, a.path)}
-    return PatchReport(tuple(a for a in found if a.implementation or a.path not in holders))
+    return PatchReport(tuple(a for a in found if a.note != _UNKNOWN or a.path not in holders))
 
 
 def unpatch(model: nn.Module) -> list[str]:
@@ -128,14 +129,14 @@ def _patch_one(path: str, module: nn.Module, compiled: bool) -> Patched | None:
         return Patched(path, kind.__name__, implementation, replaced, note)
 
     if hasattr(kind, "_published_class"):
-        known = _implementation(kind._implementation)
+        known = _implementation(kind._published_as)
         return entry(known.name, known.replaced, "; ".join(filter(None, ("was patched before", known.note))))
     if isinstance(module, SlotAttention):
         return entry("spot_kernels", "", "runs on our operators as it is")
     compared = {known.name: _compare(module, known) for known in IMPLEMENTATIONS if _named_class(kind, known)}
     if not compared:
         unknown = _LOOKS_LIKE_ONE.search(kind.__name__)
-        return entry("", "", "no implementation we know has a class of this name") if unknown else None
+        return entry("", "", _UNKNOWN) if unknown else None
     name, (differences, sizes) = min(compared.items(), key=lambda item: len(item[1][0]))
     known = _implementation(name)
     if differences:
@@ -200,7 +201,7 @@ def _hooks(layer: nn.Module) -> Iterator[Any]:
 def _patched_class(published: type, name: str) -> type:
     body = {
         "__module__": published.__module__, "__qualname__": published.__qualname__, "__doc__": published.__doc__,
-        "__reduce_ex__": _reduce, "_published_class": published, "_implementation": name,
+        "__reduce_ex__": _reduce, "_published_class": published, "_published_as": name,
     }  # fmt: skip
     return type(published)(published.__name__, (published,), body | _implementation(name).methods)
 
@@ -209,7 +210,7 @@ def _reduce(self: nn.Module, protocol: int) -> Any:
     """The class is made at run time: copies and pickles find it by the published one."""
     function, arguments, *rest = self._published_class.__reduce_ex__(self, protocol)
     if function is copyreg.__newobj__ and arguments[:1] == (type(self),) and "_published_class" in vars(type(self)):
-        return _new, (self._published_class, self._implementation, *arguments[1:]), *rest
+        return _new, (self._published_class, self._published_as, *arguments[1:]), *rest
     return function, arguments, *rest
 
 

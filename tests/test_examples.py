@@ -15,6 +15,7 @@ MODELS = {"slate": ("Slate", 64, "SLATE"), "dinosaur_mlp": ("DinosaurMlp", 128, 
 def example(request, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     module = importlib.import_module(request.param)
+    monkeypatch.setattr(module.side_by_side, "CALLS", 3)
     model, size, implementation = MODELS[request.param]
 
     def run(*options):

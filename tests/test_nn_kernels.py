@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernel_tier import DEVICE, GRADIENT, OUTPUT, assert_as_exact, joined, needs_triton
-from spot_kernels import SlotAttention, nn, use_backend
+from spot_kernels import SlotAttention, layers, use_backend
 
 BATCH, TOKENS, WIDTH, SLOTS, SLOT_WIDTH, HIDDEN = 2, 9, 12, 7, 16, 20
 
@@ -104,8 +104,8 @@ def test_compiled_module_gives_the_same_numbers(backend, truncation):
 )  # fmt: skip
 def test_gru_and_layernorm_are_one_kernel_where_they_meet(options, calls, monkeypatch):
     """And only there: where the MLP does not follow on a LayerNorm of the GRU's output, the layers run as they are."""
-    fused, count = nn.gru_norm, []
-    monkeypatch.setattr(nn, "gru_norm", lambda *arguments: count.append(1) or fused(*arguments))
+    fused, count = layers.gru_norm, []
+    monkeypatch.setattr(layers, "gru_norm", lambda *arguments: count.append(1) or fused(*arguments))
     assert_module_as_exact(options)
     assert len(count) == calls
 

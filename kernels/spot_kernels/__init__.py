@@ -9,11 +9,13 @@ from spot_kernels.gru_norm import gru_norm
 from spot_kernels.mask_labels import mask_labels
 from spot_kernels.mask_matching import assign_masks, linear_assignment, match_masks, overlap_counts
 from spot_kernels.nn import PermutedDecoder, PermutedDecoderBlock, SlotAttention
+from spot_kernels.patch import PatchReport, patch, unpatch
 from spot_kernels.permuted_attention import permuted_causal_attention, shift_by_order
 from spot_kernels.slot_attention import slot_attention_step
 from spot_kernels.slot_cross_attention import slot_cross_attention
 
 __all__ = [
+    "PatchReport",
     "PermutedDecoder",
     "PermutedDecoderBlock",
     "SlotAttention",
@@ -24,9 +26,11 @@ __all__ = [
     "mask_labels",
     "match_masks",
     "overlap_counts",
+    "patch",
     "permuted_causal_attention",
     "shift_by_order",
     "slot_attention_step",
     "slot_cross_attention",
+    "unpatch",
     "use_backend",
 ]

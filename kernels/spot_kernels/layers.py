@@ -1,9 +1,14 @@
-"""Pieces that the modules share: initialised linear layers and MLPs, splitting into heads and back."""
+"""Pieces that the modules share: initialised linear layers and MLPs, splitting into heads and back, the GRU before a
+LayerNorm."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+from spot_kernels import dispatch
+from spot_kernels.gru_norm import gru_norm
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
 
@@ -47,3 +52,19 @@ def merge_heads(tokens: torch.Tensor) -> torch.Tensor:
 def check_heads(name: str, width: int, heads: int) -> None:
     if heads < 1 or width % heads:
         raise ValueError(f"{name}={heads} does not divide the width {width}: choose a divisor")
+
+
+def gru_and_norm(
+    gru: nn.GRUCell, norm: nn.LayerNorm, updates: torch.Tensor, slots: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """updates [B, K, I], slots [B, K, U] → new slots and their LayerNorm: in one kernel after the GRU's products on a
+    GPU, by the two layers elsewhere.
+    """
+    hidden = slots.flatten(0, 1)
+    if dispatch.choose("gru_norm", updates) != "triton":
+        new = gru(updates.flatten(0, 1), hidden).view_as(slots)
+        return new, norm(new)
+    gates_input = F.linear(updates.flatten(0, 1), gru.weight_ih, gru.bias_ih)
+    gates_hidden = F.linear(hidden, gru.weight_hh, gru.bias_hh)
+    new, normed = gru_norm(gates_input, gates_hidden, hidden, norm.weight, norm.bias, norm.eps)
+    return new.view_as(slots), normed.view_as(slots)

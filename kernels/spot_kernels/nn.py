@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spot_kernels import dispatch
-from spot_kernels.gru_norm import gru_norm
-from spot_kernels.layers import ACTIVATIONS, check_heads, linear, merge_heads, mlp, split_heads
+from spot_kernels.layers import ACTIVATIONS, check_heads, gru_and_norm, linear, merge_heads, mlp, split_heads
 from spot_kernels.name_maps import from_state_dict_of
 from spot_kernels.permuted_decoder import (
     PermutedDecoder,
@@ -359,8 +357,8 @@ class SlotAttention(nn.Module):
         pre, normed = with_mlp and self.mlp_norm == "pre", None
         if self.gru is None:
             slots = updates if self.update == "replace" else slots + updates
-        elif pre and dispatch.choose("gru_norm", updates) == "triton":
-            slots, normed = self._gru_norm(updates, slots)
+        elif pre:
+            slots, normed = gru_and_norm(self.gru, self.norm_mlp, updates, slots)
         else:
             slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
         if not with_mlp:
@@ -373,14 +371,6 @@ class SlotAttention(nn.Module):
             change = change * (change.new_empty(change.shape[0], 1, 1).bernoulli_(keep) / keep)
         slots = slots + change if self.mlp_residual else change
         return self.norm_mlp(slots) if self.mlp_norm == "post" else slots
-
-    def _gru_norm(self, updates: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """New slots and their LayerNorm: what lies between the GRU's products and the MLP in one kernel."""
-        gru, norm, hidden = self.gru, self.norm_mlp, slots.flatten(0, 1)
-        gates_input = F.linear(updates.flatten(0, 1), gru.weight_ih, gru.bias_ih)
-        gates_hidden = F.linear(hidden, gru.weight_hh, gru.bias_hh)
-        new, normed = gru_norm(gates_input, gates_hidden, hidden, norm.weight, norm.bias, norm.eps)
-        return new.view_as(slots), normed.view_as(slots)
 
 
 def _check_iterations(iterations: int) -> None:

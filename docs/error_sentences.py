@@ -70,7 +70,6 @@ REMEDIES: dict[str, str] = {
     "this model cannot be built: …": "the reason is at its end; widths have to be multiples of heads",
     "none of the … pictures of … can be read": "the first reason is given; see Opening a data set",
     "a contact sheet needs": "give it a row",
-    "the checkpoint's encoder is not a ViT": "only ViTs that are listed there can be read",
 }
 # The same where what follows the colon is a reason.
 INSTEAD: dict[str, str] = {

@@ -210,7 +210,7 @@ class Runner:
             raise BenchError(f"{plan.name} cannot be trained: {_last_line(done.stderr)}")
         now, then = json.loads(done.stdout), json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         for name in sorted(now.keys() | then.keys()):
-            if name not in FREE and now.get(name) != then.get(name):
+            if name not in FREE and now.get(name) not in (then.get(name), "auto"):  # a run keeps what auto became
                 raise BenchError(f"{folder} was trained with {name} {then.get(name)} and now it is {now.get(name)}: "
                                  "remove the folder or give another --out")  # fmt: skip
         if plan.teacher and _is_finished(folder):

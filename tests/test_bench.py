@@ -133,6 +133,7 @@ words = sys.argv[1:]
 def after(name): return words[words.index(name) + 1]
 if words[0] == "train":
     config = {"lr": float(after("--lr")), "seed": int(after("--seed")), "batch_size": 4}
+    config["loader"] = "auto" if "--print-config" in words else "torch"  # a run keeps what auto became
     if "--print-config" in words:
         print(json.dumps(config)); sys.exit()
     folder = Path(after("--out")); folder.mkdir(exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ CLUSTER_SIZE = 448  # twice what most ViTs were trained at: finer clusters
 MAX_CLUSTERS = 256  # an indexed PNG has no more labels
 CAPTIONS = {"decoder": "decoder masks", "slots": "slot masks", "clusters": "feature clusters"}
 _SHARPNESS = 10.0  # of clusters' soft masks: exp(-10 · squared distance) of unit vectors, normalised
-_MOST_GRIDS = 16  # models of other grids kept at a time
+_MOST_GRIDS = 16  # other grids whose models are kept
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Masker:
         grid = pictures.shape[2] // self.patch, pictures.shape[3] // self.patch
         if grid not in self._grids:
             if len(self._grids) > _MOST_GRIDS:
-                del self._grids[next(reversed(self._grids))]
+                del self._grids[next(islice(self._grids, 1, None))]  # the oldest but the model's own
             self._grids[grid] = self._see_at(*grid)
         found = self._grids[grid](normalise(pictures.to(self._device, non_blocking=True)))
         masks = {kind: soft.float().cpu() for kind, soft in found.masks.items()}

@@ -41,7 +41,8 @@ def labels_at(masks: Tensor, height: int, width: int, grid: tuple[int, int] | No
 
 
 def indexed_png(labels: np.ndarray, colours: np.ndarray | None = None) -> Image.Image:
-    """A label map uint8 [height, width] as an indexed image: pixel values are labels, colours are uint8 [256, 3]."""
+    """A label map uint8 [height, width] as an indexed image: pixel values are labels, whose colours are the
+    rows of `colours`, uint8 [labels, 3] (default: palette())."""
     image = Image.fromarray(labels).convert("P")  # grey to palette keeps the values
     image.putpalette((palette() if colours is None else colours).tobytes())
     return image
@@ -64,12 +65,13 @@ def overlay(image: Image.Image, masks: Tensor, size: tuple[int, int], *, grid: t
 
     grid as in `labels_at`, colours as in `indexed_png`.
     """
+    return tinted(image, labels_at(masks, size[1], size[0], grid), colours)
+
+
+def tinted(image: Image.Image, labels: np.ndarray, colours: np.ndarray | None = None) -> Image.Image:
+    """`image` at the size of a label map [height, width], each label in its row of `colours`, with outlines."""
+    size = labels.shape[::-1]
     panel = image if image.size == size else picture_panel(image, size)
-    return tinted(panel, labels_at(masks, size[1], size[0], grid), colours)
-
-
-def tinted(panel: Image.Image, labels: np.ndarray, colours: np.ndarray | None = None) -> Image.Image:
-    """A panel under the colours of a label map of its size."""
     tint = indexed_png(labels, colours).convert("RGB")
     # Half of the picture's colour goes, all of its light and shade stays.
     mixed = Image.blend(ImageEnhance.Color(panel).enhance(_SATURATION), tint, _TINT)

@@ -1,35 +1,35 @@
 """What a trained model sees in pictures, or what k-means makes of an encoder's features.
 
-For each picture, in the folder OUT (--out):
-  NAME_overlay.png        picture, decoder masks, slot masks
-  NAME_labels.png         decoder masks as an indexed PNG of the picture's size, pixel value = number of the slot
-  NAME_slot_labels.png    the slot-attention masks likewise
-  NAME_soft.safetensors   with --soft: "decoder" and "slots" [K, h, w], float16, on the grid of patches; resize them
-                          bilinearly (corners not aligned) to "height" and "width" in the metadata
+For each picture, in the folder of --out:
+  NAME_overlay.png        the picture, its decoder masks, its slot masks
+  NAME_labels.png         the decoder masks as an indexed PNG of the picture's size: a pixel's value is its slot
+  NAME_slot_labels.png    the slot masks likewise
+  NAME_soft.safetensors   with --soft: "decoder" and "slots" [K, h, w], float16, on the grid of patches; resized
+                          bilinearly (corners not aligned) to "height" and "width" of the metadata, their argmax is
+                          the label map
   NAME_slots.safetensors  with --slots: "slots" [K, U]
-Without --run the newest finished run is taken. With --encoder instead of a run, the masks are k-means clusters of that
-encoder's features.
+Without --run the newest finished run is taken. With --encoder instead of a run, the masks are k-means clusters of
+that encoder's features.
 
-Pictures may have any size and shape (--fit):
-  stretch      the whole picture is resized to the square that the model was trained on. Fastest; shapes are squeezed,
+Pictures may have any size and shape. --fit says how the model sees them:
+  stretch      The whole picture is resized to the square that the model was trained on. Fast; shapes are squeezed and
                small things are lost.
-  tiles        overlapping squares of that size, half of each shared with the next, over the picture in its own shape.
-               Each is seen as in training; slots of neighbours are joined where they cover the same patches. Finer with
-               a larger --size. There may be more segments than slots, and a thing that is larger than a square may come
-               out in pieces. Pixel value = number of the segment, the largest is 0; --slots gives "slots" [W, K, U] of W
-               squares, their "windows" [W, 4] (left, top, right, bottom, pixels) and "segments" [W, K] (-1: none).
-  interpolate  the whole picture in its own shape at once, its shorter side --size, the ViT's positions interpolated.
-               At the trained square it is the same as stretch, bit for bit; the model has not seen other grids, and
-               masks grow worse the farther from it they are.
+  interpolate  The whole picture in its own shape at once, the ViT's positions interpolated to its grid of patches. A
+               square picture without --size is seen as by stretch, to the bit; the model has not seen other grids.
+  tiles        Overlapping squares, each seen as in training; their slots are joined where they cover the same patches.
+               For details, with a larger --size. What is larger than a square may come out in pieces. Pixel values are
+               numbers of segments, the largest 0; --slots gives "slots" [W, K, U] of the W squares, "windows" [W, 4]
+               (left, top, right, bottom in pixels) and "segments" [W, K] (the slot's pixel value, -1: none).
 
-The largest segment is grey, each of the others has the colour whose fixed place in the picture is nearest: colours depend
-on where segments are, not on how slots are numbered. What exists in OUT is overwritten only where it is of the same
-picture and the same model, or with --overwrite.
+The segment along most of the border is grey, every other one has the colour whose fixed place in the picture is
+nearest: colours depend on where segments are, not on how slots are numbered. A file in --out is overwritten if it is of
+the same picture and model, else only with --overwrite.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -40,12 +40,12 @@ import torch
 from .encoder import SCENES_ENCODER
 from .errors import UserError
 from .evaluation import WORKERS
-from .layouts import FITS, fit_of
-from .maskers import CAPTIONS, CLUSTER_SIZE, Masker, cluster_masker, run_masker
+from .layouts import FITS, Fit, fit_of
+from .maskers import CLUSTER_SIZE, Masker, cluster_masker, run_masker
 from .pictures import contact_sheet
 from .precision import PRECISIONS
 from .segment_batch import MAX_GRID, Wanted, pictures_of, segment_all
-from .segment_files import LABELS, OVERLAY, SLOTS, SOFT, check_overwriting, find_pictures, output_names, save
+from .segment_files import check_overwriting, find_pictures, output_names, save
 
 _NAMED = 10  # so many pictures get a line each
 _MASKS = {"decoder": ("decoder",), "slots": ("slots",), "both": ("decoder", "slots")}
@@ -64,9 +64,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="also overwrite files that are not of the same picture and model")
     parser.add_argument("--fit", choices=FITS, default="stretch", help="see above (default: stretch)")
     parser.add_argument("--size", type=int, metavar="S",
-                        help="shorter side of a picture as the model sees it, with --fit tiles or interpolate (default: "
-                        f"the model's); with --encoder the side of its square (default: {CLUSTER_SIZE}, "
-                        f"{SCENES_ENCODER}: 64)")
+                        help="shorter side in pixels at which the model sees a picture, for interpolate and tiles "
+                        "(default: the side of its square); with --encoder also the side of the square for stretch "
+                        f"(default: {CLUSTER_SIZE}, {SCENES_ENCODER}: 64)")
     parser.add_argument("--orders", choices=("0", "all"), default="0",
                         help="patch order 0, or the average over all nine (default: 0)")
     parser.add_argument("--masks", choices=tuple(_MASKS), help="which masks to write and show (default: both)")
@@ -84,7 +84,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="squares at a time, fewer where grids are larger; changes nothing but rounding "
                         "(default: 16)")
     parser.add_argument("--workers", type=int, default=WORKERS, metavar="N",
-                        help=f"threads that read and write pictures (default: one a processor, at most 8; here {WORKERS})")
+                        help="threads that read and write pictures (default: one a processor, at most 8; here "
+                        f"{WORKERS})")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto",
                         help="of the model; auto is bf16 where the device multiplies it in hardware, else float32 "
                         "(default: auto)")
@@ -136,8 +137,16 @@ def _masker(args: argparse.Namespace, device: str) -> tuple[Masker, int, str]:
                           size=None if args.fit == "tiles" else args.size, device=device, precision=args.precision)
 
 
+def _fit(args: argparse.Namespace, masker: Masker) -> Fit:
+    fit = fit_of(args.fit, masker.size, masker.patch, args.size)
+    fewest = math.prod(fit(1, 1).window)
+    if args.encoder and args.clusters > fewest:
+        raise UserError(f"--clusters {args.clusters}: with --size {args.size} use 1 to {fewest}")
+    return fit
+
+
 def run(args: argparse.Namespace) -> int:
-    """Segments what `args` name; the exit code: 0 unless not a single picture could be read."""
+    """Segments what `args` name and says so; the exit code."""
     _check(args)
     files = find_pictures(args.images, args.out)
     paths = [path for path, _ in files]
@@ -145,44 +154,33 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--grid {args.grid} is one of the pictures: choose another name")
     device = _device(args.device)
     masker, size, what = _masker(args, device)
-    pictures = pictures_of(paths, args.scenes, size, masker.identity)
+    fit = _fit(args, masker)
     kinds = _MASKS[args.masks or "both"] if "slots" in masker.kinds else masker.kinds
-    endings = [*([OVERLAY] if args.overlay else []), *(LABELS[kind] for kind in kinds),
-               *([SOFT] if args.soft else []), *([SLOTS] if args.slots else [])]  # fmt: skip
-    stems = [stem for _, stem in files] + [f"scene_{index:03d}" for index in range(args.scenes)]
-    names = output_names(stems, paths, args.out)
+    metadata = {"fit": args.fit, "model": what, **({} if args.encoder else {"orders": args.orders})}
+    wanted = Wanted(args.out, kinds, args.overlay, args.soft, args.slots, metadata)
+    pictures = pictures_of(paths, args.scenes, size, masker.identity)
+    names = output_names([stem for _, stem in files] + [f"scene_{i:03d}" for i in range(args.scenes)], paths, args.out)
     if not args.overwrite:
-        check_overwriting(args.out, names, [picture.origin for picture in pictures], endings)
-    fit = fit_of(args.fit, size, masker.patch, args.size)
-    if args.encoder and args.clusters > (smallest := len(fit(1, 1).window) and fit(1, 1).window[0] ** 2):
-        raise UserError(f"--clusters {args.clusters}: with --size {args.size} use 1 to {smallest}")
+        check_overwriting(args.out, names, [picture.origin for picture in pictures], wanted.endings)
     print(f"{what}, {size} px, {device}", flush=True)
-    wanted = Wanted(args.out, kinds, args.overlay, args.soft, args.slots,
-                    {"fit": args.fit, "model": what, **({} if args.encoder else {"orders": args.orders})})
     start = time.perf_counter()
     results = segment_all(pictures, names, masker, fit, wanted, batch_size=args.batch_size, workers=args.workers,
-                          grid=bool(args.grid))  # fmt: skip
+                          grid=args.grid is not None)  # fmt: skip
     seconds = time.perf_counter() - start
-    done = len(results.sizes)
     if len(pictures) <= _NAMED:
         for index, (width, height) in sorted(results.sizes.items()):
             print(f"{args.out / names[index]}_*  {width} x {height}")
     if results.rows:
-        save(contact_sheet([results.rows[i] for i in sorted(results.rows)], columns=_columns(len(results.rows))),
-             args.grid)  # fmt: skip
-        more = f", the first {MAX_GRID} of {len(pictures)} pictures" if len(pictures) > MAX_GRID else ""
-        print(f"{args.grid}{more}")
+        rows = [row for _, row in sorted(results.rows.items())]
+        save(contact_sheet(rows, columns=1 if len(rows) < 4 else 2 if len(rows) <= 24 else 4), args.grid)
+        print(args.grid, f"(the first {MAX_GRID} of {len(pictures)} pictures)" if len(pictures) > MAX_GRID else "")
     if results.skipped:
         print(f"{results.skipped} of {len(pictures)} could not be read and were skipped", file=sys.stderr)
-    if not done:
+    if not (done := len(results.sizes)):
         raise UserError("no picture could be read: nothing was written")
     print(f"{done} picture{'s' * (done != 1)} in {seconds:.1f} s, {done / seconds:.1f} images/s: "
-          f"{args.out}/NAME_{{{','.join(endings)}}}")  # fmt: skip
+          f"{args.out}/NAME_{{{','.join(wanted.endings)}}}")  # fmt: skip
     return 0
-
-
-def _columns(rows: int) -> int:
-    return 1 if rows < 4 else 2 if rows <= 24 else 4
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -198,5 +196,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-__all__ = ["CAPTIONS", "cluster_masker", "main", "run", "run_masker"]

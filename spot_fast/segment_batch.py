@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +54,12 @@ class Wanted:
     soft: bool = False
     slots: bool = False
     metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def endings(self) -> list[str]:
+        """Of the files of a picture, after NAME_."""
+        asked = {segment_files.OVERLAY: self.overlay, segment_files.SOFT: self.soft, segment_files.SLOTS: self.slots}
+        return [segment_files.LABELS[kind] for kind in self.kinds] + [ending for ending in asked if asked[ending]]
 
 
 @dataclass
@@ -115,15 +121,15 @@ def segment_all(sources: Sequence[Picture], names: Sequence[str], masker: Masker
 
     def flush(window: tuple[int, int]) -> None:
         batch = waiting.pop(window)
-        at_once = max(1, batch_size * own_tokens // (window[0] * window[1])) if window[0] * window[1] else batch_size
-        for prepared, found in zip(batch, _find(batch, masker, min(batch_size, at_once)), strict=True):
+        at_once = max(1, min(batch_size, batch_size * own_tokens // (window[0] * window[1])))
+        for prepared, found in zip(batch, _find(batch, masker, at_once), strict=True):
             writes.append((prepared, pool.submit(_finish, prepared, found, names[prepared.index],
                                                  sources[prepared.index].origin, masker.kinds[0], wanted)))
         written(_AHEAD * max(batch_size, workers))
 
     try:
         with tqdm(total=len(sources), desc="segment", unit="image", disable=None if progress else True) as bar:
-            for index, future in _read_ahead(pool, prepare, len(sources), _AHEAD * batch_size + workers):
+            for future in _read_ahead(pool, prepare, len(sources), _AHEAD * batch_size + workers):
                 try:
                     prepared = future.result()
                 except CorruptImage as error:
@@ -142,17 +148,19 @@ def segment_all(sources: Sequence[Picture], names: Sequence[str], masker: Masker
             written(0)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(torch.get_num_threads())  # what threads made from now on start with
     return results
 
 
-def _read_ahead(pool: ThreadPoolExecutor, prepare, count: int, depth: int) -> Iterator[tuple[int, Future]]:
-    ahead: deque[tuple[int, Future]] = deque()
+def _read_ahead(pool: ThreadPoolExecutor, prepare: Callable[[int], _Prepared], count: int,
+                depth: int) -> Iterator[Future]:
+    """`prepare` of each index in order, begun so many pictures ahead."""
+    ahead: deque[Future] = deque()
     for index in range(count):
-        ahead.append((index, pool.submit(prepare, index)))
+        ahead.append(pool.submit(prepare, index))
         if len(ahead) > depth:
             yield ahead.popleft()
-    while ahead:
-        yield ahead.popleft()
+    yield from ahead
 
 
 def _prepare(index: int, image: Image.Image, fit: Fit, patch: int, panel: bool, on_grid: bool) -> _Prepared:
@@ -218,7 +226,7 @@ def _finish(prepared: _Prepared, found: Found, name: str, origin: segment_files.
 
 
 def _slots(slots: Tensor, segments: Tensor | None, prepared: _Prepared) -> dict[str, Tensor]:
-    """What the slots' file holds: of a picture seen at once [K, U], in tiles also where they are and what they became."""
+    """What the slots' file holds: slots [K, U], in tiles [W, K, U] with where they are and what they became."""
     if segments is None:
         return {"slots": slots[0]}
     layout, (width, height) = prepared.layout, prepared.size

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from .data.folder import EXTENSIONS, is_list, list_images, read_list
+from .data.folder import is_list, list_images, read_list
 from .errors import UserError
 from .files import atomic_write
 
@@ -109,9 +109,9 @@ def check_overwriting(out: Path, names: Sequence[str], origins: Sequence[Origin]
     foreign = [path for name, origin in zip(names, origins, strict=True) for path in _outputs(out, name, endings)
                if path.exists() and _key_of(path) != origin.key]  # fmt: skip
     if foreign:
-        others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        raise UserError(f"{foreign[0]}{others} exists and is not of the same picture and model: choose another --out, "
-                        "or add --overwrite")
+        what = f"{foreign[0]} exists and is" if len(foreign) == 1 else (
+            f"{foreign[0]} and {len(foreign) - 1} more exist and are")
+        raise UserError(f"{what} not of the same picture and model: choose another --out, or add --overwrite")
 
 
 def _outputs(out: Path, name: str, endings: Iterable[str]) -> Iterator[Path]:
@@ -144,7 +144,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     """Writes a safetensors file, whole or not at all, and makes its folder where there is none."""
     _make_folder(path)
     data = to_bytes({name: value.contiguous() for name, value in tensors.items()}, metadata)
-    atomic_write(path, lambda partial: partial.write_bytes(data) and None)
+    atomic_write(path, lambda partial: partial.write_bytes(data))
 
 
 def _make_folder(path: Path) -> None:
@@ -152,6 +152,3 @@ def _make_folder(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"folder {path.parent} cannot be made ({error.strerror}): choose another") from None
-
-
-__all__ = ["EXTENSIONS", "Origin", "check_overwriting", "find_pictures", "output_names", "save", "save_tensors"]

@@ -27,8 +27,8 @@ MAX_SEGMENTS = 256  # an indexed PNG has no more labels; the smallest are left o
 
 @dataclass(frozen=True)
 class Stitched:
-    """masks: soft masks [h · w, M] of the whole grid by kind. segments: int64 [W, K], the segment of each window's slot,
-    -1 for slots that are largest nowhere."""
+    """masks: soft masks [h · w, M] of the whole grid by kind. segments: int64 [W, K], the segment of each slot of each
+    window, -1 for slots that are largest nowhere."""
 
     masks: dict[str, Tensor]
     segments: Tensor

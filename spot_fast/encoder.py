@@ -72,8 +72,8 @@ class Encoder(nn.Module):
     def set_grid(self, height: int, width: int, pos_resize: str) -> None:
         """From now on pictures have height × width patches, which need not be as many: positions are resampled.
 
-        From the table as it is, so that going to a coarser grid and back is not exact. `grid` and `image_size` are
-        those of the rows.
+        From the table as it is, which has to be square; going to a coarser grid and back is not exact. `grid` and
+        `image_size` are those of the rows. UserError where the ViT's positions cannot be moved.
         """
         embed, vit = self.vit.patch_embed, self.vit
         embed.set_input_size(img_size=(height * self.patch_size, width * self.patch_size))
@@ -83,6 +83,9 @@ class Encoder(nn.Module):
             vit.pos_embed = nn.Parameter(table, requires_grad=False)
         rope = getattr(vit, "rope", None)
         if rope is not None:
+            if not hasattr(rope, "update_feat_shape"):
+                raise UserError(f"this ViT's positions ({type(rope).__name__}) belong to its own grid: use --fit tiles "
+                                "or stretch")
             rope.update_feat_shape([height, width])
         self.grid, self.num_tokens = height, height * width
         self.image_shape = embed.img_size

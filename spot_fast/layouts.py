@@ -3,7 +3,7 @@
 stretch       the whole picture as the square that the model was trained on; shapes are squeezed
 tiles         overlapping squares of the trained size from the picture in its own shape, each seen as in training;
               what no square holds whole is found in pieces, which `stitching` joins
-interpolate   the whole picture in its own shape at once, on a larger grid than the model has seen (`regrid`)
+interpolate   the whole picture in its own shape at once, on another grid than the model has seen (`regrid`)
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def fit_of(name: str, model_size: int, patch: int, size: int | None = None) -> F
 
     Args:
         model_size, patch: the side of the model's square and of a patch, pixels.
-        size: the shorter side of a resized picture in pixels (default: model_size); not for stretch.
+        size: the shorter side of a resized picture in pixels, rounded to patches (default: model_size); not for
+            stretch.
 
     The longer side follows, rounded to patches, and is shortened where a picture is so long that it would need more
     than MAX_WINDOWS or MAX_TOKENS. UserError where `size` does not fit.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import checkpoint
 from .baselines import kmeans_labels
+from .colours import MAX_LABELS
 from .config import preset
 from .encoder import SCENES_ENCODER, Encoder, normalise
 from .errors import UserError
@@ -21,7 +22,6 @@ from .precision import autocast, float32_products, resolve
 from .regrid import at_grid, sharing_copy
 
 CLUSTER_SIZE = 448  # twice what most ViTs were trained at: finer clusters
-MAX_CLUSTERS = 256  # an indexed PNG has no more labels
 CAPTIONS = {"decoder": "decoder masks", "slots": "slot masks", "clusters": "feature clusters"}
 _SHARPNESS = 10.0  # of clusters' soft masks: exp(-10 · squared distance) of unit vectors, normalised
 _MOST_GRIDS = 16  # other grids whose models are kept
@@ -98,8 +98,8 @@ def cluster_masker(encoder_name: str, weights: str | None, *, clusters: int, siz
     config = replace(config, encoder=encoder_name, encoder_weights=weights, image_size=size or config.image_size)
     encoder = checkpoint.frozen_encoder(config).to(device)
     precision = resolve(precision, torch.device(device))
-    if not 1 <= clusters <= min(encoder.num_tokens, MAX_CLUSTERS):
-        raise UserError(f"--clusters {clusters}: use 1 to {min(encoder.num_tokens, MAX_CLUSTERS)}")
+    if not 1 <= clusters <= min(encoder.num_tokens, MAX_LABELS):
+        raise UserError(f"--clusters {clusters}: use 1 to {min(encoder.num_tokens, MAX_LABELS)}")
 
     def see(encoder: Encoder, images: Tensor) -> Found:
         with float32_products(precision), autocast(precision, torch.device(device)):

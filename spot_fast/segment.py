@@ -5,8 +5,8 @@ For each picture, in the folder of --out:
   NAME_labels.png         the decoder masks as an indexed PNG of the picture's size: a pixel's value is its slot
   NAME_slot_labels.png    the slot masks likewise
   NAME_soft.safetensors   with --soft: "decoder" and "slots" [K, h, w], float16, on the grid of patches; resized
-                          bilinearly (corners not aligned) to "height" and "width" of the metadata, their argmax is
-                          the label map
+                          bilinearly (corners not aligned) to "height" and "width" of the metadata, the largest gives
+                          the label map, but for rounding
   NAME_slots.safetensors  with --slots: "slots" [K, U]
 Without --run the newest finished run is taken. With --encoder instead of a run, the masks are k-means clusters of
 that encoder's features.
@@ -64,9 +64,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="also overwrite files that are not of the same picture and model")
     parser.add_argument("--fit", choices=FITS, default="stretch", help="see above (default: stretch)")
     parser.add_argument("--size", type=int, metavar="S",
-                        help="shorter side in pixels at which the model sees a picture, for interpolate and tiles "
-                        "(default: the side of its square); with --encoder also the side of the square for stretch "
-                        f"(default: {CLUSTER_SIZE}, {SCENES_ENCODER}: 64)")
+                        help="shorter side in pixels at which the model sees a picture, for interpolate and tiles, "
+                        "rounded to patches (default: the side of its square); with --encoder also the side of the "
+                        f"square for stretch (default: {CLUSTER_SIZE}, {SCENES_ENCODER}: 64)")
     parser.add_argument("--orders", choices=("0", "all"), default="0",
                         help="patch order 0, or the average over all nine (default: 0)")
     parser.add_argument("--masks", choices=tuple(_MASKS), help="which masks to write and show (default: both)")

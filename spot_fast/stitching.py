@@ -19,10 +19,10 @@ from torch import Tensor
 
 from spot_kernels import assign_masks
 
+from .colours import MAX_LABELS
 from .layouts import Layout
 
 MIN_IOU = 0.4  # of two slots in the overlap of their windows, to be one segment
-MAX_SEGMENTS = 256  # an indexed PNG has no more labels; the smallest are left out
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ def stitch(masks: dict[str, Tensor], layout: Layout) -> Stitched:
     """Soft masks [W, N, K] of a picture's windows, by kind → its segments, the largest first.
 
     Slots are matched by the first kind, and all kinds have the same segments. Soft masks are at least 0; they sum to 1
-    over the segments of a patch but for slots that are largest nowhere.
+    over the segments of a patch but for slots that are largest nowhere, and but for the smallest beyond MAX_LABELS.
     """
     first = next(iter(masks.values()))
     segments = _joined(first.argmax(-1), layout, first.shape[-1])
-    count = min(int(segments.max()) + 1, MAX_SEGMENTS)
+    count = min(int(segments.max()) + 1, MAX_LABELS)
     segments = torch.where(segments < count, segments, -1)
     return Stitched({kind: _blended(soft, segments, count, layout) for kind, soft in masks.items()}, segments)
 

@@ -57,7 +57,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="*", metavar="IMAGE|FOLDER|LIST",
                         help="image files, folders to search for images, or text files that list images, one a line")
-    parser.add_argument("--run", metavar="RUN", help="run folder (default: the newest finished one under runs/)")
+    parser.add_argument("--run", metavar="RUN", help="run folder, checkpoint file of the authors, "
+                        "or owner/name on the hub (default: the newest finished run under runs/)")
     parser.add_argument("--out", type=Path, default=Path("segments"), metavar="DIR",
                         help="where to write (default: segments)")
     parser.add_argument("--overwrite", action="store_true",

@@ -75,11 +75,37 @@ class Encoder(nn.Module):
             raise UserError(f"the encoder's patch grid is {height} x {width}: use a square --image-size")
         self.grid, self.num_tokens, self.dim = height, height * width, vit.embed_dim
         self.image_size, self.patch_size = vit.patch_embed.img_size[0], vit.patch_embed.patch_size[0]
+        self.image_shape = self.image_size, self.image_size
         self.register_buffer("_rope", self._embed(torch.zeros(1, 3, self.image_size, self.image_size))[1],
                              persistent=False)
 
     def train(self, mode: bool = True) -> Encoder:
         return super().train(False)
+
+    @torch.no_grad()
+    def set_grid(self, height: int, width: int, pos_resize: str) -> None:
+        """From now on pictures have height × width patches, which need not be as many: positions are resampled.
+
+        From the table as it is, which has to be square; going to a coarser grid and back is not exact. `grid` and
+        `image_size` are those of the rows. UserError where the ViT's positions cannot be moved.
+        """
+        embed, vit = self.vit.patch_embed, self.vit
+        embed.set_input_size(img_size=(height * self.patch_size, width * self.patch_size))
+        if vit.pos_embed is not None:
+            prefix = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
+            table = resample_positions(vit.pos_embed, (height, width), prefix, pos_resize)
+            vit.pos_embed = nn.Parameter(table, requires_grad=False)
+        rope = getattr(vit, "rope", None)
+        if rope is not None:
+            if not hasattr(rope, "update_feat_shape"):
+                raise UserError(f"this ViT's positions ({type(rope).__name__}) belong to its own grid: use --fit tiles "
+                                "or stretch")
+            rope.update_feat_shape([height, width])
+        self.grid, self.num_tokens = height, height * width
+        self.image_shape = embed.img_size
+        self.image_size = embed.img_size[0]
+        device = next(vit.parameters()).device
+        self._rope = self._embed(torch.zeros(1, 3, *self.image_shape, device=device))[1]
 
     @torch.no_grad()
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -96,9 +122,10 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def trunk(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, S, S] → hidden [B, prefix + N, D], the input of the last blocks."""
-        if images.shape[1:] != (3, self.image_size, self.image_size):
+        height, width = self.image_shape
+        if images.shape[1:] != (3, height, width):
             raise UserError(f"images have shape {list(images.shape)} but the encoder was built for "
-                            f"[B, 3, {self.image_size}, {self.image_size}]: resize them")
+                            f"[B, 3, {height}, {width}]: resize them")
         return self._run(self.vit.blocks[: self.first_last_block], self._embed(images)[0])
 
     def finish(self, hidden: Tensor, blocks: nn.ModuleList | None = None) -> Tensor:
@@ -321,8 +348,8 @@ def _class_token_with_position(weights: Mapping[str, Tensor]) -> dict[str, Tenso
     return {"cls_token": weights["cls_token"] + table[:, :1], "pos_embed": table[:, 1:]}
 
 
-def resample_positions(table: Tensor, grid: int, prefix: int, how: str) -> Tensor:
-    """Position table [1, prefix + g·g, D] → [1, prefix + grid·grid, D], bicubic.
+def resample_positions(table: Tensor, grid: int | tuple[int, int], prefix: int, how: str) -> Tensor:
+    """Position table [1, prefix + g·g, D] → [1, prefix + grid·grid, D], bicubic; grid may be (height, width).
 
     how="dino" as the authors' encoder source: no antialiasing and a scale of (grid + 0.1) / g; "timm" antialiases.
     Cosine between the two on DINOv2's patch features is 0.9988 (SPOT's authors use the first).
@@ -331,12 +358,13 @@ def resample_positions(table: Tensor, grid: int, prefix: int, how: str) -> Tenso
     if old * old != table.shape[1] - prefix:
         raise UserError(f"the position table has {table.shape[1] - prefix} patches, which is no square grid: "
                         "it belongs to another ViT")
-    if old == grid:
+    height, width = (grid, grid) if isinstance(grid, int) else grid
+    if (old, old) == (height, width):
         return table
     patches = table[:, prefix:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
     if how == "dino":
-        patches = F.interpolate(patches, scale_factor=(grid + 0.1) / old, mode="bicubic")
+        patches = F.interpolate(patches, scale_factor=((height + 0.1) / old, (width + 0.1) / old), mode="bicubic")
     else:
-        patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", antialias=True)
-    patches = patches.permute(0, 2, 3, 1).reshape(1, grid * grid, -1)
+        patches = F.interpolate(patches, size=(height, width), mode="bicubic", antialias=True)
+    patches = patches.permute(0, 2, 3, 1).reshape(1, height * width, -1)
     return torch.cat([table[:, :prefix], patches.to(table.dtype)], 1)

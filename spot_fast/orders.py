@@ -17,8 +17,9 @@ def _spiral(grid: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts).flip(0)
 
 
-def patch_orders(grid: int, kind: str = "spot9") -> torch.Tensor:
-    """Patch orders of a grid × grid image as raster indices in decoding sequence, LongTensor [P, grid²].
+def patch_orders(grid: int | tuple[int, int], kind: str = "spot9") -> torch.Tensor:
+    """Patch orders of an image of grid × grid patches, or (height, width) of them, as raster indices in decoding
+    sequence, LongTensor [P, N].
 
     `standard` has the raster order alone; `spot9` has, in this sequence: rows left→right from the top, columns
     downwards from the left, columns downwards from the right, rows right→left from the top, columns upwards from the
@@ -26,9 +27,10 @@ def patch_orders(grid: int, kind: str = "spot9") -> torch.Tensor:
     """
     if kind not in ORDER_SETS:
         raise ValueError(f"kind {kind!r} is not an order set: use one of {', '.join(ORDER_SETS)}")
-    if grid < 1:
+    height, width = (grid, grid) if isinstance(grid, int) else grid
+    if min(height, width) < 1:
         raise ValueError(f"grid {grid} is not a number of patches: it must be at least 1")
-    raster = torch.arange(grid * grid).view(grid, grid)
+    raster = torch.arange(height * width).view(height, width)
     if kind == "standard":
         return raster.reshape(1, -1)
     columns, right, bottom = raster.t(), raster.flip(1), raster.flip(0)

@@ -2,63 +2,49 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 from torch import Tensor
 
-MAX_LABELS = 256  # an indexed PNG has no more
+from .colours import MAX_LABELS, palette
+
 PANEL_SIDES = (320, 640)  # the longer side of a panel is the picture's, kept between these, pixels
 _GAP, _MARGIN, _CAPTION = 8, 10, 22
 _INK, _PAPER = (70, 70, 70), (255, 255, 255)
-_TINT = 0.5
-_SUPERSAMPLE = 2
-
-# Neighbours in this list are far apart in hue and lightness, so the first few slots are told apart at a glance.
-_HAND_PICKED = (
-    (230, 57, 70), (29, 120, 216), (255, 190, 11), (42, 157, 90), (155, 70, 214), (0, 190, 205),
-    (255, 122, 0), (240, 98, 180), (128, 185, 24), (90, 60, 40), (25, 45, 120), (190, 190, 190),
-)
+_TINT, _SATURATION = 0.5, 0.6
+_SOFTEN = ImageFilter.Kernel((3, 3), (1, 2, 1, 2, 8, 2, 1, 2, 1))
 
 
-def palette(count: int = MAX_LABELS) -> np.ndarray:
-    """uint8 [count, 3]: the colour of each label, always the same. Beyond twelve, hues a golden angle apart."""
-    colours = list(_HAND_PICKED[:count])
-    for i in range(len(colours), count):
-        red, green, blue = colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.85, 0.55)[i % 2], (0.95, 0.7, 0.5)[i % 3])
-        colours.append((int(255 * red), int(255 * green), int(255 * blue)))
-    return np.array(colours, np.uint8).reshape(-1, 3)
+def labels_at(masks: Tensor, height: int, width: int, grid: tuple[int, int] | None = None) -> np.ndarray:
+    """Soft masks of one picture [N, K] on a grid of (height, width) patches → uint8 label map [height, width].
 
-
-def labels_at(masks: Tensor, height: int, width: int) -> np.ndarray:
-    """Soft masks of one picture [N, K] on a square grid → uint8 label map [height, width].
-
-    Bilinear (no align-corners) and argmax, the lower slot where two are equal; one slot at a time, so that a large
-    photo needs memory for two maps only.
+    Without `grid` the N patches are a square. Bilinear (no align-corners) and argmax, the lower slot where two are
+    equal; one slot at a time, so that a large photo needs memory for two maps only.
     """
     tokens, slots = masks.shape
-    grid = round(tokens**0.5)
-    if grid * grid != tokens or not 1 <= slots <= MAX_LABELS:
-        raise ValueError(f"masks has shape {list(masks.shape)}: expected [G * G, K] with K at most {MAX_LABELS}")
-    maps = masks.detach().float().cpu().T.reshape(slots, 1, 1, grid, grid)
+    rows, columns = grid or (round(tokens**0.5),) * 2
+    if rows * columns != tokens or not 1 <= slots <= MAX_LABELS:
+        expected = "[G * G, K]" if grid is None else f"[{rows} * {columns}, K]"
+        raise ValueError(f"masks has shape {list(masks.shape)}: expected {expected} with K at most {MAX_LABELS}")
+    maps = masks.detach().float().cpu().T.reshape(slots, 1, 1, rows, columns)
     best = F.interpolate(maps[0], (height, width), mode="bilinear")[0, 0]
     labels = torch.zeros(height, width, dtype=torch.uint8)
     for slot in range(1, slots):
         values = F.interpolate(maps[slot], (height, width), mode="bilinear")[0, 0]
-        larger = values > best
-        labels[larger] = slot
-        best = torch.where(larger, values, best)
+        labels.masked_fill_(values > best, slot)
+        torch.maximum(best, values, out=best)
     return labels.numpy()
 
 
-def indexed_png(labels: np.ndarray) -> Image.Image:
-    """A label map uint8 [height, width] as an indexed image: pixel values are labels, colours are `palette`'s."""
+def indexed_png(labels: np.ndarray, colours: np.ndarray | None = None) -> Image.Image:
+    """A label map uint8 [height, width] as an indexed image: pixel values are labels, whose colours are the
+    rows of `colours`, uint8 [labels, 3] (default: palette())."""
     image = Image.fromarray(labels).convert("P")  # grey to palette keeps the values
-    image.putpalette(palette().flatten().tolist())
+    image.putpalette((palette() if colours is None else colours).tobytes())
     return image
 
 
@@ -73,25 +59,36 @@ def picture_panel(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def overlay(image: Image.Image, masks: Tensor, size: tuple[int, int]) -> Image.Image:
-    """`image` tinted by the label map of `masks` [N, K], with outlines, as a panel of `size` (width, height)."""
-    width, height = (_SUPERSAMPLE * side for side in size)
-    labels = labels_at(masks, height, width)
-    colours = palette()[labels].astype(np.float32)
-    base = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS), np.float32)
+def overlay(image: Image.Image, masks: Tensor, size: tuple[int, int], *, grid: tuple[int, int] | None = None,
+            colours: np.ndarray | None = None) -> Image.Image:
+    """`image` tinted by the label map of `masks` [N, K], with outlines, as a panel of `size` (width, height).
+
+    grid as in `labels_at`, colours as in `indexed_png`.
+    """
+    return tinted(image, labels_at(masks, size[1], size[0], grid), colours)
+
+
+def tinted(image: Image.Image, labels: np.ndarray, colours: np.ndarray | None = None) -> Image.Image:
+    """`image` at the size of a label map [height, width], each label in its row of `colours`, with outlines."""
+    size = labels.shape[::-1]
+    panel = image if image.size == size else picture_panel(image, size)
+    tint = indexed_png(labels, colours).convert("RGB")
     # Half of the picture's colour goes, all of its light and shade stays.
-    grey = base.mean(-1, keepdims=True)
-    tinted = (1 - _TINT) * (0.6 * base + 0.4 * grey) + _TINT * colours
-    tinted[_outlines(labels)] = 255
-    return Image.fromarray(tinted.clip(0, 255).astype(np.uint8)).resize(size, Image.Resampling.BOX)
+    mixed = Image.blend(ImageEnhance.Color(panel).enhance(_SATURATION), tint, _TINT)
+    mixed.paste(_PAPER, mask=_outlines(labels))
+    return mixed
 
 
-def _outlines(labels: np.ndarray) -> np.ndarray:
-    """bool, True within a pixel or so of where labels change."""
-    edge = np.zeros(labels.shape, bool)
-    edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
-    edge[1:] |= labels[1:] != labels[:-1]
-    return np.asarray(Image.fromarray(edge.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(3))) > 0
+def _outlines(labels: np.ndarray) -> Image.Image:
+    """Grey image, light on both sides of where labels change, with soft edges."""
+    edge = np.zeros(labels.shape, np.uint8)
+    across, down = labels[:, 1:] != labels[:, :-1], labels[1:] != labels[:-1]
+    edge[:, 1:] |= across
+    edge[:, :-1] |= across
+    edge[1:] |= down
+    edge[:-1] |= down
+    edge *= 255
+    return Image.fromarray(edge).filter(_SOFTEN)
 
 
 def panel_row(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:

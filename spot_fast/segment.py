@@ -1,154 +1,95 @@
 """What a trained model sees in pictures, or what k-means makes of an encoder's features.
 
-For each picture: NAME_overlay.png (picture, decoder masks, slot masks) and NAME_labels.png, the decoder's label map at
-the picture's own size, indexed, pixel value = slot. Without --run the newest finished run is taken. With --encoder
-instead of a run, the masks are k-means clusters of that encoder's features.
+For each picture, in the folder of --out:
+  NAME_overlay.png        the picture, its decoder masks, its slot masks
+  NAME_labels.png         the decoder masks as an indexed PNG of the picture's size: a pixel's value is its slot
+  NAME_slot_labels.png    the slot masks likewise
+  NAME_soft.safetensors   with --soft: "decoder" and "slots" [K, h, w], float16, on the grid of patches; resized
+                          bilinearly (corners not aligned) to "height" and "width" of the metadata, the largest gives
+                          the label map, but for rounding
+  NAME_slots.safetensors  with --slots: "slots" [K, U]
+Without --run the newest finished run is taken. With --encoder instead of a run, the masks are k-means clusters of
+that encoder's features.
 
-Pictures may have any size and shape. The model's decoder knows one square grid, so the whole picture is resized to
-that square, which nothing is cut off from, and its soft masks are resized back to the picture's shape.
+Pictures may have any size and shape. --fit says how the model sees them:
+  stretch      The whole picture is resized to the square that the model was trained on. Fast; shapes are squeezed and
+               small things are lost.
+  interpolate  The whole picture in its own shape at once, the ViT's positions interpolated to its grid of patches. A
+               square picture without --size is seen as by stretch, to the bit; the model has not seen other grids.
+  tiles        Overlapping squares, each seen as in training; their slots are joined where they cover the same patches.
+               For details, with a larger --size. What is larger than a square may come out in pieces. Pixel values are
+               numbers of segments, the largest 0; --slots gives "slots" [W, K, U] of the W squares, "windows" [W, 4]
+               (left, top, right, bottom in pixels) and "segments" [W, K] (the slot's pixel value, -1: none).
+
+The segment along most of the border is grey, every other one has the colour whose fixed place in the picture is
+nearest: colours depend on where segments are, not on how slots are numbered. A file in --out is overwritten if it is of
+the same picture and model, else only with --overwrite.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
 
-from . import checkpoint, pictures
-from .baselines import kmeans_labels
-from .config import preset
-from .data import Scenes, transforms
-from .data.folder import list_images
-from .encoder import SCENES_ENCODER, normalise
-from .errors import CorruptImage, UserError
+from .encoder import SCENES_ENCODER
+from .errors import UserError
+from .evaluation import WORKERS
+from .layouts import FITS, Fit, fit_of
+from .maskers import CLUSTER_SIZE, Masker, cluster_masker, run_masker
+from .pictures import contact_sheet
+from .precision import PRECISIONS
+from .segment_batch import MAX_GRID, Wanted, pictures_of, segment_all
+from .segment_files import check_overwriting, find_pictures, output_names, save
 
-# What segments: a uint8 square [1, 3, S, S] → (caption, soft masks [N, K]), the first of which makes the label map.
-Masker = Callable[[Tensor], list[tuple[str, Tensor]]]
-CLUSTER_SIZE = 448  # twice what most ViTs were trained at: finer clusters
-MAX_SHEET_ROWS = 24
-_SHEET_PANEL = 200
-
-
-def run_masker(run: str | Path | None, *, orders: str, device: str, seed: int = 0) -> tuple[Masker, int, str]:
-    """(masker, S, what it is) of a trained run. Gaussian slots start from the same noise for every picture."""
-    found = checkpoint.load_run(checkpoint.find_folder(run) if run else checkpoint.find_run(), device)
-    model, config = found.model, found.config
-    noise = None
-    if config.slot_init == "gaussian":
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(1, config.num_slots, config.slot_dim, generator=generator).to(device)
-
-    def masks(square: Tensor) -> list[tuple[str, Tensor]]:
-        output = model.segment(normalise(square.to(device)), orders=orders, noise=noise)
-        return [("decoder masks", output.masks[0]), ("slot masks", output.slot_attn[0])]
-
-    return masks, config.image_size, f"run {found.path}"
-
-
-def cluster_masker(encoder_name: str, weights: str | None, *, clusters: int, size: int | None,
-                   device: str) -> tuple[Masker, int, str]:
-    """(masker, S, what it is) of k-means on an encoder's features, the ones that SPOT reconstructs."""
-    config = preset("scenes") if encoder_name == SCENES_ENCODER else preset("coco", image_size=CLUSTER_SIZE)
-    config = replace(config, encoder=encoder_name, encoder_weights=weights, image_size=size or config.image_size)
-    encoder = checkpoint.frozen_encoder(config).to(device)
-    if not 1 <= clusters <= min(encoder.num_tokens, pictures.MAX_LABELS):
-        raise UserError(f"--clusters {clusters}: use 1 to {min(encoder.num_tokens, pictures.MAX_LABELS)}")
-
-    @torch.no_grad()
-    def masks(square: Tensor) -> list[tuple[str, Tensor]]:
-        features = encoder(normalise(square.to(device)))
-        members = F.one_hot(kmeans_labels(features, clusters, 0)[0], clusters).float()
-        # How near each token is to each centre, rather than the labels: interpolated, it gives smooth outlines.
-        tokens = F.normalize(features[0].float(), dim=-1)
-        centres = members.T @ tokens / members.sum(0).clamp(min=1)[:, None]
-        return [("feature clusters", 2 * tokens @ centres.T - centres.square().sum(-1))]
-
-    return masks, config.image_size, f"{clusters} clusters of {encoder_name}'s features"
-
-
-def segment_picture(image: Image.Image, masker: Masker, size: int) -> list[tuple[str, Tensor]]:
-    """(caption, soft masks [N, K]) of an RGB picture of any shape, through the square of side `size`."""
-    square = transforms.to_tensor(image.resize((size, size), Image.Resampling.BILINEAR))
-    return masker(square[None])
-
-
-def panels_of(image: Image.Image, found: Sequence[tuple[str, Tensor]],
-              size: tuple[int, int]) -> list[tuple[str, Image.Image]]:
-    """The picture and its overlays as captioned panels of `size` (width, height)."""
-    return [("image", pictures.picture_panel(image, size)),
-            *((caption, pictures.overlay(image, masks, size)) for caption, masks in found)]
-
-
-def output_names(stems: Sequence[str], inputs: Sequence[Path], out: Path) -> list[str]:
-    """A name for each picture's outputs: its stem, with -2, -3... where another picture has it.
-
-    No output takes the place of one of the `inputs`, the files that are read. Case does not tell names apart, as on
-    some file systems.
-    """
-    reserved = {str(path.resolve()).lower() for path in inputs}
-    taken: set[str] = set()
-    names = []
-    for stem in stems:
-        name, number = stem, 1
-        while name.lower() in taken or reserved & {str(f.resolve()).lower() for f in _files(out, name)}:
-            number += 1
-            name = f"{stem}-{number}"
-        taken.add(name.lower())
-        names.append(name)
-    return names
-
-
-def _files(out: Path, name: str) -> tuple[Path, Path]:
-    return out / f"{name}_overlay.png", out / f"{name}_labels.png"
-
-
-def save(image: Image.Image, path: Path) -> None:
-    """Writes a PNG, whole or not at all, and makes its folder where there is none."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"folder {path.parent} cannot be made ({error.strerror}): choose another") from None
-    checkpoint.atomic_write(path, lambda partial: image.save(partial, format="PNG"))
-
-
-def _read(paths: Sequence[Path], scenes: int, size: int) -> Iterator[Image.Image | CorruptImage]:
-    """The pictures of `paths`, or why one cannot be read, then as many validation scenes of side `size`."""
-    for path in paths:
-        try:
-            yield transforms.open_rgb(path, upright=True)
-        except CorruptImage as error:
-            yield error
-    for pixels in Scenes(scenes, "val", size=size).images:
-        yield Image.fromarray(pixels.permute(1, 2, 0).numpy())
+_NAMED = 10  # so many pictures get a line each
+_MASKS = {"decoder": ("decoder",), "slots": ("slots",), "both": ("decoder", "slots")}
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m spot_fast.segment", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, or folders to search for images")
+    parser.add_argument("images", nargs="*", metavar="IMAGE|FOLDER|LIST",
+                        help="image files, folders to search for images, or text files that list images, one a line")
     parser.add_argument("--run", metavar="RUN", help="run folder, checkpoint file of the authors, "
                         "or owner/name on the hub (default: the newest finished run under runs/)")
     parser.add_argument("--out", type=Path, default=Path("segments"), metavar="DIR",
                         help="where to write (default: segments)")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="also overwrite files that are not of the same picture and model")
+    parser.add_argument("--fit", choices=FITS, default="stretch", help="see above (default: stretch)")
+    parser.add_argument("--size", type=int, metavar="S",
+                        help="shorter side in pixels at which the model sees a picture, for interpolate and tiles, "
+                        "rounded to patches (default: the side of its square); with --encoder also the side of the "
+                        f"square for stretch (default: {CLUSTER_SIZE}, {SCENES_ENCODER}: 64)")
     parser.add_argument("--orders", choices=("0", "all"), default="0",
                         help="patch order 0, or the average over all nine (default: 0)")
+    parser.add_argument("--masks", choices=tuple(_MASKS), help="which masks to write and show (default: both)")
+    parser.add_argument("--soft", action="store_true", help="also write soft masks")
+    parser.add_argument("--slots", action="store_true", help="also write the slots")
+    parser.add_argument("--no-overlay", dest="overlay", action="store_false", help="write no overlays: faster")
+    parser.add_argument("--grid", type=Path, metavar="FILE.png",
+                        help=f"also write a contact sheet of the first {MAX_GRID} pictures and their masks, captioned")
     parser.add_argument("--scenes", type=int, default=0, metavar="N",
                         help="also segment N generated validation scenes; needs no picture")
-    parser.add_argument("--sheet", type=Path, metavar="FILE",
-                        help=f"also write one PNG with the first {MAX_SHEET_ROWS} pictures and their masks")
     parser.add_argument("--encoder", metavar="NAME", help="without a run: cluster the features of this timm ViT")
     parser.add_argument("--encoder-weights", metavar="FILE", help="its weights (default: timm's own, from the hub)")
     parser.add_argument("--clusters", type=int, default=6, metavar="K", help="clusters for --encoder (default: 6)")
-    parser.add_argument("--size", type=int, metavar="S",
-                        help=f"side of the square for --encoder (default: {CLUSTER_SIZE}, {SCENES_ENCODER}: 64)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N",
+                        help="squares at a time, fewer where grids are larger; changes nothing but rounding "
+                        "(default: 16)")
+    parser.add_argument("--workers", type=int, default=WORKERS, metavar="N",
+                        help="threads that read and write pictures (default: one a processor, at most 8; here "
+                        f"{WORKERS})")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto",
+                        help="of the model; auto is bf16 where the device multiplies it in hardware, else float32 "
+                        "(default: auto)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1... (default: cuda if there is one)")
     return parser.parse_args(argv)
 
@@ -157,14 +98,27 @@ def _check(args: argparse.Namespace) -> None:
     if args.scenes < 0:
         raise UserError(f"--scenes {args.scenes}: use 0 or more")
     if not args.images and not args.scenes:
-        raise UserError("nothing to segment: name images or folders, or ask for generated pictures with --scenes N")
+        raise UserError("nothing to segment: name images, folders or lists, or ask for generated pictures with "
+                        "--scenes N")
+    for option in ("batch-size", "workers"):
+        if (value := getattr(args, option.replace("-", "_"))) < 1:
+            raise UserError(f"--{option} {value}: use 1 or more")
     if args.run and args.encoder:
         raise UserError(f"--run {args.run} has its own encoder: drop --encoder {args.encoder} or --run")
-    if not args.encoder and (args.size or args.encoder_weights):
-        option = "--size" if args.size else "--encoder-weights"
-        raise UserError(f"{option} belongs to --encoder NAME: a run keeps the encoder and the size it was trained with")
-    if args.encoder and args.size is not None and args.size < 1:
+    if args.encoder and (args.masks or args.slots):
+        option = f"--masks {args.masks}" if args.masks else "--slots"
+        raise UserError(f"{option} belongs to a run: an encoder has clusters only, drop it or --encoder {args.encoder}")
+    if not args.encoder and args.encoder_weights:
+        raise UserError("--encoder-weights belongs to --encoder NAME: a run keeps the encoder it was trained with")
+    if args.size is not None and args.size < 1:
         raise UserError(f"--size {args.size}: use a multiple of the encoder's patch size")
+    if not args.encoder and args.size and args.fit == "stretch":
+        raise UserError(f"--size {args.size}: a run keeps the size it was trained with; add --fit tiles or --fit "
+                        "interpolate, or cluster an --encoder NAME")
+    if args.grid and args.grid.suffix.lower() != ".png":
+        raise UserError(f"--grid {args.grid}: give the name of a .png file")
+    if args.grid and args.grid.is_dir():
+        raise UserError(f"--grid {args.grid} is a folder: give the name of a .png file")
 
 
 def _device(name: str | None) -> str:
@@ -177,49 +131,68 @@ def _device(name: str | None) -> str:
     return name
 
 
+def _masker(args: argparse.Namespace, device: str) -> tuple[Masker, int, str]:
+    if not args.encoder:
+        return run_masker(args.run, orders=args.orders, device=device, precision=args.precision)
+    return cluster_masker(args.encoder, args.encoder_weights, clusters=args.clusters,
+                          size=None if args.fit == "tiles" else args.size, device=device, precision=args.precision)
+
+
+def _fit(args: argparse.Namespace, masker: Masker) -> Fit:
+    fit = fit_of(args.fit, masker.size, masker.patch, args.size)
+    fewest = math.prod(fit(1, 1).window)
+    if args.encoder and args.clusters > fewest:
+        raise UserError(f"--clusters {args.clusters}: with --size {args.size} use 1 to {fewest}")
+    return fit
+
+
 def run(args: argparse.Namespace) -> int:
-    """Segments what `args` name; the number of pictures that could not be read."""
+    """Segments what `args` name and says so; the exit code."""
     _check(args)
-    paths = list_images(args.images) if args.images else []
+    files = find_pictures(args.images, args.out)
+    paths = [path for path, _ in files]
+    if args.grid and args.grid.resolve() in {path.resolve() for path in paths}:
+        raise UserError(f"--grid {args.grid} is one of the pictures: choose another name")
     device = _device(args.device)
-    if args.encoder:
-        masker, size, what = cluster_masker(args.encoder, args.encoder_weights, clusters=args.clusters, size=args.size,
-                                            device=device)
-    else:
-        masker, size, what = run_masker(args.run, orders=args.orders, device=device)
+    masker, size, what = _masker(args, device)
+    fit = _fit(args, masker)
+    kinds = _MASKS[args.masks or "both"] if "slots" in masker.kinds else masker.kinds
+    metadata = {"fit": args.fit, "model": what, **({} if args.encoder else {"orders": args.orders})}
+    wanted = Wanted(args.out, kinds, args.overlay, args.soft, args.slots, metadata)
+    pictures = pictures_of(paths, args.scenes, size, masker.identity)
+    names = output_names([stem for _, stem in files] + [f"scene_{i:03d}" for i in range(args.scenes)], paths, args.out)
+    if not args.overwrite:
+        check_overwriting(args.out, names, [picture.origin for picture in pictures], wanted.endings)
     print(f"{what}, {size} px, {device}", flush=True)
-    stems = [path.stem for path in paths] + [f"scene_{index:03d}" for index in range(args.scenes)]
-    corrupt, rows = 0, []
-    for name, image in zip(output_names(stems, paths, args.out), _read(paths, args.scenes, size), strict=True):
-        if isinstance(image, CorruptImage):
-            corrupt += 1
-            print(f"skipped: {image}", file=sys.stderr, flush=True)
-            continue
-        found = segment_picture(image, masker, size)
-        overlay_file, labels_file = _files(args.out, name)
-        save(pictures.panel_row(panels_of(image, found, pictures.panel_size(*image.size))), overlay_file)
-        save(pictures.indexed_png(pictures.labels_at(found[0][1], image.height, image.width)), labels_file)
-        print(f"{overlay_file}  {labels_file.name}  {image.width} x {image.height}", flush=True)
-        if args.sheet and len(rows) < MAX_SHEET_ROWS:
-            scale = _SHEET_PANEL / image.height
-            rows.append(panels_of(image, found, (max(1, round(image.width * scale)), _SHEET_PANEL)))
-    if rows:
-        save(pictures.contact_sheet(rows, columns=1 if len(rows) < 4 else 2), args.sheet)
-        print(args.sheet)
-    return corrupt
+    start = time.perf_counter()
+    results = segment_all(pictures, names, masker, fit, wanted, batch_size=args.batch_size, workers=args.workers,
+                          grid=args.grid is not None)  # fmt: skip
+    seconds = time.perf_counter() - start
+    if len(pictures) <= _NAMED:
+        for index, (width, height) in sorted(results.sizes.items()):
+            print(f"{args.out / names[index]}_*  {width} x {height}")
+    if results.rows:
+        rows = [row for _, row in sorted(results.rows.items())]
+        save(contact_sheet(rows, columns=1 if len(rows) < 4 else 2 if len(rows) <= 24 else 4), args.grid)
+        print(args.grid, f"(the first {MAX_GRID} of {len(pictures)} pictures)" if len(pictures) > MAX_GRID else "")
+    if results.skipped:
+        print(f"{results.skipped} of {len(pictures)} could not be read and were skipped", file=sys.stderr)
+    if not (done := len(results.sizes)):
+        raise UserError("no picture could be read: nothing was written")
+    print(f"{done} picture{'s' * (done != 1)} in {seconds:.1f} s, {done / seconds:.1f} images/s: "
+          f"{args.out}/NAME_{{{','.join(wanted.endings)}}}")  # fmt: skip
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        corrupt = run(_parse(argv))
+        return run(_parse(argv))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if corrupt:
-        print(f"error: {corrupt} {'image' if corrupt == 1 else 'images'} could not be read and had to be skipped",
-              file=sys.stderr)
-        return 2
-    return 0
+    except KeyboardInterrupt:
+        print("error: interrupted; what was written is whole", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -415,10 +415,10 @@ class Trainer:
             raise too_many(last, self.kept())
         if self.config.on_bad_step == "stop" and self.bad_steps.found:
             bad = self.bad_steps.found[0]
-            finite = math.isfinite(bad.loss) and bad.loss > self.config.spike * bad.mean > 0
-            what = "the loss leapt" if finite else "the loss or its gradient is not finite"
-            raise UserError(f"{what} at {bad}, pictures {_some(self._pictures(bad.step))}: {self.kept()}, or go on "
-                            "with --on-bad-step skip")  # fmt: skip
+            where = f"{bad}, pictures {_some(self._pictures(bad.step))}: {self.kept()}"
+            if math.isfinite(bad.loss) and bad.loss > self.config.spike * bad.mean > 0:
+                raise UserError(f"the loss leapt at {where}, or go on with --on-bad-step skip")
+            raise UserError(f"the loss or its gradient is not finite at {where}, or go on with --on-bad-step skip")
 
     # ---- the state on disk
 

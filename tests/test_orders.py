@@ -20,6 +20,15 @@ def test_every_order_visits_every_patch_once(grid):
     assert torch.equal(orders.sort(-1).values, torch.arange(grid * grid).expand(9, -1))
 
 
+@pytest.mark.parametrize("grid", [(2, 5), (7, 3), (1, 4), (4, 1)])
+def test_every_order_of_a_rectangle_visits_every_patch_once(grid):
+    orders = patch_orders(grid)
+    patches = grid[0] * grid[1]
+    assert torch.equal(orders.sort(-1).values, torch.arange(patches).expand(9, -1))
+    assert orders[1].tolist() == [row * grid[1] + column for column in range(grid[1]) for row in range(grid[0])]
+    assert torch.equal(patch_orders((3, 3)), patch_orders(3))
+
+
 def test_nine_different_orders_from_two_patches_a_side():
     assert len({tuple(order.tolist()) for order in patch_orders(3)}) == 9
 

@@ -37,12 +37,12 @@ def test_indexed_png_keeps_labels(tmp_path):
         assert np.array_equal(np.asarray(image.convert("RGB"))[0, 3], pictures.palette()[3])
 
 
-def test_colours_are_distinct_and_stable():
-    colours = pictures.palette(256)
-    assert len({tuple(c) for c in colours.tolist()}) == 256
-    assert np.array_equal(pictures.palette(7), colours[:7])
-    near = np.linalg.norm(colours[:12, None].astype(float) - colours[None, :12], axis=-1)
-    assert near[~np.eye(12, dtype=bool)].min() > 60
+def test_labels_of_a_grid_that_is_no_square():
+    masks = torch.rand(12, 4, generator=torch.Generator().manual_seed(0))
+    maps = F.interpolate(masks.T.reshape(1, 4, 2, 6), (9, 31), mode="bilinear")
+    assert np.array_equal(pictures.labels_at(masks, 9, 31, (2, 6)), maps[0].argmax(0).numpy())
+    with pytest.raises(ValueError, match=r"expected \[3 \* 5, K\]"):
+        pictures.labels_at(masks, 9, 31, (3, 5))
 
 
 def test_overlay_tints_by_label():

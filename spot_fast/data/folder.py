@@ -53,7 +53,7 @@ class Folder(ImageFiles):
         if root is not None and root.is_dir():
             paths = self._of_folder(root, split)
         else:
-            paths = _read_list(root) if root is not None and _is_list(root) else list_images(sources)
+            paths = read_list(root) if root is not None and is_list(root) else list_images(sources)
             paths = self._with_masks(paths, None) if split == "val" else paths
         if not paths:
             raise UserError("no images given: name an image or a folder of images")
@@ -200,11 +200,11 @@ def _locate(name: str, folder: Path, others: Iterable[Path]) -> Path:
     return next((base / name for base in (folder, *others) if os.path.isfile(base / name)), folder / name)
 
 
-def _is_list(source: Path) -> bool:
+def is_list(source: Path) -> bool:
     return source.is_file() and source.suffix.lower() not in EXTENSIONS
 
 
-def _read_list(file: Path) -> list[Path]:
+def read_list(file: Path) -> list[Path]:
     if file.suffix.lower() == ".json":
         raise UserError(f"{file} is no list of images: name the folder, in which a COCO instances file is found")
     try:

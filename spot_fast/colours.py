@@ -1,0 +1,75 @@
+"""Which colour each segment gets.
+
+The segment along more than half of the picture's border is grey: it is what lies around the others. Every other one has
+the colour whose fixed place in the picture is nearest to its centre, no colour twice, so that the sum of squared
+distances times areas is least. So colours depend on nothing but where the segments are and how large: not on how slots
+are numbered, nor on batch, run or seed as long as these find about the same segments.
+"""
+
+from __future__ import annotations
+
+import colorsys
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+MAX_LABELS = 256  # an indexed PNG has no more
+# The middle's, then around it clockwise from the right, neighbours unlike each other; then more. Grey is the last.
+_HAND_PICKED = (
+    (230, 57, 70), (29, 120, 216), (255, 190, 11), (42, 157, 90), (155, 70, 214), (0, 190, 205),
+    (255, 122, 0), (240, 98, 180), (128, 185, 24), (90, 60, 40), (25, 45, 120), (190, 190, 190),
+)
+GREY = _HAND_PICKED[-1]
+_AROUND, _DISTANCE = 6, 0.36  # places around the middle, and how far from it, in sides of the picture
+_STEPS = 0.7548776662466927, 0.5698402909980532  # 1 / p and 1 / p², p³ = p + 1: spreads points evenly in a square
+
+
+def palette(count: int = MAX_LABELS) -> np.ndarray:
+    """uint8 [count, 3]: colours that are told apart at a glance, always the same. Beyond twelve, hues a golden angle
+    apart."""
+    colours = list(_HAND_PICKED[:count])
+    for i in range(len(colours), count):
+        red, green, blue = colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.85, 0.55)[i % 2], (0.95, 0.7, 0.5)[i % 3])
+        colours.append((int(255 * red), int(255 * green), int(255 * blue)))
+    return np.array(colours, np.uint8).reshape(-1, 3)
+
+
+def places(count: int) -> np.ndarray:
+    """[count, 2]: where in the unit square the colours but grey have their place, (y, x), for so many segments.
+
+    The middle and six around it; where there are more segments the others are spread evenly. Few places keep a colour
+    where a segment moves a little, and are as many as most models have slots.
+    """
+    angle = np.arange(_AROUND) * (2 * np.pi / _AROUND)
+    ring = 0.5 + _DISTANCE * np.stack([np.sin(angle), np.cos(angle)], 1)
+    more = (0.5 + np.arange(1, max(count - _AROUND, 1))[:, None] * _STEPS) % 1
+    return np.concatenate([[[0.5, 0.5]], ring, more])[:count]
+
+
+def segment_colours(labels: np.ndarray) -> np.ndarray:
+    """The colours of a label map [height, width] of at most 256 labels, as uint8 [256, 3]: row k is label k's.
+
+    Labels that are nowhere on the map get what is left, grey among them.
+    """
+    height, width = labels.shape
+    area = np.bincount(labels.ravel(), minlength=MAX_LABELS).astype(np.float64)
+    ys, xs = np.mgrid[:height, :width]
+    sums = [np.bincount(labels.ravel(), (axis.ravel() + 0.5) / side, MAX_LABELS)
+            for axis, side in ((ys, height), (xs, width))]  # fmt: skip
+    centre = np.stack(sums, 1) / np.maximum(area, 1)[:, None]
+    border = np.concatenate([labels[0], labels[-1], labels[1:-1, 0], labels[1:-1, -1]])
+    along = np.bincount(border, minlength=MAX_LABELS)
+    rest = np.flatnonzero((area > 0) & (2 * along <= len(border)))
+    rest = rest[np.lexsort((*centre[rest].T, area[rest]))]  # for ties: numbers mean nothing
+    grey = len(_HAND_PICKED) - 1
+    colours = np.roll(palette()[:grey + 1], 1, axis=0), palette()[grey + 1:]  # grey first
+    order = np.full(MAX_LABELS, -1)
+    order[2 * along > len(border)] = 0
+    if len(rest):
+        anchors = places(min(max(_AROUND + 1, len(rest)), MAX_LABELS - 1))
+        distance = np.square(centre[rest][:, None] - anchors).sum(-1)
+        chosen = linear_sum_assignment(distance * area[rest][:, None])
+        order[rest[chosen[0]]] = chosen[1] + 1
+    free = sorted(set(range(MAX_LABELS)) - set(order.tolist()))
+    order[order < 0] = free
+    return np.concatenate(colours)[order]

@@ -76,14 +76,20 @@ def picture_panel(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def overlay(image: Image.Image, masks: Tensor, size: tuple[int, int]) -> Image.Image:
     """`image` tinted by the label map of `masks` [N, K], with outlines, as a panel of `size` (width, height)."""
     width, height = (_SUPERSAMPLE * side for side in size)
-    labels = labels_at(masks, height, width)
-    colours = palette()[labels].astype(np.float32)
+    return tinted(image, labels_at(masks, height, width), palette()).resize(size, Image.Resampling.BOX)
+
+
+def tinted(image: Image.Image, labels: np.ndarray, colours: np.ndarray) -> Image.Image:
+    """`image` at the size of the label map [height, width], each label in its row of `colours` [labels, 3], with
+    outlines."""
+    height, width = labels.shape
+    colours = colours[labels].astype(np.float32)
     base = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS), np.float32)
     # Half of the picture's colour goes, all of its light and shade stays.
     grey = base.mean(-1, keepdims=True)
-    tinted = (1 - _TINT) * (0.6 * base + 0.4 * grey) + _TINT * colours
-    tinted[_outlines(labels)] = 255
-    return Image.fromarray(tinted.clip(0, 255).astype(np.uint8)).resize(size, Image.Resampling.BOX)
+    mixed = (1 - _TINT) * (0.6 * base + 0.4 * grey) + _TINT * colours
+    mixed[_outlines(labels)] = 255
+    return Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
 
 
 def _outlines(labels: np.ndarray) -> np.ndarray:

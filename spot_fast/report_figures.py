@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from .pictures import labels_at, palette, tinted
 from .report_data import Log, values_of
 from .svg_chart import Line, heat_colour, heat_map, legend, line_chart, number
 
-PANEL = 208  # side of a panel in pixels; the page shows it smaller, so that it is sharp on a fine screen
+PANEL = 256  # side of a panel in pixels; the page shows it smaller, so that it is sharp on a fine screen
 _QUALITY = 82
 _GREY, _BLACK = (150, 150, 150), (18, 18, 18)
 _LEVELS = 32  # of a soft map: its PNG is a few hundred bytes
@@ -84,19 +85,30 @@ def training_curves(runs: Sequence[tuple[str, int, Log]]) -> list[Markup]:
     return [part for part in made if part]
 
 
-def sizes_chart(rows: Sequence[tuple[str, Sequence[float | None], Sequence[float] | None]],
-                instances: Sequence[int], source: str) -> Markup:
-    """mBO_i by the size of instances: (name, fractions by bin, deviations) of each line."""
+@dataclass(frozen=True)
+class SizeRow:
+    """mBO_i by the size of instances: a fraction for each of SIZE_BINS, None without an instance; deviations of runs
+    that differ in their seed only, or None."""
+
+    name: str
+    means: Sequence[float | None]
+    deviations: Sequence[float] | None = None
+    colour: int = 0
+    dashed: bool = False
+
+
+def sizes_chart(rows: Sequence[SizeRow], instances: Sequence[int], source: str) -> Markup:
+    """A line of points for each of `rows`, and how many instances there are of each size."""
     places = range(len(instances))
     lines = [
-        Line(name.partition(" [")[0], places, [None if m is None else 100 * m for m in means], colour,
-             markers=True, spread=None if deviations is None else [100 * d for d in deviations])
-        for colour, (name, means, deviations) in enumerate(rows)
+        Line(row.name.partition(" [")[0], places, [None if m is None else 100 * m for m in row.means], row.colour,
+             row.dashed, markers=True, spread=row.deviations and [100 * d for d in row.deviations])
+        for row in rows
     ]  # fmt: skip
     names = [f"{name}\nn={count}" for name, count in zip(BINS, instances, strict=True)]
     chart = line_chart("mBO_i by size of the instance", lines, x_label="size of the instance, percent of the picture",
                        y_label="mBO_i, percent", zero=True, names=names)  # fmt: skip
-    bars = " Bars are ± one standard deviation over the seeds." if any(d for _, _, d in rows) else ""
+    bars = " Bars are ± one standard deviation over the seeds." if any(row.deviations for row in rows) else ""
     caption = ("How well instances are found by how large they are (the paper's Fig. 7); n is how many there are, and "
                f"where there is no point there are none. Few instances make a noisy point.{bars}")  # fmt: skip
     return figure([chart, legend(lines)], caption, source=source)
@@ -114,12 +126,13 @@ def image(picture: Image.Image, alt: str, *, lossless: bool = False, class_: str
         picture.save(buffer, "WEBP", quality=_QUALITY, method=4)
     kind = "png" if lossless else "webp"
     data = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
-    return tag("img", src=data, alt=alt, width=picture.width, height=picture.height, class_=class_)
+    # A click gives it the focus, with which the style sheet shows it large; the tab key passes it by.
+    return tag("img", src=data, alt=alt, width=picture.width, height=picture.height, class_=class_, tabindex=-1)
 
 
 def panel(picture: Markup, *caption: object) -> Markup:
     """A picture with a line below it; `panels` puts them side by side."""
-    return tag("div", picture, tag("span", *caption), class_="panel")
+    return tag("div", tag("div", picture, class_="shot"), tag("span", *caption), class_="panel")
 
 
 def panels(*parts: Markup | None) -> Markup:
@@ -160,10 +173,10 @@ def truth_image(picture: Image.Image, instances: Tensor, alt: str) -> Markup:
     return image(tinted(picture, labels, colours).resize((PANEL, PANEL), Image.Resampling.BOX), alt)
 
 
-def soft_image(mask: Tensor, colour: int, alt: str) -> Markup:
-    """A soft mask [N] of one slot, a pixel a patch: black is 0, the slot's colour 1."""
+def soft_image(mask: Tensor, most: float, colour: int, alt: str) -> Markup:
+    """A soft mask [N] of one slot, a pixel a patch: black is 0, the slot's colour `most`."""
     grid = round(len(mask) ** 0.5)
-    level = (mask.clamp(0, 1) * (_LEVELS - 1)).round().to(torch.uint8).view(grid, grid).numpy()
+    level = ((mask / most).clamp(0, 1) * (_LEVELS - 1)).round().to(torch.uint8).view(grid, grid).numpy()
     indexed = Image.fromarray(level).convert("P")
     bright, dark = np.array(_colours([colour])[0], float), np.array(_BLACK, float)
     shades = [dark + (bright - dark) * i / (_LEVELS - 1) for i in range(_LEVELS)]
@@ -202,22 +215,25 @@ def order_masks(label: str, pixels: Tensor, found: Look) -> Markup | None:
     alt = f"{label}: decoder masks averaged over all patch orders"
     shown.append(panel(mask_image(picture, found.decoder, found.colours, alt), tag("strong", "average"),
                        found.decoder_score is not None and f" · {percent(found.decoder_score)}"))  # fmt: skip
-    return tag("figure", tag("figcaption", label), panels(*shown), class_="picture")
+    return tag("figure", tag("figcaption", label), panels(*shown), class_="picture orders")
 
 
 def attention_iterations(label: str, pixels: Tensor, found: Look) -> Markup:
     """Slot attention after each iteration: its label map on the picture, and every slot's soft map."""
     picture = to_image(pixels)
+    most = found.iterations.max().item()
     rows = []
     for count, (masks, score) in enumerate(zip(found.iterations, found.iteration_scores, strict=True), 1):
         alt = f"{label}: slot attention in iteration {count}"
         shown = [panel(mask_image(picture, masks, found.colours, alt), f"iteration {count}",
                        score is not None and f" · {percent(score)}")]  # fmt: skip
         for slot in range(masks.shape[1]):
-            soft = soft_image(masks[:, slot], found.colours[slot], f"{label}: iteration {count}, slot {slot + 1}")
+            soft = soft_image(masks[:, slot], most, found.colours[slot],
+                              f"{label}: iteration {count}, slot {slot + 1}")  # fmt: skip
             shown.append(panel(soft, f"slot {slot + 1} · {percent(masks[:, slot].mean().item())} %"))
         rows.append(panels(*shown))
-    return tag("figure", tag("figcaption", label), rows, class_="picture iterations")
+    return tag("figure", tag("figcaption", label, f" · full colour is {number(most)}"), rows,
+               class_="picture iterations")  # fmt: skip
 
 
 # ---- gradients
@@ -233,7 +249,7 @@ def gradient_figure(name: str, found: Gradients, source: str) -> Markup:
         ratio, variation = unevenness(norms)
         map_ = heat_map(f"{name}: gradient norm per patch, {title}", norms.view(grid, grid).tolist(), most)
         large.append(panel(map_, tag("strong", title),
-                           f": the strongest patch has {ratio:.1f} times the weakest's, variation "
+                           f": the strongest patch has {ratio:.1f} times the weakest's norm, variation "
                            f"{100 * variation:.0f} %"))  # fmt: skip
     small = None
     if orders > 1:
@@ -248,12 +264,14 @@ def gradient_figure(name: str, found: Gradients, source: str) -> Markup:
     bar = tag("div", "0 ", image(scale, "colour scale from 0 to the largest norm", lossless=True, class_="scale"),
               f" {number(most)}", class_="scale-line")  # fmt: skip
     trained = "" if orders > 1 else " This run was trained in the standard order only: there are no others to show."
+    maps = [tag("h3", name), tag("div", *large, class_="panels large"), bar, small]
     return figure(
-        [tag("h3", name), tag("div", *large, class_="panels large"), bar, small],
+        maps,
         "L1 norm of the gradient of each patch's reconstruction loss with respect to the slots that the decoder reads, "
         "summed over slots, channels and decoder blocks, mean over pictures (the paper's Fig. 3). Bright patches teach "
-        "the slots most: the first ones of an order, which have little else to go by. Over all orders the lesson is "
-        f"spread more evenly.{trained}", source=source, class_="gradients")  # fmt: skip
+        "the slots most. One would expect them where an order begins, where there is little else to go by, and an even "
+        f"picture over all orders; variation is the standard deviation over the mean.{trained}",
+        source=source, class_="gradients")  # fmt: skip
 
 
 def _rgb(value: float) -> tuple[int, int, int]:

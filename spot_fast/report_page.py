@@ -14,7 +14,7 @@ from pathlib import Path
 from . import report_figures as figures
 from .checkpoint import MODEL
 from .config import Config
-from .evaluation import Row, Table
+from .evaluation import Row
 from .evaluation_report import (
     BINS,
     NOTES,
@@ -114,9 +114,9 @@ def _sentence(report: Report, record: RunRecord) -> list[object]:
         decoder = [row for row in rows if row.masks == "decoder"][-1]
         others = {kind: next(row for row in rows if row.masks == kind) for kind in ("slots", "blocks", "kmeans")}
         text += (
-            f" mBO_i on {_pictures(record.evaluation.images)}: {percent(decoder.scores['mbo_i'])} of the decoder's "
-            f"masks ({_orders_words(decoder.orders)}), {percent(others['slots'].scores['mbo_i'])} of the slots'; block "
-            f"masks reach {percent(others['blocks'].scores['mbo_i'])}, k-means on the same features "
+            f" mBO_i on {_pictures(record.evaluation.images)}: decoder masks {percent(decoder.scores['mbo_i'])} "
+            f"({_orders_words(decoder.orders)}), slot masks {percent(others['slots'].scores['mbo_i'])}; to be beaten: "
+            f"block masks {percent(others['blocks'].scores['mbo_i'])}, k-means on the same features "
             f"{percent(others['kmeans'].scores['mbo_i'])}."
         )
     if log.skipped:
@@ -141,7 +141,8 @@ def _seconds(record: RunRecord) -> float | None:
 
 def _facts(report: Report) -> Markup:
     facts = {
-        "made by": tag("code", report.command), "date": report.about["date"], "with": report.about["versions"],
+        "made by": tag("code", report.command, class_="command"), "date": report.about["date"],
+        "with": report.about["versions"],
         "on": report.about["device"], "precision": f"{report.settings['precision']}; gradients float32",
         "seed": f"{report.settings['seed']}, of slot noise, k-means and the random pictures",
         "pictures": "; ".join(_set_line(report, shown) for shown in report.sets),
@@ -153,8 +154,12 @@ def _set_line(report: Report, shown: SetRecord) -> str:
     evaluation = report.runs[shown.places[0]].evaluation
     if evaluation is None:
         return f"{shown.image_set.name}, without masks"
-    of = f" of {len(shown.image_set):,}" if evaluation.images < len(shown.image_set) else ""
-    return f"{evaluation.images:,}{of} of {shown.image_set.name}"
+    count = len(shown.image_set)
+    if evaluation.images == count:
+        return f"{_pictures(count)} of {shown.image_set.name}"
+    what = f"{count:,} pictures of {shown.image_set.name}"
+    first = f"the first {min(report.limit, count):,} of " if report.limit else ""
+    return first + what + (f", {evaluation.images:,} of them readable" if evaluation.skipped else "")
 
 
 def _source(report: Report, pictures: int, shown: SetRecord, precision: str | None = None) -> str:
@@ -169,17 +174,19 @@ def _source(report: Report, pictures: int, shown: SetRecord, precision: str | No
 def _runs(report: Report) -> object:
     described = [_described(record) for record in report.runs]
     rows = []
-    for name in dict.fromkeys(name for facts in described for name in facts):
-        cells = [facts.get(name, "–") for facts in described]
+    for name in described[0]:
+        cells = [facts[name] or "–" for facts in described]
+        if not any(facts[name] for facts in described):
+            continue
         rows.append(tag("tr", tag("th", name, scope="row"), [tag("td", cell) for cell in cells],
                         class_="differs" if len(set(cells)) > 1 else None))  # fmt: skip
-    several = len(report.runs) > 1 and tag("p", "What differs between the runs is in colour.")
+    several = len(report.runs) > 1 and tag("p", "Shaded rows differ between the runs.")
     heading = ["", *(record.name for record in report.runs)]
     return [several, _table(None, heading, [tag("tbody", rows)], "settings")]
 
 
-def _described(record: RunRecord) -> dict[str, str]:
-    """What was trained and how fast, in words; what is not known is left out."""
+def _described(record: RunRecord) -> dict[str, str | None]:
+    """What was trained and how fast, in words; None where it is not known or has no meaning."""
     config, state, metadata = record.run.config, record.state, record.run.metadata
     model = record.run.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) - sum(
@@ -191,7 +198,7 @@ def _described(record: RunRecord) -> dict[str, str]:
         decoder += f", CapPa {config.cappa}"
     last = (record.log.train or record.log.epoch or [{}])[-1]
     finished = datetime.fromtimestamp((record.run.path / MODEL).stat().st_mtime).astimezone()
-    facts = {
+    return {
         "data": config.preset + (f", {int(state['images']):,} pictures" if state.get("images", "").isdigit() else ""),
         "stage": str(config.stage),
         "teacher": metadata.get("teacher"),
@@ -218,7 +225,6 @@ def _described(record: RunRecord) -> dict[str, str]:
         "finished": finished.strftime("%Y-%m-%d %H:%M"),
         "folder": str(record.run.path),
     }  # fmt: skip
-    return {name: value for name, value in facts.items() if value}
 
 
 def _device_words(state: dict[str, str]) -> str | None:
@@ -264,7 +270,7 @@ def _scores(report: Report, shown: SetRecord) -> object:
         return _no_masks(shown, "are no scores")
     protocols = [scored.protocol for scored in records[0].evaluation.tables]
     parts: list[object] = [
-        tag("p", f"Percent, {_set_line(report, shown)}, protocol spot. In bold what is best within a run. Block masks "
+        tag("p", f"Percent, {_set_line(report, shown)}, protocol spot. In bold the best of a column. Block masks "
                  "and k-means need no training: a model has to beat both."),
         _protocol_table(report, shown, "spot"),
         tag("ul", [tag("li", note) for note in NOTES], class_="notes"),
@@ -296,8 +302,8 @@ def _scores(report: Report, shown: SetRecord) -> object:
     parts += [tag("p", f"Reconstruction loss: {losses}. Evaluation took "
                        f"{1000 * records[0].evaluation.seconds_per_image:.1f} ms a picture, "
                        f"{1000 * records[0].evaluation.metric_seconds_per_image:.1f} of them metrics.", class_="notes"),
-              tag("p", "The same tables on a terminal: ", tag("code", _evaluate_command(report, shown)),
-                  class_="notes")]  # fmt: skip
+              tag("p", "The same tables on a terminal: ",
+                  tag("code", _evaluate_command(report, shown), class_="command"), class_="notes")]  # fmt: skip
     return parts
 
 
@@ -314,47 +320,63 @@ def _evaluate_command(report: Report, shown: SetRecord) -> str:
 
 def _protocol_table(report: Report, shown: SetRecord, protocol: str) -> Markup:
     """All metrics of every run under one protocol, then mean ± deviation of runs that differ in their seed only."""
-    several = len(shown.places) > 1
-    bodies = []
-    for place in shown.places:
-        record = report.runs[place]
-        rows = record.evaluation.table(protocol).rows
-        best = {name: max((percent(row.scores[name]) for row in rows if row.scores[name] is not None),
-                          key=float, default=None) for name in METRICS}  # fmt: skip
-        lines = [
-            tag("tr", tag("th", row.title, scope="row"), [
-                tag("td", cell := percent(row.scores[name]), class_="best" if cell == best[name] else None)
-                for name in METRICS])
-            for row in rows
-        ]  # fmt: skip
-        bodies.append(_body(several and record.name, len(METRICS) + 1, lines))
-    for group in shown.alike:
-        tables = [report.runs[place].evaluation.table(protocol) for place in group]
-        lines = [tag("tr", tag("th", title, scope="row"), [tag("td", spread(scores[name])) for name in METRICS])
-                 for title, scores in mean_rows(tables)]  # fmt: skip
-        bodies.append(_body(_group_name(report, group), len(METRICS) + 1, lines))
-    return _table(None, ["masks", *(TITLES[name] for name in METRICS)], bodies)
+    tables = {place: report.runs[place].evaluation.table(protocol) for place in shown.places}
+    best = {
+        name: max((percent(row.scores[name]) for scored in tables.values() for row in scored.rows
+                   if row.scores[name] is not None), key=float, default=None)
+        for name in METRICS
+    }  # fmt: skip
+
+    def line(row: Row) -> Markup:
+        cells = [(percent(row.scores[name]), best[name]) for name in METRICS]
+        return tag("tr", tag("th", row.title, scope="row"),
+                   [tag("td", cell, class_="best" if cell == top else None) for cell, top in cells])  # fmt: skip
+
+    def means(group: Sequence[int], shared: set[str]) -> list[Markup]:
+        return [tag("tr", tag("th", title, scope="row"), [tag("td", spread(scores[name])) for name in METRICS])
+                for title, scores in mean_rows([tables[place] for place in group]) if title not in shared]  # fmt: skip
+
+    return _by_run(report, shown, None, [TITLES[name] for name in METRICS],
+                   {place: [(row.title, line(row)) for row in scored.rows] for place, scored in tables.items()},
+                   means)  # fmt: skip
+
+
+def _by_run(
+    report: Report, shown: SetRecord, caption: str | None, heading: Sequence[str],
+    lines: dict[int, list[tuple[str, Markup]]],
+    means: Callable[[Sequence[int], set[str]], list[Markup]] | None = None,
+) -> Markup:  # fmt: skip
+    """A table with a part for each run. lines: of a run's place, (title, row). What is the same for every run, such as
+    block masks, stands once, at the end; means: of runs that differ in their seed only, without those."""
+    several = len(lines) > 1
+    common = [line for line in lines[shown.places[0]] if several and all(line in own for own in lines.values())]
+    shared = {title for title, _ in common}
+    width = len(heading) + 1
+    bodies = [_body(several and report.runs[place].name, width, [row for title, row in own if title not in shared])
+              for place, own in lines.items()]  # fmt: skip
+    for group in shown.alike if means else []:
+        name = f"mean ± std of {', '.join(report.runs[place].name for place in group)}"
+        bodies.append(_body(name, width, means(group, shared)))
+    if common:
+        bodies.append(_body("without training, the same for every run", width, [row for _, row in common]))
+    return _table(caption, ["masks", *heading], bodies)
 
 
 def _body(title: object, columns: int, lines: Sequence[Markup]) -> Markup:
     return tag("tbody", title and tag("tr", tag("th", title, colspan=columns, scope="rowgroup"), class_="run"), lines)
 
 
-def _group_name(report: Report, group: Sequence[int]) -> str:
-    return f"mean ± std of {', '.join(report.runs[place].name for place in group)}"
-
-
 def _across(report: Report, shown: SetRecord, protocols: Sequence[str]) -> Markup:
     """mBO_i of every run's masks, a column for each protocol."""
-    several = len(shown.places) > 1
-    bodies = []
+    lines = {}
     for place in shown.places:
-        record = report.runs[place]
-        alike = zip(*(record.evaluation.table(name).rows for name in protocols), strict=True)
-        lines = [tag("tr", tag("th", _shared_title(rows), scope="row"),
-                     [tag("td", percent(row.scores["mbo_i"])) for row in rows]) for rows in alike]  # fmt: skip
-        bodies.append(_body(several and record.name, len(protocols) + 1, lines))
-    return _table("mBO_i, percent", ["masks", *protocols], bodies)
+        evaluation = report.runs[place].evaluation
+        lines[place] = [
+            (title := _shared_title(rows), tag("tr", tag("th", title, scope="row"),
+                                               [tag("td", percent(row.scores["mbo_i"])) for row in rows]))
+            for rows in zip(*(evaluation.table(name).rows for name in protocols), strict=True)
+        ]  # fmt: skip
+    return _by_run(report, shown, "mBO_i, percent", protocols, lines)
 
 
 def _shared_title(rows: Sequence[Row]) -> str:
@@ -367,34 +389,44 @@ def _sizes(report: Report, shown: SetRecord) -> object:
     records = [report.runs[place] for place in shown.places]
     if records[0].evaluation is None:
         return _no_masks(shown, "are no scores by size")
-    tables = [record.evaluation.table("spot") for record in records]
-    rows = _size_rows(report, shown, tables)
-    instances = [count for _, count in tables[0].rows[0].sizes]
+    rows = _size_rows(report, shown)
+    instances = [count for _, count in records[0].evaluation.table("spot").rows[0].sizes]
     chart = figures.sizes_chart(rows, instances, _source(report, records[0].evaluation.images, shown))
     lines = []
-    for name, means, deviations in rows:
-        cells = [percent(mean) if deviations is None or mean is None else spread((mean, deviation))
-                 for mean, deviation in zip(means, deviations or means, strict=True)]  # fmt: skip
-        lines.append(tag("tr", tag("th", name, scope="row"), [tag("td", cell) for cell in cells]))
+    for row in rows:
+        cells = [percent(mean) if row.deviations is None or mean is None else spread((mean, deviation))
+                 for mean, deviation in zip(row.means, row.deviations or row.means, strict=True)]  # fmt: skip
+        lines.append(tag("tr", tag("th", row.name, scope="row"), [tag("td", cell) for cell in cells]))
     lines.append(tag("tr", tag("th", "instances", scope="row"), [tag("td", str(count)) for count in instances]))
     numbers = _table("mBO_i, percent, by size in percent of the label map", ["masks", *BINS], [tag("tbody", lines)])
     return [tag("div", chart, class_="wide"), numbers]
 
 
-def _size_rows(report: Report, shown: SetRecord, tables: Sequence[Table]) -> list[tuple]:
-    """(name, mBO_i by bin, deviations or None) of each line: every kind of masks of one run or of runs that differ in
-    their seed only, otherwise decoder and slot masks of each run."""
-    if len(tables) == 1:
-        return [(row.title, [mean for mean, _ in row.sizes], None) for row in tables[0].rows]
-    if shown.alike and len(shown.alike[0]) == len(tables):
-        return [(title, [c and c[0] for c in cells], [c[1] if c else 0.0 for c in cells])
-                for title, cells in mean_sizes(tables)]  # fmt: skip
+def _size_rows(report: Report, shown: SetRecord) -> list[figures.SizeRow]:
+    """Every kind of masks where there is one kind of run; otherwise decoder and slot masks of each kind. Runs that
+    differ in their seed only are one kind, with mean and deviation."""
     rows = []
-    for place, scored in zip(shown.places, tables, strict=True):
-        decoder = [row for row in scored.rows if row.masks == "decoder"][-1]
-        for row in (decoder, scored.row("slots")):
-            rows.append((f"{report.runs[place].name}, {row.title}", [mean for mean, _ in row.sizes], None))
+    kinds = [next((group for group in shown.alike if place in group), [place]) for place in shown.kinds]
+    for colour, group in enumerate(kinds):
+        tables = [report.runs[place].evaluation.table("spot") for place in group]
+        own = tables[0].rows
+        sizes = [(row.title, [mean for mean, _ in row.sizes], None) for row in own]
+        if len(group) > 1:
+            sizes = [(title, [c and c[0] for c in cells], [c[1] if c else 0.0 for c in cells])
+                     for title, cells in mean_sizes(tables)]  # fmt: skip
+        if len(kinds) == 1:
+            return [figures.SizeRow(*size, place) for place, size in enumerate(sizes)]
+        name = report.runs[group[0]].name + (f" and {_more_seeds(len(group) - 1)}" if len(group) > 1 else "")
+        last = max(i for i, row in enumerate(own) if row.masks == "decoder")
+        slots = next(i for i, row in enumerate(own) if row.masks == "slots")
+        for i, dashed in ((last, False), (slots, True)):
+            title, means, deviations = sizes[i]
+            rows.append(figures.SizeRow(f"{name}, {title}", means, deviations, colour, dashed))
     return rows
+
+
+def _more_seeds(count: int) -> str:
+    return f"{count} more seed{'s' * (count > 1)}"
 
 
 # ---- pictures
@@ -418,7 +450,7 @@ def _gallery(report: Report, shown: SetRecord) -> object:
                "one, grey being the background; other colours have no partner. Black pixels of the truth are not "
                "counted.")  # fmt: skip
     return [tag("p", how, " ", tag("small", _source(report, len(shown.pictures), shown), class_="source")),
-            tag("div", shown_pictures, class_="gallery")]  # fmt: skip
+            tag("div", shown_pictures, class_="gallery many" if len(names) > 1 else "gallery")]  # fmt: skip
 
 
 def _examples(shown: SetRecord) -> list[PictureRecord]:
@@ -462,8 +494,8 @@ def _iterations(report: Report, shown: SetRecord) -> object:
     drawn = _looked_into(report, shown, lambda picture, run, label: figures.attention_iterations(
         label, picture.pixels, picture.looks[run]))  # fmt: skip
     how = tag("p", "Slot attention in each iteration: left which slot has most of each patch, then every slot's soft "
-                   "map at the resolution of the patches, black 0 to full colour 1, with its share of the picture. The "
-                   "last iteration gives the slot masks.", " ",
+                   "map at the resolution of the patches, black is 0, with its share of the picture. The last "
+                   " iteration gives the slot masks.", " ",
               tag("small", _source(report, len(_examples(shown)), shown), class_="source"))  # fmt: skip
     return [how, drawn]
 

@@ -12,6 +12,7 @@ from .markup import Markup, tag
 COLOURS = 8  # classes c0…c7 of the style sheet
 _WIDTH, _HEIGHT = 440, 262
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 10, 42
+_NAMES = 16  # more room below, for names of two lines
 _MOST_POINTS = 300
 _TICKS = 5
 
@@ -50,13 +51,14 @@ def line_chart(
     y_ticks = (_log_ticks if log else _ticks)([y for _, y in points] + ends, zero)
     y_low, y_high = y_ticks[0], y_ticks[-1]
     measure = math.log10 if log else float
+    bottom = _HEIGHT - _BOTTOM - (_NAMES if names else 0)
 
     def px(x: float) -> float:
         return round(_LEFT + (x - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT), 1)
 
     def py(y: float) -> float:
         part = (measure(y) - measure(y_low)) / (measure(y_high) - measure(y_low))
-        return round(_HEIGHT - _BOTTOM - part * (_HEIGHT - _TOP - _BOTTOM), 1)
+        return round(bottom - part * (bottom - _TOP), 1)
 
     drawn = []
     for tick in y_ticks:
@@ -64,7 +66,6 @@ def line_chart(
             tag("line", class_="grid", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=py(tick), y2=py(tick)),
             tag("text", number(tick), x=_LEFT - 6, y=py(tick) + 4, text_anchor="end"),
         ]
-    bottom = _HEIGHT - _BOTTOM
     if names:
         marks = [(i, name) for i, name in enumerate(names)]
     else:

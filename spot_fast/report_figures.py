@@ -22,7 +22,7 @@ from .pictures import labels_at, palette, tinted
 from .report_data import Log, values_of
 from .svg_chart import Line, heat_colour, heat_map, legend, line_chart, number
 
-PANEL = 256  # side of a panel in pixels; the page shows it smaller, so that it is sharp on a fine screen
+PANEL = 256  # side of a panel in pixels; the page shows it smaller, and as large as it is when clicked
 _QUALITY = 82
 _GREY, _BLACK = (150, 150, 150), (18, 18, 18)
 _LEVELS = 32  # of a soft map: its PNG is a few hundred bytes
@@ -238,9 +238,19 @@ def attention_iterations(label: str, pixels: Tensor, found: Look) -> Markup:
 
 # ---- gradients
 
+GRADIENTS_EXPLAINED = (
+    "L1 norm of the gradient of each patch's reconstruction loss with respect to the slots that the decoder reads, "
+    "summed over slots, channels and decoder blocks, mean over pictures (the paper's Fig. 3). Bright patches teach the "
+    "slots most. One would expect them where an order begins, where there is little else to go by, and an even map "
+    "over all orders. Variation is the standard deviation over the mean; every run has a scale of its own."
+)
+
 
 def gradient_figure(name: str, found: Gradients, source: str) -> Markup:
-    """Gradient norm per patch in order 0, averaged over the orders, and in each of them, on one scale."""
+    """Gradient norm per patch in order 0, averaged over the orders, and in each of them, on one scale.
+
+    What it means is said once, above all of them: GRADIENTS_EXPLAINED.
+    """
     grid, orders = found.grid, len(found.by_order)
     average = found.by_order.mean(0)
     most = found.by_order.max().item()
@@ -263,15 +273,9 @@ def gradient_figure(name: str, found: Gradients, source: str) -> Markup:
     scale.putdata([_rgb(i / (steps - 1)) for i in range(steps)])
     bar = tag("div", "0 ", image(scale, "colour scale from 0 to the largest norm", lossless=True, class_="scale"),
               f" {number(most)}", class_="scale-line")  # fmt: skip
-    trained = "" if orders > 1 else " This run was trained in the standard order only: there are no others to show."
     maps = [tag("h3", name), tag("div", *large, class_="panels large"), bar, small]
-    return figure(
-        maps,
-        "L1 norm of the gradient of each patch's reconstruction loss with respect to the slots that the decoder reads, "
-        "summed over slots, channels and decoder blocks, mean over pictures (the paper's Fig. 3). Bright patches teach "
-        "the slots most. One would expect them where an order begins, where there is little else to go by, and an even "
-        f"picture over all orders; variation is the standard deviation over the mean.{trained}",
-        source=source, class_="gradients")  # fmt: skip
+    alone = orders == 1 and "This run was trained in the standard order only: there are no others to show."
+    return figure(maps, alone, source=source, class_="gradients")
 
 
 def _rgb(value: float) -> tuple[int, int, int]:

@@ -120,7 +120,8 @@ def _sentence(report: Report, record: RunRecord) -> list[object]:
             f"{percent(others['kmeans'].scores['mbo_i'])}."
         )
     if log.skipped:
-        text += f" {len(log.skipped)} steps were left out because loss or gradient was not finite."
+        steps = "1 step was" if len(log.skipped) == 1 else f"{len(log.skipped)} steps were"
+        text += f" {steps} left out because loss or gradient was not finite."
     return [tag("strong", record.name), text]
 
 
@@ -507,4 +508,6 @@ def _gradients(report: Report, shown: SetRecord) -> object:
         if record.gradients is not None:
             source = _source(report, record.gradients.pictures, shown, "float32")
             drawn.append(figures.gradient_figure(record.name, record.gradients, source))
-    return drawn or _missing("Left out: --gradient-images is 0, or no picture can be read.")
+    if drawn:
+        return [tag("p", figures.GRADIENTS_EXPLAINED), drawn]
+    return _missing("Left out: --gradient-images is 0, or no picture can be read.")

@@ -85,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(args: argparse.Namespace, command: str) -> None:
     _check(args)
+    # Pictures are chosen by their scores under SPOT's.
+    args.protocols = list(dict.fromkeys(["spot", *(protocol.name for protocol in chosen(args.protocol))]))
     out = _out(args.out)
     device = usable_device(args.device)
     paths = [find_folder(name, args.root) for name in args.runs] or [find_run(args.root)]
@@ -111,7 +113,6 @@ def _report(args: argparse.Namespace, command: str) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    args.protocols = list(dict.fromkeys(["spot", *(protocol.name for protocol in chosen(args.protocol))]))
     for name, least in (("images", 1), ("limit", 0), ("batch_size", 1), ("workers", 0), ("seed", 0),
                         ("gradient_images", 0)):  # fmt: skip
         value = getattr(args, name)

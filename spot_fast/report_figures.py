@@ -169,7 +169,7 @@ def truth_image(picture: Image.Image, instances: Tensor, alt: str) -> Markup:
     labels[instances < 0] = len(numbers)
     colours = np.concatenate([_colours([of_label[n] for n in numbers]), np.array([_BLACK], np.uint8)])
     at = (np.arange(2 * PANEL) + 0.5) * len(instances) / (2 * PANEL)
-    labels = labels.numpy()[np.ix_(at.astype(int), at.astype(int))]
+    labels = labels.numpy().astype(np.uint8)[np.ix_(at.astype(int), at.astype(int))]
     return image(tinted(picture, labels, colours).resize((PANEL, PANEL), Image.Resampling.BOX), alt)
 
 

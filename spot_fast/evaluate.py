@@ -98,23 +98,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(args: argparse.Namespace) -> None:
     protocols = chosen(args.protocol)
-    targets = {name: _target(name, getattr(args, name.replace("-", "_"))) for name in ("json", "csv", "size-plot")}
+    targets = {name: writable_target(name, getattr(args, name.replace("-", "_")))
+               for name in ("json", "csv", "size-plot")}  # fmt: skip
     if targets["size-plot"]:
         check_target(targets["size-plot"])
-    device = _device(args.device)
+    device = usable_device(args.device)
     paths = [find_folder(name, args.root) for name in args.runs] or [find_run(args.root)]
     # All runs are opened before the first is measured: a missing one should not cost the others' minutes.
     runs = [load_run(path) for path in paths]
     results = []
     opened: dict[str, ImageSet] = {}
     for run in runs:
-        result = evaluate(run.model.to(device), _val_set(run, args.data, opened), protocols=[p.name for p in protocols],
+        val_set = open_val_set(run, args.data, opened)
+        result = evaluate(run.model.to(device), val_set, protocols=[p.name for p in protocols],
                           layouts=published_layouts(run.config.preset), batch_size=args.batch_size, seed=args.seed,
                           limit=args.limit, workers=args.workers, precision=args.precision)  # fmt: skip
         results.append(result)
         print(_report(run, result, args.sizes), end="\n\n", flush=True)
         run.model.to("cpu")
-    groups = _groups(runs)
+    groups = alike_runs(runs)
     for group in groups:
         print(_summary(runs, results, group, args.sizes), end="\n\n")
     print("\n".join(NOTES))
@@ -122,14 +124,15 @@ def _evaluate(args: argparse.Namespace) -> None:
         text = json.dumps(_as_json(args, protocols, runs, results, groups), indent=2, ensure_ascii=False) + "\n"
         atomic_write(target, lambda partial: partial.write_text(text, encoding="utf-8"))
     if target := targets["csv"]:
-        write_csv(target, [(_name(run), result) for run, result in zip(runs, results, strict=True)])
+        write_csv(target, [(run_name(run), result) for run, result in zip(runs, results, strict=True)])
     if target := targets["size-plot"]:
         _plot(target, runs, results, groups)
     for target in filter(None, targets.values()):
         print(f"wrote {target}")
 
 
-def _target(option: str, name: str | None) -> Path | None:
+def writable_target(option: str, name: str | None) -> Path | None:
+    """The file that --`option` names; UserError where it is a folder or lies in none."""
     if name is None:
         return None
     target = Path(name)
@@ -139,7 +142,8 @@ def _target(option: str, name: str | None) -> Path | None:
     return target
 
 
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
+    """The device of that name; UserError where it cannot be used."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -149,7 +153,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _val_set(run: Run, data: str | None, opened: dict[str, ImageSet]) -> ImageSet:
+def open_val_set(run: Run, data: str | None, opened: dict[str, ImageSet]) -> ImageSet:
     """The run's validation pictures; runs on the same pictures share them."""
     config = replace(run.config, data=data) if data else run.config
     keys = ("preset", "data", "val_images", "image_size", "mask_size", "crop")
@@ -159,11 +163,12 @@ def _val_set(run: Run, data: str | None, opened: dict[str, ImageSet]) -> ImageSe
     return opened[key]
 
 
-def _name(run: Run) -> str:
+def run_name(run: Run) -> str:
+    """The name of its folder."""
     return run.path.resolve().name
 
 
-def _groups(runs: list[Run]) -> list[list[int]]:
+def alike_runs(runs: list[Run]) -> list[list[int]]:
     """Places of runs whose settings differ in nothing but the seed, two or more each."""
     groups: dict[str, list[int]] = {}
     for place, run in enumerate(runs):
@@ -179,7 +184,7 @@ def _report(run: Run, result: Evaluation, sizes: bool) -> str:
     lines = []
     for scored in result.tables:
         lines += [
-            f"{_name(run)} · preset {config.recipe} · stage {config.stage} · {count} of {result.data}, "
+            f"{run_name(run)} · preset {config.recipe} · stage {config.stage} · {count} of {result.data}, "
             f"masks {scored.mask_size} × {scored.mask_size} · protocol {scored.protocol} · percent",
             "",
             evaluation_table(scored),
@@ -200,7 +205,7 @@ def _report(run: Run, result: Evaluation, sizes: bool) -> str:
 
 
 def _summary(runs: list[Run], results: list[Evaluation], group: list[int], sizes: bool) -> str:
-    names = ", ".join(_name(runs[place]) for place in group)
+    names = ", ".join(run_name(runs[place]) for place in group)
     config = runs[group[0]].config
     parts = []
     for tables in _tables(results, group):
@@ -230,7 +235,7 @@ def _plot(target: Path, runs: list[Run], results: list[Evaluation], groups: list
         rows = []
         for run, result in zip(runs, results, strict=True):
             row = [r for r in result.tables[0].rows if r.masks == "decoder"][-1]
-            rows.append((f"{_name(run)}, {row.title}", [mean for mean, _ in row.sizes], [0.0] * len(row.sizes)))
+            rows.append((f"{run_name(run)}, {row.title}", [mean for mean, _ in row.sizes], [0.0] * len(row.sizes)))
     plot_sizes(target, title, rows, [number for _, number in first.rows[0].sizes])
 
 
@@ -251,7 +256,7 @@ def _as_json(
                 "preset": runs[group[0]].config.preset,
                 "stage": runs[group[0]].config.stage,
                 "protocol": tables[0].protocol,
-                "runs": [_name(runs[place]) for place in group],
+                "runs": [run_name(runs[place]) for place in group],
                 "rows": [
                     {"title": title, **{name: _spread(score) for name, score in scores.items()},
                      "sizes": [_bin(place, mbo_i=_spread(cell)) for place, cell in enumerate(cells)]}
@@ -284,7 +289,7 @@ def _run_json(run: Run, result: Evaluation) -> dict:
         for scored in result.tables
     ]
     return {
-        "run": _name(run),
+        "run": run_name(run),
         "preset": run.config.preset,
         "stage": run.config.stage,
         "seed": run.config.seed,

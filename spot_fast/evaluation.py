@@ -81,15 +81,17 @@ class Table:
 
 @dataclass
 class Evaluation:
-    """What `evaluate` measured, a table for each protocol. labels: of the pictures, in order. skipped: label of each
-    unreadable picture → reason. reconstruction: mean squared error of the prediction by the number of patch orders
-    averaged. Seconds are per picture: everything, and metrics alone (all rows and protocols, with upsampling)."""
+    """What `evaluate` measured, a table for each protocol. labels, indices: of the pictures, in order. skipped: label
+    of each unreadable picture → reason. reconstruction: mean squared error of the prediction by the number of patch
+    orders averaged. Seconds are per picture: everything, and metrics alone (all rows and protocols, with
+    upsampling)."""
 
     tables: list[Table]
     images: int
     data: str
     reconstruction: dict[int, float]
     labels: list[str] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     seconds_per_image: float = 0.0
     metric_seconds_per_image: float = 0.0
@@ -162,7 +164,8 @@ def evaluate(
                         f"{next(iter(skipped.values()))}")  # fmt: skip
     images = len(run.labels)
     return Evaluation(
-        tables=run.tables(), images=images, data=val_set.name, labels=run.labels, skipped=skipped,
+        tables=run.tables(), images=images, data=val_set.name, labels=run.labels, indices=run.indices,
+        skipped=skipped,
         reconstruction={orders: total / images for orders, total in run.squared_error.items()},
         seconds_per_image=(time.perf_counter() - start) / images,
         metric_seconds_per_image=run.metric_seconds / images,
@@ -229,6 +232,7 @@ class _Pass:
         self.orders = [1] if model.num_orders == 1 else [1, model.num_orders]
         self.squared_error = dict.fromkeys(self.orders, 0.0)
         self.labels: list[str] = []
+        self.indices: list[int] = []
         self.metric_seconds = 0.0
         # The soft masks of a batch in this order; the k-means labels count as such, as one-hot vectors.
         self.soft = [*(("decoder", orders) for orders in self.orders), ("slots", None), ("kmeans", None)]
@@ -278,6 +282,7 @@ class _Pass:
                 self.scores[place].setdefault(key, Scores(protocol.rules)).add_counts(part.view(c.shape), truth)
         self.metric_seconds += time.perf_counter() - start
         self.labels += labels
+        self.indices += indices
 
     def _blocks(self, size: int) -> list[tuple[tuple, int, Tensor]]:
         if size not in self.blocks:

@@ -14,8 +14,8 @@ from .checkpoint import atomic_write
 from .evaluation import Evaluation, Row, Table
 from .metrics import METRICS, SIZE_BINS
 
-_TITLES = {"mbo_i": "mBO_i", "mbo_c": "mBO_c", "miou": "mIoU", "fg_ari": "FG-ARI"}
-_BINS = [f"{100 * low:g}–{100 * high:g}" for low, high in zip(SIZE_BINS, SIZE_BINS[1:], strict=False)]
+TITLES = {"mbo_i": "mBO_i", "mbo_c": "mBO_c", "miou": "mIoU", "fg_ari": "FG-ARI"}
+BINS = [f"{100 * low:g}–{100 * high:g}" for low, high in zip(SIZE_BINS, SIZE_BINS[1:], strict=False)]
 _CSV = ("run", "picture", "protocol", "masks", "orders", "columns", "num_masks", *METRICS, "objects", "note")
 _NAMED = 10  # pictures named in a line of text; all of them are in the JSON and CSV files
 NO_OBJECT = "no object"
@@ -30,7 +30,7 @@ NOTES = (
 
 def table(titles: Sequence[str], cells: Sequence[Sequence[str]], heading: Sequence[str] = ()) -> str:
     """Lines of numbers under a heading (default: the metrics), columns aligned."""
-    heading = ["masks", *(heading or (_TITLES[name] for name in METRICS))]
+    heading = ["masks", *(heading or (TITLES[name] for name in METRICS))]
     lines = [heading, *([title, *row] for title, row in zip(titles, cells, strict=True))]
     widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
     return "\n".join(
@@ -57,7 +57,7 @@ def size_table(scored: Table) -> str:
     """mBO_i in percent by the size of the instances in percent of the label map, and how many instances there are."""
     cells = [[percent(mean) for mean, _ in row.sizes] for row in scored.rows]
     numbers = [str(number) for _, number in scored.rows[0].sizes]
-    return table([*(r.title for r in scored.rows), "instances"], [*cells, numbers], _BINS)
+    return table([*(r.title for r in scored.rows), "instances"], [*cells, numbers], BINS)
 
 
 def unlabelled_line(scored: Table) -> str:
@@ -105,7 +105,7 @@ def mean_table(tables: Sequence[Table]) -> str:
 def mean_size_table(tables: Sequence[Table]) -> str:
     """`mean_sizes` as a table in percent: mean ± standard deviation."""
     means = mean_sizes(tables)
-    return table([title for title, _ in means], [[spread(cell) for cell in cells] for _, cells in means], _BINS)
+    return table([title for title, _ in means], [[spread(cell) for cell in cells] for _, cells in means], BINS)
 
 
 def write_csv(path: Path, evaluations: Sequence[tuple[str, Evaluation]]) -> None:

@@ -266,7 +266,7 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as stop:
         command.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and "(default: the newest finished)" in text
+    assert stop.value.code == 0 and "default: the newest finished run)" in text
     for protocol in PROTOCOLS.values():
         assert f"{protocol.name}: {protocol.about}" in text and protocol.source in text
 

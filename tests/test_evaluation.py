@@ -175,7 +175,8 @@ def test_student_of_stage_2(scenes):
 
 def test_unreadable_pictures_are_named_and_the_rest_is_scored(model):
     result = evaluate(model, Pictures(8, broken=(0, 3, 7)), batch_size=2, progress=False)
-    assert result.images == 5
+    assert result.images == 5 and result.indices == [1, 2, 4, 5, 6]
+    assert result.labels == [f"{i}.jpg" for i in result.indices]
     assert result.skipped == {f"{i}.jpg": f"image {i}.jpg cannot be read: truncated" for i in (0, 3, 7)}
     assert result.row("slots").counted["fg_ari"] == 5
     # The others keep their own noise: the mean over all is the mean over both parts.

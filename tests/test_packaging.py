@@ -71,7 +71,8 @@ has_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clan
 
 
 def test_every_import_is_declared():
-    names = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["dali"]]
+    extras = PROJECT["project"]["optional-dependencies"]
+    names = [*PROJECT["project"]["dependencies"], *extras["dali"], *extras["float8"]]
     declared = {re.split(r"[<>=!~\[; ]", name)[0].lower() for name in names}
     imported = {}
     for file, path in _python_files().items():
@@ -122,6 +123,7 @@ def test_wheel_works_from_another_folder(tree, tmp_path):
     assert wheel.name.split("-")[2:4] == ["py3", "none"] and not wheel.name.endswith("-any.whl")
     files = set(zipfile.ZipFile(wheel).namelist())
     data = {f"spot_fast/weights/{path.name}" for path in (ROOT / "spot_fast" / "weights").glob("*")}
+    data.add("spot_fast/report.css")
     library = {name for name in files if "libspot_native" in name}
     assert data and len(library) == 1
     assert {name for name in files if ".dist-info/" not in name} == {*_python_files(), *data, *library}

@@ -1,0 +1,193 @@
+"""python -m spot_fast.report [RUN ...]: one HTML file about trained runs that opens from disk, without a network."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import __version__
+from .baselines import published_layouts
+from .checkpoint import Run, atomic_write, find_folder, find_run, load_run
+from .data.base import ImageSet
+from .errors import UserError
+from .evaluate import alike_runs, open_val_set, run_name, usable_device, writable_target
+from .evaluation import WORKERS, evaluate
+from .picture_look import gradients, look, read_picture
+from .precision import PRECISIONS, resolve
+from .protocols import PROTOCOLS, chosen
+from .report_data import PictureRecord, Report, RunRecord, SetRecord, choose_pictures, read_log, state_metadata
+from .report_page import page
+
+_GRADIENT_PICTURES = 16
+# A backward pass for each patch and order: more than this many patches take minutes a picture on a CPU.
+_FEW_PATCHES, _FEW_PICTURES = 100, 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m spot_fast.report",
+        description="Writes one self-contained HTML file about trained runs: what was trained and how fast, curves, "
+        "scores beside baselines under every protocol, mBO_i by instance size, a gallery, masks by patch order, "
+        "attention by iteration, gradient norm per patch. Runs that differ in their seed only also get mean ± "
+        "standard deviation.",
+    )  # fmt: skip
+    parser.add_argument("runs", nargs="*", metavar="RUN",
+                        help="folder of a run, or name of one below --runs (default: the newest finished)")  # fmt: skip
+    parser.add_argument("--out", default="report.html", metavar="FILE", help="what to write (default: report.html)")
+    parser.add_argument("--data", metavar="PATH", help="folder of the data set (default: the one the run trained on)")
+    parser.add_argument("--runs", dest="root", default="runs", metavar="DIR",
+                        help="folder with the runs (default: runs)")  # fmt: skip
+    parser.add_argument("--protocol", default="all", metavar="NAME[,NAME]",
+                        help=f"{', '.join(PROTOCOLS)}, several with commas, or all; spot is among them in any case, "
+                        "pictures are chosen by it (default: all)")  # fmt: skip
+    parser.add_argument("--images", type=int, default=3, metavar="N",
+                        help="pictures of each part of the gallery: best, median, worst, random (default: 3)")
+    parser.add_argument("--gradient-images", type=int, metavar="N",
+                        help="pictures that the gradient norm is a mean over, 0 = leave it out (default: "
+                        f"{_GRADIENT_PICTURES}; {_FEW_PICTURES} on a CPU with more than {_FEW_PATCHES} patches a "
+                        "picture)")  # fmt: skip
+    parser.add_argument("--limit", type=int, default=0, metavar="N",
+                        help="evaluate only the first N pictures (default: all)")  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at a time (default: 32)")
+    parser.add_argument("--workers", type=int, default=WORKERS, metavar="N",
+                        help=f"threads that read pictures and masks ahead, 0 = none (default: {WORKERS})")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32",
+                        help="of the model, but for gradients, which are float32 (default: float32)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0,
+                        help="seed of slot noise, k-means and the random pictures (default: 0)")  # fmt: skip
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda or cuda:N (default: a GPU where there is one)")  # fmt: skip
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        _report(args, shlex.join(["python", "-m", "spot_fast.report", *words]))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted, no file was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _report(args: argparse.Namespace, command: str) -> None:
+    _check(args)
+    # Pictures are chosen by their scores under SPOT's.
+    args.protocols = list(dict.fromkeys(["spot", *(protocol.name for protocol in chosen(args.protocol))]))
+    out = _out(args.out)
+    device = usable_device(args.device)
+    paths = [find_folder(name, args.root) for name in args.runs] or [find_run(args.root)]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError(f"a run is named twice in {' '.join(args.runs)}: name each once")
+    # All runs are opened before the first is measured: a missing one should not cost the others' minutes.
+    runs = [load_run(path) for path in paths]
+    opened: dict[str, ImageSet] = {}
+    image_sets = [open_val_set(run, args.data, opened) for run in runs]
+    report = Report(
+        command=command, data=args.data, limit=args.limit,
+        runs=[RunRecord(run_name(run), run, read_log(run.path), state_metadata(run.path)) for run in runs],
+        sets=[], settings=_settings(args, device), about=_about(device),
+    )  # fmt: skip
+    for image_set in opened.values():
+        places = [place for place, own in enumerate(image_sets) if own is image_set]
+        groups = [[places[i] for i in group] for group in alike_runs([runs[place] for place in places])]
+        report.sets.append(SetRecord(image_set, places, groups))
+    for shown in report.sets:
+        _measure(report, shown, args, device)
+    text = page(report)
+    atomic_write(out, lambda partial: partial.write_text(text, encoding="utf-8"))
+    print(f"{out.resolve()}  {out.stat().st_size / 1e6:.1f} MB, open it in a browser")
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, least in (("images", 1), ("limit", 0), ("batch_size", 1), ("workers", 0), ("seed", 0),
+                        ("gradient_images", 0)):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: use {least} or more")
+
+
+def _out(name: str) -> Path:
+    out = writable_target("out", name)
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise UserError(f"--out {out} cannot be written: choose a file in a folder that you may write to")
+    return out
+
+
+def _settings(args: argparse.Namespace, device: torch.device) -> dict[str, str]:
+    return {"seed": str(args.seed), "precision": resolve(args.precision, device)}
+
+
+def _about(device: torch.device) -> dict[str, str]:
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        where = "CPU, 1 thread"
+    return {
+        "date": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z").strip(),
+        "versions": f"spot_fast {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        "device": where,
+    }
+
+
+def _measure(report: Report, shown: SetRecord, args: argparse.Namespace, device: torch.device) -> None:
+    """Scores of the runs on one set, the pictures to show with what the runs make of them, gradient norms."""
+    image_set = shown.image_set
+    records = [report.runs[place] for place in shown.places]
+    if image_set.has_masks:
+        for record in records:
+            record.evaluation = evaluate(
+                record.run.model.to(device), image_set, protocols=args.protocols,
+                layouts=published_layouts(record.run.config.preset), batch_size=args.batch_size, seed=args.seed,
+                limit=args.limit, workers=args.workers, precision=args.precision,
+            )  # fmt: skip
+            record.run.model.to("cpu")
+    if not len(image_set):
+        return
+    picks = choose_pictures(image_set, [r.evaluation for r in records if r.evaluation], each=args.images,
+                            seed=args.seed, limit=args.limit)  # fmt: skip
+    read = [(pick, found) for pick in picks if (found := read_picture(image_set, pick.index)) is not None]
+    shown.pictures = [PictureRecord(pick, pixels, truth, []) for pick, (pixels, truth) in read]
+    for record in records:
+        model = record.run.model.to(device)
+        for picture in tqdm(shown.pictures, desc=f"pictures of {record.name}", unit="image", disable=None):
+            picture.looks.append(look(model, picture.pixels, picture.truth, index=picture.chosen.index, seed=args.seed,
+                                      precision=args.precision))  # fmt: skip
+        model.to("cpu")
+    for place in shown.kinds:
+        record = report.runs[place]
+        record.gradients = _gradients(record.run, image_set, args, device)
+
+
+def _gradients(run: Run, image_set: ImageSet, args: argparse.Namespace, device: torch.device):
+    patches = run.model.encoder.num_tokens
+    pictures = args.gradient_images
+    if pictures is None:
+        few = device.type == "cpu" and patches > _FEW_PATCHES
+        pictures = _FEW_PICTURES if few else _GRADIENT_PICTURES
+    pictures = min(pictures, args.limit or pictures, len(image_set))
+    if not pictures:
+        return None
+    model = run.model.to(device)
+    batches = -(-pictures // args.batch_size)
+    with tqdm(total=batches * patches * model.num_orders, desc=f"gradients of {run_name(run)}", unit="patch",
+              disable=None) as bar:  # fmt: skip
+        found = gradients(model, image_set, pictures=pictures, seed=args.seed, batch=args.batch_size, done=bar.update)
+    model.to("cpu")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

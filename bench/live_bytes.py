@@ -1,7 +1,7 @@
 """How many bytes tensors hold at most while something runs, counted on any device.
 
 Every operator's results are followed until they are freed. What a kernel allocates for itself inside an operator is not
-seen, nor what an allocator rounds up or keeps.
+seen, nor what an allocator rounds up or keeps. Products need not be computed for it: they cost nearly all of the time.
 """
 
 from __future__ import annotations
@@ -10,21 +10,35 @@ import weakref
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
+
+_ATEN = torch.ops.aten
+_PRODUCTS = {_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default,
+             _ATEN.convolution.default, _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+             _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default}  # fmt: skip
 
 
 class LiveBytes(TorchDispatchMode):
-    """`peak`: the most bytes that lived at once, `held` (there before, still there) included."""
+    """`peak`: the most bytes that lived at once, `held` (there before, still there) included.
 
-    def __init__(self, held: list[torch.Tensor]) -> None:
+    products=False: matrix products and attention give zeros of the right shape and dtype.
+    """
+
+    def __init__(self, held: list[torch.Tensor], *, products: bool = True) -> None:
         super().__init__()
+        self._products = products
         self._known: dict[int, weakref.ref] = {}
         self.now = self.peak = 0
         for tensor in held:
             self._follow(tensor)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        results = func(*args, **(kwargs or {}))
+        if self._products or func not in _PRODUCTS:
+            results = func(*args, **(kwargs or {}))
+        else:
+            shapes = func(*tree_map(_on(torch.device("meta")), args), **(kwargs or {}))
+            results = tree_map(lambda value: torch.zeros_like(value, device=args[0].device)
+                               if isinstance(value, torch.Tensor) else value, shapes)  # fmt: skip
         for result in tree_flatten(results)[0]:
             if isinstance(result, torch.Tensor):
                 self._follow(result)
@@ -46,17 +60,23 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def of_step(steps) -> int:
+def _on(device: torch.device):
+    return lambda value: value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def of_step(steps, *, products: bool = True) -> int:
     """Peak bytes of the next step of `steps` (`step_runs.TrainerSteps`), after one that has made Adam's moments.
 
-    Weights, moments and all else that a GPU would hold are in it; cached features are not.
+    Weights, moments and all else that a GPU would hold are in it; cached features are not. products=False: what the
+    steps compute is nonsense, but they need the same memory.
     """
-    steps.next()
+    with LiveBytes([], products=products):
+        steps.next()
     trainer = steps.trainer
     modules = [trainer.model, *([trainer.teacher] if trainer.teacher is not None else [])]
     held = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     held += [p.grad for p in trainer.parameters if p.grad is not None]
     held += [tensor for state in trainer.optimiser.state.values() for tensor in state.values()]
-    with LiveBytes(held) as counter:
+    with LiveBytes(held, products=products) as counter:
         steps.next()
     return counter.peak

@@ -37,7 +37,7 @@ def bytes_of(name: str, stage: int, batch_size: int, tiny: bool = False) -> int:
     config = settings(stage, precision="bf16", batch_size=batch_size, tiny=tiny, **slots)
     with tempfile.TemporaryDirectory() as folder:
         teacher = write_teacher(Path(folder) / "teacher", config) if stage == 2 else None
-        return of_step(TrainerSteps(config, torch.device("cpu"), teacher))
+        return of_step(TrainerSteps(config, torch.device("cpu"), teacher), products=False)
 
 
 def line(name: str, stage: int, card: float, tiny: bool = False) -> tuple[float, float, int | None]:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from runs import Plan, add_arguments, command_line, results_of, split_options
+from runs import TRAINER, Plan, add_arguments, command_line, results_of, split_options
 from tables import BenchError, Result, Row, cell, column, machines, select
 
 PRECISIONS = ("float32", "bf16")
@@ -94,11 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                                      "spot_fast.train, such as: -- --epochs 4")  # fmt: skip
     add_arguments(parser, "precision")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the loss curves")
+    parser.add_argument("--emulate", action="store_true", help="on a CPU without bfloat16: emulated_bf16.py trains")
     words, options = split_options(argv)
     args = parser.parse_args(words)
     if len(args.seeds) < 2:
         raise BenchError("--seeds needs two or more: one has no spread")
-    results = results_of("precision", plans(args.seeds, options), args, options)
+    trainer = (str(Path(__file__).with_name("emulated_bf16.py")), "train") if args.emulate else TRAINER
+    results = results_of("precision", plans(args.seeds, options), args, options, trainer)
     text, fine = table(results, curves(args.out, args.seeds))
     print(text, machines(results), sep="\n\n")
     if args.plot is not None:

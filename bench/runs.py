@@ -38,6 +38,7 @@ from tables import (
 )
 
 OUT_OF_TIME = 3
+TRAINER = ("-m", "spot_fast.train")  # what Python is given to train a run
 
 
 class OutOfTime(Exception):
@@ -83,14 +84,16 @@ def split_options(argv: Sequence[str] | None) -> tuple[list[str], tuple[str, ...
     return words[:cut], tuple(words[cut + 1 :])
 
 
-def results_of(bench: str, plans: Sequence[Plan], args: argparse.Namespace, options: Sequence[str]) -> list[Result]:
+def results_of(bench: str, plans: Sequence[Plan], args: argparse.Namespace, options: Sequence[str],
+               trainer: Sequence[str] = TRAINER) -> list[Result]:  # fmt: skip
     """What the arguments of `add_arguments` ask for: trains, evaluates and writes the CSV, or only reads. OutOfTime
-    where time was short, after the CSV of what is finished."""
+    where time was short, after the CSV of what is finished. trainer: as `Runner` has it."""
     if args.plain_table:
         return read_csv(args.plain_table)
     about = {"bench": bench, "cpu": cpu_name(), "cores": str(cores()), "commit": commit(), "jobs": str(args.jobs),
              "options": shlex.join(options), "date": datetime.now(UTC).date().isoformat()}  # fmt: skip
-    runner = Runner(args.out, about, device=args.device, threads=args.threads, jobs=args.jobs, minutes=args.minutes)
+    runner = Runner(args.out, about, device=args.device, threads=args.threads, jobs=args.jobs, minutes=args.minutes,
+                    trainer=trainer)  # fmt: skip
     if args.plain_table is not None:
         results = runner.collect(plans)
         if not results:
@@ -137,14 +140,15 @@ def _environment() -> dict[str, str]:
 class Runner:
     """Trains and evaluates plans below `out`, `jobs` at a time, until `minutes` are over.
 
-    about: texts kept with a run when its training begins, for its line in the CSV.
+    about: texts kept with a run when its training begins, for its line in the CSV. trainer: what Python is given to
+    train a run, before the run's options.
     """
 
     def __init__(self, out: Path, about: dict[str, str], *, device: str | None = None, threads: int | None = None,
-                 jobs: int = 1, minutes: float | None = None) -> None:  # fmt: skip
+                 jobs: int = 1, minutes: float | None = None, trainer: Sequence[str] = TRAINER) -> None:  # fmt: skip
         if jobs < 1:
             raise BenchError(f"--jobs {jobs}: use 1 or more")
-        self.out, self.about, self.jobs = out, about, jobs
+        self.out, self.about, self.jobs, self.trainer = out, about, jobs, trainer
         self.device = ["--device", device] if device else []
         self.threads = ["--threads", str(threads)] if threads else []
         self.deadline = time.monotonic() + 60 * minutes if minutes else None
@@ -190,21 +194,21 @@ class Runner:
             return None
         self._about(plan).write_text(json.dumps(self.about, indent=2) + "\n", encoding="utf-8")
         words = [*self._options(plan), *self.threads, "--out", str(folder), "--resume"]
-        return self._start(plan, "spot_fast.train", words)
+        return self._start(plan, self.trainer, words)
 
     def _evaluate(self, plan: Plan) -> subprocess.Popen | None:
         folder = self.folder(plan)
         target = folder / EVALUATION
         if target.is_file() and target.stat().st_mtime_ns > (folder / MODEL).stat().st_mtime_ns:
             return None
-        return self._start(plan, "spot_fast.evaluate", [str(folder), "--json", str(target), *self.device])
+        return self._start(plan, ("-m", "spot_fast.evaluate"), [str(folder), "--json", str(target), *self.device])
 
     def _require_same(self, plan: Plan) -> None:
         """A folder of another recipe must not stand in for the run that is asked for."""
         folder = self.folder(plan)
         if not self._is_ready(plan, self._train):
             raise BenchError(f"{folder} is there but its teacher {plan.teacher.name} is not: remove it")
-        done = subprocess.run([sys.executable, "-m", "spot_fast.train", *self._options(plan), "--print-config"],
+        done = subprocess.run([sys.executable, *TRAINER, *self._options(plan), "--print-config"],
                               env=_environment(), capture_output=True, text=True)  # fmt: skip
         if done.returncode:
             raise BenchError(f"{plan.name} cannot be trained: {_last_line(done.stderr)}")
@@ -218,16 +222,16 @@ class Runner:
             if read_metadata(folder / MODEL).get("teacher_sha256") != teacher:
                 raise BenchError(f"{folder} was taught by another {plan.teacher.name} than the present one: remove it")
 
-    def _start(self, plan: Plan, module: str, words: list[str]) -> subprocess.Popen:
+    def _start(self, plan: Plan, program: Sequence[str], words: list[str]) -> subprocess.Popen:
         log: IO = open(self._log(plan), "a", encoding="utf-8")
-        log.write(f"$ python -m {module} {shlex.join(words)}\n")
+        log.write(f"$ python {shlex.join([*program, *words])}\n")
         log.flush()
         # A single run on a terminal shows its progress bar there.
         errors = None if self.jobs == 1 and sys.stderr.isatty() else log
-        _say(f"{plan.name}: {module.removeprefix('spot_fast.')}")
+        _say(f"{plan.name}: {'evaluate' if 'spot_fast.evaluate' in program else 'train'}")
         with log:
             # A process group of its own, so that Ctrl-C reaches a run once, from `_stop`.
-            return subprocess.Popen([sys.executable, "-m", module, *words], env=_environment(), stdout=log,
+            return subprocess.Popen([sys.executable, *program, *words], env=_environment(), stdout=log,
                                     stderr=errors, process_group=0)  # fmt: skip
 
     def _log(self, plan: Plan) -> Path:

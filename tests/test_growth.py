@@ -70,4 +70,8 @@ def test_a_step_holds_its_weights_and_moments_and_more():
     trainer = steps.trainer
     weights = sum(p.numel() * 4 for p in trainer.model.parameters())
     trained = sum(p.numel() * 4 for p in trainer.parameters)
-    assert weights + 3 * trained < live_bytes.of_step(steps) < 2 * (weights + 3 * trained)
+    counted = live_bytes.of_step(steps)
+    assert weights + 3 * trained < counted < 2 * (weights + 3 * trained)
+    # Without its products a step holds the same.
+    again = TrainerSteps(settings(1, precision="float32", batch_size=2, tiny=True), torch.device("cpu"))
+    assert live_bytes.of_step(again, products=False) == pytest.approx(counted, rel=0.01)

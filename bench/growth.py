@@ -2,9 +2,10 @@
 
     python bench/growth.py [--csv FILE] [--plot FILE.png] [--tiny] [--device NAME]
 
-ViT-B/16, COCO's settings, bfloat16, frozen features cached: no ViT is in a step of stage 1, its last four blocks are in
-one of stage 2. Memory is the most that tensors hold at once, weights and Adam's moments included: what PyTorch
-allocated on a GPU, on a CPU the count of `live_bytes`.
+ViT-B/16, COCO's settings, frozen features cached: no ViT is in a step of stage 1, its last four blocks are in one of
+stage 2. In bfloat16 where the device multiplies it in hardware, else in float32; the table says which. Memory is the
+most that tensors hold at once, weights and Adam's moments included: what PyTorch allocated on a GPU, on a CPU the count
+of `live_bytes`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from live_bytes import of_step  # noqa: E402
 from step_runs import TrainerSteps, settings, write_teacher  # noqa: E402
 
 from spot_fast.files import atomic_write  # noqa: E402
+from spot_fast.precision import resolve  # noqa: E402
 
 BATCHES = {"cuda": (16, 32, 64, 128, 256), "cpu": (4, 8, 16, 32)}
 FIXED_BATCH = {"cuda": 16, "cpu": 2}
@@ -72,7 +74,7 @@ def measure(point: Point, changes: dict, device: torch.device, steps: int, tiny:
     """The point with its time, the median of `steps`, and memory."""
     with tempfile.TemporaryDirectory() as name:
         changes = changes | {"num_slots": point.slots}
-        config = settings(point.stage, precision="bf16", batch_size=point.batch, tiny=tiny, **changes)
+        config = settings(point.stage, precision=resolve("auto", device), batch_size=point.batch, tiny=tiny, **changes)
         teacher = write_teacher(Path(name) / "teacher", config) if point.stage == 2 else None
         runner = TrainerSteps(config, device, teacher, cached=True)
         if device.type == "cuda":
@@ -172,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(args.device)
     steps = args.steps or (20 if device.type == "cuda" else 3)
     measured = []
-    about = about_machine(device, math.nan)
+    about = about_machine(device, math.nan) | {"precision": resolve("auto", device)}
     del about["bfloat16_flops_per_s"]
     for point, changes in points(device.type, args.tiny):
         print(f"stage {point.stage}: {point.batch} pictures, {point.tokens} tokens, {point.slots} slots",
@@ -182,9 +184,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_csv(args.csv, measured, about)
     print(table(measured))
     where = about["device"] if about["device"] != "cpu" else f"{about['cpu']}, {about['cores']} cores"
-    print(f"\nMedians of {steps} steps on {where}, torch {about['torch']}, {about['date']}.")
+    where += f", {about['precision']}, torch {about['torch']}, {about['date']}"
+    print(f"\nMedians of {steps} steps on {where}.")
     if args.plot is not None:
-        plot(measured, args.plot, f"a training step, bfloat16, features cached; {where}, {about['date']}")
+        plot(measured, args.plot, f"a training step, features cached; {where}")
     return 0
 
 

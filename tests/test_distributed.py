@@ -1,6 +1,8 @@
 """Several processes train the run of one, and end together.
 
-One process and two differ by rounding: gradients by 2e-6 of a tensor's norm at most, weights after 24 steps by 1e-5.
+One process and two differ by rounding. How much depends on the processor's sums: found were up to 2.2e-6 of a tensor's
+norm in gradients and 1.1e-5 in weights after 24 steps; twice and four times that is allowed. A wrong share shows in the
+first digits.
 Left out are parameters whose gradient is 0 but for rounding, of which Adam makes whole steps: a bias on the queries of
 all slots adds the same to the logits of all slots, and a bias on the keys of a ViT the same to those of all keys.
 """
@@ -57,12 +59,12 @@ def assert_rounding(one: dict, other: dict, limit: float) -> None:
 
 
 def assert_same_but_rounding(one: Path, other: Path) -> None:
-    assert_rounding(load_file(one / MODEL), load_file(other / MODEL), 1e-5)
+    assert_rounding(load_file(one / MODEL), load_file(other / MODEL), 4e-5)
     lines, expected = metrics(one), metrics(other)
     assert [line["step"] for line in lines] == [line["step"] for line in expected]
     for line, wanted in zip(lines, expected, strict=True):
         if line["kind"] != "validation":
-            assert line.pop("kind") == wanted.pop("kind") and line == pytest.approx(wanted, rel=1e-5)
+            assert line.pop("kind") == wanted.pop("kind") and line == pytest.approx(wanted, rel=4e-5)
 
 
 def save_gradients(rank: int) -> None:
@@ -91,7 +93,7 @@ def test_first_gradients_and_pictures(changes, workplace, monkeypatch):
     assert torch.equal(torch.cat([part[1] for part in parts]), images)
     assert torch.equal(torch.cat([part[2] for part in parts]), indices)
     assert all(torch.equal(parts[0][0][name], parts[1][0][name]) for name in gradients)
-    assert_rounding(parts[0][0], gradients, 2e-6)
+    assert_rounding(parts[0][0], gradients, 5e-6)
     assert_same_but_rounding(workplace / "two", workplace / "one")
 
 

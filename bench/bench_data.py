@@ -30,6 +30,7 @@ from tables import slug  # noqa: E402
 
 from spot_fast.data import Folder  # noqa: E402
 from spot_fast.files import atomic_write  # noqa: E402
+from spot_fast.precision import resolve  # noqa: E402
 
 # What pixels of DALI and Pillow may differ by, in levels of 255 (largest, mean; measured: dali_loader.py), what scores
 # may by rounding, and what the published protocol's metrics may take.
@@ -124,9 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.tiny:
         args.images, args.rounds, args.encoder = 64, 1, "vit_tiny_patch16_224"
     found, text, wrong = rows(args.images, args.rounds, torch.device(args.device), args.encoder)
+    precision = resolve("auto", torch.device(args.device))
     where = f", {gpu_name()}" if torch.cuda.is_available() else ""
     print(f"{cpu_name()}, {cores()} cores{where}, torch {torch.__version__}, commit {commit()}; {args.images} JPEGs of "
-          f"640 x 480, features of {args.encoder} in bfloat16, medians of {args.rounds}\n\n{text}")  # fmt: skip
+          f"640 x 480, features of {args.encoder} in {precision}, medians of {args.rounds}\n\n{text}")  # fmt: skip
     if args.csv:
         print(f"written to {write(args.csv, found)}")
     print("\n".join(f"WRONG  {sentence}" for sentence in wrong) or "nothing differs by more than it may")

@@ -3,8 +3,8 @@
     python bench/cache_speed.py [--images 256] [--rounds 5] [--encoder NAME] [--device cpu]
 
 JPEGs of 640 x 480 as in loader_speed.py, to squares of 224, mirrored or not; features are those of a ViT with random
-weights, in bfloat16. What is compared takes turns; the median round counts. Caches are read as a second run of
-`spot_fast.train` reads them: from the disk's cache in memory.
+weights, in bfloat16 where the device multiplies it in hardware, else in float32. What is compared takes turns; the
+median round counts. Caches are read as a second run of `spot_fast.train` reads them: from the disk's cache in memory.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from machine import cpu_name  # noqa: E402
 from spot_fast.config import preset  # noqa: E402
 from spot_fast.data import Folder, Loader, feature_cache, pixel_cache  # noqa: E402
 from spot_fast.encoder import build_encoder, normalise  # noqa: E402
+from spot_fast.precision import autocast, resolve  # noqa: E402
 
 BATCH = 32
 ENCODER = "vit_small_patch16_224"
@@ -44,12 +45,15 @@ def sources(images: Folder, folder: Path, *, workers: int, encoder: str, device:
     pixels = Loader(pixel_cache.CachedPixels(images, store), BATCH)
     vit = build_encoder(preset("coco", encoder=encoder, encoder_weights="none")).to(device)
 
+    precision = resolve("auto", device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
     @torch.no_grad()
     def function(squares: Tensor) -> tuple[Tensor]:
-        with torch.autocast(device.type, torch.bfloat16):
-            return (vit(normalise(squares.to(device))).bfloat16(),)
+        with autocast(precision, device):
+            return (vit(normalise(squares.to(device))).to(dtype),)
 
-    fields = [feature_cache.Field("target", (vit.num_tokens, vit.dim), torch.bfloat16, vit.weights_hash())]
+    fields = [feature_cache.Field("target", (vit.num_tokens, vit.dim), dtype, vit.weights_hash())]
     stores = feature_cache.stores_of(images, fields, folder)
     feature_cache.build(pixels, function, stores, progress=False)
     on_disk, held = (feature_cache.opened(pixels, fields, stores) for _ in range(2))

@@ -32,7 +32,7 @@ from step_runs import TrainerSteps, settings, write_teacher  # noqa: E402
 from spot_fast.files import atomic_write  # noqa: E402
 from spot_fast.precision import resolve  # noqa: E402
 
-BATCHES = {"cuda": (16, 32, 64, 128, 256), "cpu": (4, 8, 16, 32)}
+BATCHES = {"cuda": (16, 32, 64, 128, 256), "cpu": (2, 4, 8, 16)}
 FIXED_BATCH = {"cuda": 16, "cpu": 2}
 SIDES = (224, 448, 672)  # 196, 784, 1764 tokens of 16 × 16 pixels
 SLOTS = (7, 11, 16, 24)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import golden_tensors
 import tfrecord_files
 from spot_fast.checkpoint import MODEL, frozen_encoder, save_tensors, write_config
 from spot_fast.config import preset
@@ -71,6 +72,7 @@ def furnish(place: Path) -> None:
     small = preset("coco", encoder="vit_small_patch14_dinov2", image_size=28)
     save_file(build_vit(small).state_dict(), place / "dinov2_s14.safetensors")
     torch.save({"state_dict": {}}, place / "vit-b-300ep.pth.tar")
+    torch.save({"model": golden_tensors.stage1_state_dict()}, place / "checkpoint.pt.tar")
 
 
 def untrained(place: Path, name: str, number: int, stage: int = 2) -> Path:

@@ -18,7 +18,8 @@ import loader_speed  # noqa: E402
 
 @pytest.fixture
 def in_small(monkeypatch):
-    """Loaders are not measured in processes of their own, and metrics on few pictures."""
+    """Loaders are not measured in processes of their own, metrics on few pictures, and a busy machine may be slow."""
+    monkeypatch.setattr(bench_data, "METRICS_MS", 1e6)
     loaded = [dict(name="Pillow, threads", cores=1, images_s=250.0, max=0, mean=0.0),
               dict(name="DALI, GPU", cores=1, images_s=5818.0, max=5, mean=0.2)]  # fmt: skip
     monkeypatch.setattr(loader_speed, "run", lambda *arguments: loaded)
@@ -49,8 +50,9 @@ def test_a_difference_is_told(in_small, monkeypatch, capsys):
     monkeypatch.setattr(cache_speed, "run", lambda *arguments: [stale])
     broken = evaluation_speed.ours
     monkeypatch.setattr(evaluation_speed, "ours", lambda given: broken(given) + 1e-3)
+    monkeypatch.setattr(bench_data, "METRICS_MS", 0.0)
     assert bench_data.main(["--tiny", "--device", "cpu"]) == 1
     printed = capsys.readouterr().out
     assert "WRONG  DALI, GPU: pixels differ by 40 levels" in printed
     assert "WRONG  pixel cache: differs from files by 3" in printed
-    assert "WRONG  metrics: scores differ by 1.0e-03" in printed
+    assert "WRONG  metrics: scores differ by 1.0e-03" in printed and "ms a picture, more than 0" in printed

@@ -36,6 +36,7 @@ BATCHES = {"cuda": (16, 32, 64, 128, 256), "cpu": (2, 4, 8, 16)}
 FIXED_BATCH = {"cuda": 16, "cpu": 2}
 SIDES = (224, 448, 672)  # 196, 784, 1764 tokens of 16 × 16 pixels
 SLOTS = (7, 11, 16, 24)
+AXES = ("pictures", "tokens", "slots")
 
 
 @dataclass(frozen=True)
@@ -95,16 +96,11 @@ def measure(point: Point, changes: dict, device: torch.device, steps: int, tiny:
     return replace(point, ms=1e3 * statistics.median(seconds), mib=held / 2**20)
 
 
-def slopes(measured: Sequence[Point]) -> tuple[float, float]:
-    """Exponents of time and of memory between the two largest sizes, memory's without what the smallest ones share.
-
-    1 is linear. Weights and moments do not grow: they are what a line through the two smallest sizes has at 0.
-    """
-    first, second, *_ = measured
+def last_step(measured: Sequence[Point]) -> str:
+    """How much the largest size is above the one before it, such as: tokens × 2.25: time × 3.44, memory × 1.71."""
     *_, before, last = measured
-    ratio = math.log(last.size / before.size)
-    fixed = first.mib - (second.mib - first.mib) / (second.size - first.size) * first.size
-    return math.log(last.ms / before.ms) / ratio, math.log((last.mib - fixed) / (before.mib - fixed)) / ratio
+    return (f"{last.grows} × {last.size / before.size:.3g}: time × {last.ms / before.ms:.2f}, memory × "
+            f"{last.mib / before.mib:.2f}")  # fmt: skip
 
 
 def table(measured: Sequence[Point]) -> str:
@@ -114,14 +110,9 @@ def table(measured: Sequence[Point]) -> str:
                      f"{p.mib:,.0f} |")  # fmt: skip
     parts = ["\n".join(lines)]
     for stage in (1, 2):
-        found = []
-        for grows in ("pictures", "tokens"):
-            line = [p for p in measured if (p.stage, p.grows) == (stage, grows)]
-            if len(line) > 2:
-                time_slope, memory_slope = slopes(line)
-                found.append(f"{grows} time^{time_slope:.2f} memory^{memory_slope:.2f}")
-        if found:
-            parts.append(f"stage {stage}, growth between the two largest sizes (1 is linear): {'; '.join(found)}")
+        lines = [[p for p in measured if (p.stage, p.grows) == (stage, grows)] for grows in AXES]
+        if found := [last_step(line) for line in lines if len(line) > 1]:
+            parts.append(f"stage {stage}, the largest beside the one before: {'; '.join(found)}")
     return "\n\n".join(parts)
 
 
@@ -132,7 +123,7 @@ def plot(measured: Sequence[Point], path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 3, figsize=(10, 5.5), sharey="row")
-    for column, grows in enumerate(("pictures", "tokens", "slots")):
+    for column, grows in enumerate(AXES):
         for stage, colour in ((1, "tab:blue"), (2, "tab:orange")):
             line = [p for p in measured if (p.stage, p.grows) == (stage, grows)]
             for row, values in enumerate(([p.ms for p in line], [p.mib / 1024 for p in line])):
@@ -163,9 +154,26 @@ def write_csv(path: Path, measured: Sequence[Point], about: dict[str, str]) -> N
     atomic_write(path, write)
 
 
+def read_csv(path: Path, about: dict[str, str]) -> list[Point]:
+    """The points that `write_csv` put there with the same `about`; none where there is no such file."""
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    kinds = {"grows": str, "ms": float, "mib": float}
+    return [Point(**{f.name: kinds.get(f.name, int)(line[f.name]) for f in fields(Point)}) for line in lines
+            if all(line.get(name) == value for name, value in about.items() if name != "commit")]  # fmt: skip
+
+
+def _same(one: Point, other: Point) -> bool:
+    """Whether both are the same point, whatever was measured there."""
+    return replace(one, ms=0, mib=0) == replace(other, ms=0, mib=0)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the points to this file")
+    parser.add_argument("--csv", type=Path, metavar="FILE",
+                        help="write the points to this file; those that are in it are not measured again")  # fmt: skip
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them")
     parser.add_argument("--steps", type=int, metavar="N", help="timed steps a point (default: 3 on a CPU, 20 on a GPU)")
     parser.add_argument("--tiny", action="store_true", help="a small model, to see that everything works")
@@ -176,12 +184,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured = []
     about = about_machine(device, math.nan) | {"precision": resolve("auto", device)}
     del about["bfloat16_flops_per_s"]
+    kept = read_csv(args.csv, about) if args.csv is not None else []
     for point, changes in points(device.type, args.tiny):
+        known = [one for one in kept if _same(one, point)]
+        if known:
+            measured += known[:1]
+            continue
         print(f"stage {point.stage}: {point.batch} pictures, {point.tokens} tokens, {point.slots} slots",
               file=sys.stderr, flush=True)  # fmt: skip
         measured.append(measure(point, changes, device, steps, args.tiny))
         if args.csv is not None:
-            write_csv(args.csv, measured, about)
+            # With what is still to come from the file: a run that is cut off loses nothing.
+            write_csv(args.csv, measured + [one for one in kept if not any(_same(one, m) for m in measured)], about)
     print(table(measured))
     where = about["device"] if about["device"] != "cpu" else f"{about['cpu']}, {about['cores']} cores"
     where += f", {about['precision']}, torch {about['torch']}, {about['date']}"

@@ -47,14 +47,19 @@ def test_table_csv_and_plot(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "| 1 | 2 | 16 | 7 |" in printed and "| 1 | 2 | 64 | 7 |" in printed
     assert len(csv.read_text().splitlines()) == 3 and plot.stat().st_size > 1000
+    # What is in the file is not measured again, and stays in it.
+    header, _, last = csv.read_text().splitlines()
+    csv.write_text(f"{header}\n{last}\n")
+    assert growth.main(["--tiny", "--steps", "1", "--device", "cpu", "--csv", str(csv)]) == 0
+    out = capsys.readouterr()
+    assert len(csv.read_text().splitlines()) == 3 and out.err.count("stage 1") == 1 and last in csv.read_text()
+    assert "| 1 | 2 | 64 | 7 |" in out.out
 
 
-def test_growth_is_one_where_it_is_linear_and_two_where_it_is_square():
+def test_growth_is_told_as_ratios():
     base = growth.Point(1, "tokens", 2, 0, 7)
-    line = [replace(base, tokens=n, ms=5.0 * n, mib=700 + 3.0 * n) for n in (196, 784, 1764)]
-    assert growth.slopes(line) == pytest.approx((1, 1))
-    square = [replace(one, ms=one.tokens**2) for one in line]
-    assert growth.slopes(square) == pytest.approx((2, 1))
+    line = [replace(base, tokens=n, ms=n**2, mib=100 + n) for n in (196, 784, 1764)]
+    assert growth.last_step(line) == "tokens × 2.25: time × 5.06, memory × 2.11"
 
 
 def test_a_card_is_filled_by_as_much_of_the_batch_as_fits(monkeypatch, capsys):

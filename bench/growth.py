@@ -18,14 +18,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("bench", "kernels", "")]
 
-from ladder import about_machine  # noqa: E402
+from ladder import about_machine, write_csv  # noqa: E402
 from live_bytes import of_step  # noqa: E402
 from step_runs import TrainerSteps, settings, write_teacher  # noqa: E402
 
@@ -139,19 +139,6 @@ def plot(measured: Sequence[Point], path: Path, title: str) -> None:
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     atomic_write(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
-
-
-def write_csv(path: Path, measured: Sequence[Point], about: dict[str, str]) -> None:
-    def write(partial: Path) -> None:
-        with open(partial, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, [*about, *(f.name for f in fields(Point))], lineterminator="\n")
-            writer.writeheader()
-            for point in measured:
-                values = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(point).items()}
-                writer.writerow(about | values)
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, write)
 
 
 def read_csv(path: Path, about: dict[str, str]) -> list[Point]:

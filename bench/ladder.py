@@ -236,10 +236,11 @@ def footer(about: dict[str, str], batch_size: int) -> str:
             "the norm of their difference.")  # fmt: skip
 
 
-def write_csv(path: Path, rows: Sequence[Row], about: dict[str, str]) -> None:
+def write_csv(path: Path, rows: Sequence[object], about: dict[str, str]) -> None:
+    """A line for each of `rows`, dataclasses of one kind, after what `about` says of all."""
     def write(partial: Path) -> None:
         with open(partial, "w", encoding="utf-8", newline="") as file:
-            names = [*about, *(field.name for field in fields(Row))]
+            names = [*about, *(field.name for field in fields(rows[0]))]
             writer = csv.DictWriter(file, names, lineterminator="\n")
             writer.writeheader()
             for row in rows:

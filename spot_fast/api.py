@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .checkpoint import find_folder, find_run, load_run
 from .data.transforms import to_rgb, to_tensor
-from .encoder import normalise
+from .maskers import Found, model_masker
 from .model import Spot
 from .pictures import labels_at
 
@@ -100,21 +100,16 @@ def segment_images(
         raise ValueError(f"masks={masks!r} is unknown: use {' or '.join(map(repr, MASKS))}")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: use 1 or more")
-    config, device = model.config, next(model.parameters()).device
     pictures = [_picture(image, number) for number, image in enumerate(_each(images))]
     if not pictures:
         raise ValueError("images is empty: pass at least one picture")
-    noise = None
-    if config.slot_init == "gaussian":
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(1, config.num_slots, config.slot_dim, generator=generator).to(device)
-    found: list[tuple[Tensor, ...]] = []
+    masker = model_masker(model, "", orders=orders, seed=seed)
+    found: list[Found] = []
     for start in range(0, len(pictures), batch_size):
-        squares = torch.stack([square(image, config.image_size) for image in pictures[start : start + batch_size]])
-        own_noise = None if noise is None else noise.expand(len(squares), -1, -1)
-        output = model.segment(normalise(squares.to(device)), orders=orders, noise=own_noise)
-        found.append((output.slots.cpu(), output.masks.cpu(), output.slot_attn.cpu()))
-    slots, decoder_masks, slot_masks = map(torch.cat, zip(*found, strict=True))
+        batch = pictures[start : start + batch_size]
+        found.append(masker.find(torch.stack([square(image, masker.size) for image in batch])))
+    slots = torch.cat([part.slots for part in found])
+    decoder_masks, slot_masks = (torch.cat([part.masks[kind] for part in found]) for kind in MASKS)
     return Segmentation(slots, decoder_masks, slot_masks, [(image.height, image.width) for image in pictures], masks)
 
 

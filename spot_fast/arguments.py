@@ -193,7 +193,7 @@ _AT_LEAST: dict[str, float] = {
     "image_size": 1, "mask_size": 1, "workers": 0, "train_blocks": 0, "num_slots": 1, "slot_dim": 1, "slot_mlp": 1,
     "slot_heads": 1, "slot_iterations": 1, "dec_blocks": 1, "dec_heads": 1, "dec_cross_heads": 0, "dec_mlp_hidden": 1,
     "cappa": 0, "epochs": 1, "batch_size": 1, "accumulate": 1, "lr": 0, "lr_low": 0, "warmup_steps": 0,
-    "clip": 0, "att_weight": 0, "att_weight_final": 0,
+    "clip": 0, "att_weight": 0, "att_weight_final": 0, "spike": 0,
 }  # fmt: skip
 
 
@@ -206,6 +206,8 @@ def check_config(config: Config) -> Config:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value >= least):
             raise UserError(f"{_option(name)} is {value}: use {least} or more")
+    if 0 < config.spike <= 1:
+        raise UserError(f"--spike {config.spike} calls ordinary losses leaps: use more than 1, or 0 for never")
     if config.lr == 0:
         raise UserError("--lr is 0: nothing would be learned, use more")
     if config.lr_low > config.lr:

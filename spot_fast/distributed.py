@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .devices import named_device
 from .errors import UserError
 
 T = TypeVar("T")
@@ -112,9 +113,9 @@ class World:
 
     def device(self, name: str | None) -> torch.device:
         """This process's device: --device, on GPUs the one of its local rank; UserError where there are too few."""
+        kind = named_device(name)
         if self.size == 1:
-            return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        kind = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+            return kind
         if kind.index is not None:
             raise UserError(f"--device {name} is one device and there are {self.size} processes: use --device "
                             f"{kind.type}, each process takes its own")  # fmt: skip

@@ -18,6 +18,7 @@ from .baselines import published_layouts
 from .checkpoint import Run, atomic_write, find_folder, find_run, load_run
 from .data import open_set
 from .data.base import ImageSet
+from .devices import usable_device
 from .errors import UserError
 from .evaluation import WORKERS, Evaluation, Row, Table, evaluate
 from .evaluation_report import (
@@ -140,17 +141,6 @@ def writable_target(option: str, name: str | None) -> Path | None:
         reason = "is a folder" if target.is_dir() else f"lies in {target.parent}, which is not a folder"
         raise UserError(f"--{option} {target} {reason}: give a file name in a folder that exists")
     return target
-
-
-def usable_device(name: str) -> torch.device:
-    """The device of that name; UserError where it cannot be used."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used ({reason}): use cpu, or cuda where there is a GPU") from error
-    return device
 
 
 def open_val_set(run: Run, data: str | None, opened: dict[str, ImageSet]) -> ImageSet:

@@ -8,13 +8,13 @@ whatever else the step updates in place stay where they are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import UserError
+from .nested import leaves, map_tensors
 
 CUDA_GRAPH = ("auto", "yes", "no")
 # Steps made before one is recorded: they compile kernels, make Adam's moments, and let libraries allocate.
@@ -76,7 +76,7 @@ class Graphed:
             self._calls[key] = self._calls.get(key, 0) + 1
             if self._calls[key] <= WARMUP:
                 return self._warm_up(lambda: self._function(*arguments), self._device)
-            own = map_leaves(arguments, Tensor.clone)
+            own = map_tensors(arguments, Tensor.clone)
             try:
                 self._recorded[key] = own, *self._record(lambda: self._function(*own), self._device)
             except RuntimeError as error:
@@ -94,26 +94,7 @@ class Graphed:
             if isinstance(ours, Tensor):
                 ours.copy_(given, non_blocking=True)
         replay()
-        return map_leaves(results, Tensor.clone)
-
-
-def leaves(value: Any) -> list[Any]:
-    """Tensors and plain values in `value`, in order."""
-    if isinstance(value, tuple):
-        return [leaf for each in value for leaf in leaves(each)]
-    if is_dataclass(value):
-        return [leaf for field in fields(value) for leaf in leaves(getattr(value, field.name))]
-    return [value]
-
-
-def map_leaves(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """`value` with `function` of each tensor in its place."""
-    if isinstance(value, tuple):
-        return tuple(map_leaves(each, function) for each in value)
-    if is_dataclass(value):
-        return replace(value, **{field.name: map_leaves(getattr(value, field.name), function)
-                                 for field in fields(value)})  # fmt: skip
-    return function(value) if isinstance(value, Tensor) else value
+        return map_tensors(results, Tensor.clone)
 
 
 def _key(arguments: tuple) -> tuple:

@@ -65,12 +65,11 @@ class Masker:
         return [(CAPTIONS[kind], soft[0]) for kind, soft in self.find(picture).masks.items()]
 
 
-def run_masker(run: str | Path | None, *, orders: str, device: str, seed: int = 0,
-               precision: str = "float32") -> tuple[Masker, int, str]:
-    """(masker, S, what it is) of a trained run. Gaussian slots start from the same noise for every picture."""
-    found = checkpoint.load_run(checkpoint.find_folder(run) if run else checkpoint.find_run(), device)
-    model, config = found.model, found.config
-    precision = resolve(precision, torch.device(device))
+def model_masker(model: Spot, identity: str, *, orders: str = "0", seed: int = 0,
+                 precision: str = "float32") -> Masker:  # fmt: skip
+    """Masks and slots of a trained model, on its device. Gaussian slots start from the same noise for every picture."""
+    config, device = model.config, next(model.parameters()).device
+    precision = resolve(precision, device)
     noise = None
     if config.slot_init == "gaussian":
         generator = torch.Generator().manual_seed(seed)
@@ -78,7 +77,7 @@ def run_masker(run: str | Path | None, *, orders: str, device: str, seed: int = 
 
     def see(model: Spot, images: Tensor) -> Found:
         draws = None if noise is None else noise.expand(len(images), -1, -1)
-        with float32_products(precision), autocast(precision, torch.device(device)):
+        with float32_products(precision), autocast(precision, device):
             output = model.segment(images, orders=orders, noise=draws)
         return Found({"decoder": output.masks, "slots": output.slot_attn}, output.slots)
 
@@ -86,9 +85,16 @@ def run_masker(run: str | Path | None, *, orders: str, device: str, seed: int = 
         other = at_grid(model, height, width)
         return lambda images: see(other, images)
 
-    masker = Masker(("decoder", "slots"), config.image_size, model.encoder.patch_size, device,
-                    f"run {found.path.resolve()}", lambda images: see(model, images), see_at)
-    return masker, config.image_size, f"run {found.path}"
+    return Masker(("decoder", "slots"), config.image_size, model.encoder.patch_size, str(device), identity,
+                  lambda images: see(model, images), see_at)
+
+
+def run_masker(run: str | Path | None, *, orders: str, device: str, seed: int = 0,
+               precision: str = "float32") -> tuple[Masker, int, str]:
+    """(masker, S, what it is) of a trained run, the newest finished one by default."""
+    found = checkpoint.load_run(checkpoint.find_folder(run) if run else checkpoint.find_run(), device)
+    masker = model_masker(found.model, f"run {found.path.resolve()}", orders=orders, seed=seed, precision=precision)
+    return masker, found.config.image_size, f"run {found.path}"
 
 
 def cluster_masker(encoder_name: str, weights: str | None, *, clusters: int, size: int | None,

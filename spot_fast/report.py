@@ -18,8 +18,9 @@ from . import __version__
 from .baselines import published_layouts
 from .checkpoint import Run, atomic_write, find_folder, find_run, load_run
 from .data.base import ImageSet
+from .devices import usable_device
 from .errors import UserError
-from .evaluate import alike_runs, open_val_set, run_name, usable_device, writable_target
+from .evaluate import alike_runs, open_val_set, run_name, writable_target
 from .evaluation import WORKERS, evaluate
 from .picture_look import gradients, look, read_picture
 from .precision import PRECISIONS, resolve

@@ -35,8 +35,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
+from .devices import usable_device
 from .encoder import SCENES_ENCODER
 from .errors import UserError
 from .evaluation import WORKERS
@@ -121,16 +120,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--grid {args.grid} is a folder: give the name of a .png file")
 
 
-def _device(name: str | None) -> str:
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None
-    return name
-
-
 def _masker(args: argparse.Namespace, device: str) -> tuple[Masker, int, str]:
     if not args.encoder:
         return run_masker(args.run, orders=args.orders, device=device, precision=args.precision)
@@ -153,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
     paths = [path for path, _ in files]
     if args.grid and args.grid.resolve() in {path.resolve() for path in paths}:
         raise UserError(f"--grid {args.grid} is one of the pictures: choose another name")
-    device = _device(args.device)
+    device = str(usable_device(args.device))
     masker, size, what = _masker(args, device)
     fit = _fit(args, masker)
     kinds = _MASKS[args.masks or "both"] if "slots" in masker.kinds else masker.kinds

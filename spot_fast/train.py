@@ -17,6 +17,7 @@ import torch
 from .arguments import Arguments, check_config, conflicts, parse, with_free
 from .checkpoint import CONFIG, STATE, find_folder, is_finished, read_config, read_metadata, run_folders, write_config
 from .config import Config
+from .devices import usable_device
 from .distributed import World, join
 from .errors import UserError
 from .precision import resolve
@@ -81,7 +82,7 @@ def _fail(sentence: str) -> int:
 
 def _train(world: World, argv: Sequence[str] | None) -> int:
     args = world.first(lambda: parse(argv))
-    device = world.together(lambda: _device(args.device, world))
+    device = world.together(lambda: usable_device(args.device, world.device))
     world.connect(device)
     with ExitStack() as stack:
         opened: list[RunFolder] = []  # in rank 0
@@ -128,15 +129,6 @@ def _job(args: Arguments, device: torch.device, world: World) -> _Job | None:
         print(replace(config, compile=resolve_compile(config.compile, device)).to_json(), end="")
         return None
     return _Job(config, teacher, args.threads)
-
-
-def _device(name: str | None, world: World) -> torch.device:
-    try:
-        device = world.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None
-    return device
 
 
 def _new_config(args: Arguments) -> tuple[Config, Path | None]:

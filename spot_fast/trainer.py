@@ -29,6 +29,7 @@ from .errors import UserError
 from .graph import Graphed, resolve_cuda_graph
 from .interrupt import StopRequest
 from .model import Spot, reconstruction_loss
+from .nested import map_tensors
 from .optimiser import adam, clip_by_infinity_norm, set_learning_rate, update
 from .precision import autocast, float32_products, resolve, store_in_bfloat16
 from .progress import Display, Meter, Pace, epoch_line
@@ -224,7 +225,7 @@ class Trainer:
             own = slice(start, start + size)
             noise, teacher_noise = (None if noise is None else noise[own]
                                     for noise in (draws.noise, draws.teacher_noise))  # fmt: skip
-            yield (prefetch.map_tensors(batch, lambda tensor, own=own: tensor[own]),
+            yield (map_tensors(batch, lambda tensor, own=own: tensor[own]),
                    replace(draws, noise=noise, teacher_noise=teacher_noise))
 
     def backward(self, batch: Batch | tuple[Tensor, ...], draws: Draws, weight: Tensor) -> list[Tensor]:
@@ -254,7 +255,7 @@ class Trainer:
     def flops(self, batch: Batch | tuple[Tensor, ...]) -> int:
         """FLOPs of a step of this process, counted on the first picture of its batch; nothing changes by it."""
         one, weight = slice(0, 1), torch.zeros((), device=self.device)
-        batch, draws = prefetch.map_tensors(batch, lambda tensor: tensor[one]), self.draw(0)
+        batch, draws = map_tensors(batch, lambda tensor: tensor[one]), self.draw(0)
         draws = replace(draws, **{name: noise[one] for name in ("noise", "teacher_noise")
                                   if (noise := getattr(draws, name)) is not None})  # fmt: skip
         share = self.config.batch_size // self.world.size

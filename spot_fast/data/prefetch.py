@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from ..nested import map_tensors
 
 T = TypeVar("T")
 
@@ -83,10 +84,3 @@ def _through_pinned(batches: Iterator[T], device: torch.device) -> Iterator[T]:
         now.wait_event(done)
         map_tensors(batch, lambda tensor: tensor.record_stream(now))  # noqa: B023 - called at once
         yield batch
-
-
-def map_tensors(batch: T, function: Callable[[Tensor], object]) -> T:
-    """`batch`, a tuple or a dataclass of tensors, with `function` of each tensor in its place."""
-    if isinstance(batch, tuple):
-        return tuple(map(function, batch))
-    return replace(batch, **{field.name: function(getattr(batch, field.name)) for field in fields(batch)})

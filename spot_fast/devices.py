@@ -1,0 +1,24 @@
+"""Which device a command runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .errors import UserError
+
+
+def named_device(name: str | None) -> torch.device:
+    """cpu, cuda, cuda:N as --device names it; None: a GPU where there is one."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def usable_device(name: str | None, choose: Callable[[str | None], torch.device] = named_device) -> torch.device:
+    """The device that `choose` makes of --device; UserError where there is none or nothing can be put on it."""
+    try:
+        device = choose(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used ({str(error).splitlines()[0]}): try --device cpu") from None
+    return device

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import foreign, official
+from .arguments import check_config
 from .checkpoint import CONFIG, find_folder, load_run
 from .config import Config, preset_names
 from .encoder import Encoder, build_vit, load_vit_weights, raw_weights
@@ -119,7 +120,7 @@ def _from_file(source: Path, out: Path, kind: str, given: Mapping[str, Any]) -> 
     else:
         converted = foreign.convert(kind, contents, **given)
         config, learned, vit, notes = converted.config, converted.learned, converted.vit, converted.notes
-    model = build(config, learned, vit)
+    model = build(check_config(config), learned, vit)
     save_pretrained(model, out, vit=vit, unused=unused, source=f"`{source.name}`, a checkpoint of "
                     f"{'the authors' if kind == 'authors' else kind}", scores={})  # fmt: skip
     whose = "the authors' SPOT" if kind == "authors" else kind

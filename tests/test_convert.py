@@ -173,6 +173,8 @@ def test_refusals_write_nothing(tmp_path, capsys):
         ((FILE, tmp_path / "x.pt.tar"), "is a checkpoint file already"),
         ((FILE, tmp_path / "x", "--from", "ocbench"), "looks like a checkpoint of authors"),
         ((FILE, tmp_path / "x", "--num-slots", "0"), "--num-slots is 0: use 1 or more"),
+        ((FILE, tmp_path / "x", "--cappa", "-1"), "--cappa is -1.0: use 0 or more"),
+        ((FILE, tmp_path / "x", "--cappa", "nan"), "--cappa is nan: use 0 or more"),
         ((FILE, tmp_path / "x", "--dec-heads", "7"), "this model cannot be built"),
         ((FILE, tmp_path / "x", "--encoder", "vit:patch=16,width=12,depth=12,heads=3,hidden=48"), "another ViT"),
         ((scenes.path, tmp_path / "x", "--preset", "voc"), "--preset belongs to checkpoint files"),

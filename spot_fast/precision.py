@@ -51,14 +51,24 @@ def float32_products(precision: str) -> Iterator[None]:
 
     torch's setting, which the kernels follow, is as before afterwards; other precisions leave it as the user has it.
     """
-    before = torch.get_float32_matmul_precision()
-    if precision == "tf32":
+    matmul = torch.backends.cuda.matmul
+    if precision != "tf32" or matmul.fp32_precision == "tf32":
+        yield
+        return
+    # PyTorch has an older and a newer setting. The older one writes both, which is what torch.compile expects; its
+    # functions raise once a user has mixed the two.
+    newer, older = matmul.fp32_precision, None
+    try:
+        older = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
+    except RuntimeError:
+        matmul.fp32_precision = "tf32"
     try:
         yield
     finally:
-        if precision == "tf32":
-            torch.set_float32_matmul_precision(before)
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        matmul.fp32_precision = newer
 
 
 def store_in_bfloat16(module: nn.Module) -> None:

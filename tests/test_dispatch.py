@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,63 @@ def test_blocks_nest_and_end_with_an_error_too():
         with pytest.raises(RuntimeError, match="inside"), use_backend("auto"):
             raise RuntimeError("inside")
         assert chosen_backend("linear_assignment", X[0]) == "torch"
+
+
+def in_a_thread(function):
+    """What `function` returns in a thread of its own."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_a_block_concerns_its_own_thread_alone():
+    """Two models in two threads, one of them compared on backend torch: neither changes what the other runs."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> str:
+        with use_backend("torch"):
+            inside.set()
+            assert leave.wait(60)
+            return dispatch._choice.requested
+
+    with use_backend("native"):
+        found = []
+        thread = threading.Thread(target=lambda: found.append(other()))
+        thread.start()
+        assert inside.wait(60)
+        assert dispatch._choice.requested == "native"
+        assert in_a_thread(lambda: dispatch._choice.requested) == dispatch._DEFAULT
+        leave.set()
+        thread.join()
+    assert found == ["torch"]
+
+
+def test_a_compiled_function_follows_the_choice_of_the_thread_that_calls_it():
+    """The choice is guarded: neither a block nor another thread gets what was traced for someone else."""
+    traced = []
+
+    def backend(graph, inputs):
+        traced.append([str(node.target) for node in graph.graph.nodes if "spot_kernels" in str(node.target)])
+        return graph
+
+    torch._dynamo.reset()
+    function = torch.compile(spot_kernels.slot_cross_attention, fullgraph=True, backend=backend)
+
+    def call(name: str) -> int:
+        with use_backend(name):
+            function(X, X, X)
+        return len(traced)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "TRITON", True)
+        patch.setattr(dispatch, "INTERPRETED", True)
+        calls = [call("torch"), call("triton"), call("torch"), in_a_thread(lambda: call("torch")),
+                 in_a_thread(lambda: call("triton"))]  # fmt: skip
+    assert calls == [1, 2, 2, 2, 2]
+    assert not traced[0] and traced[1]
+    torch._dynamo.reset()
 
 
 def test_what_cannot_run_is_said(monkeypatch):

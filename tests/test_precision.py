@@ -12,6 +12,7 @@ from spot_fast.errors import UserError
 from spot_fast.model import Spot, reconstruction_loss
 from spot_fast.run_folder import RunFolder
 from spot_fast.trainer import Trainer
+from spot_kernels.gpu import launch
 from tiny_runs import tiny, train
 
 CPU = torch.device("cpu")
@@ -64,6 +65,60 @@ def test_tf32_ends_with_its_block_and_other_precisions_change_nothing():
     for name in ("float32", "bf16"):
         with precision.float32_products(name):
             assert setting() == before
+
+
+MATMUL = torch.backends.cuda.matmul
+# What a user may have set before: with PyTorch's older functions, with its newer attributes, with both.
+SETTINGS = {
+    "nothing": lambda: None,
+    "older, high": lambda: torch.set_float32_matmul_precision("high"),
+    "older, medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "older, allow_tf32": lambda: setattr(MATMUL, "allow_tf32", True),
+    "newer, tf32": lambda: setattr(MATMUL, "fp32_precision", "tf32"),
+    "newer, tf32 everywhere": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "newer, ieee": lambda: setattr(MATMUL, "fp32_precision", "ieee"),
+    "older, then newer": lambda: _both(fp32_precision="ieee"),
+    "both of the older": lambda: _both(allow_tf32=False),
+}
+
+
+def _both(**attribute) -> None:
+    torch.set_float32_matmul_precision("high")
+    for name, value in attribute.items():
+        setattr(MATMUL, name, value)
+
+
+@pytest.fixture(params=SETTINGS)
+def users_setting(request):
+    """One of SETTINGS, and PyTorch's own again afterwards."""
+    SETTINGS[request.param]()
+    yield request.param
+    torch.backends.fp32_precision = "none"
+    MATMUL.fp32_precision = "ieee"
+    torch.set_float32_matmul_precision("highest")
+    MATMUL.fp32_precision = "none"
+    assert torch.get_float32_matmul_precision() == "highest" and MATMUL.fp32_precision == "none"
+
+
+def _settings() -> tuple[str, str]:
+    try:
+        return MATMUL.fp32_precision, torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return MATMUL.fp32_precision, "raises"
+
+
+def test_tf32_works_whatever_setting_a_user_has_and_leaves_it(users_setting):
+    before = _settings()
+    for _ in range(2):
+        with precision.float32_products("tf32"):
+            assert MATMUL.fp32_precision == "tf32"
+        assert _settings() == before
+
+
+def test_kernels_multiply_as_the_user_has_set_it(users_setting):
+    """The launcher asks before every launch, of bfloat16 too: a getter that raises would be an error in any run."""
+    tf32 = users_setting.startswith(("older, high", "older, medium", "older, allow", "newer, tf32"))
+    assert launch.float32_precision(torch.device("cuda")) == ("tf32" if tf32 else "ieee")
 
 
 def test_a_tf32_run_is_tf32_in_steps_caches_and_validation_only(tmp_path, monkeypatch):

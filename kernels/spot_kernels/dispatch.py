@@ -6,10 +6,10 @@
 
 `auto`, the default, takes the kernels for GPU tensors, the library for CPU tensors, and PyTorch for whatever those two
 do not cover (float64 on a GPU, more than 64 slots, operators without a native path, a missing library).
-`SPOT_KERNELS_BACKEND` sets another default for the process, `use_backend` one for a block of code; `chosen_backend`
-says what would run. A backend asked for by name that cannot run is a ValueError, with one exception: `native` leaves
-operators and dtypes that have no native path to PyTorch, and `triton` operators that have no kernel, so that either can
-be set once for a whole program.
+`SPOT_KERNELS_BACKEND` sets another default for the process, `use_backend` one for a block of code in the thread that
+runs it; `chosen_backend` says what would run. A backend asked for by name that cannot run is a ValueError, with one
+exception: `native` leaves operators and dtypes that have no native path to PyTorch, and `triton` operators that have no
+kernel, so that either can be set once for a whole program.
 
 The choice is made when an operator is called (under torch.compile: when it is traced, guarded against changes) and
 travels with the call: backward runs on the backend of its forward.
@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -55,7 +56,21 @@ def _check_name(name: str, source: str) -> str:
 
 
 # Read once, so that a traced graph depends on plain values.
-_requested = _check_name(os.environ.get("SPOT_KERNELS_BACKEND", "") or "auto", "SPOT_KERNELS_BACKEND")
+_DEFAULT = _check_name(os.environ.get("SPOT_KERNELS_BACKEND", "") or "auto", "SPOT_KERNELS_BACKEND")
+
+
+class _Choice(threading.local):
+    """The backend asked for in this thread.
+
+    torch.compile guards the attribute because `__init__` makes it in every thread: a class attribute would be traced
+    without a guard, and a ContextVar cannot be traced at all.
+    """
+
+    def __init__(self) -> None:
+        self.requested = _DEFAULT
+
+
+_choice = _Choice()
 NATIVE = native.available()
 TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -63,14 +78,18 @@ INTERPRETED = TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Operators called in this block run on the backend `name`: auto, triton, native or torch."""
-    global _requested
+    """Operators that this thread calls in the block run on the backend `name`: auto, triton, native or torch.
+
+    Other threads are not concerned, those started in the block included (DataParallel's replicas, say). Neither is what
+    autograd's own threads compute anew: gradient checkpointing on a GPU runs a forward pass there. Set
+    SPOT_KERNELS_BACKEND for a choice that holds everywhere.
+    """
     _check_name(name, "use_backend:")
-    before, _requested = _requested, name
+    before, _choice.requested = _choice.requested, name
     try:
         yield
     finally:
-        _requested = before
+        _choice.requested = before
 
 
 def chosen_backend(operator: str, tensor: torch.Tensor) -> str:
@@ -93,7 +112,7 @@ def choose(operator: str, tensor: torch.Tensor, limit: str = "", *, native_wins:
     limit: what the kernels do not take about it, in a few words; empty: nothing. native_wins: whether the library is
     faster than PyTorch at its shape; where it is not, `auto` leaves it alone.
     """
-    wanted, support = _requested, SUPPORT[operator]
+    wanted, support = _choice.requested, SUPPORT[operator]
     kind, dtype = tensor.device.type, tensor.dtype
     if wanted == "torch":
         return "torch"

@@ -92,9 +92,13 @@ def widen(device: torch.device) -> bool:
 
 
 def float32_precision(device: torch.device) -> str:
-    """`input_precision` of float32 products: exact as PyTorch's default, tf32 where the user has allowed it there."""
+    """`input_precision` of float32 products: exact as PyTorch's default, tf32 where the user has allowed it there.
+
+    Both of PyTorch's settings end in the attribute that is read here: `torch.set_float32_matmul_precision` (and
+    `allow_tf32`) write it too. Their own getters raise where a user has set the newer one.
+    """
     interpreted = _recording is None and device.type == "cpu"
-    if interpreted or torch.version.hip or torch.get_float32_matmul_precision() == "highest":
+    if interpreted or torch.version.hip or torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "ieee"
     return "tf32"
 

@@ -37,4 +37,5 @@ def attention_loss(student_logits: Tensor, student_attn: Tensor, teacher_labels:
         )
     renamed = match_masks(student_attn.detach().argmax(-1), teacher_labels, slots)
     logits = student_logits.squeeze(1).to(torch.promote_types(student_logits.dtype, torch.float32))
-    return F.cross_entropy(logits.flatten(0, 1), renamed.flatten()), renamed
+    # -1, which only a broken matching gives, would be a device-side assertion: such tokens do not count
+    return F.cross_entropy(logits.flatten(0, 1), renamed.flatten(), ignore_index=-1), renamed

@@ -12,6 +12,21 @@ from kernel_tier import DEVICE, needs_triton
 from spot_kernels import dispatch, native
 from spot_kernels.reference import mask_matching as reference
 
+if dispatch.TRITON:
+    import triton
+    import triton.language as tl
+
+    from spot_kernels.gpu import launch, mask_matching
+    from spot_kernels.gpu.linear_assignment import column_numbers, shortest_augmenting_paths
+
+    @triton.jit
+    def _search(cost_ptr, out_ptr, rows, columns, COLUMNS: tl.constexpr):
+        """The search alone, without the look at the costs that comes before it."""
+        o_c = column_numbers(COLUMNS)
+        row_of = shortest_augmenting_paths(cost_ptr, columns, 1, rows, columns, COLUMNS=COLUMNS)
+        tl.store(out_ptr + o_c, row_of, mask=o_c < columns)
+
+
 GOLDEN = ["matching.assignment", "matching.total_cost"]
 pytestmark = needs_triton
 needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
@@ -100,6 +115,37 @@ def test_assignment_of_bad_costs_is_none(rows, columns, bad):
     cost[0, 0, 0] = cost[2, -1, -1] = bad
     expected[0] = expected[2] = -1
     assert torch.equal(_solve(cost), expected)
+
+
+@pytest.mark.parametrize("rows,columns", [(1, 1), (5, 5), (4, 9), (8, 8)])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["everywhere", "a row", "a column", "one"])
+def test_a_search_ends_whatever_it_reads(rows, columns, bad, where):
+    """What a missing barrier or another kernel's write could show it: it stops, and holds nothing or true rows."""
+    cost = torch.rand(rows, columns, generator=torch.Generator().manual_seed(0))
+    chosen = {"everywhere": (slice(None), slice(None)), "a row": (-1, slice(None)), "a column": (slice(None), 0),
+              "one": (0, -1)}[where]  # fmt: skip
+    cost[chosen] = bad
+    held = torch.full((columns,), -7, dtype=torch.int32, device=DEVICE)
+    launch.launch(_search, (1,), cost.to(DEVICE), held, rows, columns, COLUMNS=16, num_warps=1, num_stages=1)
+    held = held.cpu()
+    assert bool((held == -1).all()) or sorted(held[held >= 0].tolist()) == list(range(rows))
+    if where == "everywhere" and bad != bad:
+        assert bool((held == -1).all())
+
+
+def test_matching_of_broken_costs_assigns_nobody(monkeypatch):
+    """NaN among the costs in the fused kernel: -1 and 0 for that image, the others as they were, and an end."""
+    student, teacher = _maps(3, 20, 5)
+    student, teacher = student.clamp(max=3), teacher.clamp(max=3)  # nobody has the last slot
+    teacher[1, :5] = torch.arange(5)  # but in one image
+    expected = _match_on_cpu(student, teacher, 5)
+    monkeypatch.setattr(mask_matching, "EMPTY_TEACHER_COST", float("nan"))
+    assignment, iou, cost, renamed = _match(student, teacher, 5)
+    assert torch.equal(assignment[1], expected[0][1]) and torch.equal(renamed[1], expected[3][1])
+    for image in (0, 2):
+        assert cost[image].isnan().any() and bool((assignment[image] == -1).all())
+        assert bool((renamed[image] == -1).all()) and bool((iou[image] == 0).all())
 
 
 def test_assignment_of_the_largest_costs():

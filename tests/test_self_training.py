@@ -113,3 +113,14 @@ def test_several_heads_are_refused():
 
 def test_teacher_labels_take_the_lower_slot_on_a_tie():
     assert teacher_labels(torch.tensor([[[0.2, 0.4, 0.4], [0.5, 0.0, 0.5]]])).tolist() == [[1, 0]]
+
+
+def test_a_token_without_a_label_does_not_count(monkeypatch):
+    """-1 from a matching that was given up is no device-side assertion, and no share of the mean."""
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(2, 1, 9, 4, generator=generator), torch.randint(4, (2, 9), generator=generator)
+    attn = logits.softmax(-1).squeeze(1)
+    expected, renamed = attention_loss(logits[:1], attn[:1], labels[:1])
+    broken = torch.cat([renamed, torch.full_like(renamed, -1)])
+    monkeypatch.setattr("spot_fast.self_training.match_masks", lambda *_: broken)
+    assert torch.equal(attention_loss(logits, attn, labels)[0], expected)

@@ -137,7 +137,8 @@ def linear_assignment(cost: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: naming what is wrong with the cost: its shape, its dtype, NaN, infinity, or values so large that
             their sums might overflow (beyond ±1e300). The kernel does not look before it returns: the rows of a problem
-            with such a value are all -1, and the other problems are not affected.
+            with such a value are all -1, and the other problems are not affected. It ends in R × C steps, whatever the
+            costs are.
     """
     checks.floating("linear_assignment", cost=cost)
     checks.shape("linear_assignment", "cost", cost, "[B, R, C]")
@@ -161,7 +162,8 @@ def assign_masks(
     Returns:
         assignment [B, K] int64: student slot of each teacher slot, a permutation; see `linear_assignment` for ties,
         which empty slots make common. iou [B, K] float32: IoU of each teacher mask with its student mask.
-        cost [B, K, K] float32: the costs that were minimised, teacher slots by student slots.
+        cost [B, K, K] float32: the costs that were minimised, teacher slots by student slots. Where the kernel's search
+        could not end (only broken memory does that), an image's assignment is -1 and its iou 0.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or size does not fit; on the CPU also labels out of
@@ -176,7 +178,8 @@ def match_masks(student: torch.Tensor, teacher: torch.Tensor, num_slots: int) ->
 
     student, teacher: label maps [B, N] of an integer dtype, labels in 0…num_slots-1. Returns [B, N] int64, the student
     slot that `assign_masks` gives to the teacher's label of each token. Raises ValueError as `assign_masks` does; where
-    labels out of range are not looked for, the kernel gives -1 to a teacher label out of range.
+    labels out of range are not looked for, the kernel gives -1 to a teacher label out of range, and to all tokens of an
+    image that `assign_masks` could not assign.
     """
     return _match_masks(student, teacher, num_slots, _choose("match_masks", student, teacher, num_slots))
 

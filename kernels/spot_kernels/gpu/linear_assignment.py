@@ -11,6 +11,10 @@ also what makes the result optimal for integer costs beyond float32's 24 bits.
 
 A problem that holds NaN, infinity or a value beyond ±1e300 is not searched: all its rows get -1. For every other one
 sums stay finite, each step of a search takes one column out, and a free column is left: loops end.
+
+That is a proof about correct memory. A search that reads something else (NaN that another kernel wrote in the meantime,
+say) must not hang the machine either: it takes a step for each column at most, stops where no column is at a finite
+distance, and gives the whole problem up, whose columns are then held by no row.
 """
 
 from __future__ import annotations
@@ -36,7 +40,8 @@ def column_numbers(COLUMNS: tl.constexpr):
 def shortest_augmenting_paths(cost_ptr, stride_row, stride_column, rows, columns, COLUMNS: tl.constexpr):
     """The row that holds each column, -1 for a free one: int32 [COLUMNS], a power of two >= columns >= rows.
 
-    cost_ptr points to finite costs [rows, columns] of any floating dtype.
+    cost_ptr points to finite costs [rows, columns] of any floating dtype. Where they are not, all may be -1; it ends in
+    rows × columns steps in any case.
     """
     o_c = column_numbers(COLUMNS)
     m_c = o_c < columns
@@ -44,6 +49,7 @@ def shortest_augmenting_paths(cost_ptr, stride_row, stride_column, rows, columns
     row_of = tl.full([COLUMNS], -1, tl.int32)
     row_dual = tl.zeros([COLUMNS], tl.float64)
     column_dual = tl.zeros([COLUMNS], tl.float64)
+    given_up = rows < 0
     for start in range(0, rows):
         distance = tl.full([COLUMNS], float("inf"), tl.float64)
         # the column through which the search came here; a column's own number: straight from the new row
@@ -58,7 +64,7 @@ def shortest_augmenting_paths(cost_ptr, stride_row, stride_column, rows, columns
         row = start
         dual = tl.zeros([COLUMNS], tl.float64)
         walked = tl.full([], 0.0, tl.float64)
-        searching = row >= 0
+        searching = not given_up
         while searching:
             b_cost = tl.load(p_cost + row.to(tl.int64) * stride_row, mask=m_c, other=0.0).to(tl.float64)
             # the order of these operations is the library's: rounding decides between near-ties
@@ -71,6 +77,8 @@ def shortest_augmenting_paths(cost_ptr, stride_row, stride_column, rows, columns
             # of the nearest: a free column before a taken one, the last place of free ones, the first of taken ones
             rank = tl.where(row_of < 0, COLUMNS + place, COLUMNS - 1 - place)
             nearest = tl.max(tl.where(unreached & (distance == walked), (rank << 14) | known, -1), 0)
+            given_up = (nearest < 0) | (walked == float("inf"))
+            nearest = tl.maximum(nearest, 0)
             row = (nearest & 127) - 1
             column = (nearest >> 7) & 127
             rank = nearest >> 14
@@ -81,7 +89,8 @@ def shortest_augmenting_paths(cost_ptr, stride_row, stride_column, rows, columns
             place = tl.where(o_c == column, -1, place)
             through = column + tl.zeros([COLUMNS], tl.int32)
             dual = tl.gather(row_dual, through, 0)
-            searching = row >= 0
+            given_up |= (row >= 0) & (left <= 0)
+            searching = (row >= 0) & (not given_up)
 
         moved = tl.where(m_c & (place < 0), walked - distance, 0.0)
         column_dual -= moved
@@ -95,7 +104,7 @@ def shortest_augmenting_paths(cost_ptr, stride_row, stride_column, rows, columns
         first = came_from == o_c
         row_of = tl.where(on_path, tl.where(first, start, tl.gather(row_of, came_from, 0)), row_of)
         row_dual = tl.where(on_path, tl.where(first, walked, tl.gather(row_dual, came_from, 0)), row_dual)
-    return row_of
+    return tl.where(given_up, -1, row_of)
 
 
 # What is divisible by 16 makes no faster code here, only more of it to compile.
@@ -120,6 +129,7 @@ def linear_assignment_kernel(
     searched = tl.where(tl.max(tl.max(b_bad, 1), 0) > 0, 0, rows)
 
     row_of = shortest_augmenting_paths(cost_ptr, stride_row, stride_column, searched, columns, COLUMNS=COLUMNS)
+    searched = tl.where(tl.max(row_of, 0) < 0, 0, searched)  # given up
     if TRANSPOSED:
         tl.store(out_ptr + i_b * columns + o_c, row_of.to(tl.int64), mask=m_c)
     else:

@@ -7,7 +7,9 @@ One program an image counts, writes the costs, solves the assignment (gpu/linear
 Counts are sums of products of 0 and 1 in float32, exact up to 2^24 tokens. The division is correctly rounded and what
 follows is one subtraction, so costs are those of the CPU to the last bit.
 
-A label out of range equals no slot: its token is not counted in either map, and is renamed to -1.
+A label out of range equals no slot: its token is not counted in either map, and is renamed to -1. So is every token of
+an image whose search is given up (gpu/linear_assignment.py), its assignment is -1 and its IoU 0: no counts give such
+costs, only memory that is not what this kernel wrote.
 
 Costs are written to memory by the threads that computed them and read back row by row in the search, by other threads
 of the same program. The barrier in between is enough: it waits for every thread of the program and orders their global
@@ -133,11 +135,13 @@ def assign_masks_kernel(
         tl.store(iou_ptr + o_pair, b_iou, mask=m_pair)
     tl.debug_barrier()
 
-    # square and finite, so every column is held
+    # square and finite, so every column is held; -1 everywhere if costs were not, and then nobody is assigned
     teacher_of = shortest_augmenting_paths(cost_ptr, slots, 1, slots, slots, COLUMNS=COLUMNS)
     o_c = column_numbers(COLUMNS)
-    m_c = o_c < slots
+    m_c = (o_c < slots) & (teacher_of >= 0)
+    m_none = (o_c < slots) & (teacher_of < 0)
     tl.store(assignment_ptr + teacher_of, o_c.to(tl.int64), mask=m_c)
+    tl.store(assignment_ptr + o_c, tl.full([COLUMNS], -1, tl.int64), mask=m_none)
     if RENAME:
         tl.debug_barrier()
         renamed_ptr += i_b * tokens
@@ -150,6 +154,7 @@ def assign_masks_kernel(
     else:
         b_assigned = tl.load(iou_ptr + teacher_of * slots + o_c, mask=m_c)
         tl.store(assigned_iou_ptr + i_b * slots + teacher_of, b_assigned, mask=m_c)
+        tl.store(assigned_iou_ptr + i_b * slots + o_c, tl.zeros([COLUMNS], tl.float32), mask=m_none)
 
 
 def overlap_counts(

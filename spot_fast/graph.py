@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .nested import leaves, map_tensors
+from .nested import leaves, map_tensors, shapes_and_values
 
 CUDA_GRAPH = ("auto", "yes", "no")
 # Steps made before one is recorded: they compile kernels, make Adam's moments, and let libraries allocate.
@@ -71,7 +71,7 @@ class Graphed:
     def __call__(self, *arguments: Any) -> Any:
         if self._given_up:
             return self._function(*arguments)
-        key = _key(arguments)
+        key = shapes_and_values(arguments)
         if key not in self._recorded:
             self._calls[key] = self._calls.get(key, 0) + 1
             if self._calls[key] <= WARMUP:
@@ -95,7 +95,3 @@ class Graphed:
                 ours.copy_(given, non_blocking=True)
         replay()
         return map_tensors(results, Tensor.clone)
-
-
-def _key(arguments: tuple) -> tuple:
-    return tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves(arguments))

@@ -28,3 +28,8 @@ def map_tensors(value: T, function: Callable[[Tensor], Any]) -> T:
         return replace(value, **{field.name: map_tensors(getattr(value, field.name), function)
                                  for field in fields(value)})  # fmt: skip
     return function(value) if isinstance(value, Tensor) else value
+
+
+def shapes_and_values(value: Any) -> tuple:
+    """What a compiled or recorded function of `value` depends on: its tensors' shapes and dtypes, its plain values."""
+    return tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves(value))

@@ -129,7 +129,7 @@ class Trainer:
         self.cache: feature_cache.FeatureCache | None = None
         self.forward = self.losses
         if config.compile == "yes":
-            self.forward = Compiled(self.losses, optional="compile" in unasked)
+            self.forward = Compiled(self.losses, self.parameters, optional="compile" in unasked)
         self.update = self.update_weights
         if graph == "yes":
             self.update = Graphed(self.update_weights, device, optional="cuda_graph" in unasked)

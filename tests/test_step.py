@@ -35,7 +35,8 @@ def pair(stage, changes, teacher, backend) -> tuple[Trainer, Trainer]:
     """The same run without and with compilation."""
     teacher = teacher if stage == 2 else None
     plain, compiled = (Trainer(tiny(stage, **changes), device=CPU, teacher=teacher) for _ in "pc")
-    compiled.forward = Compiled(compiled.losses, backend=backend)
+    compiled.forward = Compiled(compiled.losses, compiled.parameters, backend=backend)
+    compiled.forward.say = lambda text: None
     return plain, compiled
 
 
@@ -94,15 +95,15 @@ def test_what_cannot_be_compiled_is_a_sentence():
         return value * 2 if value.sum() > 0 else value
 
     with pytest.raises(UserError, match="cannot be compiled .*--compile no"):
-        Compiled(reads_the_device, backend="eager")(torch.ones(2))
+        Compiled(reads_the_device, [], backend="eager")(torch.ones(2))
 
 
 def test_the_first_call_alone_is_told():
     told = []
-    function = Compiled(lambda value: value * 2, backend="eager")
+    function = Compiled(lambda value: (value * 2,), [], backend="eager")
     function.say = told.append
     for _ in range(3):
-        assert function(torch.ones(2)).tolist() == [2, 2]
+        assert function(torch.ones(2))[0].tolist() == [2, 2]
     assert len(told) == 1 and "compiled in" in told[0]
 
 
@@ -113,17 +114,78 @@ def test_auto_compiles_on_a_gpu_only():
     assert Trainer(tiny(), device=CPU).config.compile == "no"
 
 
-@pytest.mark.parametrize("optional", [True, False])
-def test_what_cannot_be_compiled_runs_uncompiled_unless_it_was_asked_for(optional):
-    def broken(graph, inputs):
-        raise RuntimeError("this backend compiles nothing")
+def compiles_nothing(graph, inputs):
+    raise RuntimeError("this backend compiles nothing")
 
+
+def compiles_forward_only():
+    """A backend as Inductor is one: it is asked for the backward pass when that first runs."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    def backward(graph, inputs):
+        raise RuntimeError("this backend compiles nothing backward")
+
+    return aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph), bw_compiler=backward)
+
+
+def runs_forward_only():
+    """A backend whose backward pass compiles, and fails where it is launched."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    def launch(*arguments):
+        raise RuntimeError("this backend compiles nothing that can be launched")
+
+    return aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph),
+                        bw_compiler=lambda graph, inputs: make_boxed_func(launch))  # fmt: skip
+
+
+@pytest.mark.parametrize("optional", [True, False])
+@pytest.mark.parametrize("backend", [lambda: compiles_nothing, compiles_forward_only, runs_forward_only])
+def test_what_cannot_be_compiled_runs_uncompiled_unless_it_was_asked_for(backend, optional):
     said = []
-    compiled = Compiled(lambda x: x * 2, backend=broken, optional=optional)
+    weight = torch.ones(1, requires_grad=True)
+    compiled = Compiled(lambda x: (x * weight * 2, x), [weight], backend=backend(), optional=optional)
     compiled.say = said.append
     if optional:
-        assert [compiled(torch.ones(1)).item(), compiled(torch.ones(1)).item()] == [2, 2]
+        for _ in range(2):
+            loss, _ = compiled(torch.ones(1))
+            loss.backward()
+        assert loss.item() == 2 and weight.grad.item() == 4  # that of two backward passes, none added by the attempt
         assert len(said) == 1 and "compiles nothing" in said[0] and said[0].endswith("it runs uncompiled")
     else:
         with pytest.raises(UserError, match=r"cannot be compiled \(.*compiles nothing.*use --compile no"):
             compiled(torch.ones(1))
+
+
+@pytest.mark.parametrize("optional", [True, False])
+def test_what_is_wrong_without_a_compiler_too_is_its_own_error(optional):
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise ArithmeticError("a defect of the model")
+
+    weight = torch.ones(1, requires_grad=True)
+    compiled = Compiled(lambda x: (Wrong.apply(x * weight),), [weight], backend="eager", optional=optional)
+    compiled.say = lambda text: None
+    with pytest.raises((ArithmeticError, UserError), match="a defect of the model|cannot be compiled"):
+        compiled(torch.ones(1))[0].backward()
+
+
+def test_a_run_goes_on_where_its_backward_pass_cannot_be_compiled(monkeypatch, teacher):
+    """Through the trainer, with parallel steps that are compiled later than the others: the bits of a plain run."""
+    plain, compiled = pair(1, SMALL | STANDARD | {"cappa": 0.5}, teacher, "eager")
+    compiled.forward = Compiled(compiled.losses, compiled.parameters, backend=compiles_forward_only(), optional=True)
+    said = []
+    compiled.forward.say = said.append
+    for batch in plain.batches():
+        for trainer in (plain, compiled):
+            trainer.train_step(batch)
+            trainer.step += 1
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters, compiled.parameters, strict=True))
+    assert len(said) == 1 and "it runs uncompiled" in said[0]

@@ -32,23 +32,40 @@ def resolve_cuda_graph(choice: str, device: torch.device, processes: int) -> str
     return "yes" if able and choice != "no" else "no"
 
 
-def record(function: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
-    """Records what `function` does on the GPU, which it does not do yet: (replay, results, which replays overwrite)."""
-    graph = torch.cuda.CUDAGraph()
-    # Other threads copy batches to the GPU meanwhile.
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        results = function()
-    return graph.replay, results
+class Recorder:
+    """Records on a stream of its own, on which it also warms up.
 
+    One stream for all of it: the caching allocator keeps the memory of each stream apart, so every further one would
+    hold another set of activations.
+    """
 
-def warm_up(function: Callable[[], Any], device: torch.device) -> Any:
-    """Runs `function` on another stream, as recording will."""
-    stream, now = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    stream.wait_stream(now)
-    with torch.cuda.stream(stream):
-        results = function()
-    now.wait_stream(stream)
-    return results
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+
+    def _side(self) -> torch.cuda.Stream:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        return self._stream
+
+    def warm_up(self, function: Callable[[], Any]) -> Any:
+        """Runs `function` where recordings are made, in line with the present stream."""
+        stream, now = self._side(), torch.cuda.current_stream(self._device)
+        stream.wait_stream(now)
+        with torch.cuda.stream(stream):
+            results = function()
+        now.wait_stream(stream)
+        return results
+
+    def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """Records what `function` does on the GPU, which it does not do yet: (replay, results, which replays
+        overwrite)."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads copy batches to the GPU meanwhile.
+        capture = torch.cuda.graph(graph, stream=self._side(), capture_error_mode="thread_local")
+        with torch.cuda.device(self._device), capture:
+            results = function()
+        return graph.replay, results
 
 
 class Graphed:
@@ -59,14 +76,17 @@ class Graphed:
     and everything runs as it is.
     """
 
-    def __init__(self, function: Callable[..., Any], device: torch.device, *, optional: bool = False,
-                 record: Callable = record, warm_up: Callable = warm_up) -> None:  # fmt: skip
-        self._function, self._device, self._optional = function, device, optional
-        self._record, self._warm_up = record, warm_up
+    def __init__(self, function: Callable[..., Any], recorder: Recorder, *, optional: bool = False) -> None:
+        self._function, self._recorder, self._optional = function, recorder, optional
         self._calls: dict[tuple, int] = {}
         self._recorded: dict[tuple, tuple[tuple, Callable[[], None], Any]] = {}
         self._given_up = False
         self.say: Callable[[str], None] = print
+
+    @property
+    def recorded(self) -> bool:
+        """Whether there is a recording, and none has failed."""
+        return bool(self._recorded) and not self._given_up
 
     def __call__(self, *arguments: Any) -> Any:
         if self._given_up:
@@ -75,10 +95,10 @@ class Graphed:
         if key not in self._recorded:
             self._calls[key] = self._calls.get(key, 0) + 1
             if self._calls[key] <= WARMUP:
-                return self._warm_up(lambda: self._function(*arguments), self._device)
+                return self._recorder.warm_up(lambda: self._function(*arguments))
             own = map_tensors(arguments, Tensor.clone)
             try:
-                self._recorded[key] = own, *self._record(lambda: self._function(*own), self._device)
+                self._recorded[key] = own, *self._recorder.record(lambda: self._function(*own))
             except RuntimeError as error:
                 reason = " ".join(str(error).split())[:200]
                 if not self._optional:

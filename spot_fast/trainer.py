@@ -26,7 +26,7 @@ from .data.loaders import open_loader
 from .distributed import Ended, World
 from .encoder import encoder_identity, normalise
 from .errors import UserError
-from .graph import Graphed, resolve_cuda_graph
+from .graph import Graphed, Recorder, resolve_cuda_graph
 from .interrupt import StopRequest
 from .model import Spot, reconstruction_loss
 from .nested import map_tensors
@@ -132,7 +132,7 @@ class Trainer:
             self.forward = Compiled(self.losses, self.parameters, optional="compile" in unasked)
         self.update = self.update_weights
         if graph == "yes":
-            self.update = Graphed(self.update_weights, device, optional="cuda_graph" in unasked)
+            self.update = Graphed(self.update_weights, Recorder(device), optional="cuda_graph" in unasked)
 
         self.step = self.saved_step = 0
         self.seconds, self.clock, self.save_clock = 0.0, time.monotonic(), time.monotonic()

@@ -1,17 +1,13 @@
-"""A recorded step does what the step does, whatever changes between steps.
+"""A recorded step does what the step does, whatever changes between steps. Recordings are imitated on the CPU."""
 
-Here a recording is imitated on the CPU: the operators that ran are run again on the very same tensors. Like a CUDA
-graph it knows nothing of Python numbers that have changed since, nor of tensors that were made anew.
-"""
+import contextlib
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
+from imitated_graph import ImitatedRecorder, graphed, rate_on_device
 from spot_fast.errors import UserError
-from spot_fast.graph import WARMUP, Graphed, resolve_cuda_graph
-from spot_fast.optimiser import adam
+from spot_fast.graph import WARMUP, Graphed, Recorder, resolve_cuda_graph
 from spot_fast.trainer import Trainer
 from tiny_runs import CPU, assert_same_run, go_on, stop_after, tiny, train
 
@@ -21,57 +17,6 @@ CASES = [
     (1, {"decoder": "mlp", "dec_mlp_hidden": 16, "orders": "standard"}),
     (2, {"att_weight_final": 0.001, "precision": "bf16"}),
 ]
-
-
-class Operators(TorchDispatchMode):
-    """Keeps every operator with its arguments and results."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        results = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, results))
-        return results
-
-    @torch.no_grad()
-    def replay(self):
-        for func, args, kwargs, results in self.calls:
-            again = func(*args, **kwargs)
-            for old, new in zip(tree_flatten(results)[0], tree_flatten(again)[0], strict=True):
-                # A view shows its tensor's new contents, and what was changed in place is changed.
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
-def imitate(function, device):
-    """As `graph.record`, which does not run what it records: everything that changes in place is put back."""
-    operators = Operators()
-    kept = [(value, value.clone()) for value in imitate.state()]
-    with operators:
-        results = function()
-    with torch.no_grad():
-        for value, before in kept:
-            value.copy_(before)
-    return operators.replay, results
-
-
-def rate_on_device(trainer: Trainer) -> Trainer:
-    """`trainer` with the Adam of recorded steps, whose learning rate is a float32 tensor."""
-    trainer.optimiser = adam(trainer.parameters, graphed=True)
-    trainer.optimiser.param_groups[0]["capturable"] = False  # which it is on GPUs only
-    return trainer
-
-
-def graphed(trainer: Trainer) -> Trainer:
-    """`trainer` with steps that are recorded, as on a GPU."""
-    rate_on_device(trainer)
-    imitate.state = lambda: [trainer.bad_steps.state, *(p.data for p in trainer.parameters),
-                             *(t for state in trainer.optimiser.state.values() for t in state.values())]  # fmt: skip
-    trainer.update = Graphed(trainer.update_weights, CPU, record=imitate, warm_up=lambda function, _: function())
-    trainer.update.say = lambda text: None
-    return trainer
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +57,7 @@ def test_recorded_steps_are_the_steps(stage, changes, teacher):
 def test_the_imitation_finds_a_number_that_was_baked_in():
     rate = [1.0]
     weight = torch.zeros(())
-    imitate.state = lambda: [weight]
-    step = Graphed(lambda x: weight.add_(x * rate[0]), CPU, record=imitate, warm_up=lambda function, _: function())
+    step = Graphed(lambda x: weight.add_(x * rate[0]), ImitatedRecorder(lambda: [weight]))
     step.say = lambda text: None
     for rate[0] in (1.0, 1.0, 1.0, 2.0, 3.0):
         step(torch.ones(()))
@@ -150,11 +94,12 @@ def test_a_run_of_recorded_steps_resumes_to_the_same_bits(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("optional", [True, False])
 def test_what_cannot_be_recorded_is_launched_unless_it_was_asked_for(optional):
-    def broken(function, device):
-        raise RuntimeError("operation not permitted when stream is capturing")
+    class Broken(ImitatedRecorder):
+        def record(self, function):
+            raise RuntimeError("operation not permitted when stream is capturing")
 
     said = []
-    step = Graphed(lambda x: x + 1, CPU, optional=optional, record=broken, warm_up=lambda function, _: function())
+    step = Graphed(lambda x: x + 1, Broken(list), optional=optional)
     step.say = said.append
     for _ in range(WARMUP):
         step(torch.ones(1))
@@ -164,6 +109,37 @@ def test_what_cannot_be_recorded_is_launched_unless_it_was_asked_for(optional):
     else:
         with pytest.raises(UserError, match=r"recorded as a CUDA graph \(.*not permitted.*use --cuda-graph no"):
             step(torch.ones(1))
+
+
+def test_warming_up_and_recording_share_one_stream(monkeypatch):
+    """The allocator keeps the memory of each stream apart: a stream for each warm-up would hold three activations."""
+    made, used, waits = [], [], []
+
+    class Stream:
+        def __init__(self, device=None):
+            made.append(self)
+
+        def wait_stream(self, other):
+            waits.append((self, other))
+
+    @contextlib.contextmanager
+    def within(stream):
+        used.append(stream)
+        yield
+
+    present = Stream.__new__(Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: present)
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: type("Graph", (), {"replay": lambda self: None})())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, capture_error_mode: within(stream))
+    step = Graphed(lambda x: x + 1, Recorder(torch.device("cuda")))
+    step.say = lambda text: None
+    for _ in range(WARMUP + 2):
+        assert step(torch.ones(1)).item() == 2
+    assert step.recorded and len(made) == 1 and used == made * (WARMUP + 1)
+    assert waits == [(made[0], present), (present, made[0])] * WARMUP
 
 
 def test_auto_records_on_an_nvidia_gpu_in_one_process(monkeypatch):
@@ -194,5 +170,5 @@ def test_recorded_steps_are_the_steps_on_a_gpu(stage, changes, compiled, teacher
             trainer.step += 1
     for one, other in zip(plain.parameters, recorded.parameters, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-    assert isinstance(recorded.update, Graphed) and not recorded.update._given_up
+    assert recorded.update.recorded
     assert recorded.bad_steps.read() is None and not recorded.bad_steps.found

@@ -4,9 +4,11 @@ The distance comes from rounding (Pillow rounds between its two passes, DALI doe
 where the filter reaches beyond it: Pillow weighs what is there anew, DALI repeats the last pixel.
 """
 
+import contextlib
 import io
 import itertools
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from PIL import Image, ImageOps
 
 from spot_fast.config import preset
 from spot_fast.data import Folder, Loader, open_set
-from spot_fast.data.dali_pipeline import unavailable
+from spot_fast.data.dali_pipeline import Picture, Pipeline, Request, unavailable
 from spot_fast.encoder import build_encoder, normalise
 from spot_fast.errors import UserError
 
@@ -352,3 +354,40 @@ def test_two_epochs_at_once(folder):
 def test_sets_without_files_are_refused():
     with pytest.raises(ValueError, match="image_set is Scenes"):
         DaliLoader(open_set(preset("scenes", train_images=12), "train"), 4)
+
+
+def test_on_a_gpu_the_host_waits_neither_for_dali_nor_for_the_copy(monkeypatch):
+    """Outputs are bound to the stream that trains, and copied on it: DALI's defaults wait on the host for both."""
+    asked = []
+
+    class Images:
+        def as_tensor(self):
+            return self
+
+        def shape(self):
+            return [2, 3, 4, 4]
+
+        def copy_to_external(self, target, stream=None, non_blocking=False):
+            asked.append(("copy", stream.value, non_blocking))
+
+    class Dali:
+        def schedule_run(self):
+            with contextlib.suppress(StopIteration):
+                pipeline._next()
+
+        def share_outputs(self, cuda_stream=None):
+            asked.append(("outputs", cuda_stream.cuda_stream))
+            return (Images(),)
+
+        def release_outputs(self):
+            asked.append("release")
+
+        def reset(self):
+            pass
+
+    monkeypatch.setattr(Pipeline, "_build", lambda self, *arguments: Dali())
+    monkeypatch.setattr(Pipeline, "_stream", lambda self: SimpleNamespace(cuda_stream=7))
+    pipeline = Pipeline(2, 4, device=torch.device("cpu"))
+    picture = Picture(np.zeros(3, np.uint8), np.zeros(2, np.float32), np.ones(2, np.float32))
+    assert len(list(pipeline.run(iter([Request([picture] * 2, np.zeros(2, bool))] * 3)))) == 3
+    assert asked == [("outputs", 7), ("copy", 7, True), "release"] * 3

@@ -46,6 +46,26 @@ def test_batches_are_those_of_the_pictures(tmp_path, flip, place):
     assert_same_epoch(cache, loader, 3, start=1)
 
 
+def test_what_the_device_holds_is_asked_for_once_an_epoch(monkeypatch):
+    """A copy of row numbers in every step would make the host wait for the device in every step."""
+    sent = []
+    monkeypatch.setattr(feature_cache, "send", lambda tensor, device: sent.append(len(tensor)) or tensor)
+    loader = Loader(Scenes(11, "train", size=16), 4)
+    cache = in_memory(loader)
+    cache.take = lambda rows, take=cache.take: tuple(t.index_select(0, rows) for t in cache.tensors)
+    assert_same_epoch(cache, loader, 3)
+    assert sent == [8]
+
+
+def test_what_another_device_holds_is_copied_ahead(monkeypatch):
+    """Rows in the machine's memory for training on a GPU: through pinned memory, in a thread."""
+    asked = []
+    monkeypatch.setattr(feature_cache, "to_device", lambda batches, device: asked.append(device) or list(batches))
+    loader = Loader(Scenes(8, "train", size=16), 4)
+    batches = in_memory(loader).epoch(loader, 0, 0, torch.device("cuda"))
+    assert asked == [torch.device("cuda")] and len(batches) == 2
+
+
 @pytest.mark.parametrize("count, batch", [(4, 4), (8, 4), (11, 4), (3, 1)])
 def test_the_function_always_sees_full_batches(count, batch):
     sizes = []

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spot_fast.data.loader import Batch
-from spot_fast.data.prefetch import ahead, to_device
+from spot_fast.data.prefetch import ahead, send, to_device
 
 CPU = torch.device("cpu")
 
@@ -55,6 +55,24 @@ def test_closing_early_ends_the_thread():
     assert threading.active_count() == before + 1
     items.close()
     assert threading.active_count() == before
+
+
+class Memory:
+    """Stands for a tensor on the CPU; notes how it is copied."""
+
+    def __init__(self, pinned=False):
+        self.device, self.pinned = CPU, pinned
+
+    def pin_memory(self):
+        return Memory(pinned=True)
+
+    def to(self, device, non_blocking=False):
+        return device.type, self.pinned, non_blocking
+
+
+def test_a_copy_to_a_gpu_is_from_pinned_memory_and_waits_for_nothing():
+    assert send(Memory(), torch.device("cuda")) == ("cuda", True, True)
+    assert send(Memory(), CPU) == ("cpu", False, False)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

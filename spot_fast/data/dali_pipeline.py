@@ -8,6 +8,7 @@ This is the only file that imports DALI, and it does so when a pipeline is built
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -115,8 +116,9 @@ class Pipeline:
         try:
             self._call(self._dali.schedule_run)  # the first call fills the queue
             while self.pending:
-                (images,) = self._call(self._dali.share_outputs)
-                images = self._copied(images)
+                stream = self._stream()
+                (images,) = self._call(lambda: self._dali.share_outputs(cuda_stream=stream))  # noqa: B023 - called here
+                images = self._copied(images, stream)
                 self._dali.release_outputs()
                 request = self.pending.popleft()
                 self._call(self._dali.schedule_run)
@@ -163,15 +165,20 @@ class Pipeline:
         except DaliError:
             pass  # a batch that nobody wants any more; the next epoch gets another pipeline
 
-    def _copied(self, images) -> torch.Tensor:
-        """DALI's buffer will be used again: the copy is in line on torch's stream, and DALI waits for it."""
-        from nvidia.dali.plugin.pytorch import feed_ndarray
+    def _stream(self) -> torch.cuda.Stream | None:
+        """The present stream, to which DALI binds its outputs: without one it would wait on the host for the GPU."""
+        return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
+    def _copied(self, images, stream: torch.cuda.Stream | None) -> torch.Tensor:
+        """DALI's buffer will be used again: the copy is in line on torch's stream, to which the buffer is bound."""
         dense = images.as_tensor()
-        raw = self.dtype == torch.uint8
-        copy = torch.empty(dense.shape(), dtype=torch.uint8 if raw else torch.float32, device=self.device)
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        feed_ndarray(dense, copy, cuda_stream=stream)
+        dtype = torch.uint8 if self.dtype == torch.uint8 else torch.float32
+        copy = torch.empty(tuple(dense.shape()), dtype=dtype, device=self.device)
+        target = ctypes.c_void_p(copy.data_ptr())
+        if stream is None:
+            dense.copy_to_external(target)
+        else:
+            dense.copy_to_external(target, ctypes.c_void_p(stream.cuda_stream), non_blocking=True)
         return copy.to(self.dtype)
 
 

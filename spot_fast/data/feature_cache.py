@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .base import ImageSet
 from .loader import Loader
-from .prefetch import to_device
+from .prefetch import send, to_device
 from .store import Store
 
 # uint8 pictures [B, 3, S, S] → one tensor a field, its first axis the picture's.
@@ -74,7 +74,7 @@ class FeatureCache:
     def take(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Rows int64 [B] of each field, where they are held (on the CPU if they are read)."""
         if self.tensors is not None:
-            rows = rows.to(self.tensors[0].device, non_blocking=True)
+            rows = send(rows, self.tensors[0].device)
             return tuple(tensor.index_select(0, rows) for tensor in self.tensors)
         return tuple(_typed(store.take(rows.numpy()), field)
                      for store, field in zip(self.stores, self.fields, strict=True))  # fmt: skip
@@ -90,10 +90,15 @@ class FeatureCache:
 
     def epoch(self, loader: Loader, epoch: int, start_step: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
         """What `loader.epoch` would give, as the fields of each batch on `device`."""
-        batches = (self.take(rows) for rows in self._rows(loader, epoch, start_step))
-        if self.tensors is None:
-            return to_device(batches, device)
-        return (tuple(t.to(device, non_blocking=True) for t in batch) for batch in batches)
+        if self.tensors is None or self.tensors[0].device.type != device.type:
+            return to_device((self.take(rows) for rows in self._rows(loader, epoch, start_step)), device)
+        return self._held_epoch(list(self._rows(loader, epoch, start_step)), device)
+
+    def _held_epoch(self, steps: list[Tensor], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+        """Batches of what `device` holds. The numbers of all rows go there at once, not a few in every step."""
+        if steps:
+            for rows in send(torch.cat(steps), device).split(len(steps[0])):
+                yield self.take(rows)
 
     def _rows(self, loader: Loader, epoch: int, start_step: int) -> Iterator[Tensor]:
         flips = loader.flips(epoch)

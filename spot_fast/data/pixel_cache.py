@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..errors import CorruptImage
 from .base import ImageFiles, ImageSet, Masks
 from .loader import Loader
+from .prefetch import send
 from .store import Store
 
 _SAMPLE = 64  # pictures by which the size of a cache of random crops is estimated
@@ -81,7 +82,7 @@ class _Squares:
         return torch.from_numpy(self.store.take(rows)).view(-1, 3, self.size, self.size)
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        return self._read(indices.numpy()) if self._held is None else self._held[indices.to(self._held.device)]
+        return self._read(indices.numpy()) if self._held is None else self._held[send(indices, self._held.device)]
 
 
 def store_of(image_set: ImageFiles, folder: Path, kind: str = Loader.kind) -> Store:

@@ -58,6 +58,16 @@ def ahead(make: Iterator[T], depth: int = _AHEAD) -> Iterator[T]:
         thread.join()
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; to a GPU it is copied in line with the present stream, and the host does not wait.
+
+    A copy out of memory that is not pinned would wait for the device, without PyTorch's sync debug mode noticing.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def to_device(batches: Iterator[T], device: torch.device) -> Iterator[T]:
     """Batches (tuples or dataclasses of tensors) made ahead in a thread, on a GPU also copied there by it.
 
@@ -70,13 +80,10 @@ def to_device(batches: Iterator[T], device: torch.device) -> Iterator[T]:
 def _through_pinned(batches: Iterator[T], device: torch.device) -> Iterator[T]:
     stream = torch.cuda.Stream(device)
 
-    def copy(tensor: Tensor) -> Tensor:
-        return tensor.pin_memory().to(device, non_blocking=True) if tensor.device.type == "cpu" else tensor
-
     def copied() -> Iterator[tuple[T, torch.cuda.Event]]:
         for batch in batches:
             with torch.cuda.stream(stream):
-                moved = map_tensors(batch, copy)
+                moved = map_tensors(batch, lambda tensor: send(tensor, device))
                 yield moved, stream.record_event()
 
     for batch, done in ahead(copied()):

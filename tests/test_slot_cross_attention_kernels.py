@@ -4,8 +4,20 @@ import pytest
 import torch
 
 from kernel_tier import DEVICE, GRADIENT, OUTPUT, assert_as_exact, needs_triton
+from spot_kernels import dispatch
 from spot_kernels.dispatch import chosen_backend, use_backend
-from spot_kernels.slot_cross_attention import _backward, _forward, slot_cross_attention
+from spot_kernels.permuted_decoder import PermutedDecoderBlock
+from spot_kernels.slot_cross_attention import (
+    _backward,
+    _forward,
+    _map,
+    _map_backward,
+    slot_cross_attention,
+    slot_cross_map,
+)
+
+if dispatch.TRITON:
+    from spot_kernels.gpu import slot_cross_attention as kernels
 
 pytestmark = needs_triton
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,6 +75,66 @@ def test_as_exact_as_pytorch(slots, tokens, heads, width, dtype):
 @pytest.mark.parametrize("dtype, width", [(torch.float32, 80), (torch.bfloat16, 160), (torch.float16, 129)])
 def test_heads_wider_than_a_tile(dtype, width):
     check(*inputs(1, 1, 20, 7, width, dtype))
+
+
+def run_map(backend, tensors, grad_map, dtype=None):
+    """map and the gradients of q and k, of slot_cross_map."""
+    q, k = ((t if dtype is None else t.to(dtype)).detach().requires_grad_() for t in tensors[:2])
+    with use_backend(backend):
+        mean_map = slot_cross_map(q, k)
+    return mean_map, *torch.autograd.grad(mean_map, (q, k), grad_map.to(mean_map.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slots, tokens, heads, width", [*SHAPES, (7, 20, 1, 160), (11, 90, 1, 16)])
+def test_the_map_alone(slots, tokens, heads, width, dtype):
+    """As exact as PyTorch, forward and backward, and the bits of the map that comes with an output."""
+    tensors, _, grad_map = inputs(1, heads, tokens, slots, width, dtype)
+    exact, plain, found = (run_map(backend, tensors, grad_map, wide) for backend, wide in
+                           (("torch", torch.float64), ("torch", None), ("triton", None)))  # fmt: skip
+    for parts in zip(("map", "grad q", "grad k"), found, exact, plain, (OUTPUT, GRADIENT, GRADIENT), strict=True):
+        name, ours, true, theirs, factor = parts
+        assert_as_exact(name, ours, true, theirs, factor)
+    with_out = run("triton", tensors, None, grad_map)
+    for ours, theirs in zip(found, with_out[1:4], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_the_map_keeps_its_promises(backend, permuted):
+    (q, k, _), _, grad_map = inputs(1, 2, 9, 3, 4)
+    if permuted:
+        q = q.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+        grad_map = grad_map.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.library.opcheck(_map, (q, k, backend))
+    torch.library.opcheck(_map_backward, (grad_map, q.detach(), k.detach(), backend))
+
+
+def test_the_map_compiles_and_refuses_gradients_of_gradients():
+    (q, k, _), _, grad_map = inputs(tokens=5)
+    with use_backend("triton"):
+        expected = slot_cross_map(q, k)
+        torch._dynamo.reset()
+        found = torch.compile(slot_cross_map, fullgraph=True, backend="aot_eager")(q, k)
+        assert torch.equal(found, expected)
+        (gradient,) = torch.autograd.grad(expected, q, grad_map, create_graph=True)
+    with pytest.raises(ValueError, match="slot_cross_map: gradients of gradients .* use backend torch"):
+        gradient.sum().backward()
+
+
+def test_a_teachers_last_block_runs_the_kernel(monkeypatch):
+    """The whole of a teacher's pass is on kernels: its last cross-attention gives the map and nothing else."""
+    block = PermutedDecoderBlock(32, 2, 2, gain=1.0, first=False).to(DEVICE).requires_grad_(False)
+    tokens, slots = torch.randn(2, 9, 32, device=DEVICE), torch.randn(2, 3, 32, device=DEVICE)
+    order = torch.randperm(9, device=DEVICE)
+    expected = block(tokens, slots, order, return_map=True)[1]
+    seen = []
+    monkeypatch.setattr(kernels, "forward", lambda *given, run=kernels.forward: seen.append(given) or run(*given))
+    with use_backend("triton"):
+        torch.testing.assert_close(block.map(tokens, slots, order), expected, rtol=1e-4, atol=1e-5)
+    ((_, _, v, out, _),) = seen
+    assert v is None and out is None
 
 
 @pytest.mark.parametrize("batch, heads, tokens", [(5, 1, 33), (1, 1, 90), (2, 2, 0)])

@@ -12,7 +12,7 @@ from spot_kernels.nn import PermutedDecoder, PermutedDecoderBlock, SlotAttention
 from spot_kernels.patch import PatchReport, patch, unpatch
 from spot_kernels.permuted_attention import permuted_causal_attention, shift_by_order
 from spot_kernels.slot_attention import slot_attention_step
-from spot_kernels.slot_cross_attention import slot_cross_attention
+from spot_kernels.slot_cross_attention import slot_cross_attention, slot_cross_map
 
 __all__ = [
     "PatchReport",
@@ -31,6 +31,7 @@ __all__ = [
     "shift_by_order",
     "slot_attention_step",
     "slot_cross_attention",
+    "slot_cross_map",
     "unpatch",
     "use_backend",
 ]

@@ -1,9 +1,10 @@
-"""Cross-attention of patch tokens to slots with its head-averaged map, `slot_cross_attention`, or the map alone.
+"""Cross-attention of patch tokens to slots with its head-averaged map, `slot_cross_attention`, or the map alone,
+`slot_cross_map`.
 
     p = softmax over slots of q kᵀ / √d;  out = p v;  map = mean of p over heads
 
 q [B, H, N, d]; k, v [B, H, K, d]; any K ≥ 1; float64, float32, bfloat16 or float16. Saved for the backward pass: q, k
-and v.
+and, where there is one, v.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from spot_kernels import checks, dispatch
 from spot_kernels.reference import slot_cross_attention as reference
 
-_OP = "slot_cross_attention"
+_OP, _MAP = "slot_cross_attention", "slot_cross_map"
 # What the kernels hold in one tile.
 MAX_SLOTS = 64
 
@@ -25,11 +26,9 @@ def empty_outputs(q: torch.Tensor, k: torch.Tensor, with_map: bool) -> tuple[tor
     return _empty_heads(q), q.new_empty(shape, dtype=torch.float32)
 
 
-def empty_gradients(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def empty_gradients(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The gradients of q, k and v in the same layout, which is that of the projections they came from."""
-    return _empty_heads(q), _empty_heads(k), _empty_heads(v)
+    return tuple(_empty_heads(tensor) for tensor in inputs)
 
 
 def _empty_heads(like: torch.Tensor) -> torch.Tensor:
@@ -41,11 +40,12 @@ def _empty_heads(like: torch.Tensor) -> torch.Tensor:
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, with_map: bool, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    results = empty_outputs(q, k, with_map)
     if backend == "triton":
         from spot_kernels.gpu import slot_cross_attention as kernels
 
-        return kernels.forward(q, k, v, with_map)
-    results = empty_outputs(q, k, with_map)
+        kernels.forward(q, k, v, results[0], results[1] if with_map else None)
+        return results
     with torch.autocast(q.device.type, enabled=False):
         out, mean_map = reference.slot_cross_attention(q, k, v)
     results[0].copy_(out)
@@ -68,11 +68,12 @@ def _backward(
     v: torch.Tensor,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    results = empty_gradients(q, k, v)
     if backend == "triton":
         from spot_kernels.gpu import slot_cross_attention as kernels
 
-        return kernels.backward(grad_out, grad_map, q, k, v)
-    results = empty_gradients(q, k, v)
+        kernels.backward(grad_out, grad_map, q, k, v, *results)
+        return results
     with torch.autocast(q.device.type, enabled=False):
         gradients = reference.gradients(grad_out, grad_map, q, k, v)
     for result, gradient in zip(results, gradients, strict=True):
@@ -106,6 +107,65 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(_refuse)
 
 
+@torch.library.custom_op("spot_kernels::slot_cross_map", mutates_args=())
+def _map(q: torch.Tensor, k: torch.Tensor, backend: str) -> torch.Tensor:
+    _, mean_map = empty_outputs(q, k, True)
+    if backend == "triton":
+        from spot_kernels.gpu import slot_cross_attention as kernels
+
+        kernels.forward(q, k, None, None, mean_map)
+        return mean_map
+    with torch.autocast(q.device.type, enabled=False):
+        return mean_map.copy_(reference.slot_map(q, k).mean(1))
+
+
+@_map.register_fake
+def _(q, k, backend):
+    return empty_outputs(q, k, True)[1]
+
+
+@torch.library.custom_op("spot_kernels::slot_cross_map_backward", mutates_args=())
+def _map_backward(
+    grad_map: torch.Tensor, q: torch.Tensor, k: torch.Tensor, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    results = empty_gradients(q, k)
+    if backend == "triton":
+        from spot_kernels.gpu import slot_cross_attention as kernels
+
+        kernels.backward(None, grad_map, q, k, None, *results, None)
+        return results
+    with torch.autocast(q.device.type, enabled=False):
+        gradients = reference.gradients(None, grad_map, q, k, k)
+    for result, gradient in zip(results, gradients, strict=False):
+        result.copy_(gradient)
+    return results
+
+
+@_map_backward.register_fake
+def _(grad_map, q, k, backend):
+    return empty_gradients(q, k)
+
+
+def _save_map(ctx, inputs, output):
+    q, k, ctx.backend = inputs
+    ctx.save_for_backward(q, k)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_map(ctx, grad_map):
+    if grad_map is None:
+        return None, None, None
+    return *_map_backward(grad_map, *ctx.saved_tensors, ctx.backend), None
+
+
+def _refuse_map(ctx, *gradients):
+    raise ValueError(f"{_MAP}: gradients of gradients are not implemented by its kernels: use backend torch")
+
+
+_map.register_autograd(_differentiate_map, setup_context=_save_map)
+_map_backward.register_autograd(_refuse_map)
+
+
 def slot_cross_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_map: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -132,11 +192,7 @@ def slot_cross_attention(
     batch, heads, _, width = q.shape
     checks.shape(_OP, "k", k, "[B, H, K, d]", (batch, heads, None, width))
     checks.shape(_OP, "v", v, "[B, H, K, d]", k.shape)
-    slots = k.shape[2]
-    if slots < 1 or heads < 1 or width < 1:
-        raise ValueError(f"{_OP}: k {tuple(k.shape)} needs at least one slot, one head and a width of one")
-    limit = f"k {tuple(k.shape)} has more than {MAX_SLOTS} slots" if slots > MAX_SLOTS else ""
-    backend = dispatch.choose(_OP, q, limit)
+    backend = _choose(_OP, q, k)
     if backend == "torch":
         out, mean_map = reference.slot_cross_attention(q, k, v)
     else:
@@ -145,15 +201,32 @@ def slot_cross_attention(
 
 
 def slot_cross_map(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """The map of `slot_cross_attention` alone, [B, N, K], of q [B, H, N, d] and k [B, H, K, d]: no v, no output.
+    """The map of `slot_cross_attention` alone: no v is read, and no output written.
 
-    PyTorch on every device: one thin product and a softmax over K, which torch.compile fuses.
+    What a teacher's last block needs (SPOT, section 3.2). The kernels take K ≤ 64 slots; beyond that PyTorch runs.
+
+    Args:
+        q: token queries [B, H, N, d].
+        k: slot keys [B, H, K, d].
+
+    Returns:
+        [B, N, K], the softmax over slots averaged over heads, float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: naming the argument whose shape, dtype or device does not fit.
+        ValueError: naming the argument whose shape, dtype or device does not fit, or the backend that was asked for and
+            cannot run.
     """
     q, k = checks.autocast(q, k)
-    checks.floating("slot_cross_map", q=q, k=k)
-    checks.shape("slot_cross_map", "q", q, "[B, H, N, d]")
-    checks.shape("slot_cross_map", "k", k, "[B, H, K, d]", (*q.shape[:2], None, q.shape[3]))
-    return reference.slot_map(q, k).mean(1)
+    checks.floating(_MAP, q=q, k=k)
+    checks.shape(_MAP, "q", q, "[B, H, N, d]")
+    checks.shape(_MAP, "k", k, "[B, H, K, d]", (*q.shape[:2], None, q.shape[3]))
+    backend = _choose(_MAP, q, k)
+    return reference.slot_map(q, k).mean(1) if backend == "torch" else _map(q, k, backend)
+
+
+def _choose(operator: str, q: torch.Tensor, k: torch.Tensor) -> str:
+    heads, slots, width = k.shape[1:]
+    if slots < 1 or heads < 1 or width < 1:
+        raise ValueError(f"{operator}: k {tuple(k.shape)} needs at least one slot, one head and a width of one")
+    limit = f"k {tuple(k.shape)} has more than {MAX_SLOTS} slots" if slots > MAX_SLOTS else ""
+    return dispatch.choose(operator, q, limit)

@@ -1,8 +1,11 @@
 """Launches of slot_cross_attention: dtypes, widths and slots in every branch of the configuration, all flags."""
 
+from functools import partial
+
 import torch
 
 from spot_kernels.gpu import slot_cross_attention as kernels
+from spot_kernels.slot_cross_attention import empty_gradients, empty_outputs
 
 # dtype, batch, heads, slots, width; 196 tokens
 SHAPES = (
@@ -26,15 +29,25 @@ def _inputs(dtype, batch, heads, slots, width):
     return [torch.empty(shape, dtype=dtype).transpose(1, 2) for shape in shapes]
 
 
+def _forward(q, k, v, out, mean_map):
+    kernels.forward(q, k, v, out, mean_map)
+
+
+def _backward(grad_out, grad_map, q, k, v):
+    gradients = empty_gradients(q, k) if v is None else empty_gradients(q, k, v)
+    kernels.backward(grad_out, grad_map, q, k, v, *gradients, *[None] * (v is None))
+
+
 def cases():
     for shape in SHAPES:
         name = "_".join(str(part).removeprefix("torch.") for part in shape)
         q, k, v = _inputs(*shape)
-        grad_map = torch.empty(shape[1], 196, shape[3])
-        yield f"forward_{name}", lambda q=q, k=k, v=v: kernels.forward(q, k, v, True)
-        yield f"backward_{name}", lambda q=q, k=k, v=v, g=grad_map: kernels.backward(q, g, q, k, v)
+        both = empty_outputs(q, k, True)
+        yield f"forward_{name}", partial(_forward, q, k, v, *both)
+        yield f"backward_{name}", partial(_backward, q, both[1], q, k, v)
+        yield f"map_{name}", partial(_forward, q, k, None, None, both[1])
     q, k, v = _inputs(*SHAPES[0])
     grad_map = torch.empty(64, 196, 7)
-    yield "forward_without_map", lambda: kernels.forward(q, k, v, False)
-    yield "backward_of_out", lambda: kernels.backward(q, None, q, k, v)
-    yield "backward_of_map", lambda: kernels.backward(None, grad_map, q, k, v)
+    yield "forward_without_map", partial(_forward, q, k, v, q, None)
+    yield "backward_of_out", partial(_backward, q, None, q, k, v)
+    yield "backward_of_map", partial(_backward, None, grad_map, q, k, None)

@@ -1,4 +1,4 @@
-"""Triton kernels of slot_cross_attention.
+"""Triton kernels of slot_cross_attention and slot_cross_map.
 
     s = q kᵀ / √d;  p = softmax over slots of s;  out = p v;  map = mean of p over heads
     dp = do vᵀ + dmap / H;  ds = p (dp − Σ_slots p dp);  dq = ds k / √d;  dk = dsᵀ q / √d;  dv = pᵀ do
@@ -8,7 +8,8 @@ backward pass computes p again from q and k, which it needs anyway, instead of r
 than a tile of channels has its logits summed over tiles; in the backward pass each tile is then a program of its own.
 
 Forward: a program takes a block of tokens; with the map it walks over the heads, so that their mean stays in registers
-and is written once; without it every head has its own program. Backward: a program takes one head of one sample and
+and is written once; without it every head has its own program. Without the output (the map alone) v is not read and
+nothing of size N × d is written. Backward: a program takes one head of one sample and
 walks over tokens, so q and do are read once and dk and dv stay in registers. Where there are fewer heads than the chip
 has multiprocessors, the tokens are split over programs, and a second kernel adds their float32 parts in a fixed order.
 """
@@ -22,7 +23,6 @@ import triton
 import triton.language as tl
 
 from spot_kernels.gpu import launch
-from spot_kernels.slot_cross_attention import empty_gradients, empty_outputs
 
 _LOG2_E = 1.4426950408889634
 _SUM_BLOCK = 512
@@ -63,7 +63,7 @@ def _forward(
     stride_ob, stride_oh, stride_on,
     tokens, slots, width, heads_each, blocks, scale_log2, map_scale,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
-    WHOLE: tl.constexpr, WITH_MAP: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, WITH_OUT: tl.constexpr, WITH_MAP: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: batch × blocks of tokens, groups of `heads_each` heads (one group of all heads with the map)."""
     pid, group = tl.program_id(0), tl.program_id(1)
@@ -76,30 +76,37 @@ def _forward(
         head = (group * heads_each + i).to(tl.int64)
         p_q = q + batch * stride_qb + head * stride_qh + o_n * stride_qn
         p_k = k + batch * stride_kb + head * stride_kh + o_k * stride_kk
-        p_v = v + batch * stride_vb + head * stride_vh + o_k * stride_vk
-        p_out = out + batch * stride_ob + head * stride_oh + o_n * stride_on
+        if WITH_OUT:
+            p_v = v + batch * stride_vb + head * stride_vh + o_k * stride_vk
+            p_out = out + batch * stride_ob + head * stride_oh + o_n * stride_on
         if WHOLE:
             m_d = o_d < width
-            # [BLOCK_N, BLOCK_D], [BLOCK_K, BLOCK_D] twice
+            # [BLOCK_N, BLOCK_D], [BLOCK_K, BLOCK_D]
             b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
             b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0)
-            b_v = tl.load(p_v[:, None] + o_d[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0)
             if WIDEN:
-                b_q, b_k, b_v = b_q.to(tl.float32), b_k.to(tl.float32), b_v.to(tl.float32)
+                b_q, b_k = b_q.to(tl.float32), b_k.to(tl.float32)
+            if WITH_OUT:
+                # [BLOCK_K, BLOCK_D]
+                b_v = tl.load(p_v[:, None] + o_d[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0)
+                if WIDEN:
+                    b_v = b_v.to(tl.float32)
             b_p = _softmax(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), m_k, scale_log2)
-            b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
-            tl.store(p_out[:, None] + o_d[None, :], b_out.to(out.dtype.element_ty), m_n[:, None] & m_d[None, :])
+            if WITH_OUT:
+                b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
+                tl.store(p_out[:, None] + o_d[None, :], b_out.to(out.dtype.element_ty), m_n[:, None] & m_d[None, :])
         else:
             b_s = _products(p_q, p_k, m_n, m_k, width, BLOCK_N, BLOCK_K, BLOCK_C, WIDEN, PRECISION)
             b_p = _softmax(b_s, m_k, scale_log2)
-            for c in range(0, width, BLOCK_D):
-                m_d = c + o_d < width
-                # [BLOCK_K, BLOCK_D]
-                b_v = tl.load(p_v[:, None] + (c + o_d)[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0)
-                if WIDEN:
-                    b_v = b_v.to(tl.float32)
-                b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION).to(out.dtype.element_ty)
-                tl.store(p_out[:, None] + (c + o_d)[None, :], b_out, mask=m_n[:, None] & m_d[None, :])
+            if WITH_OUT:
+                for c in range(0, width, BLOCK_D):
+                    m_d = c + o_d < width
+                    # [BLOCK_K, BLOCK_D]
+                    b_v = tl.load(p_v[:, None] + (c + o_d)[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0)
+                    if WIDEN:
+                        b_v = b_v.to(tl.float32)
+                    b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION).to(out.dtype.element_ty)
+                    tl.store(p_out[:, None] + (c + o_d)[None, :], b_out, mask=m_n[:, None] & m_d[None, :])
         if WITH_MAP:
             b_map += b_p
     if WITH_MAP:
@@ -127,14 +134,18 @@ def _backward(
     m_row = m_k[:, None] & m_d[None, :]
     o_k = o_k.to(tl.int64)
     p_k = k + batch * stride_kb + head * stride_kh + o_k * stride_kk
-    p_v = v + batch * stride_vb + head * stride_vh + o_k * stride_vk
     # [BLOCK_K, BLOCK_D]
     b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_row, other=0.0)
-    b_v = tl.load(p_v[:, None] + o_d[None, :], mask=m_row, other=0.0)
     if WIDEN:
-        b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
+        b_k = b_k.to(tl.float32)
     b_grad_k = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
-    b_grad_v = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
+    if WITH_OUT:
+        p_v = v + batch * stride_vb + head * stride_vh + o_k * stride_vk
+        # [BLOCK_K, BLOCK_D]
+        b_v = tl.load(p_v[:, None] + o_d[None, :], mask=m_row, other=0.0)
+        if WIDEN:
+            b_v = b_v.to(tl.float32)
+        b_grad_v = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
     first = part * blocks_each * BLOCK_N
     for start in range(first, tl.minimum(tokens, first + blocks_each * BLOCK_N), BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
@@ -175,23 +186,21 @@ def _backward(
         b_grad_k += tl.dot(tl.trans(b_grad_s), b_q, input_precision=PRECISION)
     o_row = part.to(tl.int64) * part_size + ((batch * slots + o_k[:, None]) * heads + head) * width + o_d[None, :]
     tl.store(grad_k + o_row, (b_grad_k * scale).to(grad_k.dtype.element_ty), mask=m_row)
-    tl.store(grad_v + o_row, b_grad_v.to(grad_v.dtype.element_ty), mask=m_row)
+    if WITH_OUT:
+        tl.store(grad_v + o_row, b_grad_v.to(grad_v.dtype.element_ty), mask=m_row)
 
 
 @triton.jit
-def _sum_parts(parts_k, parts_v, grad_k, grad_v, size, parts, BLOCK: tl.constexpr):
-    """grad_k and grad_v [size] = the sums of parts_k and parts_v [parts, size], part by part."""
+def _sum_parts(partial, out, size, parts, BLOCK: tl.constexpr):
+    """out [size] = the sum of partial [parts, size], part by part."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < size
-    b_k, b_v = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
-    p_k, p_v = parts_k + o, parts_v + o
+    b_sum = tl.zeros((BLOCK,), dtype=tl.float32)
+    p_partial = partial + o
     for _ in range(parts):
-        b_k += tl.load(p_k, mask=m, other=0.0)
-        b_v += tl.load(p_v, mask=m, other=0.0)
-        p_k += size
-        p_v += size
-    tl.store(grad_k + o, b_k.to(grad_k.dtype.element_ty), mask=m)
-    tl.store(grad_v + o, b_v.to(grad_v.dtype.element_ty), mask=m)
+        b_sum += tl.load(p_partial, mask=m, other=0.0)
+        p_partial += size
+    tl.store(out + o, b_sum.to(out.dtype.element_ty), mask=m)
 
 
 class _Config(NamedTuple):
@@ -225,35 +234,48 @@ def _backward_config(architecture: str, dtype: torch.dtype, block_k: int, width:
     return _Config(32, block_d, 64, 8 if size > 16 * 128 else 4, stages)
 
 
-def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, with_map: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [B, H, N, d], k and v [B, H, K, d] → out [B, H, N, d], map [B, N, K] float32 ([0] without `with_map`)."""
-    q, k, v = launch.rows_last(q), launch.rows_last(k), launch.rows_last(v)
-    out, mean_map = empty_outputs(q, k, with_map)
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, out: torch.Tensor | None, mean_map: torch.Tensor | None
+) -> None:
+    """Fills out [B, H, N, d] and mean_map [B, N, K] float32 (contiguous) of q [B, H, N, d], k and v [B, H, K, d].
+
+    Either result may be left out; without `out` there is no v.
+    """
+    q, k, v = launch.rows_last(q), launch.rows_last(k), None if v is None else launch.rows_last(v)
     batch, heads, tokens, width = q.shape
     slots = k.shape[2]
-    groups = 1 if with_map else heads
+    groups = heads if mean_map is None else 1
     block_k = launch.power_of_2(slots)
     config = _forward_config(launch.architecture(q.device), q.dtype, block_k, width)
     blocks = triton.cdiv(tokens, config.block_n)
     launch.launch(
-        _forward, (batch * blocks, groups),
-        q, k, v, out, mean_map if with_map else None,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        _forward, (batch * blocks, groups), q, k, v, out, mean_map,
+        *q.stride()[:3], *k.stride()[:3], *_strides(v), *_strides(out),
         tokens, slots, width, heads // groups, blocks, width**-0.5 * _LOG2_E, 1 / heads,
         num_warps=config.num_warps, num_stages=config.num_stages,
         BLOCK_N=config.block_n, BLOCK_K=block_k, BLOCK_D=config.block_d, BLOCK_C=config.block_c,
-        WHOLE=width <= config.block_d, WITH_MAP=with_map,
+        WHOLE=width <= config.block_d, WITH_OUT=out is not None, WITH_MAP=mean_map is not None,
         WIDEN=launch.widen(q.device), PRECISION=launch.float32_precision(q.device),
     )  # fmt: skip
-    return out, mean_map
 
 
 def backward(
-    grad_out: torch.Tensor | None, grad_map: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v; grad_out [B, H, N, d] or None, grad_map [B, N, K] or None."""
-    q, k, v = launch.rows_last(q), launch.rows_last(k), launch.rows_last(v)
-    grad_q, grad_k, grad_v = empty_gradients(q, k, v)
+    grad_out: torch.Tensor | None,
+    grad_map: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    grad_q: torch.Tensor,
+    grad_k: torch.Tensor,
+    grad_v: torch.Tensor | None,
+) -> None:
+    """Fills the gradients of q, k and v, laid out as [B, N or K, H, d], from those of out and map (None: zero).
+
+    Without `v` there is no gradient of it, nor `grad_out`.
+    """
+    if grad_out is None and grad_v is not None:
+        grad_v.zero_()
+    q, k, v = launch.rows_last(q), launch.rows_last(k), None if grad_out is None else launch.rows_last(v)
     batch, heads, tokens, width = q.shape
     slots = k.shape[2]
     block_k = launch.power_of_2(slots)
@@ -264,19 +286,16 @@ def backward(
     parts = 1 if batch * heads >= wanted else min(blocks, triton.cdiv(2 * wanted, max(1, batch * heads)))
     blocks_each = triton.cdiv(blocks, parts)
     parts = triton.cdiv(blocks, blocks_each)
+    results = [grad_k] if grad_out is None else [grad_k, grad_v]
     size = grad_k.numel()
-    to_k, to_v = grad_k, grad_v
+    partial = results
     if parts > 1:
-        to_k, to_v = torch.empty((2, parts, size), device=q.device, dtype=torch.float32)
-    if grad_out is not None:
-        grad_out = launch.rows_last(grad_out)
-    absent = (0, 0, 0)
+        partial = list(torch.empty((len(results), parts, size), device=q.device, dtype=torch.float32))
+    grad_out = None if grad_out is None else launch.rows_last(grad_out)
     launch.launch(
         _backward, (batch * heads, parts, triton.cdiv(width, config.block_d)),
-        grad_out, grad_map, q, k, v, grad_q, to_k, to_v,
-        *(grad_out.stride()[:3] if grad_out is not None else absent),
-        *(grad_map.stride() if grad_map is not None else absent),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        grad_out, grad_map, q, k, v, grad_q, partial[0], partial[1] if len(partial) > 1 else None,
+        *_strides(grad_out), *_strides(grad_map), *q.stride()[:3], *k.stride()[:3], *_strides(v),
         heads, tokens, slots, width, blocks_each, size, width**-0.5, width**-0.5 * _LOG2_E, 1 / heads,
         num_warps=config.num_warps, num_stages=config.num_stages,
         BLOCK_N=config.block_n, BLOCK_K=block_k, BLOCK_D=config.block_d, BLOCK_C=config.block_c,
@@ -284,8 +303,13 @@ def backward(
         WIDEN=launch.widen(q.device), PRECISION=launch.float32_precision(q.device),
     )  # fmt: skip
     if parts > 1:
-        launch.launch(
-            _sum_parts, (triton.cdiv(size, _SUM_BLOCK),), to_k, to_v, grad_k, grad_v, size, parts,
-            num_warps=4, num_stages=1, BLOCK=_SUM_BLOCK,
-        )  # fmt: skip
-    return grad_q, grad_k, grad_v
+        for part, result in zip(partial, results, strict=True):
+            launch.launch(
+                _sum_parts, (triton.cdiv(size, _SUM_BLOCK),), part, result, size, parts,
+                num_warps=4, num_stages=1, BLOCK=_SUM_BLOCK,
+            )  # fmt: skip
+
+
+def _strides(tensor: torch.Tensor | None) -> tuple[int, int, int]:
+    """The first three; the fourth, where there is one, is 1."""
+    return (0, 0, 0) if tensor is None else tensor.stride()[:3]

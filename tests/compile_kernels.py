@@ -1,16 +1,20 @@
 """Compiles every kernel as its launcher would launch it on a chip, without the chip: one JSON line per kernel.
 
-    python tests/compile_kernels.py sm_90 [gfx942 …] [--only slot_attention] [--jobs 2]
+    python tests/compile_kernels.py sm_90 [gfx942 …] [--only slot_attention] [--jobs 2] [--csv FILE] [--summary]
+
+Another Triton than the installed one comes first on PYTHONPATH: pip install --no-deps --target DIR triton==3.6.0.
+--summary prints a table instead: for each kernel the largest registers, shared memory and spills of its configurations.
 
 `compile_cases/<operator>.py` has `cases()`: pairs of a name and a function that calls the launchers on CPU tensors,
 whose values do not matter. Launches that differ only in sizes that the compiler does not see are compiled once. Must
-run without TRITON_INTERPRET. Fields: the case, kernel, constants, options, bytes of shared memory, spilled bytes (local
-memory of a thread), registers, and whether the machine code computes in float64.
+run without TRITON_INTERPRET. Fields: Triton's version, the case, kernel, constants, options, bytes of shared memory,
+spilled bytes (local memory of a thread), registers, and whether the machine code computes in float64.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib
 import json
 import multiprocessing
@@ -67,8 +71,10 @@ def resources(compiled, architecture: str) -> dict:
     """Registers, spilled bytes and float64 use, from the machine code."""
     if architecture.startswith("gfx"):
         text = compiled.asm["amdgcn"]
-        spilled = sum(4 * int(count) for count in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text))
-        registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1))
+        # scratch memory; scalar registers that are short of room go to lanes of vector registers, not to memory
+        found = {key: int(re.search(rf"\.{key}:\s*(\d+)", text).group(1))
+                 for key in ("vgpr_count", "private_segment_fixed_size")}  # fmt: skip
+        registers, spilled = found.values()
         return {"registers": registers, "spilled": spilled, "float64": bool(re.search(r"\bv_\w+_f64", text))}
     import triton
 
@@ -98,7 +104,8 @@ def compile_call(job: tuple[str, str, int]) -> dict:
     gfx = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if gfx else GPUTarget("cuda", int(architecture[3:]), 32)
     options = {"num_warps": call.num_warps, "num_stages": call.num_stages, "enable_fp_fusion": True}
-    row = {"architecture": architecture, "case": case, "kernel": call.kernel.__name__, "constants": call.constants}
+    row = {"triton": triton.__version__, "architecture": architecture, "case": case}
+    row |= {"kernel": call.kernel.__name__, "constants": call.constants}
     row |= options
     source = ASTSource(call.kernel, signature, constants, attributes)
     try:
@@ -144,11 +151,54 @@ def main() -> None:
     parser.add_argument("architectures", nargs="+", choices=ARCHITECTURES)
     parser.add_argument("--only", default="", help="compile_cases whose name contains this")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each kernel and configuration")
+    parser.add_argument("--summary", action="store_true", help="print a table of the kernels")
     options = parser.parse_args()
     todo = jobs(options.architectures, options.only)
+    rows = []
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         for row in pool.imap_unordered(compile_call, todo):
-            print(json.dumps(row), flush=True)
+            rows.append(row)
+            if not options.summary:
+                print(json.dumps(row), flush=True)
+    if options.csv is not None:
+        write_csv(options.csv, rows)
+    if options.summary:
+        print(summary(rows))
+
+
+_COLUMNS = ("triton", "architecture", "case", "kernel", "num_warps", "num_stages", "registers", "shared", "spilled",
+            "float64", "constants", "error")  # fmt: skip
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for row in sorted(rows, key=lambda row: (row["architecture"], row["case"], row["kernel"], str(row))):
+            constants = " ".join(f"{name}={value}" for name, value in row["constants"].items())
+            writer.writerow(row | {"constants": constants})
+
+
+def summary(rows: list[dict]) -> str:
+    """Markdown: a line for each kernel of each module of cases and each chip."""
+    groups: dict[tuple[str, str, str], list[dict]] = {}
+    for row in rows:
+        module = row["case"].partition(":")[0]
+        groups.setdefault((row["architecture"], module, row["kernel"]), []).append(row)
+    lines = [f"Triton {rows[0]['triton']}", "",
+             "| chip | module | kernel | configurations | registers | shared memory, KiB | spilled, bytes | float64 |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for (architecture, module, kernel), found in sorted(groups.items()):
+        cells = [architecture, module, f"`{kernel}`", str(len(found))]
+        if failed := [row for row in found if "error" in row]:
+            cells += [f"{len(failed)} do not compile", "", "", ""]
+        else:
+            most = {name: max(row[name] for row in found) for name in ("registers", "shared", "spilled")}
+            cells += [str(most["registers"]), f"{most['shared'] / 1024:.1f}", str(most["spilled"])]
+            cells.append("yes" if any(row["float64"] for row in found) else "no")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

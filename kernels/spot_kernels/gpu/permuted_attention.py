@@ -312,7 +312,7 @@ _HALF = {
 # float32: by tf32; without tensor cores, where a product holds whole rows of its operands in registers, so that small
 # tiles take many threads (heads wider than 64, and others); on the matrix cores of gfx942, which are exact.
 _TF32 = _Config(_Tiles(32, 32, 4, 2), _Tiles(32, 32, 8, 2), _Tiles(32, 32, 4, 2))
-_EXACT_WIDE = _Config(_Tiles(32, 32, 16, 1), _Tiles(16, 16, 8, 1), _Tiles(32, 32, 16, 1))
+_EXACT_WIDE = _Config(_Tiles(32, 32, 16, 1), _Tiles(16, 16, 8, 1), _Tiles(16, 32, 8, 1))
 _EXACT_NARROW = _Config(_Tiles(32, 32, 8, 1), _Tiles(32, 32, 8, 1), _Tiles(32, 32, 8, 1))
 _EXACT_GFX = _Config(_Tiles(32, 32, 4, 1), _Tiles(32, 32, 4, 1), _Tiles(32, 32, 4, 1))
 

@@ -213,13 +213,14 @@ class _Config(NamedTuple):
     num_stages: int
 
 
-def _forward_config(architecture: str, dtype: torch.dtype, block_k: int, width: int) -> _Config:
+def _forward_config(architecture: str, dtype: torch.dtype, block_k: int, width: int, with_out: bool) -> _Config:
     block_d = launch.power_of_2(width)
     if dtype == torch.float32:
         # without tensor cores a product keeps rows of its operands in registers: short rows
         return _Config(32, min(block_d, 32), 32, 4, 1)
     block_d = min(block_d, 128)
-    stages = 1 if architecture == "gfx942" else 3 if block_k <= 32 else 2
+    # the map alone: its loads are few, and with stages it spills
+    stages = 1 if architecture == "gfx942" or not with_out else 3 if block_k <= 32 else 2
     return _Config(32, block_d, 64, 8 if block_k * block_d > 32 * 128 else 4, stages)
 
 
@@ -230,6 +231,8 @@ def _backward_config(architecture: str, dtype: torch.dtype, block_k: int, width:
     block_d = min(block_d, 128)
     # dk and dv fill 2 × block_k × block_d float32 registers of a program
     size = block_k * block_d
+    if architecture == "gfx942" and size > 32 * 128:
+        return _Config(16, block_d, 64, 4, 1)
     stages = 1 if architecture == "gfx942" or size > 64 * 64 else 2 if size >= 16 * 128 else 3
     return _Config(32, block_d, 64, 8 if size > 16 * 128 else 4, stages)
 
@@ -246,7 +249,7 @@ def forward(
     slots = k.shape[2]
     groups = heads if mean_map is None else 1
     block_k = launch.power_of_2(slots)
-    config = _forward_config(launch.architecture(q.device), q.dtype, block_k, width)
+    config = _forward_config(launch.architecture(q.device), q.dtype, block_k, width, out is not None)
     blocks = triton.cdiv(tokens, config.block_n)
     launch.launch(
         _forward, (batch * blocks, groups), q, k, v, out, mean_map,

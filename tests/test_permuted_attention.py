@@ -1,5 +1,10 @@
 """Orders as index vectors: attention in raster layout equals permute → causal → unpermute, for any permutation."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +12,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
+import spot_kernels
 from spot_kernels import permuted_causal_attention, shift_by_order
 from spot_kernels.reference import permuted_attention as reference
 
@@ -204,3 +210,39 @@ def test_an_order_is_checked_on_request():
             permuted_causal_attention(q, k, v, order, check=True)
         with pytest.raises(ValueError, match="shift_by_order: order .* is not a permutation of 0 to 8"):
             shift_by_order(tokens, bos, order, check=True)
+
+
+def _run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    path = {"PYTHONPATH": str(Path(spot_kernels.__file__).parents[1])}
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | path | environment, capture_output=True,
+                          text=True, stdin=subprocess.DEVNULL)  # fmt: skip
+
+
+def test_a_debug_switch_checks_the_orders_of_whole_models():
+    """SPOT_KERNELS_CHECK=1 reaches calls inside modules; without it nothing is looked at."""
+    code = """if True:
+        import torch
+        from spot_kernels import PermutedDecoder
+        decoder = PermutedDecoder(8, blocks=1, heads=2).requires_grad_(False)
+        tokens, slots = torch.randn(1, 4, 8), torch.randn(1, 2, 8)
+        decoder(tokens, slots, torch.tensor([3, 1, 0, 2]))
+        print("a permutation passes")
+        decoder(tokens, slots, torch.tensor([0, 1, 1, 3]))
+        print("nobody looked")"""
+    assert _run(code, SPOT_KERNELS_CHECK="").stdout.splitlines()[-1] == "nobody looked"
+    found = _run(code, SPOT_KERNELS_CHECK="1")
+    assert found.stdout == "a permutation passes\n"
+    assert found.stderr.splitlines()[-1].endswith("order (4,) is not a permutation of 0 to 3")
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_check_asserts_on_the_device(backend):
+    """One graph, no wait; the assertion is not optimised away."""
+    torch._dynamo.reset()
+    q, k, v = inputs(tokens=4)
+    function = torch.compile(lambda order: permuted_causal_attention(q, k, v, order, check=True), fullgraph=True,
+                             backend=backend)  # fmt: skip
+    right = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(function(right), permuted_causal_attention(q, k, v, right))
+    with pytest.raises(RuntimeError, match=r"order \(4,\) is not a permutation of 0 to 3"):
+        function(torch.tensor([2, 0, 2, 1]))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 
+# Whether every call checks its order, which costs a sort and a wait: for debugging. Read once, so that a traced graph
+# depends on plain values.
+CHECK_ORDERS = os.environ.get("SPOT_KERNELS_CHECK", "0") not in ("", "0")
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,7 +38,7 @@ def shape(
 
 
 def order(operator: str, tensor: torch.Tensor, batch: int, tokens: int, device: torch.device) -> None:
-    """A patch order: int64, [N] or [B, N], on the tokens' device. That it is a permutation is not looked at."""
+    """A patch order: int64, [N] or [B, N], on the tokens' device. Whether it is a permutation, `permutation` asks."""
     if tensor.dtype != torch.int64:
         raise ValueError(f"{operator}: order is {tensor.dtype}: pass an int64 tensor of raster indices")
     if tuple(tensor.shape) not in ((tokens,), (batch, tokens)):
@@ -53,7 +57,15 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def permutation(operator: str, order: torch.Tensor) -> None:
-    """ValueError unless every row of the order is a permutation of 0…N−1. Waits for the device."""
-    steps = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    if not torch.equal(order.sort(-1).values, steps):
-        raise ValueError(f"{operator}: order {tuple(order.shape)} is not a permutation of 0 to {order.shape[-1] - 1}")
+    """ValueError unless every row of the order is a permutation of 0…N−1, which waits for the device.
+
+    Under torch.compile and in a recording of a CUDA graph, where nothing can wait, it is an assertion on the device: a
+    RuntimeError at the next call that waits.
+    """
+    steps = torch.arange(order.shape[-1], device=order.device)
+    right = (order.sort(-1).values == steps).all()
+    wrong = f"{operator}: order {tuple(order.shape)} is not a permutation of 0 to {order.shape[-1] - 1}"
+    if torch.compiler.is_compiling() or (order.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        torch._assert_async(right, wrong)
+    elif not right:
+        raise ValueError(wrong)

@@ -113,7 +113,7 @@ _attend_backward.register_autograd(_refuse_attention)
 
 
 def permuted_causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, order: torch.Tensor, *, check: bool = False
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, order: torch.Tensor, *, check: bool | None = None
 ) -> torch.Tensor:
     """Causal self-attention in the order `order` (SPOT, section 3.3).
 
@@ -122,8 +122,10 @@ def permuted_causal_attention(
     Args:
         q, k, v: [B, H, N, d] in raster layout.
         order: a permutation of 0…N−1 as int64 [N], or one per sample [B, N].
-        check: whether to look if the order is a permutation, which waits for the device. Without it nothing is read on
-            the host, and what an order that is none does is undefined: wrong numbers, or reads outside the tensors.
+        check: whether to look if the order is a permutation, which waits for the device (under torch.compile and in a
+            CUDA graph it asserts there instead); by default only where SPOT_KERNELS_CHECK=1 is set. Without it nothing
+            is read on the host, and what an order that is none does is undefined: wrong numbers, or reads outside the
+            tensors.
 
     Returns:
         [B, H, N, d] in raster layout, q's dtype. Under torch.autocast the inputs are taken, and the result is given, in
@@ -142,7 +144,7 @@ def permuted_causal_attention(
     if heads < 1 or width < 1:
         raise ValueError(f"{_ATTENTION}: q {tuple(q.shape)} needs at least one head and a width of one")
     checks.order(_ATTENTION, order, batch, tokens, q.device)
-    if check:
+    if checks.CHECK_ORDERS if check is None else check:
         checks.permutation(_ATTENTION, order)
     limit = f"q {tuple(q.shape)} is wider than {MAX_WIDTH} a head" if width > MAX_WIDTH else ""
     backend = dispatch.choose(_ATTENTION, q, limit)
@@ -230,7 +232,7 @@ _shift_backward.register_autograd(_refuse_shift)
 
 
 def shift_by_order(
-    tokens: torch.Tensor, bos: torch.Tensor, order: torch.Tensor, *, check: bool = False
+    tokens: torch.Tensor, bos: torch.Tensor, order: torch.Tensor, *, check: bool | None = None
 ) -> torch.Tensor:
     """The decoder's input: every token receives the features of its predecessor in `order` (SPOT, section 3.3).
 
@@ -258,7 +260,7 @@ def shift_by_order(
     if bos.device != tokens.device:
         raise ValueError(f"{_SHIFT}: bos is on {bos.device} but tokens on {tokens.device}: move one")
     checks.order(_SHIFT, order, batch, count, tokens.device)
-    if check:
+    if checks.CHECK_ORDERS if check is None else check:
         checks.permutation(_SHIFT, order)
     limit = f"bos is {bos.dtype}" if bos.dtype not in _SHIFTED else ""
     if not count:

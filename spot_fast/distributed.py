@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node N -m spot_fast.train ...
 
-`World` is what a process knows of the others. Gradients are averaged over all of them after every backward pass, in
-one all-reduce (NCCL on GPUs, gloo on CPUs), so that every process takes the same step; the losses travel with them. All
-else goes through gloo and waits for no GPU. Rank 0 alone decides (`first`), writes and prints.
+`World` is what a process knows of the others. Gradients are averaged over all of them during backward, in pieces
+(`shared_gradients`; NCCL on GPUs, gloo on CPUs), so that every process takes the same step; the losses travel with
+them. All else goes through gloo and waits for no GPU. Rank 0 alone decides (`first`), writes and prints.
 
 How a run ends. A stop is agreed on before each step, so all stop at the same one. What fails in preparation fails in
 all processes (`first`, `together`). In the loop a process that fails leaves its sentence in the store that torchrun
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from .devices import named_device
 from .errors import UserError
+from .shared_gradients import LocalGradients, SharedGradients
 
 T = TypeVar("T")
 
@@ -157,20 +158,11 @@ class World:
             dist.all_reduce(wanted, dist.ReduceOp.MAX)
         return bool(wanted)
 
-    def average(self, parameters: Sequence[nn.Parameter], losses: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Means over the processes: of `parameters`' gradients, in their place, and of scalar float32 `losses`.
-
-        All processes get the same bits. Where another process has ended, gradients are as they were.
-        """
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> LocalGradients:
+        """What averages the gradients of `parameters` over the processes, in their place."""
         if self.size == 1:
-            return tuple(losses)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([*(gradient.flatten() for gradient in gradients), *(loss.detach().view(1) for loss in losses)])
-        with self._exchange():
-            dist.all_reduce(flat, group=self._gradients)
-        flat /= self.size
-        _copy_back(flat, gradients)
-        return tuple(flat[-len(losses) :].clone().unbind())
+            return LocalGradients()
+        return SharedGradients(parameters, self.size, self._gradients, self._exchange)
 
     def corrupt_elsewhere(self) -> dict[str, str]:
         """{label: reason} of the pictures that the other processes could not read."""

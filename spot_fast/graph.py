@@ -22,14 +22,17 @@ WARMUP = 3
 
 
 def resolve_cuda_graph(choice: str, device: torch.device, processes: int) -> str:
-    """`auto` → yes on an NVIDIA GPU in a run of one process, else no; UserError for a yes where it cannot be."""
+    """`auto` → yes on an NVIDIA GPU in a run of one process, else no; UserError for a yes where it cannot be.
+
+    Several processes record only where it is asked for: their exchanges of gradients (NCCL) are then part of the
+    recording, which has not been tried on several GPUs yet.
+    """
     if choice not in CUDA_GRAPH:
         raise ValueError(f"--cuda-graph {choice} is unknown: use one of {', '.join(CUDA_GRAPH)}")
-    able = device.type == "cuda" and torch.version.cuda is not None and processes == 1
+    able = device.type == "cuda" and torch.version.cuda is not None
     if choice == "yes" and not able:
-        where = f"{processes} processes" if processes > 1 else f"{device}"
-        raise UserError(f"--cuda-graph yes needs one process on an NVIDIA GPU, not {where}: use auto or no")
-    return "yes" if able and choice != "no" else "no"
+        raise UserError(f"--cuda-graph yes needs an NVIDIA GPU, not {device}: use auto or no")
+    return "yes" if able and (choice == "yes" or choice == "auto" and processes == 1) else "no"
 
 
 class Recorder:

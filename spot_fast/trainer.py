@@ -124,6 +124,7 @@ class Trainer:
         self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         self.parameters = list(self.names)
         self.optimiser = adam(self.parameters, graphed=graph == "yes")
+        self.gradients = self.world.gradients(self.parameters)
         self.generator = torch.Generator(device)
         self.chosen: Chosen | None = None
         self.cache: feature_cache.FeatureCache | None = None
@@ -245,8 +246,13 @@ class Trainer:
     def update_weights(self, batch: Batch | tuple[Tensor, ...], draws: Draws, weight: Tensor) -> tuple[Tensor, ...]:
         """All of a step on the device: what `BadSteps.judge` says of it, the losses, and the gradient's norm."""
         self.optimiser.zero_grad(set_to_none=True)
-        means = [self.backward(*part, weight) for part in self.parts(batch, draws)]
-        losses = self.world.average(self.parameters, [torch.stack(values).sum() for values in zip(*means, strict=True)])
+        self.gradients.start()
+        shares = []
+        for number, part in enumerate(self.parts(batch, draws), 1):
+            if number == self.config.accumulate:
+                self.gradients.last_pass()
+            shares.append(self.backward(*part, weight))
+        losses = self.gradients.finish([torch.stack(values).sum() for values in zip(*shares, strict=True)])
         norm = clip_by_infinity_norm(self.parameters, self.config.clip)
         verdict = self.bad_steps.judge(losses[0], norm)
         update(self.optimiser, verdict[0])

@@ -1,0 +1,137 @@
+"""Gradients averaged over the processes of a run while backward still computes others.
+
+All gradients lie in one flat buffer, cut into pieces in the order in which backward reaches their parameters: from the
+last to the first. A parameter's gradient is a view of its piece, so nothing is gathered before the exchange nor copied
+back after it. A piece goes out when its last gradient is there; pieces go out in the same sequence in every process,
+which is what keeps the exchanges apart.
+
+Some steps leave a parameter without a gradient (CapPa's mask token in a step that is not parallel). Such a parameter
+has none afterwards either, as in one process, so that Adam leaves it alone. From the first such step on it belongs to
+the last piece, which waits for the end of backward anyway: it carries the losses.
+
+A compiled backward pass is one call that gives all gradients at its end, so there only the adding up overlaps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# Large enough to be exchanged at full speed, small enough that the last one does not keep anyone waiting.
+PIECE_BYTES = 25 * 2**20
+_LOSSES = 8  # room at the end of the last piece, for more than a step has
+
+
+class LocalGradients:
+    """Those of a single process: nothing to do."""
+
+    def start(self) -> None:
+        """Before the backward passes of a step."""
+
+    def last_pass(self) -> None:
+        """Before the last backward pass of a step."""
+
+    def finish(self, losses: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """After the last backward pass: the means of `losses` over the processes; gradients are means from here on."""
+        return tuple(losses)
+
+
+class SharedGradients(LocalGradients):
+    """The gradients of `parameters` in `size` processes, which call the same methods.
+
+    group: of the exchange, None for the default one. exchanging: a context for each exchange, which may turn its
+    errors into others. `finish` leaves the same bits in all processes.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], size: int, group: dist.ProcessGroup | None,
+                 exchanging: Callable[[], AbstractContextManager], *, piece_bytes: int = PIECE_BYTES) -> None:
+        self._parameters, self._size, self._group = list(parameters), size, group
+        self._exchanging, self._piece_bytes = exchanging, piece_bytes
+        self._rare: set[nn.Parameter] = set()
+        self._earlier: list[Tensor] = []  # buffers that a recorded step may go on using
+        self._lay_out()
+        self._sharing = False
+        for parameter in self._parameters:
+            parameter.register_post_accumulate_grad_hook(self._arrived)
+
+    def _lay_out(self) -> None:
+        """Cuts the buffer into pieces of whole parameters; the last one has the rare ones, and room for the losses."""
+        pieces: list[list[nn.Parameter]] = [[]]
+        filled = 0
+        for parameter in reversed(self._parameters):
+            if parameter in self._rare:
+                continue
+            size = parameter.numel() * parameter.element_size()
+            if pieces[-1] and filled + size > self._piece_bytes:
+                pieces.append([])
+                filled = 0
+            pieces[-1].append(parameter)
+            filled += size
+        pieces.append([parameter for parameter in self._parameters if parameter in self._rare])
+        counts = [sum(parameter.numel() for parameter in piece) for piece in pieces]
+        counts[-1] += _LOSSES
+        first = self._parameters[0]
+        self._flat = torch.zeros(sum(counts), dtype=first.dtype, device=first.device)
+        self._buffers = self._flat.split(counts)
+        self._views: dict[nn.Parameter, Tensor] = {}
+        self._piece_of: dict[nn.Parameter, int] = {}
+        for number, (piece, buffer) in enumerate(zip(pieces, self._buffers, strict=True)):
+            sizes = [parameter.numel() for parameter in piece]
+            for parameter, part in zip(piece, buffer[: sum(sizes)].split(sizes), strict=True):
+                self._views[parameter], self._piece_of[parameter] = part.view_as(parameter), number
+        self._members = [set(piece) for piece in pieces]
+
+    @property
+    def pieces(self) -> int:
+        """How many exchanges a step makes; the last one carries the losses."""
+        return len(self._buffers)
+
+    def start(self) -> None:
+        self._flat.zero_()
+        for parameter, view in self._views.items():
+            parameter.grad = view
+        self._sharing = False
+        self._has_gradient: set[nn.Parameter] = set()
+        self._missing = [set(members) for members in self._members]
+        self._out: list[dist.Work] = []
+
+    def last_pass(self) -> None:
+        self._sharing = True
+
+    @torch.no_grad()
+    def _arrived(self, parameter: nn.Parameter) -> None:
+        """Autograd has added a pass's gradient of `parameter`."""
+        self._has_gradient.add(parameter)
+        if self._sharing:
+            self._missing[self._piece_of[parameter]].discard(parameter)
+            # the last piece goes with the losses
+            while len(self._out) < len(self._buffers) - 1 and not self._missing[len(self._out)]:
+                self._send()
+
+    def _send(self) -> None:
+        with self._exchanging():
+            self._out.append(dist.all_reduce(self._buffers[len(self._out)], group=self._group, async_op=True))
+
+    @torch.no_grad()
+    def finish(self, losses: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        room = self._buffers[-1][-_LOSSES:]
+        room[: len(losses)] = torch.stack([loss.detach() for loss in losses])
+        while len(self._out) < len(self._buffers):
+            self._send()
+        with self._exchanging():
+            for work in self._out:
+                work.wait()
+        self._flat /= self._size
+        means = tuple(room[: len(losses)].clone().unbind())
+        without = [parameter for parameter in self._parameters if parameter not in self._has_gradient]
+        for parameter in without:
+            parameter.grad = None
+        if not self._rare.issuperset(without):
+            self._rare.update(without)
+            self._earlier.append(self._flat)
+            self._lay_out()  # for the next step; this step's gradients stay where they are
+        return means

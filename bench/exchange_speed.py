@@ -134,7 +134,8 @@ def _apart(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = ["| stage | exchange of gradients | pieces | ms/step | × the step without | error |", "|---|---|---|---|---|---|"]
+    titles = ("stage", "exchange of gradients", "pieces", "ms/step", "× the step without", "error")
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for row in rows:
         times, error = ("–", "–") if row.way == NONE else (f"{row.times_none:.3f}", f"{row.error:.1e}")
         lines.append(f"| {row.stage} | {row.way} | {row.pieces} | {row.ms:,.0f} | {times} | {error} |")
@@ -176,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_csv(args.csv, rows, about)
     print(table(rows))
     print(f"\n{args.processes} processes of one thread, gloo, {rows[0].gradient_mib:.0f} MiB of gradients, batch "
-          f"{args.batch_size} each, medians of {args.rounds} steps in turns; {about['cpu']}, torch {torch.__version__}, "
+          f"{args.batch_size} each, medians of {args.rounds} steps in turns; {about['cpu']}, torch {about['torch']}, "
           f"{about['date']}. Error: of the first gradients, relative to the exchange at the end.")  # fmt: skip
     wrong = [row.way for row in rows if not row.error <= 1e-5]
     if wrong:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from .baselines import block_mask_candidates, block_masks, kmeans_labels
 from .data.base import FullLabels, ImageSet, Masks
+from .devices import send
 from .encoder import normalise
 from .errors import UserError
 from .metrics import Pairs, Scores, count_pairs, labels_from_soft, pair_labels
@@ -166,7 +167,8 @@ def evaluate(
     return Evaluation(
         tables=run.tables(), images=images, data=val_set.name, labels=run.labels, indices=run.indices,
         skipped=skipped,
-        reconstruction={orders: total / images for orders, total in run.squared_error.items()},
+        reconstruction={orders: total / images
+                        for orders, total in zip(run.orders, run.squared_error.tolist(), strict=True)},
         seconds_per_image=(time.perf_counter() - start) / images,
         metric_seconds_per_image=run.metric_seconds / images,
     )  # fmt: skip
@@ -230,7 +232,7 @@ class _Pass:
         self.precision = resolve(precision, self.device)
         self.num_slots = model.slot_encoder.num_slots
         self.orders = [1] if model.num_orders == 1 else [1, model.num_orders]
-        self.squared_error = dict.fromkeys(self.orders, 0.0)
+        self.squared_error = torch.zeros(len(self.orders), dtype=torch.float64, device=self.device)
         self.labels: list[str] = []
         self.indices: list[int] = []
         self.metric_seconds = 0.0
@@ -247,9 +249,9 @@ class _Pass:
         model = self.model
         noise = None
         if model.slot_encoder.init == "gaussian":
-            noise = slot_noise(self.seed, indices, self.num_slots, model.slot_encoder.slot_dim).to(self.device)
+            noise = send(slot_noise(self.seed, indices, self.num_slots, model.slot_encoder.slot_dim), self.device)
         with float32_products(self.precision), autocast(self.precision, self.device):
-            features, target = model.encode(normalise(torch.stack(images).to(self.device)))
+            features, target = model.encode(normalise(send(torch.stack(images), self.device)))
             slots, slot_attn, _ = model.slot_encoder(features, noise)
             orders = model.decode_orders(slots, target)
             first = next(orders)
@@ -257,8 +259,8 @@ class _Pass:
             if model.num_orders > 1:
                 decoded[model.num_orders] = mean_of_orders(chain([first], orders))
         clusters = kmeans_labels(target, self.num_slots, self.seed, indices=torch.tensor(indices))
-        for orders, (prediction, _) in decoded.items():
-            self.squared_error[orders] += F.mse_loss(prediction.float(), target.float()).item() * len(indices)
+        errors = [F.mse_loss(decoded[orders][0].float(), target.float()) for orders in self.orders]
+        self.squared_error += torch.stack(errors).double() * len(indices)  # read at the end: nothing waits for it here
 
         start = time.perf_counter()
         soft = [*(decoded[orders][1] for orders in self.orders), slot_attn,
@@ -290,7 +292,7 @@ class _Pass:
                     for columns, labels in block_mask_candidates(self.num_slots, size).items()]  # fmt: skip
             fixed = [(("layout", columns, masks), masks, block_masks(columns, masks, size))
                      for columns, masks in self.layouts]  # fmt: skip
-            self.blocks[size] = [(key, masks, labels.to(torch.uint8).to(self.device))
+            self.blocks[size] = [(key, masks, send(labels.to(torch.uint8), self.device))
                                  for key, masks, labels in best + fixed]  # fmt: skip
         return self.blocks[size]
 
@@ -322,5 +324,5 @@ class _Pass:
 
 def stack_truth(masks: Sequence[Masks], device: torch.device) -> Pairs:
     """The ground truth of a batch, each picture's from `GroundTruth.masks`, on the device."""
-    classes = None if masks[0].classes is None else torch.stack([m.classes for m in masks]).to(device)
-    return pair_labels(torch.stack([m.instances for m in masks]).to(device), classes)
+    classes = None if masks[0].classes is None else send(torch.stack([m.classes for m in masks]), device)
+    return pair_labels(send(torch.stack([m.instances for m in masks]), device), classes)

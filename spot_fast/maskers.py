@@ -15,6 +15,7 @@ from . import checkpoint
 from .baselines import kmeans_labels
 from .colours import MAX_LABELS
 from .config import preset
+from .devices import send
 from .encoder import SCENES_ENCODER, Encoder, normalise
 from .errors import UserError
 from .model import Spot
@@ -56,7 +57,7 @@ class Masker:
             if len(self._grids) > _MOST_GRIDS:
                 del self._grids[next(islice(self._grids, 1, None))]  # the oldest but the model's own
             self._grids[grid] = self._see_at(*grid)
-        found = self._grids[grid](normalise(pictures.to(self._device, non_blocking=True)))
+        found = self._grids[grid](normalise(send(pictures, torch.device(self._device))))
         masks = {kind: soft.float().cpu() for kind, soft in found.masks.items()}
         return Found(masks, None if found.slots is None else found.slots.float().cpu())
 
@@ -73,7 +74,7 @@ def model_masker(model: Spot, identity: str, *, orders: str = "0", seed: int = 0
     noise = None
     if config.slot_init == "gaussian":
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(1, config.num_slots, config.slot_dim, generator=generator).to(device)
+        noise = send(torch.randn(1, config.num_slots, config.slot_dim, generator=generator), device)
 
     def see(model: Spot, images: Tensor) -> Found:
         draws = None if noise is None else noise.expand(len(images), -1, -1)

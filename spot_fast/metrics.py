@@ -24,6 +24,8 @@ from torch import Tensor
 
 from spot_kernels import linear_assignment, mask_labels, overlap_counts
 
+from .devices import send
+
 METRICS = ("mbo_i", "mbo_c", "miou", "fg_ari")
 MAX_LABEL = 255
 # Labels of the ground truth for pixels that belong to nothing: not counted at all, or counted as background on one side
@@ -130,7 +132,7 @@ def pair_labels(instances: Tensor, classes: Tensor | None = None, ignore: Tensor
     of[0, image, column] = (place // wide + bounds[0]).masked_fill(hidden, IGNORED)
     if classes is not None:
         of[1, image, column] = (place % wide + bounds[2]).masked_fill(hidden, IGNORED)
-    labels = (number.to(torch.int16) if pairs < 2**15 else number).to(code.device).gather(1, code)
+    labels = send(number.to(torch.int16) if pairs < 2**15 else number, code.device).gather(1, code)
     return Pairs(labels.reshape(instances.shape), of[0], of[1])
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .data.base import ImageSet
+from .devices import send
 from .encoder import normalise
 from .evaluation import WORKERS, read_ahead, slot_noise, stack_truth
 from .metrics import Scores, count_pairs, labels_from_soft
@@ -33,9 +34,11 @@ def quick_validation(model: Spot, val_set: ImageSet, *, images: int, batch_size:
     readable = read_ahead(load, val_set, range(min(images, len(val_set))), WORKERS, {})
     while batch := list(islice(readable, batch_size)):
         numbers, pictures, masks = zip(*batch, strict=True)
-        features, target = model.encode(normalise(torch.stack(pictures).to(device)))
+        features, target = model.encode(normalise(send(torch.stack(pictures), device)))
         slots = model.slot_encoder
-        noise = slot_noise(0, numbers, slots.num_slots, slots.slot_dim).to(device) if slots.init == "gaussian" else None
+        noise = None
+        if slots.init == "gaussian":
+            noise = send(slot_noise(0, numbers, slots.num_slots, slots.slot_dim), device)
         output = model(features, target, noise=noise)
         error += F.mse_loss(output.prediction.float(), target.float()).item() * len(batch)
         seen += len(batch)

@@ -11,6 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
 
 import golden_tensors
+from spot_fast import baselines
 from spot_fast.baselines import block_mask_candidates, block_masks, kmeans_labels
 
 GOLDEN = ["block_masks.*"]
@@ -131,3 +132,18 @@ def test_kmeans_errors():
         kmeans_labels(torch.ones(1, 9, 4), 0)
     with pytest.raises(ValueError, match="indices has 2 entries: expected one for each of the 1 images"):
         kmeans_labels(torch.ones(1, 9, 4), 2, indices=torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("tokens, k", [(64, 6), (9, 7), (40, 11)])
+def test_looking_less_often_changes_no_label(tokens, k, monkeypatch):
+    """As on a GPU, where a look at the labels waits: iterations beyond the last change leave everything as it is."""
+    generator = torch.Generator().manual_seed(tokens)
+    features = torch.randn(3, tokens, 8, generator=generator)
+    features[1, tokens // 2 :] = features[1, :1]  # many equal tokens: clusters run empty
+    expected = baselines.kmeans_labels(features, k, seed=2)
+    looks = []
+    monkeypatch.setattr(baselines, "_looking_waits", lambda device: True)
+    monkeypatch.setattr(torch, "equal", lambda a, b, equal=torch.equal: looks.append(1) or equal(a, b))
+    found = baselines.kmeans_labels(features, k, seed=2)
+    monkeypatch.undo()
+    assert torch.equal(found, expected) and len(looks) <= 13

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from spot_fast.data.loader import Batch
-from spot_fast.data.prefetch import ahead, send, to_device
+from spot_fast.data.prefetch import ahead, to_device
+from spot_fast.devices import send
 
 CPU = torch.device("cpu")
 

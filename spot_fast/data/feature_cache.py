@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..devices import send
 from .base import ImageSet
 from .loader import Loader
-from .prefetch import send, to_device
+from .prefetch import to_device
 from .store import Store
 
 # uint8 pictures [B, 3, S, S] → one tensor a field, its first axis the picture's.

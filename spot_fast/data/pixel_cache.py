@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..devices import send
 from ..errors import CorruptImage
 from .base import ImageFiles, ImageSet, Masks
 from .loader import Loader
-from .prefetch import send
 from .store import Store
 
 _SAMPLE = 64  # pictures by which the size of a cache of random crops is estimated

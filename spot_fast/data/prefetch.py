@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
+from ..devices import send
 from ..nested import map_tensors
 
 T = TypeVar("T")
@@ -56,16 +56,6 @@ def ahead(make: Iterator[T], depth: int = _AHEAD) -> Iterator[T]:
     finally:
         stop.set()
         thread.join()
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`; to a GPU it is copied in line with the present stream, and the host does not wait.
-
-    A copy out of memory that is not pinned would wait for the device, without PyTorch's sync debug mode noticing.
-    """
-    if device.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def to_device(batches: Iterator[T], device: torch.device) -> Iterator[T]:

@@ -1,0 +1,304 @@
+"""Traces the CUDA path on a machine without a GPU: where a step would fail or wait there.
+
+    python bench/studies/fake_cuda.py [--tiny] [--stages 1 2]
+
+Models are moved to a device "cuda" whose tensors have shapes, dtypes and a device but no memory (FakeTensorMode). Every
+operator then runs as it would be dispatched there: operators of spot_kernels choose their kernels, and a tensor left on
+the CPU meets one on the GPU. Three findings are told, each with the line of the project it comes from:
+
+    error   two devices in one operator, or whatever else raises
+    wait    a number read on the host (`.item()`, `bool()`), a copy to the host, a shape that depends on values
+    copy    a copy to the GPU out of memory that is not pinned, which waits as well
+
+Steps must have none of them; evaluation and segmentation have to bring their results to the host. Needs a CUDA build of
+PyTorch, whose driver need not be there. Backward passes do not run on such tensors: of training everything else is
+traced, and gradients are made up for what follows them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
+
+from step_runs import settings, write_teacher  # noqa: E402
+
+from spot_fast import bad_steps, progress  # noqa: E402
+from spot_fast.data import open_set  # noqa: E402
+from spot_fast.data.feature_cache import FeatureCache  # noqa: E402
+from spot_fast.evaluation import _Pass  # noqa: E402
+from spot_fast.maskers import model_masker  # noqa: E402
+from spot_fast.optimiser import adam, clip_by_infinity_norm, set_learning_rate, update  # noqa: E402
+from spot_fast.protocols import GroundTruth, chosen  # noqa: E402
+from spot_fast.trainer import Draws, Trainer  # noqa: E402
+from spot_kernels import dispatch  # noqa: E402
+
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+ERROR, WAIT, COPY = "error", "wait", "copy"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """kind: ERROR, WAIT or COPY; what: the operator or exception; where: the innermost line of the project."""
+
+    kind: str
+    what: str
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.kind:5}  {self.where}: {self.what}"
+
+
+@dataclass
+class Section:
+    """A part of the CUDA path, what was found in it, and the operators of spot_kernels that ran with their backends."""
+
+    name: str
+    findings: list[Finding] = field(default_factory=list)
+    operators: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def unexpected(self) -> list[Finding]:
+        """All but the copies of results to the host, where the section's name says that it brings some."""
+        return [one for one in self.findings if not (one.kind == WAIT and "to the host" in self.name)]
+
+
+class Watch(TorchDispatchMode):
+    """Notes what would wait, and gives something in the place of numbers that are not there."""
+
+    NUMBERS = ("_local_scalar_dense", "equal", "is_nonzero")
+    SHAPES = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount")
+
+    pinned = False  # whether a copy out of pinned memory is under way
+
+    def __init__(self, section: Section) -> None:
+        super().__init__()
+        self.section = section
+
+    def note(self, kind: str, what: str) -> None:
+        finding = Finding(kind, what, _line(traceback.extract_stack()))
+        if finding not in self.section.findings:
+            self.section.findings.append(finding)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        space = func.namespace
+        if space == "spot_kernels":
+            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+            self.section.operators[name] = given.get("backend", "")
+        first = next((a for a in args if isinstance(a, Tensor)), None)
+        on_gpu = first is not None and first.device.type == "cuda"
+        if name in self.NUMBERS and first is not None:
+            if on_gpu:
+                self.note(WAIT, name)
+            return True if name != "_local_scalar_dense" else _some_number(first.dtype)
+        if name.startswith("_fused_adam"):  # PyTorch has no fake of it
+            devices = {t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+            if devices != {CUDA}:
+                self.note(ERROR, f"{name} of tensors on {', '.join(sorted(map(str, devices)))}")
+            return None
+        if name in self.SHAPES and on_gpu:
+            self.note(WAIT, name)
+        if name == "nonzero":
+            return torch.zeros((1, first.dim()), dtype=torch.int64, device=first.device)
+        if name in ("_to_copy", "copy_"):
+            source = args[1] if name == "copy_" else first
+            target = args[0].device if name == "copy_" else torch.device(kwargs.get("device") or first.device)
+            if source.device.type == "cuda" and target.type == "cpu":
+                self.note(WAIT, f"{name} to the CPU")
+            elif source.device.type == "cpu" and target.type == "cuda" and source.numel() > 1 and not self.pinned:
+                self.note(COPY, f"{name} of {tuple(source.shape)} {source.dtype} out of memory that is not pinned")
+        return func(*args, **kwargs)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """In the place of pinned memory, which there is none of: on the GPU already, without a note."""
+    Watch.pinned = True
+    try:
+        return tensor.to(CUDA)
+    finally:
+        Watch.pinned = False
+
+
+def _some_number(dtype: torch.dtype) -> bool | int | float:
+    return True if dtype == torch.bool else 0.5 if dtype.is_floating_point else 1
+
+
+def _line(stack: traceback.StackSummary) -> str:
+    """The innermost line of the project, this file left out."""
+    for frame in reversed(stack):
+        path = Path(frame.filename)
+        if path.is_relative_to(ROOT) and path != Path(__file__).resolve():
+            return f"{path.relative_to(ROOT)}:{frame.lineno}"
+    return "outside the project"
+
+
+def to_gpu(module: nn.Module) -> nn.Module:
+    """The module with parameters and buffers of the same shapes and dtypes on the GPU; inside a FakeTensorMode."""
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None:
+                value = torch.empty(parameter.shape, dtype=parameter.dtype, device=CUDA)
+                part._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        for name, buffer in list(part._buffers.items()):
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=CUDA)
+    return module
+
+
+class Study:
+    """Traces the sections of one stage."""
+
+    def __init__(self, stage: int, *, tiny: bool) -> None:
+        self.stage, self.sections = stage, []
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        config = settings(stage, precision="bf16", batch_size=4 if tiny else 8, tiny=tiny, val_images=2)
+        with tempfile.TemporaryDirectory() as folder:
+            teacher = write_teacher(Path(folder) / "teacher", config) if stage == 2 else None
+            self.trainer = trainer = Trainer(config, device=CPU, teacher=teacher)
+        self.val_set = open_set(config, "val")
+        with self.mode:
+            for model in (trainer.model, trainer.teacher):
+                if model is not None:
+                    to_gpu(model)
+            trainer.device = CUDA
+            trainer.parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+            trainer.meter, trainer.bad_steps = progress.Meter(CUDA), bad_steps.BadSteps(CUDA, config.spike)
+        self.images = torch.zeros(config.batch_size, 3, config.image_size, config.image_size, dtype=torch.uint8)
+
+    @contextlib.contextmanager
+    def section(self, name: str) -> Iterator[Section]:
+        section = Section(f"stage {self.stage}, {name}")
+        self.sections.append(section)
+        try:
+            with self.mode, Watch(section):
+                yield section
+        except Exception as error:  # noqa: BLE001 - whatever stops the path is the finding
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            section.findings.append(Finding(ERROR, reason, _line(traceback.extract_tb(error.__traceback__))))
+
+    def draws(self) -> Draws:
+        """As `Trainer.draw`, whose generator there is none of without a GPU."""
+        self.trainer.generator = None
+        order, noise = self.trainer._draw_for(self.trainer.model)
+        teacher_order, teacher_noise = (None, None)
+        if self.trainer.teacher is not None:
+            teacher_order, teacher_noise = self.trainer._draw_for(self.trainer.teacher)
+        return Draws(order, noise, teacher_order, teacher_noise, False)
+
+    def run(self) -> list[Section]:
+        trainer, config = self.trainer, self.trainer.config
+        features = weight = draws = None
+        with self.mode:  # what a prefetcher has brought to the GPU
+            images = torch.empty(self.images.shape, dtype=torch.uint8, device=CUDA)
+        with self.section("frozen features of pictures on the GPU"):
+            features = trainer.frozen_features(images)
+        with self.section("cached features held on the GPU"):
+            rows = len(trainer.train_set)
+            held = [torch.empty(rows, *f.shape[1:], dtype=f.dtype, device=CUDA) for f in features]
+            FeatureCache([], 1, tensors=held).take(torch.empty(config.batch_size, dtype=torch.int64, device=CUDA))
+        with self.section("what is drawn"):
+            draws = self.draws()
+            weight = torch.full((), 0.005, device=CUDA)
+        if trainer.teacher is not None:
+            with self.section("teaching"), trainer.autocast():
+                trainer.teach(features[0].float(), draws)
+        with self.section("losses"):
+            losses = trainer.losses(features, draws, weight)
+        with self.mode, Watch(Section("making Adam, before the first step")):
+            optimiser = adam(trainer.parameters, graphed=True)
+        with self.section("after backward: clip, judge, Adam, meter"), torch.no_grad():
+            self.after_backward(optimiser, [loss.detach() for loss in losses])
+        with self.section("evaluation, results to the host"), torch.no_grad():
+            self.evaluation()
+        with self.section("segmentation, results to the host"):
+            for orders in ("0", "all"):
+                masker = model_masker(trainer.model.eval(), "", orders=orders, precision="bf16")
+                masker._device = str(CUDA)
+                masker.find(self.images)
+        return self.sections
+
+    def after_backward(self, optimiser: torch.optim.Adam, losses: Sequence[Tensor]) -> None:
+        trainer, config = self.trainer, self.trainer.config
+        for parameter in trainer.parameters:
+            parameter.grad = torch.empty_like(parameter)
+        set_learning_rate(optimiser, 1e-4)
+        losses = trainer.gradients.finish(losses)
+        norm = clip_by_infinity_norm(trainer.parameters, config.clip)
+        verdict = trainer.bad_steps.judge(losses[0], norm)
+        update(optimiser, verdict[0])
+        trainer.meter.add(*losses, norm, verdict[0])
+        trainer.bad_steps.note(1, verdict)
+
+    def evaluation(self) -> None:
+        truths = [GroundTruth(protocol, self.val_set) for protocol in chosen("spot")]
+        with _disable_current_modes():
+            batch = [(index, self.val_set.val_image(index), [truth.masks(index, {}) for truth in truths])
+                     for index in range(2)]  # fmt: skip
+        run = _Pass(self.trainer.model.eval(), 0, [truth.protocol for truth in truths], (), "bf16")
+        run.add([self.val_set.label(index) for index, _, _ in batch], *zip(*batch, strict=True))
+
+
+def report(sections: Sequence[Section]) -> str:
+    lines = []
+    for section in sections:
+        lines.append(section.name + ("" if section.findings else ": nothing found"))
+        lines += [f"  {finding}" for finding in section.findings]
+        if section.operators:
+            ran = ", ".join(f"{name} ({backend})" for name, backend in sorted(section.operators.items()))
+            lines.append(f"  ran: {ran}")
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def as_if_there_was_a_gpu() -> Iterator[None]:
+    """For what PyTorch asks of the driver."""
+    with contextlib.ExitStack() as stack:
+        # autocast switches itself off where there is no GPU
+        stack.enter_context(patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
+        stack.enter_context(patch("torch.cuda.is_bf16_supported", lambda: True))
+        stack.enter_context(patch("torch.cuda.is_current_stream_capturing", lambda: False))
+        stack.enter_context(patch.object(Tensor, "pin_memory", _pinned))
+        yield
+
+
+def study(stages: Sequence[int], *, tiny: bool) -> list[Section]:
+    """All sections of the stages."""
+    with as_if_there_was_a_gpu():
+        return [section for stage in stages for section in Study(stage, tiny=tiny).run()]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="a small model instead of ViT-B/16 at 224 px")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2], choices=(1, 2))
+    args = parser.parse_args(argv)
+    if torch.version.cuda is None or not dispatch.TRITON:
+        print(f"error: PyTorch {torch.__version__} is not built for CUDA, or there is no Triton: install its CUDA build, "
+              "which needs no driver for this", file=sys.stderr)  # fmt: skip
+        return 2
+    sections = study(args.stages, tiny=args.tiny)
+    print(report(sections))
+    unexpected = [finding for section in sections for finding in section.unexpected]
+    print(f"torch {torch.__version__}: {len(sections)} sections, {len(unexpected)} findings that should not be there")
+    return int(bool(unexpected))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

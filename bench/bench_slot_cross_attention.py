@@ -1,10 +1,11 @@
-"""Cross-attention of tokens to slots, `slot_cross_attention`, with and without its head-averaged map.
+"""Cross-attention of tokens to slots, `slot_cross_attention`, with and without its head-averaged map; the map alone.
 
 With n = B·H·N·d and m = B·H·K·d elements of s bytes: forward reads q, k, v and writes the result, (2n + 2m) s; backward
 reads q, k, v and the result's gradient and writes three gradients, (3n + 4m) s. The map is 4 bytes for each token and
 slot each way. Two products forward, five backward: 4 and 10 operations for each token, slot, channel and head.
 
-SDPA has no map: it is the baseline only of the blocks that need none.
+SDPA has no map: it is the baseline only of the blocks that need none. The map alone, `slot_cross_map`, is a teacher's:
+it reads q and k, and backward, which nobody uses in training, reads them again and writes their gradients.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from kernel_rows import COMPILE, EAGER, OURS, SDPA
 import spot_kernels
 from spot_kernels.reference import slot_cross_attention as reference
 
-OPERATOR = "slot_cross_attention"
+OPERATOR, MAP = "slot_cross_attention", "slot_cross_map"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,40 @@ def work(
     extra = 4 * batch * tokens * slots if with_map else 0
     products = batch * heads * tokens * slots * width
     return Work((2 * n + 2 * m) * size + extra, 4 * products), Work((3 * n + 4 * m) * size + extra, 10 * products)
+
+
+def map_work(batch: int, heads: int, tokens: int, slots: int, width: int, size: int) -> tuple[Work, Work]:
+    """Of the map alone."""
+    n, m, written = batch * heads * tokens * width, batch * heads * slots * width, 4 * batch * tokens * slots
+    products = batch * heads * tokens * slots * width
+    return Work((n + m) * size + written, 2 * products), Work(2 * (n + m) * size + written, 6 * products)
+
+
+def build_map(dims: tuple[int, ...], dtype: torch.dtype, device: torch.device, names: tuple[str, ...]) -> Problem:
+    batch, heads, tokens, slots, width = dims
+
+    def inputs(seed: int) -> tuple[torch.Tensor, ...]:
+        return randn(seed, (batch, heads, tokens, width), (batch, heads, slots, width), device=device, dtype=dtype)
+
+    def plain(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return reference.slot_map(q, k).mean(1)
+
+    techniques = {OURS: lambda: spot_kernels.slot_cross_map, EAGER: lambda: plain, COMPILE: compiled(plain)}
+    return Problem(inputs, {name: techniques[name] for name in names}, plain)
+
+
+def map_cases(setting: Setting) -> list[Case]:
+    name, full, on_cpu, *rest = ("tiny", 1, 1, 2, 9, 3, 16) if setting.tiny else ("teacher", 64, 16, 6, 196, 7, 128)
+    batch = setting.batch(full, on_cpu)
+    heads, tokens, slots, width = rest
+    dims = batch, heads, tokens, slots, width
+    names = (OURS, EAGER, *[COMPILE] * (setting.gpu and not setting.tiny))
+    label = sizes(name, batch, full, f"{heads} heads {tokens} K{slots} d{width}")
+    return [
+        Case(MAP, label, name_of(dtype), *map_work(*dims, dtype.itemsize), names,
+             lambda dtype=dtype: build_map(dims, dtype, setting.device, names))
+        for dtype in setting.dtypes
+    ]  # fmt: skip
 
 
 def build(
@@ -101,7 +136,7 @@ def cases(setting: Setting) -> list[Case]:
                     ),
                 )
             )
-    return made
+    return made + map_cases(setting)
 
 
 def test_speed(time_it):

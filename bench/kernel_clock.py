@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, quantiles
 
 import torch
 
@@ -96,10 +96,24 @@ def clock_of(device: torch.device) -> HostClock | DeviceClock:
     return DeviceClock() if device.type == "cuda" else HostClock()
 
 
-def interleaved(
+@dataclass(frozen=True)
+class Spread:
+    """Seconds per call: the median of all samples, and between what the middle six of ten lie (p20, p80)."""
+
+    median: float
+    low: float
+    high: float
+
+
+def spread(samples: Sequence[float]) -> Spread:
+    low, high = (quantiles(samples, n=5, method="inclusive")[i] for i in (0, 3)) if len(samples) > 1 else samples * 2
+    return Spread(median(samples), low, high)
+
+
+def samples(
     clock: HostClock | DeviceClock, calls: Mapping[str, Call], *, seconds: float, least: int = 3, most: int = 30
-) -> dict[str, float]:
-    """Median seconds per call of each of `calls`.
+) -> dict[str, list[float]]:
+    """Samples of the seconds per call of each of `calls`.
 
     They take turns, starting with another one in each round, so that a change of clock or load meets all of them. Each
     is sampled until it has used up `seconds`, `least` times at least and `most` times at most.
@@ -112,12 +126,20 @@ def interleaved(
         for name in names:
             times[name].append(clock.sample(calls[name], plans[name]))
         names = [name for name in (*names[1:], names[0]) if len(times[name]) < left[name]]
-    return {name: median(values) for name, values in times.items()}
+    return times
 
 
-def graph_seconds(call: Call, sets: int) -> tuple[float | None, str]:
-    """Seconds per call when the calls with all sets of inputs are replayed as one CUDA graph, and an empty text; None
-    and the reason where the call cannot be captured."""
+def interleaved(
+    clock: HostClock | DeviceClock, calls: Mapping[str, Call], *, seconds: float, least: int = 3, most: int = 30
+) -> dict[str, float]:
+    """Median seconds per call of each of `calls`, from `samples` of all in turns."""
+    taken = samples(clock, calls, seconds=seconds, least=least, most=most)
+    return {name: median(values) for name, values in taken.items()}
+
+
+def captured(call: Call, sets: int) -> tuple[Call | None, str]:
+    """A replay of the calls with all `sets` of inputs as one CUDA graph, and an empty text; None and the reason where
+    the call cannot be captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     try:
@@ -128,11 +150,17 @@ def graph_seconds(call: Call, sets: int) -> tuple[float | None, str]:
         with torch.cuda.graph(graph):
             for i in range(sets):
                 call(i)
-        clock = DeviceClock()
-        replay = interleaved(clock, {"graph": lambda i: graph.replay()}, seconds=0.05)
     except Exception as error:  # noqa: BLE001 - whatever stops a capture is told, and the other figures stay
         return None, " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return replay["graph"] / sets, ""
+    return lambda i: graph.replay(), ""
+
+
+def graph_seconds(call: Call, sets: int) -> tuple[float | None, str]:
+    """Seconds per call in a replayed CUDA graph, and an empty text; None and the reason where there is none."""
+    replay, why = captured(call, sets)
+    if replay is None:
+        return None, why
+    return interleaved(DeviceClock(), {"graph": replay}, seconds=0.05)["graph"] / sets, ""
 
 
 # ---- what the machine can do

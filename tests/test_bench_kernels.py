@@ -16,8 +16,10 @@ import torch
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
+import bench_gru_norm  # noqa: E402
 import bench_mask_matching  # noqa: E402
 import bench_permuted_attention  # noqa: E402
+import bench_shift_by_order  # noqa: E402
 import bench_slot_attention  # noqa: E402
 import bench_slot_cross_attention  # noqa: E402
 import bench_slot_module  # noqa: E402
@@ -33,7 +35,7 @@ from spot_kernels import dispatch  # noqa: E402
 
 CEILINGS = Ceilings(1e9, {"float32": 1e12, "bfloat16": 2e12})
 OPERATORS = {"slot_attention_step", "permuted_causal_attention", "slot_cross_attention", "linear_assignment",
-             "match_masks", "SlotAttention"}  # fmt: skip
+             "match_masks", "SlotAttention", "slot_cross_map", "shift_by_order", "gru_norm"}  # fmt: skip
 
 
 def test_work_by_hand():
@@ -45,6 +47,10 @@ def test_work_by_hand():
     assert bench_permuted_attention.work(1, 1, 2, 4, 2) == (Work(64 + 8 + 16, 48), Work(128 + 8 + 16, 120))
     cross = bench_slot_cross_attention.work(1, 1, 2, 3, 4, 2, with_map=True)
     assert cross == (Work(2 * (16 + 24) + 24, 96), Work(2 * (24 + 48) + 24, 240))
+    assert bench_slot_cross_attention.map_work(1, 1, 2, 3, 4, 2) == (Work(40 + 24, 48), Work(80 + 24, 144))
+    assert bench_shift_by_order.work(1, 2, 4, 2) == (Work(32 + 16, 0),) * 2
+    # 2 rows of 4: gates of 2 × 12 elements of 2 bytes a row, a state of 4 floats
+    assert bench_gru_norm.work(2, 4, 2) == (Work(96 + 32 + 16 + 32, 240), Work(2 * 128 + 48, 480))
     assert bench_mask_matching.assignment_work(2, 3) == Work(72 + 48, 0)
     assert bench_mask_matching.matching_work(2, 5) == Work(240, 0)
     # 1 token of 2 values, 1 slot of 1, MLP of 1 (4 bytes): k, v 8 bytes; inputs 8, slots 8
@@ -64,6 +70,9 @@ def test_every_gpu_shape_of_the_plan_is_there():
         ("slot_attention_step", "K 64×196 K64 d256"),
         ("permuted_causal_attention", "decoder 64×6 heads 196 d128"),
         ("slot_cross_attention", "decoder, map 64×6 heads 196 K7 d128"),
+        ("slot_cross_map", "teacher 64×6 heads 196 K7 d128"),
+        ("shift_by_order", "decoder 64×196 D768"),
+        ("gru_norm", "SPOT 64×K7 U256"),
         ("linear_assignment", "64 of 7×7"),
         ("match_masks", "SPOT 64×196 K7"),
         ("SlotAttention", "SPOT 64×196 K7 D768 U256"),
@@ -156,6 +165,11 @@ def test_techniques_take_turns():
     assert times == {"slow": 4.0, "fast": 6.0}  # medians of 1, 4, 5 and of 2, 3, 6, 7, 8
     host, asleep = HostClock(), lambda i: time.sleep(0.002)
     assert host.plan(asleep).calls == 1 and host.sample(asleep, host.plan(asleep)) >= 2e-3
+
+
+def test_spread_is_of_the_middle_six_of_ten():
+    assert kernel_clock.spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == kernel_clock.Spread(3.5, 2.0, 5.0)
+    assert kernel_clock.spread([2.0]) == kernel_clock.Spread(2.0, 2.0, 2.0)
 
 
 # ---- table

@@ -290,8 +290,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2], choices=(1, 2))
     args = parser.parse_args(argv)
     if torch.version.cuda is None or not dispatch.TRITON:
-        print(f"error: PyTorch {torch.__version__} is not built for CUDA, or there is no Triton: install its CUDA build, "
-              "which needs no driver for this", file=sys.stderr)  # fmt: skip
+        print(f"error: PyTorch {torch.__version__} is not built for CUDA, or there is no Triton: install its CUDA "
+              "build, which needs no driver for this", file=sys.stderr)  # fmt: skip
         return 2
     sections = study(args.stages, tiny=args.tiny)
     print(report(sections))

@@ -77,7 +77,7 @@ def build(dims: tuple[int, ...], dtype: str, setting: Setting, names: tuple[str,
     }
     exact = under("torch", lambda tokens_in, initial: double(tokens_in, initial)[0])
     chosen = {name: techniques[name] for name in names}
-    return Problem(inputs, chosen, exact, weights(module), weights(double))
+    return Problem(inputs, chosen, exact, weights(module), weights(double), joint=True)
 
 
 def cases(setting: Setting) -> list[Case]:

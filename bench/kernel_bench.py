@@ -69,7 +69,8 @@ class Problem:
     inputs: seed → arguments; those to differentiate by require gradients. techniques: name → maker of a function of the
     arguments; making it may compile. exact: the plain function in float64. parameters and exact_parameters: what is
     differentiated by besides the arguments. check: (found, exact, plain results) → largest relative errors of outputs
-    and gradients, AssertionError where they are too large; None: `relative_errors`.
+    and gradients, AssertionError where they are too large; None: `relative_errors`, which judges the gradients of a
+    long chain of products together (`joint`), as the tests do: alone each would pass or fail by PyTorch's luck with it.
     """
 
     inputs: Callable[[int], Tensors]
@@ -78,12 +79,14 @@ class Problem:
     parameters: Tensors = ()
     exact_parameters: Tensors = ()
     check: Callable[[Results, Results, Results], tuple[float | None, float | None]] | None = None
+    joint: bool = False
 
     def errors(self, technique: str, *results: Results) -> tuple[float | None, float | None]:
         """What `check` says of found, exact and plain results."""
         if self.check is not None:
             return self.check(*results)
-        return relative_errors(*results, room=1.0 if technique.startswith(OURS) else _ROOM)
+        room = 1.0 if technique.startswith(OURS) else _ROOM
+        return relative_errors(*(_joined(results) if self.joint else results), room=room)
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,14 @@ def evaluate(
         grads = [torch.ones_like(t) for t in outputs]
     grads = [grad.to(t.dtype) for grad, t in zip(grads, outputs, strict=True)]
     return Results(outputs, torch.autograd.grad(outputs, wanted, grads))
+
+
+def _joined(results: Sequence[Results]) -> list[Results]:
+    """Found, exact and plain results with each one's gradients as a single vector."""
+    named = [dict(enumerate(one.gradients)) for one in results]
+    exact = {name: value.cpu() for name, value in named[1].items()}
+    return [Results(one.outputs, (kernel_tier.joined({k: v.cpu() for k, v in gradients.items()}, exact),))
+            for one, gradients in zip(results, named, strict=True)]  # fmt: skip
 
 
 def relative_errors(

@@ -9,7 +9,70 @@ the last iteration has a backward pass. Softmax, LayerNorm, losses, Adam and mat
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import NamedTuple
+
 from spot_fast.model import Spot
+
+
+class Product(NamedTuple):
+    """A linear layer over the tokens of a batch: rows of each picture, width in and out; which of its three products.
+
+    kind: `forward` (x Wᵀ), `input` (its gradient by x, g W) or `weight` (by W, gᵀ x).
+    """
+
+    rows: int
+    inputs: int
+    outputs: int
+    kind: str
+
+    def flops(self, batch: int) -> float:
+        return 2.0 * batch * self.rows * self.inputs * self.outputs
+
+
+TRAINED, FIRST, FROZEN = ("forward", "input", "weight"), ("forward", "weight"), ("forward",)
+
+
+def products(model: Spot, teacher: Spot | None) -> Counter[Product]:
+    """The products with weights over tokens that the trainer's step makes with cached features, and how often.
+
+    All that is large in a step but attention; what has a row for each slot only is left out.
+    """
+    found: Counter[Product] = Counter()
+    tokens, dim = model.encoder.num_tokens, model.encoder.dim
+
+    def layer(inputs: int, outputs: int, kinds: tuple[str, ...], times: int = 1, rows: int = tokens) -> None:
+        for kind in kinds:
+            found[Product(rows, inputs, outputs, kind)] += times
+
+    def slots(kinds: tuple[str, ...], first: tuple[str, ...]) -> None:
+        width = model.slot_encoder.slot_dim
+        layer(dim, dim, first)
+        layer(dim, dim, kinds)
+        layer(dim, width, kinds, times=2)  # k and v
+
+    def decode(one: Spot, kinds: tuple[str, ...], masks_only: bool) -> None:
+        blocks = len(one.decoder.transformer.blocks)
+        hidden = one.decoder.transformer.blocks[0].ffn[0].out_features
+        last = blocks - masks_only  # blocks whose cross-attention and FFN run to their end
+        layer(dim, dim, kinds)  # the input's projection
+        layer(dim, 3 * dim, kinds, times=blocks)
+        layer(dim, dim, kinds, times=blocks)
+        layer(dim, dim, kinds, times=blocks)  # queries of the cross-attention
+        layer(dim, dim, kinds, times=last)
+        layer(dim, hidden, kinds, times=last)
+        layer(hidden, dim, kinds, times=last)
+
+    slots(TRAINED, FIRST if model.last_blocks is None else TRAINED)
+    decode(model, TRAINED, masks_only=False)
+    if model.last_blocks is not None:
+        hidden, rows = model.last_blocks[0].mlp.fc1.out_features, tokens + model.encoder.num_prefix
+        for inputs, outputs in ((dim, 3 * dim), (dim, dim), (dim, hidden), (hidden, dim)):
+            layer(inputs, outputs, TRAINED, times=len(model.last_blocks), rows=rows)
+    if teacher is not None:
+        slots(FROZEN, FROZEN)
+        decode(teacher, FROZEN, masks_only=True)
+    return found
 
 
 def encoder(model: Spot, blocks: int, *, embed: bool = False) -> float:

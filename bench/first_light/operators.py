@@ -1,0 +1,219 @@
+"""Go or no-go for every kernel at its real shape: forward and backward against float64, and the same bits every time.
+
+    python bench/first_light/operators.py [--rehearse] [--jobs N] [--only slot_attention_step]
+    python bench/first_light/operators.py --once match_masks           one small call, for compute-sanitizer
+
+Shapes and their exact versions are those of the benches (`bench_<operator>.py`), the tolerance is the tests': twice
+(outputs) and three times (gradients) plain PyTorch's own error in that dtype. Every operator then has to give the same
+bits REPEATS times. Each has a process of its own, because one illegal access ends all that its process was to do; they
+run side by side, most of their time being compilation. compute-sanitizer looks for races where it is installed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from record import ABSENT, GO, LATE, NO_GO, Options, Recorder, Row, Time, parser, reason, run
+
+import torch  # isort: skip
+from kernel_bench import Case, Results, Setting, all_cases, doubled, evaluate
+from kernel_rows import EAGER, OURS
+
+from spot_kernels import dispatch
+
+REPEATS = 20
+# What compute-sanitizer looks at: the two kernels whose threads hand values to one another in ways of their own.
+RACES = ("match_masks", "permuted_causal_attention")
+_SANITIZER_SECONDS = 75.0
+
+
+def cases(setting: Setting, operator: str = "") -> list[Case]:
+    """The benches' cases with a kernel of ours, the shapes that only show how something scales left out."""
+    found = [case for case in all_cases(setting) if OURS in case.techniques]
+    return [case for case in found if operator in ("", case.operator) and not case.shape.startswith(("N ", "K "))]
+
+
+def check(case: Case, repeats: int) -> list[Row]:
+    """Whether the operator is right at this shape, and whether it repeats."""
+    about = {"part": "operators", "subject": f"{case.operator}, {case.shape}", "variant": case.dtype}
+    problem = case.build()
+    inputs = problem.inputs(0)
+    with dispatch.use_backend("auto" if torch.cuda.is_available() else dispatch._DEFAULT):
+        ours = problem.techniques[OURS]()
+        grads = None
+        if case.backward is not None:
+            grads = gradients(_outputs(ours, inputs))
+        exact = evaluate(problem.exact, doubled(inputs), problem.exact_parameters, grads)
+        plain = evaluate(problem.techniques[EAGER](), inputs, problem.parameters, grads)
+        first = evaluate(ours, inputs, problem.parameters, grads)
+        rows = []
+        try:
+            output, gradient = problem.errors(OURS, first, exact, plain)
+            worst = max(filter(lambda value: value is not None, (output, gradient)))
+            rows.append(Row(**about, figure="error against float64", error=worst, verdict=GO))
+        except AssertionError as wrong:
+            rows.append(Row(**about, figure="error against float64", verdict=NO_GO, note=reason(wrong)))
+        different = 0
+        for _ in range(repeats - 1):
+            again = evaluate(ours, inputs, problem.parameters, grads)
+            different += not all(map(torch.equal, _tensors(first), _tensors(again)))
+        rows.append(Row(**about, figure=f"the same bits {repeats} times", verdict=NO_GO if different else GO,
+                        note=f"{different} of {repeats - 1} differ" if different else ""))  # fmt: skip
+    return rows
+
+
+def gradients(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Of the outputs, the same at every call, and representable in every dtype."""
+    generator = torch.Generator(outputs[0].device).manual_seed(1)
+    return [torch.randn(t.shape, generator=generator, device=t.device).bfloat16() for t in outputs]
+
+
+def _outputs(function, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    found = function(*inputs)
+    return (found,) if isinstance(found, torch.Tensor) else tuple(t for t in found if t is not None)
+
+
+def _tensors(results: Results) -> Sequence[torch.Tensor]:
+    return [*results.outputs, *results.gradients]
+
+
+def checks_of(operator: str, options: Options, results) -> None:
+    """All cases of one operator; rows go to `results` as they come. What a process of its own does."""
+    repeats = 3 if options.rehearse else REPEATS
+    for case in cases(Setting(options.gpu, tiny=options.rehearse), operator):
+        try:
+            rows = check(case, repeats)
+        except Exception as error:  # noqa: BLE001 - an operator that raises is the finding
+            rows = [Row("operators", f"{case.operator}, {case.shape}", case.dtype, verdict=NO_GO, note=reason(error))]
+        for row in rows:
+            results.put(row)
+
+
+def names(options: Options) -> list[str]:
+    return list(dict.fromkeys(case.operator for case in cases(Setting(options.gpu, tiny=options.rehearse))))
+
+
+def operators(recorder: Recorder, options: Options, time: Time, jobs: int, only: str) -> None:
+    wanted = [name for name in names(options) if only in name]
+    sanitizers = [] if options.rehearse or only else [start_sanitizer(name) for name in RACES]
+    if jobs == 0:  # in this process
+        results = _Direct(recorder)
+        for name in wanted:
+            checks_of(name, options, results)
+    else:
+        side_by_side(recorder, options, time, wanted, jobs)
+    if options.rehearse:
+        recorder.add("races", ", ".join(RACES), verdict=ABSENT, note="there is no GPU for compute-sanitizer")
+    for process in sanitizers:
+        report_sanitizer(recorder, process, time)
+
+
+class _Direct:
+    """In the place of a queue: rows are added at once."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def put(self, row: Row) -> None:
+        add(self.recorder, row)
+
+
+def add(recorder: Recorder, row: Row) -> None:
+    values = asdict(row)
+    recorder.add(values.pop("subject"), values.pop("variant"), **{k: v for k, v in values.items() if k != "part"})
+
+
+def side_by_side(recorder: Recorder, options: Options, time: Time, wanted: Sequence[str], jobs: int) -> None:
+    """A process for each operator, `jobs` at a time."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    waiting, running = list(wanted), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop(0)
+                running[name] = context.Process(target=checks_of, args=(name, options, results))
+                running[name].start()
+            drain(recorder, results, 0.2)
+            for name, process in list(running.items()):
+                if not process.is_alive():
+                    del running[name]
+                    drain(recorder, results, 0.2)
+                    if process.exitcode:
+                        recorder.add(name, verdict=NO_GO, note=f"its process ended with code {process.exitcode}")
+            if time.left < 3:
+                break
+    finally:
+        for process in running.values():
+            process.kill()
+        drain(recorder, results, 0.2)
+        for name in [*running, *waiting]:
+            recorder.add(name, verdict=LATE)
+
+
+def drain(recorder: Recorder, results, seconds: float) -> None:
+    """Adds the rows that have come, and those that come within `seconds` of each other."""
+    while True:
+        try:
+            add(recorder, results.get(timeout=seconds))
+        except queue.Empty:
+            return
+
+
+# ---- races
+
+
+def start_sanitizer(name: str) -> tuple[str, subprocess.Popen | None]:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return name, None
+    command = [tool, "--tool", "racecheck", "--error-exitcode", "9", sys.executable, __file__, "--once", name]
+    return name, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                  env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})  # fmt: skip
+
+
+def report_sanitizer(recorder: Recorder, started: tuple[str, subprocess.Popen | None], time: Time) -> None:
+    name, process = started
+    if process is None:
+        recorder.add("races", name, verdict=ABSENT, note="compute-sanitizer is not installed")
+        return
+    try:
+        text, _ = process.communicate(timeout=max(1.0, min(_SANITIZER_SECONDS, time.left - 2)))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        recorder.add("races", name, verdict=LATE)
+        return
+    told = [line.strip("= ") for line in text.splitlines() if "RACECHECK SUMMARY" in line or "hazard" in line.lower()]
+    note = told[-1] if told else (text.strip().splitlines() or ["nothing was said"])[-1][:200]
+    clean = process.returncode == 0 and any("0 hazards" in line for line in told)
+    verdict = GO if clean else NO_GO if process.returncode == 9 else ABSENT
+    recorder.add("races", name, figure="compute-sanitizer, racecheck", verdict=verdict, note=note)
+
+
+def once(name: str, options: Options) -> None:
+    """A small call of an operator, forward and backward."""
+    (case, *_) = cases(Setting(options.gpu, tiny=True), name)
+    problem = case.build()
+    evaluate(problem.techniques[OURS](), problem.inputs(0), problem.parameters)
+    if options.gpu:
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    words = parser(__doc__)
+    words.add_argument("--jobs", type=int, default=8, metavar="N", help="processes at a time; 0: all in this one")
+    words.add_argument("--only", default="", help="operators whose name contains this")
+    words.add_argument("--once", metavar="OPERATOR", help="one small call of an operator, nothing else")
+    args = words.parse_args()
+    if args.once:
+        once(args.once, Options(torch.cuda.is_available(), True, args.out, args.seconds))
+        sys.exit()
+    sys.exit(run("operators", lambda *given: operators(*given, args.jobs, args.only), args))

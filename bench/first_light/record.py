@@ -1,0 +1,226 @@
+"""Rows of the first minutes on a GPU: printed and appended to their CSV the moment they exist.
+
+A part is one of PARTS, a process of its own with a limit of time. `Recorder.add` prints a row and appends it, with the
+card's name, clocks and versions in it, and makes sure that it is on disk: whatever ends the process afterwards, the row
+stays. One CSV a part, named after card and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench"), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+from machine import commit, cpu_name  # noqa: E402
+from tables import slug  # noqa: E402
+
+PARTS = ("ceilings", "operators", "steps", "layouts", "rivals")
+GO, NO_GO, ABSENT, LATE = "go", "NO GO", "not here", "out of time"
+# The exit code of a part that ran out of its time, as of `timeout`.
+OUT_OF_TIME = 124
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result.
+
+    subject: of what; variant: of several that are compared; figure: what `value` is, with its unit. low, high: p20 and
+    p80 of the same. error, allowed: of the check that the value passed, or failed. verdict: GO, NO_GO, ABSENT, LATE, or
+    empty where nothing is decided.
+    """
+
+    part: str
+    subject: str
+    variant: str = ""
+    figure: str = ""
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    error: float | None = None
+    allowed: float | None = None
+    verdict: str = ""
+    note: str = ""
+
+    def __str__(self) -> str:
+        words = [" · ".join(filter(None, (self.part, self.subject, self.variant)))]
+        if self.value is not None:
+            spread = f" ({self.low:.4g} to {self.high:.4g})" if self.low is not None else ""
+            words.append(f"{self.value:.4g}{spread} {self.figure}")
+        elif self.figure:
+            words.append(self.figure)
+        if self.error is not None:
+            words.append(f"error {self.error:.2g}" + (f" of {self.allowed:.2g}" if self.allowed is not None else ""))
+        return "  ".join(filter(None, (*words, self.verdict.upper(), self.note)))
+
+
+_ABOUT = ("date", "time", "card", "sm_mhz", "memory_mhz", "driver", "torch", "triton", "cuda", "commit", "rehearsal")
+_TEXTS = ("part", "subject", "variant", "figure", "verdict", "note")
+
+
+class Recorder:
+    """Prints and keeps the rows of one part below `folder`."""
+
+    def __init__(self, part: str, folder: Path, *, rehearsal: bool = False) -> None:
+        self.part, self.rehearsal, self.rows = part, rehearsal, []
+        self.facts = facts()
+        versions = (f"{name}-{slug(self.facts[name])}" for name in ("torch", "triton"))
+        names = ("first_light", part, slug(self.facts["card"]), *versions, self.facts["date"])
+        self.path = folder / ("_".join(names) + ".csv")
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, subject: str, variant: str = "", **values: object) -> Row:
+        row = Row(self.part, subject, variant, **values)
+        self.rows.append(row)
+        print(row, flush=True)
+        clocks = dict(zip(("sm_mhz", "memory_mhz"), clocks_now(), strict=True))
+        about = self.facts | clocks | {"time": f"{datetime.now():%H:%M:%S}", "rehearsal": "yes" * self.rehearsal}
+        numbers = {name: f"{value:.6g}" if isinstance(value, float) else "" if value is None else value
+                   for name, value in asdict(row).items()}  # fmt: skip
+        new = not self.path.exists()
+        with open(self.path, "a", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, (*_ABOUT, *(field.name for field in fields(Row))), lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow({name: about.get(name, "") for name in _ABOUT} | numbers)
+            file.flush()
+            os.fsync(file.fileno())
+        return row
+
+
+def read(path: Path) -> list[tuple[dict[str, str], Row]]:
+    """The rows of a CSV with what is said of card and versions; ValueError names a file that is none."""
+    found = []
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            for line in csv.DictReader(file):
+                values = {field.name: line[field.name] for field in fields(Row)}
+                values = {name: value if name in _TEXTS else float(value) if value else None
+                          for name, value in values.items()}  # fmt: skip
+                found.append(({name: line[name] for name in _ABOUT}, Row(**values)))
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a result of first_light ({type(error).__name__}: {error})") from None
+    return found
+
+
+# ---- the machine
+
+
+@functools.cache
+def facts() -> dict[str, str]:
+    """Card, versions and date; the commit from $COMMIT where the checkout came without its history."""
+    gpu = torch.cuda.is_available()
+    try:
+        import triton
+
+        version = triton.__version__
+    except ImportError:
+        version = "none"
+    (driver,) = _nvidia_smi("driver_version") or ("",)
+    return {"date": f"{datetime.now():%Y-%m-%d}", "card": torch.cuda.get_device_name() if gpu else f"cpu {cpu_name()}",
+            "driver": driver, "torch": torch.__version__, "triton": version, "cuda": torch.version.cuda or "none",
+            "commit": commit() or os.environ.get("COMMIT", "")}  # fmt: skip
+
+
+def clocks_now() -> tuple[str, str]:
+    """MHz of multiprocessors and memory."""
+    found = _nvidia_smi("clocks.sm,clocks.mem")
+    return (found[0], found[1]) if len(found) == 2 else ("", "")
+
+
+def _nvidia_smi(names: str) -> list[str]:
+    """What nvidia-smi says of the first card; nothing without a GPU."""
+    if not torch.cuda.is_available():
+        return []
+    command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = done.stdout.strip().splitlines()
+    return [word.strip() for word in lines[0].split(",")] if lines else []
+
+
+# ---- a part as a process
+
+
+class Time:
+    """What is left of a part's seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        return self._end - time.monotonic()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every part is told. gpu: whether it runs on one; a rehearsal has small shapes and few repetitions."""
+
+    gpu: bool
+    rehearse: bool
+    out: Path
+    seconds: float
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if self.gpu else "cpu")
+
+
+def parser(about: str) -> argparse.ArgumentParser:
+    """With the options of every part."""
+    made = argparse.ArgumentParser(description=about.splitlines()[0])
+    made.add_argument("--rehearse", action="store_true", help="small shapes, on any machine: to see that it works")
+    made.add_argument("--out", type=Path, default=ROOT / "bench" / "results", metavar="DIR", help="where the CSV goes")
+    made.add_argument("--seconds", type=float, default=600.0, metavar="S", help="how long it may take")
+    return made
+
+
+def options(args: argparse.Namespace) -> Options:
+    return Options(torch.cuda.is_available(), args.rehearse, args.out, args.seconds)
+
+
+def run(part: str, work: Callable[[Recorder, Options, Time], object], args: argparse.Namespace) -> int:
+    """Does a part's work; its exit code. What stops it, its time too, becomes a row."""
+    chosen = options(args)
+    recorder = Recorder(part, chosen.out, rehearsal=chosen.rehearse)
+    if not chosen.gpu and not chosen.rehearse:
+        print(f"error: {part} needs a GPU: add --rehearse for a rehearsal on this machine", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which `timeout` sends
+    began = time.monotonic()
+    try:
+        work(recorder, chosen, Time(chosen.seconds))
+    except KeyboardInterrupt:
+        recorder.add("the whole part", verdict=LATE, note=f"stopped after {time.monotonic() - began:.0f} s")
+        return OUT_OF_TIME
+    except Exception as error:  # noqa: BLE001 - whatever it is, the rows so far stay and the other parts go on
+        recorder.add("the whole part", verdict=NO_GO, note=reason(error))
+        return 1
+    recorder.add("the whole part", figure="s", value=time.monotonic() - began)
+    return int(any(row.verdict == NO_GO for row in recorder.rows))
+
+
+def reason(error: BaseException) -> str:
+    """An exception as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def best_of(rows: Sequence[Row]) -> Row | None:
+    """The row of least value among those that passed their check."""
+    return min((row for row in rows if row.value is not None and row.verdict != NO_GO), key=lambda row: row.value,
+               default=None)  # fmt: skip

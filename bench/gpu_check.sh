@@ -1,25 +1,24 @@
 #!/usr/bin/env bash
-# What to run on a machine with a GPU and no network, from the checkout as it is: nothing is installed but carried
-# wheels, nothing is compiled.
+# What is decided on a GPU after the first minutes (bench/first_light.sh), a part a call; from the checkout as it is:
+# nothing is installed but carried wheels, nothing is compiled.
 #
-#   bash bench/gpu_check.sh [kernels] [bench] [sweep] [data] [step] [growth] [tests] [scenes] [photos]
-#                                                                default: all but sweep, data, step, growth
+#   bash bench/gpu_check.sh correct | techniques | tiles | growth | decoding | scenes | photos
 #
-#   kernels the operators' tests, compiled and on the device, KERNEL_MINUTES (3.5) at most
-#   bench   the operators' table, its aims and its CSV
-#   sweep   the kernels' configurations against alternatives, and all iterations in one kernel against a launch a step
-#   data    loaders, caches and evaluation; DALI on the GPU once all pieces of `prepare_gpu.py --dali` have come
-#   step    a training step: no wait for the device, one graph, the recorded step, and the ladder from the reference to
-#           the whole stack with the minutes that COCO would take
-#   growth  how a step's time and memory grow with pictures, tokens and slots
-#   tests   the test suite without the slow ones
-#   scenes  the README's results table, three seeds
-#   photos  the paper's Table 1 in small, three seeds; skipped without the folder that bench/prepare_gpu.py makes
+#   correct     whether the whole suite holds on this card, kernels and steps first
+#   techniques  what each technique of a training step brings: the ladder from the reference to the whole stack, and the
+#               minutes that COCO would take
+#   tiles       whether other tiles, warps and stages are faster than those in the kernels' tables, and all iterations in
+#               one kernel than a launch a step
+#   growth      how a step's time and memory grow with pictures, tokens and slots
+#   decoding    whether DALI decodes as fast as a step trains, caches and evaluation beside it; once all pieces of
+#               `prepare_gpu.py --dali` have come
+#   scenes      whether the README's results hold on a GPU, three seeds
+#   photos      whether the paper's Table 1 holds in small, three seeds; needs the folder that bench/prepare_gpu.py makes
 #
-# All parts of a call together keep within MINUTES (8.5), `kernels bench` is one such call; scenes and photos go on where
-# they stopped when they are called again. OUT is where the CSV files go (bench/results), STORE what has to survive
-# between calls: runs, weights, photos (/tmp/spot_gpu). QUICK=1 is a rehearsal on any machine (DEVICE=cpu). Exit code: 0,
-# or that of the last part that failed (1 target or test missed, 3 call again, 124 out of time).
+# A part keeps within MINUTES (8.5), and so do several parts in one call together; scenes and photos go on where they
+# stopped when they are called again. OUT is where the CSV files go (bench/results), STORE what has to survive between
+# calls: runs, weights, photos (/tmp/spot_gpu). QUICK=1 is a rehearsal on any machine (DEVICE=cpu). Exit code: 0, or
+# that of the last part that failed (1 target or test missed, 3 call again, 124 out of time).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-bench/results}
@@ -29,7 +28,11 @@ MINUTES=${MINUTES:-8.5}
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-cuda}
 export PYTHONPATH=.:kernels:$STORE/site PYTHONUNBUFFERED=1
-[ $# -gt 0 ] || set -- kernels bench tests scenes photos
+PARTS="correct techniques tiles growth decoding scenes photos"
+if [ $# -eq 0 ]; then
+  echo "error: say which part: ${PARTS// /, }" >&2
+  exit 2
+fi
 mkdir -p "$OUT" "$STORE"
 
 # The folder of a call is gone in the next one: keep what it carried.
@@ -61,28 +64,30 @@ limited_pytest() {
   env -u TRITON_INTERPRET timeout -s INT -k 15 "$seconds" "$PYTHON" -m pytest -q -p no:cacheprovider "$@"
 }
 
-kernels() {
-  local files=() workers=() name
+correct() {
+  local first=() workers=() name
   shopt -s nullglob
-  for name in slot_attention permuted_attention slot_cross_attention mask_matching gru_norm nn drop_in; do
-    files+=(tests/test_"$name"*.py)
+  for name in slot_attention permuted_attention slot_cross_attention shift_by_order mask_matching gru_norm nn drop_in; do
+    first+=(tests/test_"$name"*.py)
   done
   shopt -u nullglob
-  [ -z "${QUICK:-}" ] || files=(tests/test_orders.py)
+  first+=(tests/test_step.py tests/test_step_sync.py tests/test_graph.py tests/test_bad_steps.py tests/test_precision.py)
+  [ -z "${QUICK:-}" ] || first=(tests/test_orders.py)
   # most of the time goes into compiling, one kernel a process
   ! "$PYTHON" -c 'import xdist' 2>/dev/null || workers=(-n "${WORKERS:-12}")
-  limited_pytest "$(awk -v m="${KERNEL_MINUTES:-3.5}" 'BEGIN { print int(60 * m) }')" "${workers[@]}" "${files[@]}" |
-    tee "$OUT/kernel_tests_gpu.txt"
+  limited_pytest "$(seconds_left)" "${workers[@]}" "${first[@]}" | tee "$OUT/tests_gpu.txt" || return $?
+  [ -n "${QUICK:-}" ] || limited_pytest "$(seconds_left)" "${workers[@]}" -m 'not slow' | tee -a "$OUT/tests_gpu.txt"
 }
 
-bench() {
-  limited_pytest "$(seconds_left)" bench --benchmark-only --benchmark-quiet --bench-csv "$OUT" ${QUICK:+--tiny} |
-    tee "$OUT/kernels_gpu.txt"
+techniques() {
+  timeout -s INT -k 10 "$(seconds_left)" "$PYTHON" bench/ladder.py --device "$DEVICE" ${QUICK:+--tiny} \
+    --csv "$OUT/ladder_gpu.csv" | tee "$OUT/ladder_gpu.md"
 }
 
-sweep() {
+tiles() {
+  [ -z "${QUICK:-}" ] || export TRITON_INTERPRET=1
   "$PYTHON" bench/whole_iterations.py | tee "$OUT/whole_iterations_gpu.txt"
-  "$PYTHON" bench/sweep.py --minutes "$(minutes_left)" ${QUICK:+--tiny} | tee "$OUT/sweep_gpu.txt"
+  "$PYTHON" bench/sweep.py --minutes "$(minutes_left)" ${QUICK:+--tiny --only slot_cross} | tee "$OUT/sweep_gpu.txt"
 }
 
 # Joins and installs the pieces of DALI that calls have brought; fails while one is missing.
@@ -104,27 +109,16 @@ install_dali() {
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$STORE/site" "$STORE"/dali-wheels/*.whl
 }
 
-data() {
+decoding() {
   install_dali || return 3
   limited_pytest 120 tests/test_dali_loader.py tests/test_prefetch.py tests/test_trainer_caches.py |
     tee "$OUT/data_tests_gpu.txt"
   "$PYTHON" bench/bench_data.py --device "$DEVICE" ${QUICK:+--tiny} --csv "$OUT" | tee "$OUT/data_gpu.txt"
 }
 
-step() {
-  limited_pytest 180 tests/test_step.py tests/test_step_sync.py tests/test_graph.py tests/test_bad_steps.py \
-    tests/test_precision.py | tee "$OUT/step_tests_gpu.txt"
-  timeout -s INT -k 10 "$(seconds_left)" "$PYTHON" bench/ladder.py --device "$DEVICE" ${QUICK:+--tiny} \
-    --csv "$OUT/ladder_gpu.csv" | tee "$OUT/ladder_gpu.md"
-}
-
 growth() {
   timeout -s INT -k 10 "$(seconds_left)" "$PYTHON" bench/growth.py --device "$DEVICE" ${QUICK:+--tiny --steps 1} \
     --csv "$OUT/growth_gpu.csv" --plot "$OUT/growth_gpu.png" | tee "$OUT/growth_gpu.md"
-}
-
-tests() {
-  timeout -k 10 "$(seconds_left)" "$PYTHON" -m pytest -x -q -m 'not slow' -p no:cacheprovider ${QUICK:+tests/test_orders.py}
 }
 
 scenes() {
@@ -155,8 +149,8 @@ photos() {
 status=0
 summary=()
 for part in "$@"; do
-  case $part in kernels | bench | sweep | data | step | growth | tests | scenes | photos) ;; *)
-    echo "error: unknown part $part: use kernels, bench, sweep, data, step, growth, tests, scenes, photos" >&2
+  case $part in correct | techniques | tiles | growth | decoding | scenes | photos) ;; *)
+    echo "error: unknown part $part: use ${PARTS// /, }" >&2
     exit 2
     ;;
   esac

@@ -151,7 +151,7 @@ def _base_and_photos(args: argparse.Namespace) -> list[Path]:
     partial.rename(photos)
     print(f"{photos}: {taken['train']} + {taken['val']} pictures, {difference:.2f} grey levels off; maps are equal")
     print(f"on the GPU machine, each in a call of its own that carries the folder named:\n"
-          f"  {base}:  bash bench/gpu_check.sh tests scenes\n  {photos}:  bash bench/gpu_check.sh photos\n"
+          f"  {base}:  bash bench/gpu_check.sh correct scenes\n  {photos}:  bash bench/gpu_check.sh photos\n"
           f"  (none):  bash bench/gpu_check.sh photos      until it says that all runs are done")  # fmt: skip
     return [base, photos]
 
@@ -161,7 +161,7 @@ def _dali(args: argparse.Namespace) -> list[Path]:
         shutil.rmtree(folder)
     folders = pack_dali(args.out, int(args.limit * _MIB))
     print("on the GPU machine, one call for each of these folders, which carries it, shortly after one another:\n"
-          "  bash bench/gpu_check.sh data      measures when the last piece has come")  # fmt: skip
+          "  bash bench/gpu_check.sh decoding  measures when the last piece has come")  # fmt: skip
     return folders
 
 

@@ -89,6 +89,10 @@ class TrainerSteps:
         self.trainer.train_step(next(self.batches))
         self.trainer.step += 1
 
+    def restart(self) -> None:
+        """The next batches are those of the trainer's present step, whatever came before."""
+        self.batches = _batches(self.trainer)
+
     def first(self) -> Outcome:
         """The first step, with what it computed."""
         sums = self.trainer.meter.interval

@@ -1,4 +1,4 @@
-"""The operators' benchmark: its formulas, clocks, table and aims; that wrong numbers have no speed; its GPU script."""
+"""The operators' benchmark: its formulas, clocks, table and aims; that wrong numbers have no speed; GPU scripts."""
 
 from __future__ import annotations
 
@@ -392,45 +392,49 @@ def test_wrong_operator_fails_the_benchmark():
     assert "2 failed, 2 passed" in done.stdout
 
 
-# ---- the script and the sweep
+# ---- every bench, the scripts and the sweep
 
 
 @pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory):
-    """`gpu_check.sh kernels bench` as a rehearsal on this machine."""
-    out = tmp_path_factory.mktemp("gpu_check")
-    more = {"QUICK": "1", "OUT": str(out / "out"), "STORE": str(out / "store"), "GPU": str(out / "none"),
-            "PYTHON": sys.executable, "DEVICE": "cpu"}  # fmt: skip
-    done = run(["bash", str(BENCH / "gpu_check.sh"), "kernels", "bench"], environment(**more))
-    return done, out / "out"
-
-
-def test_gpu_script_runs_kernels_and_bench(rehearsal):
-    done, out = rehearsal
+def tiny_bench(tmp_path_factory):
+    """All operators' benches at sizes that take no time: what was printed, and the folder of its CSV."""
+    out = tmp_path_factory.mktemp("bench")
+    words = ["-m", "pytest", "bench", "--benchmark-only", "--benchmark-quiet", "--tiny", "--bench-csv", str(out), "-q",
+             "-p", "no:cacheprovider"]  # fmt: skip
+    done = run([sys.executable, *words], environment())
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "kernels: exit code 0" in done.stdout and "bench: exit code 0" in done.stdout
-    assert "passed" in (out / "kernel_tests_gpu.txt").read_text()
-    assert "measured ceilings: copy" in (out / "kernels_gpu.txt").read_text()
-    assert "PASS" in done.stdout or "FAIL" in done.stdout or not dispatch.NATIVE
+    return done.stdout, out
 
 
-def test_every_bench_runs_at_tiny_size(rehearsal, capsys):
-    _, out = rehearsal
+def test_every_bench_runs_at_tiny_size(tiny_bench, capsys):
+    printed, out = tiny_bench
     (path,) = out.glob("kernels_*_torch-*_triton-*.csv")
     about, found = kernel_rows.read_csv(path)
     assert {row.operator for row in found} >= OPERATORS
     assert not [row for row in found if row.failed]
     assert about["torch"] == torch.__version__ and float(about["copy_bytes_per_s"]) > 0
+    assert "PASS" in printed or "FAIL" in printed or not dispatch.NATIVE
     # the table again, from the file
     assert kernel_bench.main(["--table", str(path)]) == 0
-    assert capsys.readouterr().out.split("\n\n")[0] in (out / "kernels_gpu.txt").read_text()
+    assert capsys.readouterr().out.split("\n\n")[0] in printed
 
 
-def test_gpu_script_knows_its_parts(tmp_path):
+def test_gpu_script_runs_a_part(tmp_path):
+    more = {"QUICK": "1", "OUT": str(tmp_path / "out"), "STORE": str(tmp_path / "store"), "GPU": str(tmp_path / "none"),
+            "PYTHON": sys.executable, "DEVICE": "cpu"}  # fmt: skip
+    done = run(["bash", str(BENCH / "gpu_check.sh"), "correct"], environment(**more))
+    assert done.returncode == 0 and "correct: exit code 0" in done.stdout, done.stdout + done.stderr
+    assert "passed" in (tmp_path / "out" / "tests_gpu.txt").read_text()
+
+
+@pytest.mark.parametrize("words, message", [
+    (["kernel"], "unknown part kernel: use correct, techniques, tiles, growth, decoding, scenes, photos"),
+    ([], "say which part: correct, techniques, tiles, growth, decoding, scenes, photos"),
+])  # fmt: skip
+def test_gpu_script_knows_its_parts(words, message, tmp_path):
     more = {"OUT": str(tmp_path / "out"), "STORE": str(tmp_path / "store"), "PYTHON": "true"}
-    done = run(["bash", str(BENCH / "gpu_check.sh"), "kernel"], environment(**more))
-    parts = "kernels, bench, sweep, data, step, growth, tests, scenes, photos"
-    assert done.returncode == 2 and f"use {parts}" in done.stderr
+    done = run(["bash", str(BENCH / "gpu_check.sh"), *words], environment(**more))
+    assert done.returncode == 2 and f"error: {message}" in done.stderr
 
 
 interpreted = pytest.mark.skipif(not dispatch.INTERPRETED, reason="needs Triton's interpreter")

@@ -26,8 +26,6 @@ import torch  # isort: skip
 from kernel_bench import Case, Results, Setting, all_cases, doubled, evaluate
 from kernel_rows import EAGER, OURS
 
-from spot_kernels import dispatch
-
 REPEATS = 20
 # What compute-sanitizer looks at: the two kernels whose threads hand values to one another in ways of their own.
 RACES = ("match_masks", "permuted_causal_attention")
@@ -45,27 +43,26 @@ def check(case: Case, repeats: int) -> list[Row]:
     about = {"part": "operators", "subject": f"{case.operator}, {case.shape}", "variant": case.dtype}
     problem = case.build()
     inputs = problem.inputs(0)
-    with dispatch.use_backend("auto" if torch.cuda.is_available() else dispatch._DEFAULT):
-        ours = problem.techniques[OURS]()
-        grads = None
-        if case.backward is not None:
-            grads = gradients(_outputs(ours, inputs))
-        exact = evaluate(problem.exact, doubled(inputs), problem.exact_parameters, grads)
-        plain = evaluate(problem.techniques[EAGER](), inputs, problem.parameters, grads)
-        first = evaluate(ours, inputs, problem.parameters, grads)
-        rows = []
-        try:
-            output, gradient = problem.errors(OURS, first, exact, plain)
-            worst = max(filter(lambda value: value is not None, (output, gradient)))
-            rows.append(Row(**about, figure="error against float64", error=worst, verdict=GO))
-        except AssertionError as wrong:
-            rows.append(Row(**about, figure="error against float64", verdict=NO_GO, note=reason(wrong)))
-        different = 0
-        for _ in range(repeats - 1):
-            again = evaluate(ours, inputs, problem.parameters, grads)
-            different += not all(map(torch.equal, _tensors(first), _tensors(again)))
-        rows.append(Row(**about, figure=f"the same bits {repeats} times", verdict=NO_GO if different else GO,
-                        note=f"{different} of {repeats - 1} differ" if different else ""))  # fmt: skip
+    ours = problem.techniques[OURS]()
+    grads = None
+    if case.backward is not None:
+        grads = gradients(outputs_of(ours, inputs))
+    exact = evaluate(problem.exact, doubled(inputs), problem.exact_parameters, grads)
+    plain = evaluate(problem.techniques[EAGER](), inputs, problem.parameters, grads)
+    first = evaluate(ours, inputs, problem.parameters, grads)
+    rows = []
+    try:
+        output, gradient = problem.errors(OURS, first, exact, plain)
+        worst = max(filter(lambda value: value is not None, (output, gradient)))
+        rows.append(Row(**about, figure="error against float64", error=worst, verdict=GO))
+    except AssertionError as wrong:
+        rows.append(Row(**about, figure="error against float64", verdict=NO_GO, note=reason(wrong)))
+    different = 0
+    for _ in range(repeats - 1):
+        again = evaluate(ours, inputs, problem.parameters, grads)
+        different += not all(map(torch.equal, _tensors(first), _tensors(again)))
+    rows.append(Row(**about, figure=f"the same bits {repeats} times", verdict=NO_GO if different else GO,
+                    note=f"{different} of {repeats - 1} differ" if different else ""))  # fmt: skip
     return rows
 
 
@@ -75,7 +72,7 @@ def gradients(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.randn(t.shape, generator=generator, device=t.device).bfloat16() for t in outputs]
 
 
-def _outputs(function, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+def outputs_of(function, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     found = function(*inputs)
     return (found,) if isinstance(found, torch.Tensor) else tuple(t for t in found if t is not None)
 

@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# The first minutes on a GPU, most telling results first: one call of 480 s at most that decides what is done next.
+#
+#   bash bench/first_light.sh                          all parts, in this order; needs a GPU, no network, no install
+#   bash bench/first_light.sh --rehearse               the same code with small shapes, on any machine, in a minute
+#   bash bench/first_light.sh operators steps          some of the parts
+#
+#   ceilings   copy, a large product, the step's own products: the true floor of a step              45 s at most
+#   operators  go or no-go: every kernel at its real shape against float64, repeats, races           100 s
+#   steps      both stages, batch 64: eager, compiled, CUDA graph; waits, equality, profile          190 s
+#   layouts    the decoder's self-attention in raster and in order layout: which one stays            65 s
+#   rivals     the other kernels beside torch.compile in replayed graphs, and under ncu               80 s
+#
+# Every result is printed and appended to its part's CSV at once. A part that fails or runs out of its time leaves what
+# it has and does not stop the others; what a part leaves of its time is the next ones'. OUT is where CSV files, profiles
+# and the log go (bench/results); LIMIT the seconds of all parts together (480); COMMIT names the commit where the
+# checkout came without its history. Exit code: 0, or 1 where something is no go, failed or ran out of time.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-bench/results}
+LIMIT=${LIMIT:-480}
+PYTHON=${PYTHON:-python3}
+export PYTHONPATH=.:kernels PYTHONUNBUFFERED=1
+# what is compiled ahead of its part is found there again
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-${TMPDIR:-/tmp}/first_light_inductor}
+
+rehearse=()
+parts=()
+for word in "$@"; do
+  case $word in
+  --rehearse) rehearse=(--rehearse) ;;
+  ceilings | operators | steps | layouts | rivals) parts+=("$word") ;;
+  *)
+    echo "error: unknown part $word: use ceilings, operators, steps, layouts, rivals, or --rehearse" >&2
+    exit 2
+    ;;
+  esac
+done
+[ ${#parts[@]} -gt 0 ] || parts=(ceilings operators steps layouts rivals)
+mkdir -p "$OUT"
+exec > >(tee -a "$OUT/first_light.txt") 2>&1
+
+end=$((SECONDS + LIMIT))
+left() { echo $((end - SECONDS)); }
+
+travels=$(git ls-files -z -co --exclude-standard 2>/dev/null | xargs -0r stat -c %s 2>/dev/null |
+  awk '{ bytes += $1 } END { if (bytes) printf "%.1f", bytes / 1048576 }')
+[ -z "$travels" ] || echo "travels: $travels MiB of 64"
+
+# A process of a part: its script, at most so many seconds, further words.
+limited() {
+  local name=$1 seconds=$2
+  shift 2
+  [ "$seconds" -le "$(left)" ] || seconds=$(left)
+  [ "$seconds" -ge 5 ] || {
+    echo "$name: no time is left"
+    return 124
+  }
+  timeout -s INT -k 8 "$seconds" "$PYTHON" "bench/first_light/$name.py" --out "$OUT" --seconds "$seconds" "$@" \
+    "${rehearse[@]}"
+}
+
+# Compilers work while the operators are checked, which times nothing; what they make is found on disk afterwards.
+warming=()
+warm_up() {
+  [ ${#rehearse[@]} -eq 0 ] || return 0
+  case " ${parts[*]} " in *" steps "*)
+    "$PYTHON" bench/first_light/steps.py --stage 1 --warm >/dev/null &
+    warming+=($!)
+    "$PYTHON" bench/first_light/steps.py --stage 2 --warm >/dev/null &
+    warming+=($!)
+    ;;
+  esac
+  case " ${parts[*]} " in *" rivals "*)
+    "$PYTHON" bench/first_light/rivals.py --warm >/dev/null &
+    warming+=($!)
+    ;;
+  esac
+}
+
+# Waits for them, so that nothing else runs beside what is timed, but not for ever.
+quiet() {
+  local until=$((SECONDS + 45)) pid
+  for pid in "${warming[@]}"; do
+    while kill -0 "$pid" 2>/dev/null && [ $SECONDS -lt $until ]; do sleep 0.3; done
+    kill -9 "$pid" 2>/dev/null && echo "note: what was compiled ahead took too long"
+  done
+  warming=()
+}
+
+ceilings() { limited ceilings 45; }
+operators() {
+  local jobs=(--jobs 8)
+  [ ${#rehearse[@]} -eq 0 ] || jobs=(--jobs 0)
+  limited operators 100 "${jobs[@]}"
+}
+steps() {
+  local code=0
+  limited steps 95 --stage 1 || code=$?
+  limited steps 95 --stage 2 || code=$?
+  return $code
+}
+layouts() { limited layouts 65; }
+rivals() { limited rivals 80; }
+
+status=0
+summary=()
+for part in "${parts[@]}"; do
+  case $part in
+  operators) warm_up ;;
+  *) [ ${#warming[@]} -eq 0 ] || quiet ;;
+  esac
+  began=$SECONDS
+  echo "== $part"
+  code=0
+  "$part" || code=$?
+  summary+=("$part: exit code $code, $((SECONDS - began)) s")
+  [ $code -eq 0 ] || status=1
+done
+[ ${#warming[@]} -eq 0 ] || quiet
+echo "== done in $SECONDS s"
+printf '%s\n' "${summary[@]}"
+"$PYTHON" bench/first_light/table.py --last "$OUT"/first_light_*.csv
+exit $status

@@ -1,0 +1,99 @@
+"""Techniques side by side: right first, then timed in turns, in replayed graphs with inputs that are in no cache."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+
+from record import ABSENT, GO, NO_GO, Options, Recorder, Row, reason
+
+import torch  # isort: skip
+from kernel_bench import Function, Problem, doubled, evaluate
+from kernel_clock import Call, DeviceClock, captured, clock_of, samples, spread
+from kernel_rows import EAGER
+from operators import gradients, outputs_of
+
+
+def input_sets(problem: Problem, options: Options) -> list[tuple[torch.Tensor, ...]]:
+    """Inputs to go round: together twice the last cache level of a GPU, 16 sets at most."""
+    first = problem.inputs(0)
+    if not options.gpu:
+        return [first]
+    size = sum(t.numel() * t.element_size() for t in first)
+    cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 * 2**20)
+    return [first] + [problem.inputs(seed) for seed in range(1, min(16, max(2, math.ceil(2 * cache / size))))]
+
+
+def compare(recorder: Recorder, options: Options, subject: str, problem: Problem, names: Mapping[str, str],
+            exact: Mapping[str, Function] | None = None, *, backward: bool = True) -> list[Row]:  # fmt: skip
+    """Rows of the problem's techniques, forward and backward; names: technique → what the row calls it.
+
+    exact: of techniques that compute another function than the problem's, theirs. A technique that is wrong, that does
+    not run here or that cannot be captured has a row without a time.
+    """
+    sets = input_sets(problem, options)
+    first = sets[0]
+    rows: list[Row] = []
+    calls: dict[str, Call] = {}
+    errors: dict[str, float] = {}
+    grads = gradients(outputs_of(problem.exact, doubled(first))) if backward else None
+    true_of: dict[Function, object] = {}
+    plain = None
+    for technique, name in names.items():
+        try:
+            function = problem.techniques[technique]()
+            reference = (exact or {}).get(technique, problem.exact)
+            if reference not in true_of:
+                true_of[reference] = evaluate(reference, doubled(first), problem.exact_parameters, grads)
+            true = true_of[reference]
+            if plain is None and EAGER in problem.techniques:
+                plain = evaluate(problem.techniques[EAGER](), first, problem.parameters, grads)
+            found = evaluate(function, first, problem.parameters, grads)
+            errors[name] = _error(problem, technique, found, true, plain if reference is problem.exact else None)
+        except AssertionError as wrong:
+            rows.append(recorder.add(subject, name, verdict=NO_GO, note=reason(wrong)))
+            continue
+        except Exception as error:  # noqa: BLE001 - a rival that does not run here leaves the others
+            rows.append(recorder.add(subject, name, verdict=ABSENT, note=reason(error)))
+            continue
+        used = [g.to(t.dtype) for g, t in zip(grads, found.outputs, strict=True)] if backward else None
+
+        def call(i: int, function: Function = function, used: list | None = used) -> object:
+            given = sets[i % len(sets)]
+            return evaluate(function, given, problem.parameters, used) if used is not None else function(*given)
+
+        if options.gpu:
+            replay, why = captured(call, len(sets))
+            if replay is None:
+                rows.append(recorder.add(subject, name, verdict=ABSENT, note=f"no graph: {why}"))
+                continue
+            calls[name] = replay
+        else:
+            calls[name] = call
+    limits = {"seconds": 0.15, "least": 5} if options.gpu else {"seconds": 0.0, "least": 2, "most": 2}
+    taken = samples(DeviceClock() if options.gpu else clock_of(options.device), calls, **limits)
+    each = len(sets) if options.gpu else 1
+    for name, values in taken.items():
+        found = spread([value / each for value in values])
+        rows.append(recorder.add(subject, name, figure="µs forward and backward" if backward else "µs forward",
+                                 value=1e6 * found.median, low=1e6 * found.low, high=1e6 * found.high,
+                                 error=errors[name], verdict=GO))  # fmt: skip
+    return rows
+
+
+def _error(problem: Problem, technique: str, found, true, plain) -> float:
+    """The largest relative error; AssertionError where it is too large. Of another function, beside nothing plain."""
+    if plain is not None:
+        return max(filter(lambda value: value is not None, problem.errors(technique, found, true, plain)))
+    pairs = [*zip(found.outputs, true.outputs, strict=True), *zip(found.gradients, true.gradients, strict=True)]
+    worst = max(((mine.double() - exact).abs().max() / exact.abs().max()).item() for mine, exact in pairs)
+    assert worst < 0.1, f"an error of {worst:.2g}"
+    return worst
+
+
+@contextlib.contextmanager
+def fresh_compiler():
+    """Shapes of earlier comparisons do not count towards torch.compile's limit of recompilations."""
+    torch._dynamo.reset()
+    yield

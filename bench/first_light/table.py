@@ -1,0 +1,94 @@
+"""What first_light found, from its CSV files: Markdown tables, and the line that says how far the aims are.
+
+    python bench/first_light/table.py bench/results/first_light_*.csv
+    python bench/first_light/table.py --last FILE.csv ...          the last line alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from record import NO_GO, PARTS, Row, read
+from steps import AIMS
+
+COCO_STEPS = 50 * (118_287 // 64)  # of each stage
+COCO_MINUTES = 30.0
+
+
+def tables(found: Sequence[tuple[dict[str, str], Row]]) -> str:
+    """A table for each part, and where and when it was measured."""
+    lines: list[str] = []
+    for part in PARTS:
+        rows = [(about, row) for about, row in found if row.part == part and row.subject != "the whole part"]
+        if not rows:
+            continue
+        about = rows[0][0]
+        lines += ["", f"**{part}**, {about['card']}, torch {about['torch']}, triton {about['triton']}, {about['date']}"
+                  + (" (a rehearsal)" if about["rehearsal"] else ""), "",
+                  "| what | of | figure | p20 to p80 | error, allowed | |", "|---|---|---|---|---|---|"]  # fmt: skip
+        lines += [_line(row) for _, row in rows]
+    return "\n".join(lines).strip()
+
+
+def _line(row: Row) -> str:
+    figure = row.figure if row.value is None else f"{row.value:.4g} {row.figure}"
+    between = "" if row.low is None else f"{row.low:.4g} to {row.high:.4g}"
+    error = "" if row.error is None else f"{row.error:.1e}"
+    error += "" if row.allowed is None else f", {row.allowed:.1e}"
+    return f"| {row.subject} | {row.variant} | {figure} | {between} | {error} | {row.verdict} {row.note} |".replace(
+        "  |", " |")  # fmt: skip
+
+
+def fastest(rows: Sequence[Row], stage: int) -> Row | None:
+    """The fastest variant of a stage whose check passed."""
+    found = [row for row in rows if row.part == "steps" and row.subject == f"stage {stage}"
+             and row.figure == "ms a step" and row.variant != "aim" and row.verdict != NO_GO]  # fmt: skip
+    return min(found, key=lambda row: row.value, default=None)
+
+
+def last_line(found: Sequence[tuple[dict[str, str], Row]]) -> str:
+    """The aims and by how much they are missed, COCO's minutes, and whatever is no go."""
+    rows = [row for _, row in found]
+    best = {stage: fastest(rows, stage) for stage in AIMS}
+    parts = []
+    for stage, row in best.items():
+        if row is None:
+            parts.append(f"stage {stage}: no time, aim {AIMS[stage]:g} ms")
+            continue
+        over = row.value - AIMS[stage]
+        how = f"missed by {over:.2f} ms" if over > 0 else f"met by {-over:.2f} ms"
+        parts.append(f"stage {stage}: {row.value:.2f} ms a step ({row.variant}), aim {AIMS[stage]:g}: {how}")
+    if all(best.values()):
+        minutes = sum(COCO_STEPS * row.value for row in best.values()) / 60e3
+        over = minutes - COCO_MINUTES
+        parts.append(f"COCO, {COCO_STEPS:,} steps a stage: {minutes:.1f} minutes, aim {COCO_MINUTES:g}: "
+                     + (f"missed by {over:.1f}" if over > 0 else f"met by {-over:.1f}"))  # fmt: skip
+    wrong = sorted({f"{row.part}: {row.subject}" for row in rows if row.verdict == NO_GO})
+    if wrong:
+        parts.append(f"NO GO in {len(wrong)}: {', '.join(wrong[:6])}" + (", …" if len(wrong) > 6 else ""))
+    if any(about["rehearsal"] for about, _ in found):
+        parts.insert(0, "a rehearsal, whose figures say nothing")
+    return "; ".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path, metavar="CSV")
+    parser.add_argument("--last", action="store_true", help="the last line alone")
+    args = parser.parse_args(argv)
+    try:
+        found = [line for path in args.files for line in read(path)]
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not args.last:
+        print(tables(found), end="\n\n")
+    print(last_line(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,7 @@
 """Compiles every kernel as its launcher would launch it on a chip, without the chip: one JSON line per kernel.
 
     python tests/compile_kernels.py sm_90 [gfx942 …] [--only slot_attention] [--jobs 2] [--csv FILE] [--summary]
+    python tests/compile_kernels.py sm_90 --bind       launches by Triton's own compiler beside ours: what differs
 
 Another Triton than the installed one comes first on PYTHONPATH: pip install --no-deps --target DIR triton==3.6.0.
 --summary prints a table instead: for each kernel the largest registers, shared memory and spills of its configurations.
@@ -14,6 +15,7 @@ spilled bytes (local memory of a thread), registers, and whether the machine cod
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import importlib
 import json
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -34,7 +37,7 @@ from spot_kernels.gpu.launch import ARCHITECTURES, Call, recording  # noqa: E402
 _TYPES = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8",
-    torch.bool: "*i1",
+    torch.bool: "*u1",
 }  # fmt: skip
 
 
@@ -62,7 +65,7 @@ def specialise(call: Call) -> tuple[dict, dict, dict]:
             aligned = value % 16 == 0 and not call.kernel.params[i].do_not_specialize_on_alignment
         else:
             signature[name] = "fp32"
-        if aligned:
+        if aligned and signature[name] != "constexpr":
             attributes[(i,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 
@@ -115,6 +118,56 @@ def compile_call(job: tuple[str, str, int]) -> dict:
     return row | {"shared": compiled.metadata.shared} | resources(compiled, architecture)
 
 
+class _Bound(Exception):
+    """Ends Triton's compiler once it has told a launch apart."""
+
+
+def bound(call: Call) -> tuple[dict, dict, dict]:
+    """What Triton's own just-in-time compiler makes of a launch: as `specialise`, without empty attributes."""
+    from triton.compiler import compiler
+
+    found = {}
+
+    def stop(self, fn, signature, constexprs=None, attrs=None):
+        found["given"] = dict(signature), dict(constexprs or {}), {k: v for k, v in (attrs or {}).items() if v}
+        raise _Bound
+
+    with mock.patch.object(compiler.ASTSource, "__init__", stop), contextlib.suppress(_Bound):
+        call.kernel.warmup(*call.arguments, grid=call.grid, num_warps=call.num_warps, num_stages=call.num_stages,
+                           enable_fp_fusion=True, **call.constants)  # fmt: skip
+    return found["given"]
+
+
+def bind(todo: list[tuple[str, str, int]]) -> int:
+    """Compares `bound` with `specialise` for every launch, on a driver that is not there; how many differ."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class Driver:
+        def __init__(self, architecture: str) -> None:
+            gfx = architecture.startswith("gfx")
+            self.target = GPUTarget("hip", architecture, 64) if gfx else GPUTarget("cuda", int(architecture[3:]), 32)
+
+        def get_current_target(self):
+            return self.target
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+    differ = 0
+    for architecture, case, place in todo:
+        driver.set_active(Driver(architecture))
+        call = launches(architecture, case)[place]
+        if bound(call) != specialise(call):
+            differ += 1
+            print(f"{architecture} {case} {call.kernel.__name__}: {bound(call)} differs from {specialise(call)}")
+    print(f"{len(todo)} launches, {differ} differ")
+    return differ
+
+
 _recorded: dict[tuple[str, str], list[Call]] = {}
 
 
@@ -153,8 +206,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each kernel and configuration")
     parser.add_argument("--summary", action="store_true", help="print a table of the kernels")
+    parser.add_argument("--bind", action="store_true", help="compile nothing, compare what Triton would compile")
     options = parser.parse_args()
     todo = jobs(options.architectures, options.only)
+    if options.bind:
+        sys.exit(int(bind(todo) > 0))
     rows = []
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         for row in pool.imap_unordered(compile_call, todo):

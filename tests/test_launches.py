@@ -1,7 +1,9 @@
-"""What the kernels cost to start: compiled once, in the first step of a run, however orders and draws change."""
+"""Launches: what is compiled for the tests is what a GPU would be given; compiled once, however orders and draws change.
+"""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,16 +11,35 @@ from pathlib import Path
 import pytest
 
 from spot_kernels import dispatch
+from spot_kernels.gpu.launch import ARCHITECTURES
 
-SCRIPT = Path(__file__).with_name("count_compilations.py")
+HERE = Path(__file__).parent
+# Folders of further Tritons, as test_compile_only.py has them.
+TRITONS = ["", *filter(None, os.environ.get("COMPILE_ALSO_WITH", "").split(os.pathsep))]
+pytestmark = pytest.mark.skipif(not dispatch.TRITON, reason="needs triton")
 
 
-@pytest.mark.skipif(not dispatch.TRITON, reason="needs triton")
+def run(script: str, *words: str, triton: str = "") -> subprocess.CompletedProcess:
+    path = os.pathsep.join(filter(None, (triton, os.environ.get("PYTHONPATH", ""))))
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path}
+    return subprocess.run([sys.executable, str(HERE / script), *words], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("triton", TRITONS, ids=lambda folder: Path(folder).name or "installed")
+def test_the_launcher_binds_what_the_compile_only_tests_compile(triton):
+    """Arguments, constants and what they are specialised on, for every launch and chip: Triton's own compiler says so.
+
+    It would find a constant by a wrong name, an argument too many, and a dtype that the compile-only tests assume.
+    """
+    done = run("compile_kernels.py", *ARCHITECTURES, "--bind", triton=triton)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.fullmatch(r"\d{3,} launches, 0 differ", done.stdout.strip())
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_step_compiles_a_few_kernels_and_the_next_ones_none(stage):
     """No autotuning, and nothing that is drawn is a compile-time constant."""
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, str(SCRIPT), str(stage)], env=environment, capture_output=True, text=True)
+    done = run("count_compilations.py", str(stage))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert 10 <= found["first"] <= 24 and found["later"] == 0

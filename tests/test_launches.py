@@ -1,5 +1,4 @@
-"""Launches: what is compiled for the tests is what a GPU would be given; compiled once, however orders and draws change.
-"""
+"""Launches: what is compiled for the tests is what a GPU would be given, and once, however orders and draws change."""
 
 import json
 import os

@@ -151,7 +151,7 @@ def _base_and_photos(args: argparse.Namespace) -> list[Path]:
     partial.rename(photos)
     print(f"{photos}: {taken['train']} + {taken['val']} pictures, {difference:.2f} grey levels off; maps are equal")
     print(f"on the GPU machine, each in a call of its own that carries the folder named:\n"
-          f"  {base}:  bash bench/gpu_check.sh correct scenes\n  {photos}:  bash bench/gpu_check.sh photos\n"
+          f"  {base}:  bash bench/gpu_check.sh scenes\n  {photos}:  bash bench/gpu_check.sh photos\n"
           f"  (none):  bash bench/gpu_check.sh photos      until it says that all runs are done")  # fmt: skip
     return [base, photos]
 

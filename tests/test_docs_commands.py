@@ -118,7 +118,7 @@ HOW: list[tuple[str, Callable[[list[str]], None], str]] = [
     (r"tensorboard ", not_run, "a server that does not end"),
     (r"docker |gsutil ", not_run, "another machine's programs"),
     (r"torchrun ", configured, "one process makes its configuration; tests/test_distributed.py trains with two"),
-    (r"bash bench/gpu_check\.sh", gpu_parts, "needs a GPU"),
+    (r"bash bench/(gpu_check|first_light)\.sh", gpu_parts, "needs a GPU; tests/test_first_light.py rehearses it"),
     (r"python bench/hours\.py|python docs/generate\.py --check", script, "as written"),
     (r"python docs/generate\.py", lambda words: script([*words, "--check"]), "with --check: writes nothing"),
     (r"python bench/", helped, "takes minutes: its options are checked"),

@@ -235,6 +235,21 @@ def test_an_operator_that_takes_its_process_along_is_no_go(tmp_path, monkeypatch
     assert found["dies"].verdict == NO_GO and "code 7" in found["dies"].note
 
 
+@pytest.mark.parametrize("name", operators.RACES)
+def test_what_the_sanitizer_looks_at_runs(name, tmp_path):
+    operators.once(name, torch.device("cpu"))
+    recorder = Recorder("operators", tmp_path)
+    for text, code, verdict in (("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, GO),
+                                ("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", 9, NO_GO),
+                                ("Device not supported", 1, ABSENT)):  # fmt: skip
+        process = subprocess.Popen([sys.executable, "-c", f"print({text!r}); raise SystemExit({code})"], text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        operators.report_sanitizer(recorder, (name, process), Time(30))
+        assert recorder.rows[-1].verdict == verdict, text
+    operators.report_sanitizer(recorder, (name, None), Time(30))
+    assert recorder.rows[-1].verdict == ABSENT and "not installed" in recorder.rows[-1].note
+
+
 def test_a_step_that_computes_something_else_is_no_go(tmp_path, monkeypatch):
     import spot_kernels.nn as modules
 

@@ -1,7 +1,7 @@
 """Go or no-go for every kernel at its real shape: forward and backward against float64, and the same bits every time.
 
     python bench/first_light/operators.py [--rehearse] [--jobs N] [--only slot_attention_step]
-    python bench/first_light/operators.py --once match_masks           one small call, for compute-sanitizer
+    python bench/first_light/operators.py --once match_masks           small calls, for compute-sanitizer
 
 Shapes and their exact versions are those of the benches (`bench_<operator>.py`), the tolerance is the tests': twice
 (outputs) and three times (gradients) plain PyTorch's own error in that dtype. Every operator then has to give the same
@@ -20,11 +20,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from record import ABSENT, GO, LATE, NO_GO, Options, Recorder, Row, Time, parser, reason, run
+from record import ABSENT, GO, LATE, NO_GO, Options, Recorder, Row, Time, options, parser, reason, run
 
 import torch  # isort: skip
 from kernel_bench import Case, Results, Setting, all_cases, doubled, evaluate
 from kernel_rows import EAGER, OURS
+
+import spot_kernels
 
 REPEATS = 20
 # What compute-sanitizer looks at: the two kernels whose threads hand values to one another in ways of their own.
@@ -195,12 +197,23 @@ def report_sanitizer(recorder: Recorder, started: tuple[str, subprocess.Popen | 
     recorder.add("races", name, figure="compute-sanitizer, racecheck", verdict=verdict, note=note)
 
 
-def once(name: str, options: Options) -> None:
-    """A small call of an operator, forward and backward."""
-    (case, *_) = cases(Setting(options.gpu, tiny=True), name)
-    problem = case.build()
-    evaluate(problem.techniques[OURS](), problem.inputs(0), problem.parameters)
-    if options.gpu:
+def once(name: str, device: torch.device) -> None:
+    """Small calls of an operator that reach every way in which its threads hand values to one another.
+
+    Matching: a search held by one warp, and one spread over two, which exchange through shared memory. Attention:
+    several tiles of rows and columns, forward and backward.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if name == "match_masks":
+        for slots in (7, 24, 64):
+            maps = (torch.randint(slots, (2, 196), generator=generator).to(device) for _ in range(2))
+            spot_kernels.match_masks(*maps, slots)
+    else:
+        q, k, v = (torch.randn(1, 2, 196, 128, generator=generator).to(device, torch.bfloat16).requires_grad_()
+                   for _ in range(3))  # fmt: skip
+        order = torch.randperm(196, generator=generator).to(device)
+        spot_kernels.permuted_causal_attention(q, k, v, order).float().square().sum().backward()
+    if device.type == "cuda":
         torch.cuda.synchronize()
 
 
@@ -208,9 +221,8 @@ if __name__ == "__main__":
     words = parser(__doc__)
     words.add_argument("--jobs", type=int, default=8, metavar="N", help="processes at a time; 0: all in this one")
     words.add_argument("--only", default="", help="operators whose name contains this")
-    words.add_argument("--once", metavar="OPERATOR", help="one small call of an operator, nothing else")
+    words.add_argument("--once", choices=RACES, help="small calls of an operator, nothing else")
     args = words.parse_args()
     if args.once:
-        once(args.once, Options(torch.cuda.is_available(), True, args.out, args.seconds))
-        sys.exit()
+        sys.exit(once(args.once, options(args).device))
     sys.exit(run("operators", lambda *given: operators(*given, args.jobs, args.only), args))

@@ -22,7 +22,7 @@ import contextlib
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
@@ -183,11 +183,11 @@ class Study:
         self.images = torch.zeros(config.batch_size, 3, config.image_size, config.image_size, dtype=torch.uint8)
 
     @contextlib.contextmanager
-    def section(self, name: str) -> Iterator[Section]:
+    def section(self, name: str, *, watched: bool = True) -> Iterator[Section]:
         section = Section(f"stage {self.stage}, {name}")
         self.sections.append(section)
         try:
-            with self.mode, Watch(section):
+            with self.mode, Watch(section) if watched else contextlib.nullcontext():
                 yield section
         except Exception as error:  # noqa: BLE001 - whatever stops the path is the finding
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
@@ -221,6 +221,9 @@ class Study:
                 trainer.teach(features[0].float(), draws)
         with self.section("losses"):
             losses = trainer.losses(features, draws, weight)
+        # a wait would break the graph, which is an error
+        with self.section("losses as one graph of torch.compile", watched=False) as section:
+            self.compiled(section, features, draws, weight)
         with self.mode, Watch(Section("making Adam, before the first step")):
             optimiser = adam(trainer.parameters, graphed=True)
         with self.section("after backward: clip, judge, Adam, meter"), torch.no_grad():
@@ -233,6 +236,18 @@ class Study:
                 masker._device = str(CUDA)
                 masker.find(self.images)
         return self.sections
+
+    def compiled(self, section: Section, *arguments: object) -> None:
+        """Traces the losses as the compiler does, and notes the operators of ours in the graph."""
+
+        def note(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable:
+            for node in graph.graph.nodes:
+                if getattr(node.target, "namespace", "") == "spot_kernels":
+                    section.operators[node.target.overloadpacket.__name__] = node.args[-1]
+            return graph
+
+        torch._dynamo.reset()
+        torch.compile(self.trainer.losses, fullgraph=True, dynamic=False, backend=note)(*arguments)
 
     def after_backward(self, optimiser: torch.optim.Adam, losses: Sequence[Tensor]) -> None:
         trainer, config = self.trainer, self.trainer.config

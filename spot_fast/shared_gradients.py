@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 # Large enough to be exchanged at full speed, small enough that the last one does not keep anyone waiting.
 PIECE_BYTES = 25 * 2**20
+_ALIGNED = 16  # elements at whose multiples gradients begin
 _LOSSES = 8  # room at the end of the last piece, for more than a step has
 
 
@@ -54,7 +55,7 @@ class SharedGradients(LocalGradients):
         self._rare: set[nn.Parameter] = set()
         self._earlier: list[Tensor] = []  # buffers that a recorded step may go on using
         self._lay_out()
-        self._sharing = False
+        self._sharing, self._has_gradient = False, set()
         for parameter in self._parameters:
             parameter.register_post_accumulate_grad_hook(self._arrived)
 
@@ -72,7 +73,7 @@ class SharedGradients(LocalGradients):
             pieces[-1].append(parameter)
             filled += size
         pieces.append([parameter for parameter in self._parameters if parameter in self._rare])
-        counts = [sum(parameter.numel() for parameter in piece) for piece in pieces]
+        counts = [sum(_room(parameter) for parameter in piece) for piece in pieces]
         counts[-1] += _LOSSES
         first = self._parameters[0]
         self._flat = torch.zeros(sum(counts), dtype=first.dtype, device=first.device)
@@ -80,9 +81,11 @@ class SharedGradients(LocalGradients):
         self._views: dict[nn.Parameter, Tensor] = {}
         self._piece_of: dict[nn.Parameter, int] = {}
         for number, (piece, buffer) in enumerate(zip(pieces, self._buffers, strict=True)):
-            sizes = [parameter.numel() for parameter in piece]
-            for parameter, part in zip(piece, buffer[: sum(sizes)].split(sizes), strict=True):
-                self._views[parameter], self._piece_of[parameter] = part.view_as(parameter), number
+            start = 0
+            for parameter in piece:
+                view = buffer[start : start + parameter.numel()].view_as(parameter)
+                self._views[parameter], self._piece_of[parameter] = view, number
+                start += _room(parameter)
         self._members = [set(piece) for piece in pieces]
 
     @property
@@ -135,3 +138,8 @@ class SharedGradients(LocalGradients):
             self._earlier.append(self._flat)
             self._lay_out()  # for the next step; this step's gradients stay where they are
         return means
+
+
+def _room(parameter: nn.Parameter) -> int:
+    """Elements of the buffer that a parameter takes: gradients begin where whole vectors can be read."""
+    return -(-parameter.numel() // _ALIGNED) * _ALIGNED

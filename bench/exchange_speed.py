@@ -145,12 +145,17 @@ def table(rows: Sequence[Row]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stage", type=int, default=1, choices=(1, 2))
-    parser.add_argument("--processes", type=int, default=2, metavar="N")
-    parser.add_argument("--batch-size", type=int, default=4, metavar="B", help="pictures of a process (default: 4)")
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="processes of one thread (default: 2)")
+    parser.add_argument("--batch-size", type=int, default=2, metavar="B", help="pictures of a process (default: 2)")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="steps of each way (default: 15)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows to this file")
     parser.add_argument("--tiny", action="store_true", help="a small model, to see that everything works")
     args = parser.parse_args(argv)
+    for name, value, least in (("--processes", args.processes, 2), ("--batch-size", args.batch_size, 1),
+                               ("--rounds", args.rounds, 1)):  # fmt: skip
+        if value < least:
+            print(f"error: {name} {value} is too few: use {least} or more", file=sys.stderr)
+            return 2
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

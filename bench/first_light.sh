@@ -13,16 +13,22 @@
 #
 # Every result is printed and appended to its part's CSV at once. A part that fails or runs out of its time leaves what
 # it has and does not stop the others; what a part leaves of its time is the next ones'. OUT is where CSV files, profiles
-# and the log go (bench/results); LIMIT the seconds of all parts together (480); COMMIT names the commit where the
-# checkout came without its history. Exit code: 0, or 1 where something is no go, failed or ran out of time.
+# and the log go (bench/results; a rehearsal's to a new folder); LIMIT the seconds of all parts together (480); COMMIT
+# names the commit where the checkout came without its history. Exit code: 0, 1 where something is no go, failed or ran
+# out of time, 2 where nothing was begun.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-OUT=${OUT:-bench/results}
+SECONDS=0
 LIMIT=${LIMIT:-480}
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH=.:kernels PYTHONUNBUFFERED=1
 # what is compiled ahead of its part is found there again
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-${TMPDIR:-/tmp}/first_light_inductor}
+
+refuse() {
+  echo "error: $1" >&2
+  exit 2
+}
 
 rehearse=()
 parts=()
@@ -30,18 +36,30 @@ for word in "$@"; do
   case $word in
   --rehearse) rehearse=(--rehearse) ;;
   ceilings | operators | steps | layouts | rivals) parts+=("$word") ;;
-  *)
-    echo "error: unknown part $word: use ceilings, operators, steps, layouts, rivals, or --rehearse" >&2
-    exit 2
-    ;;
+  *) refuse "unknown part $word: use ceilings, operators, steps, layouts, rivals, or --rehearse" ;;
   esac
 done
 [ ${#parts[@]} -gt 0 ] || parts=(ceilings operators steps layouts rivals)
-mkdir -p "$OUT"
+[[ $LIMIT =~ ^[1-9][0-9]{0,4}$ ]] || refuse "LIMIT=$LIMIT is no number of seconds: use 480, or leave it out"
+"$PYTHON" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 9)'
+case $? in
+0) ;;
+9) [ ${#rehearse[@]} -gt 0 ] || refuse "there is no GPU here: add --rehearse for a rehearsal on this machine" ;;
+*) refuse "PYTHON=$PYTHON cannot import torch: name one that can" ;;
+esac
+if [ ${#rehearse[@]} -gt 0 ]; then
+  OUT=${OUT:-$(mktemp -d)} # figures of a rehearsal say nothing
+else
+  OUT=${OUT:-bench/results}
+fi
+mkdir -p "$OUT" 2>/dev/null && [ -w "$OUT" ] || refuse "OUT=$OUT cannot be written to: name another folder"
+# what belongs together in the CSV files
+export FIRST_LIGHT_RUN
+FIRST_LIGHT_RUN=$(date '+%Y-%m-%d %H:%M:%S')
 exec > >(tee -a "$OUT/first_light.txt") 2>&1
+echo "run $FIRST_LIGHT_RUN, results in $OUT"
 
-end=$((SECONDS + LIMIT))
-left() { echo $((end - SECONDS)); }
+left() { echo $((LIMIT - SECONDS)); }
 
 travels=$(git ls-files -z -co --exclude-standard 2>/dev/null | xargs -0r stat -c %s 2>/dev/null |
   awk '{ bytes += $1 } END { if (bytes) printf "%.1f", bytes / 1048576 }')
@@ -120,5 +138,5 @@ done
 [ ${#warming[@]} -eq 0 ] || quiet
 echo "== done in $SECONDS s"
 printf '%s\n' "${summary[@]}"
-"$PYTHON" bench/first_light/table.py --last "$OUT"/first_light_*.csv
+"$PYTHON" bench/first_light/table.py --last --run "$FIRST_LIGHT_RUN" "$OUT"/first_light_*.csv
 exit $status

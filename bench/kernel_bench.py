@@ -169,12 +169,25 @@ class Backends(TorchDispatchMode):
 # ---- right or wrong
 
 
+def outputs_of(found: object) -> Tensors:
+    """What a function gave, as a tuple of tensors; what it left out is not in it."""
+    return (found,) if isinstance(found, torch.Tensor) else tuple(t for t in found if t is not None)
+
+
+def gradients_of(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Normal gradients of the outputs, the same at every call; rounded to bfloat16, so that every dtype is given the
+    same."""
+    if not outputs:
+        return []
+    generator = torch.Generator(outputs[0].device).manual_seed(1)
+    return [torch.randn(t.shape, generator=generator, device=t.device).bfloat16() for t in outputs]
+
+
 def evaluate(
     function: Function, inputs: Tensors, parameters: Tensors = (), grads: Sequence[torch.Tensor] | None = None
 ) -> Results:
     """Outputs, and gradients by all inputs and parameters that require them, for the outputs' gradients `grads`."""
-    found = function(*inputs)
-    outputs = (found,) if isinstance(found, torch.Tensor) else tuple(t for t in found if t is not None)
+    outputs = outputs_of(function(*inputs))
     wanted = [t for t in (*inputs, *parameters) if t.requires_grad]
     if not wanted:
         return Results(outputs, ())
@@ -222,6 +235,21 @@ def doubled(tensors: Iterable[torch.Tensor]) -> Tensors:
 # ---- measuring
 
 
+def sets_needed(size: float, device: torch.device, most: int = 16) -> int:
+    """Of how many sets of `size` bytes a GPU's last cache level holds no more than half; 1 on a CPU, `most` at most."""
+    if device.type == "cpu":
+        return 1
+    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 * 2**20)
+    return min(most, max(2, math.ceil(2 * cache / size)))
+
+
+def input_sets(problem: Problem, device: torch.device) -> list[Tensors]:
+    """Arguments to go round, so that none of them is in a cache when it is read."""
+    first = problem.inputs(0)
+    size = sum(t.numel() * t.element_size() for t in first)
+    return [first] + [problem.inputs(seed) for seed in range(1, sets_needed(size, device))]
+
+
 class Bench:
     """Measures cases and keeps their rows. Only the case at hand keeps its tensors."""
 
@@ -267,7 +295,7 @@ class Bench:
         blank = Row(case.operator, case.shape, case.dtype, "", forward_bytes=case.forward.bytes,
                     forward_flops=case.forward.flops, both_bytes=both.bytes, both_flops=both.flops)  # fmt: skip
         exact_inputs = doubled(inputs)
-        grads = self._gradients(problem.exact(*exact_inputs)) if case.backward else None
+        grads = gradients_of(outputs_of(problem.exact(*exact_inputs))) if case.backward else None
         exact = evaluate(problem.exact, exact_inputs, problem.exact_parameters, grads)
         plain = evaluate(problem.techniques[EAGER](), inputs, problem.parameters, grads)
         rows, functions = {}, {}
@@ -292,30 +320,15 @@ class Bench:
         del exact, plain, exact_inputs
         return self._time(case, problem, rows, functions)
 
-    def _gradients(self, found: object) -> list[torch.Tensor]:
-        outputs = (found,) if isinstance(found, torch.Tensor) else [t for t in found if t is not None]
-        generator = torch.Generator(self.device).manual_seed(1)
-        # rounded to bfloat16, so that every dtype is given the same gradient
-        return [torch.randn(t.shape, generator=generator, device=self.device).bfloat16() for t in outputs]
-
-    def _sets(self, problem: Problem) -> list[Tensors]:
-        """Arguments to go round: together twice the last cache level of a GPU, 16 sets at most; one set on a CPU."""
-        first = problem.inputs(0)
-        if not self.setting.gpu:
-            return [first]
-        size = sum(t.numel() * t.element_size() for t in first)
-        cache = getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 64 * 2**20)
-        return [first] + [problem.inputs(seed) for seed in range(1, min(16, max(2, math.ceil(2 * cache / size))))]
-
     def _time(
         self, case: Case, problem: Problem, rows: dict[str, Row], functions: dict[str, Function]
     ) -> dict[str, Row]:
-        sets = self._sets(problem)
+        sets = input_sets(problem, self.device)
         forwards: dict[str, Call] = {}
         boths: dict[str, Call] = {}
         for name, function in functions.items():
             outputs = evaluate(function, sets[0], problem.parameters).outputs if case.backward else ()
-            grads = [g.to(t.dtype) for g, t in zip(self._gradients(outputs), outputs, strict=True)]
+            grads = [g.to(t.dtype) for g, t in zip(gradients_of(outputs), outputs, strict=True)]
             forwards[name] = lambda i, f=function: f(*sets[i % len(sets)])
             boths[name] = lambda i, f=function, g=grads: evaluate(f, sets[i % len(sets)], problem.parameters, g)
         self._calls = boths if case.backward else forwards

@@ -25,8 +25,14 @@ def cores() -> int:
 
 def gpu_name() -> str:
     """The name of the first GPU."""
-    names = _output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]).splitlines()
-    return names[0].strip() if names else "cuda"
+    return (nvidia_smi("name") or ["cuda"])[0]
+
+
+def nvidia_smi(names: str, seconds: float = 20) -> list[str]:
+    """What nvidia-smi says of the first GPU, a text for each of `names` (separated by commas); [] without an answer."""
+    command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader,nounits"]
+    lines = _output(command, seconds).splitlines()
+    return [word.strip() for word in lines[0].split(",")] if lines else []
 
 
 def commit() -> str:
@@ -36,8 +42,9 @@ def commit() -> str:
     return head + ("+" if head and _output([*git, "status", "--porcelain", "--untracked-files=no"]) else "")
 
 
-def _output(command: list[str]) -> str:
+def _output(command: list[str], seconds: float = 20) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except (OSError, subprocess.TimeoutExpired):
         return ""
+    return "" if done.returncode else done.stdout.strip()  # nvidia-smi prints its errors there

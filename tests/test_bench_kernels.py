@@ -345,7 +345,9 @@ def test_gpu_path_with_a_stand_in(monkeypatch):
     assert row.both_s > 0 and row.peak_bytes == 256 and row.graph_s >= 0
     assert bench.rows[1].technique == EAGER and bench.rows[1].graph_s is None
     # an argument of 80 bytes, a cache of 100
-    assert len(bench._sets(square.build())) == 3
+    assert kernel_bench.sets_needed(80, torch.device("cuda")) == 3
+    monkeypatch.setattr(kernel_bench, "sets_needed", lambda size, device: 3 if size == 80 else 1)
+    assert len(kernel_bench.input_sets(square.build(), bench.device)) == 3
     bench.call(OURS)()
 
 

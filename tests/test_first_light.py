@@ -20,14 +20,15 @@ sys.path[:0] = [str(BENCH / "first_light"), str(BENCH)]
 
 import ceilings  # noqa: E402
 import compare  # noqa: E402
+import kernel_bench  # noqa: E402
 import kernel_clock  # noqa: E402
 import layouts  # noqa: E402
+import machine  # noqa: E402
 import operators  # noqa: E402
 import record  # noqa: E402
 import rivals  # noqa: E402
 import step_flops  # noqa: E402
 import steps  # noqa: E402
-import table  # noqa: E402
 from kernel_bench import Case, Problem, Work, randn  # noqa: E402
 from kernel_rows import EAGER, OURS  # noqa: E402
 from record import ABSENT, GO, LATE, NO_GO, OUT_OF_TIME, PARTS, Options, Recorder, Row, Time  # noqa: E402
@@ -75,6 +76,7 @@ def test_rehearsal_runs_every_part(rehearsal):
         for about, row in found:
             assert row.part == part and about["torch"] == torch.__version__ and about["rehearsal"] == "yes"
             assert about["card"] and about["date"] and about["time"] and about["commit"] and about["triton"]
+            assert printed.startswith(f"run {about['run']}, results in {out}\n")
             assert str(row).split("  ")[0] in printed
 
 
@@ -111,7 +113,8 @@ def test_the_last_line_says_how_far_the_aims_are(rehearsal):
     printed, out, _ = rehearsal
     last = printed.splitlines()[-1]
     assert "stage 1: " in last and "aim 6: " in last and "aim 12: " in last and "minutes, aim 30: " in last
-    assert last.startswith("a rehearsal")
+    card = kept(out, "steps")[0][0]["card"]
+    assert last.startswith(f"{card}: a rehearsal")
     made = subprocess.run([sys.executable, str(BENCH / "first_light" / "table.py"), *map(str, out.glob("*.csv"))],
                           capture_output=True, text=True)  # fmt: skip
     assert made.returncode == 0 and made.stdout.count("| what | of | figure |") == len(PARTS)
@@ -120,34 +123,77 @@ def test_the_last_line_says_how_far_the_aims_are(rehearsal):
 # ---- what ends a part
 
 
-# Stands for python3: notes what it is asked for, fails at `operators`, never ends at `layouts`.
+# Stands for python3 on a machine with a GPU: notes what it is asked for, fails at `operators`, never ends at `layouts`.
 STAND_IN = """#!/usr/bin/env bash
 echo "ran $*"
 case $1 in
+-c) exit ${IMPORTING_TORCH:-0} ;;
 *operators*) exit 3 ;;
 *layouts*) exec sleep 100 ;;
 esac
 """
 
 
-def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path):
-    python = tmp_path / "python"
+@pytest.fixture
+def stand_in(tmp_path):
+    """STAND_IN as a file."""
+    python = tmp_path / "stand-in python"
     python.write_text(STAND_IN)
     python.chmod(0o755)
+    return str(python)
+
+
+def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path, stand_in):
     began = time.monotonic()
-    done = call(["operators", "layouts", "ceilings"], OUT=str(tmp_path), PYTHON=str(python), LIMIT="12")
+    done = call(["operators", "layouts", "ceilings"], OUT=str(tmp_path), PYTHON=stand_in, LIMIT="12")
     assert time.monotonic() - began < 40
     assert done.returncode == 1
     lines = done.stdout.splitlines()
     assert "operators: exit code 3, 0 s" in lines and "ceilings: no time is left" in lines
     assert any(line.startswith("layouts: exit code 1") for line in lines)  # 124, or 137 where INT is ignored
-    assert lines[-1].startswith("ran bench/first_light/table.py --last")
+    run = re.match(r"run (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d), results in ", lines[1])[1]
+    assert lines[-1].startswith(f"ran bench/first_light/table.py --last --run {run} {tmp_path}/first_light_")
 
 
-def test_unknown_parts_are_named(tmp_path):
-    done = call(["kernels"], OUT=str(tmp_path / "none"))
-    assert done.returncode == 2 and "unknown part kernels: use ceilings, operators, steps" in done.stderr
-    assert not (tmp_path / "none").exists()
+@pytest.mark.parametrize("words, wrong, says", [
+    ("kernels", {}, "unknown part kernels: use ceilings, operators, steps"),
+    ("layouts", {"LIMIT": "8min"}, "LIMIT=8min is no number of seconds: use 480"),
+    ("layouts", {"LIMIT": "-5"}, "LIMIT=-5 is no"),
+    ("layouts", {"LIMIT": "0"}, "LIMIT=0 is no"),
+    ("layouts --rehearse", {"LIMIT": "4.5"}, "LIMIT=4.5 is no"),
+    ("layouts", {"IMPORTING_TORCH": "1"}, "cannot import torch: name one that can"),
+    ("layouts --rehearse", {"IMPORTING_TORCH": "1"}, "cannot import torch: name one that can"),
+    ("layouts --rehearse", {"PYTHON": "/none/python"}, "PYTHON=/none/python cannot import torch"),
+    ("layouts", {"IMPORTING_TORCH": "9"}, "there is no GPU here: add --rehearse"),
+])  # fmt: skip
+def test_nothing_is_begun_where_a_run_cannot_be(words, wrong, says, tmp_path, stand_in):
+    done = call(words.split(), **{"OUT": str(tmp_path / "none"), "PYTHON": stand_in, **wrong})
+    assert done.returncode == 2 and says in done.stderr and "== " not in done.stdout
+    assert done.stderr.splitlines()[-1].startswith("error: ") and not (tmp_path / "none").exists()
+
+
+def test_without_a_gpu_nothing_is_begun(tmp_path):
+    done = call(["ceilings"], OUT=str(tmp_path / "none"), CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and not (tmp_path / "none").exists()
+    assert done.stderr == "error: there is no GPU here: add --rehearse for a rehearsal on this machine\n"
+
+
+@pytest.mark.parametrize("words", ["layouts", "layouts --rehearse"])
+def test_a_folder_that_cannot_be_written_to_is_named(words, tmp_path, stand_in):
+    (tmp_path / "file").touch()
+    for out in ("file", "file/below"):
+        done = call(words.split(), OUT=str(tmp_path / out), PYTHON=stand_in)
+        assert done.returncode == 2
+        assert done.stderr == f"error: OUT={tmp_path / out} cannot be written to: name another folder\n"
+
+
+def test_a_rehearsal_leaves_the_results_alone(tmp_path, stand_in):
+    """Its files are in a new folder, which it names."""
+    before = sorted((BENCH / "results").iterdir())
+    done = call(["ceilings", "--rehearse"], OUT="", TMPDIR=str(tmp_path), PYTHON=stand_in)
+    (log,) = tmp_path.glob("*/first_light.txt")
+    assert done.returncode == 0 and f"results in {log.parent}\n" in log.read_text()
+    assert sorted((BENCH / "results").iterdir()) == before
 
 
 def test_a_row_is_on_disk_before_the_next_thing_happens(tmp_path):
@@ -190,10 +236,37 @@ def test_a_part_with_a_no_go_fails_and_one_without_a_gpu_is_a_sentence(tmp_path,
     assert "rivals needs a GPU: add --rehearse" in capsys.readouterr().err
 
 
-def test_another_csv_is_named(tmp_path, capsys):
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    assert table.main([str(tmp_path / "other.csv")]) == 2
-    assert "other.csv is not a result of first_light" in capsys.readouterr().err
+def test_clocks_are_asked_for_at_most_every_few_seconds(monkeypatch):
+    """Each question takes its time, and more where no answer comes."""
+    asked, seconds = [], [100.0]
+
+    def smi(names, patience):
+        asked.append(names)
+        return list(answers)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(record, "nvidia_smi", smi)
+    monkeypatch.setattr(record.time, "monotonic", lambda: seconds[0])
+    clocks, answers = record._Clocks(), ["1980", "2619"]
+    assert [clocks.now() for _ in range(3)] == [("1980", "2619")] * 3 and len(asked) == 1
+    seconds[0], answers = 104.0, ["345", "2619"]
+    assert clocks.now() == ("1980", "2619") and len(asked) == 1
+    seconds[0] = 106.0
+    assert clocks.now() == ("345", "2619") and len(asked) == 2
+    seconds[0], answers = 112.0, []
+    assert clocks.now() == ("", "") and len(asked) == 3
+    seconds[0] = 1e6
+    assert clocks.now() == ("", "") and len(asked) == 3
+
+
+def test_an_error_of_nvidia_smi_is_no_answer(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for code, answer in (("echo 1980, 2619", ["1980", "2619"]), ("echo NVIDIA-SMI has failed; exit 9", []),
+                         ("exit 0", []), ("exec sleep 30", [])):  # fmt: skip
+        tool.write_text(f"#!/bin/sh\n{code}\n")
+        tool.chmod(0o755)
+        assert machine.nvidia_smi("clocks.sm,clocks.mem", 0.5) == answer
 
 
 # ---- verdicts
@@ -331,6 +404,8 @@ def stand_in_gpu(monkeypatch):
     monkeypatch.setattr(Options, "device", torch.device("cpu"))
     monkeypatch.setattr(compare, "DeviceClock", kernel_clock.HostClock)
     monkeypatch.setattr(ceilings, "DeviceClock", kernel_clock.HostClock)
+    for module in (kernel_bench, ceilings):  # several sets of inputs, though the device is a CPU
+        monkeypatch.setattr(module, "sets_needed", lambda size, device, most=16: 3)
     return replace(HERE, gpu=True)
 
 
@@ -374,19 +449,3 @@ def test_counters_are_read_from_what_ncu_prints():
         "_backward_kernel": {"gpu__time_duration.sum": 26000.0},
     }  # fmt: skip
     assert rivals.metrics("==ERROR== no permission") == {}
-
-
-def test_the_last_line():
-    about = {"rehearsal": "", "date": "d", "card": "c", "torch": "t", "triton": "t"}
-
-    def row(stage, variant, ms, verdict=GO):
-        return about, Row("steps", f"stage {stage}", variant, "ms a step", ms, error=1e-3, verdict=verdict)
-
-    found = [row(1, "eager", 20.0), row(1, "graph", 6.5), row(1, "wrong", 3.0, NO_GO), row(1, "aim", 6.0),
-             row(2, "graph", 11.0)]  # fmt: skip
-    line = table.last_line(found)
-    assert "stage 1: 6.50 ms a step (graph), aim 6: missed by 0.50 ms" in line
-    assert "stage 2: 11.00 ms a step (graph), aim 12: met by 1.00 ms" in line
-    assert "COCO, 92,400 steps a stage: 26.9 minutes, aim 30: met by 3.1" in line  # 92,400 × 17.5 ms
-    assert line.endswith("NO GO in 1: steps: stage 1") and "rehearsal" not in line
-    assert "stage 2: no time" in table.last_line(found[:1])

@@ -9,7 +9,6 @@ of their times, as often as a step makes them, and what is left (attention, slot
 
 from __future__ import annotations
 
-import math
 import sys
 from collections import Counter
 
@@ -17,6 +16,7 @@ from record import GO, NO_GO, Options, Recorder, Time, parser, run
 
 import torch  # isort: skip
 import step_flops
+from kernel_bench import sets_needed
 from kernel_clock import DeviceClock, captured, clock_of, measure_ceilings, samples, spread
 from step_flops import Product
 from step_runs import settings
@@ -62,10 +62,7 @@ def seconds(product: Product, batch: int, options: Options) -> tuple[list[float]
     device = options.device
     first = operands(product, batch, device, 0)
     size = sum(t.numel() for t in first) * 2 + 2 * first[0].shape[0] * first[1].shape[1]
-    cache = 2**20
-    if options.gpu:
-        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 * 2**20)
-    sets = [first] + [operands(product, batch, device, seed) for seed in range(1, min(8, math.ceil(2 * cache / size)))]
+    sets = [first] + [operands(product, batch, device, seed) for seed in range(1, sets_needed(size, device, most=8))]
 
     def call(i: int) -> torch.Tensor:
         left, right = sets[i % len(sets)]

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Mapping
 
 from record import ABSENT, GO, NO_GO, Options, Recorder, Row, reason
 
 import torch  # isort: skip
-from kernel_bench import Function, Problem, doubled, evaluate
+from kernel_bench import Function, Problem, doubled, evaluate, gradients_of, input_sets, outputs_of
 from kernel_clock import Call, DeviceClock, captured, clock_of, samples, spread
 from kernel_rows import EAGER
-from operators import gradients, outputs_of
-
-
-def input_sets(problem: Problem, options: Options) -> list[tuple[torch.Tensor, ...]]:
-    """Inputs to go round: together twice the last cache level of a GPU, 16 sets at most."""
-    first = problem.inputs(0)
-    if not options.gpu:
-        return [first]
-    size = sum(t.numel() * t.element_size() for t in first)
-    cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 * 2**20)
-    return [first] + [problem.inputs(seed) for seed in range(1, min(16, max(2, math.ceil(2 * cache / size))))]
 
 
 def compare(recorder: Recorder, options: Options, subject: str, problem: Problem, names: Mapping[str, str],
@@ -32,12 +20,12 @@ def compare(recorder: Recorder, options: Options, subject: str, problem: Problem
     exact: of techniques that compute another function than the problem's, theirs. A technique that is wrong, that does
     not run here or that cannot be captured has a row without a time.
     """
-    sets = input_sets(problem, options)
+    sets = input_sets(problem, options.device)
     first = sets[0]
     rows: list[Row] = []
     calls: dict[str, Call] = {}
     errors: dict[str, float] = {}
-    grads = gradients(outputs_of(problem.exact, doubled(first))) if backward else None
+    grads = gradients_of(outputs_of(problem.exact(*doubled(first)))) if backward else None
     true_of: dict[Function, object] = {}
     plain = None
     for technique, name in names.items():

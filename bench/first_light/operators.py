@@ -23,7 +23,7 @@ from dataclasses import asdict
 from record import ABSENT, GO, LATE, NO_GO, Options, Recorder, Row, Time, options, parser, reason, run
 
 import torch  # isort: skip
-from kernel_bench import Case, Results, Setting, all_cases, doubled, evaluate
+from kernel_bench import Case, Results, Setting, all_cases, doubled, evaluate, gradients_of, outputs_of
 from kernel_rows import EAGER, OURS
 
 import spot_kernels
@@ -48,7 +48,7 @@ def check(case: Case, repeats: int) -> list[Row]:
     ours = problem.techniques[OURS]()
     grads = None
     if case.backward is not None:
-        grads = gradients(outputs_of(ours, inputs))
+        grads = gradients_of(outputs_of(ours(*inputs)))
     exact = evaluate(problem.exact, doubled(inputs), problem.exact_parameters, grads)
     plain = evaluate(problem.techniques[EAGER](), inputs, problem.parameters, grads)
     first = evaluate(ours, inputs, problem.parameters, grads)
@@ -66,17 +66,6 @@ def check(case: Case, repeats: int) -> list[Row]:
     rows.append(Row(**about, figure=f"the same bits {repeats} times", verdict=NO_GO if different else GO,
                     note=f"{different} of {repeats - 1} differ" if different else ""))  # fmt: skip
     return rows
-
-
-def gradients(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Of the outputs, the same at every call, and representable in every dtype."""
-    generator = torch.Generator(outputs[0].device).manual_seed(1)
-    return [torch.randn(t.shape, generator=generator, device=t.device).bfloat16() for t in outputs]
-
-
-def outputs_of(function, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    found = function(*inputs)
-    return (found,) if isinstance(found, torch.Tensor) else tuple(t for t in found if t is not None)
 
 
 def _tensors(results: Results) -> Sequence[torch.Tensor]:

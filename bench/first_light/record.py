@@ -2,7 +2,7 @@
 
 A part is one of PARTS, a process of its own with a limit of time. `Recorder.add` prints a row and appends it, with the
 card's name, clocks and versions in it, and makes sure that it is on disk: whatever ends the process afterwards, the row
-stays. One CSV a part, named after card and versions.
+stays. One CSV a part, named after card and versions; rows of one call of the script have the same `run`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from machine import commit, cpu_name  # noqa: E402
+from machine import commit, cpu_name, nvidia_smi  # noqa: E402
 from tables import slug  # noqa: E402
 
 PARTS = ("ceilings", "operators", "steps", "layouts", "rivals")
@@ -66,7 +66,8 @@ class Row:
         return "  ".join(filter(None, (*words, self.verdict.upper(), self.note)))
 
 
-_ABOUT = ("date", "time", "card", "sm_mhz", "memory_mhz", "driver", "torch", "triton", "cuda", "commit", "rehearsal")
+_ABOUT = ("run", "date", "time", "card", "sm_mhz", "memory_mhz", "driver", "torch", "triton", "cuda", "commit",
+          "rehearsal")  # fmt: skip
 _TEXTS = ("part", "subject", "variant", "figure", "verdict", "note")
 
 
@@ -85,8 +86,8 @@ class Recorder:
         row = Row(self.part, subject, variant, **values)
         self.rows.append(row)
         print(row, flush=True)
-        clocks = dict(zip(("sm_mhz", "memory_mhz"), clocks_now(), strict=True))
-        about = self.facts | clocks | {"time": f"{datetime.now():%H:%M:%S}", "rehearsal": "yes" * self.rehearsal}
+        mhz = dict(zip(("sm_mhz", "memory_mhz"), clocks.now(), strict=True))
+        about = self.facts | mhz | {"time": f"{datetime.now():%H:%M:%S}", "rehearsal": "yes" * self.rehearsal}
         numbers = {name: f"{value:.6g}" if isinstance(value, float) else "" if value is None else value
                    for name, value in asdict(row).items()}  # fmt: skip
         new = not self.path.exists()
@@ -120,7 +121,7 @@ def read(path: Path) -> list[tuple[dict[str, str], Row]]:
 
 @functools.cache
 def facts() -> dict[str, str]:
-    """Card, versions and date; the commit from $COMMIT where the checkout came without its history."""
+    """Card, versions, date and run; the commit from $COMMIT where the checkout came without its history."""
     gpu = torch.cuda.is_available()
     try:
         import triton
@@ -128,29 +129,31 @@ def facts() -> dict[str, str]:
         version = triton.__version__
     except ImportError:
         version = "none"
-    (driver,) = _nvidia_smi("driver_version") or ("",)
-    return {"date": f"{datetime.now():%Y-%m-%d}", "card": torch.cuda.get_device_name() if gpu else f"cpu {cpu_name()}",
-            "driver": driver, "torch": torch.__version__, "triton": version, "cuda": torch.version.cuda or "none",
+    now = datetime.now()
+    (driver,) = (nvidia_smi("driver_version", 5) if gpu else None) or ("",)
+    return {"run": os.environ.get("FIRST_LIGHT_RUN") or f"{now:%Y-%m-%d %H:%M:%S}", "date": f"{now:%Y-%m-%d}",
+            "card": torch.cuda.get_device_name() if gpu else f"cpu {cpu_name()}", "driver": driver,
+            "torch": torch.__version__, "triton": version, "cuda": torch.version.cuda or "none",
             "commit": commit() or os.environ.get("COMMIT", "")}  # fmt: skip
 
 
-def clocks_now() -> tuple[str, str]:
-    """MHz of multiprocessors and memory."""
-    found = _nvidia_smi("clocks.sm,clocks.mem")
-    return (found[0], found[1]) if len(found) == 2 else ("", "")
+class _Clocks:
+    """MHz of multiprocessors and memory, asked for at most every few seconds: each question takes its time."""
+
+    EVERY, PATIENCE = 5.0, 3.0  # seconds
+
+    def __init__(self) -> None:
+        self._asked, self._found = -math.inf, ("", "")
+
+    def now(self) -> tuple[str, str]:
+        if torch.cuda.is_available() and time.monotonic() - self._asked > self.EVERY:
+            found = nvidia_smi("clocks.sm,clocks.mem", self.PATIENCE)
+            self._found = (found[0], found[1]) if len(found) == 2 else ("", "")
+            self._asked = time.monotonic() if found else math.inf  # one without an answer is not asked again
+        return self._found
 
 
-def _nvidia_smi(names: str) -> list[str]:
-    """What nvidia-smi says of the first card; nothing without a GPU."""
-    if not torch.cuda.is_available():
-        return []
-    command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    lines = done.stdout.strip().splitlines()
-    return [word.strip() for word in lines[0].split(",")] if lines else []
+clocks = _Clocks()
 
 
 # ---- a part as a process

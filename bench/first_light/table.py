@@ -1,7 +1,9 @@
 """What first_light found, from its CSV files: Markdown tables, and the line that says how far the aims are.
 
     python bench/first_light/table.py bench/results/first_light_*.csv
-    python bench/first_light/table.py --last FILE.csv ...          the last line alone
+    python bench/first_light/table.py --last FILE.csv ...          the last line of each card alone
+
+Each card and each set of versions has its own. Of a part that was run several times the newest rows count.
 """
 
 from __future__ import annotations
@@ -17,9 +19,26 @@ from steps import AIMS
 COCO_STEPS = 50 * (118_287 // 64)  # of each stage
 COCO_MINUTES = 30.0
 
+Found = Sequence[tuple[dict[str, str], Row]]
 
-def tables(found: Sequence[tuple[dict[str, str], Row]]) -> str:
-    """A table for each part, and where and when it was measured."""
+
+def machines(found: Found, run: str = "") -> dict[tuple[str, ...], Found]:
+    """Rows by card, versions and whether it was a rehearsal: of each part those of `run`, or of its newest run."""
+    newest: dict[tuple[str, ...], dict[str, str]] = {}
+    for about, row in found:
+        runs = newest.setdefault(_machine(about), {})
+        runs[row.part] = run or max(runs.get(row.part, ""), about["run"])
+    return {machine: kept for machine, runs in newest.items()
+            if (kept := [(about, row) for about, row in found
+                         if _machine(about) == machine and about["run"] == runs[row.part]])}  # fmt: skip
+
+
+def _machine(about: dict[str, str]) -> tuple[str, ...]:
+    return tuple(about[name] for name in ("card", "torch", "triton", "rehearsal"))
+
+
+def tables(found: Found) -> str:
+    """A table for each part of one machine, and where and when it was measured."""
     lines: list[str] = []
     for part in PARTS:
         rows = [(about, row) for about, row in found if row.part == part and row.subject != "the whole part"]
@@ -49,7 +68,7 @@ def fastest(rows: Sequence[Row], stage: int) -> Row | None:
     return min(found, key=lambda row: row.value, default=None)
 
 
-def last_line(found: Sequence[tuple[dict[str, str], Row]]) -> str:
+def last_line(found: Found) -> str:
     """The aims and by how much they are missed, COCO's minutes, and whatever is no go."""
     rows = [row for _, row in found]
     best = {stage: fastest(rows, stage) for stage in AIMS}
@@ -78,15 +97,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="CSV")
     parser.add_argument("--last", action="store_true", help="the last line alone")
+    parser.add_argument("--run", default="", help="only rows of this call of the script (default: each part's newest)")
     args = parser.parse_args(argv)
     try:
-        found = [line for path in args.files for line in read(path)]
+        lines = [line for path in args.files for line in read(path)]
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if not args.last:
-        print(tables(found), end="\n\n")
-    print(last_line(found))
+    if not lines:
+        print(f"error: no rows in {', '.join(map(str, args.files))}: run bench/first_light.sh first", file=sys.stderr)
+        return 2
+    found = machines(lines, args.run)
+    if not found:
+        there = ", ".join(sorted({about["run"] for about, _ in lines}))
+        print(f"error: no rows of the run {args.run}: there are {there}", file=sys.stderr)
+        return 2
+    for rows in found.values():
+        if not args.last:
+            print(tables(rows), end="\n\n")
+        print(f"{rows[0][0]['card']}: {last_line(rows)}")
     return 0
 
 

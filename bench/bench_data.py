@@ -27,6 +27,7 @@ import evaluation_speed  # noqa: E402
 import loader_speed  # noqa: E402
 from machine import commit, cores, cpu_name, gpu_name  # noqa: E402
 from tables import slug  # noqa: E402
+from targets import target_csv  # noqa: E402
 
 from spot_fast.data import Folder  # noqa: E402
 from spot_fast.files import atomic_write  # noqa: E402
@@ -118,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of each, medians count (default: 5)")
     parser.add_argument("--encoder", default=cache_speed.ENCODER, metavar="NAME",
                         help=f"whose features are cached, timm's name (default: {cache_speed.ENCODER})")  # fmt: skip
-    parser.add_argument("--csv", type=Path, metavar="PATH", help="write the rows to this file, or into this folder")
+    parser.add_argument("--csv", type=target_csv, metavar="PATH", help="write the rows to this file or folder")
     parser.add_argument("--tiny", action="store_true", help="64 images, one round: to see that everything works")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the features")
     args = parser.parse_args(argv)

@@ -14,6 +14,7 @@ import torch
 from kernel_bench import Bench, Case, Setting
 from machine import ROOT, commit, cores, cpu_name
 from tables import slug
+from targets import target_csv
 
 from spot_kernels import dispatch
 
@@ -23,8 +24,8 @@ _BENCH = pytest.StashKey[Bench]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("spot_kernels")
-    group.addoption("--bench-csv", type=Path, metavar="PATH", help="write the rows to this file, or to a file named "
-                    "after GPU and versions in this folder (on a GPU: bench/results unless given)")  # fmt: skip
+    group.addoption("--bench-csv", type=target_csv, metavar="PATH", help="write the rows to this file, or to a file "
+                    "named after GPU and versions in this folder (on a GPU: bench/results unless given)")  # fmt: skip
     group.addoption("--tiny", action="store_true", help="shapes that take no time, to see that everything works")
 
 

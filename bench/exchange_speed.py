@@ -40,6 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 from ladder import write_csv  # noqa: E402
 from machine import commit, cores, cpu_name  # noqa: E402
 from step_runs import TrainerSteps, settings, write_teacher  # noqa: E402
+from targets import target_file  # noqa: E402
 
 from spot_fast.shared_gradients import LocalGradients, SharedGradients  # noqa: E402
 
@@ -148,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="processes of one thread (default: 2)")
     parser.add_argument("--batch-size", type=int, default=2, metavar="B", help="pictures of a process (default: 2)")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="steps of each way (default: 15)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows to this file")
+    parser.add_argument("--csv", type=target_file, metavar="FILE", help="write the rows to this file")
     parser.add_argument("--tiny", action="store_true", help="a small model, to see that everything works")
     args = parser.parse_args(argv)
     for name, value, least in (("--processes", args.processes, 2), ("--batch-size", args.batch_size, 1),

@@ -28,6 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("be
 from ladder import about_machine, write_csv  # noqa: E402
 from live_bytes import of_step  # noqa: E402
 from step_runs import TrainerSteps, settings, write_teacher  # noqa: E402
+from targets import target_file  # noqa: E402
 
 from spot_fast.files import atomic_write  # noqa: E402
 from spot_fast.precision import resolve  # noqa: E402
@@ -159,9 +160,9 @@ def _same(one: Point, other: Point) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", type=Path, metavar="FILE",
+    parser.add_argument("--csv", type=target_file, metavar="FILE",
                         help="write the points to this file; those that are in it are not measured again")  # fmt: skip
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them")
+    parser.add_argument("--plot", type=target_file, metavar="FILE.png", help="draw them")
     parser.add_argument("--steps", type=int, metavar="N", help="timed steps a point (default: 3 on a CPU, 20 on a GPU)")
     parser.add_argument("--tiny", action="store_true", help="a small model, to see that everything works")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -32,6 +32,7 @@ from kernel_clock import measure_ceilings  # noqa: E402
 from ladder_row import Job, Process, RowEnded, Technique  # noqa: E402
 from machine import commit, cores, cpu_name  # noqa: E402
 from step_runs import settings, write_teacher  # noqa: E402
+from targets import target_file  # noqa: E402
 
 from spot_fast.files import atomic_write  # noqa: E402
 
@@ -271,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2], choices=(1, 2))
     parser.add_argument("--batch-size", type=int, metavar="B", help="images a step (default: 8 on a CPU, 64 on a GPU)")
     parser.add_argument("--steps", type=int, metavar="N", help="timed steps a row (default: 5 on a CPU, 30 on a GPU)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows to this file")
+    parser.add_argument("--csv", type=target_file, metavar="FILE", help="write the rows to this file")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of such a file, measure nothing")
     parser.add_argument("--tiny", action="store_true", help="a small model, to see that everything works")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 import torch
 from machine import commit, cores, cpu_name
+from targets import target_file
 
 from spot_kernels import native, slot_attention_step  # noqa: F401  (registers the operator)
 from spot_kernels.reference import mask_matching as plain_matching
@@ -154,7 +155,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", default="", help="rows whose operator, shape or dtype contains this")
     parser.add_argument("--cpu-time", action="store_true", help="time of this process: one thread on a busy machine")
-    parser.add_argument("--csv", type=Path, help="where to write the rows as well")
+    parser.add_argument("--csv", type=target_file, help="where to write the rows as well")
     args = parser.parse_args()
     if not native.available():
         print(native.describe(), file=sys.stderr)
@@ -176,11 +177,14 @@ def main() -> int:
                       f"{row.plain_ms:.3f} | {row.ratio:.2f} | {row.ours_error:.1e} | {row.plain_error:.1e} | "
                       f"{'yes' if row.chosen else 'no'} |", flush=True)  # fmt: skip
     if args.csv:
-        with args.csv.open("w", newline="", encoding="utf-8") as file:
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        partial = args.csv.with_name(f".{args.csv.name}.tmp")
+        with partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["machine", "torch", "commit", *(field.name for field in fields(Row))])
             writer.writeheader()
             where = {"machine": cpu_name(), "torch": torch.__version__, "commit": commit()}
             writer.writerows(where | asdict(row) for row in rows)
+        partial.replace(args.csv)
     return 0
 
 

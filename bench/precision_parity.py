@@ -18,6 +18,7 @@ from statistics import mean, stdev
 
 from runs import TRAINER, Plan, add_arguments, command_line, results_of, split_options
 from tables import BenchError, Result, Row, cell, column, machines, select
+from targets import target_file
 
 PRECISIONS = ("float32", "bf16")
 ROWS = (("decoder, order 0", "decoder", 1), ("decoder, nine orders", "decoder", 9), ("slots", "slots", 0))
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="options after -- go to "
                                      "spot_fast.train, such as: -- --epochs 4")  # fmt: skip
     add_arguments(parser, "precision")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the loss curves")
+    parser.add_argument("--plot", type=target_file, metavar="FILE.png", help="draw the loss curves")
     parser.add_argument("--emulate", action="store_true", help="on a CPU without bfloat16: emulated_bf16.py trains")
     words, options = split_options(argv)
     args = parser.parse_args(words)

@@ -36,6 +36,7 @@ from tables import (
     slug,
     write_csv,
 )
+from targets import target_file
 
 OUT_OF_TIME = 3
 TRAINER = ("-m", "spot_fast.train")  # what Python is given to train a run
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser, bench: str) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     parser.add_argument("--out", type=Path, default=Path(f"runs/bench-{bench}"), metavar="DIR",
                         help=f"where the runs are kept (default: runs/bench-{bench})")  # fmt: skip
-    parser.add_argument("--csv", type=Path, metavar="FILE",
+    parser.add_argument("--csv", type=target_file, metavar="FILE",
                         help=f"results (default: bench/results/{bench}_[GPU_]DATE.csv, with -- in --out)")  # fmt: skip
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a run (default: PyTorch's choice)")

@@ -30,7 +30,9 @@ from unittest import mock
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "kernels")]
+sys.path[:0] = [str(HERE), str(HERE.parent / "kernels"), str(HERE.parent / "bench")]
+
+from targets import target_file  # noqa: E402
 
 from spot_kernels.gpu.launch import ARCHITECTURES, Call, recording  # noqa: E402
 
@@ -204,7 +206,7 @@ def main() -> None:
     parser.add_argument("architectures", nargs="+", choices=ARCHITECTURES)
     parser.add_argument("--only", default="", help="compile_cases whose name contains this")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each kernel and configuration")
+    parser.add_argument("--csv", type=target_file, metavar="FILE", help="write a line for every configuration")
     parser.add_argument("--summary", action="store_true", help="print a table of the kernels")
     parser.add_argument("--bind", action="store_true", help="compile nothing, compare what Triton would compile")
     options = parser.parse_args()
@@ -228,12 +230,15 @@ _COLUMNS = ("triton", "architecture", "case", "kernel", "num_warps", "num_stages
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    with open(path, "w", encoding="utf-8", newline="") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.tmp")
+    with open(partial, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for row in sorted(rows, key=lambda row: (row["architecture"], row["case"], row["kernel"], str(row))):
             constants = " ".join(f"{name}={value}" for name, value in row["constants"].items())
             writer.writerow(row | {"constants": constants})
+    partial.replace(path)
 
 
 def summary(rows: list[dict]) -> str:

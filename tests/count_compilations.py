@@ -10,6 +10,7 @@ TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -46,4 +47,8 @@ def compilations(stage: int, full: bool) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(compilations(int(sys.argv[1]), "--full" in sys.argv)))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", type=int, choices=(1, 2))
+    parser.add_argument("--full", action="store_true", help="ViT-B/16 at 224 px instead of a small model")
+    options = parser.parse_args()
+    print(json.dumps(compilations(options.stage, options.full)))

@@ -150,7 +150,8 @@ def _parser(defaults: Config) -> argparse.ArgumentParser:
     run.add_argument("--out", metavar="DIR", type=Path, help="run folder (default: the next free one in --runs)")
     run.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     run.add_argument("--threads", metavar="N", type=int,
-                     help="CPU threads (default: PyTorch's choice; a resumed run keeps its number)")
+                     help="CPU threads (default: one a core, fewer while other programs use it; a resumed run keeps "
+                     "its number)")
     run.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True,
                      help="write TensorBoard events (default: yes)")
     run.add_argument("--measure-peak", action="store_true",

@@ -52,7 +52,8 @@ def save(trainer: Trainer, folder: RunFolder) -> None:
         "config": config_hash(trainer.config), "skipped": json.dumps(trainer.bad_steps.found),
         "images": str(len(trainer.train_set)), "seconds": f"{trainer.seconds:.1f}",
         "teacher_path": str(trainer.teacher_path.resolve()) if trainer.teacher_path else "",
-        "threads": str(torch.get_num_threads()), "device": trainer.device.type, "torch": torch.__version__,
+        "threads": str(trainer.num_threads), "fixed_threads": "yes" if trainer.fixed_threads else "no",
+        "device": trainer.device.type, "torch": torch.__version__,
         "processes": str(trainer.world.size),
     })  # fmt: skip
 

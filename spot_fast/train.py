@@ -17,6 +17,7 @@ import torch
 from .arguments import Arguments, check_config, conflicts, parse, with_free
 from .checkpoint import CONFIG, STATE, find_folder, is_finished, read_config, read_metadata, run_folders, write_config
 from .config import Config
+from .cpu_threads import available_cores
 from .devices import usable_device
 from .distributed import World, join
 from .errors import UserError
@@ -35,12 +36,16 @@ _INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class _Job:
-    """What to train: a new run, or the one in the folder `path`; threads: None is PyTorch's choice."""
+    """What to train: a new run, or the one in the folder `path`; threads: None is one for each core that it may use.
+
+    fixed_threads: their number is never changed, however busy the machine is.
+    """
 
     config: Config
     teacher: Path | None
     threads: int | None
     path: Path | None = None
+    fixed_threads: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,9 +108,9 @@ def _train(world: World, argv: Sequence[str] | None) -> int:
         job = world.first(prepare)
         if job is None:
             return 0
-        if job.threads:
-            torch.set_num_threads(job.threads)
+        torch.set_num_threads(job.threads or min(torch.get_num_threads(), available_cores()))
         trainer = world.together(lambda: Trainer(job.config, device=device, teacher=job.teacher, world=world))
+        trainer.fixed_threads = job.fixed_threads
         if len(kinds := set(world.gather(trainer.loader.kind))) > 1:
             raise UserError(f"pictures are decoded by {' and '.join(sorted(kinds))} in different processes: add "
                             "--loader torch")  # fmt: skip
@@ -128,7 +133,7 @@ def _job(args: Arguments, device: torch.device, world: World) -> _Job | None:
     if args.print_config:
         print(replace(config, compile=resolve_compile(config.compile, device)).to_json(), end="")
         return None
-    return _Job(config, teacher, args.threads)
+    return _Job(config, teacher, args.threads, fixed_threads=args.threads is not None)
 
 
 def _new_config(args: Arguments) -> tuple[Config, Path | None]:
@@ -193,7 +198,8 @@ def _resume(args: Arguments, path: Path, device: torch.device, world: World) -> 
         return None
     about = read_metadata(path / STATE) if (path / STATE).is_file() else {}
     threads = _same_machine(args, about, device, world)
-    return _Job(config, _same_teacher(args, config, about, path), threads, path)
+    fixed = args.threads is not None or about.get("fixed_threads") == "yes"
+    return _Job(config, _same_teacher(args, config, about, path), threads, path, fixed)
 
 
 def _same_machine(args: Arguments, about: dict[str, str], device: torch.device, world: World) -> int:

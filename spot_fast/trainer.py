@@ -21,6 +21,7 @@ from . import float8, run_state
 from .bad_steps import BadSteps, skipped_line, too_many
 from .checkpoint import STATE, frozen_encoder
 from .config import Config
+from .cpu_threads import CpuThreads
 from .data import Batch, feature_cache, open_set, prefetch
 from .data.loaders import open_loader
 from .distributed import Ended, World
@@ -135,6 +136,7 @@ class Trainer:
         if graph == "yes":
             self.update = Graphed(self.update_weights, Recorder(device), optional="cuda_graph" in unasked)
 
+        self.num_threads, self.fixed_threads = torch.get_num_threads(), True
         self.step = self.saved_step = 0
         self.seconds, self.clock, self.save_clock = 0.0, time.monotonic(), time.monotonic()
         if config.on_bad_step == "skip" and not self.optimiser.param_groups[0]["fused"]:
@@ -295,6 +297,10 @@ class Trainer:
         for part in (self.forward, self.update):
             if isinstance(part, Compiled | Graphed):
                 part.say = display.line
+        self.threads = None
+        # Compiled code has its number of threads in it, and processes that trained together have to add alike.
+        if self.device.type == "cpu" and config.compile == "no" and world.size == 1 and not self.fixed_threads:
+            self.threads = CpuThreads(self.num_threads, display.line)
         try:
             with float32_products(self.precision):
                 self._open_cache(display)
@@ -309,6 +315,7 @@ class Trainer:
                         self.save(folder)
                     raise
         finally:
+            torch.set_num_threads(self.num_threads)
             display.close()
         if self.step == self.total_steps:
             self._finish(folder)
@@ -325,6 +332,8 @@ class Trainer:
                     self.throughput.flops = self.flops(batch)
                 if self.float8_layers:
                     self._tell_float8(batch, display)
+                if self.threads:
+                    self.threads.adapt()
                 self.train_step(batch)
                 self.step += 1
                 recorder.step()

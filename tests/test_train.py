@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from picture_files import make_pictures
-from spot_fast import arguments, train
+from spot_fast import arguments, train, trainer
 from spot_fast.checkpoint import CONFIG, METRICS, MODEL, STATE, load_run, read_config, read_metadata
 from spot_fast.config import Config, preset, preset_names
 from spot_fast.precision import resolve
@@ -188,6 +188,31 @@ def test_an_unfinished_teacher_and_a_student_as_teacher(workplace, capsys):
     with RunFolder.create(tiny(2), root=workplace / "runs") as folder:
         (folder.path / MODEL).write_bytes(b"")
     assert "is a stage-2 run" in refused(capsys, "--stage", "2", "--teacher", "scenes-stage2-001")
+
+
+def test_threads_are_fewer_on_a_busy_machine_unless_their_number_is_given(tmp_path, monkeypatch, capsys):
+    """On a run that is resumed too, which keeps both: the number, and whether it is fixed."""
+    made, looked = [], []
+
+    class Threads:
+        def __init__(self, most, say):
+            made.append(most)
+
+        def adapt(self):
+            looked.append(torch.get_num_threads())
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trainer, "CpuThreads", Threads)
+    short = [*options(epochs=2), "--no-tensorboard"]
+    with stop_after(monkeypatch, 4):
+        assert train.main([*short, "--out", "shared"]) == 130
+        assert (made, len(looked)) == ([1], 4)
+        assert train.main([*short, "--threads", "1", "--out", "fixed"]) == 130
+    assert read_metadata(tmp_path / "shared" / STATE)["fixed_threads"] == "no"
+    assert train.main(["--resume", "fixed"]) == 0
+    assert (made, len(looked)) == ([1], 4)
+    assert train.main(["--resume", "shared"]) == 0
+    assert (made, len(looked)) == ([1, 1], 12)
 
 
 def test_resume_finds_the_run_of_the_command_line(workplace, monkeypatch, capsys, trained):

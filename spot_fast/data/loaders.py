@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from ..cpu_threads import available_cores
 from ..errors import UserError
 from .base import ImageFiles, ImageSet
 from .dali_loader import DaliLoader
@@ -29,7 +28,7 @@ def open_loader(config_loader: str, image_set: ImageSet, batch_size: int, seed: 
     if config_loader not in ("auto", "dali", "torch"):
         raise UserError(f"--loader {config_loader} is unknown: use auto, dali or torch")
     if workers is None:
-        workers = max(1, min(_MOST_WORKERS, _cores() // world))
+        workers = max(1, min(_MOST_WORKERS, available_cores() // world))
     loader, why = None, ""
     if getattr(image_set, "images", None) is not None:
         return (Loader(image_set, batch_size, seed, workers, rank=rank, world=world),
@@ -60,8 +59,3 @@ def open_loader(config_loader: str, image_set: ImageSet, batch_size: int, seed: 
         "in one thread" if workers else "in the thread that trains")
     return (Loader(image_set, batch_size, seed, workers, rank=rank, world=world),
             f"images are decoded by Pillow {where}: {why}")
-
-
-def _cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,9 +6,12 @@ import pytest
 
 from picture_files import make_pictures, truncate
 from spot_fast import trainer as trainer_module
+from spot_fast.checkpoint import save_tensors
 from spot_fast.data import folder as folder_module
+from spot_fast.encoder import build_encoder
 from spot_fast.errors import UserError
-from tiny_runs import assert_same_run, metrics, tiny, train
+from spot_fast.trainer import Trainer
+from tiny_runs import CPU, assert_same_run, metrics, tiny, train
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,23 @@ def test_dali_with_and_without_cache(on_files, tmp_path_factory, pictures, monke
     losses = [[line["loss"] for line in metrics(run) if line["kind"] == "epoch"] for run in (by_dali[0], by_pillow)]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
     assert "013.jpg" in (by_dali[0] / "corrupt.txt").read_text()
+
+
+def test_features_are_of_weights_and_of_what_computes_with_them(tmp_path):
+    """Heads do not show in the weights: two files that are equal bit for bit give other features."""
+    shape = "vit:patch=8,width=16,depth=1,hidden=16,heads="
+    weights = build_encoder(tiny(encoder=f"{shape}2", train_blocks=0)).vit.state_dict()
+    keys = set()
+    for place, (name, heads, change) in enumerate(
+        [("a", 2, 0), ("renamed", 2, 0), ("a", 4, 0), ("a", 2, 1), ("a", 2, 0)]
+    ):
+        file = tmp_path / f"{name}.safetensors"
+        weights["norm.bias"] += change
+        save_tensors(file, weights, {})
+        config = tiny(encoder=f"{shape}{heads}", encoder_weights=str(file), train_blocks=0)
+        keys.add(Trainer(config, device=CPU).frozen_fields()[0].key)
+        assert len(keys) == (1, 1, 2, 3, 3)[place]
+        weights["norm.bias"] -= change
 
 
 def test_stage_2_reads_the_targets_of_stage_1(on_files, teacher, tmp_path):

@@ -87,6 +87,10 @@ def _check(args: argparse.Namespace) -> int:
 
 def _caches(args: argparse.Namespace) -> int:
     folder = folder_of(args.cache_dir)
+    if folder is None:
+        raise UserError("there is no folder of caches, $HOME is not set: name one with --cache-dir")
+    if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f"{folder} cannot be read: use another --cache-dir, or ask its owner")
     caches = list(cached(folder))
     if args.remove is not None:
         caches = [cache for cache in caches if args.remove in ("all", cache.folder.name)]

@@ -12,7 +12,7 @@ from .store import NotBuilt, Store
 
 
 def readable_again(image_set: ImageSet, corrupt: Iterable[int]) -> list[int]:
-    """Those pictures of `corrupt` that can be read today: disk, server, permissions, Pillow may have been the reason."""
+    """Those of `corrupt` that can be read today: the disk, a server, permissions or Pillow may have been the reason."""
 
     def is_read(index: int) -> bool:
         try:

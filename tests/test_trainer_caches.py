@@ -1,5 +1,6 @@
 """Training on files with features, pixels or nothing cached: the same weights and losses to the last bit."""
 
+import errno
 from dataclasses import replace
 
 import pytest
@@ -119,3 +120,18 @@ def test_auto_says_what_it_chose(on_files, capsys):
     assert "a random crop of image folder has no end of outcomes" in capsys.readouterr().out
     on_files("auto", small())
     assert "features of 22 pictures, mirrored and not" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_a_cache_that_fails_costs_a_note_where_nobody_asked_for_it(on_files, monkeypatch, capsys, crop):
+    """A quota, another user's folder: the run goes on without, and ends in the same bits."""
+    plain = on_files("none", small(crop=crop))
+
+    def refused(path, size):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr("spot_fast.data.store._appended", refused)
+    assert_same_run(plain, on_files("auto", small(crop=crop)))
+    assert "nothing is cached: the cache " in capsys.readouterr().out
+    with pytest.raises(UserError, match="cannot be written .Disk quota exceeded.: free some space"):
+        on_files("pixels", small(crop=crop))

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -262,7 +263,7 @@ def test_a_store_that_cannot_be_read_now_is_not_written_over(tmp_path, monkeypat
     """A disk or server that fails for a while loses nothing."""
     fill(Store(tmp_path / "s", 9, {}), rows(9))
     with monkeypatch.context() as patch:
-        patch.setattr(np, "fromfile", lambda *arguments: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+        patch.setattr(np, "fromfile", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
         store = Store(tmp_path / "s", 9, {})
         assert not store.complete
         with pytest.raises(NotBuilt, match="cannot be written .Input/output error"), store.building():

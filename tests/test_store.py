@@ -316,8 +316,10 @@ def test_caches_are_listed_and_removed(tmp_path, capsys):
     assert "has no cache of that name" in capsys.readouterr().err
     assert main(["caches", "--cache-dir", str(tmp_path), "--remove", "pixels-aa"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["features-target-bb", "mine"]
+    fill(Store(tmp_path / "features-target-cc", 9, {}), rows(9))
     with Store(tmp_path / "features-target-bb", 9, {}).building():
         assert main(["caches", "--cache-dir", str(tmp_path), "--remove", "all"]) == 2
+    assert not (tmp_path / "features-target-cc").exists()  # one in use keeps no other
     assert "is being built by another process" in capsys.readouterr().err
     assert main(["caches", "--cache-dir", str(tmp_path), "--remove", "all"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -72,7 +72,7 @@ def _no_room(folder: Path | None) -> str:
     if folder is None:
         return "there is no folder for it, $HOME is not set (name one with --cache-dir)"
     if not _can_be_written(folder):
-        return f"{folder} is not a folder that can be made and written to"
+        return f"{folder} {'cannot be' if os.path.isdir(folder) else 'is not a folder that can be made and'} written to"
     return f"{folder} has only {text(free_disk(folder))} free"
 
 
@@ -134,8 +134,8 @@ def _features(image_set: ImageSet, fields: Sequence[Field], folder: Path | None,
                             "them on a GPU")  # fmt: skip
     if holder is not None:
         return Plan("features", f"{what}, are cached on {holder.type} for this run alone: {_no_room(folder)}", holder)
-    return _refuse(asked, f"{what}, are too large: {_no_room(folder)}, {text(free_bytes(torch.device('cpu')))} are "
-                          "free in memory")  # fmt: skip
+    memory = text(free_bytes(torch.device("cpu")))
+    return _refuse(asked, f"{what}, cannot be kept: {_no_room(folder)}, {memory} are free in memory")
 
 
 def _refuse(asked: bool, reason: str) -> Plan:
@@ -162,9 +162,9 @@ def _pixels(image_set: ImageSet, folder: Path | None, device: torch.device, deco
     what = f"decoded pixels of {len(image_set)} pictures, {text(size)}"
     if not complete and size - built > (1.0 if asked else _SHARE) * (free - _DISK_MARGIN):
         if asked:
-            raise UserError(f"--cache pixels: {what}, are too large: {_no_room(folder)}; use another --cache-dir, "
+            raise UserError(f"--cache pixels: {what}, cannot be kept: {_no_room(folder)}; use another --cache-dir, "
                             "--cache none or fewer --train-images")  # fmt: skip
-        if folder is None or not free:
+        if not free:
             return Plan("none", f"{why}; {what}, are not kept: {_no_room(folder)}")
         return Plan("none", f"{why}; {what}, are more than half of the {text(free)} that are free in {folder}")
     state = "are read from" if complete else "are built once in"

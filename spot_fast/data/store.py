@@ -22,7 +22,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -289,7 +289,7 @@ def cached(folder: Path) -> Iterator[Cached]:
         try:
             words = json.loads(about.read_text(encoding="utf-8"))
             store = Store(about.parent, int(words["rows"]), words)
-        except (OSError, ValueError, KeyError):  # UserError, of a damaged one, is a ValueError
+        except (OSError, ValueError, KeyError, TypeError):  # UserError, of a damaged one, is a ValueError
             yield Cached(about.parent, "damaged", _size(about.parent), "", False)
             continue
         what = f"{words.get('data', '')}, {store.count:,} rows of {words.get('field', words.get('kind', ''))}"
@@ -299,7 +299,11 @@ def cached(folder: Path) -> Iterator[Cached]:
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    size = 0
+    with suppress(OSError):  # another user's, or removed meanwhile
+        for file in folder.iterdir():
+            size += file.stat().st_size
+    return size
 
 
 def remove(store: Cached) -> None:

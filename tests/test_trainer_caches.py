@@ -12,7 +12,7 @@ from spot_fast.data import folder as folder_module
 from spot_fast.encoder import build_encoder
 from spot_fast.errors import UserError
 from spot_fast.trainer import Trainer
-from tiny_runs import CPU, assert_same_run, metrics, tiny, train
+from tiny_runs import CPU, assert_same_run, go_on, metrics, tiny, train
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +135,21 @@ def test_a_cache_that_fails_costs_a_note_where_nobody_asked_for_it(on_files, mon
     assert "nothing is cached: the cache " in capsys.readouterr().out
     with pytest.raises(UserError, match="cannot be written .Disk quota exceeded.: free some space"):
         on_files("pixels", small(crop=crop))
+
+
+def test_a_run_goes_on_with_its_own_pictures_wherever_they_lie(tmp_path, monkeypatch):
+    """As many other pictures of the same names would be trained on without a word."""
+    roots = {name: tmp_path / name for name in ("own", "copy", "other")}
+    for root in roots.values():
+        root.mkdir()
+        make_pictures(root, 22, size=(48, 32), seed=root.name == "other")
+    (roots["copy"] / "000.png").write_bytes((roots["other"] / "000.png").read_bytes())
+    given = ["own"]
+    monkeypatch.setattr(trainer_module, "open_set", lambda config, split: folder_module.Folder(
+        roots[given[0]], image_size=config.image_size))  # fmt: skip
+    path, _ = train(tmp_path, small(epochs=1, cache="none"))
+    given[0] = "other"
+    with pytest.raises(UserError, match="cannot be resumed: 16 of 16 training images .*: give --data their folder"):
+        go_on(path, small(epochs=1, cache="none"))
+    given[0] = "copy"
+    assert go_on(path, small(epochs=1, cache="none")).finished

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..errors import CorruptImage, UserError
 from . import transforms
-from .identity import Files
+from .identity import Files, sample
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,10 @@ class ImageSet(ABC):
         """Names what `prepared` gives for all pictures: another key, other pixels. Empty: not worth storing on disk."""
         return ""
 
+    def sample(self) -> list[str]:
+        """Digests of what a few of the set's files hold, wherever they lie; "" for one that cannot be read."""
+        return []
+
     def changed(self, indices: Iterable[int]) -> list[int]:
         """Those of the pictures that are no longer what `content_key` names."""
         return []
@@ -142,6 +146,7 @@ class ImageFiles(ImageSet):
         self.random_crop = crop == "random"
         self._key = ""
         self._files: Files | None = None  # as they were when the key was made
+        self._sample: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -201,6 +206,11 @@ class ImageFiles(ImageSet):
                      self._files.key)  # fmt: skip
             self._key = hashlib.sha256(" ".join(map(str, words)).encode()).hexdigest()
         return self._key
+
+    def sample(self) -> list[str]:
+        if self._sample is None:
+            self._sample = sample(self.sources())
+        return self._sample
 
     def take_key(self, key: str) -> None:
         """The `content_key` from now on: of several processes one asks the file system for all."""

@@ -23,6 +23,7 @@ import numpy as np
 
 SAMPLE = 128  # files that are read
 _PIECE, _PIECES = 2**16, 16  # of a larger file so many pieces, evenly spread
+_UNREAD = bytes(32)
 _THREADS, _CHUNK = 8, 1024  # network file systems answer several at once
 # Nanoseconds in which a second change may leave a file's times as they are: FAT counts in steps of two seconds.
 _GRANULE = 2 * 10**9
@@ -42,13 +43,11 @@ class Files:
         for path, stamp in zip(paths, stamps, strict=True):
             # No name can contain a zero byte, so that other names cannot give the same text.
             digest.update(f"{path.parent.name}/{path.name}\0{stamp}\0".encode(errors="surrogatepass"))
-        places = np.unique(np.linspace(0, len(paths) - 1, min(SAMPLE, len(paths))).astype(int)).tolist()
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for content in pool.map(_content, [paths[place] for place in places]):
-                digest.update(content)
+        for content in _contents([paths[place] for place in _spread(len(paths), SAMPLE)]):
+            digest.update(content)
         self.key = digest.hexdigest()
         self._found = np.fromiter((hash(stamp[:3]) for stamp in stamps), np.int64, len(stamps))
-        if len(places) < len(paths) or any(size > _PIECE * _PIECES for size, *_ in stamps):
+        if len(paths) > SAMPLE or any(size > _PIECE * _PIECES for size, *_ in stamps):
             _wait_until_old([time for _, modified, changed, _ in stamps for time in (modified, changed)])
 
     def changed(self, places: Iterable[int]) -> list[int]:
@@ -75,8 +74,24 @@ class Files:
         return about.st_size, about.st_mtime_ns, about.st_ctime_ns, inode
 
 
+def sample(paths: Sequence[Path], count: int = 16) -> list[str]:
+    """Short digests of the contents of so many of the files, evenly spread: the same wherever they lie; "" for one that
+    cannot be read."""
+    found = _contents([paths[place] for place in _spread(len(paths), count)])
+    return ["" if content == _UNREAD else content.hex()[:16] for content in found]
+
+
+def _spread(size: int, count: int) -> list[int]:
+    return sorted(set(np.linspace(0, size - 1, min(count, size)).astype(int).tolist()))
+
+
+def _contents(paths: Sequence[Path]) -> list[bytes]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(_content, paths))
+
+
 def _content(path: Path) -> bytes:
-    """sha256 of a file: of all of it up to a megabyte, of pieces of a larger one; zeros where it cannot be read."""
+    """sha256 of a file: of all of it up to a megabyte, of pieces of a larger one; `_UNREAD` where it cannot be read."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
@@ -85,7 +100,7 @@ def _content(path: Path) -> bytes:
                 file.seek(start)
                 digest.update(file.read(_PIECE))
     except (OSError, ValueError):
-        return bytes(digest.digest_size)
+        return _UNREAD
     return digest.digest()
 
 

@@ -119,7 +119,10 @@ class Store:
             if self.complete:
                 yield None
                 return
-            self._drop_damaged_end()
+            try:
+                self._drop_damaged_end()
+            except OSError as error:
+                raise self._failed(error) from error
             with Writer(self) as writer:
                 yield writer
             self._open()

@@ -11,6 +11,10 @@ from safetensors import SafetensorError
 
 from .errors import UserError
 
+# CIFS, vboxsf, 9p and some of FUSE answer so for folders, a few for files too.
+_UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EPERM,
+                          errno.EACCES, errno.EISDIR, errno.ENOTTY})
+
 
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a temporary file and puts it in the place of `path`; on failure `path` stays as it was.
@@ -23,7 +27,7 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         write(partial)
         descriptor = os.open(partial, os.O_RDWR)
         try:
-            os.fsync(descriptor)
+            sync(descriptor)
         finally:
             os.close(descriptor)
         os.replace(partial, path)
@@ -35,10 +39,27 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(descriptor: int) -> None:
+    """What was written to an open file is on the disk when this returns, where its file system can promise that.
+
+    OSError where the disk fails or is full.
+    """
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Has the names in `folder` on the disk. What cannot be opened, such as a folder without read permission, is left
+    to the system: the files are there already."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        sync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -9,7 +9,10 @@ import torch
 
 from .config import Config
 from .data import Loader, cache, feature_cache, pixel_cache
+from .data.base import ImageFiles
 from .data.loader import MAX_THREADS
+from .data.rebuild import require_complete
+from .data.store import NotBuilt
 from .distributed import World
 
 
@@ -37,8 +40,11 @@ def choose(config: Config, loader: Loader, fields: Callable[[], list[feature_cac
     UserError where what --cache or --cache-dir asks for cannot be. Nothing is written.
     """
     kept = fields() if config.cache in ("auto", "features") else []
+    if world.size > 1 and config.cache != "none" and isinstance(loader.image_set, ImageFiles):
+        # Other machines have copies of the pictures, with inodes of their own.
+        loader.image_set.take_key(world.first(loader.image_set.content_key))
     plan = world.first(lambda: cache.plan(config.cache, loader.image_set, kept, epochs=config.epochs, device=device,
-                                          folder=cache.folder_of(config.cache_dir), decoder=loader.kind,
+                                          folder=cache.folder_of(config.cache_dir), decoder=loader.decoder,
                                           processes=world.size))  # fmt: skip
     return Chosen(plan, kept)
 
@@ -53,18 +59,22 @@ def open_source(config: Config, loader: Loader, decoding: str, chosen: Chosen, f
     image_set, plan, kept = loader.image_set, chosen.plan, chosen.fields
     # Each process holds all rows of what is held in memory, on its own device.
     holder = device if plan.device is not None and plan.device.type == device.type else plan.device
-    if image_set.content_key() and not plan.complete:
+    if isinstance(image_set, ImageFiles) and not plan.complete:
         say(decoding)
     say(plan.reason)
+    if plan.on_disk is not None and (reason := world.first(lambda: _not_built(config, loader, function, chosen, say))):
+        say(f"nothing is cached: {reason}")
+        return Source(loader)
     if plan.kind == "pixels":
-        return Source(_pixels(config, loader, plan, holder, world, say))
+        return Source(_pixels(config, loader, plan, holder, world))
     if plan.kind != "features":
         return Source(loader)
     if plan.on_disk is None:
         progress = None if world.main else False
         found = world.together(lambda: feature_cache.in_memory(loader, function, kept, holder, progress))
     else:
-        found = _features(loader, kept, function, plan, world, say)
+        found = world.together(lambda: feature_cache.opened(
+            loader, kept, feature_cache.stores_of(image_set, kept, plan.on_disk)))  # fmt: skip
         if holder is not None:
             world.together(lambda: found.hold(holder))
     # Nothing is decoded any more, and a decoder on the GPU would go on holding memory.
@@ -73,28 +83,33 @@ def open_source(config: Config, loader: Loader, decoding: str, chosen: Chosen, f
     return Source(rows, found)
 
 
-def _pixels(config: Config, loader: Loader, plan: cache.Plan, holder: torch.device | None, world: World,
-            say: Callable[[str], None]) -> Loader:  # fmt: skip
-    def built() -> None:
-        pixel_cache.build(loader, pixel_cache.store_of(loader.image_set, plan.on_disk, loader.kind), say=say)
+def _not_built(config: Config, loader: Loader, function: feature_cache.Function, chosen: Chosen,
+               say: Callable[[str], None]) -> str:  # fmt: skip
+    """Completes the stores on disk. Why that is impossible, where the user has not asked for a cache; else ""."""
+    plan = chosen.plan
+    try:
+        if plan.kind == "pixels":
+            store = pixel_cache.store_of(loader.image_set, plan.on_disk, loader.decoder)
+            pixel_cache.build(loader, store, say=say)
+        else:
+            stores = feature_cache.stores_of(loader.image_set, chosen.fields, plan.on_disk)
+            feature_cache.build(loader, function, stores, say=say)
+    except NotBuilt as error:
+        if config.cache != "auto":
+            raise
+        return str(error)
+    return ""
 
+
+def _pixels(config: Config, loader: Loader, plan: cache.Plan, holder: torch.device | None, world: World) -> Loader:
     def opened() -> pixel_cache.CachedPixels:
-        store = pixel_cache.store_of(loader.image_set, plan.on_disk, loader.kind)
+        store = pixel_cache.store_of(loader.image_set, plan.on_disk, loader.decoder)
+        require_complete([store])
         return pixel_cache.CachedPixels(loader.image_set, store, holder)
 
-    world.first(built)
     pixels = world.together(opened)
     # Its rows are only copied: threads do, and a process would be sent a copy of the whole file.
     rows = Loader(pixels, config.batch_size, config.seed, min(loader.workers, MAX_THREADS), rank=world.rank,
                   world=world.size)  # fmt: skip
     rows.note_corrupt(dict(pixels.corrupt.values()))
     return rows
-
-
-def _features(loader: Loader, fields: list[feature_cache.Field], function: feature_cache.Function, plan: cache.Plan,
-              world: World, say: Callable[[str], None]) -> feature_cache.FeatureCache:  # fmt: skip
-    def stores() -> list:
-        return feature_cache.stores_of(loader.image_set, fields, plan.on_disk)
-
-    world.first(lambda: feature_cache.build(loader, function, stores(), say=say))
-    return world.together(lambda: feature_cache.opened(loader, fields, stores()))

@@ -15,7 +15,7 @@ from typing import Any
 from .checkpoint import CONFIG, METRICS, write_config
 from .config import Config
 from .errors import UserError
-from .files import atomic_write
+from .files import atomic_write, sync
 
 CORRUPT = "corrupt.txt"
 
@@ -76,7 +76,7 @@ class RunFolder:
     def sync(self) -> None:
         """Metrics are on the disk when this returns: call it before a state is saved that includes their step."""
         with self._writing():
-            os.fsync(self._metrics.fileno())
+            sync(self._metrics.fileno())
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -89,8 +89,10 @@ class RunFolder:
     def cut_metrics(self, step: int) -> None:
         """Removes what was logged after `step`, and a line that a kill left unfinished."""
         lines = (self.path / METRICS).read_bytes().splitlines(keepends=True)
-        with self._writing():
-            self._metrics.truncate(sum(len(line) for line in lines if _step_of(line) <= step))
+        kept = [line for line in lines if _step_of(line) <= step]
+        if len(kept) < len(lines):
+            with self._writing():
+                self._metrics.truncate(sum(map(len, kept)))
 
     def close(self) -> None:
         self._metrics.close()

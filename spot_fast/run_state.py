@@ -54,7 +54,7 @@ def save(trainer: Trainer, folder: RunFolder) -> None:
         "teacher_path": str(trainer.teacher_path.resolve()) if trainer.teacher_path else "",
         "threads": str(trainer.num_threads), "fixed_threads": "yes" if trainer.fixed_threads else "no",
         "device": trainer.device.type, "torch": torch.__version__,
-        "processes": str(trainer.world.size),
+        "processes": str(trainer.world.size), "pictures": json.dumps(trainer.train_set.sample()),
     })  # fmt: skip
 
 
@@ -87,6 +87,7 @@ def restore(trainer: Trainer, folder: RunFolder) -> None:
         if about.get(name, "") != ours:
             raise UserError(f"{folder.path} cannot be resumed: it began with other {what} "
                             f"({about.get(name, '')[:12]}, now {ours[:12]}): restore them or train again")
+    _require_pictures(folder, json.loads(about.get("pictures", "[]")), trainer.train_set.sample())
     model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     trainer.model.load_learned_state_dict(model)
     load_optimiser_tensors(trainer.optimiser, trainer.names, tensors)
@@ -97,3 +98,15 @@ def restore(trainer: Trainer, folder: RunFolder) -> None:
     logged = max(trainer.step - trainer.step % every for every in (trainer.config.log_every, steps_per_epoch))
     trainer.bad_steps.restore(json.loads(about["skipped"]), tensors["bad_steps"], told=logged)
     trainer.seconds = float(about["seconds"])
+
+
+def _require_pictures(folder: RunFolder, before: list[str], now: list[str]) -> None:
+    """UserError where most of the training pictures that are compared hold something else than when the run began.
+
+    They may lie elsewhere, and single ones may have been mended.
+    """
+    pairs = [pair for pair in zip(before, now, strict=False) if all(pair)]
+    others = sum(was != content for was, content in pairs)
+    if 2 * others > len(pairs):
+        raise UserError(f"{folder.path} cannot be resumed: {others} of {len(pairs)} training images that were compared "
+                        "are not those it began with: give --data their folder or train again")  # fmt: skip

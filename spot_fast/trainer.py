@@ -34,6 +34,7 @@ from .nested import map_tensors
 from .optimiser import adam, clip_by_infinity_norm, set_learning_rate, update
 from .precision import autocast, float32_products, resolve, store_in_bfloat16
 from .progress import Display, Meter, Pace, epoch_line
+from .recipes import timm_name
 from .run_cache import Chosen, choose, open_source
 from .run_folder import RunFolder
 from .schedule import attention_weight, learning_rate
@@ -185,7 +186,9 @@ class Trainer:
         """What `frozen_features` gives for a picture, and what that depends on besides the picture."""
         config = self.config
         one = torch.zeros(1, 3, config.image_size, config.image_size, dtype=torch.uint8)
-        words = (self.identity["sha256"], config.feature_norm, self.precision, self.device.type, self.loader.kind)
+        # The name too: tensors do not show how many heads there are, nor activations or epsilons.
+        words = (timm_name(config.encoder), self.identity["sha256"], config.feature_norm, self.precision,
+                 self.device.type, self.loader.kind)  # fmt: skip
         key = " ".join(map(str, words))
         keys = key, f"{key} {self.model.encoder.first_last_block}"
         return [feature_cache.Field(name, tuple(value.shape[1:]), value.dtype, key)

@@ -4,6 +4,7 @@ import numpy as np
 from PIL import Image
 
 from spot_fast.data import Folder
+from spot_fast.errors import CorruptImage
 
 
 def make_pictures(root, count, size=(40, 24), seed=0, ending="png"):
@@ -20,3 +21,15 @@ def truncate(path):
 
 def folder(root, **options):
     return Folder(root, **({"image_size": 16} | options))
+
+
+def unreadable(monkeypatch, name):
+    """Reading the picture of that name fails as on a server that does not answer, until the patch is undone."""
+    real = Folder.encoded
+
+    def fails(images, index):
+        if images.paths[index].name == name:
+            raise CorruptImage(f"image {images.paths[index]} cannot be read: Input/output error")
+        return real(images, index)
+
+    monkeypatch.setattr(Folder, "encoded", fails)

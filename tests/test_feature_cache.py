@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from picture_files import folder, make_pictures, truncate
+from picture_files import folder, make_pictures, truncate, unreadable
 from spot_fast.data import Loader, Scenes, feature_cache
 from spot_fast.data.feature_cache import Field
+from spot_fast.data.store import NotBuilt, Store
 from spot_fast.errors import UserError
 
 CPU = torch.device("cpu")
@@ -90,6 +91,78 @@ def test_corrupt_pictures_have_the_same_stand_ins(tmp_path, place):
         for epoch in range(5):
             assert_same_epoch(cache, loader, epoch)
         loader = Loader(loader.image_set, 4, seed=2)
+
+
+def test_a_picture_that_could_not_be_read_once_is_computed_alone(tmp_path, monkeypatch):
+    """A disk or a server may fail for a while."""
+    make_pictures(tmp_path, 12)
+    images = folder(tmp_path, flip=True)
+    with monkeypatch.context() as patch:
+        unreadable(patch, "004.png")
+        one = on_disk(Loader(images, 4), tmp_path / "cache", lambda images: mean_and_corner(images)[:1], FIELDS[:1])
+        assert list(one.corrupt) == [4] and "Input/output error" in one.corrupt[4][1]
+    images, seen = folder(tmp_path, flip=True), []
+
+    def counts(images):
+        seen.append(len(images))
+        return mean_and_corner(images)
+
+    loader = Loader(images, 4)
+    cache = on_disk(loader, tmp_path / "cache", lambda images: counts(images)[:1], FIELDS[:1])
+    assert seen == [4, 4] and not cache.corrupt and not loader.corrupt  # both outcomes of one batch
+    cache = on_disk(loader, tmp_path / "cache")  # the other field is not there yet
+    assert_same_epoch(cache, loader, 1)
+
+
+def test_a_picture_is_left_out_where_any_field_lacks_it(tmp_path, monkeypatch):
+    make_pictures(tmp_path, 8)
+    images = folder(tmp_path)
+    on_disk(Loader(images, 4), tmp_path / "cache", lambda images: mean_and_corner(images)[:1], FIELDS[:1])
+    unreadable(monkeypatch, "003.png")
+    assert list(on_disk(Loader(images, 4), tmp_path / "cache").corrupt) == [3]
+
+
+def test_what_may_only_be_read_is_left_out_with_a_note(tmp_path, monkeypatch):
+    make_pictures(tmp_path, 8)
+    images, said = folder(tmp_path), []
+    with monkeypatch.context() as patch:
+        unreadable(patch, "003.png")
+        on_disk(Loader(images, 4), tmp_path / "cache")
+
+    def refused(store, rows, say):
+        raise NotBuilt("the cache cannot be written (Permission denied)")
+
+    monkeypatch.setattr(Store, "refill", refused)
+    stores = feature_cache.stores_of(images, FIELDS, tmp_path / "cache")
+    feature_cache.build(Loader(images, 4), mean_and_corner, stores, progress=False, say=said.append)
+    assert len(said) == 2 and "can be read again stay left out: the cache cannot be written" in said[0]
+    assert list(feature_cache.opened(Loader(images, 4), FIELDS, stores).corrupt) == [3]
+
+
+def test_a_picture_that_changes_while_the_cache_is_built_stops_it(tmp_path):
+    """Its row would be found under the key of the picture that was there before."""
+    make_pictures(tmp_path, 12)
+    images, calls = folder(tmp_path), []
+
+    def function(squares):
+        calls.append(None)
+        if len(calls) == 2:
+            make_pictures(tmp_path, 6, seed=1)
+        return mean_and_corner(squares)
+
+    with pytest.raises(NotBuilt, match=r"image .*004\.png has changed since the run began: .*--cache none"):
+        on_disk(Loader(images, 4), tmp_path / "cache", function)
+    assert [store.written for store in feature_cache.stores_of(images, FIELDS, tmp_path / "cache")] == [4, 4]
+    loader = Loader(folder(tmp_path), 4)
+    assert_same_epoch(on_disk(loader, tmp_path / "cache"), loader, 0)
+
+
+def test_a_store_that_another_process_does_not_see_is_named(tmp_path):
+    make_pictures(tmp_path, 4)
+    loader = Loader(folder(tmp_path), 4)
+    stores = feature_cache.stores_of(loader.image_set, FIELDS, tmp_path / "cache")
+    with pytest.raises(UserError, match="is not complete here although it was built: use a --cache-dir"):
+        feature_cache.opened(loader, FIELDS, stores)
 
 
 def test_too_many_corrupt_pictures_are_an_error(tmp_path):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from picture_files import folder, make_pictures, truncate
+from picture_files import folder, make_pictures, truncate, unreadable
 from spot_fast.data import Loader, pixel_cache
+from spot_fast.data.store import NotBuilt
 from spot_fast.errors import CorruptImage, UserError
 
 
@@ -74,6 +75,38 @@ def test_corrupt_pictures_have_the_same_stand_ins(tmp_path, crop):
         from_cache.prepared(4)
 
 
+@pytest.mark.parametrize("crop, workers", [("center", 0), ("random", 2)])
+def test_a_picture_that_could_not_be_read_once_is_decoded_alone(tmp_path, monkeypatch, crop, workers):
+    make_pictures(tmp_path, 11)
+    image_set = folder(tmp_path, crop=crop)
+    with monkeypatch.context() as patch:
+        unreadable(patch, "004.png")
+        assert list(cached(image_set, tmp_path / "cache").corrupt) == [4]
+    seen, read = set(), image_set.prepared
+    image_set.prepared = lambda index: seen.add(index) or read(index)
+    from_cache = cached(image_set, tmp_path / "cache", workers)
+    assert seen == {4} and not from_cache.corrupt
+    assert_same_batches(folder(tmp_path, crop=crop), from_cache)
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_a_picture_that_changes_while_the_cache_is_built_stops_it(tmp_path, crop):
+    make_pictures(tmp_path, 8)
+    image_set = folder(tmp_path, crop=crop)
+    image_set.content_key()
+    make_pictures(tmp_path, 3, seed=1)
+    with pytest.raises(NotBuilt, match="000.png has changed since the run began"):
+        cached(image_set, tmp_path / "cache")
+
+
+def test_pixels_of_another_decoder_are_others(tmp_path):
+    """nvJPEG rounds in its own way: a run on a CPU does not read what a GPU has decoded."""
+    make_pictures(tmp_path, 2)
+    names = {pixel_cache.store_of(folder(tmp_path), tmp_path, decoder).folder
+             for decoder in ("torch", "dali on cpu", "dali on cuda")}  # fmt: skip
+    assert len(names) == 3
+
+
 def test_too_many_corrupt_pictures_stop_the_build_and_the_rest_is_kept(tmp_path):
     make_pictures(tmp_path, 11)
     for name in ("004.png", "007.png"):
@@ -89,7 +122,7 @@ def test_an_interrupted_build_goes_on(tmp_path):
     image_set = folder(tmp_path, crop="random")
     store = pixel_cache.store_of(image_set, tmp_path / "cache")
     with store.building() as writer:
-        for found in itertools.islice(pixel_cache._uncropped(Loader(image_set, 4), 0), 6):
+        for found in itertools.islice(pixel_cache._uncropped(Loader(image_set, 4), range(11)), 6):
             writer.append(found.numpy(), height=found.shape[1], width=found.shape[2])
     seen = []
     read = image_set.prepared

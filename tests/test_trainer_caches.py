@@ -1,14 +1,18 @@
 """Training on files with features, pixels or nothing cached: the same weights and losses to the last bit."""
 
+import errno
 from dataclasses import replace
 
 import pytest
 
 from picture_files import make_pictures, truncate
 from spot_fast import trainer as trainer_module
+from spot_fast.checkpoint import save_tensors
 from spot_fast.data import folder as folder_module
+from spot_fast.encoder import build_encoder
 from spot_fast.errors import UserError
-from tiny_runs import assert_same_run, metrics, tiny, train
+from spot_fast.trainer import Trainer
+from tiny_runs import CPU, assert_same_run, go_on, metrics, tiny, train
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,23 @@ def test_dali_with_and_without_cache(on_files, tmp_path_factory, pictures, monke
     assert "013.jpg" in (by_dali[0] / "corrupt.txt").read_text()
 
 
+def test_features_are_of_weights_and_of_what_computes_with_them(tmp_path):
+    """Heads do not show in the weights: two files that are equal bit for bit give other features."""
+    shape = "vit:patch=8,width=16,depth=1,hidden=16,heads="
+    weights = build_encoder(tiny(encoder=f"{shape}2", train_blocks=0)).vit.state_dict()
+    keys = set()
+    for place, (name, heads, change) in enumerate(
+        [("a", 2, 0), ("renamed", 2, 0), ("a", 4, 0), ("a", 2, 1), ("a", 2, 0)]
+    ):
+        file = tmp_path / f"{name}.safetensors"
+        weights["norm.bias"] += change
+        save_tensors(file, weights, {})
+        config = tiny(encoder=f"{shape}{heads}", encoder_weights=str(file), train_blocks=0)
+        keys.add(Trainer(config, device=CPU).frozen_fields()[0].key)
+        assert len(keys) == (1, 1, 2, 3, 3)[place]
+        weights["norm.bias"] -= change
+
+
 def test_stage_2_reads_the_targets_of_stage_1(on_files, teacher, tmp_path):
     on_files("features", small())
     (targets,) = (tmp_path / "cache").glob("features-target-*")
@@ -99,3 +120,36 @@ def test_auto_says_what_it_chose(on_files, capsys):
     assert "a random crop of image folder has no end of outcomes" in capsys.readouterr().out
     on_files("auto", small())
     assert "features of 22 pictures, mirrored and not" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_a_cache_that_fails_costs_a_note_where_nobody_asked_for_it(on_files, monkeypatch, capsys, crop):
+    """A quota, another user's folder: the run goes on without, and ends in the same bits."""
+    plain = on_files("none", small(crop=crop))
+
+    def refused(path, size):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr("spot_fast.data.store._appended", refused)
+    assert_same_run(plain, on_files("auto", small(crop=crop)))
+    assert "nothing is cached: the cache " in capsys.readouterr().out
+    with pytest.raises(UserError, match="cannot be written .Disk quota exceeded.: free some space"):
+        on_files("pixels", small(crop=crop))
+
+
+def test_a_run_goes_on_with_its_own_pictures_wherever_they_lie(tmp_path, monkeypatch):
+    """As many other pictures of the same names would be trained on without a word."""
+    roots = {name: tmp_path / name for name in ("own", "copy", "other")}
+    for root in roots.values():
+        root.mkdir()
+        make_pictures(root, 22, size=(48, 32), seed=root.name == "other")
+    (roots["copy"] / "000.png").write_bytes((roots["other"] / "000.png").read_bytes())
+    given = ["own"]
+    monkeypatch.setattr(trainer_module, "open_set", lambda config, split: folder_module.Folder(
+        roots[given[0]], image_size=config.image_size))  # fmt: skip
+    path, _ = train(tmp_path, small(epochs=1, cache="none"))
+    given[0] = "other"
+    with pytest.raises(UserError, match="cannot be resumed: 16 of 16 training images .*: give --data their folder"):
+        go_on(path, small(epochs=1, cache="none"))
+    given[0] = "copy"
+    assert go_on(path, small(epochs=1, cache="none")).finished

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..files import atomic_write
 from . import check
 from .cache import folder_of, text
-from .store import cached, remove
+from .store import Cached, cached, remove
 
 _INTERRUPTED = 130
 _MAX_JOBS = 16
@@ -87,18 +87,35 @@ def _check(args: argparse.Namespace) -> int:
 
 def _caches(args: argparse.Namespace) -> int:
     folder = folder_of(args.cache_dir)
-    caches = list(cached(folder))
+    if folder is None:
+        raise UserError("there is no folder of caches, $HOME is not set: name one with --cache-dir")
+    if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f"{folder} cannot be read: use another --cache-dir, or ask its owner")
+    caches, kept = list(cached(folder)), []
     if args.remove is not None:
         caches = [cache for cache in caches if args.remove in ("all", cache.folder.name)]
         if not caches and args.remove != "all":
             raise UserError(f"--remove {args.remove}: {folder} has no cache of that name, list them without --remove")
-        for cache in caches:
-            remove(cache)
+        caches, kept = _removed(caches)
     for cache in caches:
         state = "removed" if args.remove is not None else "complete" if cache.complete else "incomplete"
         print(f"{text(cache.nbytes):>8}  {state:10}  {cache.built}  {cache.folder.name}  {cache.what}")
     print(f"{text(sum(cache.nbytes for cache in caches))} {'freed' if args.remove is not None else 'used'} in {folder}")
+    if kept:
+        raise kept[0]
     return 0
+
+
+def _removed(caches: Sequence[Cached]) -> tuple[list[Cached], list[UserError]]:
+    """Those that could be removed, and why others could not."""
+    gone, kept = [], []
+    for cache in caches:
+        try:
+            remove(cache)
+            gone.append(cache)
+        except UserError as error:
+            kept.append(error)
+    return gone, kept
 
 
 def _write_list(path: Path, bad: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from PIL import Image
 
 from ..errors import CorruptImage, UserError
 from . import transforms
+from .identity import Files, sample
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,14 @@ class ImageSet(ABC):
         """Names what `prepared` gives for all pictures: another key, other pixels. Empty: not worth storing on disk."""
         return ""
 
+    def sample(self) -> list[str]:
+        """Digests of what a few of the set's files hold, wherever they lie; "" for one that cannot be read."""
+        return []
+
+    def changed(self, indices: Iterable[int]) -> list[int]:
+        """Those of the pictures that are no longer what `content_key` names."""
+        return []
+
     @abstractmethod
     def val_image(self, index: int) -> torch.Tensor:
         """uint8 [3, S, S], cropped as in evaluation; CorruptImage names the file and the reason."""
@@ -120,8 +129,11 @@ class ImageFiles(ImageSet):
 
     crop: "center" or "random" after resizing the minor side to S (bilinear), or "stretch" to S x S (bicubic, MOVi).
     Validation pictures are centre-cropped unless they are stretched. upright: obey EXIF orientation. A set whose
-    pictures are not files of their own overrides `encoded` and `stamps`.
+    pictures are not files of their own overrides `encoded`, `sources` and `source`, and says in `drawn` what it takes
+    of those files.
     """
+
+    drawn = ""
 
     def __init__(self, paths: list[Path], *, image_size: int, mask_size: int, crop: str = "center",
                  flip: bool = False, upright: bool = False) -> None:
@@ -133,6 +145,8 @@ class ImageFiles(ImageSet):
         self.upright = upright
         self.random_crop = crop == "random"
         self._key = ""
+        self._files: Files | None = None  # as they were when the key was made
+        self._sample: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -186,34 +200,43 @@ class ImageFiles(ImageSet):
         return image if crop == "random" else transforms.center_crop(image, self.image_size)
 
     def content_key(self) -> str:
-        if self._key:  # to ask a large set's file system once is enough
-            return self._key
-        digest = hashlib.sha256()
-        words = (transforms.VERSION, self.image_size, self.crop, self.upright, len(self))
-        digest.update(" ".join(map(str, words)).encode())
-        for line in self.stamps():
-            digest.update(f"\n{line}".encode(errors="surrogateescape"))
-        self._key = digest.hexdigest()
+        if not self._key:  # to ask a large set's file system once is enough
+            self._files = Files(self.sources())
+            words = (transforms.VERSION, self.image_size, self.crop, self.upright, len(self), self.drawn,
+                     self._files.key)  # fmt: skip
+            self._key = hashlib.sha256(" ".join(map(str, words)).encode()).hexdigest()
         return self._key
 
-    def stamps(self) -> Iterator[str]:
-        """A line for each file that the pictures come from; it changes when the file does: name, size and time."""
-        return map(stamp, self.paths)
+    def sample(self) -> list[str]:
+        if self._sample is None:
+            self._sample = sample(self.sources())
+        return self._sample
+
+    def take_key(self, key: str) -> None:
+        """The `content_key` from now on: of several processes one asks the file system for all."""
+        self._key = key
+
+    def changed(self, indices: Iterable[int]) -> list[int]:
+        if self._files is None:
+            return []
+        indices = list(indices)
+        places = [self.source(index) for index in indices]
+        found = set(self._files.changed(dict.fromkeys(places)))
+        return [index for index, place in zip(indices, places, strict=True) if place in found]
+
+    def sources(self) -> Sequence[Path]:
+        """The files that the pictures come from."""
+        return self.paths
+
+    def source(self, index: int) -> int:
+        """The place in `sources` of the file that the picture comes from."""
+        return index
 
     def square_labels(self, labels: np.ndarray) -> torch.Tensor:
         """A label map [height, width] as int64 [M, M]: nearest, cropped or stretched as validation pictures are."""
         if self.crop == "stretch":
             return transforms.stretch_labels(labels, self.mask_size)
         return transforms.center_crop_labels(labels, self.mask_size)
-
-
-def stamp(path: Path) -> str:
-    """Name, size and time of a file: another line, another content."""
-    try:
-        about = path.stat()
-        return f"{path.parent.name}/{path.name} {about.st_size} {about.st_mtime_ns}"
-    except OSError:
-        return f"{path.parent.name}/{path.name} missing"
 
 
 __all__ = ["CorruptImage", "FullLabels", "Geometry", "ImageFiles", "ImageSet", "Masks"]

@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
+from ..home import expanded
 from . import pixel_cache
 from .base import ImageSet
 from .feature_cache import Field, outcomes, stores_of
+from .store import Store
 
 _SHARE = 0.5  # of the free memory or disk that a cache takes unasked
 _DISK_MARGIN = 2**28  # left free in any case
@@ -35,33 +37,52 @@ class Plan:
     complete: bool = False
 
 
-def folder_of(given: str | None) -> Path:
-    """--cache-dir, $SPOT_FAST_CACHE or ~/.cache/spot_fast; UserError for a --cache-dir that cannot be written to."""
-    folder = Path(given or os.environ.get("SPOT_FAST_CACHE") or Path.home() / ".cache" / "spot_fast")
-    if given and not _can_be_written(folder):
+def folder_of(given: str | None) -> Path | None:
+    """--cache-dir, $SPOT_FAST_CACHE or ~/.cache/spot_fast, which need not be there yet; None where there is no home.
+
+    UserError for a --cache-dir that is no folder and cannot become one.
+    """
+    named = os.environ.get("SPOT_FAST_CACHE") if given is None else given
+    folder = expanded(named or "~/.cache/spot_fast")
+    if given is None:
+        return folder
+    if not given:
+        raise UserError("--cache-dir is empty: name a folder")
+    if folder is None:
+        raise UserError(f"--cache-dir {given}: the home folder is not known ($HOME is not set), write it out")
+    if not os.path.isdir(folder) and not _can_be_written(folder):
         raise UserError(f"--cache-dir {given} is not a folder that can be made and written to: use another one")
     return folder
 
 
 def _existing(folder: Path) -> Path:
     """`folder`, or the nearest thing above it that exists."""
-    while not folder.exists() and folder != folder.parent:
+    while not os.path.exists(folder) and folder != folder.parent:
         folder = folder.parent
     return folder
 
 
 def _can_be_written(folder: Path) -> bool:
     there = _existing(folder)
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
+
+
+def _no_room(folder: Path | None) -> str:
+    """Why not enough can be written to `folder`."""
+    if folder is None:
+        return "there is no folder for it, $HOME is not set (name one with --cache-dir)"
+    if not _can_be_written(folder):
+        return f"{folder} {'cannot be' if os.path.isdir(folder) else 'is not a folder that can be made and'} written to"
+    return f"{folder} has only {text(free_disk(folder))} free"
 
 
 def plan(mode: str, image_set: ImageSet, fields: Sequence[Field], *, epochs: int, device: torch.device,
-         folder: Path, decoder: str = "torch", processes: int = 1) -> Plan:  # fmt: skip
+         folder: Path | None, decoder: str = "torch", processes: int = 1) -> Plan:  # fmt: skip
     """What to keep of `image_set` for so many epochs on `device`; mode is none, pixels, features or auto.
 
-    fields: the frozen features of a picture; decoder: the loader's kind; processes: how many train together, each with
-    a copy of what is held in memory. UserError where what was asked for is impossible, or too large for memory and
-    disk.
+    fields: the frozen features of a picture; folder: of caches, None where there is none; decoder: the loader's;
+    processes: how many train together, each with a copy of what is held in memory. UserError where what was asked for
+    is impossible, or too large for memory and disk.
     """
     if mode == "none":
         return Plan("none", "nothing is cached: --cache none")
@@ -81,7 +102,7 @@ def plan(mode: str, image_set: ImageSet, fields: Sequence[Field], *, epochs: int
     return _pixels(image_set, folder, device, decoder, asked=False, why=found.reason, epochs=epochs)
 
 
-def _features(image_set: ImageSet, fields: Sequence[Field], folder: Path, device: torch.device, *,
+def _features(image_set: ImageSet, fields: Sequence[Field], folder: Path | None, device: torch.device, *,
               asked: bool, processes: int) -> Plan:  # fmt: skip
     size = sum(field.nbytes for field in fields) * len(image_set) * outcomes(image_set)
     sides = ", mirrored and not" if outcomes(image_set) == 2 else ""
@@ -97,24 +118,24 @@ def _features(image_set: ImageSet, fields: Sequence[Field], folder: Path, device
             return Plan("features", f"{what}, are cached{copies}: {text(free_bytes(holder))} free on {holder.type}",
                         holder)  # fmt: skip
         return _refuse(asked, f"{what}, do not fit the memory: {text(free_bytes(torch.device('cpu')))} are free")
-    built = _built(stores_of(image_set, fields, folder))
-    free = free_disk(folder)
-    if size - built <= share * (free - _DISK_MARGIN):
-        state = "are read from" if built == size else "are built once in"
-        rest = "" if built == size else f" ({text(free)} free there{f', {text(built)} are built' if built else ''})"
+    stores = [] if folder is None else stores_of(image_set, fields, folder)
+    complete, built = _complete(stores), sum(store.nbytes for store in stores)
+    free = 0 if folder is None else free_disk(folder)
+    if complete or size - built <= share * (free - _DISK_MARGIN):
+        state = "are read from" if complete else "are built once in"
+        rest = "" if complete else f" ({text(free)} free there{f', {text(built)} are built' if built else ''})"
         if device.type == "cpu" or holder == device:
             held = f" and held on {device.type}" if device.type != "cpu" else ""
             return Plan("features", f"{what}, {state} {folder}{rest}{held}",
-                        device if held else None, folder, built == size)  # fmt: skip
+                        device if held else None, folder, complete)  # fmt: skip
         if asked or holder is not None:
-            return Plan("features", f"{what}, {state} {folder}{rest}", None, folder, built == size)
+            return Plan("features", f"{what}, {state} {folder}{rest}", None, folder, complete)
         return Plan("none", f"{what}, do not fit the memory, and to read them from disk takes longer than to compute "
                             "them on a GPU")  # fmt: skip
     if holder is not None:
-        return Plan("features", f"{what}, are cached on {holder.type} for this run alone: {folder} has only "
-                                f"{text(free)} free", holder)  # fmt: skip
-    return _refuse(asked, f"{what}, are too large: {text(free)} are free in {folder}, "
-                          f"{text(free_bytes(torch.device('cpu')))} in memory")  # fmt: skip
+        return Plan("features", f"{what}, are cached on {holder.type} for this run alone: {_no_room(folder)}", holder)
+    memory = text(free_bytes(torch.device("cpu")))
+    return _refuse(asked, f"{what}, cannot be kept: {_no_room(folder)}, {memory} are free in memory")
 
 
 def _refuse(asked: bool, reason: str) -> Plan:
@@ -123,7 +144,7 @@ def _refuse(asked: bool, reason: str) -> Plan:
     return Plan("none", reason)
 
 
-def _pixels(image_set: ImageSet, folder: Path, device: torch.device, decoder: str, *, asked: bool, why: str,
+def _pixels(image_set: ImageSet, folder: Path | None, device: torch.device, decoder: str, *, asked: bool, why: str,
             epochs: int = 2) -> Plan:  # fmt: skip
     if not image_set.content_key():
         return Plan("none", f"nothing is cached: {image_set.name} are in memory already" if asked else why)
@@ -132,24 +153,28 @@ def _pixels(image_set: ImageSet, folder: Path, device: torch.device, decoder: st
     if image_set.random_crop and decoder != "torch":
         if asked:
             raise UserError("--cache pixels keeps whole pictures, as Pillow decodes them, where a crop is random: use "
-                            f"--loader torch, or --cache none with --loader {decoder}")  # fmt: skip
-        return Plan("none", f"{why}, and --loader {decoder} gives no whole pictures to keep")
-    size, built = pixel_cache.expected_bytes(image_set), _built([pixel_cache.store_of(image_set, folder, decoder)])
-    free = free_disk(folder)
+                            "--loader torch, or --cache none with --loader dali")  # fmt: skip
+        return Plan("none", f"{why}, and --loader dali gives no whole pictures to keep")
+    stores = [] if folder is None else [pixel_cache.store_of(image_set, folder, decoder)]
+    complete, built = _complete(stores), sum(store.nbytes for store in stores)
+    size = built if complete else pixel_cache.expected_bytes(image_set)
+    free = 0 if folder is None else free_disk(folder)
     what = f"decoded pixels of {len(image_set)} pictures, {text(size)}"
-    if size - built > (1.0 if asked else _SHARE) * (free - _DISK_MARGIN):
+    if not complete and size - built > (1.0 if asked else _SHARE) * (free - _DISK_MARGIN):
         if asked:
-            raise UserError(f"--cache pixels: {what}, are too large: {text(free)} are free in {folder}; use another "
-                            "--cache-dir, --cache none or fewer --train-images")  # fmt: skip
+            raise UserError(f"--cache pixels: {what}, cannot be kept: {_no_room(folder)}; use another --cache-dir, "
+                            "--cache none or fewer --train-images")  # fmt: skip
+        if not free:
+            return Plan("none", f"{why}; {what}, are not kept: {_no_room(folder)}")
         return Plan("none", f"{why}; {what}, are more than half of the {text(free)} that are free in {folder}")
-    state = "are read from" if built >= size else "are built once in"
+    state = "are read from" if complete else "are built once in"
     held = device.type == "cuda" and not image_set.random_crop and size <= _SHARE * free_bytes(device)
     return Plan("pixels", f"{why}: {what}, {state} {folder}{' and held on the GPU' if held else ''}",
-                device if held else None, folder, built >= size)  # fmt: skip
+                device if held else None, folder, complete)  # fmt: skip
 
 
-def _built(stores: Sequence) -> int:
-    return sum(store.nbytes for store in stores)
+def _complete(stores: Sequence[Store]) -> bool:
+    return bool(stores) and all(store.complete for store in stores)
 
 
 def _dtype(fields: Sequence[Field]) -> str:

@@ -55,6 +55,10 @@ class DaliLoader(Loader):
         self._by_pillow: set[int] = set()  # pictures at which DALI failed
         self._idle: list[Pipeline] = [self._pipeline()]
 
+    @property
+    def decoder(self) -> str:
+        return f"{self.kind} on {self.device.type}"  # nvJPEG has its own rounding
+
     def _pipeline(self, batch_size: int = 0) -> Pipeline:
         images = self.image_set
         return Pipeline(batch_size or self.batch_size // self.world, images.image_size, device=self.device,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from ..devices import send
 from .base import ImageSet
 from .loader import Loader
 from .prefetch import to_device
-from .store import Store
+from .rebuild import readable_again, refill, require_complete, require_unchanged
+from .store import Store, located
 
 # uint8 pictures [B, 3, S, S] → one tensor a field, its first axis the picture's.
 Function = Callable[[Tensor], tuple[Tensor, ...]]
@@ -56,7 +57,7 @@ def stores_of(image_set: ImageSet, fields: Sequence[Field], folder: Path) -> lis
         about = {"kind": "features", "key": key, "data": image_set.name, "field": field.name,
                  "shape": list(field.shape), "dtype": str(field.dtype).removeprefix("torch."),
                  "rows_per_picture": outcomes(image_set)}  # fmt: skip
-        stores.append(Store(folder / f"features-{field.name}-{key[:20]}", len(image_set) * outcomes(image_set), about))
+        stores.append(located(folder, f"features-{field.name}-{key[:20]}", len(image_set) * outcomes(image_set), about))
     return stores
 
 
@@ -121,7 +122,7 @@ def in_memory(loader: Loader, function: Function, fields: Sequence[Field], devic
     held = [torch.zeros(count * per_picture, *field.shape, dtype=field.dtype, device=device) for field in fields]
     corrupt: dict[int, tuple[str, str]] = {}
     with _bar(count, 0, progress) as bar:
-        for indices, good, results in _compute(loader, function, 0):
+        for indices, good, results in _compute(loader, function, torch.arange(count)):
             for mirrored, fields_of in enumerate(results):
                 rows = (indices * per_picture + mirrored)[good].to(device)
                 for tensor, result in zip(held, fields_of, strict=True):
@@ -135,27 +136,51 @@ def build(loader: Loader, function: Function, stores: Sequence[Store], progress:
           say: Callable[[str], None] = print) -> None:  # fmt: skip
     """Completes `stores`, one a field, with what `function` makes of the loader's pictures.
 
-    UserError where more of them are corrupt than the loader puts up with, or a store cannot be written.
+    Pictures that could not be read when an earlier build came to them are tried again. UserError where more are corrupt
+    than the loader puts up with, NotBuilt where a store cannot be written or pictures change meanwhile.
     """
-    per_picture = outcomes(loader.image_set)
+    per_picture, count = outcomes(loader.image_set), len(loader.image_set)
+    if readable := readable_again(loader.image_set, sorted(_corrupt(stores, per_picture))):
+        _refill(loader, function, stores, readable, say)
     with ExitStack() as stack:
         writers = [stack.enter_context(store.building(say)) for store in stores]
         missing = [writer for writer in writers if writer is not None]
         if missing:
             # Both outcomes of a picture are written together, but a kill may have come between them.
             start = min(writer.written for writer in missing) // per_picture
-            with _bar(len(loader.image_set), start, progress) as bar:
-                for indices, good, results in _compute(loader, function, start):
+            with _bar(count, start, progress) as bar:
+                for indices, good, results in _compute(loader, function, torch.arange(start, count)):
+                    require_unchanged(loader.image_set, indices.tolist())
                     _append(loader, writers, indices, good, results)
                     bar.update(len(indices))
 
 
 def opened(loader: Loader, fields: Sequence[Field], stores: Sequence[Store]) -> FeatureCache:
-    """Reads from complete `stores`; UserError where more pictures were corrupt than the loader puts up with."""
-    per_picture = outcomes(loader.image_set)
-    corrupt = {row // per_picture: found for row, found in stores[0].corrupt.items()}
+    """Reads from complete `stores`; UserError where one is not, or more pictures were corrupt than the loader puts up
+    with."""
+    require_complete(stores)
+    corrupt = _corrupt(stores, outcomes(loader.image_set))
+    corrupt = {index: (loader.image_set.label(index), reason) for index, (_, reason) in corrupt.items()}
     loader.note_corrupt(dict(corrupt.values()))
-    return FeatureCache(fields, per_picture, stores=stores, corrupt=corrupt)
+    return FeatureCache(fields, outcomes(loader.image_set), stores=stores, corrupt=corrupt)
+
+
+def _corrupt(stores: Sequence[Store], per_picture: int) -> dict[int, tuple[str, str]]:
+    """Label and reason, by index, of the pictures that lack a row in any store."""
+    return {row // per_picture: found for store in stores for row, found in store.corrupt.items()}
+
+
+def _refill(loader: Loader, function: Function, stores: Sequence[Store], indices: Sequence[int],
+            say: Callable[[str], None]) -> None:  # fmt: skip
+    per_picture = outcomes(loader.image_set)
+    for some, good, results in _compute(loader, function, torch.tensor(indices)):
+        require_unchanged(loader.image_set, some.tolist())
+        for field, store in enumerate(stores):
+            batches = [result[field].cpu().contiguous().view(torch.uint8).flatten(1).numpy() for result in results]
+            rows = [(index * per_picture + mirrored, rows[place], 0, 0)
+                    for mirrored, rows in enumerate(batches)
+                    for place, index in enumerate(some.tolist()) if good[place]]  # fmt: skip
+            refill(store, rows, say)
 
 
 def _append(loader: Loader, writers, indices: Tensor, good: Tensor, results: list[tuple[Tensor, ...]]) -> None:
@@ -177,19 +202,20 @@ def _told(loader: Loader, corrupt: list[int]) -> dict[int, tuple[str, str]]:
 
 
 def _compute(loader: Loader, function: Function,
-             start: int) -> Iterator[tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]]:  # fmt: skip
-    """(indices int64 [b], which of them are pictures bool [b], results of each outcome) from picture `start` on.
+             indices: Tensor) -> Iterator[tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]]:  # fmt: skip
+    """(indices int64 [b], which of them are pictures bool [b], results of each outcome) of the pictures asked for.
 
     `function` always sees a full batch (of several processes: a process's share of one), because the last bits of its
     results may depend on how many there are.
     """
-    size, count = loader.batch_size // loader.world, len(loader.image_set)
-    wanted = list(torch.arange(start, count).split(size))
+    size = loader.batch_size // loader.world
+    wanted = list(indices.split(size))
     full = [torch.cat([indices, indices[:1].expand(size - len(indices))]) for indices in wanted]
-    for indices, batch in zip(wanted, loader.pictures(full), strict=True):
-        squares = [batch.images, batch.images.flip(-1)][: outcomes(loader.image_set)]
-        results = [tuple(field[: len(indices)] for field in function(square)) for square in squares]
-        yield indices, batch.indices[: len(indices)] == indices, results
+    with closing(loader.pictures(full)) as batches:
+        for indices, batch in zip(wanted, batches, strict=True):
+            squares = [batch.images, batch.images.flip(-1)][: outcomes(loader.image_set)]
+            results = [tuple(field[: len(indices)] for field in function(square)) for square in squares]
+            yield indices, batch.indices[: len(indices)] == indices, results
 
 
 def _bar(count: int, done: int, progress: bool | None) -> tqdm:

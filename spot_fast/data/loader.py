@@ -68,7 +68,7 @@ class Loader:
     A corrupt picture is replaced by another one, drawn deterministically, and is counted in `corrupt`
     {label: reason}; more than 1 % of the set corrupt is a UserError that names the first of them.
 
-    kind: what decodes, as --loader calls it; another one gives other pixels.
+    kind: what decodes, as --loader calls it; decoder: with everything else that decides about pixels, for keys.
     """
 
     kind = "torch"
@@ -96,6 +96,10 @@ class Loader:
         self.corrupt: dict[str, str] = {}
         self._unused = self._rng(_CROP)
         self._idle: list[Any] = []  # what decodes pictures and is kept from epoch to epoch
+
+    @property
+    def decoder(self) -> str:
+        return self.kind
 
     @property
     def steps_per_epoch(self) -> int:

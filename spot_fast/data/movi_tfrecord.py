@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import CorruptImage, UserError
 from . import movi, tfrecord
-from .base import ImageFiles, Masks, stamp
+from .base import ImageFiles, Masks
 from .transforms import open_labels
 
 _PRESETS = ("movi_c", "movi_e")
@@ -44,7 +44,7 @@ class MoviRecords(ImageFiles):
         self._places: dict[tuple[int, str], list[tuple[int, int]]] = {}
         self.records: list[tfrecord.Record] = []
         self.frames: list[tuple[int, int]] = []  # clip and frame of each picture
-        count, self._drawn = 0, frames_per_clip
+        count = 0
         for clip, record in enumerate(read_order(map(shard_records, self.shards))):
             self.records.append(record)
             count = count or len(self._places_of(clip, VIDEO))
@@ -59,6 +59,8 @@ class MoviRecords(ImageFiles):
                             "again")
         paths = [self.records[clip].path / _clip_name(clip) / f"{frame:08d}_image.png" for clip, frame in self.frames]
         super().__init__(paths, image_size=image_size, mask_size=mask_size, crop=crop, flip=flip)
+        self.drawn = f"{frames_per_clip} frames a clip"
+        self._shard_places = {path: place for place, path in enumerate(dict.fromkeys(r.path for r in self.records))}
 
     def label(self, index: int) -> str:
         return f"{self.paths[index].parent.name}/{self.paths[index].name}"
@@ -76,9 +78,11 @@ class MoviRecords(ImageFiles):
         """The stored map of instance numbers of the picture."""
         return self._stored(index, MASKS)
 
-    def stamps(self) -> Iterator[str]:
-        yield f"{self._drawn} frames a clip"
-        yield from map(stamp, dict.fromkeys(record.path for record in self.records))
+    def sources(self) -> list[Path]:
+        return list(self._shard_places)
+
+    def source(self, index: int) -> int:
+        return self._shard_places[self.records[self.frames[index][0]].path]
 
     def _stored(self, index: int, feature: str) -> bytes:
         clip, frame = self.frames[index]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -18,7 +18,8 @@ from ..devices import send
 from ..errors import CorruptImage
 from .base import ImageFiles, ImageSet, Masks
 from .loader import Loader
-from .store import Store
+from .rebuild import readable_again, refill, require_unchanged
+from .store import Store, Writer, located
 
 _SAMPLE = 64  # pictures by which the size of a cache of random crops is estimated
 
@@ -85,11 +86,11 @@ class _Squares:
         return self._read(indices.numpy()) if self._held is None else self._held[send(indices, self._held.device)]
 
 
-def store_of(image_set: ImageFiles, folder: Path, kind: str = Loader.kind) -> Store:
-    """The pixel store of `image_set` below `folder`, complete or not; kind: what decodes, as `Loader.kind`."""
-    key = hashlib.sha256(f"{image_set.content_key()} {kind}".encode()).hexdigest()
-    about = {"kind": "pixels", "key": key, "data": image_set.name, "decoder": kind}
-    return Store(folder / f"pixels-{key[:20]}", len(image_set), about)
+def store_of(image_set: ImageFiles, folder: Path, decoder: str = Loader.kind) -> Store:
+    """The pixel store of `image_set` below `folder`, complete or not; decoder: as `Loader.decoder`."""
+    key = hashlib.sha256(f"{image_set.content_key()} {decoder}".encode()).hexdigest()
+    about = {"kind": "pixels", "key": key, "data": image_set.name, "decoder": decoder}
+    return located(folder, f"pixels-{key[:20]}", len(image_set), about)
 
 
 def expected_bytes(image_set: ImageFiles) -> int:
@@ -108,30 +109,45 @@ def expected_bytes(image_set: ImageFiles) -> int:
 
 
 def build(loader: Loader, store: Store, *, progress: bool | None = None, say: Callable[[str], None] = print) -> None:
-    """Writes the pictures that `store` lacks, as `loader` decodes them; UserError where too many are corrupt."""
+    """Writes the pictures that `store` lacks, as `loader` decodes them; UserError where too many are corrupt.
+
+    Those that could not be read when an earlier build came to them are tried again. NotBuilt where the store cannot be
+    written or pictures change meanwhile.
+    """
     image_set = loader.image_set
+    decode = _uncropped if image_set.random_crop else _squares
+    if readable := readable_again(image_set, sorted(store.corrupt)):
+        with closing(decode(loader, readable)) as pictures:
+            found = [(index, picture.numpy(), *picture.shape[1:])
+                     for index, picture in zip(readable, pictures, strict=True) if picture is not None]  # fmt: skip
+        require_unchanged(image_set, readable)
+        refill(store, found, say)
     with store.building(say) as writer:
         if writer is None:
             return
         loader.note_corrupt(dict(store.corrupt.values()))
-        pictures = (_uncropped if image_set.random_crop else _squares)(loader, writer.written)
+        pictures = decode(loader, range(writer.written, store.count))
         with tqdm(total=store.count, initial=writer.written, desc="pixels", unit="image", leave=False,
                   disable=None if progress is None else not progress) as bar, closing(pictures):  # fmt: skip
             for index, picture in enumerate(pictures, writer.written):
-                if picture is None:
-                    side = 0 if image_set.random_crop else image_set.image_size
-                    label = image_set.label(index)
-                    writer.append(np.zeros((3, side, side), np.uint8), height=side, width=side,
-                                  corrupt=(label, loader.corrupt[label]))  # fmt: skip
-                else:
-                    writer.append(picture.numpy(), height=picture.shape[1], width=picture.shape[2])
+                require_unchanged(image_set, [index])
+                _append(loader, writer, index, picture)
                 bar.update()
 
 
-def _squares(loader: Loader, start: int) -> Iterator[Tensor | None]:
-    """Pictures from `start` on, None for a corrupt one."""
+def _append(loader: Loader, writer: Writer, index: int, picture: Tensor | None) -> None:
+    if picture is not None:
+        writer.append(picture.numpy(), height=picture.shape[1], width=picture.shape[2])
+        return
+    side, label = 0 if loader.image_set.random_crop else loader.image_set.image_size, loader.image_set.label(index)
+    writer.append(np.zeros((3, side, side), np.uint8), height=side, width=side,
+                  corrupt=(label, loader.corrupt[label]))  # fmt: skip
+
+
+def _squares(loader: Loader, indices: Sequence[int]) -> Iterator[Tensor | None]:
+    """The pictures asked for, None for a corrupt one."""
     size = loader.batch_size // loader.world
-    wanted = list(torch.arange(start, len(loader.image_set)).split(size))
+    wanted = [part for part in torch.tensor(indices, dtype=torch.int64).split(size) if len(part)]
     # Full batches: what decodes may be built for so many.
     full = [torch.cat([indices, indices[:1].expand(size - len(indices))]) for indices in wanted]
     with closing(loader.pictures(full)) as batches:
@@ -140,7 +156,7 @@ def _squares(loader: Loader, start: int) -> Iterator[Tensor | None]:
             yield from (picture if right else None for picture, right in zip(batch.images.cpu(), good, strict=False))
 
 
-def _uncropped(loader: Loader, start: int) -> Iterator[Tensor | None]:
+def _uncropped(loader: Loader, indices: Sequence[int]) -> Iterator[Tensor | None]:
     """The same before the crop, decoded by Pillow in threads."""
     image_set = loader.image_set
 
@@ -156,7 +172,6 @@ def _uncropped(loader: Loader, start: int) -> Iterator[Tensor | None]:
         loader.note_corrupt({image_set.label(index): str(found)})
         return None
 
-    indices = range(start, len(image_set))
     if not loader.workers:
         for index in indices:
             yield settled(index, load(index))

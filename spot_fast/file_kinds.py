@@ -29,10 +29,10 @@ _SIGNATURES = (
 )
 
 
-def stand_in(path: Path, wanted: str = "weights") -> str | None:
+def stand_in(path: Path, wanted: str = "weights", *, text: bool = False) -> str | None:
     """What is at `path` in place of a whole file of `wanted`, as the end of a sentence with the remedy; None: unknown.
 
-    Reads a few kilobytes, whatever the ending of the name, and runs nothing.
+    Reads a few kilobytes, whatever the ending of the name, and runs nothing. text: `wanted` is text itself.
     """
     if path.is_dir():
         return _folder(path, wanted)
@@ -54,7 +54,7 @@ def stand_in(path: Path, wanted: str = "weights") -> str | None:
             return what if ":" in what else f"{what}, not {wanted}: pass another file"
     if head[257:262] == b"ustar":
         return f"is a tar archive: unpack it and pass the file of {wanted} in it"
-    return _text(head, wanted)
+    return _text(head, wanted, any_text=text)
 
 
 def _only_zeros(path: Path) -> bool:
@@ -92,7 +92,7 @@ def _zip(path: Path, wanted: str) -> str | None:
     return f"is a zip archive{example}: unpack it and pass the file of {wanted} in it"
 
 
-def _text(head: bytes, wanted: str) -> str | None:
+def _text(head: bytes, wanted: str, *, any_text: bool = False) -> str | None:
     """What a file of text is; None for one that is binary."""
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         head = head.decode("utf-16", "ignore").encode()
@@ -109,7 +109,7 @@ def _text(head: bytes, wanted: str) -> str | None:
         return f"is a web server's answer in XML{said}, not {wanted}: download it again"
     if b'"weight_map"' in head:
         return "lists the files of weights that were split into several: join them into one file"
-    if b"\0" in head or not head or sum(byte < 32 and byte not in b"\t\r\n\f" for byte in head):
+    if any_text or not head or any(byte < 32 and byte not in b"\t\r\n\f" for byte in head):
         return None
     line = head.splitlines()[0][:40].decode("utf-8", "replace")
     return f"is text, not {wanted} (it begins with {line!r}): download it again"

@@ -181,7 +181,7 @@ def _refusal(path: Path, error: Exception) -> str:
     said = _said(error)
     if "persistent_load of storage" in said:  # of the format before PyTorch 1.6
         return _WHOLE.format(path)
-    if said.startswith("Unsupported operand"):
+    if re.match(r"Unsupported operand (66|67|14\d)\b", said):  # of protocols 3 to 5
         return (f"checkpoint {path} is pickled by another protocol than 2, which cannot be read without running code: "
                 "save it again with torch.save's own protocol")  # fmt: skip
     # Of modules that PyTorch never lets through, its message has the name first.

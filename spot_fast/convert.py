@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import foreign, official
+from . import foreign, official, terminal
 from .arguments import check_config
 from .checkpoint import CONFIG, find_folder, load_run
 from .config import Config, preset_names
@@ -206,4 +206,4 @@ def _next(out: Path, config: Config) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(terminal.run(main))

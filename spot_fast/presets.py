@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from . import recipes
+from . import recipes, terminal
 from .config import Config, preset
 from .errors import UserError
 from .published import METRICS, Score, scores
@@ -31,8 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {str(error).replace('--preset ', '', 1)}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # | head
-        sys.stderr.close()
     return 0
 
 
@@ -224,4 +222,4 @@ def _setting(name: str, value: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(terminal.run(main))

@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import terminal
 from .checkpoint import atomic_write
 from .config import preset
 from .data.scenes import Scenes
@@ -130,4 +131,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(terminal.run(main))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from .. import terminal
 from ..errors import UserError
 from ..files import atomic_write
 from . import check
@@ -56,9 +57,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:
         return _caches(args) if args.command == "caches" else _check(args)
     except (UserError, OSError) as error:
@@ -109,4 +107,4 @@ def _write_list(path: Path, bad: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(terminal.run(main))

@@ -94,7 +94,7 @@ def _prefix(path: Path, tensors: Mapping[str, Tensor]) -> str:
     if len(found) == 1:
         return found[0]
     for word in _EVALUATED:
-        chosen = [prefix for prefix in found if re.search(rf"(^|[._]){word}\.", prefix)]
+        chosen = [prefix for prefix in found if re.search(rf"(^|[._]){word}(_model)?\.", prefix)]
         if len(chosen) == 1:
             if path not in _told:
                 _told.add(path)

@@ -20,6 +20,7 @@ _PLACES = {"scenes": "", "coco": "COCO", "voc": "VOCdevkit", "movi_c": "MOVI_C",
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    terminal.any_character()
     args = _parser().parse_args(argv)
     try:
         if args.name is None:

@@ -100,6 +100,7 @@ def pretrain(steps: int, batch: int, images: int, lr: float, seed: int) -> tuple
 
 
 def main(arguments: list[str] | None = None) -> int:
+    terminal.any_character()
     parser = argparse.ArgumentParser("spot_fast.pretrain", description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=packaged_weights(), help="file to write")

@@ -196,6 +196,8 @@ def _refusal(path: Path, error: Exception) -> str:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return f"checkpoint {path} cannot be read ({error.strerror}): make it readable for you"
     if what := stand_in(path):
         return f"checkpoint {path} {what}"
     return f"checkpoint {path} cannot be read ({_said(error)}): it is damaged or no checkpoint, download it again"

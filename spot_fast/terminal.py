@@ -32,6 +32,14 @@ def run(main: Callable[[], int]) -> int:
     return code
 
 
+def any_character() -> None:
+    """From now on standard output and error replace what their encoding lacks, whoever has put them there."""
+    codecs.register_error(_ERRORS, _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=_ERRORS)
+
+
 def _plain(error: UnicodeError) -> tuple[str, int]:
     """What is written for characters that the terminal's encoding does not have."""
     if not isinstance(error, UnicodeEncodeError):
@@ -73,7 +81,7 @@ class _Raw(io.RawIOBase):
 def _outlasting(name: str) -> _Raw | None:
     """Puts a stream that takes anything in the place of sys.stdout or sys.stderr; None where there is none to outlast.
 
-    One that a library or a test has put there stays.
+    One that a library has put there stays.
     """
     codecs.register_error(_ERRORS, _plain)
     stream = getattr(sys, name)

@@ -45,6 +45,7 @@ class _Job:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    terminal.any_character()
     try:
         world = join()
     except UserError as error:

@@ -1,5 +1,6 @@
 """Output never ends a command: any encoding, a reader that has gone, no output at all, a full disk."""
 
+import io
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import spot_fast
+from spot_fast import presets
 
 ROOT = Path(spot_fast.__file__).parent
 PROGRAM = """
@@ -74,3 +76,10 @@ def test_every_command_is_run_so():
     assert len(commands) == 8
     for path in commands:
         assert "sys.exit(terminal.run(main))" in path.read_text(), path
+
+
+def test_a_command_that_is_called_by_a_program_replaces_characters_too(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert presets.main(["coco+spot_ens"]) == 0
+    assert b"mBO_i" in stream.buffer.getvalue() and b"+-" in stream.buffer.getvalue()

@@ -22,6 +22,7 @@ from .config import Config, preset
 from .encoder_weights import read_weights, require_filled, unneeded, unused
 from .errors import UserError
 from .hub import hub_answers
+from .optional import required, said
 from .recipes import ENCODERS, timm_name
 from .tensor_checks import require_finite
 from .timm_import import import_timm
@@ -281,9 +282,8 @@ def _hub_weights(name: str) -> dict[str, Tensor]:
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:
         raise UserError(f"timm has no weights for --encoder {name}: pass --encoder-weights FILE or use a tagged name")
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = cfg.hf_hub_id and any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, f), str)
+    hub = required("huggingface_hub", f"--encoder {name}", "huggingface_hub")
+    cached = cfg.hf_hub_id and any(isinstance(hub.try_to_load_from_cache(cfg.hf_hub_id, f), str)
                                    for f in ("model.safetensors", "pytorch_model.bin"))
     if not cached and not hub_answers():
         raise UserError(f"the weights of --encoder {name} are not on this machine and the hub does not answer: pass "
@@ -291,8 +291,7 @@ def _hub_weights(name: str) -> dict[str, Tensor]:
     try:
         return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # noqa: BLE001 - the hub's client has exceptions of its own and those of others
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"the hub does not give the weights of --encoder {name} ({said}): try again, or pass "
+        raise UserError(f"the hub does not give the weights of --encoder {name} ({said(error)}): try again, or pass "
                         f"--encoder-weights FILE (from huggingface.co/{cfg.hf_hub_id}, model.safetensors)") from error
 
 

@@ -29,6 +29,7 @@ from .config import preset
 from .data.scenes import Scenes
 from .encoder import build_vit, normalise, packaged_weights, use_plain_attention
 from .errors import UserError
+from .evaluate import writable_target
 from .precision import autocast, resolve
 from .timm_import import import_timm
 
@@ -116,13 +117,14 @@ def main(arguments: list[str] | None = None) -> int:
                 raise UserError(f"--{name} is {getattr(args, name)}: use 1 or more")
         if not 0 < args.lr < math.inf:
             raise UserError(f"--lr is {args.lr}: use a number above 0, such as 1e-3")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        writable_target("out", str(args.out))  # before the training, not after it
         start = time.monotonic()
         vit, loss = pretrain(args.steps, args.batch, args.images, args.lr, args.seed)
         if not math.isfinite(loss):
             raise UserError(f"the loss became {loss}: nothing is written, use a lower --lr than {args.lr}")
         state = {name: value.detach().half().contiguous() for name, value in vit.state_dict().items()}
         about = {"made_by": "spot_fast.pretrain", "steps": str(args.steps), "loss": f"{loss:.4f}"}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(args.out, lambda path: path.write_bytes(save(state, about)))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -38,6 +38,10 @@ _VIT_NAMES = {
 }  # fmt: skip
 # Those with rotary positions, by width: patches of 16, four registers.
 _ROTARY_NAMES = {384: "vit_small_patch16_dinov3", 768: "vit_base_patch16_dinov3", 1024: "vit_large_patch16_dinov3"}
+# Those with a tensor that others do not have.
+_SIGNED_NAMES = {"dist_token": "deit_{size}_distilled_patch{patch}_224",
+                 "norm_pre.weight": "vit_{size}_patch{patch}_clip_224"}  # fmt: skip
+_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
 # A ViT that timm has no name for: vit:patch=16,width=96,depth=12,heads=3,hidden=384, and registers=N, scale=1
 # (LayerScale).
 _OWN_VIT = re.compile(r"vit:\w+=\d+(,\w+=\d+)*")
@@ -335,18 +339,31 @@ def load_vit_weights(vit: nn.Module, weights: Mapping[str, Tensor], *, pos_resiz
 
 def _remedy(vit: nn.Module, weights: Mapping[str, Tensor]) -> str:
     """The --encoder that takes all of `weights`, where tensors show it; heads as those of `vit` where it is as wide."""
-    other = "pass weights in timm's names for this --encoder, or name the --encoder that they are of"
+    for name in _names(weights, vit):
+        try:
+            with torch.device("meta"):
+                patch = weights["patch_embed.proj.weight"].shape[-1]
+                wanted = build_vit(preset("coco", encoder=name, image_size=4 * patch)).state_dict()
+        except UserError:
+            continue
+        if not unused(weights, wanted, rope="pos_embed" not in wanted) and all(
+            unneeded(name) or name == "pos_embed" or (name in weights and weights[name].shape == own.shape)
+            for name, own in wanted.items()
+        ):
+            return f"use --encoder {name}"
+    return "pass weights in timm's names for this --encoder, or name the --encoder that they are of"
+
+
+def _names(weights: Mapping[str, Tensor], vit: nn.Module) -> Iterator[str]:
+    """What the ViT of `weights` may be called; nothing where it is not a plain one."""
     try:
         width, _, patch, _ = weights["patch_embed.proj.weight"].shape
-        name = vit_name(weights, vit.blocks[0].attn.num_heads if width == vit.embed_dim else None)
-        with torch.device("meta"):
-            wanted = build_vit(preset("coco", encoder=name, image_size=4 * patch)).state_dict()
-    except (KeyError, ValueError):  # not a plain ViT
-        return other
-    fits = not unused(weights, wanted, rope="pos_embed" not in wanted) and all(
-        unneeded(name) or name == "pos_embed" or (name in weights and weights[name].shape == own.shape)
-        for name, own in wanted.items())  # fmt: skip
-    return f"use --encoder {name}" if fits else other
+        for sign, name in _SIGNED_NAMES.items():
+            if sign in weights and width in _SIZES:
+                yield name.format(size=_SIZES[width], patch=patch)
+        yield vit_name(weights, vit.blocks[0].attn.num_heads if width == vit.embed_dim else None)
+    except (KeyError, ValueError):
+        return
 
 
 def _class_token_with_position(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

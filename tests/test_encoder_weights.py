@@ -126,7 +126,8 @@ def test_weights_of_another_vit_name_the_encoder_that_takes_them(tmp_path, their
 
 
 @pytest.mark.parametrize("theirs", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3",
-                                    "vit_small_patch14_dinov2"])
+                                    "vit_small_patch14_dinov2", "deit_tiny_distilled_patch16_224",
+                                    "vit_base_patch32_clip_224"])
 def test_the_encoder_has_timms_name_where_there_is_one(theirs):
     with torch.device("meta"):
         weights = build_vit(preset("coco", encoder=theirs)).state_dict()

@@ -138,6 +138,7 @@ def test_help_shows_the_defaults_of_preset_and_stage(capsys):
     ("--spike -1", "--spike is -1.0: use 0 or more"),
     ("--spike 0.5", "--spike 0.5 calls ordinary losses leaps: use more than 1, or 0 for never"),
     ("--cuda-graph yes --device cpu", "--cuda-graph yes needs an NVIDIA GPU, not cpu: use auto or no"),
+    ("--image-size 32 --encoder-weights none", "mask_size is 64 but scenes are drawn at 32: --mask-size must equal"),
     ("--float8 --precision bf16 --device cpu", "--float8 needs an NVIDIA GPU of compute capability 8.9 or more"),
     ("--float8 --precision float32", "--float8 belongs to --precision bf16, not float32: leave one out"),
     ("--method dino", "--method dino is unknown: use one of spot, spot_ens"),

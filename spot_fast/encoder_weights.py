@@ -42,6 +42,11 @@ _HEAD = re.compile(
     r"|prototypes|last_layer|decoder|decoder_\w+|mask_token|masked_embed|center|\w+_loss|queue|queue_ptr)(\..*)?"
 )
 _BUFFER = re.compile(r"(.*\.)?(num_batches_tracked|relative_position_index)")
+# Parts of a ViT, and what may have such parts of its own: decoders, heads, an optimiser that keeps names.
+_PART = re.compile(r"(.*\.)?(blocks\.\d+\.|reg_token|register_tokens|cls_token|pos_embed|dist_token|norm_pre\.).*")
+_OWN_BLOCKS = re.compile(
+    r"(.*[._])?(dec|decoder|decode|predictor|head|projector|student|teacher|last_blocks|optim\w*|opt)[._].*"
+)
 # A final LayerNorm: features are taken in front of it.
 _FINAL_NORM = re.compile(r"(norm|fc_norm)\.(weight|bias)")
 
@@ -92,10 +97,12 @@ def _prefix(path: Path, tensors: Mapping[str, Tensor]) -> str:
     if not found:
         raise UserError(f"--encoder-weights {path} {_what_instead(tensors)}")
     if len(found) == 1:
+        _refuse_scattered(path, tensors, found)
         return found[0]
     for word in _EVALUATED:
         chosen = [prefix for prefix in found if re.search(rf"(^|[._]){word}(_model)?\.", prefix)]
         if len(chosen) == 1:
+            _refuse_scattered(path, tensors, found)
             if path not in _told:
                 _told.add(path)
                 others = ", ".join(f"{prefix}*" for prefix in found if prefix not in chosen)
@@ -104,6 +111,16 @@ def _prefix(path: Path, tensors: Mapping[str, Tensor]) -> str:
     names = ", ".join(f"{prefix}*" for prefix in found)
     raise UserError(f"--encoder-weights {path} holds {len(found)} ViTs ({names}): save the tensors of one in a file of "
                     "its own")  # fmt: skip
+
+
+def _refuse_scattered(path: Path, tensors: Mapping[str, Tensor], prefixes: list[str]) -> None:
+    """UserError where parts of a ViT lie beside the modules with a patch embedding, whose blocks these may be."""
+    beside = [name for name in tensors if not name.startswith(tuple(prefixes)) and _PART.fullmatch(name)
+              and not _OWN_BLOCKS.fullmatch(name)]  # fmt: skip
+    if beside:
+        raise UserError(f"--encoder-weights {path} has its ViT in {', '.join(f'{prefix}*' for prefix in prefixes)} and "
+                        f"{len(beside)} tensors that look like parts of it elsewhere, such as {beside[0]}: save the "
+                        "ViT's tensors in a file of their own")  # fmt: skip
 
 
 def _what_instead(tensors: Mapping[str, Tensor]) -> str:

@@ -147,6 +147,15 @@ def test_a_tensor_that_the_vit_does_not_take_is_an_error(tmp_path, name, shape):
             f"not take, {name}, and without them its features would be wrong: ")  # fmt: skip
 
 
+def test_parts_of_the_vit_beside_it_are_an_error(tmp_path):
+    """Decoders and predictors have blocks of their own."""
+    for name in ("blocks.0.ls1.gamma", "other.blocks.2.norm1.weight", "reg_token", "vit.register_tokens"):
+        refuses(tmp_path, below("backbone.") | {name: torch.ones(2)}, rf"its ViT in backbone\.\* and 1 .*as {name}:")
+    for name in ("decoder.blocks.0.norm1.weight", "mae_decoder.pos_embed", "predictor.blocks.0.ls1.gamma",
+                 "optimizer.state.backbone.blocks.0.norm1.weight.exp_avg", "neck.weight"):  # fmt: skip
+        loads(tmp_path, below("backbone.") | {name: torch.ones(2)})
+
+
 def test_what_no_other_encoder_takes_gets_no_suggestion(tmp_path):
     extra = {"blocks.0.attn.q_norm.weight": torch.ones(8), "blocks.0.ls1.gamma": torch.ones(16)}
     refuses(tmp_path, WEIGHTS | extra, "pass weights in timm's names for this --encoder")

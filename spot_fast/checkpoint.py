@@ -28,6 +28,7 @@ from torch import Tensor
 from .config import Config
 from .encoder import Encoder, build_encoder, encoder_identity
 from .errors import UserError
+from .file_kinds import stand_in
 from .files import atomic_write, reason
 from .foreign import recognise
 from .hub import hub_folder
@@ -75,6 +76,8 @@ def _reading(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
+        if what := stand_in(path):
+            raise UserError(f"{path} {what}") from error
         raise UserError(f"{path} cannot be read ({reason(error)}): it is damaged, use another run") from error
 
 
@@ -110,7 +113,9 @@ def read_config(folder: Path, *, like: Config | None = None) -> Config:
     try:
         config = _typed(Config.from_json(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError) as error:
-        reason = "not JSON" if isinstance(error, json.JSONDecodeError) else str(error)
+        reason = str(error)
+        if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+            reason = stand_in(path, "JSON", text=True) or "not JSON"
         raise UserError(f"{path} cannot be used ({reason}): restore it or train again") from error
     weights = folder / (config.encoder_weights or "")
     return replace(config, encoder_weights=os.path.abspath(weights)) if weights.is_file() else config

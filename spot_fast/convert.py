@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import foreign, official
+from . import foreign, official, terminal
 from .arguments import check_config
 from .checkpoint import CONFIG, find_folder, load_run
 from .config import Config, preset_names
@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    terminal.any_character()
     args = _parser().parse_args(argv)
     try:
         print("\n".join(_convert(args)))
@@ -206,4 +207,4 @@ def _next(out: Path, config: Config) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(terminal.run(main))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Config
+from .config import Config, preset
+from .encoder_weights import read_weights, require_filled, unneeded, unused
 from .errors import UserError
 from .hub import hub_answers
-from .official_names import frozen_vit
+from .optional import required, said
 from .recipes import ENCODERS, timm_name
-from .safe_pickle import read_checkpoint
+from .tensor_checks import require_finite
 from .timm_import import import_timm
 
 SCENES_ENCODER = "spot_scenes"
@@ -35,6 +36,12 @@ _VIT_NAMES = {
     (384, 14, 0): "vit_small_patch14_dinov2", (768, 14, 0): "vit_base_patch14_dinov2",
     (384, 14, 4): "vit_small_patch14_reg4_dinov2", (768, 14, 4): "vit_base_patch14_reg4_dinov2",
 }  # fmt: skip
+# Those with rotary positions, by width: patches of 16, four registers.
+_ROTARY_NAMES = {384: "vit_small_patch16_dinov3", 768: "vit_base_patch16_dinov3", 1024: "vit_large_patch16_dinov3"}
+# Those with a tensor that others do not have.
+_SIGNED_NAMES = {"dist_token": "deit_{size}_distilled_patch{patch}_224",
+                 "norm_pre.weight": "vit_{size}_patch{patch}_clip_224"}  # fmt: skip
+_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
 # A ViT that timm has no name for: vit:patch=16,width=96,depth=12,heads=3,hidden=384, and registers=N, scale=1
 # (LayerScale).
 _OWN_VIT = re.compile(r"vit:\w+=\d+(,\w+=\d+)*")
@@ -221,6 +228,8 @@ def vit_name(weights: Mapping[str, Tensor], heads: int | None = None) -> str:
     numbers = [int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d+)\.", name))]
     depth, hidden = max(numbers) + 1, weights["blocks.0.mlp.fc1.weight"].shape[0]
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
+    if "pos_embed" not in weights and (patch, registers) == (16, 4) and width in _ROTARY_NAMES:
+        return _ROTARY_NAMES[width]
     scale, plain = "blocks.0.ls1.gamma" in weights, max(width // 64, 1)
     name = _VIT_NAMES.get((width, patch, registers))
     if name and (depth, hidden, heads or plain, scale) == (12, 4 * width, plain, patch == 14):
@@ -262,42 +271,10 @@ def packaged_weights() -> Path:
 
 def _find_weights(config: Config) -> dict[str, Tensor]:
     if config.encoder_weights not in (None, "hub"):
-        return _read_weights(Path(config.encoder_weights))
+        return read_weights(Path(config.encoder_weights))
     if config.encoder == SCENES_ENCODER:
-        return _read_weights(packaged_weights())
+        return read_weights(packaged_weights())
     return _hub_weights(timm_name(config.encoder))
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"--encoder-weights {path} is not a file: pass a .safetensors or .pth file of the ViT")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = read_checkpoint(path)
-    except UserError as error:
-        raise UserError(f"--encoder-weights: {error}") from None
-    except Exception as error:  # every reader has its own exceptions for a broken file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--encoder-weights {path} cannot be read ({reason[:120]}): "
-                        "pass a .safetensors or .pth file that holds only tensors") from error
-    for key in ("teacher", "state_dict", "model"):  # DINO, MoCo-v3 and MAE wrap their tensors
-        if isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    state = {name.removeprefix("module."): value.float() for name, value in state.items() if isinstance(value, Tensor)}
-    if "slot_attn.slot_attention.project_q.weight" in state:
-        return frozen_vit(state)  # a whole SPOT of the authors
-    return {_bare(name): value for name, value in state.items()}
-
-
-def _bare(name: str) -> str:
-    for prefix in ("backbone.", "base_encoder.", "encoder."):
-        name = name.removeprefix(prefix)
-    return "reg_token" if name == "register_tokens" else name
 
 
 def _hub_weights(name: str) -> dict[str, Tensor]:
@@ -309,35 +286,84 @@ def _hub_weights(name: str) -> dict[str, Tensor]:
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:
         raise UserError(f"timm has no weights for --encoder {name}: pass --encoder-weights FILE or use a tagged name")
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = cfg.hf_hub_id and any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, f), str)
+    hub = required("huggingface_hub", f"--encoder {name}", "huggingface_hub")
+    cached = cfg.hf_hub_id and any(isinstance(hub.try_to_load_from_cache(cfg.hf_hub_id, f), str)
                                    for f in ("model.safetensors", "pytorch_model.bin"))
     if not cached and not hub_answers():
         raise UserError(f"the weights of --encoder {name} are not on this machine and the hub does not answer: pass "
                         f"--encoder-weights FILE (from huggingface.co/{cfg.hf_hub_id}, model.safetensors)")
-    return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:  # noqa: BLE001 - the hub's client has exceptions of its own and those of others
+        raise UserError(f"the hub does not give the weights of --encoder {name} ({said(error)}): try again, or pass "
+                        f"--encoder-weights FILE (from huggingface.co/{cfg.hf_hub_id}, model.safetensors)") from error
 
 
-def load_vit_weights(vit: nn.Module, weights: dict[str, Tensor], *, pos_resize: str, source: str) -> None:
-    """Loads timm-named weights, resampling the position table to the ViT's grid; UserError names what does not fit."""
+def load_vit_weights(vit: nn.Module, weights: Mapping[str, Tensor], *, pos_resize: str, source: str) -> None:
+    """Loads timm-named weights, resampling the position table to the ViT's grid.
+
+    UserError names what does not fit: a tensor that is missing, of another shape, not finite, or that the ViT has no
+    place for. Heads may be left over, and the final LayerNorm may be missing: no feature depends on them.
+    """
     wanted = vit.state_dict()
-    weights = {name: value for name, value in weights.items() if name in wanted}
+    weights = dict(weights)
     if "reg_token" in wanted and "pos_embed" in weights and vit.no_embed_class:
         weights |= _class_token_with_position(weights)
-    missing = sorted(set(wanted) - set(weights))
+    left = unused(weights, wanted, rope=getattr(vit, "rope", None) is not None)
+    missing = sorted(name for name in set(wanted) - set(weights) if not unneeded(name))
     if missing:
-        raise UserError(f"the weights of {source} lack {len(missing)} tensors of the ViT, such as {missing[0]}: "
-                        "pass weights in timm's names for this --encoder")
+        more = f" and have {len(left)} that it does not take, such as {left[0]}" if left else ""
+        raise UserError(f"the weights of {source} lack {len(missing)} tensors of the ViT, such as {missing[0]}{more}: "
+                        + _remedy(vit, weights))  # fmt: skip
+    if left:
+        names = ", ".join(left[:3]) + (", …" if len(left) > 3 else "")
+        raise UserError(f"the weights of {source} have {len(left)} tensors that the ViT of this --encoder does not "
+                        f"take, {names}, and without them its features would be wrong: {_remedy(vit, weights)}")
     if "pos_embed" in wanted:
         prefix = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
         weights["pos_embed"] = resample_positions(weights["pos_embed"], vit.patch_embed.grid_size[0], prefix,
                                                   pos_resize)
-    for name, value in weights.items():
-        if value.shape != wanted[name].shape:
+    for name, own in wanted.items():
+        value = weights.setdefault(name, own)
+        if value.shape != own.shape:
             raise UserError(f"the weights of {source} have {name} of shape {list(value.shape)} but this --encoder "
-                            f"needs {list(wanted[name].shape)}: they belong to another ViT")
-    vit.load_state_dict(weights)
+                            f"needs {list(own.shape)}: they belong to another ViT, {_remedy(vit, weights)}")
+        if not value.is_floating_point():
+            raise UserError(f"the weights of {source} have {name} in {value.dtype}: pass weights in float32, float16 "
+                            "or bfloat16")  # fmt: skip
+    used = {name: weights[name] for name in wanted}
+    require_finite(used, f"the weights of {source}")
+    require_filled(used, f"the weights of {source}")
+    vit.load_state_dict(used)
+
+
+def _remedy(vit: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """The --encoder that takes all of `weights`, where tensors show it; heads as those of `vit` where it is as wide."""
+    for name in _names(weights, vit):
+        try:
+            with torch.device("meta"):
+                patch = weights["patch_embed.proj.weight"].shape[-1]
+                wanted = build_vit(preset("coco", encoder=name, image_size=4 * patch)).state_dict()
+        except UserError:
+            continue
+        if not unused(weights, wanted, rope="pos_embed" not in wanted) and all(
+            unneeded(name) or name == "pos_embed" or (name in weights and weights[name].shape == own.shape)
+            for name, own in wanted.items()
+        ):
+            return f"use --encoder {name}"
+    return "pass weights in timm's names for this --encoder, or name the --encoder that they are of"
+
+
+def _names(weights: Mapping[str, Tensor], vit: nn.Module) -> Iterator[str]:
+    """What the ViT of `weights` may be called; nothing where it is not a plain one."""
+    try:
+        width, _, patch, _ = weights["patch_embed.proj.weight"].shape
+        for sign, name in _SIGNED_NAMES.items():
+            if sign in weights and width in _SIZES:
+                yield name.format(size=_SIZES[width], patch=patch)
+        yield vit_name(weights, vit.blocks[0].attn.num_heads if width == vit.embed_dim else None)
+    except (KeyError, ValueError):
+        return
 
 
 def _class_token_with_position(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -354,10 +380,12 @@ def resample_positions(table: Tensor, grid: int | tuple[int, int], prefix: int, 
     how="dino" as the authors' encoder source: no antialiasing and a scale of (grid + 0.1) / g; "timm" antialiases.
     Cosine between the two on DINOv2's patch features is 0.9988 (SPOT's authors use the first).
     """
-    old = round((table.shape[1] - prefix) ** 0.5)
-    if old * old != table.shape[1] - prefix:
-        raise UserError(f"the position table has {table.shape[1] - prefix} patches, which is no square grid: "
-                        "it belongs to another ViT")
+    patches = table.shape[1] - prefix if table.ndim == 3 else 0
+    old = round(max(patches, 0) ** 0.5)
+    if old < 1 or old * old != patches:
+        behind = f" behind {prefix} other token{'s' * (prefix > 1)}" if prefix else ""
+        raise UserError(f"the position table of shape {list(table.shape)} has no square grid of patches{behind}: it "
+                        "belongs to another ViT")  # fmt: skip
     height, width = (grid, grid) if isinstance(grid, int) else grid
     if (old, old) == (height, width):
         return table

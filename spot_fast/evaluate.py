@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from . import __version__
+from . import __version__, terminal
 from .baselines import published_layouts
-from .checkpoint import Run, atomic_write, find_folder, find_run, load_run
+from .checkpoint import Run, find_folder, find_run, load_run
 from .data import open_set
 from .data.base import ImageSet
 from .devices import usable_device
@@ -33,6 +34,7 @@ from .evaluation_report import (
     write_csv,
 )
 from .metrics import METRICS, SIZE_BINS
+from .plain_json import write_json
 from .precision import PRECISIONS
 from .protocols import PROTOCOLS, Protocol, chosen
 from .size_plot import check_target, plot_sizes
@@ -85,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    terminal.any_character()
     args = _parser().parse_args(argv)
     try:
         _evaluate(args)
@@ -92,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("error: interrupted, no file was written", file=sys.stderr)
+        print("error: interrupted; files have the runs that were scored to their end, if any", file=sys.stderr)
         return 130
     return 0
 
@@ -115,31 +118,55 @@ def _evaluate(args: argparse.Namespace) -> None:
                           layouts=published_layouts(run.config.preset), batch_size=args.batch_size, seed=args.seed,
                           limit=args.limit, workers=args.workers, precision=args.precision)  # fmt: skip
         results.append(result)
-        print(_report(run, result, args.sizes), end="\n\n", flush=True)
         run.model.to("cpu")
+        # On disk before it is printed: neither a terminal nor a later run can lose it.
+        failed = _write(args, targets, protocols, runs[: len(results)], results)
+        print(_report(run, result, args.sizes), end="\n\n", flush=True)
     groups = alike_runs(runs)
     for group in groups:
         print(_summary(runs, results, group, args.sizes), end="\n\n")
     print("\n".join(NOTES))
-    if target := targets["json"]:
-        text = json.dumps(_as_json(args, protocols, runs, results, groups), indent=2, ensure_ascii=False) + "\n"
-        atomic_write(target, lambda partial: partial.write_text(text, encoding="utf-8"))
-    if target := targets["csv"]:
-        write_csv(target, [(run_name(run), result) for run, result in zip(runs, results, strict=True)])
-    if target := targets["size-plot"]:
-        _plot(target, runs, results, groups)
+    if failed is not None:
+        raise failed
     for target in filter(None, targets.values()):
         print(f"wrote {target}")
 
 
+def _write(args: argparse.Namespace, targets: dict[str, Path | None], protocols: list[Protocol], runs: list[Run],
+           results: list[Evaluation]) -> UserError | None:  # fmt: skip
+    """Writes the files that were asked for; what went wrong with one is returned, to be told after the scores."""
+    groups = alike_runs(runs)
+    writers = {
+        "json": lambda target: write_json(target, _as_json(args, protocols, runs, results, groups)),
+        "csv": lambda target: write_csv(target, [(run_name(run), result)
+                                                 for run, result in zip(runs, results, strict=True)]),
+        "size-plot": lambda target: _plot(target, runs, results, groups),
+    }  # fmt: skip
+    failed = None
+    for option, write in writers.items():
+        if target := targets[option]:
+            try:
+                write(target)
+            except UserError as error:
+                failed = failed or error
+    return failed
+
+
 def writable_target(option: str, name: str | None) -> Path | None:
-    """The file that --`option` names; UserError where it is a folder or lies in none."""
+    """The file that --`option` names; UserError where it is a folder, lies in none, or cannot be written."""
     if name is None:
         return None
     target = Path(name)
     if target.is_dir() or not target.parent.is_dir():
         reason = "is a folder" if target.is_dir() else f"lies in {target.parent}, which is not a folder"
         raise UserError(f"--{option} {target} {reason}: give a file name in a folder that exists")
+    try:
+        # As `atomic_write` will: a read-only disk and full quotas have to show before the hours of scoring.
+        with tempfile.TemporaryFile(dir=target.parent) as file:
+            file.write(b" ")
+    except OSError as error:
+        raise UserError(f"--{option} {target} cannot be written ({error.strerror}): choose a file in a folder that you "
+                        "may write to") from None  # fmt: skip
     return target
 
 
@@ -308,4 +335,4 @@ def _row_json(row: Row) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(terminal.run(main))

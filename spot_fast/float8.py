@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
+from .optional import required
 
 _CAPABILITY = (8, 9)
 _MULTIPLE = 16  # of a layer's widths
@@ -23,10 +24,7 @@ def require(device: torch.device) -> None:
     """UserError where `device` or the installation has no float8."""
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < _CAPABILITY:
         raise UserError(f"--float8 needs an NVIDIA GPU of compute capability 8.9 or more, not {device}: leave it out")
-    try:
-        import torchao.float8  # noqa: F401
-    except ImportError:
-        raise UserError("--float8 needs torchao: pip install torchao") from None
+    required("torchao.float8", "--float8", "torchao")
 
 
 def convert(decoder: nn.Module, *, emulate: bool = False) -> int:

@@ -25,6 +25,7 @@ from spot_kernels.name_maps import from_state_dict_of
 from .config import Config, preset
 from .encoder import vit_name
 from .errors import UserError
+from .tensor_checks import require_plain
 
 KINDS = ("ocbench", "videosaur", "dinosaur")
 # A name that every checkpoint of the kind has.
@@ -79,7 +80,9 @@ def _state(contents: Mapping[str, Any]) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(contents.get(key), Mapping):
             contents = contents[key]
-    tensors = {name.removeprefix("module."): value for name, value in contents.items() if isinstance(value, Tensor)}
+    tensors = {name.removeprefix("module."): value for name, value in contents.items()
+               if isinstance(name, str) and isinstance(value, Tensor)}  # fmt: skip
+    require_plain(tensors, "this checkpoint")
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
 
 
@@ -89,9 +92,13 @@ class _Rest:
     def __init__(self, kind: str, state: dict[str, Tensor]) -> None:
         self.kind, self.state = kind, state
 
-    def strip(self, prefix: str) -> None:
-        """Leaves what begins with `prefix`, without it."""
-        self.state = {name.removeprefix(prefix): value for name, value in self.state.items() if name.startswith(prefix)}
+    def strip(self, prefix: str, *unused: str) -> None:
+        """Takes `prefix` from every name and drops what begins with one of `unused`; UserError where more is left."""
+        under = self.under(prefix)
+        for other in unused:
+            self.under(other)
+        self.refuse_if_any()
+        self.state = under
 
     def take(self, name: str, *, default: Tensor | None = None) -> Tensor:
         """KeyError where there is neither the tensor nor a default."""
@@ -168,7 +175,7 @@ _Read = tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor], list[str]]
 def _ocbench(rest: _Rest) -> _Read:
     for prefix in ("m.", "student."):  # of its ModelWrap, and of SPOTDistill, whose teacher is left out
         if any(name.startswith(prefix) for name in rest.state):
-            rest.strip(prefix)
+            rest.strip(prefix, "teacher.")
     if "decode.norm0.weight" not in rest.state or "decode.bos" not in rest.state:
         raise UserError("this checkpoint of ocbench has not the nine-order transformer decoder of its SPOT "
                         "(decode.bos, decode.norm0): its other models have no counterpart here")  # fmt: skip
@@ -253,7 +260,7 @@ def _videosaur(rest: _Rest) -> _Read:
 
 
 def _dinosaur(rest: _Rest) -> _Read:
-    rest.strip("models.")
+    rest.strip("models.", "losses.", "training_metrics.", "evaluation_metrics.")
     if any(name.startswith("object_decoder.cond_transform.") for name in rest.state):
         raise UserError("this DINOSAUR has OCLF's autoregressive decoder, whose attention has biases and whose first "
                         "block keeps the residual, which Spot's does not; slot attention alone loads with "

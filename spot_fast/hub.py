@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import UserError
+from .optional import required
 
 _HUB_SECONDS = 3.0
 _FILES = ("config.json", "*.safetensors", "README.md")  # all that a saved model has, and nothing that could run
@@ -42,12 +43,11 @@ def hub_folder(name: str, needed: Sequence[str]) -> Path:
     Downloaded where the hub answers, otherwise what an earlier download has left. UserError where neither gives a
     folder with the `needed` files.
     """
-    from huggingface_hub import snapshot_download
-
+    hub = required("huggingface_hub", f"{name} on the hub", "huggingface_hub")
     repository, _, revision = name.partition("@")
     answers = hub_answers()
     try:
-        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(_FILES),
+        folder = Path(hub.snapshot_download(repository, revision=revision or None, allow_patterns=list(_FILES),
                                         local_files_only=not answers))  # fmt: skip
     except Exception as error:  # the hub's client has exceptions of its own and those of what it is built on
         reason = str(error).strip().splitlines()[0][:120] if answers and str(error).strip() else "it does not answer"

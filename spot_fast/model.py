@@ -22,6 +22,7 @@ from .config import Config
 from .decoders import AutoregressiveDecoder, MlpDecoder
 from .encoder import Encoder
 from .errors import UserError
+from .tensor_checks import require_finite
 
 if TYPE_CHECKING:
     from .api import Segmentation
@@ -269,7 +270,10 @@ class Spot(nn.Module):
         return {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
 
     def load_learned_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Loads what `learned_state_dict` gave; UserError names a tensor that is missing, unknown or of other shape."""
+        """Loads what `learned_state_dict` gave.
+
+        UserError names a tensor that is missing, unknown, of other shape or not finite.
+        """
         own = self.learned_state_dict()
         for name in sorted(own.keys() | state.keys()):
             if name not in state:
@@ -281,6 +285,7 @@ class Spot(nn.Module):
                     f"the weights have {name} of shape {list(state[name].shape)} but this model needs "
                     f"{list(own[name].shape)}: their settings differ"
                 )
+        require_finite(state, "the weights")
         self.load_state_dict(dict(state), strict=False)
 
 

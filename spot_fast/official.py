@@ -16,10 +16,12 @@ from torch import Tensor
 
 from .config import Config, preset
 from .encoder import Encoder, build_vit, load_vit_weights, vit_name
+from .encoder_weights import unwrapped
 from .errors import UserError
 from .model import Spot
 from .official_names import frozen_vit, official_tensors, spot_name
 from .safe_pickle import read_checkpoint
+from .tensor_checks import require_plain
 
 # Published models have different numbers of slots: that of learned slots is in the file.
 _PRESETS = {7: "coco", 6: "voc", 11: "movi_c", 24: "movi_e"}
@@ -37,11 +39,13 @@ def official_weights(source: str | os.PathLike | Mapping[str, Any]) -> dict[str,
     state = contents.get("model", contents)
     if not isinstance(state, Mapping):
         raise UserError("the checkpoint's `model` is not a state dict: pass the authors' .pt.tar")
-    state = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
+    state = {unwrapped(name): value for name, value in state.items()
+             if isinstance(name, str) and isinstance(value, Tensor)}  # fmt: skip
     mlp = any(name.startswith(("dec.decoder.", "tf_dec.decoder.")) for name in state)
     for needed in (*_NEEDED, *(() if mlp else ("bos_tokens",))):
         if needed not in state:
             raise UserError(f"the checkpoint lacks {needed}: it is not a model of the authors' implementation")
+    require_plain(state, "the checkpoint")
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 
@@ -54,6 +58,9 @@ def _trained_blocks(state: Mapping[str, Tensor]) -> int:
     """How many last blocks of the student's encoder differ from the frozen one; the authors train four."""
     depth = _depth(state, "encoder.")
     for name, value in state.items():
+        if name.startswith("encoder.") and f"second_{name}" not in state:
+            raise UserError(f"the checkpoint's frozen encoder lacks {name.removeprefix('encoder.')}, which its student "
+                            "has: it is damaged")  # fmt: skip
         if not name.startswith("second_encoder."):
             continue
         if (own := state.get(name.removeprefix("second_"))) is None:

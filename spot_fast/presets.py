@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from . import recipes
+from . import recipes, terminal
 from .config import Config, preset
 from .errors import UserError
 from .published import METRICS, Score, scores
@@ -20,6 +20,7 @@ _PLACES = {"scenes": "", "coco": "COCO", "voc": "VOCdevkit", "movi_c": "MOVI_C",
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    terminal.any_character()
     args = _parser().parse_args(argv)
     try:
         if args.name is None:
@@ -31,8 +32,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {str(error).replace('--preset ', '', 1)}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # | head
-        sys.stderr.close()
     return 0
 
 
@@ -224,4 +223,4 @@ def _setting(name: str, value: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(terminal.run(main))

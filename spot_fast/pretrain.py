@@ -23,11 +23,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import terminal
 from .checkpoint import atomic_write
 from .config import preset
 from .data.scenes import Scenes
 from .encoder import build_vit, normalise, packaged_weights, use_plain_attention
 from .errors import UserError
+from .evaluate import writable_target
 from .precision import autocast, resolve
 from .timm_import import import_timm
 
@@ -99,6 +101,7 @@ def pretrain(steps: int, batch: int, images: int, lr: float, seed: int) -> tuple
 
 
 def main(arguments: list[str] | None = None) -> int:
+    terminal.any_character()
     parser = argparse.ArgumentParser("spot_fast.pretrain", description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=packaged_weights(), help="file to write")
@@ -114,13 +117,14 @@ def main(arguments: list[str] | None = None) -> int:
                 raise UserError(f"--{name} is {getattr(args, name)}: use 1 or more")
         if not 0 < args.lr < math.inf:
             raise UserError(f"--lr is {args.lr}: use a number above 0, such as 1e-3")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        writable_target("out", str(args.out))  # before the training, not after it
         start = time.monotonic()
         vit, loss = pretrain(args.steps, args.batch, args.images, args.lr, args.seed)
         if not math.isfinite(loss):
             raise UserError(f"the loss became {loss}: nothing is written, use a lower --lr than {args.lr}")
         state = {name: value.detach().half().contiguous() for name, value in vit.state_dict().items()}
         about = {"made_by": "spot_fast.pretrain", "steps": str(args.steps), "loss": f"{loss:.4f}"}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(args.out, lambda path: path.write_bytes(save(state, about)))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -130,4 +134,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(terminal.run(main))

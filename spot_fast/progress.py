@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from .optional import said
 
 
 class Meter:
@@ -50,6 +54,39 @@ class Pace:
         return pace
 
 
+class Events:
+    """TensorBoard's event files in `folder`. What goes wrong with them is said once, and the run goes on without."""
+
+    def __init__(self, folder: Path, step: int, say: Callable[[str], None]) -> None:
+        self._say, self._writer = say, None
+        with self._without_on_failure():
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Events of steps that a killed run logged and this one will log again are hidden.
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def add(self, group: str, values: dict[str, float], step: int) -> None:
+        with self._without_on_failure():
+            for name, value in values.items():
+                if self._writer is not None:
+                    self._writer.add_scalar(f"{group}/{name}", value, step)
+
+    def close(self) -> None:
+        with self._without_on_failure():
+            if self._writer is not None:
+                self._writer.close()
+
+    @contextmanager
+    def _without_on_failure(self) -> Iterator[None]:
+        # Anything: protobuf of another version when it is imported, a full disk in the thread that writes.
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001
+            self._writer = None
+            self._say(f"note: TensorBoard's events are not written from here on ({said(error)}); metrics.jsonl has all "
+                      "numbers, --no-tensorboard leaves events out")  # fmt: skip
+
+
 class Display:
     """Bar on a terminal, lines everywhere; TensorBoard scalars in `folder`/tensorboard. A quiet one shows nothing."""
 
@@ -60,12 +97,7 @@ class Display:
         self._bar = tqdm(total=total_steps, initial=step, desc=title, unit="step", disable=quiet or None,
                          dynamic_ncols=True)  # fmt: skip
         self._first, self._start = step, 0.0
-        self._writer = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # Events of steps that a killed run logged and this one will log again are hidden.
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._events = Events(folder / "tensorboard", step, self.line) if tensorboard else None
 
     def advance(self) -> None:
         """One step more. The clock starts with the first, which is not like the others."""
@@ -76,9 +108,8 @@ class Display:
 
     def numbers(self, group: str, values: dict[str, float]) -> None:
         """Scalars of the current step for TensorBoard; a training loss also for the bar."""
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{group}/{name}", value, self.step)
+        if self._events is not None:
+            self._events.add(group, values, self.step)
         if "images_per_s" in values:
             text = f"loss {values['loss']:.4f}, {values['images_per_s']:.0f} images/s"
             self._bar.set_postfix_str(text, refresh=False)
@@ -100,8 +131,8 @@ class Display:
 
     def close(self) -> None:
         self._bar.close()
-        if self._writer is not None:
-            self._writer.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def duration(seconds: float) -> str:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
 import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from . import __version__
+from . import __version__, terminal
 from .baselines import published_layouts
 from .checkpoint import Run, atomic_write, find_folder, find_run, load_run
 from .data.base import ImageSet
@@ -71,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    terminal.any_character()
     args = _parser().parse_args(argv)
     words = sys.argv[1:] if argv is None else argv
     try:
@@ -88,7 +87,7 @@ def _report(args: argparse.Namespace, command: str) -> None:
     _check(args)
     # Pictures are chosen by their scores under SPOT's.
     args.protocols = list(dict.fromkeys(["spot", *(protocol.name for protocol in chosen(args.protocol))]))
-    out = _out(args.out)
+    out = writable_target("out", args.out)
     device = usable_device(args.device)
     paths = [find_folder(name, args.root) for name in args.runs] or [find_run(args.root)]
     if len({path.resolve() for path in paths}) < len(paths):
@@ -119,13 +118,6 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}: use {least} or more")
-
-
-def _out(name: str) -> Path:
-    out = writable_target("out", name)
-    if not os.access(out if out.exists() else out.parent, os.W_OK):
-        raise UserError(f"--out {out} cannot be written: choose a file in a folder that you may write to")
-    return out
 
 
 def _settings(args: argparse.Namespace, device: torch.device) -> dict[str, str]:
@@ -191,4 +183,4 @@ def _gradients(run: Run, image_set: ImageSet, args: argparse.Namespace, device: 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(terminal.run(main))

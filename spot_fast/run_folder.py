@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from .checkpoint import CONFIG, METRICS, write_config
 from .config import Config
 from .errors import UserError
 from .files import atomic_write, sync
+from .plain_json import finite
 
 CORRUPT = "corrupt.txt"
 
@@ -56,10 +56,8 @@ class RunFolder:
 
     def log(self, **record: Any) -> None:
         """Appends a line to metrics.jsonl; a number that is not finite becomes null, for which JSON has no word."""
-        record = {name: None if isinstance(value, float) and not math.isfinite(value) else value
-                  for name, value in record.items()}  # fmt: skip
         with self._writing():
-            self._metrics.write((json.dumps(record) + "\n").encode())
+            self._metrics.write((json.dumps(finite(record), allow_nan=False) + "\n").encode())
 
     def write_corrupt(self, corrupt: dict[str, str]) -> None:
         """corrupt.txt: a line with label and reason for each picture that could not be read; no file without any."""

@@ -35,6 +35,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import terminal
 from .devices import usable_device
 from .encoder import SCENES_ENCODER
 from .errors import UserError
@@ -157,12 +158,13 @@ def run(args: argparse.Namespace) -> int:
     results = segment_all(pictures, names, masker, fit, wanted, batch_size=args.batch_size, workers=args.workers,
                           grid=args.grid is not None)  # fmt: skip
     seconds = time.perf_counter() - start
+    if results.rows:
+        rows = [row for _, row in sorted(results.rows.items())]
+        save(contact_sheet(rows, columns=1 if len(rows) < 4 else 2 if len(rows) <= 24 else 4), args.grid)
     if len(pictures) <= _NAMED:
         for index, (width, height) in sorted(results.sizes.items()):
             print(f"{args.out / names[index]}_*  {width} x {height}")
     if results.rows:
-        rows = [row for _, row in sorted(results.rows.items())]
-        save(contact_sheet(rows, columns=1 if len(rows) < 4 else 2 if len(rows) <= 24 else 4), args.grid)
         print(args.grid, f"(the first {MAX_GRID} of {len(pictures)} pictures)" if len(pictures) > MAX_GRID else "")
     if results.skipped:
         print(f"{results.skipped} of {len(pictures)} could not be read and were skipped", file=sys.stderr)
@@ -174,6 +176,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    terminal.any_character()
     try:
         return run(_parse(argv))
     except (UserError, OSError) as error:
@@ -185,4 +188,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(terminal.run(main))

@@ -8,6 +8,7 @@ from pathlib import Path
 from .checkpoint import atomic_write
 from .errors import UserError
 from .metrics import SIZE_BINS
+from .optional import required, said
 
 FORMATS = (".png", ".svg")
 
@@ -16,10 +17,7 @@ def check_target(path: Path) -> None:
     """UserError where a plot cannot be written to `path`: another ending, or no matplotlib."""
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"--size-plot {path} does not end in {' or '.join(FORMATS)}: name a file that does")
-    try:
-        import matplotlib  # noqa: F401 - slow to import, and only plots need it
-    except ImportError:
-        raise UserError(f"--size-plot {path} needs matplotlib: pip install matplotlib") from None
+    required("matplotlib.figure", f"--size-plot {path}", "matplotlib")  # slow to import, and only plots need it
 
 
 def plot_sizes(path: Path, title: str, rows: Sequence[tuple[str, Sequence[float | None], Sequence[float]]],
@@ -27,8 +25,19 @@ def plot_sizes(path: Path, title: str, rows: Sequence[tuple[str, Sequence[float 
     """Writes a line for each of `rows`: name, mBO_i of each of SIZE_BINS (fraction; None: no instance), deviation.
 
     Bins are equally wide; below each stands how many instances are in it. Notes in brackets are left out of the names.
-    The file appears whole or not at all.
+    The file appears whole or not at all. UserError where it cannot be drawn or written.
     """
+    try:
+        _plot(path, title, rows, instances)
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - fonts, back ends: the scores are not to be lost with the picture
+        raise UserError(f"--size-plot {path} cannot be drawn ({said(error)}): mend matplotlib, or leave the option out"
+                        ) from error  # fmt: skip
+
+
+def _plot(path: Path, title: str, rows: Sequence[tuple[str, Sequence[float | None], Sequence[float]]],
+          instances: Sequence[int]) -> None:  # fmt: skip
     from matplotlib.figure import Figure  # not pyplot: no window, no state to clean up
 
     names = [f"{100 * low:g}–{100 * high:g} %\nn = {number}"

@@ -14,23 +14,30 @@ from types import ModuleType
 
 import torch
 
+from .errors import UserError
+from .optional import said
+
 _declared: list[torch.library.Library] = []  # a Library takes its operators along when it is collected
 
 
 def import_timm() -> ModuleType:
-    """The timm module; declares the operators torchvision lacks first, where its library does not match torch."""
+    """The timm module; declares the operators torchvision lacks first, where its library does not match torch.
+
+    UserError where it cannot be imported.
+    """
     for _ in range(32):
         try:
             import timm
 
             return timm
-        except RuntimeError as error:
+        except Exception as error:  # noqa: BLE001 - what is there and broken raises anything
             missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
             if not missing:
-                raise
+                raise UserError(f"timm cannot be imported ({said(error)}): pip install timm torchvision, in the "
+                                "versions that fit this torch") from error  # fmt: skip
         library = torch.library.Library("torchvision", "FRAGMENT")
         library.define(f"{missing[1]}(Tensor input) -> Tensor")
         _declared.append(library)
         for name in [m for m in sys.modules if m.split(".")[0] in ("torchvision", "timm")]:
             del sys.modules[name]
-    raise RuntimeError("torchvision cannot be imported: install the torchvision build that matches torch")
+    raise UserError("torchvision cannot be imported: install the torchvision build that matches torch")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from . import terminal
 from .arguments import Arguments, check_config, conflicts, parse, with_free
 from .checkpoint import CONFIG, STATE, find_folder, is_finished, read_config, read_metadata, run_folders, write_config
 from .config import Config
@@ -49,6 +50,7 @@ class _Job:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    terminal.any_character()
     try:
         world = join()
     except UserError as error:
@@ -267,4 +269,4 @@ def _summary(path: Path, config: Config, outcome: Outcome) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(terminal.run(main))

@@ -70,6 +70,29 @@ def test_a_damaged_config_is_named(run, text, reason):
         load_run(run)
 
 
+@pytest.mark.parametrize("data, words", [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer.*git lfs pull"),
+    (b"<html>Sign in</html>", "is a web page, not .*download it again"), (b"", "is empty: download it again"),
+])  # fmt: skip
+def test_what_a_clone_or_a_browser_left_instead_of_a_file_is_named(run, data, words):
+    (run / MODEL).write_bytes(data)
+    with pytest.raises(UserError, match=f"{MODEL} {words}"):
+        load_run(run)
+    (run / CONFIG).write_bytes(data)
+    with pytest.raises(UserError, match=f"{CONFIG} cannot be used .{words}"):
+        load_run(run)
+
+
+def test_weights_that_are_not_finite_are_named(run):
+    """A file of another machine, or one that was changed on disk: every picture would be NaN."""
+    tensors, metadata = checkpoint.read_tensors(run / MODEL)
+    name = next(iter(sorted(tensors)))
+    tensors[name].view(-1)[0] = float("nan")
+    checkpoint.save_tensors(run / MODEL, tensors, metadata)
+    with pytest.raises(UserError, match=f"{MODEL} does not fit .*tensor {name} has 1 of .* values that are NaN"):
+        load_run(run)
+
+
 def test_another_shape_and_another_encoder(run):
     config = tiny(eval_images=0)
     checkpoint.write_config(run, replace(config, num_slots=3, slot_dim=32))

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from spot_fast import evaluate as command
 from spot_fast.checkpoint import MODEL, frozen_encoder, save_tensors, write_config
 from spot_fast.config import preset
 from spot_fast.encoder import encoder_identity
+from spot_fast.errors import UserError
 from spot_fast.metrics import METRICS
 from spot_fast.model import Spot
 from spot_fast.protocols import PROTOCOLS
@@ -205,6 +207,68 @@ def test_json_that_cannot_be_written_leaves_the_old_one(here, call, monkeypatch)
     assert (here / "t.json").read_text() == "old" and [p.name for p in here.iterdir() if p.is_file()] == ["t.json"]
 
 
+def test_files_are_written_before_anything_is_printed(here, call, monkeypatch):
+    """Whatever is wrong with the terminal; of several runs as soon as one is scored."""
+    make_run(here / "runs" / "a")
+    make_run(here / "runs" / "b", seed=1)
+
+    def broken(*_, **__):
+        raise UnicodeEncodeError("latin-1", "–", 0, 1, "ordinal not in range(256)")
+
+    monkeypatch.setattr(command, "print", broken, raising=False)
+    with pytest.raises(UnicodeEncodeError):  # also where an error would be told
+        call("a", "b", "--limit", 2, "--json", "t.json", "--csv", "t.csv")
+    found = json.loads((here / "t.json").read_text())
+    assert [run["run"] for run in found["runs"]] == ["a"] and found["summary"] == []
+    assert len((here / "t.csv").read_text().splitlines()) > 2
+
+
+def test_scores_are_printed_where_a_file_cannot_be_written(here, call, monkeypatch):
+    """And the other files are there."""
+    make_run(here / "runs" / "a")
+
+    def full(*_):
+        raise UserError("t.json cannot be written (No space left on device): free some space")
+
+    monkeypatch.setattr(command, "write_json", full)
+    code, out, err = call("--limit", 2, "--json", "t.json", "--csv", "t.csv")
+    assert code == 2 and "decoder masks" in out and err.startswith("error: t.json cannot be written (No space")
+    assert (here / "t.csv").exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_scored(here, call, monkeypatch):
+    make_run(here / "runs" / "a")
+    monkeypatch.setattr(command, "load_run", lambda *_: pytest.fail("a run was opened"))
+
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    for option in ("json", "csv", "size-plot"):
+        code, out, err = call(f"--{option}", "t.png")
+        assert code == 2 and out == "" and err.startswith(f"error: --{option} t.png cannot be written (Read-only file")
+
+
+def test_json_has_no_nan_and_any_name(here, call, monkeypatch):
+    """Losses of a model that diverged, names that are not UTF-8: every reader of JSON takes them."""
+    make_run(here / "runs" / "a")
+    evaluate = command.evaluate
+
+    def odd(*args, **options):
+        return replace(evaluate(*args, **options), reconstruction={1: float("nan"), 9: float("inf")},
+                       skipped={"caf\udce9.jpg": "damaged"})  # fmt: skip
+
+    monkeypatch.setattr(command, "evaluate", odd)
+    assert call("--limit", 2, "--json", "t.json", "--csv", "t.csv")[0] in (0, 2)
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    (run,) = json.loads((here / "t.json").read_bytes().decode("utf-8"), parse_constant=refuse)["runs"]
+    assert run["reconstruction_loss"] == [{"orders": 1, "loss": None}, {"orders": 9, "loss": None}]
+    assert list(run["skipped"]) == ["caf\udce9.jpg"] and "udce9" in (here / "t.csv").read_text(encoding="utf-8")
+
+
 def test_protocols_get_a_table_each(here, call):
     for seed in range(2):
         make_run(here / "runs" / f"one-{seed}", seed=seed)
@@ -251,6 +315,27 @@ def test_a_plot_needs_matplotlib(here, call, monkeypatch):
     code, _, err = call("--size-plot", "p.png")
     assert code == 2 and err == "error: --size-plot p.png needs matplotlib: pip install matplotlib\n"
     assert call("--limit", 2)[0] == 0
+
+
+def test_a_matplotlib_that_is_broken_is_told_before_and_costs_no_scores(here, call, monkeypatch):
+    """Built for another NumPy it raises when it is imported, without fonts when it draws."""
+    make_run(here / "runs" / "a")
+    (here / "broken" / "matplotlib").mkdir(parents=True)
+    (here / "broken" / "matplotlib" / "__init__.py").write_text("raise AttributeError('_ARRAY_API not found')")
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(here / "broken")
+        for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+            patch.delitem(sys.modules, name)
+        code, out, err = call("--size-plot", "p.png")
+    assert code == 2 and out == "" and "which is there but cannot be imported (AttributeError: _ARRAY_API" in err
+
+    def fail(*_, **__):
+        raise RuntimeError("Failed to find font")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    code, out, err = call("--size-plot", "p.png", "--json", "t.json", "--limit", 2)
+    assert code == 2 and "decoder masks" in out and "p.png cannot be drawn (RuntimeError: Failed to find font)" in err
+    assert json.loads((here / "t.json").read_text())["runs"]
 
 
 def test_corrupt_and_empty_pictures_are_in_the_csv(here, call):

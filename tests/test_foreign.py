@@ -264,6 +264,8 @@ def test_what_has_no_counterpart_is_refused_with_the_reason(encoder):
            "1 tensors without a place in Spot, such as object_decoder.inp_transform.weight")  # fmt: skip
     refuse("dinosaur", dinosaur | {"models.conditioning.slots_mu": torch.zeros(1, SLOTS, SLOT)}, "5 means of their own")
     refuse("ocbench", {n: v for n, v in ocbench.items() if "norm0" not in n}, "nine-order transformer decoder")
+    refuse("ocbench", ocbench | {"other.weight": torch.zeros(1)}, "without a place in Spot, such as other.weight")
+    refuse("dinosaur", dinosaur | {"gate.weight": torch.zeros(1)}, "without a place in Spot, such as gate.weight")
     bias = "decode.backbone.layers.0.self_attn.in_proj_bias"
     refuse("ocbench", ocbench | {f"m.{bias}": torch.zeros(1)}, f"without a place in Spot, such as {bias}")
     for name in ("encode_backbone.1.cls_token", "decode.backbone.layers.1.linear1.weight", "encode_project.3.weight"):

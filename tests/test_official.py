@@ -119,9 +119,27 @@ def test_a_student_trained_deeper_is_refused():
     with pytest.raises(UserError, match="changed encoder block 5 of 12"):
         official_state_dict(state)
     state = golden_tensors.stage2_state_dict()
+    more = state | {"encoder.blocks.0.ls1.gamma": torch.ones(2)}
+    with pytest.raises(UserError, match="frozen encoder lacks blocks.0.ls1.gamma, which its student has"):
+        official_state_dict(more)
     state["encoder.cls_token"] = state["encoder.cls_token"] + 1
     with pytest.raises(UserError, match="differ in encoder.cls_token"):
         official_state_dict(state)
+
+
+def test_what_of_a_checkpoint_no_module_takes_is_an_error():
+    """In the frozen encoder, beside the encoder, and what is no number."""
+    state = golden_tensors.stage1_state_dict()
+    for name, words in (("encoder.blocks.0.attn.q_norm.weight", "not take, blocks.0.attn.q_norm.weight, and"),
+                        ("slot_attn.extra.weight", "which the authors' models do not"),
+                        ("dec.blocks.0.self_attn.q_norm.weight", "which the authors' decoders do not")):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            load_official(state | {name: torch.ones(2)}, encoder_heads=3, num_slots=7)
+    name = "slot_attn.slot_attention.mlp.0.weight"
+    with pytest.raises(UserError, match=f"{name} is quantised"):
+        load_official(state | {name: state[name].to(torch.float8_e5m2)}, encoder_heads=3, num_slots=7)
+    with pytest.raises(UserError, match="tensor slot_encoder.attention.mlp.0.weight has .* NaN or infinite"):
+        load_official(state | {name: state[name] * float("nan")}, encoder_heads=3, num_slots=7)
 
 
 @pytest.mark.parametrize("build, official_state", [

@@ -47,3 +47,9 @@ def test_bad_input_is_one_sentence_and_leaves_the_file_alone(words, sentence, tm
     assert main([*TINY, "--out", str(out), *words]) == 2
     assert sentence in capsys.readouterr().err
     assert out.read_bytes() == b"mine"
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_the_training(capsys, monkeypatch):
+    monkeypatch.setattr("spot_fast.pretrain.pretrain", lambda *_: pytest.fail("it trained"))
+    assert main([*TINY, "--out", "/proc/vit.safetensors"]) == 2
+    assert "error: --out /proc/vit.safetensors cannot be written" in capsys.readouterr().err

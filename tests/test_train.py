@@ -5,7 +5,9 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
+import types
 from dataclasses import asdict, fields
 
 import pytest
@@ -18,7 +20,7 @@ from spot_fast.config import Config, preset, preset_names
 from spot_fast.precision import resolve
 from spot_fast.run_folder import RunFolder
 from spot_fast.trainer import Trainer
-from tiny_runs import STEPS, assert_same_run, options, stop_after, tiny
+from tiny_runs import STEPS, assert_same_run, metrics, options, stop_after, tiny
 from tiny_runs import train as train_run
 
 
@@ -136,6 +138,7 @@ def test_help_shows_the_defaults_of_preset_and_stage(capsys):
     ("--spike -1", "--spike is -1.0: use 0 or more"),
     ("--spike 0.5", "--spike 0.5 calls ordinary losses leaps: use more than 1, or 0 for never"),
     ("--cuda-graph yes --device cpu", "--cuda-graph yes needs an NVIDIA GPU, not cpu: use auto or no"),
+    ("--image-size 32 --encoder-weights none", "mask_size is 64 but scenes are drawn at 32: --mask-size must equal"),
     ("--float8 --precision bf16 --device cpu", "--float8 needs an NVIDIA GPU of compute capability 8.9 or more"),
     ("--float8 --precision float32", "--float8 belongs to --precision bf16, not float32: leave one out"),
     ("--method dino", "--method dino is unknown: use one of spot, spot_ens"),
@@ -331,6 +334,29 @@ def test_an_unwritable_place_is_one_sentence(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.chdir(tmp_path)
     assert "file" in refused(capsys, *options(), "--runs", "file/runs")
+
+
+@pytest.mark.parametrize("broken", ["import", "folder", "while it trains", "at the end"])
+def test_a_broken_tensorboard_is_told_once_and_the_run_goes_on(tmp_path, monkeypatch, capsys, broken):
+    """Such as protobuf of another version, or a full disk in the thread that writes."""
+    monkeypatch.chdir(tmp_path)
+    if broken == "import":
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.ModuleType("empty"))
+    else:
+        from torch.utils import tensorboard
+
+        where = {"folder": "__init__", "while it trains": "add_scalar", "at the end": "close"}[broken]
+
+        def fail(*_, **__):
+            raise TypeError("Descriptors cannot be created directly.\nIf this call came from a _pb2.py file")
+
+        monkeypatch.setattr(tensorboard.SummaryWriter, where, fail)
+    assert train.main(["--threads", "1", "--out", "run", *options(epochs=1)]) == 0
+    out = capsys.readouterr().out
+    why = r"ImportError: .*" if broken == "import" else r"TypeError: Descriptors cannot be created directly\."
+    assert len(re.findall(rf"note: TensorBoard's events are not written from here on \({why}\)", out)) == 1
+    assert "run is finished" in out and (tmp_path / "run" / MODEL).exists()
+    assert any(line["kind"] == "validation" for line in metrics(tmp_path / "run"))
 
 
 def test_tensorboard_goes_on_where_the_log_does_and_no_bar_without_a_terminal(tmp_path, monkeypatch, capsys):

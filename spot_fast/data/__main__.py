@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from .. import terminal
 from ..errors import UserError
 from ..files import atomic_write
 from . import check
@@ -55,10 +56,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    terminal.any_character()
     args = _parser().parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # file names may hold anything
     try:
         return _caches(args) if args.command == "caches" else _check(args)
     except (UserError, OSError) as error:
@@ -72,12 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(args: argparse.Namespace) -> int:
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: use 1 or more")
+    if args.list is not None and not args.list.parent.is_dir():
+        raise UserError(f"--list {args.list}: the folder {args.list.parent} does not exist")
     found = check.find(args.path, sbd=args.sbd, decode=args.decode)
     check.inspect(found, jobs=args.jobs)
-    for line in check.report(args.path, found, sbd=args.sbd):
-        print(line)
     if args.list is not None:
         _write_list(args.list, check.bad_files(found))
+    for line in check.report(args.path, found, sbd=args.sbd):
+        print(line)
     sentence = check.verdict(found)
     if sentence is None:
         return 0
@@ -119,11 +120,9 @@ def _removed(caches: Sequence[Cached]) -> tuple[list[Cached], list[UserError]]:
 
 
 def _write_list(path: Path, bad: dict[str, str]) -> None:
-    if not path.parent.is_dir():
-        raise UserError(f"--list {path}: the folder {path.parent} does not exist")
     lines = "".join(f"{name}\n" for name in bad).encode(errors="surrogateescape")
     atomic_write(path, lambda partial: partial.write_bytes(lines))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(terminal.run(main))

@@ -20,6 +20,7 @@ import torch
 
 from ..encoder import MEAN, STD
 from ..errors import UserError
+from ..optional import said
 
 INSTALL = "pip install nvidia-dali-cuda130 (-cuda120 for drivers of CUDA 12)"
 _DEPTH = 2  # batches that DALI works on or has ready
@@ -188,9 +189,9 @@ def unavailable(device: torch.device) -> str:
         return "DALI needs an NVIDIA GPU"
     try:
         import_dali()
-    except (ImportError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - what is there and broken raises anything
         missing = isinstance(error, ModuleNotFoundError) and str(error.name).startswith("nvidia")
-        return f"DALI is not installed, {INSTALL}" if missing else f"DALI cannot be imported ({error})"
+        return f"DALI is not installed, {INSTALL}" if missing else f"DALI cannot be imported ({said(error)})"
     return ""
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
+from ..errors import UserError
 from .base import ImageSet, Masks
 
 CLASSES = ("disc", "square", "triangle", "star", "cross", "ellipse", "flower", "drop")
@@ -189,8 +190,8 @@ class Scenes(ImageSet):
         if count < 0:
             raise ValueError(f"count is {count}: use 0 or more scenes")
         if mask_size not in (None, size):
-            raise ValueError(f"mask_size is {mask_size} but scenes are drawn at {size}: --mask-size must equal "
-                             "--image-size for scenes, whose masks are exact at that size")
+            raise UserError(f"mask_size is {mask_size} but scenes are drawn at {size}: --mask-size must equal "
+                            "--image-size for scenes, whose masks are exact at that size")
         self.split, self.count, self.size = split, count, size
         index = np.arange(count, dtype=np.int64) * 2 + (split == "val")
         images, instances, classes = draw_scenes(seed, index, size)

@@ -1,0 +1,46 @@
+"""Packages that are missing, or there and broken: one sentence with the package and what to install."""
+
+import sys
+
+import pytest
+import torch
+
+from spot_fast.data import dali_pipeline
+from spot_fast.errors import UserError
+from spot_fast.optional import required
+from spot_fast.timm_import import import_timm
+
+
+@pytest.mark.parametrize("line, words", [
+    ("raise OSError('libGL.so.1: cannot open shared object file')", "OSError: libGL.so.1: cannot open shared object"),
+    ("raise ValueError('numpy.dtype size changed')", "ValueError: numpy.dtype size changed"),
+    ("raise AttributeError('_ARRAY_API not found')", "AttributeError: _ARRAY_API not found"),
+    ("raise RuntimeError", "RuntimeError"),
+    ("import a_package_that_it_needs", "ModuleNotFoundError: No module named 'a_package_that_it_needs'"),
+    ("syntax error", "SyntaxError: invalid syntax"),
+])  # fmt: skip
+def test_a_broken_package_is_told_with_its_reason(tmp_path, monkeypatch, line, words):
+    (tmp_path / "broken_package.py").write_text(line + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError) as caught:
+        required("broken_package", "--plot", "broken")
+    assert f"--plot needs broken_package, which is there but cannot be imported ({words}" in str(caught.value)
+    assert str(caught.value).endswith("): pip install --force-reinstall broken")
+
+
+def test_a_missing_package_is_told_without_one():
+    with pytest.raises(UserError, match="^--plot needs no_such_package: pip install it$"):
+        required("no_such_package.part", "--plot", "it")
+
+
+def test_a_broken_timm_and_a_broken_dali_are_sentences(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match="timm cannot be imported .ModuleNotFoundError: .*pip install timm torchvision"):
+        import_timm()
+
+    def fail():
+        raise ValueError("numpy.dtype size changed\nmore")
+
+    monkeypatch.setattr(dali_pipeline, "import_dali", fail)
+    assert dali_pipeline.unavailable(torch.device("cpu")) == (
+        "DALI cannot be imported (ValueError: numpy.dtype size changed)")  # fmt: skip

@@ -2,20 +2,25 @@
 
 PyTorch's threads meet some thousand times in a step and wait for each other by spinning. Where another program takes
 one of their cores, those that spin hold the others while the one that they wait for stands in a queue: on two cores a
-step takes longer than twice what one thread needs (`bench/busy_machine.py`). So training looks now and then how much of
-its cores others use, and computes with fewer threads for as long as that lasts. The number of threads decides in which
-sequence numbers are added, hence the last bits of a result: --threads N never changes it.
+step takes longer than twice what one thread needs (`bench/busy_machine.py`). So commands look now and then how much
+of their cores others use, and compute with fewer threads for as long as that lasts. The number of threads decides in
+which sequence numbers are added, hence the last bits of a result: --threads N never changes it.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from .errors import UserError
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _EVERY = 0.5  # seconds from look to look; the system counts in hundredths
@@ -73,6 +78,30 @@ class CpuThreads:
 
     def _measure(self) -> tuple[float, float | None, float]:
         return self._clock(), self._busy(), self._own()
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, metavar="N",
+                        help="CPU threads that compute (default: one a core, fewer while other programs use it)")
+
+
+@contextmanager
+def computing(threads: int | None, device: torch.device) -> Iterator[Callable[[], None]]:
+    """Inside, PyTorch computes with so many threads; None: with one a core at most, and fewer on a CPU that others use.
+
+    What it yields is to be called between batches. UserError for --threads below 1.
+    """
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads {threads}: use 1 or more")
+    before = torch.get_num_threads()
+    try:
+        if threads is not None or device.type != "cpu":
+            torch.set_num_threads(threads or before)
+            yield lambda: None
+        else:
+            yield CpuThreads(min(before, available_cores()), lambda line: print(f"note: {line}", file=sys.stderr)).adapt
+    finally:
+        torch.set_num_threads(before)
 
 
 def _busy_seconds() -> float | None:

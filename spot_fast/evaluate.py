@@ -17,6 +17,7 @@ import torch
 from . import __version__, terminal
 from .baselines import published_layouts
 from .checkpoint import Run, find_folder, find_run, load_run
+from .cpu_threads import add_option, computing
 from .data import open_set
 from .data.base import ImageSet
 from .devices import usable_device
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=WORKERS, metavar="N",
                         help="threads that read pictures and masks ahead, 0 = none (default: one a processor, at most "
                         f"8; here {WORKERS})")  # fmt: skip
+    add_option(parser)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32",
                         help="of the model; bf16 is faster where the hardware has it and moves scores by a few tenths "
                         "of a percent; tf32 is for GPUs (default: float32)")  # fmt: skip
@@ -114,9 +116,11 @@ def _evaluate(args: argparse.Namespace) -> None:
     opened: dict[str, ImageSet] = {}
     for run in runs:
         val_set = open_val_set(run, args.data, opened)
-        result = evaluate(run.model.to(device), val_set, protocols=[p.name for p in protocols],
-                          layouts=published_layouts(run.config.preset), batch_size=args.batch_size, seed=args.seed,
-                          limit=args.limit, workers=args.workers, precision=args.precision)  # fmt: skip
+        with computing(args.threads, device) as adapt:
+            result = evaluate(run.model.to(device), val_set, protocols=[p.name for p in protocols],
+                              layouts=published_layouts(run.config.preset), batch_size=args.batch_size, seed=args.seed,
+                              limit=args.limit, workers=args.workers, precision=args.precision,
+                              between_batches=adapt)  # fmt: skip
         results.append(result)
         run.model.to("cpu")
         # On disk before it is printed: neither a terminal nor a later run can lose it.

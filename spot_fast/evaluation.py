@@ -126,6 +126,7 @@ def evaluate(
     workers: int = WORKERS,
     precision: str = "float32",
     progress: bool = True,
+    between_batches: Callable[[], object] = lambda: None,
 ) -> Evaluation:
     """Scores `model`, on its device, on the first `limit` (0 = all) pictures of `val_set`.
 
@@ -159,6 +160,7 @@ def evaluate(
     with tqdm(total=count, desc="evaluate", unit="image", disable=None if progress else True) as bar:
         readable = read_ahead(load, val_set, range(count), workers, skipped, bar.update)
         while batch := list(islice(readable, batch_size)):
+            between_batches()
             run.add([val_set.label(index) for index, _, _ in batch], *zip(*batch, strict=True))
     if not run.labels:
         raise UserError(f"none of the {count} pictures of {val_set.name} can be read; the first: "

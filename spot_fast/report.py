@@ -15,6 +15,7 @@ from tqdm import tqdm
 from . import __version__, terminal
 from .baselines import published_layouts
 from .checkpoint import Run, atomic_write, find_folder, find_run, load_run
+from .cpu_threads import add_option, computing
 from .data.base import ImageSet
 from .devices import usable_device
 from .errors import UserError
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at a time (default: 32)")
     parser.add_argument("--workers", type=int, default=WORKERS, metavar="N",
                         help=f"threads that read pictures and masks ahead, 0 = none (default: {WORKERS})")
+    add_option(parser)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32",
                         help="of the model, but for gradients, which are float32 (default: float32)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0,
@@ -141,11 +143,12 @@ def _measure(report: Report, shown: SetRecord, args: argparse.Namespace, device:
     records = [report.runs[place] for place in shown.places]
     if image_set.has_masks:
         for record in records:
-            record.evaluation = evaluate(
-                record.run.model.to(device), image_set, protocols=args.protocols,
-                layouts=published_layouts(record.run.config.preset), batch_size=args.batch_size, seed=args.seed,
-                limit=args.limit, workers=args.workers, precision=args.precision,
-            )  # fmt: skip
+            with computing(args.threads, device) as adapt:
+                record.evaluation = evaluate(
+                    record.run.model.to(device), image_set, protocols=args.protocols,
+                    layouts=published_layouts(record.run.config.preset), batch_size=args.batch_size, seed=args.seed,
+                    limit=args.limit, workers=args.workers, precision=args.precision, between_batches=adapt,
+                )  # fmt: skip
             record.run.model.to("cpu")
     if not len(image_set):
         return

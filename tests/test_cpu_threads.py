@@ -2,12 +2,14 @@
 
 import threading
 import time
+import types
 
 import pytest
 import torch
 
 from spot_fast import cpu_threads
 from spot_fast.cpu_threads import CpuThreads, available_cores
+from spot_fast.errors import UserError
 
 
 class Machine:
@@ -62,6 +64,24 @@ def test_others_get_what_they_use(monkeypatch, cores, threads, others, expected)
 def test_where_the_system_does_not_tell_nothing_changes(monkeypatch):
     machine = Machine(monkeypatch, tells=False)
     assert machine.run(5, others=1.0) == 2 and machine.used == [2] and machine.said == []
+
+
+def test_computing_with_a_number_keeps_it_and_puts_back_what_was(monkeypatch):
+    """Without one, threads adapt between the batches, on a CPU."""
+    made = []
+    threads = types.SimpleNamespace(adapt=lambda: None)
+    monkeypatch.setattr(cpu_threads, "CpuThreads", lambda most, say: made.append(most) or threads)
+    before = torch.get_num_threads()
+    with cpu_threads.computing(3, torch.device("cpu")) as look:
+        assert torch.get_num_threads() == 3 and look() is None
+    with cpu_threads.computing(None, torch.device("cuda")) as look:
+        assert torch.get_num_threads() == before and look() is None
+    assert made == []
+    with cpu_threads.computing(None, torch.device("cpu")) as look:
+        assert made == [1] and look == threads.adapt
+    assert torch.get_num_threads() == before
+    with pytest.raises(UserError, match="--threads 0: use 1 or more"), cpu_threads.computing(0, torch.device("cpu")):
+        pass
 
 
 def test_own_threads_are_not_taken_for_another_program():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from spot_kernels import checks
-from spot_kernels.layers import gru_and_norm, merge_heads, split_heads
+from spot_kernels.layers import gru_and_norm, is_exactly, merge_heads, split_heads
 from spot_kernels.slot_attention import slot_attention_step
 
 # Keeps the mean over tokens defined where every weight of a slot has underflowed; no other sum notices it.
@@ -63,8 +63,7 @@ def _refine(
     `fixed-point` (the last iteration's input is a constant) or `bi-level` (and its gradient goes to `through`).
     """
     attn = logits = None
-    for i in range(iterations):
-        last = i == iterations - 1
+    for last in _lasts(iterations):
         if last and truncation != "none":
             slots = slots.detach()
             if truncation == "bi-level":
@@ -73,6 +72,13 @@ def _refine(
             updates, attn, logits = attend(slots, last)
             slots = update(updates, slots, last)
     return slots, attn, logits
+
+
+def _lasts(iterations: int) -> list[bool]:
+    """For each iteration, whether it is the last one: True and False where a comparison with the counter of a loop
+    would be symbolic, under torch.compile with a varying number, and could not decide on a mode.
+    """
+    return [False] * (iterations - 1) + [True] * (iterations > 0)
 
 
 def _gru(gru: nn.GRUCell, updates: Tensor, slots: Tensor) -> Tensor:
@@ -308,9 +314,9 @@ def videosaur_step(self, slots, keys, values):
 def _videosaur_iterations(self, slots, keys, values, iterations):
     """The GRU's state, or what the updates are added to, are the slots after their LayerNorm."""
     k, v, attn = _single(keys), _single(values), None
-    for i in range(iterations):
+    for last in _lasts(iterations):
         slots = self.norm_slots(slots)
-        updates, attn, _ = _attend(_single(self.to_q(slots) * self.scale), k, v, self.eps, attn=i == iterations - 1)
+        updates, attn, _ = _attend(_single(self.to_q(slots) * self.scale), k, v, self.eps, attn=last)
         slots = _gru(self.gru, updates, slots) if self.gru else slots + updates
         slots = slots if self.mlp is None else self.mlp(slots)
     return slots, attn.mT.contiguous()
@@ -386,14 +392,19 @@ def _slotformer_iterations(self, inputs, slots, *, attn):
     """LayerNorms are part of the query projection and of the MLP."""
     inputs = self.norm_inputs(inputs)
     k, v = _single(self.project_k(inputs)), _single(self.project_v(inputs))
-    norm, first, activation, second = self.mlp
 
     def attend(slots, last):
         return _attend(_single(self.project_q(slots) * self.attn_scale), k, v, self.eps, attn=attn and last)
 
     def update(updates, slots, last):
-        slots, normed = _gru_and_norm(self.gru, norm, updates, slots)
-        return slots + second(activation(first(normed)))
+        if not is_exactly(self.mlp, nn.Sequential):
+            slots = _gru(self.gru, updates, slots)
+            return slots + self.mlp(slots)
+        norm, *layers = self.mlp
+        slots, change = _gru_and_norm(self.gru, norm, updates, slots)
+        for layer in layers:
+            change = layer(change)
+        return slots + change
 
     slots, *maps = _refine(slots, self.num_iterations, attend, update)
     return slots.view(inputs.shape[0], self.num_slots, self.slot_size), *maps

@@ -1,4 +1,4 @@
-"""Patched modules call their layers: hooks fire, layers may be exchanged, the number of iterations may vary compiled."""
+"""Patched modules call their layers: hooks fire, layers may be exchanged; the iterations of a compiled one may vary."""
 
 import copy
 from collections import Counter

@@ -33,11 +33,20 @@ def linear(
     return layer
 
 
-def mlp(inputs: int, hidden: int, outputs: int, *, gain: float = 1.0, activation: str = "relu") -> nn.Sequential:
-    """Linear (kaiming), ReLU or GELU, Linear (xavier × gain)."""
-    return nn.Sequential(
-        linear(inputs, hidden, init="kaiming"), ACTIVATIONS[activation](), linear(hidden, outputs, gain=gain)
-    )
+def mlp(
+    inputs: int, hidden: int, outputs: int, *, gain: float = 1.0, activation: str = "relu", dropout: float = 0.0
+) -> nn.Sequential:
+    """Linear (kaiming), ReLU or GELU, dropout if there is any, Linear (xavier × gain).
+
+    The layers with parameters are called 0 and 2 with dropout, too.
+    """
+    layers = nn.Sequential()
+    layers.add_module("0", linear(inputs, hidden, init="kaiming"))
+    layers.add_module("1", ACTIVATIONS[activation]())
+    if dropout:
+        layers.add_module("dropout", nn.Dropout(dropout))
+    layers.add_module("2", linear(hidden, outputs, gain=gain))
+    return layers
 
 
 def split_heads(tokens: torch.Tensor, heads: int) -> torch.Tensor:

@@ -111,9 +111,9 @@ def lucidrains(p, inputs, slots, *, iterations=3):
 
 
 def evelinehong(p, inputs, slots, *, iterations=3):
-    names = {"fc1": "mlp.0", "fc2": "mlp.2"}
-    renamed = {".".join([names.get(name.split(".")[0], name.split(".")[0]), *name.split(".")[1:]]): p[name] for name in p}
-    return lucidrains(renamed, inputs, slots, iterations=iterations)
+    """The layers of the MLP are called fc1 and fc2."""
+    mlp = {name.replace("fc1", "mlp.0").replace("fc2", "mlp.2"): value for name, value in p.items()}
+    return lucidrains(mlp, inputs, slots, iterations=iterations)
 
 
 def lucidrains_heads(p, inputs, slots, *, heads=2, iterations=3):

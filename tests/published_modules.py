@@ -295,8 +295,8 @@ class NormedFeatures(Projected):
 
 @published_as("SlotAttention")
 class BoQsa(NormedFeatures):
-    def __init__(self, truncate="bi-level", drop_path=0.2):
-        super().__init__(SLOT_WIDTH, epsilon=1.0)
+    def __init__(self, truncate="bi-level", drop_path=0.2, width=SLOT_WIDTH):
+        super().__init__(width, width, epsilon=1.0)
         self.truncate = truncate
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 

@@ -1,6 +1,7 @@
 """What `patch` makes of forks: switches of their own, other names, default dtypes, and what it says of the rest."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -50,6 +51,7 @@ def test_of_forms_with_the_same_layers_the_one_that_agrees_is_taken(kind, name):
         assert only(patch(module)).implementation == name
     finally:
         kind.__name__ = before
+        sys.modules["spot_kernels.patch"]._patched_class.cache_clear()
 
 
 class OtherFormula(Fork):
@@ -164,12 +166,12 @@ def test_the_default_dtype_is_as_before(kind, dtype):
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_bi_level_gradients_in_bfloat16_are_judged_by_float64(seed):
-    """The published module's own are as far from it as ours."""
-    torch.manual_seed(seed)
-    module = published.BoQsa(drop_path=0).bfloat16()
-    assert patch(module).replaced
+@pytest.mark.parametrize("width", [64, 224, 256])
+def test_bi_level_gradients_in_bfloat16_are_judged_by_float64(width):
+    """At 256 the sign of what a ReLU gets is changed by rounding in the published module as well as in ours, at 224 in
+    ours alone, and with it a whole gradient.
+    """
+    assert only(patch(published.BoQsa(drop_path=0, width=width).bfloat16())).replaced
 
 
 @pytest.mark.parametrize("known", [known.name for known in IMPLEMENTATIONS if not known.default_noise])
@@ -183,13 +185,14 @@ def test_forms_are_known_in_float16(known):
 
 
 def test_operators_that_do_not_work_in_a_dtype_are_found(monkeypatch):
-    """As far from float64 as the original is: not as far as one likes."""
+    """About as far from float64 as the original is, not as far as one likes."""
     from spot_kernels import published as ours
 
     right = ours._attend
     monkeypatch.setattr(ours, "_attend", lambda q, *rest, **kwargs: right(
         q if q.dtype == torch.float64 else -q, *rest, **kwargs))  # fmt: skip
     assert only(patch(published.BoQsa().bfloat16())).note.startswith("its operators differ here: ")
+    assert only(patch(published.BoQsa(width=256).bfloat16())).note.startswith("its operators differ here: ")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +26,13 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from spot_kernels import dispatch
 from spot_kernels.forward_reads import Recorder
 
-# The largest difference from float64 that is allowed, relative to the largest value: rounding in float64 itself; in a
-# module's own dtype only that the operators work there, wherever the original is no further away.
-_ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-2, torch.bfloat16: 0.25, torch.float16: 0.25}
+# The largest difference in float64, relative to the largest value: another formula is further away.
+_ROUNDING = 1e-9
+# The error in a module's own dtype, as a part of the norm: of TF32, and of a few roundings in the other two. More is
+# allowed where the original is about as far from float64.
+_ALLOWED = {torch.float32: 1e-2, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 _TIMES_THE_ORIGINALS = 3.0
+_TRIALS = 5
 # Noise of another dtype is another noise; the same one is rounded to it.
 _SAME_NOISE = 1e-3
 
@@ -142,7 +146,7 @@ class _Comparison:
             return ""
         wide = _with_random_parameters(module, torch.float64)
         with dispatch.use_backend("torch"), _default_dtype(torch.float64):
-            reason, draws = self._formula(wide, 0.0)
+            reason, draws = self._formula(wide, _ROUNDING)
         # and whether noise is drawn in the dtype of the inputs or in the default one
         if not reason and draws:
             with dispatch.use_backend("torch"), _default_dtype(torch.float32):
@@ -150,7 +154,7 @@ class _Comparison:
         return f"its forward computes something else: {reason}" if reason else ""
 
     def _formula(self, wide: nn.Module, allowed: float) -> tuple[str, bool]:
-        """What differs in float64, and whether random numbers were drawn. allowed: more than rounding."""
+        """What differs in float64 by more than allowed, and whether random numbers were drawn."""
         draws = False
         for args, kwargs in self._arguments(wide, torch.float64):
             before = _attributes(wide)
@@ -160,7 +164,7 @@ class _Comparison:
                 return f"it sets {', '.join(changed)}", draws
             found = self._run(wide, self.patched, args, kwargs)
             draws = draws or bool(expected.draws)
-            reason = _unlike(found, expected) or _too_far(found, expected, expected, allowed)
+            reason = _unlike(found, expected) or _too_far(found, expected, allowed)
             if reason:
                 return reason, draws
         return "", draws
@@ -169,29 +173,52 @@ class _Comparison:
         _, dtype = _place(module)
         if dtype == torch.float64:
             return ""
-        own = _with_random_parameters(module)
+        allowed, errors = _ALLOWED.get(dtype, 0.0), []
+        # Rounding may change the sign of what a ReLU gets, and with it a whole gradient, in ours or in the original: in
+        # most draws it does not.
+        for seed in range(_TRIALS):
+            reason, *pair = self._operators(_with_random_parameters(module, seed=seed), dtype, seed)
+            if reason:
+                return f"its operators differ here: {reason}"
+            errors.append(pair)
+            if seed == 0 and pair[0] <= allowed:
+                return ""
+        ours, originals = (statistics.median(error) for error in zip(*errors, strict=True))
+        if ours <= max(allowed, _TIMES_THE_ORIGINALS * originals):
+            return ""
+        return f"its operators differ here: they are off by {ours:.2g}, the original by {originals:.2g}"
+
+    def _operators(self, own: nn.Module, dtype: torch.dtype, seed: int) -> tuple[str, float, float]:
+        """What differs in the module's own dtype whatever the numbers; the error of ours, and the original's."""
         wide = None if self.generators.device.type == "mps" else copy.deepcopy(own).double()
-        for args, kwargs in self._arguments(own, dtype):
+        ours, originals = [], []
+        for args, kwargs in self._arguments(own, dtype, seed):
             plain = self._run(own, self.recorder.kind, args, kwargs)
             found = self._run(own, self.patched, args, kwargs)
             if reason := _unlike(found, plain):
-                return f"its operators differ here: {reason}"
+                return reason, 0.0, 0.0
             exact = plain
             if wide is not None:
                 wide.train(own.training)
                 inputs = tree_map_only(Tensor, lambda x: x.detach().double().requires_grad_(), (args, kwargs))
                 with dispatch.use_backend("torch"), _default_dtype(torch.float64):
                     exact = self._run(wide, self.recorder.kind, *inputs, again=plain.draws, rounded=dtype)
-            if reason := _too_far(found, plain, exact, _ALLOWED.get(dtype, 0.0)):
-                return f"its operators differ here: {reason}"
-        return ""
+            for name in ("results", "gradients"):
+                a, b, c = (_tensors(getattr(run, name)) for run in (found, plain, exact))
+                if not all(bool(x.isfinite().all()) for x in a):
+                    return f"{name} are not finite", 0.0, 0.0
+                ours.append(_distance(a, c))
+                originals.append(_distance(b, c))
+        return "", max(ours), max(originals)
 
-    def _arguments(self, module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def _arguments(
+        self, module: nn.Module, dtype: torch.dtype, seed: int = 0
+    ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Those of every call, in training and in evaluation."""
         device = self.generators.device
         for training in (True, False):
             module.train(training)
-            generator = torch.Generator().manual_seed(1)
+            generator = torch.Generator().manual_seed(1 + seed)
 
             def draw(*shape: int, generator=generator) -> Tensor:
                 return _normal(shape, generator).to(device, dtype).requires_grad_()
@@ -233,9 +260,9 @@ class _Comparison:
         return _Run(results, gradients, states, alike, draws.kept)
 
 
-def _with_random_parameters(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def _with_random_parameters(module: nn.Module, dtype: torch.dtype | None = None, seed: int = 0) -> nn.Module:
     """A copy in which no layer is idle: zeros, as many models begin with, would hide what differs."""
-    module, generator = copy.deepcopy(module).to(dtype=dtype), torch.Generator().manual_seed(0)
+    module, generator = copy.deepcopy(module).to(dtype=dtype), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.is_floating_point():
@@ -273,13 +300,11 @@ def _unlike(found: _Run, expected: _Run) -> str:
     return ""
 
 
-def _too_far(found: _Run, plain: _Run, exact: _Run, allowed: float) -> str:
-    """Where `found` is further from `exact` than allowed, and than a few times as far as `plain` is."""
+def _too_far(found: _Run, expected: _Run, allowed: float) -> str:
     for name in ("results", "gradients"):
-        a, b, c = (_tensors(getattr(run, name)) for run in (found, plain, exact))
-        error, originals = _difference(a, c), _difference(b, c)
-        if not error <= max(allowed, _ALLOWED[torch.float64], _TIMES_THE_ORIGINALS * originals):
-            return f"{name} differ by {_difference(a, b):.2g} of the largest"
+        error = _difference(*(_tensors(getattr(run, name)) for run in (found, expected)))
+        if not error <= allowed:
+            return f"{name} differ by {error:.2g} of the largest"
     return ""
 
 
@@ -294,3 +319,11 @@ def _difference(some: list[Tensor], others: list[Tensor]) -> float:
     largest = max(x.abs().max().item() for x in others)
     differences = torch.stack([(a - b).abs().max() for a, b in zip(some, others, strict=True)])
     return differences.max().item() / max(largest, 1e-30)
+
+
+def _distance(some: list[Tensor], others: list[Tensor]) -> float:
+    """The difference of all together, relative to the norm of the others."""
+    if not some:
+        return 0.0
+    difference = torch.cat([(a - b).flatten() for a, b in zip(some, others, strict=True)])
+    return difference.norm().item() / max(torch.cat([b.flatten() for b in others]).norm().item(), 1e-30)

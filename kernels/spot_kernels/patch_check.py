@@ -28,9 +28,9 @@ from spot_kernels.forward_reads import Recorder
 
 # The largest difference in float64, relative to the largest value: another formula is further away.
 _ROUNDING = 1e-9
-# The error in a module's own dtype, as a part of the norm: of TF32, and of a few roundings in the other two. More is
-# allowed where the original is about as far from float64.
-_ALLOWED = {torch.float32: 1e-2, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+# The error in a module's own dtype, as a part of the norm: of TF32 and of a few roundings to bfloat16; what is wrong is
+# further away. More is allowed where the original is about as far from float64.
+_ALLOWED = {torch.float32: 1e-2, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 _TIMES_THE_ORIGINALS = 3.0
 _TRIALS = 5
 # Noise of another dtype is another noise; the same one is rounded to it.

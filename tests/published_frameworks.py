@@ -102,10 +102,10 @@ class OcBench(nn.Module):
             nn.Linear(SLOT_WIDTH, HIDDEN), nn.GELU(), nn.Dropout(dropout), nn.Linear(HIDDEN, SLOT_WIDTH)
         )
 
-    def forward(self, input, query, smask=None, num_iter=None):
-        x, slots = self.norm1kv(input), query
+    def refined(self, input, query, smask, iterations):
+        """Slots, and the attention of every iteration."""
+        x, slots, attention = self.norm1kv(input), query, []
         k, v = self.proj_k(x), self.proj_v(x)
-        iterations = num_iter or self.num_iter
         for i in range(iterations):
             if i == iterations - 1:
                 slots = truncated(slots, query, self.trunc_bp)
@@ -113,11 +113,21 @@ class OcBench(nn.Module):
             logits = torch.einsum("bqc,bkc->bqk", q * q.size(2) ** -0.5, k)
             if smask is not None:
                 logits = logits.where(smask[:, :, None], -torch.inf)
-            attn = logits.softmax(1)
-            updates = torch.einsum("bqv,bvc->bqc", attn / (attn.sum(2, keepdim=True) + 1e-5), v)
-            slots = gru_step(self.rnn, updates, slots)
+            attention.append(logits.softmax(1))
+            weights = attention[-1] / (attention[-1].sum(2, keepdim=True) + 1e-5)
+            slots = gru_step(self.rnn, torch.einsum("bqv,bvc->bqc", weights, v), slots)
             slots = slots + self.ffn(self.norm2(slots))
-        return slots, attn
+        return slots, attention
+
+    def forward(self, input, query, smask=None, num_iter=None):
+        slots, attention = self.refined(input, query, smask, num_iter or self.num_iter)
+        return slots, attention[-1]
+
+
+@published_as("SlotAttentionWithAllAttent")
+class OcBenchWithAllAttention(OcBench):
+    def forward(self, input, query, smask=None, num_iter=None):
+        return self.refined(input, query, smask, num_iter or self.num_iter)
 
 
 @published_as("SlotAttention")

@@ -68,17 +68,21 @@ class DropPath(nn.Module):
 class Lucidrains(nn.Module):
     """What both descendants of the port share: biases, inputs as wide as slots, slots drawn inside."""
 
-    sigma = "slots_logsigma"
-
     def __init__(self, dim=SLOT_WIDTH, inner=SLOT_WIDTH):
         super().__init__()
         self.dim, self.num_slots, self.iters, self.eps, self.scale = dim, SLOTS, 3, 1e-8, dim**-0.5
         self.slots_mu = nn.Parameter(torch.randn(1, 1, dim))
-        setattr(self, self.sigma, nn.Parameter(torch.rand(1, 1, dim) * 0.1))
+        self.add_sigma(nn.Parameter(torch.rand(1, 1, dim) * 0.1))
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner) for _ in range(3))
         self.gru = nn.GRUCell(dim, dim)
         self.norm_input, self.norm_slots, self.norm_pre_ff = (nn.LayerNorm(dim) for _ in range(3))
         self.add_mlp(dim)
+
+    def add_sigma(self, sigma):
+        self.slots_logsigma = sigma
+
+    def log_sigma(self):
+        return self.slots_logsigma
 
     def add_mlp(self, dim):
         self.mlp = nn.Sequential(nn.Linear(dim, HIDDEN), nn.ReLU(inplace=True), nn.Linear(HIDDEN, dim))
@@ -86,7 +90,7 @@ class Lucidrains(nn.Module):
     def initial(self, inputs, num_slots):
         count = self.num_slots if num_slots is None else num_slots
         mu = self.slots_mu.expand(inputs.shape[0], count, -1)
-        sigma = getattr(self, self.sigma).exp().expand(inputs.shape[0], count, -1)
+        sigma = self.log_sigma().exp().expand(inputs.shape[0], count, -1)
         return mu + sigma * torch.randn(mu.shape, device=inputs.device, dtype=inputs.dtype)
 
     def updates(self, q, k, v):
@@ -115,7 +119,11 @@ class LucidrainsSlots(Lucidrains):
 
 @published_as("SlotAttention")
 class Evelinehong(Lucidrains):
-    sigma = "slots_log_sigma"
+    def add_sigma(self, sigma):
+        self.slots_log_sigma = sigma
+
+    def log_sigma(self):
+        return self.slots_log_sigma
 
     def add_mlp(self, dim):
         self.fc1, self.fc2 = nn.Linear(dim, HIDDEN), nn.Linear(HIDDEN, dim)
@@ -129,7 +137,8 @@ class Evelinehong(Lucidrains):
 
 @published_as("SlotAttention")
 class Evelinehong2021(Evelinehong):
-    sigma = "slots_sigma"
+    def add_sigma(self, sigma):
+        self.slots_sigma = sigma
 
     def initial(self, inputs, num_slots):
         size = inputs.shape[0], self.num_slots if num_slots is None else num_slots, -1
@@ -171,12 +180,10 @@ class LucidrainsHeads(Lucidrains):
 class Projected(nn.Module):
     """The layers that SLATE, STEVE, BO-QSA, SPOT, LSD and a port of Slot Attention have by the same names."""
 
-    norm_of_inputs = "norm_inputs"
-
     def __init__(self, input_size=WIDTH, slot_size=SLOT_WIDTH, epsilon=1e-8):
         super().__init__()
         self.slot_size, self.epsilon = slot_size, epsilon
-        setattr(self, self.norm_of_inputs, nn.LayerNorm(input_size))
+        self.add_norm_of_inputs(nn.LayerNorm(input_size))
         self.norm_slots, self.norm_mlp = nn.LayerNorm(slot_size), nn.LayerNorm(slot_size)
         self.project_q = nn.Linear(slot_size, slot_size, bias=False)
         self.project_k = nn.Linear(input_size, slot_size, bias=False)
@@ -184,8 +191,14 @@ class Projected(nn.Module):
         self.gru = nn.GRUCell(slot_size, slot_size)
         self.mlp = mlp(slot_size, HIDDEN)
 
+    def add_norm_of_inputs(self, norm):
+        self.norm_inputs = norm
+
+    def normed_inputs(self, inputs):
+        return self.norm_inputs(inputs)
+
     def keys_values(self, inputs):
-        x = getattr(self, self.norm_of_inputs)(inputs)
+        x = self.normed_inputs(inputs)
         return self.project_k(x), self.project_v(x)
 
     def queries(self, slots):
@@ -270,12 +283,20 @@ def truncated(slots, initial, how):
     return slots.detach() if how == "fixed-point" else slots
 
 
-@published_as("SlotAttention")
-class BoQsa(Projected):
-    norm_of_inputs = "norm_feature"
+class NormedFeatures(Projected):
+    """BO-QSA's name for a layer."""
 
-    def __init__(self, truncate="bi-level", drop_path=0.2):
-        super().__init__(SLOT_WIDTH, epsilon=1.0)
+    def add_norm_of_inputs(self, norm):
+        self.norm_feature = norm
+
+    def normed_inputs(self, inputs):
+        return self.norm_feature(inputs)
+
+
+@published_as("SlotAttention")
+class BoQsa(NormedFeatures):
+    def __init__(self, truncate="bi-level", drop_path=0.2, width=SLOT_WIDTH):
+        super().__init__(width, width, epsilon=1.0)
         self.truncate = truncate
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -290,9 +311,7 @@ class BoQsa(Projected):
 
 
 @published_as("SlotAttention")
-class BoQsaPlain(Projected):
-    norm_of_inputs = "norm_feature"
-
+class BoQsaPlain(NormedFeatures):
     def __init__(self):
         super().__init__(SLOT_WIDTH)
 

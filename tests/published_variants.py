@@ -57,14 +57,15 @@ def concatenated(x):
 
 
 def slate(
-    p, inputs, slots, *, heads=1, iterations=3, mlp_last=True, mean=weighted_mean, eps=1e-8, features="norm_inputs"
-):
-    """SLATE; STEVE has one head and no MLP after the last iteration."""
+    p, inputs, slots, *, heads=1, iterations=3, mlp_last=True, mean=weighted_mean, eps=1e-8, features="norm_inputs",
+    scale=None,
+):  # fmt: skip
+    """SLATE; STEVE has one head and no MLP after the last iteration. scale: of the logits."""
     x = normed(inputs, p, features)
     k, v = (heads_of(dense(x, p, f"project_{name}"), heads) for name in "kv")
     for i in range(iterations):
         q = heads_of(dense(normed(slots, p, "norm_slots"), p, "project_q"), heads)
-        attn = joint_softmax(q @ k.mT * k.shape[-1] ** -0.5)
+        attn = joint_softmax(q @ k.mT * (scale or k.shape[-1] ** -0.5))
         slots = gru(mean(attn, v, eps), slots, p)
         if mlp_last or i < iterations - 1:
             slots = slots + dense(dense(normed(slots, p, "norm_mlp"), p, "mlp.0").relu(), p, "mlp.2")
@@ -107,6 +108,31 @@ def lucidrains(p, inputs, slots, *, iterations=3):
         slots = gru(weighted_mean(attn, v[:, None], 1e-8), slots, p)
         slots = slots + dense(dense(normed(slots, p, "norm_pre_ff"), p, "mlp.0").relu(), p, "mlp.2")
     return slots, attn
+
+
+def evelinehong(p, inputs, slots, *, iterations=3):
+    """The layers of the MLP are called fc1 and fc2."""
+    mlp = {name.replace("fc1", "mlp.0").replace("fc2", "mlp.2"): value for name, value in p.items()}
+    return lucidrains(mlp, inputs, slots, iterations=iterations)
+
+
+def lucidrains_heads(p, inputs, slots, *, heads=2, iterations=3):
+    """Every head has its own softmax, the logits of all are scaled as one of the slots' width."""
+    x = normed(inputs, p, "norm_input")
+    k, v = (heads_of(dense(x, p, name), heads) for name in ("to_k", "to_v"))
+    for _ in range(iterations):
+        q = heads_of(dense(normed(slots, p, "norm_slots"), p, "to_q"), heads)
+        attn = (q @ k.mT * SLOT_WIDTH**-0.5).softmax(2)
+        slots = gru(dense(weighted_mean(attn, v, 1e-8), p, "combine_heads"), slots, p)
+        slots = slots + dense(dense(normed(slots, p, "norm_pre_ff"), p, "mlp.0").relu(), p, "mlp.2")
+    return slots, attn
+
+
+def lsd(p, inputs, slots, *, heads=1, truncation="none"):
+    def step(slots):
+        return slate(p, inputs, slots, heads=heads, iterations=1, scale=SLOT_WIDTH**-0.5)
+
+    return truncated(step, slots, 3, truncation)
 
 
 def dinosaur(p, inputs, slots, *, heads=1, iterations=3):
@@ -154,7 +180,8 @@ def ocbench(p, inputs, slots, *, iterations=3):
         q = dense(normed(slots, p, "norm1q"), p, "proj_q")
         attn = (q @ k.mT * q.shape[-1] ** -0.5).softmax(1)[:, None]
         slots = gru(mean_over_sum(attn, v[:, None], 1e-5), slots, p, "rnn")
-        slots = slots + dense(F.gelu(dense(normed(slots, p, "norm2"), p, "ffn.0")), p, "ffn.2")
+        last = "ffn.3" if "ffn.3.weight" in p else "ffn.2"
+        slots = slots + dense(F.gelu(dense(normed(slots, p, "norm2"), p, "ffn.0")), p, last)
     return slots, attn
 
 
@@ -228,6 +255,13 @@ def torch_shapes(names, inner=SLOT_WIDTH, width=WIDTH, bias=False, with_mlp=True
     return shapes
 
 
+def heads_shapes(inner):
+    """lucidrains' heads: 16 wide outside, `inner` in all."""
+    names = (*_LUCIDRAINS, "norm_pre_ff", "mlp.0", "mlp.2")
+    shapes = torch_shapes(names, inner=inner, width=SLOT_WIDTH, bias=True) | gru_shapes()
+    return shapes | dense_shapes("combine_heads", inner, SLOT_WIDTH)
+
+
 def keras_shapes():
     u, d = SLOT_WIDTH, WIDTH
     shapes = {"project_q.kernel": (u, u), "project_k.kernel": (d, u), "project_v.kernel": (d, u)}
@@ -259,6 +293,7 @@ def flax_shapes(heads=1, with_mlp=False):
 
 _SLATE = ("norm_inputs", "norm_slots", "project_q", "project_k", "project_v", "norm_mlp", "mlp.0", "mlp.2")
 _LUCIDRAINS = ("norm_input", "norm_slots", "to_q", "to_k", "to_v")
+_EVELINEHONG = torch_shapes((*_LUCIDRAINS, "norm_pre_ff", "fc1", "fc2"), width=SLOT_WIDTH, bias=True)
 _DINOSAUR = (*_LUCIDRAINS, "ff_mlp.module.0", "ff_mlp.module.1", "ff_mlp.module.3")
 _SLOTFORMER = ("norm_inputs", "project_q.0", "project_q.1", "project_k", "project_v", "mlp.0", "mlp.1", "mlp.3")
 _VIDEOSAUR = (
@@ -270,6 +305,14 @@ CASES = {
     "locatello": (locatello, keras_shapes(), {}, {}),
     "lucidrains": (
         lucidrains, torch_shapes((*_LUCIDRAINS, "norm_pre_ff", "mlp.0", "mlp.2"), width=SLOT_WIDTH, bias=True), {}, {},
+    ),
+    "lucidrains_heads": (lucidrains_heads, heads_shapes(24), {"heads": 2, "inner_dim": 24}, {}),
+    "evelinehong": (evelinehong, _EVELINEHONG, {}, {}),
+    "evelinehong_2021": (evelinehong, _EVELINEHONG, {}, {}),
+    "untitled_ai": (slate, torch_shapes(_SLATE, width=SLOT_WIDTH), {}, {}),
+    "lsd": (lsd, torch_shapes(_SLATE), {}, {}),
+    "lsd, 4 heads, bi-level": (
+        lsd, torch_shapes(_SLATE), {"heads": 4, "truncation": "bi_level"}, {"heads": 4, "truncation": "bi_level"},
     ),
     "slate": (slate, torch_shapes(_SLATE), {}, {}),
     "slate, 4 heads": (slate, torch_shapes(_SLATE), {"heads": 4}, {"heads": 4}),
@@ -293,6 +336,11 @@ CASES = {
     "videosaur": (videosaur, torch_shapes(_VIDEOSAUR), {}, {}),
     "ocbench": (
         ocbench, {name.replace("gru.", "rnn."): shape for name, shape in torch_shapes(_OCBENCH).items()}, {}, {},
+    ),
+    "ocbench, dropout in the MLP": (
+        ocbench,
+        {name.replace("gru.", "rnn."): shape for name, shape in torch_shapes((*_OCBENCH[:-1], "ffn.3")).items()},
+        {}, {},
     ),
     "spot, fixed point": (spot, torch_shapes(_SLATE), {"truncation": "fixed_point"}, {"truncation": "fixed_point"}),
 }  # fmt: skip

@@ -100,6 +100,10 @@ def test_every_variant_is_rebuilt():
     [
         ("locatello", "", None, "slots_mu", "slots_log_sigma"),
         ("lucidrains", "", None, "slots_mu", "slots_logsigma"),
+        ("lucidrains_heads", "", None, "slots_mu", "slots_logsigma"),
+        ("evelinehong", "slot_attention.", None, "slots_mu", "slots_log_sigma"),
+        ("untitled_ai", "slot_attention.", None, "slots_mu", "slots_log_sigma"),
+        ("lsd", "", None, "slot_mu", "slot_log_sigma"),
         ("slate", "slot_attn.slot_attention.", "slot_attn.", "slot_mu", "slot_log_sigma"),
         ("steve", "steve_encoder.savi.", None, "slot_mu", "slot_log_sigma"),
         ("dinosaur", "perceptual_grouping.slot_attention.", "conditioning.", "slots_mu", "slots_logsigma"),
@@ -118,6 +122,9 @@ def test_initial_slots_of_a_whole_checkpoint(variant, prefix, initial_prefix, me
         state |= {"slot_attn.mlp.0.weight": torch.empty(3, 3), "decoder.weight": torch.empty(3)}
     if variant == "steve":
         state[f"{prefix}predictor.blocks.0.ffn.0.weight"] = torch.empty(3)
+    if variant == "lsd":
+        state |= {f"{name}.weight": torch.empty(3) for name in ("in_layer_norm", "in_mlp.0", "out_linear")}
+        state |= {"pos.pe": torch.empty(3), "out_layer_norm.bias": torch.empty(3)}
     width = state[next(name for name in state if "norm_input" in name)].shape[0]
     module = SlotAttention.like(variant, width, SLOT_WIDTH, mlp_hidden=HIDDEN, **options).double()
     module.load_variant(variant, state, prefix=prefix, initial_prefix=initial_prefix)
@@ -135,6 +142,56 @@ def test_learned_slots_of_a_checkpoint(variant, name):
     module = SlotAttention.like(variant, width, SLOT_WIDTH, mlp_hidden=HIDDEN, initial="learned", num_slots=SLOTS)
     module.double().load_variant(variant, state)
     assert torch.equal(module.initial(2), embedding.expand(2, -1, -1))
+
+
+def test_the_standard_deviation_itself_is_read_as_that():
+    state = random_state(CASES["evelinehong_2021"][1])
+    state |= {"slots_mu": torch.zeros(1, 1, SLOT_WIDTH), "slots_sigma": torch.full((1, 1, SLOT_WIDTH), 0.5)}
+    module = SlotAttention.like("evelinehong_2021", SLOT_WIDTH, SLOT_WIDTH, mlp_hidden=HIDDEN)
+    module.load_variant("evelinehong_2021", state)
+    noise = torch.randn(2, 4, SLOT_WIDTH)
+    torch.testing.assert_close(module.initial(2, 4, noise=noise), 0.5 * noise)
+    with pytest.raises(ValueError, match="unknown slots_sigma"):
+        module.load_variant("evelinehong", state)
+
+
+def test_initial_slots_that_are_buffers_are_not_trained():
+    module = SlotAttention.like("untitled_ai", SLOT_WIDTH, SLOT_WIDTH, mlp_hidden=HIDDEN, num_slots=SLOTS)
+    module(torch.randn(2, 9, SLOT_WIDTH))[0].sum().backward()
+    assert module.initial.mean.grad is None and module.initial.scale.grad is None
+    assert module.project_q.weight.grad is not None
+
+
+def ocbench_state(*, dropout):
+    """By the names of its own modules, initial slots with parameters for each slot."""
+    linear, norm = torch.nn.Linear, torch.nn.LayerNorm
+    middle = [torch.nn.Dropout(0.01)] if dropout else []
+    aggregat = torch.nn.ModuleDict({
+        "norm1q": norm(16), "norm1kv": norm(12), "norm2": norm(16), "rnn": torch.nn.GRUCell(16, 16),
+        "proj_q": linear(16, 16, bias=False), "proj_k": linear(12, 16, bias=False),
+        "proj_v": linear(12, 16, bias=False),
+        "ffn": torch.nn.Sequential(linear(16, 20), torch.nn.GELU(), *middle, linear(20, 16)),
+    })  # fmt: skip
+    state = {f"m.aggregat.{name}": value for name, value in aggregat.state_dict().items()}
+    return state | {"m.initializ.mean": torch.randn(1, SLOTS, 16), "m.initializ.logstd": torch.zeros(1, SLOTS, 16)}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_ocbench_with_dropout_in_its_mlp_and_noise_in_training_only(dropout):
+    """As VQ-VFM-OCL publishes it: the MLP's second layer is then the fourth of four."""
+    options = {"initial": "slot_gaussian", "num_slots": SLOTS, "eval_noise": False, "dropout": dropout}
+    module = SlotAttention.like("ocbench", 12, 16, mlp_hidden=20, **options)
+    state = ocbench_state(dropout=dropout > 0)
+    module.load_variant("ocbench", state, prefix="m.aggregat.", initial_prefix="m.initializ.")
+    assert torch.equal(module.mlp.get_submodule("2").weight, state[f"m.aggregat.ffn.{3 if dropout else 2}.weight"])
+    inputs, mean = torch.randn(2, 9, 12), state["m.initializ.mean"].expand(2, -1, -1)
+    module.eval()
+    assert torch.equal(module.initial(2), mean) and torch.equal(module(inputs)[0], module(inputs, mean)[0])
+    noise = torch.randn(2, SLOTS, 16)
+    torch.testing.assert_close(module.initial(2, noise=noise), mean + noise)
+    module.train()
+    assert not torch.equal(module.initial(2), module.initial(2))
+    assert torch.equal(module(inputs, mean)[0], module(inputs, mean)[0]) == (dropout == 0)
 
 
 def test_tensorflow_and_flax_name_things_in_their_own_way():

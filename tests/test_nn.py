@@ -395,6 +395,7 @@ def test_bad_settings_are_named():
         ({"update": "residual", "inner_dim": 32}, "needs updates as wide as the slots, 64: inner_dim is 32"),
         ({"heads": 3, "inner_dim": 64}, "heads=3 does not divide the width 64"),
         ({"drop_path": 1.0}, "drop_path=1.0 must be a probability"),
+        ({"dropout": 1.5}, "dropout=1.5 must be a probability"),
         ({"initial": "zeros"}, "initial='zeros' is unknown"),
         ({"initial": "learned"}, "initial='learned' has parameters for each slot: pass num_slots"),
         ({"initial": "gaussian", "num_slots": 0}, "num_slots=0"),

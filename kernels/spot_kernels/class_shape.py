@@ -96,6 +96,15 @@ class ClassShape:
     parameters: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
     buffers: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
 
+    @property
+    def attributes(self) -> set[str]:
+        """All names that it knows."""
+        return {*self.layers, *self.numbers, *self.parameters, *self.buffers}
+
+    def has_layers_of(self, module: nn.Module) -> bool:
+        """Whether the module's layers have these names, before anything else is compared."""
+        return all(name in module._modules or layer.optional for name, layer in self.layers.items())
+
     def compare(self, module: nn.Module) -> tuple[list[str], Sizes]:
         """In what `module` differs from this shape, each in a few words, and the sizes of its layers by letter."""
         sizes: Sizes = {}

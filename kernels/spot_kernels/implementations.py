@@ -29,7 +29,8 @@ class Implementation:
     """name: as reports have it. source: repository and file. shape: of the class. methods: what replaces what of it.
 
     replaced: in words. calls: small example calls of the forward pass, for the comparison before anything is replaced.
-    note: what a user should know about a module that has been replaced.
+    note: what a user should know about a module that has been replaced. default_noise: whether its noise has the
+    default dtype, not that of the inputs, which shows where the two differ (bfloat16 inputs, say).
     """
 
     name: str
@@ -39,6 +40,7 @@ class Implementation:
     replaced: str
     calls: Callable[[nn.Module, Sizes, Draw], list[Call]]
     note: str = ""
+    default_noise: bool = False
 
 
 def _tokens(sizes: Sizes, draw: Draw) -> torch.Tensor:
@@ -111,6 +113,15 @@ _SLOTFORMER = ClassShape(
     },
     {"num_iterations": int, "num_slots": int, "slot_size": int, "eps": _FLOAT, "attn_scale": _FLOAT},
 )  # fmt: skip
+_OCBENCH = ClassShape(
+    "SlotAttention",
+    {
+        "norm1q": norm("U"), "proj_q": linear("U", "U", bias=False), "norm1kv": norm("D"),
+        "proj_k": linear("D", "U", bias=False), "proj_v": linear("D", "U", bias=False),
+        "rnn": gru("U", "U"), "norm2": norm("U"), "ffn": _ANY,
+    },
+    {"num_iter": int, "trunc_bp": (str, type(None))},
+)  # fmt: skip
 _LSD_FILE = "JindongJiang/latent-slot-diffusion, src/models/slot_attn.py"
 _LSD = ClassShape(
     "MultiHeadSTEVESA",
@@ -129,7 +140,7 @@ _EVELINEHONG = ClassShape(
     {"slots_mu": (1, 1, "D"), "slots_log_sigma": (1, 1, "D")},
 )
 
-IMPLEMENTATIONS = (
+_PUBLISHED = (
     Implementation(
         "Slot Attention (evelinehong)",
         "evelinehong/slot-attention-pytorch, model.py",
@@ -276,16 +287,17 @@ IMPLEMENTATIONS = (
     Implementation(
         "OCBench",
         "Genera1Z's object_centric_bench (VQ-VFM-OCL, DIAS, RandSF.Q, SmoothSA), object_centric_bench/model/ocl.py",
-        ClassShape(
-            "SlotAttention",
-            {
-                "norm1q": norm("U"), "proj_q": linear("U", "U", bias=False), "norm1kv": norm("D"),
-                "proj_k": linear("D", "U", bias=False), "proj_v": linear("D", "U", bias=False),
-                "rnn": gru("U", "U"), "norm2": norm("U"), "ffn": _ANY,
-            },
-            {"num_iter": int, "trunc_bp": (str, type(None))},
-        ),
+        _OCBENCH,
         {"forward": published.ocbench},
+        WHOLE,
+        _with_iterations("num_iter"),
+        "calls with slot masks run the original",
+    ),
+    Implementation(
+        "OCBench, attention of every iteration",
+        "Genera1Z/DIAS, object_centric_bench/model/dias.py",
+        replace(_OCBENCH, name="SlotAttentionWithAllAttent"),
+        {"forward": published.ocbench_with_all_attention},
         WHOLE,
         _with_iterations("num_iter"),
         "calls with slot masks run the original",
@@ -313,4 +325,12 @@ IMPLEMENTATIONS = (
         WHOLE,
         _with_slots,
     ),
+)
+
+_DRAWING = ("Slot Attention (evelinehong)", "lucidrains", "lucidrains, heads", "STEVE", "LSD")
+# Forks that draw noise without naming a dtype behind those that take the inputs'.
+IMPLEMENTATIONS = _PUBLISHED + tuple(
+    replace(known, name=f"{known.name}, noise in the default dtype", default_noise=True)
+    for known in _PUBLISHED
+    if known.name in _DRAWING
 )

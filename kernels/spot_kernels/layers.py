@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as modules
 
 from spot_kernels import dispatch
 from spot_kernels.gru_norm import gru_norm
@@ -32,11 +33,20 @@ def linear(
     return layer
 
 
-def mlp(inputs: int, hidden: int, outputs: int, *, gain: float = 1.0, activation: str = "relu") -> nn.Sequential:
-    """Linear (kaiming), ReLU or GELU, Linear (xavier × gain)."""
-    return nn.Sequential(
-        linear(inputs, hidden, init="kaiming"), ACTIVATIONS[activation](), linear(hidden, outputs, gain=gain)
-    )
+def mlp(
+    inputs: int, hidden: int, outputs: int, *, gain: float = 1.0, activation: str = "relu", dropout: float = 0.0
+) -> nn.Sequential:
+    """Linear (kaiming), ReLU or GELU, dropout if there is any, Linear (xavier × gain).
+
+    The layers with parameters are called 0 and 2 with dropout, too.
+    """
+    layers = nn.Sequential()
+    layers.add_module("0", linear(inputs, hidden, init="kaiming"))
+    layers.add_module("1", ACTIVATIONS[activation]())
+    if dropout:
+        layers.add_module("dropout", nn.Dropout(dropout))
+    layers.add_module("2", linear(hidden, outputs, gain=gain))
+    return layers
 
 
 def split_heads(tokens: torch.Tensor, heads: int) -> torch.Tensor:
@@ -54,17 +64,46 @@ def check_heads(name: str, width: int, heads: int) -> None:
         raise ValueError(f"{name}={heads} does not divide the width {width}: choose a divisor")
 
 
+def is_exactly(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `layer` does what a plain `kind` does and nothing else, so that its parameters may be used
+    without calling it: no derived type (adapters, parametrisations, shards), no hooks, no method of its own.
+    """
+    own = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    if type(layer) is not kind or any(own) or layer._compiled_call_impl is not None:
+        return False
+    if any(_hooks_of_all_modules()) or "forward" in layer.__dict__:
+        return False
+    # DTensor, quantised tensors and their like say what they are made of
+    return not any(hasattr(parameter, "__tensor_flatten__") for parameter in layer._parameters.values())
+
+
+def _hooks_of_all_modules() -> tuple[dict, ...]:
+    """The hooks that PyTorch calls for every module (`register_module_forward_hook` and its like)."""
+    return (
+        modules._global_forward_hooks,
+        modules._global_forward_pre_hooks,
+        modules._global_backward_hooks,
+        modules._global_backward_pre_hooks,
+    )
+
+
 def gru_and_norm(
     gru: nn.GRUCell, norm: nn.LayerNorm, updates: torch.Tensor, slots: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """updates [B, K, I], slots [B, K, U] → new slots and their LayerNorm: in one kernel after the GRU's products on a
-    GPU, by the two layers elsewhere.
+    GPU, by the two layers elsewhere, and wherever one of them is more than PyTorch's own layer (`is_exactly`).
     """
     hidden = slots.flatten(0, 1)
-    if dispatch.choose("gru_norm", updates) != "triton":
+    if dispatch.choose("gru_norm", updates) != "triton" or not _fusible(gru, norm, slots.shape[-1]):
         new = gru(updates.flatten(0, 1), hidden).view_as(slots)
         return new, norm(new)
     gates_input = F.linear(updates.flatten(0, 1), gru.weight_ih, gru.bias_ih)
     gates_hidden = F.linear(hidden, gru.weight_hh, gru.bias_hh)
     new, normed = gru_norm(gates_input, gates_hidden, hidden, norm.weight, norm.bias, norm.eps)
     return new.view_as(slots), normed.view_as(slots)
+
+
+def _fusible(gru: nn.Module, norm: nn.Module, width: int) -> bool:
+    if not (is_exactly(gru, nn.GRUCell) and is_exactly(norm, nn.LayerNorm)):
+        return False
+    return norm.normalized_shape == (width,) and norm.weight is not None and norm.bias is not None

@@ -20,6 +20,11 @@ _LUCIDRAINS = {
     "to_q": "project_q", "to_k": "project_k", "to_v": "project_v", "norm_input": "norm_inputs",
     "norm_slots": "norm_slots", "gru": "gru", "slots_mu": "initial.mean", "slots_logsigma": "initial.scale",
 }  # fmt: skip
+_PORT = {**_LUCIDRAINS, "norm_pre_ff": "norm_mlp", "mlp.0": "mlp.0", "mlp.2": "mlp.2"}
+_EVELINEHONG = {
+    **{name: ours for name, ours in _LUCIDRAINS.items() if name != "slots_logsigma"}, "norm_pre_ff": "norm_mlp",
+    "fc1": "mlp.0", "fc2": "mlp.2",
+}  # fmt: skip
 
 # Implementation → its name of a layer or parameter → ours. Where two become the same one, a state dict has only one.
 NAMES: dict[str, dict[str, str]] = {
@@ -30,7 +35,17 @@ NAMES: dict[str, dict[str, str]] = {
         "slots_mu": "initial.mean", "slots_log_sigma": "initial.scale",
     },
     # lucidrains/slot-attention, slot_attention/slot_attention.py, SlotAttention
-    "lucidrains": {**_LUCIDRAINS, "norm_pre_ff": "norm_mlp", "mlp.0": "mlp.0", "mlp.2": "mlp.2"},
+    "lucidrains": _PORT,
+    # lucidrains/slot-attention, slot_attention/multi_head_slot_attention.py, MultiHeadSlotAttention
+    "lucidrains_heads": {**_PORT, "combine_heads": "project_out"},
+    # evelinehong/slot-attention-pytorch, model.py, SlotAttention, and before it learned the logarithm of sigma
+    "evelinehong": {**_EVELINEHONG, "slots_log_sigma": "initial.scale"},
+    "evelinehong_2021": {**_EVELINEHONG, "slots_sigma": "initial.scale"},
+    # untitled-ai/slot_attention, slot_attention/model.py, SlotAttention
+    "untitled_ai": {
+        **{name: ours for name, ours in _SLATE.items() if name not in ("slot_mu", "slot_log_sigma")},
+        "slots_mu": "initial.mean", "slots_log_sigma": "initial.scale",
+    },
     # singhgautam/slate, slot_attn.py, SlotAttention; the initialiser of its SlotAttentionEncoder
     "slate": _SLATE,
     # singhgautam/steve, steve.py, SlotAttentionVideo; its predictor is left out
@@ -67,14 +82,21 @@ NAMES: dict[str, dict[str, str]] = {
         "norm_slots": "norm_slots", "gru": "gru", "mlp.layers.0": "norm_mlp", "mlp.layers.1": "mlp.0",
         "mlp.layers.3": "mlp.2", "mean": "initial.mean", "log_std": "initial.scale", "slots": "initial.mean",
     },
-    # Genera1Z/SmoothSA, object_centric_bench/model/ocl.py, SlotAttention; its NormalShared
+    # JindongJiang/latent-slot-diffusion, src/models/slot_attn.py, MultiHeadSTEVESA; the layers before and after slot
+    # attention are left out
+    "lsd": _SLATE,
+    # Genera1Z/SmoothSA, object_centric_bench/model/ocl.py, SlotAttention, with dropout in its MLP or without; its
+    # NormalShared and NormalSeparat
     "ocbench": {
         "proj_q": "project_q", "proj_k": "project_k", "proj_v": "project_v", "norm1kv": "norm_inputs",
         "norm1q": "norm_slots", "rnn": "gru", "norm2": "norm_mlp", "ffn.0": "mlp.0", "ffn.2": "mlp.2",
-        "mean": "initial.mean", "logstd": "initial.scale",
+        "ffn.3": "mlp.2", "mean": "initial.mean", "logstd": "initial.scale",
     },
 }  # fmt: skip
-_LEFT_OUT = {"steve": "predictor."}
+_LEFT_OUT = {
+    "steve": ("predictor.",),
+    "lsd": ("pos.", "in_layer_norm.", "in_mlp.", "out_layer_norm.", "out_linear."),
+}
 _NORMS = ("norm_inputs", "norm_slots", "norm_mlp")
 _GRU = ("gru.weight_ih", "gru.weight_hh", "gru.bias_ih", "gru.bias_hh")
 _REQUIRED = ("norm_inputs.weight", "norm_inputs.bias", "norm_slots.weight", "norm_slots.bias", "project_q.weight",
@@ -148,7 +170,7 @@ def _selected(
                 continue
         if name.startswith(prefix):
             inner = name[len(prefix) :]
-            if variant not in _LEFT_OUT or not inner.startswith(_LEFT_OUT[variant]):
+            if not inner.startswith(_LEFT_OUT.get(variant, ())):
                 yield inner, value
 
 

@@ -47,6 +47,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "locatello": {"norm_eps": 1e-3, "initial": "gaussian"},
     # a widely used PyTorch port of it
     "lucidrains": {"bias": True, "initial": "gaussian"},
+    # its heads do not compete with one another; `like` sets the width of their projection and the scale
+    "lucidrains_heads": {"bias": True, "joint_heads": False, "initial": "gaussian"},
+    # other ports; the first one learned sigma before it learned its logarithm, the last one learns neither
+    "evelinehong": {"bias": True, "initial": "gaussian"},
+    "evelinehong_2021": {"bias": True, "initial": "gaussian", "spread": "abs"},
+    "untitled_ai": {"initial": "gaussian"},
     # Singh et al. 2021
     "slate": {"initial": "gaussian"},
     # Singh et al. 2022: between iterations only is there an MLP
@@ -63,6 +69,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "spot": {"initial": "gaussian"},
     # Zadaianchuk et al. 2023
     "videosaur": {"hidden": "normed", "initial": "gaussian"},
+    # Jiang et al. 2023; `like` sets the scale, which is that of one head
+    "lsd": {"initial": "gaussian"},
     # the models of Zhao et al.'s OCBench, its SPOT among them
     "ocbench": {"eps": 1e-5, "eps_in": "sum", "activation": "gelu", "initial": "gaussian"},
 }
@@ -79,12 +87,21 @@ class InitialSlots(nn.Module):
     Args:
         slot_dim: width U of the slots.
         kind: `gaussian`: drawn around one learned `mean` for all slots, with one learned `scale`; `slot_gaussian`: a
-            mean and scale for each slot; `learned`: the mean of each slot itself. Noise is drawn at evaluation, too.
+            mean and scale for each slot; `learned`: the mean of each slot itself.
         num_slots: K. Any number of slots may be asked of a `gaussian`, this one is its default.
         spread: what gives the standard deviation from `scale`: exp (scale is its logarithm), softplus or abs.
+        eval_noise: whether noise is drawn at evaluation, too, as nearly everywhere; without it the slots are the mean.
     """
 
-    def __init__(self, slot_dim: int, kind: str = "gaussian", *, num_slots: int | None = None, spread: str = "exp"):
+    def __init__(
+        self,
+        slot_dim: int,
+        kind: str = "gaussian",
+        *,
+        num_slots: int | None = None,
+        spread: str = "exp",
+        eval_noise: bool = True,
+    ):
         super().__init__()
         _known("initial", kind, INITIALS)
         _known("spread", spread, SPREADS)
@@ -92,7 +109,7 @@ class InitialSlots(nn.Module):
             raise ValueError(f"initial={kind!r} has parameters for each slot: pass num_slots")
         if num_slots is not None and num_slots < 1:
             raise ValueError(f"num_slots={num_slots}: pass at least 1")
-        self.kind, self.num_slots, self.spread = kind, num_slots, spread
+        self.kind, self.num_slots, self.spread, self.eval_noise = kind, num_slots, spread, eval_noise
         shape = (1, 1 if kind == "gaussian" else num_slots, slot_dim)
         self.mean = nn.Parameter(torch.empty(shape))
         nn.init.xavier_uniform_(self.mean if kind == "gaussian" else self.mean.data[0])
@@ -118,6 +135,8 @@ class InitialSlots(nn.Module):
             raise ValueError(f"initial slots: num_slots={num_slots}, but there are parameters for {self.num_slots}")
         mean = self.mean.expand(batch, num_slots, -1)
         if self.kind == "learned" and not jitter:
+            return mean
+        if noise is None and not (self.training or self.eval_noise):
             return mean
         if noise is None:
             noise = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device)
@@ -157,13 +176,14 @@ class SlotAttention(nn.Module):
         mlp_norm: `pre`: slots + MLP(LN(slots)); `post`: LN(slots + MLP(slots)); `none`: slots + MLP(slots).
         mlp_residual: False: without the `slots +`.
         mlp_last: whether the MLP also follows the last iteration (not in STEVE).
+        dropout: in training, of the MLP's hidden units (OCBench).
         drop_path: in training, the probability for a sample that an iteration leaves out its MLP; the others are
             scaled up (BO-QSA).
         norm_eps: eps of every LayerNorm.
         initial: `gaussian`, `slot_gaussian` or `learned`: the module owns `InitialSlots`, as `initial`; None: it does
             not, and initial slots are passed to each call.
         num_slots: K, see `InitialSlots`.
-        spread: see `InitialSlots`.
+        spread, eval_noise: see `InitialSlots`.
 
     Raises:
         ValueError: naming the option that does not exist or does not fit the others.
@@ -191,11 +211,13 @@ class SlotAttention(nn.Module):
         mlp_norm: str = "pre",
         mlp_residual: bool = True,
         mlp_last: bool = True,
+        dropout: float = 0.0,
         drop_path: float = 0.0,
         norm_eps: float = 1e-5,
         initial: str | None = None,
         num_slots: int | None = None,
         spread: str = "exp",
+        eval_noise: bool = True,
     ):
         super().__init__()
         inner_dim = inner_dim or slot_dim
@@ -207,8 +229,9 @@ class SlotAttention(nn.Module):
         _known("hidden", hidden, ("slots", "normed"))
         _known("activation", activation, ACTIVATIONS)
         _known("mlp_norm", mlp_norm, ("pre", "post", "none"))
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path={drop_path} must be a probability below 1")
+        for name, probability in (("drop_path", drop_path), ("dropout", dropout)):
+            if not 0 <= probability < 1:
+                raise ValueError(f"{name}={probability} must be a probability below 1")
         if update != "gru" and (out_dim or inner_dim) != slot_dim:
             raise ValueError(
                 f"update={update!r} needs updates as wide as the slots, {slot_dim}: inner_dim is {inner_dim}, "
@@ -233,8 +256,12 @@ class SlotAttention(nn.Module):
             nn.init.orthogonal_(self.gru.weight_hh)
             nn.init.zeros_(self.gru.bias_ih)
             nn.init.zeros_(self.gru.bias_hh)
-        self.mlp = None if mlp_hidden is None else mlp(slot_dim, mlp_hidden, slot_dim, activation=activation)
-        self.initial = None if initial is None else InitialSlots(slot_dim, initial, num_slots=num_slots, spread=spread)
+        self.mlp = None
+        if mlp_hidden is not None:
+            self.mlp = mlp(slot_dim, mlp_hidden, slot_dim, activation=activation, dropout=dropout)
+        self.initial = None
+        if initial is not None:
+            self.initial = InitialSlots(slot_dim, initial, num_slots=num_slots, spread=spread, eval_noise=eval_noise)
 
     @classmethod
     def like(
@@ -250,7 +277,15 @@ class SlotAttention(nn.Module):
         if variant == "savi" and heads > 1:
             # its heads are concatenated and projected to the width of one
             options.setdefault("out_dim", (options.get("inner_dim") or slot_dim) // heads)
-        return cls(input_dim, slot_dim, mlp_hidden=mlp_hidden, **options)
+        if variant == "lucidrains_heads":
+            options.setdefault("out_dim", slot_dim)
+        if variant in ("lucidrains_heads", "lsd"):
+            options.setdefault("scale", slot_dim**-0.5)
+        module = cls(input_dim, slot_dim, mlp_hidden=mlp_hidden, **options)
+        if variant == "untitled_ai" and module.initial is not None:
+            # buffers there
+            module.initial.requires_grad_(False)
+        return module
 
     def load_variant(
         self, variant: str, state: Mapping[str, Any], *, prefix: str = "", initial_prefix: str | None = None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from spot_kernels import checks
-from spot_kernels.layers import gru_and_norm, merge_heads, split_heads
+from spot_kernels.layers import gru_and_norm, is_exactly, merge_heads, split_heads
 from spot_kernels.slot_attention import slot_attention_step
 
 # Keeps the mean over tokens defined where every weight of a slot has underflowed; no other sum notices it.
@@ -54,25 +54,34 @@ def _refine(
     attend: Callable[[Tensor, bool], tuple[Tensor, Tensor | None, Tensor | None]],
     update: Callable[[Tensor, Tensor, bool], Tensor],
     *,
-    truncation: str = "none",
+    truncation: str | None = "none",
     through: Tensor | None = None,
+    every: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The iterations: slots [B, K, U] → slots, and attention and logits of the last one.
 
-    attend(slots, last) gives updates, attention and logits; update(updates, slots, last) new slots. truncation: `none`,
-    `fixed-point` (the last iteration's input is a constant) or `bi-level` (and its gradient goes to `through`).
+    attend(slots, last) gives updates, attention and logits; update(updates, slots, last) new slots. truncation:
+    `fixed-point` (the last iteration's input is a constant), `bi-level` (and its gradient goes to `through`); anything
+    else is none. every: whether gradients come to iterations before the last one on another way, too.
     """
     attn = logits = None
-    for i in range(iterations):
-        last = i == iterations - 1
-        if last and truncation != "none":
+    truncated = truncation in ("fixed-point", "bi-level")
+    for last in _lasts(iterations):
+        if last and truncated:
             slots = slots.detach()
             if truncation == "bi-level":
                 slots = slots + (through - through.detach())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (last or truncation == "none")):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (last or every or not truncated)):
             updates, attn, logits = attend(slots, last)
             slots = update(updates, slots, last)
     return slots, attn, logits
+
+
+def _lasts(iterations: int) -> list[bool]:
+    """For each iteration, whether it is the last one: True and False where a comparison with the counter of a loop
+    would be symbolic, under torch.compile with a varying number, and could not decide on a mode.
+    """
+    return [False] * (iterations - 1) + [True] * (iterations > 0)
 
 
 def _gru(gru: nn.GRUCell, updates: Tensor, slots: Tensor) -> Tensor:
@@ -92,10 +101,16 @@ def _single(tokens: Tensor) -> Tensor:
     return tokens.unsqueeze(1)
 
 
+def _noise(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A standard-normal draw on the device of `like`, in its dtype or in the default one."""
+    dtype = None if self._published_default_noise else like.dtype
+    return torch.randn(shape, device=like.device, dtype=dtype)
+
+
 def evelinehong(self, inputs, num_slots=None):
     size = inputs.shape[0], num_slots if num_slots is not None else self.num_slots, -1
     spread = torch.exp(self.slots_log_sigma.expand(size))
-    slots = self.slots_mu.expand(size) + spread * torch.randn_like(spread)
+    slots = self.slots_mu.expand(size) + spread * _noise(self, spread.shape, spread)
     return _lucidrains_iterations(self, inputs, slots, lambda normed: self.fc2(self.fc1(normed).relu()))
 
 
@@ -114,8 +129,7 @@ def lucidrains(self, inputs, num_slots=None):
 def _gaussian_slots(self, inputs, num_slots):
     count = num_slots if num_slots is not None else self.num_slots
     mean = self.slots_mu.expand(inputs.shape[0], count, -1)
-    noise = torch.randn(mean.shape, device=inputs.device, dtype=inputs.dtype)
-    return mean + self.slots_logsigma.exp() * noise
+    return mean + self.slots_logsigma.exp() * _noise(self, mean.shape, inputs)
 
 
 def _lucidrains_iterations(self, inputs, slots, mlp):
@@ -197,7 +211,7 @@ def _slate_iterations(self, inputs, slots, iterations, *, truncation="none", log
 
 def steve(self, inputs):
     """Without an MLP after the last iteration of a frame; the predictor gives the next frame's initial slots."""
-    slots = inputs.new_empty(inputs.shape[0], self.num_slots, self.slot_size).normal_()
+    slots = _noise(self, (inputs.shape[0], self.num_slots, self.slot_size), inputs)
     slots = self.slot_mu + torch.exp(self.slot_log_sigma) * slots
     inputs = self.norm_inputs(inputs)
     keys, values = self.project_k(inputs), self.project_v(inputs)
@@ -308,9 +322,9 @@ def videosaur_step(self, slots, keys, values):
 def _videosaur_iterations(self, slots, keys, values, iterations):
     """The GRU's state, or what the updates are added to, are the slots after their LayerNorm."""
     k, v, attn = _single(keys), _single(values), None
-    for i in range(iterations):
+    for last in _lasts(iterations):
         slots = self.norm_slots(slots)
-        updates, attn, _ = _attend(_single(self.to_q(slots) * self.scale), k, v, self.eps, attn=i == iterations - 1)
+        updates, attn, _ = _attend(_single(self.to_q(slots) * self.scale), k, v, self.eps, attn=last)
         slots = _gru(self.gru, updates, slots) if self.gru else slots + updates
         slots = slots if self.mlp is None else self.mlp(slots)
     return slots, attn.mT.contiguous()
@@ -319,21 +333,37 @@ def _videosaur_iterations(self, slots, keys, values, iterations):
 def ocbench(self, input, query, smask=None, num_iter=None):
     if smask is not None:
         return self._published_class.forward(self, input, query, smask, num_iter)
-    kv = self.norm1kv(input)
+    slots, attn = _ocbench_iterations(self, input, query, num_iter or self.num_iter, every=False)
+    return slots, attn[-1]
+
+
+def ocbench_with_all_attention(self, input, query, smask=None, num_iter=None):
+    """And the attention of every iteration, in a list."""
+    if smask is not None:
+        return self._published_class.forward(self, input, query, smask, num_iter)
+    return _ocbench_iterations(self, input, query, num_iter or self.num_iter, every=True)
+
+
+def _ocbench_iterations(self, inputs, query, iterations, *, every):
+    """Slots, and a list of attention [B, K, N], of every iteration or of the last one."""
+    kv = self.norm1kv(inputs)
     k, v = _single(self.proj_k(kv)), _single(self.proj_v(kv))
+    attention = []
 
     def attend(slots, last):
         q = self.proj_q(self.norm1q(slots))
-        return _attend(_single(q * q.shape[2] ** -0.5), k, v, _OCBENCH_EPS, in_sum=True, attn=last)
+        found = _attend(_single(q * q.shape[2] ** -0.5), k, v, _OCBENCH_EPS, in_sum=True, attn=every or last)
+        if every or last:
+            attention.append(found[1].mT.contiguous())
+        return found
 
     def update(updates, slots, last):
         slots, normed = _gru_and_norm(self.rnn, self.norm2, updates, slots)
         return slots + self.ffn(normed)
 
-    slots, attn, _ = _refine(
-        query, num_iter or self.num_iter, attend, update, truncation=self.trunc_bp or "none", through=query
-    )
-    return slots, attn.mT.contiguous()
+    truncation = "bi-level" if self.trunc_bp == "bi-level" else "none"
+    slots, *_ = _refine(query, iterations, attend, update, truncation=truncation, through=query, every=every)
+    return slots, attention
 
 
 def lsd_forward_slots(self, inputs):
@@ -344,7 +374,7 @@ def lsd_forward_slots(self, inputs):
     if self.learnable_slot_init:
         slots = self.slot_mu.expand(batch, -1, -1)
     else:
-        slots = inputs.new_empty(batch, self.num_slots, self.slot_size).normal_()
+        slots = _noise(self, (batch, self.num_slots, self.slot_size), inputs)
         slots = self.slot_mu + torch.exp(self.slot_log_sigma) * slots
     inputs = self.norm_inputs(inputs)
     keys, values = self.project_k(inputs), self.project_v(inputs)
@@ -386,14 +416,19 @@ def _slotformer_iterations(self, inputs, slots, *, attn):
     """LayerNorms are part of the query projection and of the MLP."""
     inputs = self.norm_inputs(inputs)
     k, v = _single(self.project_k(inputs)), _single(self.project_v(inputs))
-    norm, first, activation, second = self.mlp
 
     def attend(slots, last):
         return _attend(_single(self.project_q(slots) * self.attn_scale), k, v, self.eps, attn=attn and last)
 
     def update(updates, slots, last):
-        slots, normed = _gru_and_norm(self.gru, norm, updates, slots)
-        return slots + second(activation(first(normed)))
+        if not is_exactly(self.mlp, nn.Sequential):
+            slots = _gru(self.gru, updates, slots)
+            return slots + self.mlp(slots)
+        norm, *layers = self.mlp
+        slots, change = _gru_and_norm(self.gru, norm, updates, slots)
+        for layer in layers:
+            change = layer(change)
+        return slots + change
 
     slots, *maps = _refine(slots, self.num_iterations, attend, update)
     return slots.view(inputs.shape[0], self.num_slots, self.slot_size), *maps

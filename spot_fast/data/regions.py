@@ -82,7 +82,8 @@ def _of_runs(region: dict, height: int, width: int) -> np.ndarray:
 def _listed_runs(counts: list) -> np.ndarray:
     try:
         runs = np.array(counts)
-        whole = runs.astype(np.int64) if runs.size else np.zeros(0, np.int64)
+        with np.errstate(invalid="ignore"):  # NaN and infinity are told below
+            whole = runs.astype(np.int64)
     except (ValueError, TypeError, OverflowError):
         whole = None
     if whole is None or whole.ndim != 1 or runs.dtype.kind not in "iuf" or not np.array_equal(whole, runs):
@@ -95,7 +96,7 @@ def _compressed_runs(counts: Any) -> np.ndarray:
     that more follow and 16 in the last one is the sign; from the fourth on each is less the one before the last."""
     if not isinstance(counts, str | bytes):
         raise ValueError(f"the run lengths are {_short(counts)}: expected a list or a string")
-    text = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
+    text = counts.encode() if isinstance(counts, str) else counts
     digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
     last = digits & 32 == 0
     if not len(digits) or digits.min() < 0 or digits.max() > 63 or not last[-1]:

@@ -129,10 +129,11 @@ def pair_labels(instances: Tensor, classes: Tensor | None = None, ignore: Tensor
         _check_map("ignore", ignore, instances.shape)
         code.masked_fill_(ignore.flatten(1) != 0, 0)
     code = code.long()
-    listed = torch.arange(codes)
     if codes > _MOST_CODES:
         listed, code = code.unique(return_inverse=True)
         listed, codes = listed.cpu(), len(listed)
+    else:
+        listed = torch.arange(codes)
     present = torch.zeros(len(code), codes, dtype=torch.bool, device=code.device).scatter_(1, code, True)
     found = present.cpu()
     number = found.cumsum(1) - 1

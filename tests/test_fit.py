@@ -1,6 +1,7 @@
-"""Pictures and masks meet, in every data set: turned by EXIF or not, scaled copies, and other sizes, which are refused."""
+"""Pictures and masks meet in every data set: turned by EXIF or not, scaled copies; other sizes are refused."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_masks_of_the_upright_picture(tmp_path, open_set, orientation):
     """As annotation tools show photos of a phone, half turns and mirrors too; squares and scaled copies alike."""
     for number, (size, masks) in enumerate([((60, 90), (60, 90)), ((90, 90), (90, 90)), ((60, 90), (120, 180))]):
         square = min(masks) // 2
-        image_set = open_set(tmp_path / str(number), masks, square, lambda path: photo(path, size, orientation))
+        image_set = open_set(tmp_path / str(number), masks, square, partial(photo, size=size, orientation=orientation))
         assert overlap(image_set) > 0.9
 
 

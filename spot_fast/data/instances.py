@@ -114,8 +114,9 @@ class Instances:
     def full_labels(self, image: Listed, *, crowd: bool) -> FullLabels:
         """The same for other protocols than SPOT's; crowd: whether crowd regions are instances or nothing."""
         width, height = self.size(image)
-        instances, classes, top_classes = np.zeros((3, height, width), np.int32)
-        covered = np.zeros((height, width), bool)
+        # Column by column in memory, as regions are drawn.
+        instances, classes, top_classes = np.zeros((3, width, height), np.int32).transpose(0, 2, 1)
+        covered = np.zeros((width, height), bool).T
         for number, of_class, mask in self._objects(image, crowd):
             covered |= mask & (instances > 0)
             np.copyto(instances, number, where=mask)

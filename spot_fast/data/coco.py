@@ -26,7 +26,8 @@ EXPECTED = "annotations/instances_train2017.json and train2017/ to train, annota
 class Coco(ImageFiles):
     """One split ("train" or "val") of COCO under `root`; the image folders may also lie in `root`/images.
 
-    Pictures are in the order of the annotation file, at most `limit` of them (0 = all). Only "val" has masks.
+    Pictures are in the order of the annotation file, at most `limit` of them (0 = all). Only "val" has masks. Training
+    takes pictures as they are stored, evaluation those that have the size the file tells, stored or turned upright.
     """
 
     has_classes = True

@@ -222,6 +222,7 @@ def _report(run: Run, result: Evaluation, sizes: bool) -> str:
     if result.skipped:
         lines.append(f"skipped {len(result.skipped)} that cannot be read:")
         lines += [f"  {label}: {reason}" for label, reason in result.skipped.items()]
+    lines += [f"note: {note}" for note in result.notes]
     return "\n".join(lines)
 
 
@@ -317,6 +318,7 @@ def _run_json(run: Run, result: Evaluation) -> dict:
         "data": result.data,
         "images": result.images,
         "skipped": result.skipped,
+        "notes": result.notes,
         "mask_size": tables[0]["mask_size"],  # these two are the first protocol's, for readers that know one only
         "rows": tables[0]["rows"],
         "reconstruction_loss": [{"orders": n, "loss": loss} for n, loss in result.reconstruction.items()],

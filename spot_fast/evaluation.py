@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from .baselines import block_mask_candidates, block_masks, kmeans_labels
 from .data.base import FullLabels, ImageSet, Masks
+from .data.loader import MAX_CORRUPT
 from .devices import send
 from .encoder import normalise
 from .errors import UserError
@@ -83,9 +84,9 @@ class Table:
 @dataclass
 class Evaluation:
     """What `evaluate` measured, a table for each protocol. labels, indices: of the pictures, in order. skipped: label
-    of each unreadable picture → reason. reconstruction: mean squared error of the prediction by the number of patch
-    orders averaged. Seconds are per picture: everything, and metrics alone (all rows and protocols, with
-    upsampling)."""
+    of each picture that cannot be scored → reason; notes: what else of the data is left out. reconstruction: mean
+    squared error of the prediction by the number of patch orders averaged. Seconds are per picture: everything, and
+    metrics alone (all rows and protocols, with upsampling)."""
 
     tables: list[Table]
     images: int
@@ -94,6 +95,7 @@ class Evaluation:
     labels: list[str] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     seconds_per_image: float = 0.0
     metric_seconds_per_image: float = 0.0
 
@@ -133,10 +135,11 @@ def evaluate(
     The decoder is given the slots of one slot-attention pass, in patch order 0 and in all orders averaged; k-means runs
     on the frozen target features with as many clusters as slots; block masks are the best by mBO_i of 1 to 4 columns
     with as many masks as slots, and each of `layouts` (columns, masks). `workers` threads read ahead (0: none).
-    precision: float32, tf32, bf16 or auto, of the model alone. Pictures that cannot be read are skipped and named in
-    `skipped`.
+    precision: float32, tf32, bf16 or auto, of the model alone. Pictures that cannot be read, or whose masks cannot, are
+    skipped and named in `skipped`.
 
-    UserError where the set has no masks, where no picture can be read, or where a protocol is unknown.
+    UserError where the set has no masks, where no picture can be read or more than one and 1 % of them cannot, or where
+    a protocol is unknown.
     """
     if not val_set.has_masks:
         raise UserError(f"{val_set.name} has no masks to compare with: evaluate on a validation set that has them "
@@ -161,14 +164,16 @@ def evaluate(
         readable = read_ahead(load, val_set, range(count), workers, skipped, bar.update)
         while batch := list(islice(readable, batch_size)):
             between_batches()
+            _require_few(skipped, count, val_set)
             run.add([val_set.label(index) for index, _, _ in batch], *zip(*batch, strict=True))
     if not run.labels:
         raise UserError(f"none of the {count} pictures of {val_set.name} can be read; the first: "
                         f"{next(iter(skipped.values()))}")  # fmt: skip
+    _require_few(skipped, count, val_set)
     images = len(run.labels)
     return Evaluation(
         tables=run.tables(), images=images, data=val_set.name, labels=run.labels, indices=run.indices,
-        skipped=skipped,
+        skipped=skipped, notes=list(val_set.notes),
         reconstruction={orders: total / images
                         for orders, total in zip(run.orders, run.squared_error.tolist(), strict=True)},
         seconds_per_image=(time.perf_counter() - start) / images,
@@ -184,16 +189,19 @@ def read_ahead(
     skipped: dict[str, str],
     done: Callable[[], object] = lambda: None,
 ) -> Iterator[tuple]:
-    """`load` of each index, in order, by threads that are ahead; a picture's UserError goes to `skipped` by its label.
+    """`load` of each index, in order, by threads that are ahead; a picture's error goes to `skipped` by its label.
 
-    done is called after every picture. Pillow and NumPy release the interpreter lock where the time goes.
+    Errors are UserError and what odd files make libraries raise; others are raised here. done is called after every
+    picture. Pillow and NumPy release the interpreter lock where the time goes.
     """
 
     def settle(index: int, result: Callable[[], tuple]) -> tuple | None:
         try:
             return result()
-        except UserError as error:
-            skipped[image_set.label(index)] = str(error)
+        except (ValueError, ArithmeticError, OSError, MemoryError) as error:
+            label = image_set.label(index)
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            skipped[f"{label} ({index})" if label in skipped else label] = reason
             return None
 
     if not workers:
@@ -220,8 +228,18 @@ def read_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _require_few(skipped: dict[str, str], count: int, val_set: ImageSet) -> None:
+    """UserError where scores of the others would not be scores of the set."""
+    if len(skipped) > max(1, MAX_CORRUPT * count):
+        first = "; ".join(f"{label}: {reason}" for label, reason in list(skipped.items())[:3])
+        raise UserError(f"{len(skipped)} of the {count} pictures of {val_set.name} cannot be scored, more than "
+                        f"{MAX_CORRUPT:.0%}: {first}; python -m spot_fast.data check PATH --decode finds all")
+
+
 def _small(masks: Masks) -> Masks:
-    return Masks(*(None if m is None else m.to(torch.int16) for m in (masks.instances, masks.classes)))
+    """The maps in the smallest type that holds all pictures' labels, or nearly all pictures'."""
+    return Masks(*(m if m is None or m.max() >= 2**15 else m.to(torch.int16)
+                   for m in (masks.instances, masks.classes)))  # fmt: skip
 
 
 class _Pass:

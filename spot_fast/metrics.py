@@ -27,13 +27,14 @@ from spot_kernels import linear_assignment, mask_labels, overlap_counts
 from .devices import send
 
 METRICS = ("mbo_i", "mbo_c", "miou", "fg_ari")
-MAX_LABEL = 255
+MAX_LABEL = 255  # of the ground truth: where labels are larger each image's are renumbered
 # Labels of the ground truth for pixels that belong to nothing: not counted at all, or counted as background on one side
 # and as a predicted mask of their own on the other.
 IGNORED, OVERLAP = -1, -2
 # Of the size of an instance, as a fraction of the label map: SPOT, Fig. 7.
 SIZE_BINS = (0.0, 0.005, 0.01, 0.05, 0.1, 0.2, 0.5, 0.8, 1.0)
 _MOST_MASKS = 256
+_MOST_CODES = 1 << 16  # pairs that could occur; of more only those that do are listed
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,9 @@ def labels_from_soft(masks: Tensor, size: int) -> Tensor:
 def pair_labels(instances: Tensor, classes: Tensor | None = None, ignore: Tensor | None = None) -> Pairs:
     """Numbers the pairs of instance and class of each image.
 
-    instances and classes [B, H, W] are integer maps in 0…255, with gaps, or IGNORED or OVERLAP; where ignore [B, H, W]
-    is not 0 both are IGNORED. On a GPU this waits for the device twice. ValueError names a map that does not fit.
+    instances and classes [B, H, W] are integer maps from 0 on, with gaps, or IGNORED or OVERLAP; where ignore [B, H, W]
+    is not 0 both are IGNORED. A map with labels above 255 is renumbered from 1 image by image, in their order: no score
+    depends on the numbers. On a GPU this waits for the device twice. ValueError names a map that does not fit.
     """
     maps = [instances] if classes is None else [instances, classes]
     for labels in maps:
@@ -108,32 +110,59 @@ def pair_labels(instances: Tensor, classes: Tensor | None = None, ignore: Tensor
     if not instances.numel():
         nothing = torch.full((len(instances), 1), IGNORED)
         return Pairs(instances.to(torch.int16), nothing, nothing)
-    bounds = torch.stack([bound.long() for labels in maps for bound in labels.aminmax()]).tolist()
-    for low, high in zip(bounds[::2], bounds[1::2], strict=True):
-        if low < OVERLAP or high > MAX_LABEL:
-            raise ValueError(f"ground truth has labels {low} to {high}: renumber them to lie in 0 to {MAX_LABEL}")
+    bounds = _bounds(maps)
+    for low, high in bounds:
+        if low < OVERLAP:
+            raise ValueError(f"ground truth has labels {low} to {high}: expected 0 for the background, 1 and above for "
+                             "objects")
+    if any(high > MAX_LABEL for _, high in bounds):
+        maps = [_renumbered(labels) for labels in maps]
+        bounds = _bounds(maps)
+    (low, high), (low_class, high_class) = bounds[0], bounds[-1]
+    wide = 1 if classes is None else high_class - low_class + 1
+    codes = (high - low + 1) * wide + 1
     # Code 0 is an ignored pixel; int32 until it has to be an index: half the bytes of what this costs on a CPU.
-    code, wide = maps[0].int() - (bounds[0] - 1), 1
+    code = maps[0].to(torch.int32 if codes < 2**31 else torch.int64) - (low - 1)
     if classes is not None:
-        wide = bounds[3] - bounds[2] + 1
-        code = code.sub_(1).mul_(wide).add_(maps[1].int()).sub_(bounds[2] - 1)
+        code = code.sub_(1).mul_(wide).add_(maps[1].to(code.dtype)).sub_(low_class - 1)
     if ignore is not None:
         _check_map("ignore", ignore, instances.shape)
         code.masked_fill_(ignore.flatten(1) != 0, 0)
     code = code.long()
-    codes = (bounds[1] - bounds[0] + 1) * wide + 1
+    if codes > _MOST_CODES:
+        listed, code = code.unique(return_inverse=True)
+        listed, codes = listed.cpu(), len(listed)
+    else:
+        listed = torch.arange(codes)
     present = torch.zeros(len(code), codes, dtype=torch.bool, device=code.device).scatter_(1, code, True)
     found = present.cpu()
     number = found.cumsum(1) - 1
     pairs = int(found.sum(1).max())
     image, place = found.nonzero(as_tuple=True)
-    column, place, hidden = number[image, place], place - 1, place == 0
+    column, place = number[image, place], listed[place] - 1
+    hidden = place < 0
     of = torch.full((2, len(code), pairs), IGNORED)
-    of[0, image, column] = (place // wide + bounds[0]).masked_fill(hidden, IGNORED)
+    of[0, image, column] = (place // wide + low).masked_fill(hidden, IGNORED)
     if classes is not None:
-        of[1, image, column] = (place % wide + bounds[2]).masked_fill(hidden, IGNORED)
+        of[1, image, column] = (place % wide + low_class).masked_fill(hidden, IGNORED)
     labels = send(number.to(torch.int16) if pairs < 2**15 else number, code.device).gather(1, code)
     return Pairs(labels.reshape(instances.shape), of[0], of[1])
+
+
+def _bounds(maps: list[Tensor]) -> list[tuple[int, int]]:
+    """Smallest and largest label of each map."""
+    bounds = torch.stack([bound.long() for labels in maps for bound in labels.aminmax()]).tolist()
+    return list(zip(bounds[::2], bounds[1::2], strict=True))
+
+
+def _renumbered(labels: Tensor) -> Tensor:
+    """int64 [B, P]: each image's labels above 0 as 1, 2, … in their order, the others as they are."""
+    labels = labels.long()
+    rows = []
+    for image in labels:
+        found, number = image.clamp(min=0).unique(return_inverse=True)
+        rows.append(torch.where(image > 0, number + (found[0] > 0), image))
+    return torch.stack(rows)
 
 
 def count_pairs(pred: Tensor, num_pred: int, truth: Pairs) -> Tensor:
@@ -146,7 +175,7 @@ def count_overlaps(pred: Tensor, num_pred: int, truth: Tensor, ignore: Tensor | 
     """Pixels of each pair of labels: int64 [B, num_pred, J] on the CPU, J = largest ground-truth label + 1.
 
     pred [B, H, W] in 0…num_pred-1 and truth [B, H, W] in 0…255 (with gaps) are integer maps; a pixel where ignore
-    [B, H, W] is not 0 is counted nowhere.
+    [B, H, W] is not 0 is counted nowhere. Larger labels are renumbered as `pair_labels` does it.
     """
     _check_pred(pred, num_pred, truth)
     pairs = pair_labels(truth, None, ignore)

@@ -73,7 +73,7 @@ def _nearest_corner(labels: np.ndarray, size: int) -> torch.Tensor:
 
 
 def _masked(labels: np.ndarray, where: np.ndarray, value: int) -> np.ndarray:
-    return np.where(where, value, labels).astype(np.int16)
+    return np.where(where, np.int32(value), labels)
 
 
 def _oclf_truth(full: FullLabels, size: int) -> Masks:

@@ -26,6 +26,7 @@ PANEL = 256  # side of a panel in pixels; the page shows it smaller, and as larg
 _QUALITY = 82
 _GREY, _BLACK = (150, 150, 150), (18, 18, 18)
 _LEVELS = 32  # of a soft map: its PNG is a few hundred bytes
+_MOST_OBJECTS = 254  # colours of an indexed PNG beside the background's and black
 ORDER_NAMES = ("rows →, from the top", "columns ↓, from the left", "columns ↓, from the right", "rows ←, from the top",
                "columns ↑, from the right", "rows ←, from the bottom", "columns ↑, from the left",
                "rows →, from the bottom", "spiral from the centre")  # fmt: skip
@@ -160,12 +161,14 @@ def mask_image(picture: Image.Image, masks: Tensor, colours: Sequence[int], alt:
 
 
 def truth_image(picture: Image.Image, instances: Tensor, alt: str) -> Markup:
-    """The picture tinted by a label map [M, M]: background grey, pixels that are not counted black."""
+    """The picture tinted by a label map [M, M]: background grey, pixels that are not counted black. Of more than 254
+    objects some share a colour."""
     of_label = truth_colours(instances)
     numbers = sorted(of_label)
     labels = torch.zeros_like(instances, dtype=torch.int64)
     for place, label in enumerate(numbers):
-        labels[instances == label] = place
+        labels[instances == label] = place if place <= _MOST_OBJECTS else 1 + (place - 1) % _MOST_OBJECTS
+    del numbers[_MOST_OBJECTS + 1 :]
     labels[instances < 0] = len(numbers)
     colours = np.concatenate([_colours([of_label[n] for n in numbers]), np.array([_BLACK], np.uint8)])
     at = (np.arange(2 * PANEL) + 0.5) * len(instances) / (2 * PANEL)

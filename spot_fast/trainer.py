@@ -42,7 +42,7 @@ from .self_training import attention_loss, teacher_labels
 from .step import Compiled, resolve_compile
 from .teacher import load_teacher, teacher_hash
 from .throughput import Profile, Throughput, count_flops
-from .validation import quick_validation
+from .validation import quick_validation, skipped_pictures_line
 
 # Streams of random numbers: the first word after the seed.
 _WEIGHTS, _STEP, _PARALLEL = range(100, 103)
@@ -391,7 +391,10 @@ class Trainer:
         folder.log(kind="epoch", step=self.step, epoch=epoch, **values)
         scores: dict[str, float] = {}
         if epoch == config.epochs or (config.eval_every and epoch % config.eval_every == 0):
-            self.scores = scores = self.validate()
+            self.scores = scores = self.validate(skipped := {})
+            if skipped:
+                folder.log(kind="unreadable", step=self.step, pictures=skipped)
+                display.line(skipped_pictures_line(skipped))
             folder.log(kind="validation", step=self.step, epoch=epoch, **scores)
             display.numbers("validation", scores)
             for pace in self.paces.values():
@@ -420,13 +423,15 @@ class Trainer:
         indices = self.loader.order(epoch).split(self.config.batch_size)[index]
         return [self.train_set.label(i) for i in indices.tolist()]
 
-    def validate(self) -> dict[str, float]:
-        """Quick scores of the model as it is; empty where there is nothing to validate on."""
+    def validate(self, skipped: dict[str, str] | None = None) -> dict[str, float]:
+        """Quick scores of the model as it is; empty where there is nothing to validate on. skipped: gets the label of
+        each picture that cannot be read and the reason."""
         if self.val_set is None:
             return {}
         with float32_products(self.precision), self.autocast():
             return quick_validation(self.model, self.val_set, images=self.config.eval_images,
-                                    batch_size=self.config.batch_size, device=self.device)  # fmt: skip
+                                    batch_size=self.config.batch_size, device=self.device,
+                                    skipped=skipped)  # fmt: skip
 
     def _require_good(self) -> None:
         """UserError where a step was bad and the run is to stop then, or too many were."""

@@ -18,9 +18,10 @@ from .protocols import PROTOCOLS, GroundTruth
 
 @torch.no_grad()
 def quick_validation(model: Spot, val_set: ImageSet, *, images: int, batch_size: int,
-                     device: torch.device) -> dict[str, float]:  # fmt: skip
-    """Scores of the first `images` readable pictures in patch order 0; the same noise every time.
+                     device: torch.device, skipped: dict[str, str] | None = None) -> dict[str, float]:  # fmt: skip
+    """Scores of those of the first `images` pictures that can be read, in patch order 0; the same noise every time.
 
+    skipped: gets the label of each other picture and the reason. It never ends a training, not even where all are.
     val_loss is the reconstruction loss; mbo_i_decoder and mbo_i_slots are fractions, missing without masks. Draws
     nothing from PyTorch's generators.
     """
@@ -31,7 +32,8 @@ def quick_validation(model: Spot, val_set: ImageSet, *, images: int, batch_size:
         return index, val_set.val_image(index), truths and truths.masks(index)
 
     error, seen = 0.0, 0
-    readable = read_ahead(load, val_set, range(min(images, len(val_set))), WORKERS, {})
+    skipped = {} if skipped is None else skipped
+    readable = read_ahead(load, val_set, range(min(images, len(val_set))), WORKERS, skipped)
     while batch := list(islice(readable, batch_size)):
         numbers, pictures, masks = zip(*batch, strict=True)
         features, target = model.encode(normalise(send(torch.stack(pictures), device)))
@@ -52,3 +54,9 @@ def quick_validation(model: Spot, val_set: ImageSet, *, images: int, batch_size:
     mbo = {f"mbo_i_{name}": score.result()["mbo_i"] for name, score in scores.items()}
     return {"val_loss": error / seen, **{name: value for name, value in mbo.items() if value is not None}}
 
+
+def skipped_pictures_line(skipped: dict[str, str]) -> str:
+    """What training says about pictures that its validation could not read."""
+    label, reason = next(iter(skipped.items()))
+    others = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+    return f"validation leaves out {label}{others}: {reason}"

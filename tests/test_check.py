@@ -44,7 +44,7 @@ def make_coco(root):
         names = [f"{n}.jpg" for n in range(count)]
         coco_file(root / "annotations" / f"instances_{split}2017.json", names)
         for name in names:
-            save(root / f"{split}2017" / name)
+            save(root / f"{split}2017" / name, Image.new("RGB", (30, 20), "red"))
 
 
 def make_voc(root):
@@ -176,9 +176,9 @@ def test_damaged_masks(tmp_path, check, content):
 
 def test_masks_that_do_not_fit_are_found_by_decoding(tmp_path, check):
     make_masks(tmp_path)
-    save(tmp_path / "a_mask.png", Image.new("L", (3, 3)))
+    save(tmp_path / "a_mask.png", Image.new("L", (3, 4)))
     assert "nothing is missing" in check(tmp_path)[1]
-    assert "a_mask.png gives a.jpg masks of 3 x 3" in check(tmp_path, "--decode")[1]
+    assert "a_mask.png gives a.jpg masks of 3 x 4" in check(tmp_path, "--decode")[1]
 
 
 def test_damaged_shards(tmp_path, check):

@@ -12,7 +12,7 @@ import golden_tensors
 from spot_fast.config import preset
 from spot_fast.data import open_set, open_sets
 from spot_fast.data.coco import CLASS_OF_CATEGORY, Coco
-from spot_fast.data.instances import decode_segmentation
+from spot_fast.data.regions import decode_segmentation
 from spot_fast.errors import CorruptImage, UserError
 
 MINI = Path(__file__).parent / "golden" / "coco_mini"

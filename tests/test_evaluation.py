@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from spot_fast import evaluation
 from spot_fast.baselines import block_masks, kmeans_labels, published_layouts
 from spot_fast.config import preset
 from spot_fast.data.base import ImageSet, Masks
@@ -173,7 +174,8 @@ def test_student_of_stage_2(scenes):
     assert result.row("kmeans").scores["mbo_i"] == pytest.approx(expected, abs=1e-12)
 
 
-def test_unreadable_pictures_are_named_and_the_rest_is_scored(model):
+def test_unreadable_pictures_are_named_and_the_rest_is_scored(model, monkeypatch):
+    monkeypatch.setattr(evaluation, "MAX_CORRUPT", 1.0)
     result = evaluate(model, Pictures(8, broken=(0, 3, 7)), batch_size=2, progress=False)
     assert result.images == 5 and result.indices == [1, 2, 4, 5, 6]
     assert result.labels == [f"{i}.jpg" for i in result.indices]
@@ -184,6 +186,36 @@ def test_unreadable_pictures_are_named_and_the_rest_is_scored(model):
     rest = evaluate(model, Pictures(8, broken=(1, 2, 4, 5, 6)), batch_size=2, progress=False)
     mean = (5 * result.row("slots").scores["mbo_i"] + 3 * rest.row("slots").scores["mbo_i"]) / 8
     assert whole.row("slots").scores["mbo_i"] == pytest.approx(mean, abs=5e-3)
+
+
+def test_few_pictures_may_be_unreadable(model):
+    """Scores of a part of the set must not pass for the set's: one picture or 1 %, as in training."""
+    assert evaluate(model, Pictures(8, broken=(3,)), progress=False).images == 7
+    with pytest.raises(UserError, match="2 of the 8 pictures of pictures cannot be scored, more than 1%: 3.jpg: image"):
+        evaluate(model, Pictures(8, broken=(3, 7)), progress=False)
+
+
+class Odd(Pictures):
+    """Instances far beyond 255 in the first picture, which odd files may have; the second has an error of its own."""
+
+    def label(self, index):
+        return "same.jpg"
+
+    def val_masks(self, index):
+        if index == 1:
+            raise ValueError("of some library")
+        masks = super().val_masks(index)
+        return Masks(masks.instances * 40_000, masks.classes) if index == 0 else masks
+
+
+def test_one_odd_picture_does_not_end_an_evaluation(model):
+    """Large labels are renumbered, not wrapped; an error of NumPy or Pillow skips the picture that it is of."""
+    result, plain = (evaluate(model, s, progress=False) for s in (Odd(4), Pictures(4, broken=(1,))))
+    assert result.skipped == {"same.jpg": "ValueError: of some library"}
+    assert [r.scores for r in result.tables[0].rows] == [r.scores for r in plain.tables[0].rows]
+    skipped = {}
+    list(read_ahead(lambda i: Odd(4).val_masks(1), Odd(4), range(3), 0, skipped))
+    assert len(skipped) == 3  # pictures of one name are counted each
 
 
 def test_limit(model):
@@ -288,7 +320,8 @@ class Slow(Pictures):
         return super().val_image(index)
 
 
-def test_threads_read_ahead_in_order(model):
+def test_threads_read_ahead_in_order(model, monkeypatch):
+    monkeypatch.setattr(evaluation, "MAX_CORRUPT", 1.0)
     pictures = Slow(9, broken=(0, 5))
     skipped, finished = {}, []
     found = list(read_ahead(lambda i: (i, pictures.val_image(i)), pictures, range(9), 3, skipped,

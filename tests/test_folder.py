@@ -110,6 +110,40 @@ def test_masks_beside_pictures(tmp_path, photo, mask):
     assert torch.equal(masks.instances, expected) and masks.classes is None and masks.ignore is None
 
 
+@pytest.mark.parametrize("ending", [".PNG", ".Png", ".tif", ".tiff", ".TIF", ".gif", ".bmp"])
+@pytest.mark.parametrize("photo, mask", [
+    ("a/photo.v1.jpg", "a/photo.v1_mask"), ("a/photo.JPG", "a/photo_MASK"), ("images/a/photo.jpg", "masks/a/photo"),
+    ("Images/photo.jpg", "Masks/photo"), ("images/photo.jpg", "masks/photo_mask"),
+])  # fmt: skip
+def test_other_endings_and_capitals_of_masks(tmp_path, ending, photo, mask):
+    """A mask of another ending is neither lost nor taken for a picture."""
+    picture(tmp_path / photo)
+    save(tmp_path / f"{mask}{ending}", Image.fromarray(half()))
+    train, val = open_folder(tmp_path, "train"), open_folder(tmp_path, "val")
+    assert names(train, tmp_path) == names(val, tmp_path) == [photo] and val.has_masks
+    assert val.val_masks(0).instances.max() == 3
+    (tmp_path / "list.txt").write_text(photo)
+    assert open_folder(tmp_path / "list.txt", "val").mask_files(0) == [tmp_path / f"{mask}{ending}"]
+
+
+def test_png_goes_before_other_masks(tmp_path):
+    """And small letters before capitals."""
+    picture(tmp_path / "a.jpg")
+    files = [tmp_path / f"a_mask.{ending}" for ending in ("jpg", "gif", "TIF", "tif", "PNG", "png")]
+    for file in files:
+        file.write_bytes(b"")
+        assert open_folder(tmp_path, "val").masks == [file]
+
+
+def test_a_lossy_mask_is_refused_and_not_left_out(tmp_path):
+    picture(tmp_path / "a.jpg")
+    picture(tmp_path / "a_mask.jpg")
+    val = open_folder(tmp_path, "val")
+    assert names(val, tmp_path) == ["a.jpg"] and val.has_masks
+    with pytest.raises(UserError, match="a_mask.jpg is a JPEG"):
+        val.val_masks(0)
+
+
 def test_what_only_looks_like_a_mask_is_a_picture(tmp_path):
     for name in ("gas_mask.png", "masks/venice.jpg", "b/photo.jpg", "b/photo_mask.png"):
         picture(tmp_path / name)
@@ -237,6 +271,20 @@ def test_training_with_and_without_masks(tmp_path):
     save(tmp_path / "data" / "3_mask.png", Image.fromarray(half(size=(40, 30))))
     _, outcome = tiny_runs.train(tmp_path / "runs", config)
     assert outcome.finished and 0 < outcome.scores["mbo_i_slots"] < 1
+
+
+def test_training_goes_on_where_no_mask_can_be_read(tmp_path, capsys):
+    """Hours of training must not end at the first validation, nor when it is resumed: what is left out is told."""
+    changes = {"encoder": "spot_scenes", "dec_heads": 4, "epochs": 2, "warmup_steps": 1, "train_images": 0}
+    config = preset("folder", **{**tiny_runs.CHANGES, **changes}, data=str(tmp_path / "data"))
+    for n in range(5):
+        save(tmp_path / "data" / f"{n}.jpg", Image.effect_noise((40, 30), 90))
+        save(tmp_path / "data" / f"{n}_mask.png", Image.fromarray(half(size=(30, 40))))
+    folder, outcome = tiny_runs.train(tmp_path / "runs", config)
+    assert outcome.finished and outcome.scores == {}
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (left_out,) = [line["pictures"] for line in log if line["kind"] == "unreadable"][-1:]
+    assert len(left_out) == 5 and "masks of 30 x 40, but it is 40 x 30" in left_out[str(tmp_path / "data" / "0.jpg")]
 
 
 def test_missing_things_are_named(tree):

@@ -18,6 +18,7 @@ from spot_fast.metrics import (
     METRICS,
     OVERLAP,
     SIZE_BINS,
+    Rules,
     Scores,
     count_overlaps,
     count_pairs,
@@ -223,7 +224,7 @@ MAP = torch.zeros(2, 8, 8, dtype=torch.int64)
     [
         (lambda: labels_from_soft(torch.rand(2, 15, 3), 8), "15 tokens"),
         (lambda: labels_from_soft(torch.rand(2, 16, 257), 8), "K of 1 to 256"),
-        (lambda: pair_labels(MAP - 3), "labels -3 to -3: renumber"),
+        (lambda: pair_labels(MAP - 3), "labels -3 to -3: expected 0"),
         (lambda: pair_labels(MAP, MAP[:1]), r"truth has shape \[1, 8, 8\]"),
         (lambda: labels_from_soft(torch.rand(2, 3, 4, 4), 8), r"\[2, 3, 4, 4\]: expected \[B, N, K\]"),
         (lambda: labels_from_soft(torch.rand(2, 16, 3), 0), "size is 0"),
@@ -234,7 +235,6 @@ MAP = torch.zeros(2, 8, 8, dtype=torch.int64)
         (lambda: image_scores(MAP.float(), 3, MAP), "pred is torch.float32"),
         (lambda: image_scores(MAP + 3, 3, MAP), "pred has labels 3 to 3, but num_pred is 3"),
         (lambda: image_scores(MAP - 1, 3, MAP), "pred has labels -1 to -1"),
-        (lambda: image_scores(MAP, 3, MAP + 256), "256 to 256: renumber"),
     ],
 )
 def test_bad_input(call, message):
@@ -322,3 +322,35 @@ def test_speed():
             scores_of_counts(count_pairs(labels_from_soft(masks, 320), 7, truth), truth)
         seconds.append((time.process_time() - start) / len(soft))
     assert min(seconds) < 0.010
+
+
+@pytest.mark.parametrize("scale", [100, 40_000, 2**24])
+def test_labels_above_255_are_renumbered(scale):
+    """No score depends on the numbers, of instances or of classes; gaps, 0 and ignored pixels stay what they are."""
+    pred, truth, ignore = random_maps(8, 3, 24, 4, 6, ids=[0, 1, 2, 3, 4, 5])
+    truth[0] += 1  # an image without background
+    classes = truth // 2
+    large = torch.where(truth > 2, truth * scale, truth)
+    for rules in (Rules(), Rules(mbo_background=True, miou_background=True), Rules(cosine=True, per_object=True)):
+        for own, others in (((truth, None), (large, None)), ((truth, classes), (large, classes * scale)),
+                            ((truth, classes), (truth, classes * scale))):  # fmt: skip
+            expected, found = (image_scores(pred, 4, *maps, ignore, rules) for maps in (own, others))
+            assert all(torch.equal(found[name].nan_to_num(-1), expected[name].nan_to_num(-1)) for name in expected)
+
+
+def test_as_many_labels_as_pixels():
+    """Noise for masks costs no more memory than its pairs, with classes as many as instances."""
+    side = 128
+    truth = torch.arange(2 * side * side).view(2, side, side)
+    pairs = pair_labels(truth, truth.flip(0) + 7)
+    assert pairs.instances.shape == (2, side * side)
+    assert torch.equal(pairs.labels.long().flatten(1)[0], torch.arange(side * side))
+    scores = image_scores(torch.zeros_like(truth), 1, truth, truth)
+    assert scores["objects"].tolist() == [side * side - 1, side * side]
+
+
+def test_hidden_labels_stay_beside_large_ones():
+    truth = torch.tensor([[[IGNORED, OVERLAP], [0, 70_000]]])
+    pairs = pair_labels(truth, truth)
+    assert sorted(zip(pairs.instances[0].tolist(), pairs.classes[0].tolist(), strict=True)) == [
+        (OVERLAP, OVERLAP), (IGNORED, IGNORED), (0, 0), (1, 1)]  # fmt: skip

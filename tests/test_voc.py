@@ -7,6 +7,7 @@ from PIL import Image
 
 from spot_fast.config import preset
 from spot_fast.data import open_set, open_sets
+from spot_fast.data.voc import read_names
 from spot_fast.errors import UserError
 
 PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0] + [255] * (253 * 3)
@@ -125,3 +126,46 @@ def test_what_is_missing_of_sbd_is_named(voc, sbd):
     (voc / "VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt").unlink()
     with pytest.raises(UserError, match="Segmentation/train.txt is missing"):
         open_set(preset("voc", data=str(voc), sbd=str(sbd)), "train")
+
+
+PICTURES = {"site.v1.0": 1, "my photo 0": 1, "my photo": 1, "2007_000032": 1, "a.png": 1}
+
+
+@pytest.mark.parametrize("line, name", [
+    ("site.v1.0", "site.v1.0"), ("site.v1.0.jpg", "site.v1.0"), ("site.v1.0 1", "site.v1.0"),
+    ("my photo 0", "my photo 0"), ("my photo 0.JPG", "my photo 0"), ("my photo 0 -1", "my photo 0"),
+    ("my photo -1", "my photo"), ("my photo  1", "my photo"), ("2007_000032  1", "2007_000032"),
+    ("2007_000032 -1", "2007_000032"), ("2007_000032.jpg 2007_000032.png", "2007_000032"),
+    ("/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png", "2007_000032"),
+    ("img\\2007_000032.jpg", "2007_000032"), ("a.png", "a.png"), ("a.png.jpg", "a.png"),
+    ("  2007_000032\t", "2007_000032"),
+    # What is missing is called by its likeliest name.
+    ("2008_1 -1", "2008_1"), ("2008_1.jpg", "2008_1"), ("their photo 0", "their photo 0"), ("b.v1.0", "b.v1.0"),
+    ("x/b.jpg y/b.png", "b"),
+])  # fmt: skip
+def test_names_in_lists(tmp_path, line, name):
+    """Only a picture's ending is one; of spaces those pictures decide that there are."""
+    (tmp_path / "val.txt").write_text(f"\n{line}\n\n")
+    assert read_names(tmp_path / "val.txt", PICTURES) == [name]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_lists_with_a_byte_order_mark(tmp_path, encoding):
+    (tmp_path / "val.txt").write_bytes("2007_000032\r\nmy photo 0\r\n".encode(encoding))
+    assert read_names(tmp_path / "val.txt", PICTURES) == ["2007_000032", "my photo 0"]
+
+
+def test_other_endings_of_pictures_and_masks(voc):
+    """In capitals, TIFF for masks; .jpg goes before other endings."""
+    root = voc / "VOCdevkit" / "VOC2012"
+    photos = root / "JPEGImages"
+    (photos / "2007_000032.jpg").rename(photos / "2007_000032.JPG")
+    object_file, class_file = (root / f"Segmentation{kind}" / "2007_000032.png" for kind in ("Object", "Class"))
+    object_file.rename(object_file.with_suffix(".PNG"))
+    Image.open(class_file).save(class_file.with_suffix(".tif"))
+    class_file.unlink()
+    val = open_set(preset("voc", data=str(voc), mask_size=40), "val")
+    assert val.paths == [photos / "2007_000032.JPG"]
+    assert val.val_masks(0).instances.max() == 2 and val.val_masks(0).classes.max() == 15
+    Image.new("RGB", (40, 60)).save(photos / "2007_000032.jpg")
+    assert open_set(preset("voc", data=str(voc)), "val").paths == [photos / "2007_000032.jpg"]

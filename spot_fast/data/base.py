@@ -6,6 +6,7 @@ An `ImageSet` is one split (training or validation). Pictures come out as uint8 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 
 from ..errors import CorruptImage, UserError
-from . import transforms
+from . import fit, transforms
 from .identity import Files, sample
 
 
@@ -59,6 +60,7 @@ class ImageSet(ABC):
     has_classes  those masks have class maps
     flip         training pictures are mirrored with probability 1/2; the loader does it, `train_image` does not
     random_crop  `finish` and `train_image` depend on their rng
+    notes        what of the data is left out, in words; for check and evaluate
     images       optional: all training pictures at once, uint8 [n, 3, S, S]; the loader then indexes it directly
     corrupt      optional, with `images`: the indices of pictures that are none, others stand in for them
     """
@@ -68,6 +70,7 @@ class ImageSet(ABC):
     has_classes: bool = False
     flip: bool = False
     random_crop: bool = False
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -128,7 +131,8 @@ class ImageFiles(ImageSet):
     """An ImageSet over image files: SPOT's crops (section 6) of `paths[index]`.
 
     crop: "center" or "random" after resizing the minor side to S (bilinear), or "stretch" to S x S (bicubic, MOVi).
-    Validation pictures are centre-cropped unless they are stretched. upright: obey EXIF orientation. A set whose
+    Validation pictures are centre-cropped unless they are stretched. upright: obey EXIF orientation; in validation
+    the picture that the masks were drawn on counts, whichever of the two has their size (`fitting`). A set whose
     pictures are not files of their own overrides `encoded`, `sources` and `source`, and says in `drawn` what it takes
     of those files.
     """
@@ -147,6 +151,7 @@ class ImageFiles(ImageSet):
         self._key = ""
         self._files: Files | None = None  # as they were when the key was made
         self._sample: list[str] | None = None
+        self._turned: dict[tuple[int, fit.Size], bool] = {}  # answers of `fitting`
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -186,7 +191,40 @@ class ImageFiles(ImageSet):
         return prepared[:, top : top + self.image_size, left : left + self.image_size].contiguous()
 
     def val_image(self, index: int) -> torch.Tensor:
-        return transforms.to_tensor(self._resized(index, "stretch" if self.crop == "stretch" else "center"))
+        images = copy.copy(self)
+        try:
+            size = self.drawn_size(index)
+            images.upright = self.upright if size is None else self.fitting(index, size, "")
+        except UserError:
+            pass  # what is wrong with the masks is theirs to say
+        return transforms.to_tensor(images._resized(index, "stretch" if self.crop == "stretch" else "center"))
+
+    def drawn_size(self, index: int) -> fit.Size | None:
+        """(width, height) of the masks of a validation picture; None where the set has none, or they decide nothing."""
+        return None
+
+    def fitting(self, index: int, size: fit.Size, source: Path | str) -> bool:
+        """Whether masks of `size` (width, height) lie on the picture that EXIF turns upright, not on the stored one.
+
+        They have the size of one of the two, or are a scaled copy; UserError names the file `source`, the picture and
+        both sizes where they fit neither. Where they fit both, as with squares, `upright_alike` decides.
+        """
+        if (index, size) not in self._turned:
+            encoded, otherwise = self.encoded(index), self.upright_alike(index)
+            stored = upright = fit.stored_size(self.paths[index], encoded)
+            if otherwise or size != stored:  # EXIF costs more than the size
+                stored, upright = fit.both_sizes(self.paths[index], encoded)
+            answer = fit.turned(size, stored, upright, otherwise)
+            if answer is None:
+                also = f" ({upright[0]} x {upright[1]} upright)" if upright != stored else ""
+                raise UserError(f"{source} gives {self.paths[index].name} masks of {size[0]} x {size[1]}, but it is "
+                                f"{stored[0]} x {stored[1]}{also}: masks need the picture's size or shape")
+            self._turned[index, size] = answer
+        return self._turned[index, size]
+
+    def upright_alike(self, index: int) -> bool:
+        """Whether masks are of the upright picture where their size does not tell."""
+        return self.upright
 
     def mask_files(self, index: int) -> list[Path]:
         """The files that `val_masks` reads for the picture; none where masks are not files of their own."""

@@ -26,7 +26,8 @@ EXPECTED = "annotations/instances_train2017.json and train2017/ to train, annota
 class Coco(ImageFiles):
     """One split ("train" or "val") of COCO under `root`; the image folders may also lie in `root`/images.
 
-    Pictures are in the order of the annotation file, at most `limit` of them (0 = all). Only "val" has masks.
+    Pictures are in the order of the annotation file, at most `limit` of them (0 = all). Only "val" has masks. Training
+    takes pictures as they are stored, evaluation those that have the size the file tells, stored or turned upright.
     """
 
     has_classes = True
@@ -40,7 +41,7 @@ class Coco(ImageFiles):
         needs = f"COCO needs {EXPECTED}"
         if self.has_masks:
             self.instances = Instances(self.annotation_file, class_of=CLASS_OF_CATEGORY, needs=needs)
-            images = self.instances.images
+            images, self.notes = self.instances.images, self.instances.notes
         else:
             images = read_images(self.annotation_file, needs=needs)
         self.listed = images[:limit] if limit else images
@@ -54,6 +55,7 @@ class Coco(ImageFiles):
         """(instances, classes, ignore), each int32 [height, width] at the size of the image."""
         if not self.has_masks:
             raise UserError(f"{self.name} is read without masks: evaluate on COCO val2017")
+        self.fitting(index, self.drawn_size(index), self.instances.path)
         return self.instances.label_maps(self.listed[index])
 
     def val_masks(self, index: int) -> Masks:
@@ -61,7 +63,19 @@ class Coco(ImageFiles):
 
     def full_labels(self, index: int, *, crowd: bool) -> FullLabels:
         """As `full_masks`, for other protocols than SPOT's; crowd: whether crowd regions are instances or nothing."""
+        self.fitting(index, self.drawn_size(index), self.instances.path)
         return self.instances.full_labels(self.listed[index], crowd=crowd)
+
+    def drawn_size(self, index: int) -> tuple[int, int] | None:
+        return self.instances.size(self.listed[index]) if self.has_masks else None
+
+    def upright_alike(self, index: int) -> bool:
+        # COCO's own masks are on the stored pixels; whoever draws masks on other photos sees them upright.
+        image = self.listed[index]
+        return not (isinstance(image.id, int) and image.file_name.endswith(f"{image.id:012}.jpg"))
+
+    def label(self, index: int) -> str:
+        return self.listed[index].file_name
 
 
 def _image_folder(root: Path, name: str) -> Path:

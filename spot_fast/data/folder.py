@@ -8,6 +8,7 @@ a folder without both, or a list, is used for either. Masks are looked for in th
   folder, to the folder or to its images/. Classes are numbered from 1 in the order of its categories.
 - an indexed PNG for a picture, palette or grey, whose values are instances and 0 background: photo_mask.png beside
   photo.jpg, or masks/…/photo.png for images/…/photo.jpg. In a palette PNG 255 is a rim, as in VOC, and background.
+  TIFF, GIF and BMP will do too; of several PNG goes first. These names may be in capitals.
 
 Where some pictures have masks, those are the validation pictures. Masks are never taken as pictures. Training reads no
 masks.
@@ -20,24 +21,23 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ..errors import UserError
+from . import fit
 from .base import ImageFiles, Masks
 from .instances import Instances, Listed, is_instances_file
-from .transforms import open_labels
+from .labels import open_labels
+from .mask_names import MASK, masks_in, without_ending
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2"})
 EXPECTED = "pictures, or a text file that lists pictures"
 _VALIDATION = ("val", "validation", "valid")
-_MASK = "_mask"
-_ORIENTATION = 0x0112  # EXIF: above 4, width and height change places
 
 Sources = str | Path | Iterable[str | Path]
 
 
 class Folder(ImageFiles):
-    """Pictures of folders or files, cropped as COCO's; `limit` 0 = all. Turned upright by EXIF, as masks have to be.
+    """Pictures of folders or files, cropped as COCO's; `limit` 0 = all. Turned upright by EXIF, unless masks are not.
 
     split: "train" or "val"; None for all pictures, without masks. A file among `sources` is a picture, but a single
     source that is no picture by its name is a text file that lists some, one a line, relative to where it lies.
@@ -71,14 +71,15 @@ class Folder(ImageFiles):
             found = [(path, image) for path, image in found if path.is_relative_to(folder)]
             if not found:
                 raise UserError(f"{file} lists no images in {folder}: put the annotations of these pictures there")
-            self.listed = [image for _, image in found]
+            self.listed, self.notes = [image for _, image in found], self.instances.notes
             return [path for path, _ in found]
         paths = list_images(folder)
         return self._with_masks(paths, root) if split == "val" else paths
 
     def _with_masks(self, paths: list[Path], root: Path | None) -> list[Path]:
         """Those of `paths` that have masks, all where none has."""
-        found = [(path, mask) for path in paths if (mask := _mask_of(path, root))]
+        places: dict[Path, list[dict[str, Path]]] = {}
+        found = [(path, mask) for path in paths if (mask := _mask_of(path, root, places))]
         self.masks = [mask for _, mask in found]
         return [path for path, _ in found] or paths
 
@@ -89,24 +90,22 @@ class Folder(ImageFiles):
         return self.masks[index : index + 1]
 
     def full_masks(self, index: int) -> tuple[np.ndarray, ...]:
-        """(instances,) or (instances, classes, ignore), each int32 [height, width] at the size of the picture."""
+        """(instances,) or (instances, classes, ignore), each int32 [height, width] at the size of the masks."""
         if self.instances is not None:
-            maps = self.instances.label_maps(self.listed[index])
-            if not self.has_classes:
-                maps = maps[0], None, maps[2]
-            source = self.instances.path
-        elif self.masks:
-            source = self.masks[index]
-            maps = (open_labels(source, rim=("P",)),)
-        else:
+            self.fitting(index, self.drawn_size(index), self.instances.path)
+            instances, classes, ignore = self.instances.label_maps(self.listed[index])
+            return instances, classes if self.has_classes else None, ignore
+        if not self.masks:
             raise UserError(f"{self.name} is read without masks: they belong beside the pictures, as photo_mask.png "
                             "beside photo.jpg, or masks/photo.png for images/photo.jpg")  # fmt: skip
-        width, height = _upright_size(self.paths[index])
-        if maps[0].shape != (height, width):
-            raise UserError(f"{source} gives {self.paths[index].name} masks of {maps[0].shape[1]} x "
-                            f"{maps[0].shape[0]}, but it is {width} x {height}: masks need the size of the upright "
-                            "picture")
-        return maps
+        instances = open_labels(self.masks[index], rim=("P",))
+        self.fitting(index, instances.shape[::-1], self.masks[index])
+        return (instances,)
+
+    def drawn_size(self, index: int) -> fit.Size | None:
+        if self.instances is not None:
+            return self.instances.size(self.listed[index])
+        return fit.stored_size(self.masks[index]) if self.masks else None
 
     def val_masks(self, index: int) -> Masks:
         return Masks(*(labels if labels is None else self.square_labels(labels) for labels in self.full_masks(index)))
@@ -145,7 +144,7 @@ def _without_masks(paths: list[Path], root: Path) -> list[Path]:
     mask_folders = {folder for folder in {path.parent for path in paths} if _in_masks(folder, root)}
 
     def is_mask(path: Path) -> bool:
-        of = path.stem.removesuffix(_MASK)
+        of = without_ending(path.name).removesuffix(MASK)
         return path.parent in mask_folders or of != path.stem and (path.parent, of) in stems
 
     return [path for path in paths if not is_mask(path)]
@@ -154,21 +153,39 @@ def _without_masks(paths: list[Path], root: Path) -> list[Path]:
 def _in_masks(folder: Path, root: Path) -> bool:
     """Whether `folder` is, or lies in, a folder masks/ under `root` that has images/ beside it."""
     parts = folder.relative_to(root).parts
-    return any(part == "masks" and root.joinpath(*parts[:i], "images").is_dir() for i, part in enumerate(parts))
+    return any(part.lower() == "masks" and _folders(root.joinpath(*parts[:i]), "images")
+               for i, part in enumerate(parts))
 
 
-def _mask_of(path: Path, root: Path | None) -> Path | None:
-    """The mask file of a picture; the folder images/ is looked for below `root` (None: anywhere in the path)."""
-    mask = path.with_name(f"{path.stem}{_MASK}.png")
-    if mask.is_file():
-        return mask
-    first = len(root.parts) if root else 0
-    for i in reversed(range(first, len(path.parts) - 1)):
-        if path.parts[i] == "images":
-            mask = Path(*path.parts[:i], "masks", *path.parts[i + 1 :]).with_suffix(".png")
-            if mask.is_file():
-                return mask
-    return None
+def _folders(base: Path, name: str) -> list[Path]:
+    """The folders of that name in `base`, in any capitals."""
+    try:
+        return sorted((base / inside for inside in os.listdir(base)
+                       if inside.lower() == name and (base / inside).is_dir()), reverse=True)
+    except OSError:
+        return []
+
+
+def _mask_of(path: Path, root: Path | None, places: dict[Path, list[dict[str, Path]]]) -> Path | None:
+    """The mask file of a picture. places: `_mask_places` of each folder; what is looked up is added."""
+    folder = path.parent
+    if folder not in places:
+        places[folder] = _mask_places(folder, root)
+    beside, *apart = places[folder]
+    found = [beside.get(path.stem + MASK), *(masks.get(path.stem) or masks.get(path.stem + MASK) for masks in apart)]
+    return next(filter(None, found), None)
+
+
+def _mask_places(folder: Path, root: Path | None) -> list[dict[str, Path]]:
+    """Masks by name in the folder itself, then in the folders masks/ that stand for an images/ in its path.
+
+    images/ is looked for below `root` (None: anywhere in the path).
+    """
+    parts, places = folder.parts, [folder]
+    for i in reversed(range(len(root.parts) if root else 0, len(parts))):
+        if parts[i].lower() == "images":
+            places += [masks.joinpath(*parts[i + 1 :]) for masks in _folders(Path(*parts[:i]), "masks")]
+    return list(map(masks_in, places))
 
 
 def _split_folder(root: Path, split: str | None) -> Path:
@@ -216,12 +233,3 @@ def read_list(file: Path) -> list[Path]:
     if not any(map(os.path.isfile, paths)):
         raise UserError(f"{file} lists no image that exists: it needs one name a line, relative to its folder")
     return paths
-
-
-def _upright_size(path: Path) -> tuple[int, int]:
-    """(width, height) of a picture as `rgb` gives it, from its header."""
-    try:
-        with Image.open(path) as image:
-            return image.size[::-1] if image.getexif().get(_ORIENTATION, 1) > 4 else image.size
-    except Exception as error:  # noqa: BLE001 - damaged files make Pillow raise nearly anything
-        raise UserError(f"image {path} cannot be read: {error or type(error).__name__}") from None

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,17 @@ import numpy as np
 
 from ..errors import UserError
 from .base import FullLabels
+from .regions import decode_segmentation
+from .text import read_text
 
 _MAX_SIDE = 1 << 16  # pixels; no image format that is read here has more
+_MOST_PIXELS = 179_000_000  # as many as a picture may have
+_UNLISTED = object()
 
 
 @dataclass(frozen=True)
 class Listed:
-    """An image as the file lists it; sizes in pixels."""
+    """An image as the file lists it; sizes in pixels, 0 where the file gives none that an image can have."""
 
     id: Any
     file_name: str
@@ -39,8 +43,8 @@ class Instances:
 
     class_of: category id → class from 1. Without it, or where the file lists a category that it lacks, the file's own
     categories are numbered from 1 in their order; where the file has none either, `class_of` stays None, every
-    annotation counts and the class of all is 1.
-    needs: what belongs there, for the message where the file is missing.
+    annotation counts and the class of all is 1. An id may be a number in one list and text in another.
+    notes: what is left out, in words. needs: what belongs there, for the message where the file is missing.
     """
 
     def __init__(self, path: Path, *, class_of: Mapping[Any, int] | None = None, needs: str = "") -> None:
@@ -53,59 +57,127 @@ class Instances:
             if listed and (class_of is None or not set(listed) <= class_of.keys()):
                 class_of = {category: place for place, category in enumerate(listed, start=1)}
             self.class_of = class_of
-            self._annotations = defaultdict(list)
-            for annotation in annotations:
-                self._annotations[annotation["image_id"]].append(annotation)
-        except (KeyError, TypeError) as error:
+            self._categories = None if class_of is None else _Ids(class_of)
+            self._annotations = self._by_image(annotations)
+        except (AttributeError, KeyError, TypeError) as error:
             raise _misfit(path, error) from None
+        self._names = Counter(image.file_name for image in self.images)
+        self._ids = Counter(image.id for image in self.images)
+
+    def _by_image(self, annotations: list) -> dict[Any, list]:
+        images, found, notes = _Ids(image.id for image in self.images), defaultdict(list), []
+        for annotation in annotations:
+            found[images.find(annotation["image_id"])].append(annotation)
+        lost = len(found.pop(_UNLISTED, ()))
+        if lost and lost == len(annotations):
+            raise UserError(f"{self.path}: none of the {lost} annotations is of an image in the list: the first has "
+                            f"image_id {annotations[0]['image_id']!r}, the images have ids such as "
+                            f"{', '.join(repr(image.id) for image in self.images[:3])}")
+        if lost:
+            notes.append(f"{lost} of {len(annotations)} annotations are of images that are not in the list")
+        kept = [annotation for of_image in found.values() for annotation in of_image]
+        unknown = [each.get("category_id") for each in kept if self._class(each) is None]
+        if unknown and len(unknown) == len(kept):
+            raise UserError(f"{self.path}: none of the {len(kept)} annotations is of a known category: the first has "
+                            f"category_id {unknown[0]!r}; list the categories in the file")
+        if unknown:
+            notes.append(f"{len(unknown)} of {len(annotations)} annotations are of unknown categories and not drawn")
+        self.notes = notes
+        return found
+
+    def _class(self, annotation: dict) -> int | None:
+        if self._categories is None:
+            return 1
+        return self.class_of.get(self._categories.find(annotation.get("category_id")))
 
     def count(self, image: Listed) -> int:
         """How many annotations the image has."""
         return len(self._annotations.get(image.id, ()))
 
+    def size(self, image: Listed) -> tuple[int, int]:
+        """(width, height) of the image's masks; UserError where the file does not say, or not which image they are of.
+        """
+        if not 0 < image.width * image.height <= _MOST_PIXELS:
+            raise UserError(f"{self.path} says that {image.file_name} is {image.width} x {image.height}: give its "
+                            "width and height in pixels")
+        if self._names[image.file_name] > 1 or self._ids[image.id] > 1:
+            what = "file name" if self._names[image.file_name] > 1 else f"id {image.id!r}"
+            raise UserError(f"{self.path} has several images with the {what} of {image.file_name}: list each image "
+                            "once, with an id of its own")
+        return image.width, image.height
+
     def label_maps(self, image: Listed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(instances, classes, ignore), each int32 [height, width] at the size of the image."""
-        instances, classes, covered = _draw(self._objects(image), image)
-        return instances, classes, (covered > 1).astype(np.int32)
+        full = self.full_labels(image, crowd=True)
+        return full.instances, full.classes, full.covered.astype(np.int32)
 
     def full_labels(self, image: Listed, *, crowd: bool) -> FullLabels:
         """The same for other protocols than SPOT's; crowd: whether crowd regions are instances or nothing."""
-        objects = self._objects(image, crowd=crowd)
-        instances, classes, covered = _draw(objects, image)
-        top_classes = classes.copy()
-        if (covered > 1).any():
-            for of_class, mask in sorted(((of_class, mask) for _, of_class, mask in objects), key=lambda pair: pair[0]):
-                np.copyto(top_classes, of_class, where=mask)
-        return FullLabels(instances, classes, top_classes, covered > 1, np.zeros(covered.shape, bool))
+        width, height = self.size(image)
+        # Column by column in memory, as regions are drawn.
+        instances, classes, top_classes = np.zeros((3, width, height), np.int32).transpose(0, 2, 1)
+        covered = np.zeros((width, height), bool).T
+        for number, of_class, mask in self._objects(image, crowd):
+            covered |= mask & (instances > 0)
+            np.copyto(instances, number, where=mask)
+            np.copyto(classes, of_class, where=mask)
+            np.maximum(top_classes, of_class, where=mask, out=top_classes)
+        return FullLabels(instances, classes, top_classes, covered, np.zeros(covered.shape, bool))
 
-    def _objects(self, image: Listed, *, crowd: bool = True) -> list[tuple[int, int, np.ndarray]]:
-        """Number, class and mask (bool [height, width]) of each annotation of a known category, in their order."""
-        objects = []
-        annotations = self._annotations.get(image.id, ())
+    def _objects(self, image: Listed, crowd: bool) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Number, class and mask (bool [height, width]) of each annotation of a known category.
+
+        From the last to the first: the earlier one has the pixel.
+        """
+        annotations = self._annotations.get(image.id, [])
         if not crowd:
-            annotations = [a for a in annotations if not (isinstance(a, dict) and a.get("iscrowd"))]
-        for number, annotation in enumerate(annotations, start=1):
+            annotations = [annotation for annotation in annotations if not _is_crowd(annotation)]
+        for number, annotation in reversed(list(enumerate(annotations, start=1))):
+            of_class = self._class(annotation)
+            if of_class is None:
+                continue
             try:
-                of_class = 1 if self.class_of is None else self.class_of.get(annotation["category_id"])
-                if of_class is not None:
-                    mask = decode_segmentation(annotation["segmentation"], image.height, image.width)
-                    objects.append((number, of_class, mask))
-            except Exception as error:  # noqa: BLE001 - pycocotools raises bare Exception on a malformed region
-                name = annotation.get("id", number) if isinstance(annotation, dict) else number
-                raise UserError(f"{self.path}: annotation {name} of image {image.file_name} cannot be decoded: "
-                                f"{type(error).__name__} {error}") from None
-        return objects
+                if "segmentation" not in annotation:
+                    raise ValueError("it has no segmentation")
+                mask = decode_segmentation(annotation["segmentation"], image.height, image.width)
+            except Exception as error:  # noqa: BLE001 - pycocotools raises bare Exception
+                raise UserError(f"{self.path}: annotation {annotation.get('id', number)} of image {image.file_name} "
+                                f"cannot be decoded: {error}") from None
+            yield number, of_class, mask
 
 
-def _draw(objects: list[tuple[int, int, np.ndarray]], image: Listed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Instances, classes and how many objects cover each pixel, each int32 [height, width]."""
-    instances, classes, covered = np.zeros((3, image.height, image.width), np.int32)
-    # From the last to the first, so that the earlier one has the pixel.
-    for number, of_class, mask in reversed(objects):
-        np.copyto(instances, number, where=mask)
-        np.copyto(classes, of_class, where=mask)
-        covered += mask
-    return instances, classes, covered
+class _Ids:
+    """The ids that a list has, also where another list writes them as text, or as numbers."""
+
+    def __init__(self, listed: Iterable[Any]) -> None:
+        self._listed = dict.fromkeys(listed)
+        self._otherwise: dict[Any, Any] = {}
+        for each in self._listed:
+            number = _number(each)
+            # 7 beside "7", or "7" beside "07": neither is meant by what is not exactly it.
+            self._otherwise[number] = each if number not in self._otherwise else _UNLISTED
+
+    def find(self, value: Any) -> Any:
+        """The listed id that `value` means, or _UNLISTED."""
+        try:
+            return value if value in self._listed else self._otherwise.get(_number(value), _UNLISTED)
+        except TypeError:  # a list or a dict is no id
+            return _UNLISTED
+
+
+def _number(value: Any) -> Any:
+    """The whole number that an id stands for, "7" and "7.0" for 7, or the id itself."""
+    for read in (int, float) if isinstance(value, str) else ():
+        try:
+            return read(value)
+        except ValueError:
+            continue
+    return value
+
+
+def _is_crowd(annotation: dict) -> bool:
+    value = annotation.get("iscrowd")
+    return value.strip().lower() not in ("", "0", "false") if isinstance(value, str) else bool(value)
 
 
 def read_images(path: Path, *, needs: str = "") -> list[Listed]:
@@ -123,33 +195,15 @@ def read_images(path: Path, *, needs: str = "") -> list[Listed]:
 def is_instances_file(path: Path) -> bool:
     """Whether the text has the two lists of a COCO file, and segmentations; it may still be damaged."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError):
         return False
     return all(re.search(key, text) for key in (r'"images"\s*:\s*\[', r'"annotations"\s*:\s*\[', r'"segmentation"\s*:'))
 
 
-def decode_segmentation(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """bool [height, width] of a COCO region: polygons, uncompressed RLE (a list of counts) or compressed RLE."""
-    from pycocotools import mask as rle  # here, so that training and other data sets do without
-
-    if not segmentation:
-        return np.zeros((height, width), bool)
-    if isinstance(segmentation, list):
-        region = rle.merge(rle.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        region = rle.frPyObjects(segmentation, height, width)
-    else:
-        region = segmentation
-    mask = rle.decode(region)
-    if mask.shape != (height, width):
-        raise ValueError(f"the region is {mask.shape[1]} x {mask.shape[0]}, the image {width} x {height}")
-    return mask.astype(bool)
-
-
 def _read_text(path: Path, needs: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing" + (f": {needs}" if needs else "")) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -172,16 +226,23 @@ def _list(content: Any, key: str, path: Path) -> list:
 
 def _listed(path: Path, images: list) -> list[Listed]:
     try:
-        listed = [Listed(image["id"], image["file_name"], int(image["height"]), int(image["width"]))
+        listed = [Listed(image["id"], image["file_name"], _side(image.get("height")), _side(image.get("width")))
                   for image in images]  # fmt: skip
         for image in listed:
             hash(image.id)
-            if not isinstance(image.file_name, str) or not 0 < min(image.height, image.width) <= _MAX_SIDE >= max(
-                    image.height, image.width):  # fmt: skip
-                raise ValueError(f"{image.file_name!r}, {image.width} x {image.height}")
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+            if not isinstance(image.file_name, str):
+                raise ValueError(f"file_name {image.file_name!r}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _misfit(path, error) from None
     return listed
+
+
+def _side(value: Any) -> int:
+    try:
+        side = int(value)
+        return side if side == float(value) and 0 < side <= _MAX_SIDE else 0
+    except (TypeError, ValueError, OverflowError):
+        return 0
 
 
 def _misfit(path: Path, error: Exception) -> UserError:

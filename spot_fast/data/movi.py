@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import UserError
 from .base import ImageFiles, Masks
-from .transforms import open_image
+from .labels import open_lossless
 
 T = TypeVar("T")
 TRAIN_FRAMES = 9
@@ -61,13 +61,14 @@ class Movi(ImageFiles):
     def val_masks(self, index: int) -> Masks:
         instances = None
         for file in self.mask_files(index):
-            mask = np.asarray(open_image(file).convert("L")) > 0
+            mask = np.asarray(open_lossless(file).convert("L")) > 0
             if instances is None:
                 instances = np.zeros(mask.shape, np.int32)
             if mask.shape != instances.shape:
                 raise UserError(f"{file} is {mask.shape[1]} x {mask.shape[0]}, the frame's other masks are "
                                 f"{instances.shape[1]} x {instances.shape[0]}")
             instances[mask] = _number(file)
+        self.fitting(index, instances.shape[::-1], file)
         return Masks(self.square_labels(instances))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import CorruptImage, UserError
 from . import movi, tfrecord
 from .base import ImageFiles, Masks
-from .transforms import open_labels
+from .labels import open_labels
 
 _PRESETS = ("movi_c", "movi_e")
 _SHARD = re.compile(r"(?P<set>.+)-(?P<split>train|validation)\.tfrecord-\d{5}-of-(?P<count>\d{5})")
@@ -71,7 +71,9 @@ class MoviRecords(ImageFiles):
     def val_masks(self, index: int) -> Masks:
         if not self.has_masks:
             raise UserError(f"{self.name} is read without masks: evaluate on the validation clips")
-        labels = open_labels(self.paths[index].with_suffix(f".{MASKS}"), self.encoded_masks(index))
+        source = self.paths[index].with_suffix(f".{MASKS}")
+        labels = open_labels(source, self.encoded_masks(index))
+        self.fitting(index, labels.shape[::-1], source)
         return Masks(self.square_labels(labels))
 
     def encoded_masks(self, index: int) -> bytes:

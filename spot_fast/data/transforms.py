@@ -7,17 +7,15 @@ the same geometry with the nearest neighbour. Pillow's bilinear and bicubic filt
 from __future__ import annotations
 
 import io
-from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..errors import CorruptImage, UserError
+from ..errors import CorruptImage
 
 VERSION = 1  # to be raised when the same file gives other pixels: caches of the old ones are then not used
-RIM = 255  # the label that VOC draws around objects
 
 
 def open_image(path: str | Path, encoded: bytes | None = None) -> Image.Image:
@@ -54,22 +52,6 @@ def open_rgb(path: str | Path, encoded: bytes | None = None, *, upright: bool = 
         raise
     except Exception as error:  # noqa: BLE001 - metadata and palettes can be damaged too
         raise CorruptImage(f"image {path} cannot be converted to RGB: {error or type(error).__name__}") from None
-
-
-def open_labels(path: str | Path, encoded: bytes | None = None, *, rim: Collection[str] = ()) -> np.ndarray:
-    """int32 [height, width] of an indexed label image: grey values, or the palette's indices whatever their colours.
-
-    rim: Pillow modes of images in which 255 is VOC's rim around objects, and becomes background. UserError where the
-    image has colours, CorruptImage where it cannot be read.
-    """
-    image = open_image(path, encoded)
-    if image.mode not in ("P", "L", "1", "I") and not image.mode.startswith("I;16"):
-        raise UserError(f"{path} has colours ({image.mode}) instead of indexed labels: save it as a palette or grey "
-                        "PNG whose values are the labels")
-    labels = np.array(image, dtype=np.int32)
-    if image.mode in rim:
-        labels[labels == RIM] = 0
-    return labels
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

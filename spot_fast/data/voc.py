@@ -7,13 +7,19 @@ published numbers are computed so (SPOT, section 7).
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Container
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import UserError
+from . import fit
 from .base import FullLabels, ImageFiles, Masks
-from .transforms import RIM, open_labels
+from .labels import RIM, open_labels
+from .mask_names import masks_in
+from .text import read_text
 
 EXPECTED = "JPEGImages/, ImageSets/Segmentation/trainaug.txt (or --sbd PATH) to train, " \
            "ImageSets/Segmentation/val.txt, SegmentationObject/ and SegmentationClass/ to evaluate"
@@ -23,6 +29,10 @@ _GET_TRAINAUG = (
     "save them there, one name a line, or download SBD (benchmark_RELEASE, with train.txt and val.txt in its dataset/) "
     "and add --sbd PATH"
 )
+# In the order of preference where a name has several.
+_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+_FLAGS = ("1", "0", "-1")  # behind the names in ImageSets/Main
+_OWN_NAME = re.compile(r"\d{4}_\d{6}")
 
 
 class Voc(ImageFiles):
@@ -40,42 +50,56 @@ class Voc(ImageFiles):
         self.has_masks = split == "val"
         self.root = _find(Path(root))
         self.sbd = None if sbd is None or self.has_masks else _find_sbd(Path(sbd))
+        own = _pictures_in(self.root / "JPEGImages")
+        self._found = own if self.sbd is None else _pictures_in(self.sbd / "img") | own
         names = self._list("val") if self.has_masks else self._trainaug()
-        paths = self._pictures(names[:limit] if limit else names)
+        paths = [self._found.get(name, self.root / "JPEGImages" / f"{name}.jpg")
+                 for name in (names[:limit] if limit else names)]  # fmt: skip
+        folders = ("SegmentationObject", "SegmentationClass") if self.has_masks else ()
+        self._masks = [(self.root / folder, masks_in(self.root / folder)) for folder in folders]
         super().__init__(paths, image_size=image_size, mask_size=mask_size, crop=crop, flip=flip)
 
     def _list(self, name: str) -> list[str]:
         file = self.root / "ImageSets" / "Segmentation" / f"{name}.txt"
         if not file.is_file():
             raise UserError(f"{file} is missing: VOC needs {EXPECTED}")
-        return read_names(file)
+        return read_names(file, self._found)
 
     def _trainaug(self) -> list[str]:
         file = self.root / "ImageSets" / "Segmentation" / "trainaug.txt"
         if file.is_file():
-            return read_names(file)
+            return read_names(file, self._found)
         if self.sbd is None:
             raise UserError(f"{file} is missing: {_GET_TRAINAUG}")
-        of_sbd = {*read_names(self.sbd / "train.txt"), *read_names(self.sbd / "val.txt")}
+        of_sbd = {name for split in ("train", "val") for name in read_names(self.sbd / f"{split}.txt", self._found)}
         return sorted(of_sbd.union(self._list("train")).difference(self._list("val")))
 
-    def _pictures(self, names: list[str]) -> list[Path]:
-        own, of_sbd = self.root / "JPEGImages", self.sbd / "img" if self.sbd else None
-        if of_sbd is None or not of_sbd.is_dir():
-            return [own / f"{name}.jpg" for name in names]
-        lacking = {path.name for path in of_sbd.iterdir()} - {path.name for path in own.iterdir()}
-        return [(of_sbd if f"{name}.jpg" in lacking else own) / f"{name}.jpg" for name in names]
-
     def mask_files(self, index: int) -> list[Path]:
-        folders = ("SegmentationObject", "SegmentationClass") if self.has_masks else ()
-        return [self.root / folder / f"{self.paths[index].stem}.png" for folder in folders]
+        stem = self.paths[index].stem
+        return [found.get(stem, folder / f"{stem}.png") for folder, found in self._masks]
 
-    def full_masks(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(instances, classes), each int32 [height, width] at the size of the image."""
+    def drawn_size(self, index: int) -> fit.Size | None:
+        return fit.stored_size(self.mask_files(index)[0]) if self.has_masks else None
+
+    def upright_alike(self, index: int) -> bool:
+        # VOC's own masks are on the stored pixels; whoever draws masks on other photos sees them upright.
+        return not _OWN_NAME.fullmatch(self.paths[index].stem)
+
+    def _maps(self, index: int, *rim: str) -> tuple[np.ndarray, np.ndarray]:
         if not self.has_masks:
             raise UserError(f"{self.name} is read without masks: evaluate on VOC val")
-        instances, classes = (open_labels(file, rim=("P", "L")) for file in self.mask_files(index))
+        files = self.mask_files(index)
+        instances, classes = (open_labels(file, rim=rim) for file in files)
+        for file, labels in zip(files, (instances, classes), strict=True):
+            self.fitting(index, labels.shape[::-1], file)
+        if classes.shape != instances.shape:
+            raise UserError(f"{files[1]} is {classes.shape[1]} x {classes.shape[0]}, {files[0]} is "
+                            f"{instances.shape[1]} x {instances.shape[0]}: both need the same size")
         return instances, classes
+
+    def full_masks(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(instances, classes), each int32 [height, width] at the size of the masks."""
+        return self._maps(index, "P", "L")
 
     def val_masks(self, index: int) -> Masks:
         instances, classes = self.full_masks(index)
@@ -83,25 +107,54 @@ class Voc(ImageFiles):
 
     def full_labels(self, index: int, *, crowd: bool) -> FullLabels:
         """As `full_masks`, with the rim, for other protocols than SPOT's; VOC has no crowd regions."""
-        if not self.has_masks:
-            raise UserError(f"{self.name} is read without masks: evaluate on VOC val")
-        instances, classes = map(open_labels, self.mask_files(index))
+        instances, classes = self._maps(index)
         undecided = (instances == RIM) | (classes == RIM)
         instances[instances == RIM] = 0
         classes[classes == RIM] = 0
         return FullLabels(instances, classes, classes, np.zeros(instances.shape, bool), undecided)
 
 
-def read_names(file: Path) -> list[str]:
-    """Names in a list, one a line: the first word, without folder and ending; UserError where there are none."""
+def read_names(file: Path, known: Container[str] = ()) -> list[str]:
+    """Names in a list, one a line, without folder and picture's ending; UserError where there are none.
+
+    known: names of pictures that there are. They tell a name with spaces from one with something behind it, such as
+    1, 0 or -1 in ImageSets/Main, or the name of a mask.
+    """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_text(file).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
-    names = [Path(line.split()[0]).stem for line in lines if line.strip()]
+    names = [_name(line, known) for line in map(str.strip, lines) if line]
     if not names:
         raise UserError(f"{file} names no images")
     return names
+
+
+def _name(line: str, known: Container[str]) -> str:
+    words = line.split()
+    flagged = len(words) > 1 and words[-1] in _FLAGS
+    without_flag = line[: -len(words[-1])].rstrip() if flagged else line
+    for text in (line, without_flag, words[0]):
+        text = text.replace("\\", "/").rpartition("/")[2]
+        for name in (text, _without_ending(text)):
+            if name in known:
+                return name
+    # There is no such picture: the likeliest name, to be told as missing.
+    first = flagged and len(words) == 2 or _without_ending(words[0]) != words[0]
+    return _without_ending((words[0] if first else line).replace("\\", "/").rpartition("/")[2])
+
+
+def _without_ending(name: str) -> str:
+    stem, dot, ending = name.rpartition(".")
+    return stem if stem and f"{dot}{ending}".lower() in _ENDINGS else name
+
+
+def _pictures_in(folder: Path) -> dict[str, Path]:
+    """The pictures of a folder by their names without ending; of several with one name the .jpg."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    found = [(_ENDINGS.index(ending), name) for name in names if (ending := Path(name).suffix.lower()) in _ENDINGS]
+    found.sort(key=lambda each: (-each[0], each[1]))
+    return {_without_ending(name): folder / name for _, name in found}
 
 
 def _find(root: Path) -> Path:

@@ -69,7 +69,6 @@ def with_gradients(function: Callable, tensors: tuple[torch.Tensor, ...]) -> lis
     through = [result for result in results if result.requires_grad]
     found = [result.detach() for result in results]
     if through:
-        weights = [torch.linspace(-1, 1, result.numel(), dtype=result.dtype, device=result.device) for result in through]
-        given = [weight.view(result.shape) for weight, result in zip(weights, through, strict=True)]
+        given = [torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).view(x.shape) for x in through]
         found += torch.autograd.grad(through, leaves, given)
     return found

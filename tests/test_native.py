@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,6 +149,7 @@ def test_label_out_of_range_is_refused(label):
 @pytest.fixture
 def fresh_load(monkeypatch):
     """Loads again in the test, and forgets that load after it."""
+    monkeypatch.setattr(native, "_NAMED", "")
     native._load.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
@@ -276,3 +278,27 @@ def test_sizes_that_no_memory_has_are_refused(sizes):
         rows = native._Rows(cost.data_ptr(), 0, 0, 0)
         size = native._Size(*both, 3, 3, 0, 0, 1, 1e-8, None)
         assert library.spot_slot_attention_forward(size, *5 * [rows], None, None, cost.data_ptr()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("bash", "cmake", "c++"))) or not sys.platform.startswith("linux"),
+    reason="needs cmake and a C++ compiler on Linux",
+)
+def test_no_sanitizer_finds_anything():
+    """A build with AddressSanitizer and UndefinedBehaviorSanitizer runs a selection of these tests to their end.
+
+    `bash tests/sanitize_native.sh` runs all of them.
+    """
+    here = Path(__file__).parent
+    chosen = "empty or buffer or memory or sizes or layouts or absent or overlap or counts or (default and native)"
+    files = [here / f"test_{name}.py" for name in ("native", "native_slot_attention", "mask_labels", "default_dtype")]
+    done = subprocess.run(
+        ["bash", here / "sanitize_native.sh", *files, "-k", f"({chosen}) and not triton and not sanitizer"],
+        env={key: value for key, value in os.environ.items() if key != "LD_PRELOAD"} | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 3:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]

@@ -78,13 +78,14 @@ struct Buffer {
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// Whether there are rows [batch, heads, count, width] at an array. Strides along axes of size 1, which nobody walks along
-// and which may be anything, become 0.
+// Whether there are rows [batch, heads, count, width] at an array. Strides that nobody walks along, and which may be
+// anything (along an axis of size 1; of an array without elements), become 0.
 bool usable(spot_rows& rows, const spot_slot_attention& size, int64_t count) {
-    rows.batch_stride = size.batch > 1 ? rows.batch_stride : 0;
-    rows.head_stride = size.heads > 1 ? rows.head_stride : 0;
-    rows.row_stride = count > 1 ? rows.row_stride : 0;
-    return spot::there(rows.data, size.heads * count * size.width) && rows.batch_stride >= 0 && rows.head_stride >= 0 &&
+    const int64_t elements = size.heads * count * size.width;
+    rows.batch_stride = elements && size.batch > 1 ? rows.batch_stride : 0;
+    rows.head_stride = elements && size.heads > 1 ? rows.head_stride : 0;
+    rows.row_stride = elements && count > 1 ? rows.row_stride : 0;
+    return spot::there(rows.data, elements) && rows.batch_stride >= 0 && rows.head_stride >= 0 &&
            rows.row_stride >= 0;
 }
 

@@ -62,6 +62,14 @@ def test_tensors_on_two_devices_are_refused():
                 function(tensors[0], *(tensor.to("meta") for tensor in tensors[1:]))
 
 
+@pytest.mark.parametrize("operator", calls())
+def test_sparse_tensors_are_refused(operator):
+    """Whatever has no memory laid out by strides, for one."""
+    function, tensors = calls()[operator]
+    with pytest.raises(ValueError, match=f"{operator}: [a-z_]+ is torch.sparse_coo: pass an ordinary dense tensor"):
+        function(*(tensor.to_sparse() for tensor in tensors))
+
+
 def test_a_backend_on_the_meta_device_is_torch():
     with use_backend("native"):
         assert chosen_backend("slot_attention_step", torch.empty(1, 1, 3, 8, device="meta")) == "torch"

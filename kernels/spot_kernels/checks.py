@@ -29,7 +29,9 @@ def floating(operator: str, **tensors: torch.Tensor) -> None:
 def shape(
     operator: str, name: str, tensor: torch.Tensor, layout: str, expected: Sequence[int | None] | None = None
 ) -> None:
-    """The tensor has as many axes as `layout` ("[B, N, D]") and the sizes in `expected`, None standing for any."""
+    """The tensor is strided and has as many axes as `layout` ("[B, N, D]") and the sizes in `expected`, None: any."""
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{operator}: {name} is {tensor.layout}: pass an ordinary dense tensor")
     found = tuple(tensor.shape)
     if len(found) != layout.count(",") + 1:
         raise ValueError(f"{operator}: {name} {found} must have the layout {layout}")

@@ -19,7 +19,7 @@ if ! { cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_COMPILE
 fi
 
 if [ $# = 0 ]; then
-  set -- "$root"/tests/test_{native,native_slot_attention,mask_labels,mask_matching,default_dtype}.py -k "not triton"
+  set -- "$root"/tests/test_{native,native_slot_attention,mask_labels,mask_matching,default_dtype}.py -k "not triton and not sanitizer"
 fi
 echo "with address and undefined-behaviour sanitizers: pytest $*"
 # Python itself is not built with them: their run-time library has to be there first, and the C++ library beside it, whose

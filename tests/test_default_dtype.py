@@ -10,6 +10,10 @@ import torch
 
 from kernel_tier import needs_triton
 from operator_calls import calls, with_gradients
+from spot_fast.encoder import normalise
+from spot_fast.layouts import Layout
+from spot_fast.metrics import image_scores, labels_from_soft
+from spot_fast.stitching import stitch
 from spot_kernels import SlotAttention, native, use_backend
 from spot_kernels.nn import PermutedDecoder
 
@@ -108,3 +112,21 @@ def test_modules_are_the_same_under_any_default_dtype_and_device():
         for dtype in DEFAULTS[1:]:
             with default(dtype, "meta"):
                 assert_same(run(), expected)
+
+
+def test_pictures_and_their_masks_are_the_same_under_any_default_dtype():
+    """What a process that has a default of its own may call of spot_fast: the encoder's input, stitching, scores."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (2, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    masks = torch.rand(2, 64, 3, generator=generator).softmax(-1)
+    layout = Layout((8, 12), (8, 8), ((0, 0), (0, 4)), tiled=True)
+    truth = torch.randint(3, (2, 80, 80), generator=generator)
+
+    def run():
+        scores = image_scores(labels_from_soft(masks, 80), 3, truth).values()
+        return [normalise(images), stitch({"masks": masks}, layout).masks["masks"], *map(torch.nan_to_num, scores)]
+
+    expected = run()
+    for dtype in DEFAULTS[1:]:
+        with default(dtype):
+            assert_same(run(), expected)

@@ -35,7 +35,7 @@ class BadSteps:
     """
 
     def __init__(self, device: torch.device, spike: float) -> None:
-        self.spike, self.state = spike, torch.zeros(2, device=device)
+        self.spike, self.state = spike, torch.zeros(2, dtype=torch.float32, device=device)
         self.found: list[BadStep] = []
         self._told = 0
         self._unread: list[tuple[int, Tensor]] = []

@@ -58,7 +58,7 @@ def normalise(images: Tensor) -> Tensor:
 
 def _channels(values: Sequence[float], device: torch.device) -> Tensor:
     """[3, 1, 1], written on the device: a copy from the host would wait for it."""
-    return torch.cat([torch.full((1, 1, 1), value, device=device) for value in values])
+    return torch.cat([torch.full((1, 1, 1), value, dtype=torch.float32, device=device) for value in values])
 
 
 class Encoder(nn.Module):

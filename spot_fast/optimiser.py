@@ -18,7 +18,7 @@ def adam(parameters: Iterable[nn.Parameter], *, graphed: bool = False) -> torch.
     """
     parameters = list(parameters)
     fused = all(parameter.device.type in _FUSED for parameter in parameters)
-    rate = torch.zeros((), device=parameters[0].device) if graphed else 0.0
+    rate = torch.zeros((), dtype=torch.float32, device=parameters[0].device) if graphed else 0.0
     return torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.999), weight_decay=0.0, fused=fused, capturable=graphed)
 
 

@@ -233,5 +233,5 @@ def _slots(slots: Tensor, segments: Tensor | None, prepared: _Prepared) -> dict[
     rows, columns = layout.grid
     (tall, wide) = layout.window
     boxes = torch.tensor([(left, top, left + wide, top + tall) for top, left in layout.corners], dtype=torch.float32)
-    scale = torch.tensor([width / columns, height / rows] * 2)
+    scale = torch.tensor([width / columns, height / rows] * 2, dtype=torch.float32)
     return {"slots": slots, "segments": segments, "windows": boxes * scale}

@@ -89,8 +89,8 @@ def _blended(soft: Tensor, segments: Tensor, count: int, layout: Layout) -> Tens
     """[W, N, K] → [h · w, M]."""
     height, width = layout.window
     weight = _tent(height)[:, None] * _tent(width)
-    total = torch.zeros(*layout.grid, count)
-    weights = torch.zeros(*layout.grid)
+    total = torch.zeros(*layout.grid, count, dtype=torch.float32)
+    weights = torch.zeros(*layout.grid, dtype=torch.float32)
     for masks, numbers, (top, left) in zip(soft, segments, layout.corners, strict=True):
         part = slice(top, top + height), slice(left, left + width)
         kept = numbers >= 0
@@ -102,5 +102,5 @@ def _blended(soft: Tensor, segments: Tensor, count: int, layout: Layout) -> Tens
 
 def _tent(length: int) -> Tensor:
     """Weights that fall evenly from the middle of a window to its ends, where they are not yet 0."""
-    place = torch.arange(length) + 0.5
+    place = torch.arange(length, dtype=torch.float32) + 0.5
     return torch.minimum(place, length - place)

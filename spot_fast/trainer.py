@@ -167,7 +167,8 @@ class Trainer:
         if slots.init == "gaussian":
             shape = (self.config.batch_size, slots.num_slots, slots.slot_dim)
             # Of the whole batch, whatever the share: pictures get the noise that they would get in one process.
-            noise = torch.randn(shape, generator=self.generator, device=self.device)[self.loader.mine]
+            noise = torch.randn(shape, generator=self.generator, dtype=torch.float32, device=self.device)
+            noise = noise[self.loader.mine]
         return order, noise
 
     @torch.no_grad()
@@ -242,7 +243,8 @@ class Trainer:
 
     def train_step(self, batch: Batch | tuple[Tensor, ...]) -> None:
         """Forward, backward, mean over the processes, clip, Adam; waits for nothing on the device."""
-        weight = torch.full((), attention_weight(self.config, self.step, self.total_steps), device=self.device)
+        strength = attention_weight(self.config, self.step, self.total_steps)
+        weight = torch.full((), strength, dtype=torch.float32, device=self.device)
         set_learning_rate(self.optimiser, self.rate(self.step))
         verdict, *numbers = self.update(batch, self.draw(self.step), weight)
         self.meter.add(*numbers, verdict[0])
@@ -265,7 +267,7 @@ class Trainer:
 
     def flops(self, batch: Batch | tuple[Tensor, ...]) -> int:
         """FLOPs of a step of this process, counted on the first picture of its batch; nothing changes by it."""
-        one, weight = slice(0, 1), torch.zeros((), device=self.device)
+        one, weight = slice(0, 1), torch.zeros((), dtype=torch.float32, device=self.device)
         batch, draws = map_tensors(batch, lambda tensor: tensor[one]), self.draw(0)
         draws = replace(draws, **{name: noise[one] for name in ("noise", "teacher_noise")
                                   if (noise := getattr(draws, name)) is not None})  # fmt: skip
@@ -274,7 +276,7 @@ class Trainer:
 
     def _tell_float8(self, batch: Batch | tuple[Tensor, ...], display: Display) -> None:
         draws, decoder = self.draw(self.step), self.model.decoder
-        weight = torch.zeros((), device=self.device)
+        weight = torch.zeros((), dtype=torch.float32, device=self.device)
         loss, gradients = float8.errors(decoder, lambda: self.losses(batch, draws, weight)[1], self.parameters)
         display.line(f"float8 in {self.float8_layers} layers of the decoder: on this batch the loss is {loss:.1e} and "
                      f"its gradients are {gradients:.1e} from bfloat16's")  # fmt: skip

@@ -3,6 +3,9 @@
 import itertools
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,6 +149,7 @@ def test_label_out_of_range_is_refused(label):
 @pytest.fixture
 def fresh_load(monkeypatch):
     """Loads again in the test, and forgets that load after it."""
+    monkeypatch.setattr(native, "_NAMED", "")
     native._load.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
@@ -163,6 +167,17 @@ def test_absent_library_is_said(fresh_load, tmp_path):
         native.linear_assignment(torch.zeros(1, 2, 2))
 
 
+def test_another_build_can_be_named():
+    """SPOT_KERNELS_LIBRARY, read once at import."""
+    done = subprocess.run(
+        [sys.executable, "-m", "spot_kernels"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "SPOT_KERNELS_LIBRARY": "nowhere/lib.so"},
+        capture_output=True,
+        text=True,
+    )
+    assert "SPOT_KERNELS_LIBRARY is nowhere/lib.so, which does not exist" in done.stdout, done.stderr
+
+
 def test_broken_library_is_said(fresh_load, tmp_path):
     broken = tmp_path / "libspot_native.so"
     broken.write_bytes(b"not a library")
@@ -174,3 +189,116 @@ def test_broken_library_is_said(fresh_load, tmp_path):
 def test_library_of_another_version_is_said(fresh_load):
     fresh_load.setattr(native, "_ABI", -1)
     assert not native.available() and "install again" in native.describe()
+
+
+def _slot_attention():
+    """The arguments of forward and of backward, by name."""
+    q, k, v = torch.randn(2, 2, 3, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    updates, attn, logits, exact, sums = native.slot_attention_forward(q, k, v, 1e-8, True, True)
+    forward = {"q": q, "k": k, "v": v}
+    given = {"grad_updates": updates, "grad_attn": attn, "grad_logits": logits, "exact": exact, "sums": sums}
+    return forward, forward | given
+
+
+@needs_library
+@pytest.mark.parametrize("change", ["double", "bfloat16", "narrower", "shorter", "meta"])
+def test_a_buffer_that_does_not_fit_is_refused(change):
+    """Each argument of slot attention in turn: a ValueError that names a buffer, and nothing is read or written."""
+    changes = {
+        "double": torch.Tensor.double, "bfloat16": torch.Tensor.bfloat16, "narrower": lambda x: x[..., :-1],
+        "shorter": lambda x: x[:1], "meta": lambda x: x.to("meta"),
+    }  # fmt: skip
+    forward, backward = _slot_attention()
+    for name in forward:
+        with pytest.raises(ValueError, match="native library: [qkv] is torch"):
+            native.slot_attention_forward(
+                **forward | {name: changes[change](forward[name])}, eps=1e-8, return_attn=True, return_logits=True
+            )
+    for name in backward:
+        if name.startswith("grad_") and change in ("double", "bfloat16"):
+            continue  # autograd may bring another dtype, which is converted
+        with pytest.raises(ValueError, match="native library: [a-z_]+ is torch"):
+            native.slot_attention_backward(**backward | {name: changes[change](backward[name])}, eps=1e-8)
+
+
+@needs_library
+def test_other_functions_refuse_buffers_that_do_not_fit():
+    labels = torch.zeros(2, 8, dtype=torch.int64)
+    for call in (
+        lambda: native.linear_assignment(torch.zeros(2, 3, 3, dtype=torch.int64)),
+        lambda: native.linear_assignment(torch.zeros(2, 3, 3).half()),
+        lambda: native.linear_assignment(torch.zeros(2, 3, 3, device="meta")),
+        lambda: native.overlap_counts(labels, labels[:1], 2, 2),
+        lambda: native.overlap_counts(labels, labels[:, :7], 2, 2),
+        lambda: native.overlap_counts(labels, labels, 2, 2, torch.ones(2, 7, dtype=torch.bool)),
+        lambda: native.overlap_counts(labels, labels, 2, 2, labels),
+        lambda: native.mask_labels(torch.zeros(2, 9, 3).double(), 80),
+        lambda: native.mask_labels(torch.zeros(2, 8, 3), 80),
+    ):
+        with pytest.raises(ValueError, match="native library: [a-z]+ is torch.* dense rows on the CPU"):
+            call()
+
+
+@needs_library
+def test_freed_memory_is_refused():
+    """What sharded training leaves of a parameter between its uses: a shape without memory."""
+    forward, _ = _slot_attention()
+    forward["k"].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="a buffer is missing"):
+        native.slot_attention_forward(**forward, eps=1e-8, return_attn=False, return_logits=False)
+    cost = torch.zeros(2, 3, 3)
+    cost.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="a buffer is missing"):
+        native.linear_assignment(cost)
+
+
+@needs_library
+def test_empty_batches_of_any_size_need_no_memory():
+    """Nothing is allocated for sizes that no problem has, and no product of them overflows."""
+    huge = 2**31
+    assert native.linear_assignment(torch.empty(0, huge, huge)).shape == (0, huge)
+    empty = torch.empty(0, 8, dtype=torch.int64)
+    assert native.overlap_counts(empty, empty, huge, huge).shape == (0, huge, huge)
+    assert native.mask_labels(torch.empty(0, 9, 3), huge).shape == (0, huge, huge)
+    q, k = torch.empty(0, 1, huge, 8), torch.empty(0, 1, huge, 8)
+    assert native.slot_attention_forward(q, k, k, 1e-8, True, True)[2].shape == (0, 1, huge, huge)
+
+
+@needs_library
+@pytest.mark.parametrize("sizes", [(1, -1, 3), (-1, 3, 3), (2**40, 2**40, 2**40), (2**62, 3, 3)])
+def test_sizes_that_no_memory_has_are_refused(sizes):
+    """Asked of the library itself, as from C: no product of sizes overflows."""
+    library, cost = native._library(), torch.zeros(1, 3, 3)
+    assignment = torch.zeros(1, 3, dtype=torch.int64)
+    assert library.spot_linear_assignment_f32(cost.data_ptr(), *sizes, assignment.data_ptr()) == 1
+    labels = native._Labels(assignment.data_ptr(), 2)
+    for both in (sizes, sizes[::-1]):
+        assert library.spot_overlap_counts(labels, labels, None, 1, *both, 1, None, assignment.data_ptr()) == 1
+        assert library.spot_mask_labels(cost.data_ptr(), *both, 80, 0, 1, None, assignment.data_ptr()) == 1
+        rows = native._Rows(cost.data_ptr(), 0, 0, 0)
+        size = native._Size(*both, 3, 3, 0, 0, 1, 1e-8, None)
+        assert library.spot_slot_attention_forward(size, *5 * [rows], None, None, cost.data_ptr()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("bash", "cmake", "c++"))) or not sys.platform.startswith("linux"),
+    reason="needs cmake and a C++ compiler on Linux",
+)
+def test_no_sanitizer_finds_anything():
+    """A build with AddressSanitizer and UndefinedBehaviorSanitizer runs a selection of these tests to their end.
+
+    `bash tests/sanitize_native.sh` runs all of them.
+    """
+    here = Path(__file__).parent
+    chosen = "empty or buffer or memory or sizes or layouts or absent or overlap or counts or (default and native)"
+    files = [here / f"test_{name}.py" for name in ("native", "native_slot_attention", "mask_labels", "default_dtype")]
+    done = subprocess.run(
+        ["bash", here / "sanitize_native.sh", *files, "-k", f"({chosen}) and not triton and not sanitizer"],
+        env={key: value for key, value in os.environ.items() if key != "LD_PRELOAD"} | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 3:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]

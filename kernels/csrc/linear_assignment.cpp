@@ -9,6 +9,7 @@
 // ones the last in the list wins (a constant cost gives row i column i), of taken ones the first. This is the order of
 // scipy.optimize.linear_sum_assignment, so results do not depend on whether this library could be built.
 
+#include "sizes.h"
 #include "spot_native.h"
 
 #include <cmath>
@@ -124,7 +125,10 @@ class Solver {
 
 template <typename T>
 int assign_batch(const T* cost, int64_t batch, int64_t rows, int64_t columns, int64_t* assignment) {
-    if (batch < 0 || rows < 0 || columns < 0) {
+    if (batch == 0 && rows >= 0 && columns >= 0) {
+        return SPOT_OK;
+    }
+    if (!spot::countable({batch, rows, columns}) || !spot::there(cost, rows * columns) || !spot::there(assignment, rows)) {
         return SPOT_BAD_SIZE;
     }
     // more rows than columns: the transposed problem, whose "rows" are our columns

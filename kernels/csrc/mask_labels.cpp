@@ -5,6 +5,7 @@
 // The sums are PyTorch's to the last bit, so that near-ties fall the same way: v = l0 * w0 + l1 * w1 along x, then along
 // y, where PyTorch's build for processors with FMA fuses l0 * w0 with the addition, and the source coordinate likewise.
 
+#include "sizes.h"
 #include "spot_native.h"
 
 #include <algorithm>
@@ -129,14 +130,21 @@ Image chosen(bool fused) {
 
 int spot_mask_labels(const float* masks, int64_t batch, int64_t grid, int64_t slots, int64_t size, int32_t fused,
                      int32_t threads, spot_team team, uint8_t* labels) {
-    if (batch < 0 || grid < 1 || slots < 1 || slots > 256 || size < 1) {
+    if (grid < 1 || slots < 1 || slots > 256 || size < 1) {
+        return SPOT_BAD_SIZE;
+    }
+    if (batch == 0) {
+        return SPOT_OK;
+    }
+    if (!spot::countable({batch, grid, grid, slots}) || !spot::countable({batch, size, size}) ||
+        !spot::countable({grid, slots, size}) || !masks || !labels) {
         return SPOT_BAD_SIZE;
     }
     std::atomic<bool> enough{true};
     try {
         const std::vector<Mix> at = mixes(grid, size, fused);
         const Image image = chosen(fused);
-        const double nanoseconds = static_cast<double>(size * size * slots) / kMixesPerNs;
+        const double nanoseconds = static_cast<double>(size) * size * slots / kMixesPerNs;
         spot::each_image(team, threads, batch, nanoseconds, [&](int64_t b) noexcept {
             try {
                 // as large as the image's maps in one direction: little beside what is done with it

@@ -1,5 +1,6 @@
 // Overlap counts of two label maps in one pass, labels checked on the way.
 
+#include "sizes.h"
 #include "spot_native.h"
 
 #include <algorithm>
@@ -59,7 +60,11 @@ int spot_native_abi(void) { return 5; }
 
 int spot_overlap_counts(const spot_labels* a, const spot_labels* b, const uint8_t* valid, int64_t batch, int64_t tokens,
                         int64_t num_a, int64_t num_b, int32_t threads, spot_team team, int64_t* counts) {
-    if (batch < 0 || tokens < 0 || num_a < 0 || num_b < 0) {
+    if (batch == 0 && tokens >= 0 && num_a >= 0 && num_b >= 0) {
+        return SPOT_OK;
+    }
+    if (!spot::countable({batch, tokens}) || !spot::countable({batch, num_a, num_b}) ||
+        !spot::there(a->data, tokens) || !spot::there(b->data, tokens) || !spot::there(counts, num_a * num_b)) {
         return SPOT_BAD_SIZE;
     }
     const Cut cut{batch, tokens, num_a, num_b, threads, team};

@@ -1,5 +1,6 @@
 // Entry points of the slot-attention step: sizes, the instruction set, work items and threads.
 
+#include "sizes.h"
 #include "slot_attention.h"
 #include "team.h"
 
@@ -77,17 +78,36 @@ struct Buffer {
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
+// Whether there are rows [batch, heads, count, width] at an array. Strides that nobody walks along, and which may be
+// anything (along an axis of size 1; of an array without elements), become 0.
+bool usable(spot_rows& rows, const spot_slot_attention& size, int64_t count) {
+    const int64_t elements = size.heads * count * size.width;
+    rows.batch_stride = elements && size.batch > 1 ? rows.batch_stride : 0;
+    rows.head_stride = elements && size.heads > 1 ? rows.head_stride : 0;
+    rows.row_stride = elements && count > 1 ? rows.row_stride : 0;
+    return spot::there(rows.data, elements) && rows.batch_stride >= 0 && rows.head_stride >= 0 &&
+           rows.row_stride >= 0;
+}
+
+// False for a call that cannot be; of an empty batch nothing more is asked.
 bool plan(Problem& p) {
     const spot_slot_attention& s = p.size;
     if (s.batch < 0 || s.heads < 0 || s.tokens < 0 || s.slots < 0 || s.width < 0 ||
         (s.dtype != SPOT_FLOAT32 && s.dtype != SPOT_BFLOAT16)) {
         return false;
     }
+    if (s.batch == 0) {
+        return true;
+    }
+    if (!spot::countable({s.batch, s.heads, s.tokens, s.slots, s.width}) || !usable(p.q, s, s.slots) ||
+        !usable(p.k, s, s.tokens) || !usable(p.v, s, s.tokens)) {
+        return false;
+    }
     p.padded_slots = round_up(s.slots, spot::kSlotLanes);
     p.padded_width = round_up(s.width, spot::kWidthLanes);
     p.pitch = p.padded_width | spot::kWidthLanes;
     const int64_t most = std::max<int64_t>(1, s.tokens / kSmallestChunk);
-    const int64_t wanted = s.batch ? (kItems + s.batch - 1) / s.batch : 1;
+    const int64_t wanted = (kItems + s.batch - 1) / s.batch;
     p.chunks = std::min(most, wanted);
     p.chunk = round_up((s.tokens + p.chunks - 1) / p.chunks, spot::kBlock);
     return true;
@@ -97,9 +117,9 @@ bool plan(Problem& p) {
 template <class Item, class Finish>
 void run(const Problem& p, int64_t scratch, double products, Item item, Finish finish) {
     const int64_t items = p.size.batch * p.chunks, partial = p.partial();
-    const double worth = products / (p.size.team ? kProductsPerMember : kProductsPerThread);
-    const int64_t threads =
-        std::max<int64_t>(1, std::min({static_cast<int64_t>(p.size.threads), items, static_cast<int64_t>(worth)}));
+    const double worth = std::min(static_cast<double>(p.size.threads),
+                                  products / (p.size.team ? kProductsPerMember : kProductsPerThread));
+    const int64_t threads = std::max<int64_t>(1, std::min(items, static_cast<int64_t>(worth)));
     // an item that is the whole batch entry is finished where it was computed
     const bool whole = p.chunks == 1;
     const Buffer partials(whole ? 0 : items * partial);
@@ -141,6 +161,13 @@ int spot_slot_attention_forward(const spot_slot_attention* size, const spot_rows
     if (!plan(p)) {
         return SPOT_BAD_SIZE;
     }
+    if (size->batch == 0) {
+        return SPOT_OK;
+    }
+    if (!usable(p.updates, *size, size->slots) || !usable(p.exact, *size, size->slots) ||
+        !spot::there(sums, size->heads * size->slots)) {
+        return SPOT_BAD_SIZE;
+    }
     const Level* level = level_of(size->level);
     if (!level) {
         return SPOT_BAD_LEVEL;
@@ -169,6 +196,15 @@ int spot_slot_attention_backward(const spot_slot_attention* size, const spot_row
                      *dk,
                      *dv};
     if (!plan(p)) {
+        return SPOT_BAD_SIZE;
+    }
+    if (size->batch == 0) {
+        return SPOT_OK;
+    }
+    if (!usable(p.exact, *size, size->slots) || !usable(p.dq, *size, size->slots) ||
+        !usable(p.dk, *size, size->tokens) || !usable(p.dv, *size, size->tokens) ||
+        (grad_updates && !usable(p.grad_updates, *size, size->slots)) ||
+        !spot::there(sums, size->heads * size->slots)) {
         return SPOT_BAD_SIZE;
     }
     const Level* level = level_of(size->level);

@@ -39,6 +39,13 @@ void pack(const float* rows, int64_t stride, int64_t slots, int64_t padded_slots
 
 void zero(float* to, int64_t count) { memset(to, 0, static_cast<size_t>(count) * sizeof(float)); }
 
+// memcpy is not to be given the null pointer of an array without elements.
+void copy(const float* from, int64_t count, float* to) {
+    if (count) {
+        memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+    }
+}
+
 void widen(const uint16_t* from, int64_t count, float* to) {
     for (int64_t i = 0; i < count; ++i) {
         to[i] = bits<float>(static_cast<uint32_t>(from[i]) << 16);
@@ -75,7 +82,7 @@ Rows copied(const Problem& p, const spot_rows& rows, int64_t batch, int64_t head
         const int64_t from = offset(rows, batch, head, first + i);
         float* to = buffer + i * p.pitch;
         if (p.size.dtype == SPOT_FLOAT32) {
-            memcpy(to, static_cast<const float*>(rows.data) + from, static_cast<size_t>(width) * sizeof(float));
+            copy(static_cast<const float*>(rows.data) + from, width, to);
         } else {
             widen(static_cast<const uint16_t*>(rows.data) + from, width, to);
         }
@@ -95,7 +102,7 @@ Rows rows_of(const Problem& p, const spot_rows& rows, int64_t batch, int64_t hea
 void write_row(const Problem& p, const spot_rows& rows, int64_t batch, int64_t head, int64_t row, const float* from) {
     const int64_t to = offset(rows, batch, head, row);
     if (p.size.dtype == SPOT_FLOAT32) {
-        memcpy(static_cast<float*>(rows.data) + to, from, static_cast<size_t>(p.size.width) * sizeof(float));
+        copy(from, p.size.width, static_cast<float*>(rows.data) + to);
     } else {
         narrow(from, p.size.width, static_cast<uint16_t*>(rows.data) + to);
     }
@@ -222,7 +229,7 @@ void write_logits(const Forward& p, const Attention& item, int64_t token, int64_
     for (int64_t head = 0; head < p.size.heads; ++head) {
         float* to = p.logits + ((item.batch * p.size.heads + head) * p.size.tokens + token) * slots;
         for (int64_t t = 0; t < count; ++t, to += slots) {
-            memcpy(to, item.a + t * p.joint() + head * p.padded_slots, static_cast<size_t>(slots) * sizeof(float));
+            copy(item.a + t * p.joint() + head * p.padded_slots, slots, to);
         }
     }
 }
@@ -232,7 +239,7 @@ void write_attn(const Forward& p, const Attention& item, int64_t token, int64_t 
     float* to = p.attn + (item.batch * p.size.tokens + token) * slots;
     for (int64_t t = 0; t < count; ++t, to += slots) {
         const float* from = item.a + t * p.joint();
-        memcpy(to, from, static_cast<size_t>(slots) * sizeof(float));
+        copy(from, slots, to);
         for (int64_t head = 1; head < p.size.heads; ++head) {
             for (int64_t k = 0; k < slots; ++k) {
                 to[k] += from[head * p.padded_slots + k];
@@ -296,8 +303,7 @@ void finish_forward(const Forward& p, int64_t batch, float* partials) {
                 row[i] /= sum;
             }
             p.sums[(batch * p.size.heads + head) * slots + k] = sum;
-            memcpy(static_cast<float*>(p.exact.data) + offset(p.exact, batch, head, k), row,
-                   static_cast<size_t>(p.size.width) * sizeof(float));
+            copy(row, p.size.width, static_cast<float*>(p.exact.data) + offset(p.exact, batch, head, k));
             write_row(p, p.updates, batch, head, k, row);
         }
     }

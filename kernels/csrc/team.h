@@ -43,14 +43,14 @@ template <class Image>
 void each_image(spot_team team, int64_t threads, int64_t batch, double nanoseconds, const Image& image) {
     // What it takes to wake a thread of a team, or to start one, several times over.
     const double least = team ? 1e5 : 4e5;
-    const int64_t worth = static_cast<int64_t>(static_cast<double>(batch) * nanoseconds / least);
+    const double worth = std::min(static_cast<double>(threads), static_cast<double>(batch) * nanoseconds / least);
     std::atomic<int64_t> next{0};
     const auto work = [&]() noexcept {
         for (int64_t b; (b = next.fetch_add(1, std::memory_order_relaxed)) < batch;) {
             image(b);
         }
     };
-    in_team(team, std::max<int64_t>(1, std::min({threads, batch, worth})), work);
+    in_team(team, std::max<int64_t>(1, std::min(batch, static_cast<int64_t>(worth))), work);
 }
 
 }  // namespace spot

@@ -4,6 +4,7 @@ Every function takes and returns plain tensors in raster layout; `spot_kernels.r
 few lines of PyTorch each.
 """
 
+from spot_kernels import flops
 from spot_kernels.dispatch import chosen_backend, use_backend
 from spot_kernels.gru_norm import gru_norm
 from spot_kernels.mask_labels import mask_labels
@@ -35,3 +36,5 @@ __all__ = [
     "unpatch",
     "use_backend",
 ]
+
+flops.register()

@@ -5,11 +5,12 @@
     torch   the plain PyTorch reference; any device and dtype, differentiable as often as one likes
 
 `auto`, the default, takes the kernels for GPU tensors, the library for CPU tensors, and PyTorch for whatever those two
-do not cover (float64 on a GPU, more than 64 slots, operators without a native path, a missing library).
+do not cover (float64 on a GPU, more than 64 slots, operators without a native path, a missing library; whatever is
+differentiated forward, by torch.func or under its vmap; tensors without data, on the meta device).
 `SPOT_KERNELS_BACKEND` sets another default for the process, `use_backend` one for a block of code in the thread that
-runs it; `chosen_backend` says what would run. A backend asked for by name that cannot run is a ValueError, with one
-exception: `native` leaves operators and dtypes that have no native path to PyTorch, and `triton` operators that have no
-kernel, so that either can be set once for a whole program.
+runs it; `chosen_backend` says what would run. A backend asked for by name that cannot run is a ValueError, with two
+exceptions. `native` leaves what has no native path to PyTorch, and `triton` operators that have no kernel, so that
+either can be set once for a whole program. On the meta device, where nothing is computed, every name means PyTorch.
 
 The choice is made when an operator is called (under torch.compile: when it is traced, guarded against changes) and
 travels with the call: backward runs on the backend of its forward.
@@ -24,6 +25,7 @@ import threading
 from collections.abc import Iterator
 
 import torch
+from torch.autograd import forward_ad
 
 from spot_kernels import native
 
@@ -48,6 +50,10 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "overlap_counts": {"triton": _LABELS, "native": _LABELS},
     "mask_labels": {"native": (torch.float64, torch.float32, *_HALF)},
 }
+
+# Nothing is differentiated through their results, which are constants to any transform.
+_CONSTANT = ("linear_assignment", "assign_masks", "match_masks", "overlap_counts", "mask_labels")
+_TRANSFORMED = "the call is inside a transform of torch.func or forward-mode differentiation"
 
 
 def _check_name(name: str, source: str) -> str:
@@ -115,8 +121,12 @@ def choose(operator: str, tensor: torch.Tensor, limit: str = "", *, native_wins:
     """
     wanted, support = _choice.requested, SUPPORT[operator]
     kind, dtype = tensor.device.type, tensor.dtype
-    if wanted == "torch":
+    if wanted == "torch" or kind == "meta":
         return "torch"
+    if operator not in _CONSTANT and _transformed():
+        if wanted != "triton":
+            return "torch"
+        limit = limit or _TRANSFORMED
     if wanted == "triton":
         if "triton" not in support:
             return "torch"
@@ -132,6 +142,15 @@ def choose(operator: str, tensor: torch.Tensor, limit: str = "", *, native_wins:
     elif not native_wins:
         return "torch"
     return "native" if kind == "cpu" and NATIVE and dtype in support.get("native", ()) else "torch"
+
+
+def _transformed() -> bool:
+    """Whether torch.func transforms the call, or a level of forward-mode differentiation is open.
+
+    The kernels are autograd functions for one backward pass: they have no derivative forward (it would be zero without
+    a word) and no rule for a batch of calls.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _check_triton(operator: str, kind: str, dtype: torch.dtype, limit: str) -> None:

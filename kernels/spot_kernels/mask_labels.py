@@ -50,4 +50,5 @@ def mask_labels(masks: torch.Tensor, size: int) -> torch.Tensor:
     if size < 1:
         raise ValueError(f"mask_labels: size is {size}: pass the side of the label map in pixels, at least 1")
     backend = dispatch.choose("mask_labels", masks)
-    return _mask_labels(masks, size, backend if size > _SMALL else "torch")
+    # detached: torch.func would differentiate the operator, which has no rule for it
+    return _mask_labels(masks.detach(), size, backend if size > _SMALL else "torch")

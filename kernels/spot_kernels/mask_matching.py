@@ -147,7 +147,9 @@ def linear_assignment(cost: torch.Tensor) -> torch.Tensor:
         limit = f"cost {tuple(cost.shape)} has more than {LARGEST_PROBLEM} rows or columns"
     # of larger problems scipy's loop is as fast: bench/native_table.py
     wins = native.linear_assignment_wins(cost)
-    return _linear_assignment(cost, dispatch.choose("linear_assignment", cost, limit, native_wins=wins))
+    backend = dispatch.choose("linear_assignment", cost, limit, native_wins=wins)
+    # detached: torch.func would differentiate the operator, which has no rule for it
+    return _linear_assignment(cost.detach(), backend)
 
 
 def assign_masks(

@@ -1,9 +1,13 @@
 """The native library (kernels/csrc, C++17 with a plain C interface), loaded with ctypes when it was built.
 
 It is optional: without it the callers in this package take their scipy or PyTorch path and give the same results.
-`available()` says which, `describe()` says why in one line, as does `python -m spot_kernels`.
+`available()` says which, `describe()` says why in one line, as does `python -m spot_kernels`. SPOT_KERNELS_LIBRARY
+names another build of it (one with sanitizers, say: tests/sanitize_native.sh).
 
-The functions here expect what the public functions have checked: shapes, dtypes and devices.
+Addresses are all that the library gets, and it trusts them. So every buffer is named here with the dtype and the shape
+that csrc/spot_native.h takes it for, and `_dense` and `_rows`, which alone take addresses, refuse any other with a
+ValueError before anything is read or written. New ones are made by `_empty`: neither the default dtype nor the default
+device of the process is that of the library.
 """
 
 from __future__ import annotations
@@ -11,19 +15,26 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import os
 import sys
 from pathlib import Path
 
 import torch
 
 _SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
-_PATH = Path(__file__).with_name("libspot_native" + _SUFFIX)
+_NAMED = os.environ.get("SPOT_KERNELS_LIBRARY", "")
+_PATH = Path(_NAMED) if _NAMED else Path(__file__).with_name("libspot_native" + _SUFFIX)
 
 # Of csrc/spot_native.h: the version of the interface, and the codes that stand for a mistake of the caller.
 _ABI = 5
-_VALUE_ERRORS = {2: "cost holds NaN, infinity or a value beyond 1e300", 3: "a label is out of range"}
+_VALUE_ERRORS = {
+    1: "a size is one that the native library does not take (negative, or too large), or a buffer is missing",
+    2: "cost holds NaN, infinity or a value beyond 1e300",
+    3: "a label is out of range",
+}
 
 
+_CPU = torch.device("cpu")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 # Instruction sets of slot attention by number, the best last; 0 takes the best there is. Tests set _level to another.
 _LEVELS = {"baseline": 1, "avx2": 2, "avx512": 3, "avx512bf16": 4}
@@ -59,6 +70,8 @@ class _Rows(ctypes.Structure):
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None, and one line about it."""
+    if not _PATH.exists() and _NAMED:
+        return None, f"no native library (SPOT_KERNELS_LIBRARY is {_NAMED}, which does not exist)"
     if not _PATH.exists():
         return None, f"no native library ({_PATH.name} was not built: not installed, or without a C++ compiler)"
     try:
@@ -124,11 +137,13 @@ def linear_assignment(cost: torch.Tensor) -> torch.Tensor:
     runs out.
     """
     library = _library()
-    solve = {torch.float32: library.spot_linear_assignment_f32, torch.float64: library.spot_linear_assignment_f64}
+    double = cost.dtype is torch.float64
+    solve = library.spot_linear_assignment_f64 if double else library.spot_linear_assignment_f32
     cost = cost.detach().contiguous()
     batch, rows, columns = cost.shape
-    assignment = torch.empty((batch, rows), dtype=torch.int64)
-    _check(solve[cost.dtype](cost.data_ptr(), batch, rows, columns, assignment.data_ptr()))
+    assignment = _empty((batch, rows), torch.int64)
+    costs = _dense("cost", cost, torch.float64 if double else torch.float32, (batch, rows, columns))
+    _check(solve(costs, batch, rows, columns, _dense("assignment", assignment, torch.int64, (batch, rows))))
     return assignment
 
 
@@ -143,9 +158,12 @@ def overlap_counts(
     # the names keep what contiguous() and long() may have allocated alive during the call
     a, b = ((labels if labels.dtype in _LABELS else labels.long()).contiguous() for labels in (a, b))
     valid = None if valid is None else valid.contiguous()
-    counts = torch.empty((len(a), num_a, num_b), dtype=torch.int64)
-    maps = (_Labels(labels.data_ptr(), _LABELS[labels.dtype]) for labels in (a, b))
-    _check(library.spot_overlap_counts(*maps, _pointer(valid), *a.shape, num_a, num_b, *_threads(), counts.data_ptr()))
+    shape = batch, tokens = tuple(a.shape)
+    counts = _empty((batch, num_a, num_b), torch.int64)
+    maps = (_Labels(_dense(name, x, x.dtype, shape), _LABELS[x.dtype]) for name, x in (("a", a), ("b", b)))
+    mask = None if valid is None else _dense("valid", valid, torch.bool, shape)
+    written = _dense("counts", counts, torch.int64, (batch, num_a, num_b))
+    _check(library.spot_overlap_counts(*maps, mask, batch, tokens, num_a, num_b, *_threads(), written))
     return counts
 
 
@@ -158,9 +176,11 @@ def mask_labels(masks: torch.Tensor, size: int) -> torch.Tensor:
     library = _library()
     masks = masks.detach().contiguous()
     batch, tokens, slots = masks.shape
-    labels = torch.empty((batch, size, size), dtype=torch.uint8)
-    shape = batch, math.isqrt(tokens), slots, size
-    _check(library.spot_mask_labels(masks.data_ptr(), *shape, _FUSED, *_threads(), labels.data_ptr()))
+    grid = math.isqrt(tokens)
+    labels = _empty((batch, size, size), torch.uint8)
+    read = _dense("masks", masks, torch.float32, (batch, grid * grid, slots))
+    written = _dense("labels", labels, torch.uint8, (batch, size, size))
+    _check(library.spot_mask_labels(read, batch, grid, slots, size, _FUSED, *_threads(), written))
     return labels
 
 
@@ -177,15 +197,27 @@ def slot_attention_forward(
     """
     library = _library()
     q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
-    batch, heads, slots, _ = q.shape
-    tokens = k.shape[2]
-    updates, exact = _heads_last(q, q.dtype), _heads_last(q, torch.float32)
-    attn = torch.empty((batch, tokens, slots)) if return_attn else None
-    logits = torch.empty((batch, heads, tokens, slots)) if return_logits else None
-    sums = torch.empty((batch, heads, slots))
-    rows = map(_rows, (q, k, v, updates, exact))
-    optional = _pointer(attn), _pointer(logits)
-    _check(library.spot_slot_attention_forward(_size(q, tokens, eps), *rows, *optional, _pointer(sums)))
+    batch, heads, slots, width = of_slots = tuple(q.shape)
+    tokens, dtype = k.shape[2], q.dtype
+    of_tokens = batch, heads, tokens, width
+    updates, exact = _heads_last(of_slots, dtype), _heads_last(of_slots, torch.float32)
+    attn_shape, logits_shape = (batch, tokens, slots), (batch, heads, tokens, slots)
+    attn = _empty(attn_shape, torch.float32) if return_attn else None
+    logits = _empty(logits_shape, torch.float32) if return_logits else None
+    sums = _empty((batch, heads, slots), torch.float32)
+    _check(
+        library.spot_slot_attention_forward(
+            _size(of_slots, tokens, dtype, eps),
+            _rows("q", q, dtype, of_slots),
+            _rows("k", k, dtype, of_tokens),
+            _rows("v", v, dtype, of_tokens),
+            _rows("updates", updates, dtype, of_slots),
+            _rows("exact", exact, torch.float32, of_slots),
+            None if attn is None else _dense("attn", attn, torch.float32, attn_shape),
+            None if logits is None else _dense("logits", logits, torch.float32, logits_shape),
+            _dense("sums", sums, torch.float32, (batch, heads, slots)),
+        )
+    )
     return updates, attn, logits, exact, sums
 
 
@@ -208,31 +240,73 @@ def slot_attention_backward(
     """
     library = _library()
     q, k, v, exact = _dense_rows(q), _dense_rows(k), _dense_rows(v), _dense_rows(exact)
+    batch, heads, slots, width = of_slots = tuple(q.shape)
+    tokens, dtype = k.shape[2], q.dtype
+    of_tokens = batch, heads, tokens, width
     # the names keep what contiguous() and to() may have allocated alive during the call
-    grad_updates = None if grad_updates is None else _dense_rows(grad_updates.to(q.dtype))
+    grad_updates = None if grad_updates is None else _dense_rows(grad_updates.to(dtype))
     grad_attn, grad_logits = (None if grad is None else grad.float().contiguous() for grad in (grad_attn, grad_logits))
     sums = sums.contiguous()
-    dq, dk, dv = (_heads_last(tensor, q.dtype) for tensor in (q, k, v))
-    gradients = None if grad_updates is None else _rows(grad_updates), _pointer(grad_attn), _pointer(grad_logits)
-    saved = *map(_rows, (q, k, v, exact)), _pointer(sums)
-    written = map(_rows, (dq, dk, dv))
-    _check(library.spot_slot_attention_backward(_size(q, k.shape[2], eps), *gradients, *saved, *written))
+    dq, dk, dv = _heads_last(of_slots, dtype), _heads_last(of_tokens, dtype), _heads_last(of_tokens, dtype)
+    attn_shape, logits_shape = (batch, tokens, slots), (batch, heads, tokens, slots)
+    _check(
+        library.spot_slot_attention_backward(
+            _size(of_slots, tokens, dtype, eps),
+            None if grad_updates is None else _rows("grad_updates", grad_updates, dtype, of_slots),
+            None if grad_attn is None else _dense("grad_attn", grad_attn, torch.float32, attn_shape),
+            None if grad_logits is None else _dense("grad_logits", grad_logits, torch.float32, logits_shape),
+            _rows("q", q, dtype, of_slots),
+            _rows("k", k, dtype, of_tokens),
+            _rows("v", v, dtype, of_tokens),
+            _rows("exact", exact, torch.float32, of_slots),
+            _dense("sums", sums, torch.float32, (batch, heads, slots)),
+            _rows("dq", dq, dtype, of_slots),
+            _rows("dk", dk, dtype, of_tokens),
+            _rows("dv", dv, dtype, of_tokens),
+        )
+    )
     return dq, dk, dv
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=_CPU)
+
+
+def _heads_last(shape: tuple[int, int, int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Empty [B, H, N, d] that lies in memory as [B, N, H, d]: merging heads afterwards copies nothing."""
+    batch, heads, rows, width = shape
+    return _empty((batch, rows, heads, width), dtype).transpose(1, 2)
 
 
 def _dense_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _heads_last(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Empty [B, H, N, d] that lies in memory as [B, N, H, d]: merging heads afterwards copies nothing."""
-    batch, heads, rows, width = like.shape
-    return torch.empty((batch, rows, heads, width), dtype=dtype).transpose(1, 2)
+def _dense(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """The address of a buffer that the library takes for a dense one of `dtype` and `shape`."""
+    if tensor.dtype is not dtype or tensor.shape != shape or not tensor.is_cpu or not tensor.is_contiguous():
+        raise _unfit(name, tensor, dtype, shape)
+    return tensor.data_ptr()
 
 
-def _size(q: torch.Tensor, tokens: int, eps: float) -> _Size:
-    batch, heads, slots, width = q.shape
-    return _Size(batch, heads, tokens, slots, width, _DTYPES[q.dtype], _level, torch.get_num_threads(), eps, _team())
+def _rows(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> _Rows:
+    """spot_rows of a buffer that the library takes for one of `dtype` and `shape`, with dense rows."""
+    batch, head, row, channel = tensor.stride()
+    if tensor.dtype is not dtype or tensor.shape != shape or not tensor.is_cpu or channel != 1 < shape[3]:
+        raise _unfit(name, tensor, dtype, shape)
+    return _Rows(tensor.data_ptr(), batch, head, row)
+
+
+def _unfit(name: str, tensor: torch.Tensor, dtype: torch.dtype | str, shape: tuple[int, ...]) -> ValueError:
+    found = f"{tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+    return ValueError(f"native library: {name} is {found}: pass {dtype} {shape} with dense rows on the CPU")
+
+
+def _size(shape: tuple[int, int, int, int], tokens: int, dtype: torch.dtype, eps: float) -> _Size:
+    if dtype not in _DTYPES:
+        raise ValueError(f"native library: q is {dtype}: pass float32 or bfloat16")
+    batch, heads, slots, width = shape
+    return _Size(batch, heads, tokens, slots, width, _DTYPES[dtype], _level, torch.get_num_threads(), eps, _team())
 
 
 def _threads() -> tuple[int, int | None]:
@@ -256,14 +330,6 @@ def _team() -> int | None:
         return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
     except (OSError, ValueError, AttributeError):
         return None
-
-
-def _rows(tensor: torch.Tensor) -> _Rows:
-    return _Rows(tensor.data_ptr(), *tensor.stride()[:3])
-
-
-def _pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _library() -> ctypes.CDLL:

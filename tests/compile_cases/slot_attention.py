@@ -10,7 +10,7 @@ from spot_kernels.gpu import slot_attention as kernels
 from spot_kernels.slot_attention import empty_gradients, empty_results
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# B, H, N, K, d: one sample's memory stands for all
+# B, H, N, K, d
 SPOT, IMAGE = (64, 1, 196, 7, 256), (8, 1, 16384, 11, 64)
 LARGEST, FOUR_HEADS, JOINT = (64, 1, 196, 64, 256), (64, 4, 196, 11, 64), (64, 4, 196, 33, 64)
 
@@ -23,16 +23,15 @@ def both_ways(shape, dtype, attn=False, logits=False, updates=True, tf32=False):
     batch, heads, tokens, slots, width = shape
 
     def rows(count, dtype=dtype):
-        return torch.empty((1, count, heads, width), dtype=dtype).transpose(1, 2).expand(batch, -1, -1, -1)
+        return torch.empty((batch, count, heads, width), dtype=dtype).transpose(1, 2)
 
     q, k, v = rows(slots), rows(tokens), rows(tokens)
-    results = [part[:1].expand(batch, *part.shape[1:]) for part in empty_results(q[:1], k[:1], v[:1], True, True)]
-    new, a, line, exact, sums = results
+    new, a, line, exact, sums = empty_results(q, k, v, True, True)
     a, line = a if attn else None, line if logits else None
     with patch.object(launch, "float32_precision", lambda device: "tf32" if tf32 and has_tf32() else "ieee"):
         kernels.forward(q, k, v, 1e-8, new, exact, sums, a, line)
         grads = new if updates else None, a, line
-        kernels.backward(*grads, q, k, v, exact, sums, 1e-8, *empty_gradients(q[:1], k[:1], v[:1]))
+        kernels.backward(*grads, q, k, v, exact, sums, 1e-8, *empty_gradients(q, k, v))
 
 
 def cases():

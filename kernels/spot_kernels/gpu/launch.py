@@ -23,6 +23,8 @@ from spot_kernels.dispatch import INTERPRETED
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 # Bytes of shared memory that one program may use.
 SHARED_MEMORY = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+# Elements from row to row, or column to column, of a tile of at most 64 × 256: below 2^31 / 64.
+_FAR = 2**24
 _MULTIPROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpreter": 4}
 
 
@@ -124,7 +126,34 @@ def launch(
 
 def rows_last(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with unit stride in its last axis, which kernels load whole rows along; a copy only where needed."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    return near(tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous())
+
+
+def near(tensor: torch.Tensor, axes: int = 2) -> torch.Tensor:
+    """The tensor, copied where its last axes have strides so large that a tile's 32-bit offsets might overflow."""
+    return tensor if max(tensor.stride()[-axes:]) < _FAR else tensor.contiguous()
+
+
+def dense(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
+    """The tensor, contiguous, as a kernel takes it for granted; a copy where a saved one came back otherwise.
+
+    Hooks on saved tensors (offloading to the CPU, say) may change layouts. ValueError for another dtype, shape, device.
+    """
+    if tensor.dtype != dtype or tensor.shape != shape or tensor.device != device:
+        found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"kernels: {name} is {found}: pass {dtype} {tuple(shape)} on {device}")
+    return tensor.contiguous()
+
+
+def written(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
+    """As `dense`, for what a kernel writes: a copy would be lost, so another layout is a ValueError as well."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"kernels: {name} {tuple(tensor.shape)} has strides {tensor.stride()}: pass it contiguous")
+    return dense(name, tensor, dtype, shape, device)
 
 
 def power_of_2(value: int, least: int = 16) -> int:

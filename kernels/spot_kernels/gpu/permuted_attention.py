@@ -374,8 +374,9 @@ def backward(
     """grad [B, H, N, d] of out; q, k, v, order, out, lse as in `forward` → dq, dk, dv [B, H, N, d]."""
     grad, q, k, v, out = (launch.rows_last(tensor) for tensor in (grad, q, k, v, out))
     batch, heads, tokens, width = q.shape
+    lse = launch.dense("lse", lse, torch.float32, (batch, heads, 2, tokens), q.device)
     grad_q, grad_k, grad_v = empty_gradients(q)
-    delta = lse.new_empty((batch, heads, tokens))
+    delta = q.new_empty((batch, heads, tokens), dtype=torch.float32)
     shapes, constants, config = _shared(q, order)
     strides = [stride for tensor in (grad, q, k, v) for stride in tensor.stride()[:3]]
     scales = width**-0.5, width**-0.5 * _LOG2_E

@@ -81,6 +81,7 @@ def _copy(
 ) -> None:
     """Launches `_shift`: source and target [B, N, D], edge [D], [B, D] or None for zeros."""
     batch, tokens, width = source.shape
+    launch.written("the shifted tokens", target, source.dtype, source.shape, source.device)
     block_d = min(launch.power_of_2(width), _COLUMNS)
     block_n = min(launch.power_of_2(tokens), _TILE // block_d)
     strides = (0, 0) if edge is None else (edge.stride(0) if edge.dim() == 2 else 0, edge.stride(-1))
@@ -112,6 +113,8 @@ def backward(
     if grad_bos is not None:
         batch, _, width = grad.shape
         rows, each = (1, batch) if grad_bos.dim() == 1 else (batch, 1)
+        shape = (width,) if grad_bos.dim() == 1 else (batch, width)
+        launch.written("grad_bos", grad_bos, grad_bos.dtype, shape, grad.device)
         launch.launch(
             _bos_gradient, (rows, triton.cdiv(width, _BOS_COLUMNS)),
             grad, order, grad_bos, *grad.stride(), _batch_stride(order), width, each,

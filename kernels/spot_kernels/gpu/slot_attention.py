@@ -374,9 +374,16 @@ def forward(
     logits: torch.Tensor | None,
 ) -> None:
     """Fills the results: updates and exact [B, H, K, d] laid out as [B, K, H, d], the others contiguous."""
-    k, v = launch.rows_last(k), launch.rows_last(v)
+    q, k, v = launch.near(q, 3), launch.rows_last(k), launch.rows_last(v)
     batch, heads, slots, width = q.shape
     tokens, device = k.shape[2], q.device
+    launch.written("updates", updates.transpose(1, 2), q.dtype, (batch, slots, heads, width), device)
+    launch.written("exact", exact.transpose(1, 2), torch.float32, (batch, slots, heads, width), device)
+    launch.written("sums", sums, torch.float32, (batch, heads, slots), device)
+    if attn is not None:
+        launch.written("attn", attn, torch.float32, (batch, tokens, slots), device)
+    if logits is not None:
+        launch.written("logits", logits, torch.float32, (batch, heads, tokens, slots), device)
     products = precisions(device, k.dtype)
     shape = plan(q, k, v, products, backward=False)
     programs = batch * (heads if shape.heads == 1 else 1)
@@ -388,8 +395,8 @@ def forward(
         attn = None
     part, part_sums = exact, sums
     if number > 1:
-        part = exact.new_empty((number, batch, slots, heads, width))
-        part_sums = exact.new_empty((number, batch, heads, slots))
+        part = exact.new_empty((number, batch, slots, heads, width), dtype=torch.float32)
+        part_sums = exact.new_empty((number, batch, heads, slots), dtype=torch.float32)
     launch.launch(
         _forward_kernel, (programs, number, parts), q, k, v, peak, mass, updates, part, part_sums, attn, logits,
         batch, heads, tokens, slots, width, span, eps, *q.stride(), *k.stride()[:3], *v.stride()[:3],
@@ -416,11 +423,19 @@ def backward(
     dv: torch.Tensor,
 ) -> None:
     """Fills dq [B, H, K, d], dk and dv [B, H, N, d], laid out as [B, K, H, d] and [B, N, H, d]."""
-    if grad_updates is None:
-        dv.zero_()
-    k, v = launch.rows_last(k), launch.rows_last(v)
+    q, k, v = launch.near(q, 3), launch.rows_last(k), launch.rows_last(v)
     batch, heads, slots, width = q.shape
     tokens, device = k.shape[2], q.device
+    of_slots, of_tokens = (batch, slots, heads, width), (batch, tokens, heads, width)
+    exact = launch.dense("exact", exact.transpose(1, 2), torch.float32, of_slots, device).transpose(1, 2)
+    sums = launch.dense("sums", sums, torch.float32, (batch, heads, slots), device)
+    launch.written("dq", dq.transpose(1, 2), q.dtype, of_slots, device)
+    launch.written("dk", dk.transpose(1, 2), q.dtype, of_tokens, device)
+    launch.written("dv", dv.transpose(1, 2), q.dtype, of_tokens, device)
+    if grad_updates is None:
+        dv.zero_()
+    else:
+        grad_updates = launch.near(grad_updates, 3)
     products = precisions(device, k.dtype)
     shape = plan(q, k, v, products, backward=True)
     programs = batch * (heads if shape.heads == 1 else 1)
@@ -429,7 +444,9 @@ def backward(
     peak = mass = inner = None
     if shape.joint and not (grad_updates is None and grad_attn is None):
         peak, mass, inner = _joint(q, k, v, grad_updates, grad_attn, exact, sums, None, shape, products)
-    part = dq if number == 1 else exact.new_empty((number, batch, slots, heads, width))
+    part = dq
+    if number > 1:
+        part = exact.new_empty((number, batch, slots, heads, width), dtype=torch.float32)
     launch.launch(
         _backward_kernel, (programs, number, parts), grad_updates, grad_attn, grad_logits, q, k, v, exact, sums,
         peak, mass, inner, part, dk, dv, batch, heads, tokens, slots, width, span, eps,
@@ -453,9 +470,9 @@ def _joint(
     """
     batch, heads, slots, width = q.shape
     tokens = k.shape[2]
-    peak, mass = exact.new_empty((batch, tokens)), exact.new_empty((batch, tokens))
     backward = attn is None and (grad_updates is not None or grad_attn is not None)
-    inner = exact.new_empty((batch, tokens)) if backward else None
+    peak, mass = (exact.new_empty((batch, tokens), dtype=torch.float32) for _ in range(2))
+    inner = exact.new_empty((batch, tokens), dtype=torch.float32) if backward else None
     launch.launch(
         _joint_kernel, (batch, triton.cdiv(tokens, shape.tokens)), q, k, v, grad_updates, grad_attn, exact, sums,
         peak, mass, inner, attn, heads, tokens, slots, width, *q.stride(), *k.stride()[:3], *v.stride()[:3],

@@ -247,6 +247,8 @@ def forward(
     q, k, v = launch.rows_last(q), launch.rows_last(k), None if v is None else launch.rows_last(v)
     batch, heads, tokens, width = q.shape
     slots = k.shape[2]
+    if mean_map is not None:
+        launch.written("map", mean_map, torch.float32, (batch, tokens, slots), q.device)
     groups = heads if mean_map is None else 1
     block_k = launch.power_of_2(slots)
     config = _forward_config(launch.architecture(q.device), q.dtype, block_k, width, out is not None)
@@ -281,6 +283,10 @@ def backward(
     q, k, v = launch.rows_last(q), launch.rows_last(k), None if grad_out is None else launch.rows_last(v)
     batch, heads, tokens, width = q.shape
     slots = k.shape[2]
+    launch.written("grad_q", grad_q.transpose(1, 2), q.dtype, (batch, tokens, heads, width), q.device)
+    for name, grad in (("grad_k", grad_k), ("grad_v", grad_v)):
+        if grad is not None:
+            launch.written(name, grad.transpose(1, 2), q.dtype, (batch, slots, heads, width), q.device)
     block_k = launch.power_of_2(slots)
     config = _backward_config(launch.architecture(q.device), q.dtype, block_k, width)
     blocks = max(1, triton.cdiv(tokens, config.block_n))

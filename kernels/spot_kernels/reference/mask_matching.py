@@ -49,7 +49,7 @@ def assign_masks(
     student: torch.Tensor, teacher: torch.Tensor, num_slots: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """student, teacher [B, N] integer labels -> assignment [B, K], iou [B, K], cost [B, K, K]; see mask_matching."""
-    slots = torch.arange(num_slots)[:, None]
+    slots = torch.arange(num_slots, device=student.device)[:, None]
     in_student = (student[:, None, :] == slots).float()
     in_teacher = (teacher[:, None, :] == slots).float()
     both = in_teacher @ in_student.transpose(1, 2)

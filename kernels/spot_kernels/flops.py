@@ -1,0 +1,84 @@
+"""FLOPs of the attention operators for torch.utils.flop_counter, which sees nothing inside an operator of ours.
+
+Counted are the products that backend torch computes, all N × N of permuted causal attention included, so that a model's
+count does not depend on the backend; a multiplication and an addition are two. The kernels compute the logits again in
+their backward pass, and skip tokens that are not visible: what they do is in the operators' docstrings.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import math
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import torch
+
+_COUNTER = "torch.utils.flop_counter"
+_Shape = Sequence[int]
+
+
+def _product(q: _Shape, k: _Shape) -> int:
+    """Of q kᵀ, q [B, H, N, d] and k [B, H, M, d]; of any other product of such shapes, too."""
+    return 2 * math.prod(q) * k[2]
+
+
+def _forward(q: _Shape, k: _Shape, *_, **__) -> int:
+    """Logits, and the weighted sum of v."""
+    return 2 * _product(q, k)
+
+
+def _slot_backward(grad_updates: _Shape | None, grad_attn, grad_logits, q: _Shape, k: _Shape, *_, **__) -> int:
+    """dq and dk from the gradient of the logits; da and dv where the updates have one."""
+    return (2 if grad_updates is None else 4) * _product(q, k)
+
+
+def _cross_backward(grad_out: _Shape | None, grad_map, q: _Shape, k: _Shape, *_, **__) -> int:
+    return (2 if grad_out is None else 4) * _product(q, k)
+
+
+_FORMULAS = {
+    "slot_attention_step": _forward,
+    "slot_attention_step_backward": _slot_backward,
+    "slot_cross_attention": _forward,
+    "slot_cross_attention_backward": _cross_backward,
+    "slot_cross_map": lambda q, k, *_, **__: _product(q, k),
+    "slot_cross_map_backward": lambda grad_map, q, k, *_, **__: 2 * _product(q, k),
+    "permuted_causal_attention": _forward,
+    "permuted_causal_attention_backward": lambda grad, q, k, *_, **__: 4 * _product(q, k),
+}
+
+
+def _register(counter: ModuleType) -> None:
+    for name, formula in _FORMULAS.items():
+        counter.register_flop_formula(getattr(torch.ops.spot_kernels, name))(formula)
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Registers the formulas when PyTorch's counter is imported: it imports Triton, for which nobody should wait."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                _register(module)
+
+            spec.loader.exec_module = execute_and_register
+        return spec
+
+
+def register() -> None:
+    """Registers the formulas, now or when torch.utils.flop_counter is imported. The operators have to be defined."""
+    if _COUNTER in sys.modules:
+        _register(sys.modules[_COUNTER])
+    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenImported())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from .stitching import stitch
 
 MAX_GRID = 96  # pictures on a contact sheet
 _GRID_PANEL = 400, 200  # largest width and height there
+_LARGE = 1 << 24  # pixels; one picture beyond that is worked on at a time, so that memory does not follow the threads
 _AHEAD = 2  # batches read ahead, and batches whose masks are being written
 
 Row = list[tuple[str, Image.Image]]  # captioned panels
@@ -36,6 +39,17 @@ class Picture:
     origin: segment_files.Origin
     path: Path | None = None
     pixels: Tensor | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) as stored, from the file's header; (0, 0) where there is none."""
+        if self.path is None:
+            return self.pixels.shape[2], self.pixels.shape[1]
+        try:
+            with Image.open(self.path) as image:
+                return image.size
+        except Exception:  # noqa: BLE001 - `open` says what is wrong
+            return 0, 0
 
     def open(self) -> Image.Image:
         """Upright RGB; CorruptImage where the file is none."""
@@ -108,8 +122,20 @@ def segment_all(sources: Sequence[Picture], names: Sequence[str], masker: Masker
     writes: deque[tuple[_Prepared, Future]] = deque()
     waiting: dict[tuple[int, int], list[_Prepared]] = {}  # by window, because only equal windows make a batch
 
+    one_large = threading.Lock()
+
+    def turn(size: tuple[int, int]) -> AbstractContextManager:
+        return one_large if size[0] * size[1] > _LARGE else nullcontext()
+
     def prepare(index: int) -> _Prepared:
-        return _prepare(index, sources[index].open(), fit, masker.patch, wanted.overlay, grid and index < MAX_GRID)
+        source = sources[index]
+        with turn(source.size), transforms.memory_of(source.origin.picture):
+            return _prepare(index, source.open(), fit, masker.patch, wanted.overlay, grid and index < MAX_GRID)
+
+    def finish(prepared: _Prepared, found: Found) -> Row | None:
+        with turn(prepared.size):
+            return _finish(prepared, found, names[prepared.index], sources[prepared.index].origin, masker.kinds[0],
+                           wanted)  # fmt: skip
 
     def written(most: int) -> None:
         while len(writes) > most:
@@ -123,8 +149,7 @@ def segment_all(sources: Sequence[Picture], names: Sequence[str], masker: Masker
         batch = waiting.pop(window)
         at_once = max(1, min(batch_size, batch_size * own_tokens // (window[0] * window[1])))
         for prepared, found in zip(batch, _find(batch, masker, at_once), strict=True):
-            writes.append((prepared, pool.submit(_finish, prepared, found, names[prepared.index],
-                                                 sources[prepared.index].origin, masker.kinds[0], wanted)))
+            writes.append((prepared, pool.submit(finish, prepared, found)))
         written(_AHEAD * max(batch_size, workers))
 
     try:

@@ -118,7 +118,8 @@ class Geometry:
 class ImageFiles(ImageSet):
     """An ImageSet over image files: SPOT's crops (section 6) of `paths[index]`.
 
-    crop: "center" or "random" after resizing the minor side to S (bilinear), or "stretch" to S x S (bicubic, MOVi).
+    crop: "center" or "random" after resizing the minor side to S (bilinear; of a picture more than 16 times as long as
+    wide crops come from the middle 16 squares), or "stretch" to S x S (bicubic, MOVi).
     Validation pictures are centre-cropped unless they are stretched. upright: obey EXIF orientation. A set whose
     pictures are not files of their own overrides `encoded` and `stamps`.
     """
@@ -146,8 +147,9 @@ class ImageFiles(ImageSet):
             return self.paths[index].read_bytes()
         except FileNotFoundError:
             raise CorruptImage(f"image {self.paths[index]} does not exist") from None
-        except OSError as error:
-            raise CorruptImage(f"image {self.paths[index]} cannot be read: {error.strerror or error}") from None
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            reason = getattr(error, "strerror", None) or error
+            raise CorruptImage(f"image {self.paths[index]} cannot be read: {reason}") from None
 
     def rgb(self, index: int) -> Image.Image:
         """The decoded picture, upright if the set is; CorruptImage names the file and the reason."""
@@ -160,7 +162,9 @@ class ImageFiles(ImageSet):
             return Geometry(size, size, 0, 0)
         width, height = transforms.minor_size(width, height, size)
         place = transforms.random_corner if self.random_crop else transforms.center_corner
-        return Geometry(width, height, *place(width, height, size, rng))
+        left, top, *kept = transforms.kept_part(width, height, size)
+        across, down = place(*kept, size, rng)
+        return Geometry(width, height, left + across, top + down)
 
     def prepared(self, index: int) -> torch.Tensor:
         return transforms.to_tensor(self._resized(index, self.crop))
@@ -180,10 +184,11 @@ class ImageFiles(ImageSet):
 
     def _resized(self, index: int, crop: str) -> Image.Image:
         image = self.rgb(index)
-        if crop == "stretch":
-            return transforms.stretch(image, self.image_size)
-        image = transforms.resize_minor(image, self.image_size)
-        return image if crop == "random" else transforms.center_crop(image, self.image_size)
+        with transforms.memory_of(self.paths[index]):
+            if crop == "stretch":
+                return transforms.stretch(image, self.image_size)
+            image = transforms.resize_minor(image, self.image_size)
+            return image if crop == "random" else transforms.center_crop(image, self.image_size)
 
     def content_key(self) -> str:
         if self._key:  # to ask a large set's file system once is enough

@@ -123,7 +123,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     print("\n".join(NOTES))
     if target := targets["json"]:
         text = json.dumps(_as_json(args, protocols, runs, results, groups), indent=2, ensure_ascii=False) + "\n"
-        atomic_write(target, lambda partial: partial.write_text(text, encoding="utf-8"))
+        # A file name that is not UTF-8 becomes JSON's own escapes.
+        atomic_write(target, lambda partial: partial.write_text(text, encoding="utf-8", errors="backslashreplace"))
     if target := targets["csv"]:
         write_csv(target, [(run_name(run), result) for run, result in zip(runs, results, strict=True)])
     if target := targets["size-plot"]:

@@ -116,7 +116,7 @@ def write_csv(path: Path, evaluations: Sequence[tuple[str, Evaluation]]) -> None
     """
 
     def write(partial: Path) -> None:
-        with partial.open("w", encoding="utf-8", newline="") as file:
+        with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             writer = csv.DictWriter(file, _CSV, restval="", lineterminator="\n")
             writer.writeheader()
             for run, evaluation in evaluations:

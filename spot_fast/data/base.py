@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from PIL import Image
 
 from ..errors import CorruptImage, UserError
 from . import transforms
+from .names import alike
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class ImageSet(ABC):
     flip         training pictures are mirrored with probability 1/2; the loader does it, `train_image` does not
     random_crop  `finish` and `train_image` depend on their rng
     images       optional: all training pictures at once, uint8 [n, 3, S, S]; the loader then indexes it directly
+    notes        lines for the user about what was found, such as files that are left out
     corrupt      optional, with `images`: the indices of pictures that are none, others stand in for them
     """
 
@@ -67,6 +69,7 @@ class ImageSet(ABC):
     has_classes: bool = False
     flip: bool = False
     random_crop: bool = False
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -146,7 +149,9 @@ class ImageFiles(ImageSet):
         try:
             return self.paths[index].read_bytes()
         except FileNotFoundError:
-            raise CorruptImage(f"image {self.paths[index]} does not exist") from None
+            other = alike(self.paths[index])
+            hint = f", but {other} is there: names have to agree in case and blanks" if other else ""
+            raise CorruptImage(f"image {self.paths[index]} does not exist{hint}") from None
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             reason = getattr(error, "strerror", None) or error
             raise CorruptImage(f"image {self.paths[index]} cannot be read: {reason}") from None

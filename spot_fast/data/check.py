@@ -119,6 +119,7 @@ def _of_files(title: str, name: str, reader: Callable[..., ImageFiles], decode: 
         inspections = [partial(_inspect, image_set, index, path not in seen, decode)
                        for index, path in enumerate(image_set.paths)]  # fmt: skip
         seen.update(image_set.paths)
+        found.notes += [note for note in image_set.notes if note not in found.notes]
         found.splits.append(Split(split, summary, inspections, pictures=len(image_set)))
     if name.startswith("movi"):
         found.notes.append("the files do not tell MOVi-C from MOVi-E: take the preset, movi_c or movi_e, that fits")

@@ -64,8 +64,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image of a known format"
     if isinstance(error, Image.DecompressionBombError):
-        return (f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which may be a decompression bomb: scale it "
-                "down")  # fmt: skip
+        most = f"{2 * Image.MAX_IMAGE_PIXELS:,}"
+        return f"its size exceeds the limit of {most} pixels, a decompression bomb to Pillow: scale it down"
     return str(error) or type(error).__name__
 
 

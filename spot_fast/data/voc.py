@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import UserError
 from .base import FullLabels, ImageFiles, Masks
+from .names import located, read_lines
 from .transforms import RIM, open_labels
 
 EXPECTED = "JPEGImages/, ImageSets/Segmentation/trainaug.txt (or --sbd PATH) to train, " \
@@ -62,13 +63,13 @@ class Voc(ImageFiles):
     def _pictures(self, names: list[str]) -> list[Path]:
         own, of_sbd = self.root / "JPEGImages", self.sbd / "img" if self.sbd else None
         if of_sbd is None or not of_sbd.is_dir():
-            return [own / f"{name}.jpg" for name in names]
+            return [located(own / f"{name}.jpg") for name in names]
         lacking = {path.name for path in of_sbd.iterdir()} - {path.name for path in own.iterdir()}
-        return [(of_sbd if f"{name}.jpg" in lacking else own) / f"{name}.jpg" for name in names]
+        return [located((of_sbd if f"{name}.jpg" in lacking else own) / f"{name}.jpg") for name in names]
 
     def mask_files(self, index: int) -> list[Path]:
         folders = ("SegmentationObject", "SegmentationClass") if self.has_masks else ()
-        return [self.root / folder / f"{self.paths[index].stem}.png" for folder in folders]
+        return [located(self.root / folder / f"{self.paths[index].stem}.png") for folder in folders]
 
     def full_masks(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(instances, classes), each int32 [height, width] at the size of the image."""
@@ -94,10 +95,7 @@ class Voc(ImageFiles):
 
 def read_names(file: Path) -> list[str]:
     """Names in a list, one a line: the first word, without folder and ending; UserError where there are none."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+    lines = read_lines(file)
     names = [Path(line.split()[0]).stem for line in lines if line.strip()]
     if not names:
         raise UserError(f"{file} names no images")

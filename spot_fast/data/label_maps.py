@@ -32,6 +32,7 @@ _WIDE_ENDING = re.compile(
     rf"([-_. ]({_WORDS}|parts?_\d+|labelids|instanceids|labeltrainids|trainids|gtfine|gtcoarse|color|colour|l|slot|"
     r"overlay|polygons|leftimg8bit|im|rgb|image))+$"
 )
+_JOINT = re.compile("[-_. ]")
 _LOSSY = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".webp"))
 _LOSSLESS = frozenset((".png", ".bmp", ".gif", ".tif", ".tiff"))
 _SAMPLE = 6  # files of a folder that are looked into
@@ -43,11 +44,14 @@ def without_labels(paths: list[Path], root: Path) -> tuple[list[Path], Counter[P
     by_stem: dict[str, list[int]] = defaultdict(list)
     for place, path in enumerate(paths):
         by_stem[_stem(path)].append(place)
-    if all(len(places) == 1 for places in by_stem.values()):
+    # Files whose stem no other has are looked at no further, in a large folder of pictures all.
+    shared = [place for places in by_stem.values() if len(places) > 1 for place in places]
+    if not shared:
         return paths, Counter()
     found: dict[int, Path] = {}
-    for ways in (_in_named_folders, _beside_pictures, _of_lossy_pictures):
-        for folder, places in ways(paths, root):
+    for ways, among in ((_in_named_folders, range(len(paths))), (_beside_pictures, shared),
+                        (_of_lossy_pictures, shared)):  # fmt: skip
+        for folder, places in ways(paths, among, root):
             places = [place for place in places if place not in found]
             if _sampled(places, paths, by_stem, found, grey_only=ways is _of_lossy_pictures):
                 found.update((place, folder) for place in places)
@@ -59,50 +63,51 @@ def without_labels(paths: list[Path], root: Path) -> tuple[list[Path], Counter[P
 def _stem(path: Path) -> str:
     """What a picture and its label map have in common of their names."""
     stem = path.stem.lower()
-    return _WIDE_ENDING.sub("", stem) or stem
+    return (_WIDE_ENDING.sub("", stem) or stem) if _JOINT.search(stem) else stem
 
 
 Groups = Iterable[tuple[Path, list[int]]]
 
 
-def _grouped(paths: list[Path], group: Callable[[Path], Path | None]) -> Groups:
+def _grouped(paths: list[Path], among: Iterable[int], group: Callable[[Path], Path | None]) -> Groups:
     groups: dict[Path, list[int]] = defaultdict(list)
-    for place, path in enumerate(paths):
-        if (folder := group(path)) is not None:
+    for place in among:
+        if (folder := group(paths[place])) is not None:
             groups[folder].append(place)
     return groups.items()
 
 
-def _in_named_folders(paths: list[Path], root: Path) -> Groups:
+def _in_named_folders(paths: list[Path], among: Iterable[int], root: Path) -> Groups:
     """Files by the outermost folder below `root` that is named for label maps."""
     named: dict[Path, Path | None] = {}
 
     def outermost(path: Path) -> Path | None:
-        if path.parent not in named:
-            parts = path.parent.relative_to(root).parts
+        parent = path.parent
+        if parent not in named:
+            parts = parent.relative_to(root).parts
             depth = next((depth for depth, part in enumerate(parts, 1) if _FOLDER.fullmatch(part.lower())), None)
-            named[path.parent] = None if depth is None else root.joinpath(*parts[:depth])
-        return named[path.parent]
+            named[parent] = None if depth is None else root.joinpath(*parts[:depth])
+        return named[parent]
 
-    return _grouped(paths, outermost)
+    return _grouped(paths, among, outermost)
 
 
-def _beside_pictures(paths: list[Path], root: Path) -> Groups:
+def _beside_pictures(paths: list[Path], among: list[int], root: Path) -> Groups:
     """Lossless files by their folder that are named as a label map of another file there."""
-    there = {(path.parent, path.stem.lower()) for path in paths}
+    there = {(paths[place].parent, paths[place].stem.lower()) for place in among}
 
     def folder(path: Path) -> Path | None:
         bare = _ENDING.sub("", stem := path.stem.lower())
         named = bare != stem and path.suffix.lower() in _LOSSLESS and (path.parent, bare) in there
         return path.parent if named else None
 
-    return _grouped(paths, folder)
+    return _grouped(paths, among, folder)
 
 
-def _of_lossy_pictures(paths: list[Path], root: Path) -> Groups:
+def _of_lossy_pictures(paths: list[Path], among: list[int], root: Path) -> Groups:
     """Lossless files by their folder that have the stem of a JPEG or WebP."""
-    lossy = {path.stem.lower() for path in paths if path.suffix.lower() in _LOSSY}
-    return _grouped(paths, lambda path: path.parent if path.suffix.lower() in _LOSSLESS and
+    lossy = {paths[place].stem.lower() for place in among if paths[place].suffix.lower() in _LOSSY}
+    return _grouped(paths, among, lambda path: path.parent if path.suffix.lower() in _LOSSLESS and
                     path.stem.lower() in lossy else None)  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import torch
 from PIL import ExifTags, Image
 
 from ..errors import CorruptImage, UserError
+from . import depth, png
 
 VERSION = 2  # to be raised when the same file gives other pixels: caches of the old ones are then not used
 RIM = 255  # the label that VOC draws around objects
@@ -47,17 +48,37 @@ def open_image(path: str | Path, encoded: bytes | None = None) -> Image.Image:
     megapixels) or than the free memory counts as corrupt too.
     """
     try:
-        with memory_of(path), Image.open(path if encoded is None else io.BytesIO(encoded)) as image:
-            image.load()
-            if 0 in image.size:
-                raise ValueError("it has no pixels")
-            return image
+        with memory_of(path):
+            try:
+                return _decoded(path if encoded is None else io.BytesIO(encoded))
+            except Exception:  # noqa: BLE001 - damaged files make Pillow raise nearly anything
+                without = png.without_text(path, encoded)
+                if without is None:
+                    raise
+                return _decoded(io.BytesIO(without))
     except CorruptImage:
         raise
     except FileNotFoundError:
         raise CorruptImage(f"image {path} does not exist") from None
     except Exception as error:  # noqa: BLE001 - damaged files make Pillow raise nearly anything
         raise CorruptImage(f"image {path} cannot be read: {_reason(error)}") from None
+
+
+def _decoded(file: str | Path | io.BytesIO) -> Image.Image:
+    with Image.open(file) as image:
+        if not (image.width and image.height):
+            raise ValueError("it has no pixels")
+        deep = depth.lower_bytes(image) is not None
+        image.load()
+    if not deep or not depth.is_dark(image):
+        return image
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
+    with Image.open(file) as lower:
+        grey = lower.tile[0][3] == "LA;16B"
+        lower.tile = depth.lower_bytes(lower)
+        lower.load()
+    return depth.joined(image, lower, grey)
 
 
 def _reason(error: Exception) -> str:
@@ -115,22 +136,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_eight_bits(image)).convert("RGB")
+        return Image.fromarray(depth.eight_bits(np.asarray(image))).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> np.ndarray:
-    """uint8 grey values of a deep image: 16-bit integers lose their low byte, anything else is scaled to its range."""
-    values = np.asarray(image).astype(np.float64)
-    values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
-    if image.mode.startswith("I") and values.size and values.min() >= 0 and values.max() < 65536:
-        return (values / 256.0).astype(np.uint8)
-    low, high = values.min(), values.max()
-    return ((values - low) * (255.0 / max(high - low, 1e-12))).round().astype(np.uint8)
 
 
 def minor_size(width: int, height: int, size: int) -> tuple[int, int]:

@@ -153,9 +153,9 @@ def other_format(root: Path) -> str:
     where it holds none."""
     for folder, file in _files(root):
         if shard := _OTHER_SHARD.fullmatch(file):
-            return (f"{folder} holds {shard['format']} ({file}), which is not read: convert it with tfds "
-                    f"convert_format --dataset_dir={folder} --out_file_format=tfrecord --out_dir=OTHER_DIR, or download "
-                    'MOVi as it is released, or prepare it with tfds.builder(NAME, file_format="tfrecord")')  # fmt: skip
+            convert = f"tfds convert_format --dataset_dir={folder} --out_file_format=tfrecord --out_dir=OTHER_DIR"
+            return (f"{folder} holds {shard['format']} ({file}), which is not read: convert it with {convert}, or "
+                    'download MOVi as it is released, or prepare it with tfds.builder(NAME, file_format="tfrecord")')
     return ""
 
 

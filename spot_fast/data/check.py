@@ -81,7 +81,8 @@ def find(path: Path, *, sbd: str | None = None, decode: bool = False) -> Found:
     found = _of_files("image folder" if path.is_dir() else "list of images", "folder", partial(folder.Folder, path),
                       decode)  # fmt: skip
     if found.splits[0].trouble:
-        raise UserError(movi_tfrecord.other_format(path) or found.splits[0].trouble)
+        movi_tfrecord.refuse_other_formats(path)
+        raise UserError(found.splits[0].trouble)
     return found
 
 

@@ -10,7 +10,7 @@ a folder without both, or a list, is used for either. Masks are looked for in th
   photo.jpg, or masks/…/photo.png for images/…/photo.jpg. In a palette PNG 255 is a rim, as in VOC, and background.
 
 Where some pictures have masks, those are the validation pictures. Masks are never taken as pictures. Training reads no
-masks.
+masks. What else of a folder is taken or left out: `listing` and `label_maps`; how a list may be written: `names`.
 """
 
 from __future__ import annotations

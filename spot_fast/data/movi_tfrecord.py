@@ -103,8 +103,7 @@ class MoviRecords(ImageFiles):
 def open_clips(root: str | Path, split: str, *, release: str = "", **options: Any) -> ImageFiles:
     """One split of MOVi under `root`: PNG clips where there are any, TFRecord shards otherwise."""
     if (Path(root) / movi.SPLITS[split]).is_dir() or not releases(Path(root), movi.SPLITS[split]):
-        if sentence := other_format(Path(root)):
-            raise UserError(sentence)
+        refuse_other_formats(Path(root))
         return movi.Movi(root, split, **options)
     return MoviRecords(root, split, release=release, **options)
 
@@ -116,7 +115,8 @@ def find_shards(root: Path, split: str, release: str = "") -> list[Path]:
     """
     found = releases(root, split)
     if not found:
-        raise UserError(other_format(root) or f"--data {root} has no {split} shards: MOVi needs {movi.EXPECTED}")
+        refuse_other_formats(root)
+        raise UserError(f"--data {root} has no {split} shards: MOVi needs {movi.EXPECTED}")
     of_release = [key for key in found if key[1] == release] or found
     if len(of_release) > 1:
         names = ", ".join(f"{folder}/{name}-{split}.tfrecord-*-of-{count}" for folder, name, count in of_release)
@@ -148,15 +148,14 @@ def _files(root: Path) -> Iterator[tuple[Path, str]]:
         yield from ((Path(folder), file) for file in files)
 
 
-def other_format(root: Path) -> str:
-    """What to do where `root` holds shards that TensorFlow Datasets wrote in a format that is not read here; empty
-    where it holds none."""
+def refuse_other_formats(root: Path) -> None:
+    """UserError where `root` holds shards that TensorFlow Datasets wrote in a format that is not read here."""
     for folder, file in _files(root):
         if shard := _OTHER_SHARD.fullmatch(file):
             convert = f"tfds convert_format --dataset_dir={folder} --out_file_format=tfrecord --out_dir=OTHER_DIR"
-            return (f"{folder} holds {shard['format']} ({file}), which is not read: convert it with {convert}, or "
-                    'download MOVi as it is released, or prepare it with tfds.builder(NAME, file_format="tfrecord")')
-    return ""
+            raise UserError(f"{folder} holds {shard['format']} ({file}), which is not read: convert it with {convert}, "
+                            "download MOVi as it is released, or prepare it with tfds.builder(NAME, "
+                            'file_format="tfrecord")')  # fmt: skip
 
 
 def shard_records(path: Path) -> Iterator[tfrecord.Record]:

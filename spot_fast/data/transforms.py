@@ -1,5 +1,6 @@
 """From an image file to the square the encoder sees: Pillow, with the sizes and rounding of torchvision.
 
+Every mode becomes 8-bit RGB; what is kept of more than 8 bits, `depth` says.
 SPOT (section 6) resizes the minor side bilinearly and crops; MOVi frames are stretched bicubically. Label maps follow
 the same geometry with the nearest neighbour. Pillow's bilinear and bicubic filters are antialiased.
 """

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -122,20 +121,22 @@ def segment_all(sources: Sequence[Picture], names: Sequence[str], masker: Masker
     writes: deque[tuple[_Prepared, Future]] = deque()
     waiting: dict[tuple[int, int], list[_Prepared]] = {}  # by window, because only equal windows make a batch
 
-    one_large = threading.Lock()
+    # In a thread of their own, because each thread keeps some of the memory that it has freed.
+    large = ThreadPoolExecutor(1, "segment-large", initializer=torch.set_num_threads, initargs=(1,))
 
-    def turn(size: tuple[int, int]) -> AbstractContextManager:
-        return one_large if size[0] * size[1] > _LARGE else nullcontext()
+    def in_turn(size: tuple[int, int], work: Callable[[], Any]) -> Any:
+        return large.submit(work).result() if size[0] * size[1] > _LARGE else work()
 
     def prepare(index: int) -> _Prepared:
         source = sources[index]
-        with turn(source.size), transforms.memory_of(source.origin.picture):
-            return _prepare(index, source.open(), fit, masker.patch, wanted.overlay, grid and index < MAX_GRID)
+        with transforms.memory_of(source.origin.picture):
+            return in_turn(source.size, lambda: _prepare(index, source.open(), fit, masker.patch, wanted.overlay,
+                                                         grid and index < MAX_GRID))  # fmt: skip
 
     def finish(prepared: _Prepared, found: Found) -> Row | None:
-        with turn(prepared.size):
-            return _finish(prepared, found, names[prepared.index], sources[prepared.index].origin, masker.kinds[0],
-                           wanted)  # fmt: skip
+        origin = sources[prepared.index].origin
+        return in_turn(prepared.size, lambda: _finish(prepared, found, names[prepared.index], origin, masker.kinds[0],
+                                                      wanted))  # fmt: skip
 
     def written(most: int) -> None:
         while len(writes) > most:
@@ -173,6 +174,7 @@ def segment_all(sources: Sequence[Picture], names: Sequence[str], masker: Masker
             written(0)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        large.shutdown()
         torch.set_num_threads(torch.get_num_threads())  # what threads made from now on start with
     return results
 

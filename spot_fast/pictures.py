@@ -13,6 +13,7 @@ from torch import Tensor
 from .colours import MAX_LABELS, palette
 
 PANEL_SIDES = (320, 640)  # the longer side of a panel is the picture's, kept between these, pixels
+_BAND = 1 << 20  # pixels of a label map made at a time
 _GAP, _MARGIN, _CAPTION = 8, 10, 22
 _INK, _PAPER = (70, 70, 70), (255, 255, 255)
 _TINT, _SATURATION = 0.5, 0.6
@@ -23,27 +24,41 @@ def labels_at(masks: Tensor, height: int, width: int, grid: tuple[int, int] | No
     """Soft masks of one picture [N, K] on a grid of (height, width) patches → uint8 label map [height, width].
 
     Without `grid` the N patches are a square. Bilinear (no align-corners) and argmax, the lower slot where two are
-    equal; one slot at a time, so that a large photo needs memory for two maps only.
+    equal; a band of rows and a slot at a time, so that a large photo needs little more memory than its label map.
     """
     tokens, slots = masks.shape
     rows, columns = grid or (round(tokens**0.5),) * 2
     if rows * columns != tokens or not 1 <= slots <= MAX_LABELS:
         expected = "[G * G, K]" if grid is None else f"[{rows} * {columns}, K]"
         raise ValueError(f"masks has shape {list(masks.shape)}: expected {expected} with K at most {MAX_LABELS}")
-    maps = masks.detach().float().cpu().T.reshape(slots, 1, 1, rows, columns)
-    best = F.interpolate(maps[0], (height, width), mode="bilinear")[0, 0]
+    maps = masks.detach().float().cpu().T.reshape(slots, rows, columns)
     labels = torch.zeros(height, width, dtype=torch.uint8)
-    for slot in range(1, slots):
-        values = F.interpolate(maps[slot], (height, width), mode="bilinear")[0, 0]
-        labels.masked_fill_(values > best, slot)
-        torch.maximum(best, values, out=best)
+    band = max(1, _BAND // max(width, slots * columns))
+    for top in range(0, height, band):
+        part = labels[top : top + band]
+        tall = _rows_at(maps, top, len(part), height)
+        best = F.interpolate(tall[:1], width, mode="linear")[0]
+        for slot in range(1, slots):
+            values = F.interpolate(tall[slot : slot + 1], width, mode="linear")[0]
+            part.masked_fill_(values > best, slot)
+            torch.maximum(best, values, out=best)
     return labels.numpy()
+
+
+def _rows_at(maps: Tensor, top: int, count: int, height: int) -> Tensor:
+    """Rows `top` and on of maps [K, h, w] resized bilinearly to `height` rows: [K, count, w]."""
+    rows = maps.shape[1]
+    places = ((torch.arange(top, top + count, dtype=torch.float64) + 0.5) * rows / height - 0.5).clamp(min=0)
+    above = places.long()
+    below = (above + 1).clamp(max=rows - 1)
+    weight = (places - above).float()[:, None]
+    return maps[:, above] * (1 - weight) + maps[:, below] * weight
 
 
 def indexed_png(labels: np.ndarray, colours: np.ndarray | None = None) -> Image.Image:
     """A label map uint8 [height, width] as an indexed image: pixel values are labels, whose colours are the
     rows of `colours`, uint8 [labels, 3] (default: palette())."""
-    image = Image.fromarray(labels).convert("P")  # grey to palette keeps the values
+    image = Image.frombuffer("P", labels.shape[::-1], np.ascontiguousarray(labels), "raw", "P", 0, 1)  # not a copy
     image.putpalette((palette() if colours is None else colours).tobytes())
     return image
 

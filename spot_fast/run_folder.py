@@ -64,12 +64,13 @@ class RunFolder:
         if not corrupt:
             return
         file = self.path / CORRUPT
-        before = file.read_text(encoding="utf-8") if file.is_file() else ""
+        # Names are written as they are on the disk, which need not be UTF-8.
+        before = file.read_bytes().decode(errors="surrogateescape") if file.is_file() else ""
+        new = {f"{' '.join(label.split(chr(10)))}\t{' '.join(why.split())}" for label, why in corrupt.items()}
         # What an earlier part of the run has met stays in.
-        lines = sorted({*before.splitlines(), *(f"{label}\t{' '.join(why.split())}" for label, why in corrupt.items())})
-        text = "\n".join(lines) + "\n"
+        text = "\n".join(sorted(new.union(filter(None, before.split("\n"))))) + "\n"
         if text != before:
-            atomic_write(file, lambda partial: partial.write_text(text, encoding="utf-8"))
+            atomic_write(file, lambda partial: partial.write_bytes(text.encode(errors="surrogateescape")))
 
     def sync(self) -> None:
         """Metrics are on the disk when this returns: call it before a state is saved that includes their step."""

@@ -139,7 +139,7 @@ def _fit(args: argparse.Namespace, masker: Masker) -> Fit:
 def run(args: argparse.Namespace) -> int:
     """Segments what `args` name and says so; the exit code."""
     _check(args)
-    files = find_pictures(args.images, args.out)
+    files = find_pictures(args.images, args.out, lambda note: print(f"note: {note}", file=sys.stderr))
     paths = [path for path, _ in files]
     if args.grid and args.grid.resolve() in {path.resolve() for path in paths}:
         raise UserError(f"--grid {args.grid} is one of the pictures: choose another name")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -24,6 +25,7 @@ from .stitching import stitch
 
 MAX_GRID = 96  # pictures on a contact sheet
 _GRID_PANEL = 400, 200  # largest width and height there
+_LARGE = 1 << 24  # pixels; one picture beyond that is worked on at a time, so that memory does not follow the threads
 _AHEAD = 2  # batches read ahead, and batches whose masks are being written
 
 Row = list[tuple[str, Image.Image]]  # captioned panels
@@ -36,6 +38,17 @@ class Picture:
     origin: segment_files.Origin
     path: Path | None = None
     pixels: Tensor | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) as stored, from the file's header; (0, 0) where there is none."""
+        if self.path is None:
+            return self.pixels.shape[2], self.pixels.shape[1]
+        try:
+            with Image.open(self.path) as image:
+                return image.size
+        except Exception:  # noqa: BLE001 - `open` says what is wrong
+            return 0, 0
 
     def open(self) -> Image.Image:
         """Upright RGB; CorruptImage where the file is none."""
@@ -108,8 +121,22 @@ def segment_all(sources: Sequence[Picture], names: Sequence[str], masker: Masker
     writes: deque[tuple[_Prepared, Future]] = deque()
     waiting: dict[tuple[int, int], list[_Prepared]] = {}  # by window, because only equal windows make a batch
 
+    # In a thread of their own, because each thread keeps some of the memory that it has freed.
+    large = ThreadPoolExecutor(1, "segment-large", initializer=torch.set_num_threads, initargs=(1,))
+
+    def in_turn(size: tuple[int, int], work: Callable[[], Any]) -> Any:
+        return large.submit(work).result() if size[0] * size[1] > _LARGE else work()
+
     def prepare(index: int) -> _Prepared:
-        return _prepare(index, sources[index].open(), fit, masker.patch, wanted.overlay, grid and index < MAX_GRID)
+        source = sources[index]
+        with transforms.memory_of(source.origin.picture):
+            return in_turn(source.size, lambda: _prepare(index, source.open(), fit, masker.patch, wanted.overlay,
+                                                         grid and index < MAX_GRID))  # fmt: skip
+
+    def finish(prepared: _Prepared, found: Found) -> Row | None:
+        origin = sources[prepared.index].origin
+        return in_turn(prepared.size, lambda: _finish(prepared, found, names[prepared.index], origin, masker.kinds[0],
+                                                      wanted))  # fmt: skip
 
     def written(most: int) -> None:
         while len(writes) > most:
@@ -123,8 +150,7 @@ def segment_all(sources: Sequence[Picture], names: Sequence[str], masker: Masker
         batch = waiting.pop(window)
         at_once = max(1, min(batch_size, batch_size * own_tokens // (window[0] * window[1])))
         for prepared, found in zip(batch, _find(batch, masker, at_once), strict=True):
-            writes.append((prepared, pool.submit(_finish, prepared, found, names[prepared.index],
-                                                 sources[prepared.index].origin, masker.kinds[0], wanted)))
+            writes.append((prepared, pool.submit(finish, prepared, found)))
         written(_AHEAD * max(batch_size, workers))
 
     try:
@@ -148,6 +174,7 @@ def segment_all(sources: Sequence[Picture], names: Sequence[str], masker: Masker
             written(0)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        large.shutdown()
         torch.set_num_threads(torch.get_num_threads())  # what threads made from now on start with
     return results
 

@@ -9,7 +9,7 @@ these only.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from .data.folder import is_list, list_images, read_list
+from .data.folder import is_list, list_images, list_noted, read_list
 from .errors import UserError
 from .files import atomic_write
 
@@ -42,19 +42,24 @@ class Origin:
         return hashlib.sha256(f"{self.path}\n{self.model}".encode(errors="surrogateescape")).hexdigest()[:32]
 
     def metadata(self) -> dict[str, str]:
-        return {"picture": self.picture.encode(errors="replace").decode(), _OF: self.key}
+        return {"picture": self.picture, _OF: self.key}
 
 
-def find_pictures(sources: Sequence[str | Path], out: Path) -> list[tuple[Path, str]]:
+def find_pictures(sources: Sequence[str | Path], out: Path,
+                  say: Callable[[str], object] = lambda note: None) -> list[tuple[Path, str]]:  # fmt: skip
     """(file, NAME) of every picture in `sources`: image files, folders, and text files that list images.
 
     A file without the ending of an image is one if Pillow knows it, and a list otherwise. Outputs of earlier calls that
-    lie in a folder are left out, and so is what is named twice. UserError where a source is none of these.
+    lie in a folder are left out, and so is what is named twice. `say` is told what else was left out of folders.
+    UserError where a source is none of these.
     """
     groups: list[tuple[Path | None, str, list[Path]]] = []
     for source in map(Path, sources):
         if source.is_dir():
-            groups.append((source, source.resolve().name, [p for p in list_images(source) if not _is_output(p, out)]))
+            paths, notes = list_noted(source)
+            groups.append((source, source.resolve().name, [path for path in paths if not _is_output(path, out)]))
+            for note in notes:
+                say(note)
         elif is_list(source) and not _is_image(source):
             groups.append((source.parent, source.stem, read_list(source)))
         else:
@@ -135,7 +140,7 @@ def save(image: Image.Image, path: Path, metadata: dict[str, str] | None = None,
     _make_folder(path)
     text = PngImagePlugin.PngInfo()
     for name, value in (metadata or {}).items():
-        text.add_itxt(name, value)
+        text.add_itxt(name, _unicode(value))
     options = {"compress_level": _FAST} if fast else {}
     atomic_write(path, lambda partial: image.save(partial, format="PNG", pnginfo=text, **options))
 
@@ -143,8 +148,14 @@ def save(image: Image.Image, path: Path, metadata: dict[str, str] | None = None,
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Writes a safetensors file, whole or not at all, and makes its folder where there is none."""
     _make_folder(path)
-    data = to_bytes({name: value.contiguous() for name, value in tensors.items()}, metadata)
+    text = {name: _unicode(value) for name, value in metadata.items()}
+    data = to_bytes({name: value.contiguous() for name, value in tensors.items()}, text)
     atomic_write(path, lambda partial: partial.write_bytes(data))
+
+
+def _unicode(name: str) -> str:
+    """A file name as text that every format can hold."""
+    return name.encode(errors="replace").decode()
 
 
 def _make_folder(path: Path) -> None:

@@ -235,6 +235,8 @@ def _run(trainer: Trainer, folder: RunFolder | OthersFolder, args: Arguments) ->
     if processes > 1:
         where = f"{processes} {'GPUs' if device.type == 'cuda' else f'processes, each {where}'}"
     trained = sum(parameter.numel() for parameter in trainer.parameters) / 1e6
+    for note in dict.fromkeys([*trainer.train_set.notes, *(trainer.val_set.notes if trainer.val_set else ())]):
+        print(f"note: {note}")
     print(f"{path}: preset {config.recipe}, stage {config.stage}, {len(trainer.train_set)} images, "
           f"{trainer.total_steps} steps of {config.batch_size}, {trained:.1f} M parameters train, "
           f"{trainer.precision} on {where}", flush=True)  # fmt: skip

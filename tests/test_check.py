@@ -10,8 +10,10 @@ from PIL import Image
 
 import tfrecord_files as files
 from spot_fast import arguments
-from spot_fast.data import open_sets
+from spot_fast.config import preset
+from spot_fast.data import open_set, open_sets
 from spot_fast.data.__main__ import main
+from spot_fast.errors import UserError
 from spot_fast.schedule import learning_rate
 from test_folder import coco_file
 
@@ -263,6 +265,32 @@ def test_what_is_no_data_set(tmp_path, check, capsys):
         main(["check"])
     assert stop.value.code == 2 and capsys.readouterr().err == \
         "error: the following arguments are required: PATH (see --help)\n"
+
+
+@pytest.mark.parametrize("kind", ["array_record", "riegeli", "parquet"])
+def test_movi_in_another_format_of_tfds(tmp_path, check, kind):
+    """The release is TFRecord; newer versions of TensorFlow Datasets prepare others."""
+    folder = tmp_path / "movi_c" / "128x128" / "1.0.0"
+    folder.mkdir(parents=True)
+    for split in ("train", "validation"):
+        (folder / f"movi_c-{split}.{kind}-00000-of-00001").write_bytes(b"x")
+    sentence = f"{folder} holds {kind} (movi_c-"
+    remedy = f"tfds convert_format --dataset_dir={folder} --out_file_format=tfrecord"
+    code, _, err = check(tmp_path)
+    assert code == 2 and sentence in err and remedy in err
+    for name in ("movi_c", "movi_e"):
+        with pytest.raises(UserError, match=r"which is not read: convert it with tfds convert_format"):
+            open_set(preset(name, data=str(tmp_path)), "train")
+
+
+def test_davis_is_no_voc(tmp_path, check):
+    """Its pictures lie in JPEGImages/ too, in a folder for each video; it is a folder of pictures."""
+    for t in range(3):
+        save(tmp_path / "JPEGImages/480p/bear" / f"{t:05d}.jpg", Image.effect_noise((20, 20), 90).convert("RGB"))
+        save(tmp_path / "Annotations/480p/bear" / f"{t:05d}.png", labels())
+    code, out, _ = check(tmp_path)
+    assert code == 0 and "image folder" in out and "train  3 pictures" in out
+    assert f"note: 3 label maps left out: {tmp_path / 'Annotations'} 3" in out
 
 
 def test_list_in_no_folder(tmp_path, capsys):

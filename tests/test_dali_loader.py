@@ -267,7 +267,7 @@ def test_more_than_one_percent_corrupt_stops(many, how):
 
 def test_pictures_larger_than_pillow_opens_are_corrupt(folder, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 44 // 2 - 1)
-    with pytest.raises(UserError, match="exceeds limit"):
+    with pytest.raises(UserError, match="exceeds the limit"):
         next(DaliLoader(random_crops(folder), 4).epoch(0))
 
 

@@ -72,3 +72,12 @@ def test_sheet_holds_every_panel():
     assert mixed.width == 70 and np.asarray(mixed).reshape(-1, 3).tolist().count([0, 255, 0]) == 500
     with pytest.raises(ValueError, match="at least one row"):
         pictures.contact_sheet([])
+
+
+@pytest.mark.parametrize("height, width", [(50, 70), (7, 31), (1, 5000), (5000, 1), (300, 3)])
+def test_bands_change_no_label(monkeypatch, height, width):
+    """A large label map is made a band of rows at a time, for the sake of memory."""
+    masks = torch.rand(48, 5, generator=torch.Generator().manual_seed(0))
+    whole = pictures.labels_at(masks, height, width, (8, 6))
+    monkeypatch.setattr(pictures, "_BAND", 200)
+    assert np.array_equal(pictures.labels_at(masks, height, width, (8, 6)), whole)

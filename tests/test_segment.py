@@ -7,7 +7,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from spot_fast import checkpoint, pictures, segment
+from spot_fast import checkpoint, pictures, segment, segment_batch
 from spot_fast.config import preset
 from spot_fast.encoder import encoder_identity, normalise
 from spot_fast.model import Spot
@@ -271,3 +271,27 @@ def test_clusters_of_an_encoder(run, tmp_path):
     assert labels.shape == (40, 80)
     left, right = labels[:, :35], labels[:, 45:]
     assert max((left == k).mean() - (right == k).mean() for k in (0, 1)) > 0.9
+
+
+def test_large_pictures_are_worked_on_one_at_a_time(run, tmp_path, monkeypatch):
+    """Whatever the number of threads, memory is for one; labels, skipping and names are as for small ones."""
+    for i in range(4):
+        picture(tmp_path / "in" / f"{i}.png", (40, 40 + i))
+    (tmp_path / "in" / "bad.png").write_text("no picture")
+    assert run(tmp_path / "in", "--workers", 3, "--out", tmp_path / "small") == 0
+    at_once, most, prepare = [], [], segment_batch._prepare
+
+    def counted(*arguments):
+        at_once.append(0)
+        most.append(len(at_once))
+        try:
+            return prepare(*arguments)
+        finally:
+            at_once.pop()
+
+    monkeypatch.setattr(segment_batch, "_LARGE", 100)
+    monkeypatch.setattr(segment_batch, "_prepare", counted)
+    assert run(tmp_path / "in", "--workers", 3, "--out", tmp_path / "large") == 0
+    assert most == [1] * 4
+    for file in (tmp_path / "small").iterdir():
+        assert (tmp_path / "large" / file.name).read_bytes() == file.read_bytes()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spot_fast.data import transforms
+from spot_fast.data import Folder, transforms
 from spot_fast.errors import CorruptImage
 
 
@@ -94,3 +94,71 @@ def test_corrupt_files_are_named(tmp_path, monkeypatch):
     noise.save(tmp_path / "large.png")
     with pytest.raises(CorruptImage, match=r"large.png cannot be read: .*decompression bomb"):
         transforms.open_rgb(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize("size", [(900, 40), (40, 900), (1601, 30), (9000, 250)])
+def test_the_kept_part_of_a_strip_is_that_of_the_whole(size):
+    """Within one level: the whole is never made, so that memory follows the square."""
+    noise = np.random.default_rng(0).integers(0, 255, (size[1] // 4, size[0] // 4, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+    whole = transforms.minor_size(*size, 24)
+    left, top, *kept = transforms.kept_part(*whole, 24)
+    assert max(kept) == transforms.WHOLE * 24 < max(whole)
+    expected = np.asarray(image.resize(whole, Image.Resampling.BILINEAR)).astype(int)
+    found = np.asarray(transforms.resize_minor(image, 24)).astype(int)
+    assert np.abs(found - expected[top : top + kept[1], left : left + kept[0]]).max() <= 1
+    labels = np.arange(size[0] * size[1]).reshape(size[::-1])
+    square = transforms.center_crop_labels(labels, 24)
+    whole_map = transforms._resize_labels(labels, *whole)
+    corner = transforms.center_corner(*kept, 24)
+    left, top = left + corner[0], top + corner[1]
+    assert np.array_equal(square, whole_map[top : top + 24, left : left + 24])
+
+
+def test_ordinary_pictures_are_resized_as_a_whole():
+    """To the bit as torchvision does, up to sixteen times as long as wide."""
+    image = Image.effect_noise((640, 40), 90).convert("RGB")
+    expected = image.resize(transforms.minor_size(640, 40, 24), Image.Resampling.BILINEAR)
+    assert np.array_equal(transforms.resize_minor(image, 24), expected)
+
+
+@pytest.mark.parametrize("crop", ["center", "random", "stretch"])
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000)])
+def test_memory_of_a_strip_follows_the_square(tmp_path, crop, size):
+    """Resized as a whole it would have 13 million pixels a row."""
+    Image.new("RGB", size, "red").save(tmp_path / "strip.png")
+    Image.fromarray(np.ones(size[::-1], np.uint8)).save(tmp_path / "strip_mask.png")
+    images = Folder(tmp_path, "val", image_size=224, crop=crop)
+    assert images.prepared(0).numel() <= transforms.WHOLE * 3 * 224**2
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 224, 224)
+    assert torch.equal(images.train_image(0, np.random.default_rng(0)), red) and torch.equal(images.val_image(0), red)
+    assert images.val_masks(0).instances.eq(1).all()
+
+
+def test_both_loaders_crop_a_strip_at_the_same_place(tmp_path):
+    """`geometry` is what DALI goes by."""
+    Image.fromarray(np.arange(4000, dtype=np.uint16).astype(np.uint8)[None].repeat(10, 0)).save(tmp_path / "a.png")
+    images = Folder(tmp_path, image_size=20, crop="random")
+    for seed in range(5):
+        place = images.geometry(4000, 10, np.random.default_rng(seed))
+        square = images.train_image(0, np.random.default_rng(seed))
+        whole = Image.open(tmp_path / "a.png").resize((place.width, place.height), Image.Resampling.BILINEAR)
+        expected = np.asarray(whole).astype(int)[place.top : place.top + 20, place.left : place.left + 20]
+        assert np.abs(square[0].numpy().astype(int) - expected).max() <= 1
+
+
+def test_a_picture_that_needs_too_much_memory_is_named(tmp_path, monkeypatch):
+    """So that the loader replaces it, instead of ending a run with a MemoryError."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+
+    def full(*arguments, **options):
+        raise MemoryError
+
+    images = Folder(tmp_path, image_size=8)
+    for owner, function in ((Image.Image, "convert"), (Image.Image, "resize"), (Image, "open")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, function, full)
+            if function == "convert":
+                Image.new("L", (8, 8)).save(tmp_path / "a.png")
+            with pytest.raises(CorruptImage, match=r"image .*a\.png needs more memory than is free: scale it down"):
+                images.val_image(0)

@@ -40,7 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("path", metavar="PATH", type=Path, help="folder of a data set, or a text file listing images")
     command.add_argument("--sbd", metavar="DIR", help="folder of SBD, for VOC without trainaug.txt")
     command.add_argument("--decode", action="store_true",
-                         help="decode every picture and mask, instead of looking at both ends of the files")
+                         help="decode every picture and mask, instead of looking at both ends of the files: finds "
+                         "pictures that were damaged inside, which decoders fill with grey or garbage")
     command.add_argument("--jobs", metavar="N", type=int, default=min(_MAX_JOBS, os.cpu_count() or 1),
                          help="threads (default: one a core)")
     command.add_argument("--list", metavar="FILE", type=Path, help="write the names of missing and damaged files there")

@@ -20,6 +20,7 @@ from PIL import Image
 from ..errors import CorruptImage, UserError
 from . import fit, transforms
 from .identity import Files, sample
+from .names import alike
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class ImageSet(ABC):
     has_classes  those masks have class maps
     flip         training pictures are mirrored with probability 1/2; the loader does it, `train_image` does not
     random_crop  `finish` and `train_image` depend on their rng
-    notes        what of the data is left out, in words; for check and evaluate
+    notes        lines for the user about what was found, such as files or annotations that are left out
     images       optional: all training pictures at once, uint8 [n, 3, S, S]; the loader then indexes it directly
     corrupt      optional, with `images`: the indices of pictures that are none, others stand in for them
     """
@@ -130,11 +131,11 @@ class Geometry:
 class ImageFiles(ImageSet):
     """An ImageSet over image files: SPOT's crops (section 6) of `paths[index]`.
 
-    crop: "center" or "random" after resizing the minor side to S (bilinear), or "stretch" to S x S (bicubic, MOVi).
-    Validation pictures are centre-cropped unless they are stretched. upright: obey EXIF orientation; in validation
-    the picture that the masks were drawn on counts, whichever of the two has their size (`fitting`). A set whose
-    pictures are not files of their own overrides `encoded`, `sources` and `source`, and says in `drawn` what it takes
-    of those files.
+    crop: "center" or "random" after resizing the minor side to S (bilinear; of a picture more than 16 times as long as
+    wide crops come from the middle 16 squares), or "stretch" to S x S (bicubic, MOVi). Validation pictures are
+    centre-cropped unless they are stretched. upright: obey EXIF orientation; in validation the picture that the masks
+    were drawn on counts, whichever of the two has their size (`fitting`). A set whose pictures are not files of their
+    own overrides `encoded`, `sources` and `source`, and says in `drawn` what it takes of those files.
     """
 
     drawn = ""
@@ -164,9 +165,12 @@ class ImageFiles(ImageSet):
         try:
             return self.paths[index].read_bytes()
         except FileNotFoundError:
-            raise CorruptImage(f"image {self.paths[index]} does not exist") from None
-        except OSError as error:
-            raise CorruptImage(f"image {self.paths[index]} cannot be read: {error.strerror or error}") from None
+            other = alike(self.paths[index])
+            hint = f", but {other} is there: names have to agree in case and blanks" if other else ""
+            raise CorruptImage(f"image {self.paths[index]} does not exist{hint}") from None
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            reason = getattr(error, "strerror", None) or error
+            raise CorruptImage(f"image {self.paths[index]} cannot be read: {reason}") from None
 
     def rgb(self, index: int) -> Image.Image:
         """The decoded picture, upright if the set is; CorruptImage names the file and the reason."""
@@ -179,7 +183,9 @@ class ImageFiles(ImageSet):
             return Geometry(size, size, 0, 0)
         width, height = transforms.minor_size(width, height, size)
         place = transforms.random_corner if self.random_crop else transforms.center_corner
-        return Geometry(width, height, *place(width, height, size, rng))
+        left, top, *kept = transforms.kept_part(width, height, size)
+        across, down = place(*kept, size, rng)
+        return Geometry(width, height, left + across, top + down)
 
     def prepared(self, index: int) -> torch.Tensor:
         return transforms.to_tensor(self._resized(index, self.crop))
@@ -232,10 +238,11 @@ class ImageFiles(ImageSet):
 
     def _resized(self, index: int, crop: str) -> Image.Image:
         image = self.rgb(index)
-        if crop == "stretch":
-            return transforms.stretch(image, self.image_size)
-        image = transforms.resize_minor(image, self.image_size)
-        return image if crop == "random" else transforms.center_crop(image, self.image_size)
+        with transforms.memory_of(self.paths[index]):
+            if crop == "stretch":
+                return transforms.stretch(image, self.image_size)
+            image = transforms.resize_minor(image, self.image_size)
+            return image if crop == "random" else transforms.center_crop(image, self.image_size)
 
     def content_key(self) -> str:
         if not self._key:  # to ask a large set's file system once is enough

@@ -67,7 +67,7 @@ def find(path: Path, *, sbd: str | None = None, decode: bool = False) -> Found:
     if any((annotations / f"instances_{split}2017.json").is_file() or (path / inside / f"{split}2017").is_dir()
            for split in ("train", "val") for inside in ("", "images")):  # fmt: skip
         return _of_files("COCO 2017", "coco", partial(coco.Coco, path), decode)
-    if any((path / inside / "JPEGImages").is_dir() for inside in ("", "VOC2012", "VOCdevkit/VOC2012")):
+    if any(_is_voc(path / inside) for inside in ("", "VOC2012", "VOCdevkit/VOC2012")):
         return _of_files("PASCAL VOC 2012", "voc", partial(voc.Voc, path, sbd=sbd), decode)
     clips = (path / movi.SPLITS[split] for split in ("train", "val"))
     if any(next(clip.glob("*/*_image.png"), None) for clip in clips):
@@ -81,8 +81,15 @@ def find(path: Path, *, sbd: str | None = None, decode: bool = False) -> Found:
     found = _of_files("image folder" if path.is_dir() else "list of images", "folder", partial(folder.Folder, path),
                       decode)  # fmt: skip
     if found.splits[0].trouble:
+        movi_tfrecord.refuse_other_formats(path)
         raise UserError(found.splits[0].trouble)
     return found
+
+
+def _is_voc(folder: Path) -> bool:
+    """Whether it has VOC's pictures; those of DAVIS and YouTube-VOS lie in folders of their own."""
+    pictures = folder / "JPEGImages"
+    return pictures.is_dir() and ((folder / "ImageSets" / "Segmentation").is_dir() or any(pictures.glob("*.*")))
 
 
 def _movi_preset(path: Path) -> str:

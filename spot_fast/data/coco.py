@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import UserError
 from .base import FullLabels, ImageFiles, Masks
 from .instances import Instances, read_images
+from .names import located
 
 # COCO's 80 things: ids run to 90 with ten numbers left out.
 _LEFT_OUT = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
@@ -48,7 +49,7 @@ class Coco(ImageFiles):
         if not self.listed:
             raise UserError(f"{self.annotation_file} lists no images")
         self.image_ids = [image.id for image in self.listed]
-        paths = [folder / image.file_name for image in self.listed]
+        paths = [located(folder / image.file_name) for image in self.listed]
         super().__init__(paths, image_size=image_size, mask_size=mask_size, crop=crop, flip=flip)
 
     def full_masks(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,7 +1,8 @@
 """Whether an image file is damaged, mostly from its first and last bytes.
 
 A JPEG or PNG that begins and ends as it should is taken for whole. Anything else is decoded before it is called
-damaged: the loader reads what Pillow reads, such as photos with something appended.
+damaged: the loader reads what Pillow reads, such as photos with something appended. Where all is to be decoded, JPEGs
+whose inside is damaged are called so too, though Pillow reads them, with grey or garbage where data is lost.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 from pathlib import Path
 
 from ..errors import CorruptImage
+from .jpeg_scan import lost_inside
 from .transforms import open_rgb
 
 _HEAD, _TAIL = 8, 64
@@ -43,7 +45,7 @@ def data_damage(name: Path, encoded: bytes, *, decode: bool = False) -> str | No
 def _damage(path: Path, encoded: bytes | None, size: int, head: bytes, tail: bytes, decode: bool) -> str | None:
     if not size:
         return "empty"
-    missing_end = ""
+    missing_end, inside = "", decode and head.startswith(_JPEG)
     if head.startswith(_JPEG):
         missing_end = "" if tail.rstrip(_PADDING).endswith(_JPEG_END) else "truncated: no end of the JPEG"
     elif head.startswith(_PNG):
@@ -56,4 +58,5 @@ def _damage(path: Path, encoded: bytes | None, size: int, head: bytes, tail: byt
         open_rgb(path, encoded)
     except CorruptImage as error:
         return missing_end or str(error).removeprefix(f"image {path} ")
-    return None
+    found = lost_inside(path.read_bytes() if encoded is None else encoded) if inside else None
+    return found and f"damaged inside: {found}"

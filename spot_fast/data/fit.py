@@ -7,9 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..errors import CorruptImage
+from .transforms import open_image, orientation
 
-_ORIENTATION = 0x0112  # EXIF: above 4, width and height change places
 _ASKEW = 0.05  # by how much a scaled copy's shape may differ, as a fraction
 
 Size = tuple[int, int]  # width and height in pixels
@@ -27,19 +26,17 @@ def both_sizes(path: Path, encoded: bytes | None = None) -> tuple[Size, Size]:
 
 def _sizes(path: Path, encoded: bytes | None, exif: bool) -> tuple[Size, Size]:
     try:
-        with Image.open(path if encoded is None else io.BytesIO(encoded)) as image:
-            return image.size, image.size[::-1] if exif and _quarter_turn(image) else image.size
-    except Exception as error:  # noqa: BLE001 - damaged files make Pillow raise nearly anything
-        raise CorruptImage(f"image {path} cannot be read: {error or type(error).__name__}") from None
+        image = Image.open(path if encoded is None else io.BytesIO(encoded))
+    except Exception:  # noqa: BLE001 - damaged files make Pillow raise nearly anything; pixels may be read all the same
+        image = open_image(path, encoded)
+    with image:
+        return image.size, image.size[::-1] if exif and _quarter_turn(image) else image.size
 
 
 def _quarter_turn(image: Image.Image) -> bool:
     if image.format == "TIFF":  # Pillow turns it itself, and its size already
         return False
-    try:
-        return image.getexif().get(_ORIENTATION, 1) > 4
-    except Exception:  # noqa: BLE001 - damaged metadata makes Pillow raise nearly anything; the pixels may be whole
-        return False
+    return orientation(image) > 4
 
 
 def scaled_copy(one: Size, other: Size) -> bool:

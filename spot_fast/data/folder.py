@@ -11,7 +11,7 @@ a folder without both, or a list, is used for either. Masks are looked for in th
   TIFF, GIF and BMP will do too; of several PNG goes first. These names may be in capitals.
 
 Where some pictures have masks, those are the validation pictures. Masks are never taken as pictures. Training reads no
-masks.
+masks. What else of a folder is taken or left out: `listing` and `label_maps`; how a list may be written: `names`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from ..errors import UserError
 from . import fit
 from .base import ImageFiles, Masks
 from .instances import Instances, Listed, is_instances_file
+from .label_maps import without_labels
 from .labels import open_labels
+from .listing import extensions, list_folder
 from .mask_names import MASK, masks_in, without_ending
+from .names import composed, is_windows, listed, located, read_lines
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".jp2"})
 EXPECTED = "pictures, or a text file that lists pictures"
 _VALIDATION = ("val", "validation", "valid")
 
@@ -73,7 +75,7 @@ class Folder(ImageFiles):
                 raise UserError(f"{file} lists no images in {folder}: put the annotations of these pictures there")
             self.listed, self.notes = [image for _, image in found], self.instances.notes
             return [path for path, _ in found]
-        paths = list_images(folder)
+        paths, self.notes = list_noted(folder)
         return self._with_masks(paths, root) if split == "val" else paths
 
     def _with_masks(self, paths: list[Path], root: Path | None) -> list[Path]:
@@ -114,38 +116,43 @@ class Folder(ImageFiles):
 def list_images(sources: Sources) -> list[Path]:
     """Image files of folders (recursively, by extension, sorted) and files (as they are, whatever their name).
 
-    Of folders, hidden files and folders and the masks of pictures are left out. UserError names a source that does not
-    exist or a folder without images.
+    Of folders, hidden files and folders, the masks of pictures and label maps are left out. UserError names a source
+    that does not exist or a folder without images.
     """
+    return list_noted(sources)[0]
+
+
+def list_noted(sources: Sources) -> tuple[list[Path], list[str]]:
+    """`list_images`, and a line for each kind of file that was left out of folders."""
     if isinstance(sources, str | Path):
         sources = [sources]
     found: list[Path] = []
+    notes: list[str] = []
     for source in map(Path, sources):
         if source.is_dir():
-            inside = [path for path in sorted(source.rglob("*")) if _is_image(path.relative_to(source), path)]
-            inside = _without_masks(inside, source)
-            if not inside:
-                raise UserError(f"{source} has no images ({', '.join(sorted(EXTENSIONS))}) in it")
-            found += inside
-        elif source.exists():
-            found.append(source)
+            inside = list_folder(source)
+            paths, inside.labels = without_labels(_without_masks(inside.paths, source), source)
+            if not paths:
+                left_out = "; ".join(inside.notes())
+                raise UserError(f"{source} has no images (.jpg, .png, .webp and others) in it" + (
+                    f": {left_out}" if left_out else ""))  # fmt: skip
+            found += paths
+            notes += inside.notes()
+        elif located(source).exists():
+            found.append(located(source))
         else:
             raise UserError(f"{source} does not exist: name an image or a folder of images")
-    return found
-
-
-def _is_image(inside: Path, path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS and not any(p.startswith(".") for p in inside.parts) and path.is_file()
+    return found, notes
 
 
 def _without_masks(paths: list[Path], root: Path) -> list[Path]:
     """`paths` but for photo_mask.png beside a photo, and for masks/ beside images/."""
-    stems = {(path.parent, path.stem) for path in paths}
+    stems = {(path.parent, composed(path.stem)) for path in paths}
     mask_folders = {folder for folder in {path.parent for path in paths} if _in_masks(folder, root)}
 
     def is_mask(path: Path) -> bool:
         of = without_ending(path.name).removesuffix(MASK)
-        return path.parent in mask_folders or of != path.stem and (path.parent, of) in stems
+        return path.parent in mask_folders or of != composed(path.stem) and (path.parent, of) in stems
 
     return [path for path in paths if not is_mask(path)]
 
@@ -172,7 +179,8 @@ def _mask_of(path: Path, root: Path | None, places: dict[Path, list[dict[str, Pa
     if folder not in places:
         places[folder] = _mask_places(folder, root)
     beside, *apart = places[folder]
-    found = [beside.get(path.stem + MASK), *(masks.get(path.stem) or masks.get(path.stem + MASK) for masks in apart)]
+    stem = composed(path.stem)
+    found = [beside.get(stem + MASK), *(masks.get(stem) or masks.get(stem + MASK) for masks in apart)]
     return next(filter(None, found), None)
 
 
@@ -200,7 +208,7 @@ def _split_folder(root: Path, split: str | None) -> Path:
 def _instances_file(folder: Path, root: Path) -> Path | None:
     """The COCO instances file for the validation pictures in `folder`; UserError where it is not clear which."""
     for place in dict.fromkeys([folder, root, root / "annotations"]):
-        pictures = {path.stem for path in place.glob("*") if path.suffix.lower() in EXTENSIONS}
+        pictures = {path.stem for path in place.glob("*") if path.suffix.lower() in extensions()}
         # Annotation tools write a file for each picture, with the picture in it: those are not read.
         files = [file for file in sorted(place.glob("*.json")) if file.stem not in pictures and is_instances_file(file)]
         chosen = [file for file in files if "val" in file.stem.lower()] or files
@@ -214,22 +222,27 @@ def _instances_file(folder: Path, root: Path) -> Path | None:
 
 def _locate(name: str, folder: Path, others: Iterable[Path]) -> Path:
     """The file `name` in `folder` or one of the others, in `folder` where none has it."""
-    return next((base / name for base in (folder, *others) if os.path.isfile(base / name)), folder / name)
+    found = (located(base / name) for base in (folder, *others))
+    return next(filter(os.path.isfile, found), folder / name)
 
 
 def is_list(source: Path) -> bool:
-    return source.is_file() and source.suffix.lower() not in EXTENSIONS
+    return source.is_file() and source.suffix.lower() not in extensions()
 
 
 def read_list(file: Path) -> list[Path]:
     if file.suffix.lower() == ".json":
         raise UserError(f"{file} is no list of images: name the folder, in which a COCO instances file is found")
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line for line in read_lines(file) if line.strip()]
+    except UserError as error:
         raise UserError(f"{file} is neither a folder, nor an image by its name, nor a text file that lists images "
                         f"({error})") from None
-    paths = [file.parent / line for line in lines if line]
+    paths = [listed(line, file.parent) for line in lines]
+    # Lines that begin with # are notes, unless there is such a file.
+    paths = [path for path, line in zip(paths, lines, strict=True) if line[0] != "#" or os.path.isfile(path)]
     if not any(map(os.path.isfile, paths)):
-        raise UserError(f"{file} lists no image that exists: it needs one name a line, relative to its folder")
+        windows = next(filter(is_windows, lines), None)
+        why = "" if windows is None else f", and {windows.strip()} is a path of Windows"
+        raise UserError(f"{file} lists no image that exists: it needs one name a line, relative to its folder{why}")
     return paths

@@ -26,6 +26,7 @@ import torch
 from ..errors import CorruptImage, UserError
 from .base import ImageSet
 from .processes import Processes
+from .transforms import memory_of
 
 # Streams of random numbers: the first word after the seed.
 _ORDER, _FLIP, _CROP, _REPLACE = range(4)
@@ -168,7 +169,8 @@ class Loader:
         index, substitutes = wanted, None
         for _ in range(_ATTEMPTS):
             try:
-                return Loaded(wanted, index, self.fetch(index, self._crop_rng(epoch, index)), corrupt)
+                with memory_of(self.image_set.label(index)):
+                    return Loaded(wanted, index, self.fetch(index, self._crop_rng(epoch, index)), corrupt)
             except CorruptImage as error:
                 corrupt[self.image_set.label(index)] = str(error)
             if len(corrupt) > self._tolerated:

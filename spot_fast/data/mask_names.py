@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .names import composed
+
 MASK = "_mask"  # photo_mask.png beside photo.jpg
 # Of several the first is the mask. The last are lossy: they are found so that they can be refused.
 _ENDINGS = (".png", ".tif", ".tiff", ".gif", ".bmp", ".pgm", ".tga", ".webp", ".jp2", ".avif", ".jpg", ".jpeg", ".jpe",
@@ -12,8 +14,8 @@ _ENDINGS = (".png", ".tif", ".tiff", ".gif", ".bmp", ".pgm", ".tga", ".webp", ".
 
 
 def without_ending(name: str) -> str:
-    """The name of a picture's or mask's file without its ending, with _mask in small letters."""
-    stem = Path(name).stem
+    """The name of a picture's or mask's file without its ending, in NFC and with _mask in small letters."""
+    stem = composed(Path(name).stem)
     return stem[: -len(MASK)] + MASK if stem.lower().endswith(MASK) else stem
 
 

@@ -22,6 +22,7 @@ from .labels import open_labels
 
 _PRESETS = ("movi_c", "movi_e")
 _SHARD = re.compile(r"(?P<set>.+)-(?P<split>train|validation)\.tfrecord-\d{5}-of-(?P<count>\d{5})")
+_OTHER_SHARD = re.compile(r".+-(train|validation)\.(?P<format>array_record|riegeli|parquet)-\d{5}-of-\d{5}")
 _DEPTH = 6  # folders below the root that are searched
 _INTERLEAVED, _BLOCK = 16, 16  # files that TensorFlow Datasets reads in turns, and records a turn
 VIDEO, MASKS = "video", "segmentations"  # names of the features
@@ -108,6 +109,7 @@ class MoviRecords(ImageFiles):
 def open_clips(root: str | Path, split: str, *, release: str = "", **options: Any) -> ImageFiles:
     """One split of MOVi under `root`: PNG clips where there are any, TFRecord shards otherwise."""
     if (Path(root) / movi.SPLITS[split]).is_dir() or not releases(Path(root), movi.SPLITS[split]):
+        refuse_other_formats(Path(root))
         return movi.Movi(root, split, **options)
     return MoviRecords(root, split, release=release, **options)
 
@@ -119,6 +121,7 @@ def find_shards(root: Path, split: str, release: str = "") -> list[Path]:
     """
     found = releases(root, split)
     if not found:
+        refuse_other_formats(root)
         raise UserError(f"--data {root} has no {split} shards: MOVi needs {movi.EXPECTED}")
     of_release = [key for key in found if key[1] == release] or found
     if len(of_release) > 1:
@@ -133,17 +136,32 @@ def find_shards(root: Path, split: str, release: str = "") -> list[Path]:
 def releases(root: Path, split: str) -> list[tuple[Path, str, str]]:
     """(folder, name such as "movi_c", number of shards as written) of the sets under `root` with a shard of `split`."""
     found: dict[tuple[Path, str, str], None] = {}
+    for folder, file in _files(root):
+        shard = _SHARD.fullmatch(file)
+        if shard and shard["split"] == split:
+            found[folder, shard["set"], shard["count"]] = None
+    return list(found)
+
+
+def _files(root: Path) -> Iterator[tuple[Path, str]]:
+    """(folder, name) of the files under `root` that may be shards."""
     depth = len(root.parts)
     for folder, inside, files in os.walk(root):
         # A download that was not finished lies in a folder of its own.
         inside[:] = sorted(name for name in inside if "incomplete" not in name and not name.startswith("."))
         if len(Path(folder).parts) - depth >= _DEPTH:
             inside.clear()
-        for file in files:
-            shard = _SHARD.fullmatch(file)
-            if shard and shard["split"] == split:
-                found[Path(folder), shard["set"], shard["count"]] = None
-    return list(found)
+        yield from ((Path(folder), file) for file in files)
+
+
+def refuse_other_formats(root: Path) -> None:
+    """UserError where `root` holds shards that TensorFlow Datasets wrote in a format that is not read here."""
+    for folder, file in _files(root):
+        if shard := _OTHER_SHARD.fullmatch(file):
+            convert = f"tfds convert_format --dataset_dir={folder} --out_file_format=tfrecord --out_dir=OTHER_DIR"
+            raise UserError(f"{folder} holds {shard['format']} ({file}), which is not read: convert it with {convert}, "
+                            "download MOVi as it is released, or prepare it with tfds.builder(NAME, "
+                            'file_format="tfrecord")')  # fmt: skip
 
 
 def shard_records(path: Path) -> Iterator[tfrecord.Record]:

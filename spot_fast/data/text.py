@@ -13,7 +13,11 @@ _MARKS = {
 }  # fmt: skip
 
 
-def read_text(path: Path) -> str:
-    """The text of a file without its byte-order mark; OSError, or UnicodeDecodeError where it is no such text."""
+def read_text(path: Path, errors: str = "strict") -> str:
+    """The text of a file without its byte-order mark; OSError, or UnicodeDecodeError where it is no such text.
+
+    errors: what becomes of bytes that are not UTF-8 in a file without a mark, as in `bytes.decode`.
+    """
     data = path.read_bytes()
-    return data.decode(next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8"))
+    marked = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
+    return data.decode(marked) if marked else data.decode("utf-8", errors)

@@ -19,7 +19,7 @@ from . import fit
 from .base import FullLabels, ImageFiles, Masks
 from .labels import RIM, open_labels
 from .mask_names import masks_in
-from .text import read_text
+from .names import composed, read_lines
 
 EXPECTED = "JPEGImages/, ImageSets/Segmentation/trainaug.txt (or --sbd PATH) to train, " \
            "ImageSets/Segmentation/val.txt, SegmentationObject/ and SegmentationClass/ to evaluate"
@@ -75,7 +75,7 @@ class Voc(ImageFiles):
         return sorted(of_sbd.union(self._list("train")).difference(self._list("val")))
 
     def mask_files(self, index: int) -> list[Path]:
-        stem = self.paths[index].stem
+        stem = composed(self.paths[index].stem)
         return [found.get(stem, folder / f"{stem}.png") for folder, found in self._masks]
 
     def drawn_size(self, index: int) -> fit.Size | None:
@@ -120,17 +120,14 @@ def read_names(file: Path, known: Container[str] = ()) -> list[str]:
     known: names of pictures that there are. They tell a name with spaces from one with something behind it, such as
     1, 0 or -1 in ImageSets/Main, or the name of a mask.
     """
-    try:
-        lines = read_text(file).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
-    names = [_name(line, known) for line in map(str.strip, lines) if line]
+    names = [_name(line, known) for line in map(str.strip, read_lines(file)) if line]
     if not names:
         raise UserError(f"{file} names no images")
     return names
 
 
 def _name(line: str, known: Container[str]) -> str:
+    line = composed(line)
     words = line.split()
     flagged = len(words) > 1 and words[-1] in _FLAGS
     without_flag = line[: -len(words[-1])].rstrip() if flagged else line
@@ -154,7 +151,7 @@ def _pictures_in(folder: Path) -> dict[str, Path]:
     names = os.listdir(folder) if folder.is_dir() else []
     found = [(_ENDINGS.index(ending), name) for name in names if (ending := Path(name).suffix.lower()) in _ENDINGS]
     found.sort(key=lambda each: (-each[0], each[1]))
-    return {_without_ending(name): folder / name for _, name in found}
+    return {composed(_without_ending(name)): folder / name for _, name in found}
 
 
 def _find(root: Path) -> Path:

@@ -1,6 +1,6 @@
 """A training step on a CPU that other programs use too: how its threads wait for each other, six ways in turns.
 
-    python bench/busy_machine.py [--rounds N] [--steps N] [--csv FILE] [--tiny]
+    python bench/busy_machine.py [--ways WAY ...] [--rounds N] [--steps N] [--csv FILE] [--tiny]
 
 The step is that of `python -m spot_fast.train --stage 1`: generated scenes, cached features. Each way has a process of
 its own, and all take turns; whoever is not at it sleeps. Of each round the first half has the machine to itself, in the
@@ -37,6 +37,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
 from ladder import write_csv  # noqa: E402
 from machine import commit, cores, cpu_name  # noqa: E402
+from targets import target_file  # noqa: E402
 
 ONE_THREAD, COMMANDS = "one thread", "commands"
 WAYS: Mapping[str, Mapping[str, str]] = {
@@ -133,9 +134,9 @@ def other_program() -> Iterator[None]:
         program.wait()
 
 
-def measure(rounds: int, steps: int, tiny: bool) -> list[Row]:
-    trainees = {way: Trainee(way, tiny) for way in WAYS}
-    seconds: dict[tuple[str, str], list[float]] = {(way, machine): [] for way in WAYS for machine in (IDLE, BUSY)}
+def measure(ways: Sequence[str], rounds: int, steps: int, tiny: bool) -> list[Row]:
+    trainees = {way: Trainee(way, tiny) for way in ways}
+    seconds: dict[tuple[str, str], list[float]] = {(way, machine): [] for way in ways for machine in (IDLE, BUSY)}
     try:
         for _ in range(rounds):
             for way, process in trainees.items():
@@ -157,7 +158,7 @@ def measure(rounds: int, steps: int, tiny: bool) -> list[Row]:
 def table(rows: Sequence[Row]) -> str:
     found = {(row.way, row.machine): row for row in rows}
     lines = [f"| threads wait | {IDLE}, ms | {BUSY}, ms | error of the loss |", "|---|---|---|---|"]
-    for way in WAYS:
+    for way in dict.fromkeys(row.way for row in rows):
         idle, busy = found[way, IDLE], found[way, BUSY]
         lines.append(f"| {way} | {idle.ms:.0f} | {busy.ms:.0f} | {idle.error:.1e} |")
     return "\n".join(lines)
@@ -167,7 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds of all ways (default: 5)")
     parser.add_argument("--steps", type=int, default=6, metavar="N", help="steps of a way and half round (default: 6)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows there")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY",
+                        help="beside one thread (default: all)")  # fmt: skip
+    parser.add_argument("--csv", type=target_file, metavar="FILE", help="also write the rows there")
     parser.add_argument("--tiny", action="store_true", help="a step that says nothing, to try the bench")
     parser.add_argument("--trainee", choices=tuple(WAYS), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -177,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("rounds", "steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: use 1 or more")
-    rows = measure(args.rounds, args.steps, args.tiny)
+    rows = measure(list(dict.fromkeys([*args.ways, ONE_THREAD])), args.rounds, args.steps, args.tiny)
     print(f"{cpu_name()}, {cores()} cores, {date.today()}\n\n{table(rows)}")
     if args.csv:
         about = {"date": str(date.today()), "machine": f"{cpu_name()}, {cores()} cores", "commit": commit()}

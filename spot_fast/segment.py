@@ -36,6 +36,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import terminal
+from .cpu_threads import add_option, computing
 from .devices import usable_device
 from .encoder import SCENES_ENCODER
 from .errors import UserError
@@ -87,6 +88,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=WORKERS, metavar="N",
                         help="threads that read and write pictures (default: one a processor, at most 8; here "
                         f"{WORKERS})")
+    add_option(parser)
     parser.add_argument("--precision", choices=PRECISIONS, default="auto",
                         help="of the model; auto is bf16 where the device multiplies it in hardware, else float32 "
                         "(default: auto)")
@@ -143,7 +145,8 @@ def run(args: argparse.Namespace) -> int:
     paths = [path for path, _ in files]
     if args.grid and args.grid.resolve() in {path.resolve() for path in paths}:
         raise UserError(f"--grid {args.grid} is one of the pictures: choose another name")
-    device = str(usable_device(args.device))
+    where = usable_device(args.device)
+    device = str(where)
     masker, size, what = _masker(args, device)
     fit = _fit(args, masker)
     kinds = _MASKS[args.masks or "both"] if "slots" in masker.kinds else masker.kinds
@@ -155,8 +158,9 @@ def run(args: argparse.Namespace) -> int:
         check_overwriting(args.out, names, [picture.origin for picture in pictures], wanted.endings)
     print(f"{what}, {size} px, {device}", flush=True)
     start = time.perf_counter()
-    results = segment_all(pictures, names, masker, fit, wanted, batch_size=args.batch_size, workers=args.workers,
-                          grid=args.grid is not None)  # fmt: skip
+    with computing(args.threads, where) as adapt:
+        results = segment_all(pictures, names, masker, fit, wanted, batch_size=args.batch_size, workers=args.workers,
+                              grid=args.grid is not None, between_batches=adapt)  # fmt: skip
     seconds = time.perf_counter() - start
     if results.rows:
         rows = [row for _, row in sorted(results.rows.items())]

@@ -107,7 +107,8 @@ def pictures_of(paths: Sequence[Path], scenes: int, size: int, model: str) -> li
 
 
 def segment_all(sources: Sequence[Picture], names: Sequence[str], masker: Masker, fit: Fit, wanted: Wanted, *,
-                batch_size: int, workers: int, grid: bool = False, progress: bool = True) -> Results:
+                batch_size: int, workers: int, grid: bool = False, progress: bool = True,
+                between_batches: Callable[[], object] = lambda: None) -> Results:
     """Segments `sources` and writes what is `wanted` of each under its name.
 
     A picture that cannot be read is named on stderr and skipped. `workers` threads decode, draw and write while this
@@ -147,6 +148,7 @@ def segment_all(sources: Sequence[Picture], names: Sequence[str], masker: Masker
             bar.update()
 
     def flush(window: tuple[int, int]) -> None:
+        between_batches()
         batch = waiting.pop(window)
         at_once = max(1, min(batch_size, batch_size * own_tokens // (window[0] * window[1])))
         for prepared, found in zip(batch, _find(batch, masker, at_once), strict=True):

@@ -58,7 +58,7 @@ class Row:
     """A line of the table; error: relative, of the third step's loss against that of one thread."""
 
     way: str
-    machine: str
+    load: str
     ms: float
     times_one_thread: float
     error: float
@@ -156,7 +156,7 @@ def measure(ways: Sequence[str], rounds: int, steps: int, tiny: bool) -> list[Ro
 
 
 def table(rows: Sequence[Row]) -> str:
-    found = {(row.way, row.machine): row for row in rows}
+    found = {(row.way, row.load): row for row in rows}
     lines = [f"| threads wait | {IDLE}, ms | {BUSY}, ms | error of the loss |", "|---|---|---|---|"]
     for way in dict.fromkeys(row.way for row in rows):
         idle, busy = found[way, IDLE], found[way, BUSY]

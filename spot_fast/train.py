@@ -246,8 +246,9 @@ def _run(trainer: Trainer, folder: RunFolder | OthersFolder, args: Arguments) ->
     outcome = trainer.run(folder, tensorboard=args.tensorboard, profile=args.profile)
     if trainer.loader.corrupt:
         reason = next(iter(trainer.loader.corrupt.values()))
-        print(f"{len(trainer.loader.corrupt)} corrupt images were replaced by others, all in {path / CORRUPT}; the "
-              f"first: {reason}")  # fmt: skip
+        count = len(trainer.loader.corrupt)
+        what = "1 corrupt image was" if count == 1 else f"{count} corrupt images were"
+        print(f"{what} replaced by others, all in {path / CORRUPT}; the first: {reason}")
     if not outcome.finished:
         print(f"stopped at step {outcome.step} of {outcome.total_steps}: go on with python -m spot_fast.train "
               f"--resume {path}")  # fmt: skip

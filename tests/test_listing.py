@@ -90,6 +90,17 @@ def test_links_that_lead_nowhere_are_named(tmp_path):
     assert str(tmp_path / "gone.jpg") in note
 
 
+def test_links_that_became_text_are_named(tmp_path):
+    """As git leaves them where it may not make links, and some archives; other files without ending are none."""
+    picture(tmp_path / "disk2" / "1.jpg")
+    picture(tmp_path / "photos" / "a.jpg")
+    for name, text in (("b", "../disk2"), ("c", "../disk2/1.jpg"), ("README", "two photos"), ("d", "no/folder")):
+        (tmp_path / "photos" / name).write_text(text)
+    paths, (note,) = list_noted(tmp_path / "photos")
+    assert names(paths, tmp_path / "photos") == ["a.jpg"]
+    assert note.startswith("2 links saved as text left out: ") and "photos/b, " in note
+
+
 def test_folders_that_may_not_be_read_are_named(tmp_path, monkeypatch):
     """One of them; the folder itself is an error."""
     picture(tmp_path / "a.jpg")

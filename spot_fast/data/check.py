@@ -122,7 +122,8 @@ def _of_files(title: str, name: str, reader: Callable[..., ImageFiles], decode: 
             count = len(image_set.instances.class_of)
             found.notes.append(f"its {count} categories are its own, not COCO's: classes are their places in its list")
         if split == "train" and name == "voc" and len(image_set) != voc.TRAINAUG:
-            found.notes.append(f"trainaug has {len(image_set):,} names here and {voc.TRAINAUG:,} in published results")
+            names = _count(len(image_set), "name")
+            found.notes.append(f"trainaug has {names} here and {voc.TRAINAUG:,} in published results")
         inspections = [partial(_inspect, image_set, index, path not in seen, decode)
                        for index, path in enumerate(image_set.paths)]  # fmt: skip
         seen.update(image_set.paths)

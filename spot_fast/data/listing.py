@@ -2,8 +2,8 @@
 
 A folder is searched with all below it, also through links to other folders, each folder once however many links lead to
 it. Hidden files and folders, and what systems leave behind (__MACOSX, @eaDir, Thumbs.db), are passed over in silence;
-what else is not taken is counted in notes: folders that may not be read, links that lead nowhere, other endings, and
-label maps that lie beside the pictures they are of.
+what else is not taken is counted in notes: folders that may not be read, links that lead nowhere or have become text,
+other endings, and label maps that lie beside the pictures they are of.
 
 Masks that a set uses are not listed here (`folder`).
 """
@@ -29,6 +29,7 @@ _ASIDE = frozenset(("", ".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".md"
                     ".html", ".htm", ".pdf", ".py", ".m", ".ipynb", ".sh", ".log", ".ini", ".cfg", ".lst", ".names",
                     ".data", ".md5", ".sha1", ".sha256", ".xmp", ".aae", ".url", ".bib", ".license"))  # fmt: skip
 _ARCHIVES = frozenset((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"))
+_LONGEST_LINK = 4095  # bytes
 _SHOWN = 4  # endings and folders that a note names
 
 @cache
@@ -46,6 +47,7 @@ class Listing:
     paths: list[Path] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     broken: list[Path] = field(default_factory=list)
+    written: list[Path] = field(default_factory=list)  # links that are text files, as git makes them on Windows
     other: Counter[str] = field(default_factory=Counter)
     labels: Counter[Path] = field(default_factory=Counter)  # by folder
 
@@ -57,6 +59,9 @@ class Listing:
         if self.broken:
             links = [str(path) for path in self.broken]
             notes.append(f"{_count(len(links), 'link')} to nowhere left out: {_some(links)}")
+        if self.written:
+            notes.append(f"{_count(len(self.written), 'link')} saved as text left out: "
+                         f"{_some(list(map(str, self.written)))}; make links of them again")  # fmt: skip
         for kind, remedy in ((self.other - self._archives(), ""), (self._archives(), "; unpack archives")):
             if kind:
                 endings = _some([f"{ending} {number:,}" for ending, number in kind.most_common()])
@@ -118,5 +123,18 @@ def _sort_in(found: Listing, entry: os.DirEntry, path: Path, folders: list[Path]
         found.broken.append(path)
     elif is_file and ending in extensions():
         found.paths.append(path)
+    elif is_file and not ending and _leads_somewhere(path):
+        found.written.append(path)
     elif is_file and ending not in _ASIDE:
         found.other[ending] += 1
+
+
+def _leads_somewhere(path: Path) -> bool:
+    """Whether a file holds the path of a folder or of a picture and nothing else."""
+    try:
+        if not 0 < path.stat().st_size <= _LONGEST_LINK:
+            return False
+        target = path.parent / os.fsdecode(path.read_bytes())
+        return target.is_dir() or target.suffix.lower() in extensions() and target.is_file()
+    except (OSError, ValueError):  # ValueError: a zero byte
+        return False

@@ -1,11 +1,13 @@
 """Packages that are missing, or there and broken: one sentence with the package and what to install."""
 
+import json
 import sys
 
 import pytest
 import torch
 
 from spot_fast.data import dali_pipeline
+from spot_fast.data.instances import Instances
 from spot_fast.errors import UserError
 from spot_fast.optional import required
 from spot_fast.timm_import import import_timm
@@ -31,6 +33,18 @@ def test_a_broken_package_is_told_with_its_reason(tmp_path, monkeypatch, line, w
 def test_a_missing_package_is_told_without_one():
     with pytest.raises(UserError, match="^--plot needs no_such_package: pip install it$"):
         required("no_such_package.part", "--plot", "it")
+
+
+def test_pycocotools_that_is_not_there_is_told_instead_of_the_annotation(tmp_path, monkeypatch):
+    image = {"id": 1, "file_name": "a.jpg", "width": 4, "height": 4}
+    drawn = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [[0, 0, 3, 0, 3, 3]]}
+    file = tmp_path / "instances.json"
+    file.write_text(json.dumps({"images": [image], "annotations": [drawn], "categories": [{"id": 1, "name": "x"}]}))
+    instances = Instances(file)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    monkeypatch.delitem(sys.modules, "pycocotools.mask", raising=False)
+    with pytest.raises(UserError, match="^drawing polygons needs pycocotools"):
+        instances.label_maps(instances.images[0])
 
 
 def test_a_broken_timm_and_a_broken_dali_are_sentences(monkeypatch):

@@ -140,6 +140,8 @@ class Instances:
                 if "segmentation" not in annotation:
                     raise ValueError("it has no segmentation")
                 mask = decode_segmentation(annotation["segmentation"], image.height, image.width)
+            except UserError:  # a package that is not there
+                raise
             except Exception as error:  # noqa: BLE001 - pycocotools raises bare Exception
                 raise UserError(f"{self.path}: annotation {annotation.get('id', number)} of image {image.file_name} "
                                 f"cannot be decoded: {error}") from None

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ..optional import required
+
 _REACH = 100  # of a polygon, in coordinates and in length: times the sum of the picture's sides
 _MOST_DIGITS = 6  # of a run length in COCO's compressed form, five bits each: 2**30 pixels and their sign
 
@@ -27,8 +29,8 @@ def decode_segmentation(segmentation: list | dict | None, height: int, width: in
 
 
 def _of_polygons(polygons: list, height: int, width: int) -> np.ndarray:
-    from pycocotools import mask as rle  # here, so that training and other data sets do without
-
+    # here, so that training and other data sets do without
+    rle = required("pycocotools.mask", "drawing polygons", "pycocotools")
     reach = _REACH * (height + width)
     drawn = [points for polygon in polygons if (points := _points(polygon, reach)) is not None]
     if not drawn:

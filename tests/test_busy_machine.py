@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCH = Path(__file__).parents[1] / "bench" / "busy_machine.py"
 
 
+@pytest.mark.slow
 def test_a_way_has_a_time_on_an_idle_and_on_a_busy_machine(tmp_path):
     file = tmp_path / "rows.csv"
     command = [sys.executable, BENCH, "--tiny", "--ways", "commands", "--rounds", "1", "--steps", "2", "--csv", file]

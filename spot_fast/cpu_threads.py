@@ -67,8 +67,8 @@ class CpuThreads:
             self._use(at_most)
             if not self._said:
                 self._said = True
-                self._say(f"other programs use {others:.1f} of {self._cores} cores: {at_most} of {self.most} threads "
-                          f"compute while they do (--threads {self.most}: always as many)")
+                self._say(f"note: other programs use {others:.1f} of {self._cores} cores: {at_most} of {self.most} "
+                          f"threads compute while they do (--threads {self.most}: always as many)")
         elif self._calm >= _CALM:
             self._use(at_least)
 
@@ -99,7 +99,7 @@ def computing(threads: int | None, device: torch.device) -> Iterator[Callable[[]
             torch.set_num_threads(threads or before)
             yield lambda: None
         else:
-            yield CpuThreads(min(before, available_cores()), lambda line: print(f"note: {line}", file=sys.stderr)).adapt
+            yield CpuThreads(min(before, available_cores()), lambda line: print(line, file=sys.stderr)).adapt
     finally:
         torch.set_num_threads(before)
 

@@ -81,6 +81,7 @@ class CpuThreads:
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
+    """--threads, for `computing`."""
     parser.add_argument("--threads", type=int, metavar="N",
                         help="CPU threads that compute (default: one a core, fewer while other programs use it)")
 

@@ -47,8 +47,11 @@ def hub_folder(name: str, needed: Sequence[str]) -> Path:
     repository, _, revision = name.partition("@")
     answers = hub_answers()
     try:
-        folder = Path(hub.snapshot_download(repository, revision=revision or None, allow_patterns=list(_FILES),
-                                        local_files_only=not answers))  # fmt: skip
+        folder = Path(
+            hub.snapshot_download(
+                repository, revision=revision or None, allow_patterns=list(_FILES), local_files_only=not answers
+            )
+        )
     except Exception as error:  # the hub's client has exceptions of its own and those of what it is built on
         reason = str(error).strip().splitlines()[0][:120] if answers and str(error).strip() else "it does not answer"
         raise UserError(f"{name} is no file or folder here, and the hub does not give it ({reason}): check the name, "

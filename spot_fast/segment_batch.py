@@ -18,6 +18,7 @@ from tqdm import tqdm
 from . import pictures, segment_files
 from .colours import segment_colours
 from .data import Scenes, transforms
+from .data.fit import stored_size
 from .errors import CorruptImage
 from .layouts import Fit, Layout, windows_of
 from .maskers import CAPTIONS, Found, Masker
@@ -45,9 +46,8 @@ class Picture:
         if self.path is None:
             return self.pixels.shape[2], self.pixels.shape[1]
         try:
-            with Image.open(self.path) as image:
-                return image.size
-        except Exception:  # noqa: BLE001 - `open` says what is wrong
+            return stored_size(self.path)
+        except CorruptImage:  # `open` says what is wrong
             return 0, 0
 
     def open(self) -> Image.Image:

@@ -111,8 +111,8 @@ def _train(world: World, argv: Sequence[str] | None) -> int:
         if job is None:
             return 0
         torch.set_num_threads(job.threads or min(torch.get_num_threads(), available_cores()))
-        trainer = world.together(lambda: Trainer(job.config, device=device, teacher=job.teacher, world=world))
-        trainer.fixed_threads = job.fixed_threads
+        trainer = world.together(lambda: Trainer(job.config, device=device, teacher=job.teacher, world=world,
+                                                 fixed_threads=job.fixed_threads))  # fmt: skip
         if len(kinds := set(world.gather(trainer.loader.kind))) > 1:
             raise UserError(f"pictures are decoded by {' and '.join(sorted(kinds))} in different processes: add "
                             "--loader torch")  # fmt: skip

@@ -83,10 +83,11 @@ class Trainer:
     """A run of `config` on `device`; stage 2 needs its teacher's folder. UserError where something is missing.
 
     Of several processes (`world`) each has a Trainer, for its share of every batch; all call the same methods.
+    fixed_threads: their number stays as it is, also on a CPU that other programs use.
     """
 
     def __init__(self, config: Config, *, device: torch.device, teacher: Path | None = None,
-                 world: World | None = None) -> None:
+                 world: World | None = None, fixed_threads: bool = True) -> None:
         self.device, self.teacher_path, self.world = device, teacher, world or World()
         self.precision = resolve(config.precision, device)
         self.train_set = open_set(config, "train")
@@ -137,7 +138,8 @@ class Trainer:
         if graph == "yes":
             self.update = Graphed(self.update_weights, Recorder(device), optional="cuda_graph" in unasked)
 
-        self.num_threads, self.fixed_threads = torch.get_num_threads(), True
+        self.num_threads, self.fixed_threads = torch.get_num_threads(), fixed_threads
+        self.threads: CpuThreads | None = None
         self.step = self.saved_step = 0
         self.seconds, self.clock, self.save_clock = 0.0, time.monotonic(), time.monotonic()
         if config.on_bad_step == "skip" and not self.optimiser.param_groups[0]["fused"]:
@@ -302,7 +304,6 @@ class Trainer:
         for part in (self.forward, self.update):
             if isinstance(part, Compiled | Graphed):
                 part.say = display.line
-        self.threads = None
         # Compiled code has its number of threads in it, and processes that trained together have to add alike.
         if self.device.type == "cpu" and config.compile == "no" and world.size == 1 and not self.fixed_threads:
             self.threads = CpuThreads(self.num_threads, display.line)

@@ -9,7 +9,7 @@ from PIL import Image
 
 import tfrecord_files as files
 from spot_fast.config import preset
-from spot_fast.data import open_set
+from spot_fast.data import movi, movi_tfrecord, open_set
 from spot_fast.data.loader import Loader
 from spot_fast.data.movi_tfrecord import MoviRecords, read_order
 from spot_fast.errors import CorruptImage, UserError
@@ -68,6 +68,12 @@ def test_validation_pictures_and_masks_are_those_of_the_png_clips(both):
         ours, theirs = shards.val_masks(i), clips.val_masks(i)
         assert torch.equal(ours.instances, theirs.instances) and len(ours.instances.unique()) == OBJECTS
         assert ours.classes is None and ours.ignore is None
+
+
+def test_png_clips_are_opened_without_a_walk_through_them(both, monkeypatch):
+    """MOVi has millions of such files."""
+    monkeypatch.setattr(movi_tfrecord, "_files", lambda root: pytest.fail(f"{root} is searched"))
+    assert len(movi_tfrecord.open_clips(both[1], "train")) == len(movi.Movi(both[1], "train"))
 
 
 def test_threads_read_the_same_batches(both):

@@ -6,7 +6,6 @@ An `ImageSet` is one split (training or validation). Pictures come out as uint8 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -172,9 +171,10 @@ class ImageFiles(ImageSet):
             reason = getattr(error, "strerror", None) or error
             raise CorruptImage(f"image {self.paths[index]} cannot be read: {reason}") from None
 
-    def rgb(self, index: int) -> Image.Image:
-        """The decoded picture, upright if the set is; CorruptImage names the file and the reason."""
-        return transforms.open_rgb(self.paths[index], self.encoded(index), upright=self.upright)
+    def rgb(self, index: int, upright: bool | None = None) -> Image.Image:
+        """The decoded picture, upright if asked for, or if the set is; CorruptImage names the file and the reason."""
+        upright = self.upright if upright is None else upright
+        return transforms.open_rgb(self.paths[index], self.encoded(index), upright=upright)
 
     def geometry(self, width: int, height: int, rng: np.random.Generator) -> Geometry:
         """What training does to a picture of that size; draws from `rng` where the crop is random."""
@@ -197,13 +197,12 @@ class ImageFiles(ImageSet):
         return prepared[:, top : top + self.image_size, left : left + self.image_size].contiguous()
 
     def val_image(self, index: int) -> torch.Tensor:
-        images = copy.copy(self)
         try:
             size = self.drawn_size(index)
-            images.upright = self.upright if size is None else self.fitting(index, size, "")
+            upright = None if size is None else self.fitting(index, size, "")
         except UserError:
-            pass  # what is wrong with the masks is theirs to say
-        return transforms.to_tensor(images._resized(index, "stretch" if self.crop == "stretch" else "center"))
+            upright = None  # what is wrong with the masks is theirs to say
+        return transforms.to_tensor(self._resized(index, "stretch" if self.crop == "stretch" else "center", upright))
 
     def drawn_size(self, index: int) -> fit.Size | None:
         """(width, height) of the masks of a validation picture; None where the set has none, or they decide nothing."""
@@ -236,8 +235,8 @@ class ImageFiles(ImageSet):
         """The files that `val_masks` reads for the picture; none where masks are not files of their own."""
         return []
 
-    def _resized(self, index: int, crop: str) -> Image.Image:
-        image = self.rgb(index)
+    def _resized(self, index: int, crop: str, upright: bool | None = None) -> Image.Image:
+        image = self.rgb(index, upright)
         with transforms.memory_of(self.paths[index]):
             if crop == "stretch":
                 return transforms.stretch(image, self.image_size)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from PIL import ExifTags, Image
 
+from . import transforms
+
 _START, _END = b"\xff\xd8", b"\xff\xd9"
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, all of Huffman's code
 _OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}  # lossless, hierarchical, arithmetic code
@@ -71,13 +73,12 @@ def _frame(segment: bytes) -> tuple[int, int] | None:
 
 
 def orientation(data: bytes) -> int | None:
-    """How EXIF or XMP say the picture is to be turned, 1 to 8, as Pillow reads it; None where Pillow cannot."""
+    """As `transforms.orientation`; None where Pillow cannot open the picture."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # noqa: BLE001 - damaged metadata makes Pillow raise nearly anything
+            return transforms.orientation(image)
+    except Exception:  # noqa: BLE001 - damaged files make Pillow raise nearly anything
         return None
-    return found if found in range(2, 9) else 1
 
 
 def oriented(data: bytes, metadata: tuple[tuple[int, int], ...], turn: int) -> bytes:

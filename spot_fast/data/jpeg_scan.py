@@ -212,6 +212,12 @@ def _ended(position: int, coded: bytes) -> None:
         raise _Damaged(_EXCESS)
 
 
+def _overran(bits: int, last: bool) -> None:
+    """More bits were needed than there are: as few as some encoders leave out, and of the last MCU, are no damage."""
+    if not last or bits > 8 * _SLACK:
+        raise _Damaged(_SHORT)
+
+
 class _Sequential:
     """Blocks of a sequential scan; tables: (DC, AC) of each block of an MCU."""
 
@@ -234,9 +240,7 @@ class _Sequential:
                 if k > 64 and (k < 128 or k > 192):
                     raise _Damaged(_NO_CODE if at <= end else _SHORT)
             if at > end:
-                if mcu < mcus - 1 or at > end + 8 * _SLACK:
-                    raise _Damaged(_SHORT)
-                return
+                return _overran(at - end, mcu == mcus - 1)
         _ended(at, coded)
 
 
@@ -256,9 +260,7 @@ class _First:
                 if e > 31:
                     raise _Damaged(_NO_CODE if at <= end else _SHORT)
             if at > end:
-                if mcu < mcus - 1 or at > end + 8 * _SLACK:
-                    raise _Damaged(_SHORT)
-                return
+                return _overran(at - end, mcu == mcus - 1)
         _ended(at, coded)
 
 

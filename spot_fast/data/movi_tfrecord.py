@@ -108,9 +108,11 @@ class MoviRecords(ImageFiles):
 
 def open_clips(root: str | Path, split: str, *, release: str = "", **options: Any) -> ImageFiles:
     """One split of MOVi under `root`: PNG clips where there are any, TFRecord shards otherwise."""
-    if (Path(root) / movi.SPLITS[split]).is_dir() or not releases(Path(root), movi.SPLITS[split]):
-        refuse_other_formats(Path(root))
+    if (Path(root) / movi.SPLITS[split]).is_dir():  # of the millions of files in it none is looked at
         return movi.Movi(root, split, **options)
+    if not releases(Path(root), movi.SPLITS[split]):
+        refuse_other_formats(Path(root))
+        return movi.Movi(root, split, **options)  # says what is missing
     return MoviRecords(root, split, release=release, **options)
 
 

@@ -88,7 +88,12 @@ def _spellings(folder: Path, changed: int) -> dict[str, str]:
 def alike(path: Path) -> str:
     """A name beside a missing file that differs from it in case or blanks alone; empty where there is none."""
     try:
-        wanted = path.name.strip().casefold()
-        return next((name for name in os.listdir(path.parent) if name.strip().casefold() == wanted), "")
+        return _by_case(path.parent, path.parent.stat().st_mtime_ns).get(path.name.strip().casefold(), "")
     except (OSError, ValueError):
         return ""
+
+
+@lru_cache(maxsize=4)
+def _by_case(folder: Path, changed: int) -> dict[str, str]:
+    """The names in a folder, without blanks around them, by what is left of them where case does not count."""
+    return {name.strip().casefold(): name for name in os.listdir(folder)}

@@ -63,11 +63,15 @@ def measure(paths: Sequence[Path]) -> dict[str, list[float]]:
     return seconds
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, default=118_287, metavar="N", help="files to make (default: 118287)")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="take the files of this folder instead")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.files < 1:
+        parser.error(f"--files {args.files}: use 1 or more")
+    if args.folder is not None and not (args.folder.is_dir() and any(path.is_file() for path in args.folder.iterdir())):
+        parser.error(f"--folder {args.folder} is no folder with files in it: name that of a set's pictures")
     with tempfile.TemporaryDirectory() as made:
         if args.folder is None:
             for number in range(args.files):

@@ -42,8 +42,21 @@ METRICS_MS = 10.0
 GPU_SCORES, COCO_VAL, COCO_SECONDS = 1e-3, 5000, 20.0
 # Images/s that training without caches asks for: 64 images a step of 11 ms in stage 1, of 18 ms in stage 2.
 APPETITE = {"stage 1": 64 / 0.011, "stage 2": 64 / 0.018}
-_COLUMNS = ("part", "name", "cores", "value", "unit", "reference", "times", "difference", "date", "cpu", "accelerator",
-            "torch", "commit")  # fmt: skip
+_COLUMNS = (
+    "part",
+    "name",
+    "cores",
+    "value",
+    "unit",
+    "reference",
+    "times",
+    "difference",
+    "date",
+    "cpu",
+    "accelerator",
+    "torch",
+    "commit",
+)
 
 
 def rows(images: int, rounds: int, device: torch.device, encoder: str) -> tuple[list[dict], str, list[str]]:
@@ -51,46 +64,108 @@ def rows(images: int, rounds: int, device: torch.device, encoder: str) -> tuple[
     wrong = []
     threads = sorted({1, cores()})
     loaded = loader_speed.run(images, threads, rounds)
-    found = [dict(part="loader", name=row["name"], cores=row["cores"], value=row["images_s"], unit="images/s",
-                  reference="Pillow, threads", difference=f"{row['max']} levels, mean {row['mean']:.3f}")
-             for row in loaded]  # fmt: skip
-    wrong += [f"{row['name']}: pixels differ by {row['max']} levels, {row['mean']:.3f} on average" for row in loaded
-              if row["max"] > PIXELS[0] or row["mean"] > PIXELS[1]]  # fmt: skip
+    found = [
+        dict(
+            part="loader",
+            name=row["name"],
+            cores=row["cores"],
+            value=row["images_s"],
+            unit="images/s",
+            reference="Pillow, threads",
+            difference=f"{row['max']} levels, mean {row['mean']:.3f}",
+        )
+        for row in loaded
+    ]
+    wrong += [
+        f"{row['name']}: pixels differ by {row['max']} levels, {row['mean']:.3f} on average"
+        for row in loaded
+        if row["max"] > PIXELS[0] or row["mean"] > PIXELS[1]
+    ]
     cached = cache_speed.run(images, rounds, encoder, device)
-    found += [dict(part="cache", name=row["name"], cores=torch.get_num_threads(), value=row["images_s"],
-                   unit="images/s", reference=row["reference"], times=row["times"], difference=row["difference"])
-              for row in cached]  # fmt: skip
-    wrong += [f"{row['name']}: differs from {row['reference']} by {row['difference']:g}" for row in cached
-              if row["difference"]]  # fmt: skip
+    found += [
+        dict(
+            part="cache",
+            name=row["name"],
+            cores=torch.get_num_threads(),
+            value=row["images_s"],
+            unit="images/s",
+            reference=row["reference"],
+            times=row["times"],
+            difference=row["difference"],
+        )
+        for row in cached
+    ]
+    wrong += [
+        f"{row['name']}: differs from {row['reference']} by {row['difference']:g}"
+        for row in cached
+        if row["difference"]
+    ]
     torch.set_num_threads(1)
     scored = evaluation_speed.measure(evaluation_speed.pictures(64, size=320, masks=7, grid=14), rounds)
-    found.append(dict(part="metrics", name="decoder and slot masks", cores=1, value=scored.ours_ms, unit="ms a picture",
-                      reference="one-hot maps", times=scored.ratio, difference=scored.difference))
+    found.append(
+        dict(
+            part="metrics",
+            name="decoder and slot masks",
+            cores=1,
+            value=scored.ours_ms,
+            unit="ms a picture",
+            reference="one-hot maps",
+            times=scored.ratio,
+            difference=scored.difference,
+        )
+    )
     wrong += [f"metrics: scores differ by {scored.difference:.1e}"] * (scored.difference > SCORES)
     wrong += [f"metrics take {scored.ours_ms:.1f} ms a picture, more than {METRICS_MS:g}"] * (
-        scored.ours_ms > METRICS_MS)  # fmt: skip
-    text = [loader_speed.table(loaded), "", *_appetite(loaded), cache_speed.table(cached), "",
-            f"metrics of 64 pictures, 320 x 320, 7 masks, both kinds, one core: {scored.ours_ms:.2f} ms a picture; "
-            f"one-hot maps {scored.per_mask_ms:.1f} ms, {scored.ratio:.0f} times as long; scores differ by "
-            f"{scored.difference:.1e}"]  # fmt: skip
+        scored.ours_ms > METRICS_MS
+    )
+    text = [
+        loader_speed.table(loaded),
+        "",
+        *_appetite(loaded),
+        cache_speed.table(cached),
+        "",
+        f"metrics of 64 pictures, 320 x 320, 7 masks, both kinds, one core: {scored.ours_ms:.2f} ms a picture; "
+        f"one-hot maps {scored.per_mask_ms:.1f} ms, {scored.ratio:.0f} times as long; scores differ by "
+        f"{scored.difference:.1e}",
+    ]
     if device.type == "cuda":
         there = evaluation_speed.on_device(evaluation_speed.pictures(256, size=320, masks=7, grid=14), device, rounds)
         seconds = COCO_VAL * there.ours_ms / 1000
-        found.append(dict(part="metrics", name="the same on the GPU", cores=1, value=there.ours_ms, unit="ms a picture",
-                          reference="a CPU core", difference=there.difference))
-        text.append(f"on the GPU {there.ours_ms:.2f} ms a picture, {seconds:.1f} s for COCO's {COCO_VAL:,}; scores "
-                    f"differ by {there.difference:.1e}")  # fmt: skip
+        found.append(
+            dict(
+                part="metrics",
+                name="the same on the GPU",
+                cores=1,
+                value=there.ours_ms,
+                unit="ms a picture",
+                reference="a CPU core",
+                difference=there.difference,
+            )
+        )
+        text.append(
+            f"on the GPU {there.ours_ms:.2f} ms a picture, {seconds:.1f} s for COCO's {COCO_VAL:,}; scores "
+            f"differ by {there.difference:.1e}"
+        )
         wrong += [f"metrics on the GPU: scores differ by {there.difference:.1e}"] * (there.difference > GPU_SCORES)
         wrong += [f"COCO's {COCO_VAL:,} pictures take {seconds:.0f} s, more than {COCO_SECONDS:g}"] * (
-            seconds > COCO_SECONDS)  # fmt: skip
+            seconds > COCO_SECONDS
+        )
     return found, "\n".join(text), wrong
 
 
 def _appetite(loaded: Sequence[dict]) -> list[str]:
     """DALI on a GPU beside what training asks for."""
     rates = [row["images_s"] for row in loaded if row["name"] == "DALI, GPU"]
-    return [f"DALI on the GPU gives {rates[0] / wanted:.2f} times what {stage} without caches asks for at its aim "
-            f"({wanted:,.0f} images/s)" for stage, wanted in APPETITE.items()] + [""] if rates else []  # fmt: skip
+    return (
+        [
+            f"DALI on the GPU gives {rates[0] / wanted:.2f} times what {stage} without caches asks for at its aim "
+            f"({wanted:,.0f} images/s)"
+            for stage, wanted in APPETITE.items()
+        ]
+        + [""]
+        if rates
+        else []
+    )
 
 
 def write(path: Path, found: Sequence[dict]) -> Path:
@@ -117,8 +192,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--images", type=int, default=256, metavar="N", help="JPEGs to make (default: 256)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of each, medians count (default: 5)")
-    parser.add_argument("--encoder", default=cache_speed.ENCODER, metavar="NAME",
-                        help=f"whose features are cached, timm's name (default: {cache_speed.ENCODER})")  # fmt: skip
+    parser.add_argument(
+        "--encoder",
+        default=cache_speed.ENCODER,
+        metavar="NAME",
+        help=f"whose features are cached, timm's name (default: {cache_speed.ENCODER})",
+    )
     parser.add_argument("--csv", type=target_csv, metavar="PATH", help="write the rows to this file or folder")
     parser.add_argument("--tiny", action="store_true", help="64 images, one round: to see that everything works")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the features")
@@ -128,8 +207,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     found, text, wrong = rows(args.images, args.rounds, torch.device(args.device), args.encoder)
     precision = resolve("auto", torch.device(args.device))
     where = f", {gpu_name()}" if torch.cuda.is_available() else ""
-    print(f"{cpu_name()}, {cores()} cores{where}, torch {torch.__version__}, commit {commit()}; {args.images} JPEGs of "
-          f"640 x 480, features of {args.encoder} in {precision}, medians of {args.rounds}\n\n{text}")  # fmt: skip
+    print(
+        f"{cpu_name()}, {cores()} cores{where}, torch {torch.__version__}, commit {commit()}; {args.images} JPEGs of "
+        f"640 x 480, features of {args.encoder} in {precision}, medians of {args.rounds}\n\n{text}"
+    )
     if args.csv:
         print(f"written to {write(args.csv, found)}")
     print("\n".join(f"WRONG  {sentence}" for sentence in wrong) or "nothing differs by more than it may")
@@ -159,8 +240,9 @@ def test_decoding(benchmark, photos, name):
 
 @pytest.fixture(scope="module")
 def sources(photos, tmp_path_factory):
-    return cache_speed.sources(photos, tmp_path_factory.mktemp("cache"), workers=2, encoder="vit_tiny_patch16_224",
-                               device=torch.device("cpu"))  # fmt: skip
+    return cache_speed.sources(
+        photos, tmp_path_factory.mktemp("cache"), workers=2, encoder="vit_tiny_patch16_224", device=torch.device("cpu")
+    )
 
 
 @pytest.mark.parametrize("name", list(cache_speed.REFERENCES))

@@ -48,11 +48,16 @@ def cases(setting: Setting) -> list[Case]:
     name, images, slots, units = ("tiny", 1, 3, 16) if setting.tiny else ("SPOT", 64, 7, 256)
     names = (OURS, EAGER, *[COMPILE] * (setting.gpu and not setting.tiny))
     return [
-        Case("gru_norm", f"{name} {images}×K{slots} U{units}", name_of(dtype),
-             *work(images * slots, units, dtype.itemsize), names,
-             lambda dtype=dtype: build(images * slots, units, dtype, setting.device, names))
+        Case(
+            "gru_norm",
+            f"{name} {images}×K{slots} U{units}",
+            name_of(dtype),
+            *work(images * slots, units, dtype.itemsize),
+            names,
+            lambda dtype=dtype: build(images * slots, units, dtype, setting.device, names),
+        )
         for dtype in setting.dtypes
-    ]  # fmt: skip
+    ]
 
 
 def test_speed(time_it):

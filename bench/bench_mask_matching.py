@@ -86,15 +86,31 @@ def cases(setting: Setting) -> list[Case]:
     for batch, slots in assignments:
         label = f"{batch} of {slots}×{slots}"
         made.append(
-            Case("linear_assignment", label, "float32", assignment_work(batch, slots), None, (OURS, EAGER),
-                 lambda b=batch, k=slots: assignment_problem(b, k, device), waiting=(EAGER,))
-        )  # fmt: skip
+            Case(
+                "linear_assignment",
+                label,
+                "float32",
+                assignment_work(batch, slots),
+                None,
+                (OURS, EAGER),
+                lambda b=batch, k=slots: assignment_problem(b, k, device),
+                waiting=(EAGER,),
+            )
+        )
     for batch, tokens, slots in matchings:
         label = f"SPOT {batch}×{tokens} K{slots}" if slots == 7 else f"{batch}×{tokens} K{slots}"
         made.append(
-            Case("match_masks", label, "int64", matching_work(batch, tokens), None, (OURS, EAGER),
-                 lambda b=batch, n=tokens, k=slots: matching_problem(b, n, k, device), waiting=(EAGER,))
-        )  # fmt: skip
+            Case(
+                "match_masks",
+                label,
+                "int64",
+                matching_work(batch, tokens),
+                None,
+                (OURS, EAGER),
+                lambda b=batch, n=tokens, k=slots: matching_problem(b, n, k, device),
+                waiting=(EAGER,),
+            )
+        )
     return made
 
 

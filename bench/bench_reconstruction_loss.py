@@ -51,11 +51,16 @@ def cases(setting: Setting) -> list[Case]:
     batch = setting.batch(full, on_cpu)
     tokens, width = dims
     return [
-        Case("reconstruction_loss", sizes(name, batch, full, f"{tokens} D{width}"), name_of(dtype),
-             *work(batch, tokens, width, dtype.itemsize), (EAGER,) if setting.tiny else (EAGER, COMPILE),
-             lambda dtype=dtype: build((batch, tokens, width), dtype, setting.device))
+        Case(
+            "reconstruction_loss",
+            sizes(name, batch, full, f"{tokens} D{width}"),
+            name_of(dtype),
+            *work(batch, tokens, width, dtype.itemsize),
+            (EAGER,) if setting.tiny else (EAGER, COMPILE),
+            lambda dtype=dtype: build((batch, tokens, width), dtype, setting.device),
+        )
         for dtype in setting.dtypes
-    ]  # fmt: skip
+    ]
 
 
 def test_speed(time_it):

@@ -43,11 +43,16 @@ def cases(setting: Setting) -> list[Case]:
     tokens, width = dims
     names = (OURS, EAGER, *[COMPILE] * (setting.gpu and not setting.tiny))
     return [
-        Case("shift_by_order", sizes(name, batch, full, f"{tokens} D{width}"), name_of(dtype),
-             *work(batch, tokens, width, dtype.itemsize), names,
-             lambda dtype=dtype: build((batch, tokens, width), dtype, setting.device, names))
+        Case(
+            "shift_by_order",
+            sizes(name, batch, full, f"{tokens} D{width}"),
+            name_of(dtype),
+            *work(batch, tokens, width, dtype.itemsize),
+            names,
+            lambda dtype=dtype: build((batch, tokens, width), dtype, setting.device, names),
+        )
         for dtype in setting.dtypes
-    ]  # fmt: skip
+    ]
 
 
 def test_speed(time_it):

@@ -83,10 +83,16 @@ def map_cases(setting: Setting) -> list[Case]:
     names = (OURS, EAGER, *[COMPILE] * (setting.gpu and not setting.tiny))
     label = sizes(name, batch, full, f"{heads} heads {tokens} K{slots} d{width}")
     return [
-        Case(MAP, label, name_of(dtype), *map_work(*dims, dtype.itemsize), names,
-             lambda dtype=dtype: build_map(dims, dtype, setting.device, names))
+        Case(
+            MAP,
+            label,
+            name_of(dtype),
+            *map_work(*dims, dtype.itemsize),
+            names,
+            lambda dtype=dtype: build_map(dims, dtype, setting.device, names),
+        )
         for dtype in setting.dtypes
-    ]  # fmt: skip
+    ]
 
 
 def build(

@@ -95,10 +95,16 @@ def cases(setting: Setting) -> list[Case]:
             compare = setting.gpu or dtype == "float32" and not setting.tiny
             names = (OURS, *[OURS_COMPILED] * setting.gpu, EAGER, *[COMPILE] * compare)
             made.append(
-                Case(MODULE, label, dtype, *work(*dims, 2 if dtype == AUTOCAST else 4), names,
-                     lambda dims=dims, dtype=dtype, names=names: build(dims, dtype, setting, names),
-                     "slot_attention_step")
-            )  # fmt: skip
+                Case(
+                    MODULE,
+                    label,
+                    dtype,
+                    *work(*dims, 2 if dtype == AUTOCAST else 4),
+                    names,
+                    lambda dims=dims, dtype=dtype, names=names: build(dims, dtype, setting, names),
+                    "slot_attention_step",
+                )
+            )
     return made
 
 

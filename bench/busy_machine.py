@@ -168,8 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds of all ways (default: 5)")
     parser.add_argument("--steps", type=int, default=6, metavar="N", help="steps of a way and half round (default: 6)")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY",
-                        help="beside one thread (default: all)")  # fmt: skip
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help="beside one thread (default: all)"
+    )
     parser.add_argument("--csv", type=target_file, metavar="FILE", help="also write the rows there")
     parser.add_argument("--tiny", action="store_true", help="a step that says nothing, to try the bench")
     parser.add_argument("--trainee", choices=tuple(WAYS), help=argparse.SUPPRESS)

@@ -68,14 +68,20 @@ def sources(images: Folder, folder: Path, *, workers: int, encoder: str, device:
 
 
 # What each is the same as, and may not differ from by a bit.
-REFERENCES = {"pixel cache": "files", "feature cache, disk": "features computed",
-              "feature cache, memory": "features computed"}  # fmt: skip
+REFERENCES = {
+    "pixel cache": "files",
+    "feature cache, disk": "features computed",
+    "feature cache, memory": "features computed",
+}
 
 
 def difference(one: Iterator[tuple[Tensor, ...]], other: Iterator[tuple[Tensor, ...]]) -> float:
     """The largest difference of two epochs."""
-    return max((a.double() - b.double()).abs().max().item()
-               for batch, expected in zip(one, other, strict=True) for a, b in zip(batch, expected, strict=True))
+    return max(
+        (a.double() - b.double()).abs().max().item()
+        for batch, expected in zip(one, other, strict=True)
+        for a, b in zip(batch, expected, strict=True)
+    )
 
 
 def rate(epoch: Iterator[tuple[Tensor, ...]]) -> float:
@@ -99,8 +105,9 @@ def measure(found: dict[str, Epoch], rounds: int) -> list[dict]:
     for name, values in rates.items():
         of = REFERENCES.get(name, "")
         times = statistics.median(a / b for a, b in zip(values, rates[of], strict=True)) if of else None
-        rows.append(dict(name=name, images_s=statistics.median(values), reference=of, times=times,
-                         difference=apart.get(name)))
+        rows.append(
+            dict(name=name, images_s=statistics.median(values), reference=of, times=times, difference=apart.get(name))
+        )
     return rows
 
 
@@ -134,8 +141,10 @@ def main() -> None:
     args = parser.parse_args()
     rows = run(args.images, args.rounds, args.encoder, torch.device(args.device))
     print(table(rows))
-    print(f"\n{args.images} JPEGs of 640 x 480, quality 90; {args.encoder}; median of {args.rounds} rounds on "
-          f"{cpu_name()}, {torch.get_num_threads()} threads")  # fmt: skip
+    print(
+        f"\n{args.images} JPEGs of 640 x 480, quality 90; {args.encoder}; median of {args.rounds} rounds on "
+        f"{cpu_name()}, {torch.get_num_threads()} threads"
+    )
 
 
 if __name__ == "__main__":

@@ -24,8 +24,13 @@ _BENCH = pytest.StashKey[Bench]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("spot_kernels")
-    group.addoption("--bench-csv", type=target_csv, metavar="PATH", help="write the rows to this file, or to a file "
-                    "named after GPU and versions in this folder (on a GPU: bench/results unless given)")  # fmt: skip
+    group.addoption(
+        "--bench-csv",
+        type=target_csv,
+        metavar="PATH",
+        help="write the rows to this file, or to a file "
+        "named after GPU and versions in this folder (on a GPU: bench/results unless given)",
+    )
     group.addoption("--tiny", action="store_true", help="shapes that take no time, to see that everything works")
 
 
@@ -39,8 +44,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         setting = metafunc.config.stash[_BENCH].setting
         found = [(case, name) for case in metafunc.module.cases(setting) for name in case.techniques]
         # × and the like would be escaped, spaces make names that have to be quoted
-        names = [re.sub(r"[^A-Za-z0-9.]+", "-", f"{case.operator} {case.shape} {case.dtype} {name}".replace("×", "x"))
-                 for case, name in found]  # fmt: skip
+        names = [
+            re.sub(r"[^A-Za-z0-9.]+", "-", f"{case.operator} {case.shape} {case.dtype} {name}".replace("×", "x"))
+            for case, name in found
+        ]
         metafunc.parametrize("time_it", found, ids=names, indirect=True)
 
 

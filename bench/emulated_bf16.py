@@ -20,8 +20,7 @@ from torch.utils._pytree import tree_map
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("kernels", "")]
 
 _ATEN = torch.ops.aten
-_PRODUCTS = {_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default,
-             _ATEN.convolution.default}  # fmt: skip
+_PRODUCTS = {_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default, _ATEN.convolution.default}
 
 
 class Float32Products(TorchDispatchMode):

@@ -57,8 +57,10 @@ class Result:
 def pictures(images: int, *, size: int, masks: int, grid: int, seed: int = 0) -> Pictures:
     """Blobs in place of objects, 1 to 15 a picture with a background, of 80 classes; 3 % of the pixels are ignored."""
     rng = np.random.default_rng(seed)
-    soft = tuple(torch.from_numpy(rng.standard_normal((images, grid * grid, masks), np.float32)).mul(3).softmax(-1)
-                 for _ in range(2))  # fmt: skip
+    soft = tuple(
+        torch.from_numpy(rng.standard_normal((images, grid * grid, masks), np.float32)).mul(3).softmax(-1)
+        for _ in range(2)
+    )
     maps = []
     for _ in range(images):
         objects = int(rng.integers(1, MOST_OBJECTS + 1))
@@ -109,9 +111,12 @@ def _per_mask_scores(masks: Tensor, instances: Tensor, classes: Tensor, keep: Te
     if not of_instances.shape[1]:
         return [math.nan, math.nan, math.nan, 1.0]
     rows, columns = linear_sum_assignment(-of_instances)
-    return [of_instances.max(0).mean(), of_classes.max(0).mean(),
-            of_instances[rows, columns].sum() / of_instances.shape[1],
-            _one_hot_ari(pred, instances, keep)]  # fmt: skip
+    return [
+        of_instances.max(0).mean(),
+        of_classes.max(0).mean(),
+        of_instances[rows, columns].sum() / of_instances.shape[1],
+        _one_hot_ari(pred, instances, keep),
+    ]
 
 
 def _iou(a: Tensor, b: Tensor) -> float:
@@ -146,8 +151,10 @@ def measure(given: Pictures, rounds: int = 5) -> Result:
 
 def on_device(given: Pictures, device: torch.device, rounds: int = 5) -> Result:
     """`measure` with ours on `device`, the whole of it: from soft masks there to scores here."""
-    moved = Pictures(tuple(soft.to(device) for soft in given.soft),
-                     *(maps.to(device) for maps in (given.instances, given.classes, given.ignore)))  # fmt: skip
+    moved = Pictures(
+        tuple(soft.to(device) for soft in given.soft),
+        *(maps.to(device) for maps in (given.instances, given.classes, given.ignore)),
+    )
     reference = ours(given)
     taken = []
     for _ in range(rounds + 1):
@@ -173,8 +180,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     backend = chosen_backend("mask_labels", given.soft[0])
     threads = f"{args.threads} thread{'s' * (args.threads != 1)}"
     print(f"{cpu_name()}, {threads}; torch {torch.__version__}; commit {commit()}")
-    print(f"{args.images} pictures, {args.grid} × {args.grid} tokens, {args.masks} masks, label maps {args.size} × "
-          f"{args.size}; decoder and slot masks together, upsampling included")  # fmt: skip
+    print(
+        f"{args.images} pictures, {args.grid} × {args.grid} tokens, {args.masks} masks, label maps {args.size} × "
+        f"{args.size}; decoder and slot masks together, upsampling included"
+    )
     print(f"ours ({backend})  {result.ours_ms:8.2f} ms a picture")
     print(f"per mask       {result.per_mask_ms:8.2f} ms a picture")
     print(f"ratio          {result.ratio:8.1f}")

@@ -74,8 +74,9 @@ class GatheredGradients(LocalGradients):
         dist.all_reduce(flat)
         flat /= self.size
         sizes = [gradient.numel() for gradient in gradients]
-        parts = [part.view_as(gradient) for part, gradient in zip(flat.split([*sizes, len(losses)]), gradients,
-                                                                  strict=False)]  # fmt: skip
+        parts = [
+            part.view_as(gradient) for part, gradient in zip(flat.split([*sizes, len(losses)]), gradients, strict=False)
+        ]
         torch._foreach_copy_(gradients, parts)
         return tuple(flat[-len(losses) :].unbind())
 
@@ -123,8 +124,9 @@ def measure(rank: int, size: int, port: int, args: argparse.Namespace, teacher: 
             shared = running[way].trainer.gradients
             pieces = shared.pieces if isinstance(shared, SharedGradients) else int(way == AT_THE_END)
             error = 0.0 if way == NONE else max(_apart(a, b) for a, b in zip(gradients[way], expected, strict=True))
-            results.put(Row(args.stage, size, args.batch_size, way, size_mib, pieces, 1e3 * median(seconds), ratio,
-                            error))  # fmt: skip
+            results.put(
+                Row(args.stage, size, args.batch_size, way, size_mib, pieces, 1e3 * median(seconds), ratio, error)
+            )
     dist.destroy_process_group()
 
 
@@ -152,8 +154,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", type=target_file, metavar="FILE", help="write the rows to this file")
     parser.add_argument("--tiny", action="store_true", help="a small model, to see that everything works")
     args = parser.parse_args(argv)
-    for name, value, least in (("--processes", args.processes, 2), ("--batch-size", args.batch_size, 1),
-                               ("--rounds", args.rounds, 1)):  # fmt: skip
+    for name, value, least in (
+        ("--processes", args.processes, 2),
+        ("--batch-size", args.batch_size, 1),
+        ("--rounds", args.rounds, 1),
+    ):
         if value < least:
             print(f"error: {name} {value} is too few: use {least} or more", file=sys.stderr)
             return 2
@@ -167,8 +172,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             teacher = write_teacher(Path(folder) / "teacher", config)
         context = multiprocessing.get_context("spawn")
         results = context.Queue()
-        processes = [context.Process(target=measure, args=(rank, args.processes, port, args, teacher, results))
-                     for rank in range(args.processes)]  # fmt: skip
+        processes = [
+            context.Process(target=measure, args=(rank, args.processes, port, args, teacher, results))
+            for rank in range(args.processes)
+        ]
         for process in processes:
             process.start()
         for process in processes:
@@ -177,14 +184,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: a process failed, see above", file=sys.stderr)
         return 1
     rows = [results.get() for _ in range(4)]
-    about = {"date": f"{date.today()}", "cpu": cpu_name(), "cores": str(cores()), "torch": torch.__version__,
-             "commit": commit()}  # fmt: skip
+    about = {
+        "date": f"{date.today()}",
+        "cpu": cpu_name(),
+        "cores": str(cores()),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
     if args.csv is not None:
         write_csv(args.csv, rows, about)
     print(table(rows))
-    print(f"\n{args.processes} processes of one thread, gloo, {rows[0].gradient_mib:.0f} MiB of gradients, batch "
-          f"{args.batch_size} each, medians of {args.rounds} steps in turns; {about['cpu']}, torch {about['torch']}, "
-          f"{about['date']}. Error: of the first gradients, relative to the exchange at the end.")  # fmt: skip
+    print(
+        f"\n{args.processes} processes of one thread, gloo, {rows[0].gradient_mib:.0f} MiB of gradients, batch "
+        f"{args.batch_size} each, medians of {args.rounds} steps in turns; {about['cpu']}, torch {about['torch']}, "
+        f"{about['date']}. Error: of the first gradients, relative to the exchange at the end."
+    )
     wrong = [row.way for row in rows if not row.error <= 1e-5]
     if wrong:
         print(f"FAILED: gradients differ: {', '.join(wrong)}")

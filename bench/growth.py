@@ -100,15 +100,18 @@ def measure(point: Point, changes: dict, device: torch.device, steps: int, tiny:
 def last_step(measured: Sequence[Point]) -> str:
     """How much the largest size is above the one before it, such as: tokens × 2.25: time × 3.44, memory × 1.71."""
     *_, before, last = measured
-    return (f"{last.grows} × {last.size / before.size:.3g}: time × {last.ms / before.ms:.2f}, memory × "
-            f"{last.mib / before.mib:.2f}")  # fmt: skip
+    return (
+        f"{last.grows} × {last.size / before.size:.3g}: time × {last.ms / before.ms:.2f}, memory × "
+        f"{last.mib / before.mib:.2f}"
+    )
 
 
 def table(measured: Sequence[Point]) -> str:
     lines = ["| stage | pictures | tokens | slots | ms/step | ms/picture | MiB |", "|---" * 7 + "|"]
     for p in measured:
-        lines.append(f"| {p.stage} | {p.batch} | {p.tokens} | {p.slots} | {p.ms:,.0f} | {p.ms / p.batch:,.1f} | "
-                     f"{p.mib:,.0f} |")  # fmt: skip
+        lines.append(
+            f"| {p.stage} | {p.batch} | {p.tokens} | {p.slots} | {p.ms:,.0f} | {p.ms / p.batch:,.1f} | {p.mib:,.0f} |"
+        )
     parts = ["\n".join(lines)]
     for stage in (1, 2):
         lines = [[p for p in measured if (p.stage, p.grows) == (stage, grows)] for grows in AXES]
@@ -149,8 +152,11 @@ def read_csv(path: Path, about: dict[str, str]) -> list[Point]:
     with open(path, encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     kinds = {"grows": str, "ms": float, "mib": float}
-    return [Point(**{f.name: kinds.get(f.name, int)(line[f.name]) for f in fields(Point)}) for line in lines
-            if all(line.get(name) == value for name, value in about.items() if name != "commit")]  # fmt: skip
+    return [
+        Point(**{f.name: kinds.get(f.name, int)(line[f.name]) for f in fields(Point)})
+        for line in lines
+        if all(line.get(name) == value for name, value in about.items() if name != "commit")
+    ]
 
 
 def _same(one: Point, other: Point) -> bool:
@@ -160,8 +166,12 @@ def _same(one: Point, other: Point) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", type=target_file, metavar="FILE",
-                        help="write the points to this file; those that are in it are not measured again")  # fmt: skip
+    parser.add_argument(
+        "--csv",
+        type=target_file,
+        metavar="FILE",
+        help="write the points to this file; those that are in it are not measured again",
+    )
     parser.add_argument("--plot", type=target_file, metavar="FILE.png", help="draw them")
     parser.add_argument("--steps", type=int, metavar="N", help="timed steps a point (default: 3 on a CPU, 20 on a GPU)")
     parser.add_argument("--tiny", action="store_true", help="a small model, to see that everything works")
@@ -178,8 +188,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if known:
             measured += known[:1]
             continue
-        print(f"stage {point.stage}: {point.batch} pictures, {point.tokens} tokens, {point.slots} slots",
-              file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"stage {point.stage}: {point.batch} pictures, {point.tokens} tokens, {point.slots} slots",
+            file=sys.stderr,
+            flush=True,
+        )
         measured.append(measure(point, changes, device, steps, args.tiny))
         if args.csv is not None:
             # With what is still to come from the file: a run that is cut off loses nothing.

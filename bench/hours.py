@@ -49,21 +49,29 @@ def operations(config: Config, images: int) -> tuple[int, float]:
 
 def table(share: float) -> str:
     """Markdown: data set and stage, steps, TFLOP a step, hours a card."""
-    lines = [f"| preset | stage | steps | TFLOP a step | {' | '.join(f'{card}, h' for card in CARDS)} |",
-             "|---|---|---|---|" + "---|" * len(CARDS)]  # fmt: skip
+    lines = [
+        f"| preset | stage | steps | TFLOP a step | {' | '.join(f'{card}, h' for card in CARDS)} |",
+        "|---|---|---|---|" + "---|" * len(CARDS),
+    ]
     for name, images in IMAGES.items():
         for stage in (1, 2):
             steps, step = operations(preset(name, stage), images)
             hours = [steps * step / (share * peak_by_name(card, "bf16")) / 3600 for card in CARDS]
-            lines.append(f"| {name} | {stage} | {steps:,} | {step / 1e12:.2f} | "
-                         f"{' | '.join(f'{one:.1f}' for one in hours)} |")  # fmt: skip
+            lines.append(
+                f"| {name} | {stage} | {steps:,} | {step / 1e12:.2f} | {' | '.join(f'{one:.1f}' for one in hours)} |"
+            )
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--share", type=float, default=SHARE, metavar="X",
-                        help=f"of the card's data-sheet rate that a run reaches (default: {SHARE}, an assumption)")
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=SHARE,
+        metavar="X",
+        help=f"of the card's data-sheet rate that a run reaches (default: {SHARE}, an assumption)",
+    )
     args = parser.parse_args(argv)
     if not 0 < args.share <= 1:
         parser.error(f"--share is {args.share}: use a number above 0, at most 1")

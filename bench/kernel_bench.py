@@ -201,19 +201,21 @@ def _joined(results: Sequence[Results]) -> list[Results]:
     """Found, exact and plain results with each one's gradients as a single vector."""
     named = [dict(enumerate(one.gradients)) for one in results]
     exact = {name: value.cpu() for name, value in named[1].items()}
-    return [Results(one.outputs, (kernel_tier.joined({k: v.cpu() for k, v in gradients.items()}, exact),))
-            for one, gradients in zip(results, named, strict=True)]  # fmt: skip
+    return [
+        Results(one.outputs, (kernel_tier.joined({k: v.cpu() for k, v in gradients.items()}, exact),))
+        for one, gradients in zip(results, named, strict=True)
+    ]
 
 
-def relative_errors(
-    found: Results, exact: Results, plain: Results, *, room: float = 1.0
-) -> tuple[float, float | None]:
+def relative_errors(found: Results, exact: Results, plain: Results, *, room: float = 1.0) -> tuple[float, float | None]:
     """Largest differences from float64 by the largest value.
 
     AssertionError where they are beyond the plain reference's own by more than 2 (outputs) or 3 (gradients) × `room`.
     """
-    kinds = (("output", room * kernel_tier.OUTPUT, found.outputs, exact.outputs, plain.outputs),
-             ("gradient", room * kernel_tier.GRADIENT, found.gradients, exact.gradients, plain.gradients))  # fmt: skip
+    kinds = (
+        ("output", room * kernel_tier.OUTPUT, found.outputs, exact.outputs, plain.outputs),
+        ("gradient", room * kernel_tier.GRADIENT, found.gradients, exact.gradients, plain.gradients),
+    )
     errors: list[float | None] = []
     for kind, factor, *triples in kinds:
         worst = None
@@ -227,9 +229,7 @@ def relative_errors(
 
 def doubled(tensors: Iterable[torch.Tensor]) -> Tensors:
     """Float64 copies of floating tensors, which require gradients where those do; others as they are."""
-    return tuple(
-        t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in tensors
-    )
+    return tuple(t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in tensors)
 
 
 # ---- measuring
@@ -292,8 +292,16 @@ class Bench:
         problem = case.build()
         inputs = problem.inputs(0)
         both = case.forward + (case.backward or Work(0, 0))
-        blank = Row(case.operator, case.shape, case.dtype, "", forward_bytes=case.forward.bytes,
-                    forward_flops=case.forward.flops, both_bytes=both.bytes, both_flops=both.flops)  # fmt: skip
+        blank = Row(
+            case.operator,
+            case.shape,
+            case.dtype,
+            "",
+            forward_bytes=case.forward.bytes,
+            forward_flops=case.forward.flops,
+            both_bytes=both.bytes,
+            both_flops=both.flops,
+        )
         exact_inputs = doubled(inputs)
         grads = gradients_of(outputs_of(problem.exact(*exact_inputs))) if case.backward else None
         exact = evaluate(problem.exact, exact_inputs, problem.exact_parameters, grads)
@@ -372,8 +380,10 @@ def all_cases(setting: Setting) -> list[Case]:
 
 def floors(cases: Iterable[Case], ceilings: Ceilings) -> str:
     """Markdown: the least time of each case, and what sets it."""
-    lines = ["| operator | shape | dtype | forward: MB | GFLOP | floor | fwd+bwd: MB | GFLOP | floor | set by |",
-             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| operator | shape | dtype | forward: MB | GFLOP | floor | fwd+bwd: MB | GFLOP | floor | set by |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for case in cases:
         cells = [case.operator, case.shape, case.dtype]
         works = [case.forward] + ([case.forward + case.backward] if case.backward else [])

@@ -91,8 +91,20 @@ def table(rows: Sequence[Row], ceilings: Ceilings | None) -> str:
     """All rows as aligned text, a block for each operator, in the order in which operators and shapes were measured."""
     first = {row.operator: i for i, row in reversed(list(enumerate(rows)))}
     rows = sorted(rows, key=lambda row: first[row.operator])
-    titles = ("shape", "dtype", "technique", "forward", "fwd+bwd", "in a graph", "time ÷ ours: fwd, both", "forward at",
-              "fwd+bwd at", "peak MiB", "error", "gradients'")  # fmt: skip
+    titles = (
+        "shape",
+        "dtype",
+        "technique",
+        "forward",
+        "fwd+bwd",
+        "in a graph",
+        "time ÷ ours: fwd, both",
+        "forward at",
+        "fwd+bwd at",
+        "peak MiB",
+        "error",
+        "gradients'",
+    )
     ours = {row.key: row for row in rows if row.technique == OURS}
     lines: list[tuple[str, ...]] = []
     previous = None
@@ -169,14 +181,26 @@ class Aim:
 
 AIMS = (
     Aim("slot attention at SPOT, ≥ 3 × torch.compile", "slot_attention_step", "SPOT 64", "bfloat16", COMPILE, 3.0),
-    Aim("slot attention at image level, ≥ 1.5 × torch.compile", "slot_attention_step", "image-level", "bfloat16",
-        COMPILE, 1.5),
+    Aim(
+        "slot attention at image level, ≥ 1.5 × torch.compile",
+        "slot_attention_step",
+        "image-level",
+        "bfloat16",
+        COMPILE,
+        1.5,
+    ),
     Aim("whole slot-attention module, ≥ 2 × torch.compile", MODULE, "SPOT 64", "bf16 autocast", COMPILE, 2.0),
-    Aim("permuted attention no slower than gather + SDPA + scatter", "permuted_causal_attention", "decoder", "bfloat16",
-        SDPA, 1.0),
+    Aim(
+        "permuted attention no slower than gather + SDPA + scatter",
+        "permuted_causal_attention",
+        "decoder",
+        "bfloat16",
+        SDPA,
+        1.0,
+    ),
     Aim("permuted attention, ≥ 1.5 × FlexAttention", "permuted_causal_attention", "decoder", "bfloat16", FLEX, 1.5),
     Aim("64 assignments 7×7 in 20 µs", "linear_assignment", "64 of 7×7", "float32", limit_s=20e-6),
-)  # fmt: skip
+)
 NATIVE_FACTOR = 1.3
 
 
@@ -223,8 +247,18 @@ def aims_text(rows: Sequence[Row], gpu: bool) -> str:
 
 # ---- CSV
 
-ABOUT = ("date", "device", "cpu", "cores", "torch", "triton", "commit", "copy_bytes_per_s", "float32_flops_per_s",
-         "bfloat16_flops_per_s")  # fmt: skip
+ABOUT = (
+    "date",
+    "device",
+    "cpu",
+    "cores",
+    "torch",
+    "triton",
+    "commit",
+    "copy_bytes_per_s",
+    "float32_flops_per_s",
+    "bfloat16_flops_per_s",
+)
 _FIELDS = tuple(field.name for field in fields(Row))
 _TEXTS = ("operator", "shape", "dtype", "technique", "backend", "problem", "not_captured")
 _LATER = ("not_captured",)  # columns that older files lack
@@ -250,8 +284,11 @@ def read_csv(path: Path) -> tuple[dict[str, str], list[Row]]:
             for line in csv.DictReader(file):
                 about = {name: line[name] for name in ABOUT}
                 # Files from before a column existed have its default.
-                values = {name: line[name] if name in _TEXTS else float(line[name]) if line[name] else None
-                          for name in _FIELDS if name in line or name not in _LATER}  # fmt: skip
+                values = {
+                    name: line[name] if name in _TEXTS else float(line[name]) if line[name] else None
+                    for name in _FIELDS
+                    if name in line or name not in _LATER
+                }
                 rows.append(Row(**values))
     except (KeyError, ValueError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"

@@ -43,9 +43,13 @@ TECHNIQUES = (
     Technique("+ bfloat16 products, float32 weights", precision="bf16"),
     Technique("+ frozen features cached", precision="bf16", cached=True),
     Technique("+ torch.compile", precision="bf16", cached=True, changes={"compile": "yes"}),
-    Technique("+ the whole step as a CUDA graph", precision="bf16", cached=True,
-              changes={"compile": "yes", "cuda_graph": "yes"}),
-)  # fmt: skip
+    Technique(
+        "+ the whole step as a CUDA graph",
+        precision="bf16",
+        cached=True,
+        changes={"compile": "yes", "cuda_graph": "yes"},
+    ),
+)
 COCO_BATCH, COCO_STEPS = 64, 50 * (118_287 // 64)
 # A row may be this many times as far from float64 as plain PyTorch of its precision, and as far as this in any case:
 # rounding of a loss; in float32 gradients a ReLU input next to zero that falls on the other side.
@@ -89,10 +93,14 @@ def limits(plain: dict[str, tuple[float, float]], precision: str) -> tuple[float
 
 def verdict(row: Row) -> Row:
     """The row with a problem where it is further off than it may be."""
-    wrong = [f"{what} off by {error:.1e}, allowed {limit:.1e}"
-             for what, error, limit in (("loss", row.loss_error, row.loss_limit),
-                                        ("gradients", row.gradient_error, row.gradient_limit))
-             if not error <= limit]  # NaN is wrong as well  # fmt: skip
+    wrong = [
+        f"{what} off by {error:.1e}, allowed {limit:.1e}"
+        for what, error, limit in (
+            ("loss", row.loss_error, row.loss_limit),
+            ("gradients", row.gradient_error, row.gradient_limit),
+        )
+        if not error <= limit
+    ]  # NaN is wrong as well
     return replace(row, problem="; ".join(wrong))
 
 
@@ -105,8 +113,15 @@ def reason_to_skip(technique: Technique, device: torch.device) -> str:
     return ""
 
 
-def measure(stage: int, batch_size: int, steps: int, device: torch.device, *, tiny: bool,
-            techniques: Sequence[Technique] = TECHNIQUES) -> list[Row]:  # fmt: skip
+def measure(
+    stage: int,
+    batch_size: int,
+    steps: int,
+    device: torch.device,
+    *,
+    tiny: bool,
+    techniques: Sequence[Technique] = TECHNIQUES,
+) -> list[Row]:
     """The rows of one stage, of `steps` timed steps each."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -119,8 +134,10 @@ def measure(stage: int, batch_size: int, steps: int, device: torch.device, *, ti
         if "error" in about:
             return [Row(stage, one.name, batch_size, problem=about["error"]) for one in techniques]
         gflop = {cached: batch_size * about["flops"][str(cached)] / 1e9 for cached in (False, True)}
-        rows = {one.name: Row(stage, one.name, batch_size, gflop=gflop[one.cached], problem=reason_to_skip(one, device))
-                for one in techniques}  # fmt: skip
+        rows = {
+            one.name: Row(stage, one.name, batch_size, gflop=gflop[one.cached], problem=reason_to_skip(one, device))
+            for one in techniques
+        }
         runnable = [one for one in techniques if not rows[one.name].problem]
         times: dict[str, list[float]] = {}
         for group in [runnable] if device.type == "cpu" else [[one] for one in runnable]:
@@ -128,8 +145,9 @@ def measure(stage: int, batch_size: int, steps: int, device: torch.device, *, ti
     return with_speeds(list(rows.values()), times)
 
 
-def _group(job: Job, group: Sequence[Technique], rows: dict[str, Row], plain: dict[str, tuple[float, float]],
-           steps: int) -> dict[str, list[float]]:  # fmt: skip
+def _group(
+    job: Job, group: Sequence[Technique], rows: dict[str, Row], plain: dict[str, tuple[float, float]], steps: int
+) -> dict[str, list[float]]:
     """Checks all of the group, whose rows it completes, then has them take turns: seconds of each one's steps."""
     with ExitStack() as stack:
         running = {}
@@ -142,8 +160,15 @@ def _group(job: Job, group: Sequence[Technique], rows: dict[str, Row], plain: di
                 rows[name] = replace(rows[name], problem=found["error"])
                 continue
             loss, gradients = limits(plain, technique.precision)
-            rows[name] = verdict(replace(rows[name], loss_error=found["loss_error"], loss_limit=loss,
-                                         gradient_error=found["gradient_error"], gradient_limit=gradients))
+            rows[name] = verdict(
+                replace(
+                    rows[name],
+                    loss_error=found["loss_error"],
+                    loss_limit=loss,
+                    gradient_error=found["gradient_error"],
+                    gradient_limit=gradients,
+                )
+            )
             if rows[name].problem:
                 process.close()
             else:
@@ -183,16 +208,29 @@ def table(rows: Sequence[Row], flops_per_s: float) -> str:
     """Markdown, a table a stage; what did not run or was wrong below. flops_per_s: of the products, makes the floor."""
     parts = []
     for stage in sorted({row.stage for row in rows}):
-        titles = (f"stage {stage}", "images/s", "ms/step", "× reference", "% of floor", "peak MiB", "loss error",
-                  "gradients' error")  # fmt: skip
+        titles = (
+            f"stage {stage}",
+            "images/s",
+            "ms/step",
+            "× reference",
+            "% of floor",
+            "peak MiB",
+            "loss error",
+            "gradients' error",
+        )
         lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
         of_stage = [row for row in rows if row.stage == stage]
         for row in of_stage:
             speed = ["FAILED" if row.failed else "–"] + ["–"] * 4
             if row.ms is not None:
                 floor_ms = 1e12 * row.gflop / flops_per_s
-                speed = [f"{row.images_s:,.{2 if row.images_s < 10 else 1}f}", f"{row.ms:,.{row.ms < 100:d}f}",
-                         _text(row.times, ".2f"), f"{100 * floor_ms / row.ms:.1f}", _text(row.peak_mib, ",.0f")]
+                speed = [
+                    f"{row.images_s:,.{2 if row.images_s < 10 else 1}f}",
+                    f"{row.ms:,.{row.ms < 100:d}f}",
+                    _text(row.times, ".2f"),
+                    f"{100 * floor_ms / row.ms:.1f}",
+                    _text(row.peak_mib, ",.0f"),
+                ]
             errors = [_text(row.loss_error, ".1e"), _text(row.gradient_error, ".1e")]
             lines.append("| " + " | ".join([row.technique, *speed, *errors]) + " |")
         lines += [f"\n{row.technique}: {row.problem}" for row in of_stage if row.problem]
@@ -206,8 +244,15 @@ def _text(value: float | None, form: str) -> str:
 
 def about_machine(device: torch.device, flops_per_s: float) -> dict[str, str]:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    return {"date": f"{date.today()}", "device": name, "cpu": cpu_name(), "cores": str(cores()),
-            "torch": torch.__version__, "commit": commit(), "bfloat16_flops_per_s": f"{flops_per_s:.4g}"}  # fmt: skip
+    return {
+        "date": f"{date.today()}",
+        "device": name,
+        "cpu": cpu_name(),
+        "cores": str(cores()),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "bfloat16_flops_per_s": f"{flops_per_s:.4g}",
+    }
 
 
 def report(rows: Sequence[Row], about: dict[str, str]) -> str:
@@ -218,27 +263,35 @@ def report(rows: Sequence[Row], about: dict[str, str]) -> str:
 
 def projection(rows: Sequence[Row]) -> str:
     """What both stages on COCO would take at the speed of the fastest rows; empty where they are of another batch."""
-    fastest = {row.stage: row for row in sorted(rows, key=lambda row: -(row.ms or 0))
-               if row.ms is not None and row.batch_size == COCO_BATCH}  # fmt: skip
+    fastest = {
+        row.stage: row
+        for row in sorted(rows, key=lambda row: -(row.ms or 0))
+        if row.ms is not None and row.batch_size == COCO_BATCH
+    }
     if fastest.keys() != {1, 2}:
         return ""
     minutes = [COCO_STEPS * fastest[stage].ms / 60e3 for stage in (1, 2)]
-    return (f"COCO, {COCO_STEPS:,} steps of {COCO_BATCH} a stage, at the fastest rows' speed: {minutes[0]:.1f} + "
-            f"{minutes[1]:.1f} = {sum(minutes):.1f} minutes. A projection: filling the caches, validation and saving "
-            "are not in it.")  # fmt: skip
+    return (
+        f"COCO, {COCO_STEPS:,} steps of {COCO_BATCH} a stage, at the fastest rows' speed: {minutes[0]:.1f} + "
+        f"{minutes[1]:.1f} = {sum(minutes):.1f} minutes. A projection: filling the caches, validation and saving "
+        "are not in it."
+    )
 
 
 def footer(about: dict[str, str], batch_size: int) -> str:
     where = about["device"] if about["device"] != "cpu" else f"{about['cpu']}, {about['cores']} cores"
     speed = float(about["bfloat16_flops_per_s"]) / 1e12
-    return (f"Batch {batch_size}; medians on {where}, torch {about['torch']}, {about['date']}. % of floor: the time "
-            f"that the products a step needs would take at the {speed:.3g} TFLOP/s of a large bfloat16 product "
-            "(measured there), by the step's time. Errors: relative to the reference step in float64, gradients' as "
-            "the norm of their difference.")  # fmt: skip
+    return (
+        f"Batch {batch_size}; medians on {where}, torch {about['torch']}, {about['date']}. % of floor: the time "
+        f"that the products a step needs would take at the {speed:.3g} TFLOP/s of a large bfloat16 product "
+        "(measured there), by the step's time. Errors: relative to the reference step in float64, gradients' as "
+        "the norm of their difference."
+    )
 
 
 def write_csv(path: Path, rows: Sequence[object], about: dict[str, str]) -> None:
     """A line for each of `rows`, dataclasses of one kind, after what `about` says of all."""
+
     def write(partial: Path) -> None:
         with open(partial, "w", encoding="utf-8", newline="") as file:
             names = [*about, *(field.name for field in fields(rows[0]))]
@@ -258,8 +311,10 @@ def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
         lines = list(csv.DictReader(file))
     kinds = {"stage": int, "batch_size": int, "technique": str, "problem": str}
     names = [field.name for field in fields(Row)]
-    rows = [Row(**{name: kinds.get(name, float)(line[name]) if line[name] or name == "problem" else None
-                   for name in names}) for line in lines]  # fmt: skip
+    rows = [
+        Row(**{name: kinds.get(name, float)(line[name]) if line[name] or name == "problem" else None for name in names})
+        for line in lines
+    ]
     return rows, {name: value for name, value in lines[0].items() if name not in names}
 
 

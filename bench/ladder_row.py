@@ -58,8 +58,9 @@ class Process:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         arguments = [json.dumps(asdict(job)), json.dumps(technique and asdict(technique))]
         command = [sys.executable, str(Path(__file__).resolve()), *arguments]
-        self._process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         stderr=self._errors)  # fmt: skip
+        self._process = subprocess.Popen(
+            command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
+        )
 
     def __enter__(self) -> Process:
         return self
@@ -127,14 +128,18 @@ def _exact(job: Job) -> None:
     for name, options in (("float32", {}), ("bf16", {"autocast": True}), ("exact", {"dtype": torch.float64})):
         steps = ReferenceSteps(config, device, teacher, **options)
         found[name] = steps.first()
-        flops = {str(cached): step_flops.step(steps.trainer.model, steps.trainer.teacher, cached=cached)
-                 for cached in (False, True)}  # fmt: skip
+        flops = {
+            str(cached): step_flops.step(steps.trainer.model, steps.trainer.teacher, cached=cached)
+            for cached in (False, True)
+        }
         del steps  # before the next one needs its memory
     plain = {name: outcome.errors(found["exact"]) for name, outcome in found.items() if name != "exact"}
     exact: Outcome = found["exact"]
     # Gradients are kept in float32: its rounding is far below any error they are compared for.
-    save_file({"gradients": exact.gradients.float().cpu(), "loss": torch.tensor(exact.loss, dtype=torch.float64)},
-              Path(job.folder) / _EXACT)  # fmt: skip
+    save_file(
+        {"gradients": exact.gradients.float().cpu(), "loss": torch.tensor(exact.loss, dtype=torch.float64)},
+        Path(job.folder) / _EXACT,
+    )
     _answer(plain=plain, flops=flops)
 
 

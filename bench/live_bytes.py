@@ -13,9 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 _ATEN = torch.ops.aten
-_PRODUCTS = {_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default,
-             _ATEN.convolution.default, _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-             _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default}  # fmt: skip
+_PRODUCTS = {
+    _ATEN.mm.default,
+    _ATEN.addmm.default,
+    _ATEN.bmm.default,
+    _ATEN.baddbmm.default,
+    _ATEN.convolution.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default,
+}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -37,8 +43,12 @@ class LiveBytes(TorchDispatchMode):
             results = func(*args, **(kwargs or {}))
         else:
             shapes = func(*tree_map(_on(torch.device("meta")), args), **(kwargs or {}))
-            results = tree_map(lambda value: torch.zeros_like(value, device=args[0].device)
-                               if isinstance(value, torch.Tensor) else value, shapes)  # fmt: skip
+            results = tree_map(
+                lambda value: (
+                    torch.zeros_like(value, device=args[0].device) if isinstance(value, torch.Tensor) else value
+                ),
+                shapes,
+            )
         for result in tree_flatten(results)[0]:
             if isinstance(result, torch.Tensor):
                 self._follow(result)

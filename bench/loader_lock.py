@@ -85,8 +85,10 @@ def main() -> None:
         images = Folder(folder, image_size=SIZE)
         cores = pin(10**6)
         whole, decoding, resizing = alone(images)
-        print(f"{cpu_name()}, {cores} cores: a picture takes {1e3 * whole:.2f} ms alone, "
-              f"{1e3 * (whole - decoding - resizing):.2f} of them under the lock\n")  # fmt: skip
+        print(
+            f"{cpu_name()}, {cores} cores: a picture takes {1e3 * whole:.2f} ms alone, "
+            f"{1e3 * (whole - decoding - resizing):.2f} of them under the lock\n"
+        )
         print("| threads | images/s | cores could |\n|---|---|---|")
         with Paused(images, decoding, resizing):
             for threads in args.threads:

@@ -76,8 +76,10 @@ class ProcessLoader(Loader):
 
 def loaders(images: Folder, threads: int) -> dict[str, Loader]:
     """What is compared, by its name in the table; the first is the reference for pixels."""
-    found = {"Pillow, threads": Loader(images, BATCH, workers=min(threads, loader_module.MAX_THREADS)),
-             "Pillow, processes": ProcessLoader(images, BATCH, workers=threads)}
+    found = {
+        "Pillow, threads": Loader(images, BATCH, workers=min(threads, loader_module.MAX_THREADS)),
+        "Pillow, processes": ProcessLoader(images, BATCH, workers=threads),
+    }
     if not unavailable(torch.device("cpu")):
         found["DALI, CPU"] = DaliLoader(images, BATCH, workers=threads, device="cpu")
     return found
@@ -86,8 +88,10 @@ def loaders(images: Folder, threads: int) -> dict[str, Loader]:
 def gpu_loaders(images: Folder, threads: int) -> dict[str, Loader]:
     """Pillow for reference, and DALI decoding on the GPU."""
     device = torch.device("cuda")
-    return {"Pillow, processes": ProcessLoader(images, BATCH, workers=threads),
-            "DALI, GPU": DaliLoader(images, BATCH, workers=threads, device=device)}
+    return {
+        "Pillow, processes": ProcessLoader(images, BATCH, workers=threads),
+        "DALI, GPU": DaliLoader(images, BATCH, workers=threads, device=device),
+    }
 
 
 def rate(loader: Loader, epoch: int) -> float:
@@ -119,8 +123,10 @@ def measure(compared: dict[str, Loader], images: Folder, rounds: int, cores: int
     for epoch in range(1, rounds + 1):
         for name, loader in compared.items():
             rates[name].append(rate(loader, epoch))
-    return [dict(name=name, cores=cores, images_s=statistics.median(rates[name]), max=apart[name][0],
-                 mean=apart[name][1]) for name in compared]
+    return [
+        dict(name=name, cores=cores, images_s=statistics.median(rates[name]), max=apart[name][0], mean=apart[name][1])
+        for name in compared
+    ]
 
 
 @torch.no_grad()
@@ -138,13 +144,16 @@ def table(rows: list[dict]) -> str:
     lines = ["| decoded by | cores | images/s | images/s a core | pixels, max | pixels, mean |", "|---" * 6 + "|"]
     for row in rows:
         per_core = f"{row['images_s'] / row['cores']:.0f}"
-        lines.append(f"| {row['name']} | {row['cores']} | {row['images_s']:.0f} | {per_core} | {row['max']} | "
-                     f"{row['mean']:.3f} |")
+        lines.append(
+            f"| {row['name']} | {row['cores']} | {row['images_s']:.0f} | {per_core} | {row['max']} | "
+            f"{row['mean']:.3f} |"
+        )
     return "\n".join(lines)
 
 
-def run(count: int, threads: Sequence[int], rounds: int, photos: Path | None = None,
-        crop: str = "center") -> list[dict]:  # fmt: skip
+def run(
+    count: int, threads: Sequence[int], rounds: int, photos: Path | None = None, crop: str = "center"
+) -> list[dict]:
     """Rows for `count` generated pictures, or the first of `photos`: a process for each number of threads, and one for
     the GPU where DALI runs on one."""
     with tempfile.TemporaryDirectory() as made:
@@ -156,8 +165,22 @@ def run(count: int, threads: Sequence[int], rounds: int, photos: Path | None = N
             jobs.append(("gpu", len(os.sched_getaffinity(0))))
         rows = []
         for kind, number in jobs:
-            command = [sys.executable, str(Path(__file__).resolve()), "--rows", kind, "--threads", str(number),
-                       "--photos", str(photos), "--images", str(count), "--rounds", str(rounds), "--crop", crop]
+            command = [
+                sys.executable,
+                str(Path(__file__).resolve()),
+                "--rows",
+                kind,
+                "--threads",
+                str(number),
+                "--photos",
+                str(photos),
+                "--images",
+                str(count),
+                "--rounds",
+                str(rounds),
+                "--crop",
+                crop,
+            ]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             rows += json.loads(output.strip().splitlines()[-1])
     return rows
@@ -170,8 +193,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="epochs measured of each")
     parser.add_argument("--photos", type=Path, help="a folder of pictures to use instead of generated ones")
     parser.add_argument("--crop", choices=("center", "stretch"), default="center", help="stretch is bicubic, as MOVi's")
-    parser.add_argument("--encoder", metavar="NAME", help="say instead how far its features of DALI's pixels are from "
-                        "those of Pillow's: a ViT by timm's name, or spot_scenes")  # fmt: skip
+    parser.add_argument(
+        "--encoder",
+        metavar="NAME",
+        help="say instead how far its features of DALI's pixels are from "
+        "those of Pillow's: a ViT by timm's name, or spot_scenes",
+    )
     parser.add_argument("--encoder-weights", metavar="FILE", help="its weights (spot_scenes has its own)")
     parser.add_argument("--rows", choices=("cpu", "gpu"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -184,12 +211,17 @@ def main() -> None:
     if arguments.encoder:
         if arguments.photos is None:
             parser.error("--encoder needs --photos FOLDER")
-        config = preset("scenes" if arguments.encoder == SCENES_ENCODER else "coco", encoder=arguments.encoder,
-                        encoder_weights=arguments.encoder_weights)  # fmt: skip
+        config = preset(
+            "scenes" if arguments.encoder == SCENES_ENCODER else "coco",
+            encoder=arguments.encoder,
+            encoder_weights=arguments.encoder_weights,
+        )
         images = Folder(arguments.photos, image_size=config.image_size, crop=arguments.crop, limit=arguments.images)
         errors = feature_errors(images, build_encoder(config))
-        print(f"{len(errors)} photos at {config.image_size} px, {arguments.encoder}: features differ by "
-              f"{statistics.fmean(errors):.2%} of their norm, {max(errors):.2%} at most")  # fmt: skip
+        print(
+            f"{len(errors)} photos at {config.image_size} px, {arguments.encoder}: features differ by "
+            f"{statistics.fmean(errors):.2%} of their norm, {max(errors):.2%} at most"
+        )
         return
     rows = run(arguments.images, arguments.threads, arguments.rounds, arguments.photos, arguments.crop)
     print(table(rows))

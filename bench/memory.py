@@ -61,8 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for stage in (1, 2):
             fixed, each, parts = line(name, stage, 1e9 * args.card, args.tiny)
             fits = "does not fit" if parts is None else "fits" if parts == 1 else f"--accumulate {parts}"
-            print(f"| {name} | {stage} | {preset(name, stage).num_slots} | {fixed / 1e9:.2f} | {each / 1e6:.0f} | "
-                  f"{(fixed + 64 * each) / 1e9:.1f} | {fits} |", flush=True)  # fmt: skip
+            print(
+                f"| {name} | {stage} | {preset(name, stage).num_slots} | {fixed / 1e9:.2f} | {each / 1e6:.0f} | "
+                f"{(fixed + 64 * each) / 1e9:.1f} | {fits} |",
+                flush=True,
+            )
     return 0
 
 

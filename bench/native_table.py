@@ -110,9 +110,7 @@ def matching_cases() -> Iterator[Case]:
         yield Case("linear assignment", f"64 × {size} × {size}", "float32", *calls, calls[1](), chosen)
     for batch, tokens in ((64, 196), (32, 320 * 320)):
         a, b = (torch.randint(7, (batch, tokens), generator=generator) for _ in range(2))
-        calls = [
-            lambda f=f, a=a, b=b: (f(a, b, 7, 7),) for f in (native.overlap_counts, plain_matching.overlap_counts)
-        ]
+        calls = [lambda f=f, a=a, b=b: (f(a, b, 7, 7),) for f in (native.overlap_counts, plain_matching.overlap_counts)]
         yield Case("overlap counts", f"{batch} × {tokens}, 7 × 7 labels", "int64", *calls, calls[1]())
     for grid, slots, size in ((14, 7, 320), (16, 7, 320), (14, 24, 128)):
         masks = (3 * torch.randn(32, grid * grid, slots, generator=generator)).softmax(-1)
@@ -144,9 +142,16 @@ def measure(case: Case, threads: int, rounds: int, clock: Callable[[], float]) -
     errors = [error(call(), case.exact) for call in (case.ours, case.plain)]
     ours, plain = medians([case.ours, case.plain], rounds, clock)
     return Row(
-        case.operator, case.shape, case.dtype, threads, round(ours, 3), round(plain, 3), round(plain / ours, 2),
-        *errors, case.chosen,
-    )  # fmt: skip
+        case.operator,
+        case.shape,
+        case.dtype,
+        threads,
+        round(ours, 3),
+        round(plain, 3),
+        round(plain / ours, 2),
+        *errors,
+        case.chosen,
+    )
 
 
 def main() -> int:
@@ -173,9 +178,12 @@ def main() -> int:
             for threads in args.threads:
                 row = measure(case, threads, args.rounds, clock)
                 rows.append(row)
-                print(f"| {row.operator} | {row.shape} | {row.dtype} | {row.threads} | {row.ours_ms:.3f} | "
-                      f"{row.plain_ms:.3f} | {row.ratio:.2f} | {row.ours_error:.1e} | {row.plain_error:.1e} | "
-                      f"{'yes' if row.chosen else 'no'} |", flush=True)  # fmt: skip
+                print(
+                    f"| {row.operator} | {row.shape} | {row.dtype} | {row.threads} | {row.ours_ms:.3f} | "
+                    f"{row.plain_ms:.3f} | {row.ratio:.2f} | {row.ours_error:.1e} | {row.plain_error:.1e} | "
+                    f"{'yes' if row.chosen else 'no'} |",
+                    flush=True,
+                )
     if args.csv:
         args.csv.parent.mkdir(parents=True, exist_ok=True)
         partial = args.csv.with_name(f".{args.csv.name}.tmp")

@@ -25,8 +25,11 @@ ROWS = (("decoder, order 0", "decoder", 1), ("decoder, nine orders", "decoder", 
 
 
 def plans(seeds: Sequence[int], options: Sequence[str]) -> list[Plan]:
-    return [Plan(precision, 1, seed, ("--preset", "scenes", "--precision", precision, *options))
-            for seed in seeds for precision in PRECISIONS]  # fmt: skip
+    return [
+        Plan(precision, 1, seed, ("--preset", "scenes", "--precision", precision, *options))
+        for seed in seeds
+        for precision in PRECISIONS
+    ]
 
 
 def curves(root: Path, seeds: Sequence[int]) -> dict[str, list[list[float]]]:
@@ -55,14 +58,17 @@ def table(results: Sequence[Result], losses: dict[str, list[list[float]]]) -> tu
         values = [column(runs[p], Row(title, p, 1, masks, orders), "mbo_i") for p in PRECISIONS]
         apart, spread = compare(*values)
         fine &= apart <= spread
-        lines.append(f"| mBO_i, {title} | {cell(values[0])} | {cell(values[1])} | {100 * apart:.2f} | "
-                     f"{100 * spread:.2f} | {_holds(apart, spread)} |")  # fmt: skip
+        lines.append(
+            f"| mBO_i, {title} | {cell(values[0])} | {cell(values[1])} | {100 * apart:.2f} | "
+            f"{100 * spread:.2f} | {_holds(apart, spread)} |"
+        )
     for epoch, values in enumerate(zip(*(zip(*losses[p], strict=True) for p in PRECISIONS), strict=True), 1):
         apart, spread = compare(*values)
         fine &= apart <= spread
         shown = [f"{mean(v):.4f} ± {stdev(v):.4f}" for v in values]
-        lines.append(f"| loss, epoch {epoch} | {shown[0]} | {shown[1]} | {apart:.4f} | {spread:.4f} | "
-                     f"{_holds(apart, spread)} |")  # fmt: skip
+        lines.append(
+            f"| loss, epoch {epoch} | {shown[0]} | {shown[1]} | {apart:.4f} | {spread:.4f} | {_holds(apart, spread)} |"
+        )
     return "\n".join(lines), fine
 
 
@@ -82,8 +88,13 @@ def plot(root: Path, seeds: Sequence[int], path: Path) -> None:
         for seed in seeds:
             text = (root / plans([seed], ())[PRECISIONS.index(precision)].name / "metrics.jsonl").read_text("utf-8")
             lines = [line for line in map(json.loads, text.splitlines()) if line["kind"] == "train"]
-            axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], color=colour, lw=width,
-                      label=precision if seed == seeds[0] else None)  # fmt: skip
+            axes.plot(
+                [line["step"] for line in lines],
+                [line["loss"] for line in lines],
+                color=colour,
+                lw=width,
+                label=precision if seed == seeds[0] else None,
+            )
     axes.set(xlabel="step", ylabel="loss", yscale="log", title=f"stage 1 on generated scenes, seeds {seeds}")
     axes.legend()
     figure.tight_layout()
@@ -91,8 +102,9 @@ def plot(root: Path, seeds: Sequence[int], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="options after -- go to "
-                                     "spot_fast.train, such as: -- --epochs 4")  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="options after -- go to spot_fast.train, such as: -- --epochs 4"
+    )
     add_arguments(parser, "precision")
     parser.add_argument("--plot", type=target_file, metavar="FILE.png", help="draw the loss curves")
     parser.add_argument("--emulate", action="store_true", help="on a CPU without bfloat16: emulated_bf16.py trains")

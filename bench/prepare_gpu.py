@@ -40,8 +40,18 @@ _SIZE = 224
 _MIB = 2**20
 _DALI = "nvidia-dali-cuda130"
 # pip's names for the GPU machine: CPython 3.12 on x86-64 Linux.
-_PLATFORM = ("--python-version", "3.12", "--implementation", "cp", "--platform", "manylinux_2_28_x86_64", "--platform",
-             "manylinux_2_17_x86_64", "--platform", "manylinux2014_x86_64")  # fmt: skip
+_PLATFORM = (
+    "--python-version",
+    "3.12",
+    "--implementation",
+    "cp",
+    "--platform",
+    "manylinux_2_28_x86_64",
+    "--platform",
+    "manylinux_2_17_x86_64",
+    "--platform",
+    "manylinux2014_x86_64",
+)
 
 
 def pack_weights(source: Path, target: Path) -> float:
@@ -82,8 +92,9 @@ def pack_photos(root: Path, target: Path, *, train: int, val: int, quality: int,
         ids = {image["id"] for image in images}
         # Training needs no masks.
         masks = [a for a in content["annotations"] if a["image_id"] in ids] if split == "val" else []
-        text = json.dumps({"images": images, "annotations": masks, "categories": content.get("categories", [])},
-                          separators=(",", ":"))  # fmt: skip
+        text = json.dumps(
+            {"images": images, "annotations": masks, "categories": content.get("categories", [])}, separators=(",", ":")
+        )
         (target / "annotations" / f"instances_{split}2017.json").write_text(text, encoding="utf-8")
         used, taken[split] = used + len(text), len(images)
     return taken
@@ -106,8 +117,19 @@ def check_photos(root: Path, target: Path) -> float:
 
 def fetch_wheels(target: Path) -> None:
     """What the tests and the COCO reader need and the GPU machine has not."""
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", *_PLATFORM,
-               "-d", str(target), "pycocotools"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--only-binary=:all:",
+        *_PLATFORM,
+        "-d",
+        str(target),
+        "pycocotools",
+    ]
     if subprocess.run(command).returncode:
         raise BenchError("pip could not fetch pycocotools: use --no-wheels if the GPU machine has it")
 
@@ -116,8 +138,18 @@ def pack_dali(out: Path, piece: int) -> list[Path]:
     """Wheels of DALI and its requirements as one tar archive in pieces of at most `piece` bytes; returns the folders,
     dali-1-of-N to dali-N-of-N."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--only-binary=:all:", *_PLATFORM, "-d", folder,
-                   _DALI]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--only-binary=:all:",
+            *_PLATFORM,
+            "-d",
+            folder,
+            _DALI,
+        ]
         if subprocess.run(command).returncode:
             raise BenchError(f"pip could not fetch {_DALI}")
         archive = Path(folder) / "dali.tar"
@@ -145,14 +177,17 @@ def _base_and_photos(args: argparse.Namespace) -> list[Path]:
         fetch_wheels(base / "wheels")
     partial = args.out / "photos.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    taken = pack_photos(args.photos, partial, train=args.train, val=args.val, quality=args.quality,
-                        limit=int(args.limit * _MIB))  # fmt: skip
+    taken = pack_photos(
+        args.photos, partial, train=args.train, val=args.val, quality=args.quality, limit=int(args.limit * _MIB)
+    )
     difference = check_photos(args.photos, partial)
     partial.rename(photos)
     print(f"{photos}: {taken['train']} + {taken['val']} pictures, {difference:.2f} grey levels off; maps are equal")
-    print(f"on the GPU machine, each in a call of its own that carries the folder named:\n"
-          f"  {base}:  bash bench/gpu_check.sh scenes\n  {photos}:  bash bench/gpu_check.sh photos\n"
-          f"  (none):  bash bench/gpu_check.sh photos      until it says that all runs are done")  # fmt: skip
+    print(
+        f"on the GPU machine, each in a call of its own that carries the folder named:\n"
+        f"  {base}:  bash bench/gpu_check.sh scenes\n  {photos}:  bash bench/gpu_check.sh photos\n"
+        f"  (none):  bash bench/gpu_check.sh photos      until it says that all runs are done"
+    )
     return [base, photos]
 
 
@@ -160,8 +195,10 @@ def _dali(args: argparse.Namespace) -> list[Path]:
     for folder in args.out.glob("dali-*-of-*"):
         shutil.rmtree(folder)
     folders = pack_dali(args.out, int(args.limit * _MIB))
-    print("on the GPU machine, one call for each of these folders, which carries it, shortly after one another:\n"
-          "  bash bench/gpu_check.sh decoding  measures when the last piece has come")  # fmt: skip
+    print(
+        "on the GPU machine, one call for each of these folders, which carries it, shortly after one another:\n"
+        "  bash bench/gpu_check.sh decoding  measures when the last piece has come"
+    )
     return folders
 
 
@@ -174,8 +211,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", type=int, default=0, metavar="N", help="at most so many (default: all that fit)")
     parser.add_argument("--val", type=int, default=500, metavar="N", help="default: 500")
     parser.add_argument("--quality", type=int, default=90, metavar="Q", help="of WebP (default: 90)")
-    parser.add_argument("--limit", type=float, default=44, metavar="MIB",
-                        help="size of the photos, and of a piece of DALI (default: 44 MiB)")  # fmt: skip
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=44,
+        metavar="MIB",
+        help="size of the photos, and of a piece of DALI (default: 44 MiB)",
+    )
     parser.add_argument("--no-wheels", action="store_true", help="do not fetch pycocotools")
     args = parser.parse_args(argv)
     photos = args.photos is not None and args.encoder_weights is not None

@@ -51,16 +51,23 @@ class ReferenceStep:
     heads, an encoder with rotary positions.
     """
 
-    def __init__(self, model: Spot, teacher: Spot | None = None, *, att_weight: float = 0.005,
-                 clip: float = 0.3) -> None:  # fmt: skip
+    def __init__(
+        self, model: Spot, teacher: Spot | None = None, *, att_weight: float = 0.005, clip: float = 0.3
+    ) -> None:
         for one in (model,) if teacher is None else (model, teacher):
             _check(one)
         self.model, self.teacher, self.att_weight, self.clip = model, teacher, att_weight, clip
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.Adam(self.parameters, lr=0.0)
 
-    def losses(self, images: Tensor, order: int, noise: Tensor | None, teacher_order: int = 0,
-               teacher_noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    def losses(
+        self,
+        images: Tensor,
+        order: int,
+        noise: Tensor | None,
+        teacher_order: int = 0,
+        teacher_noise: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised images [B, 3, S, S], patch orders, slot noise [B, K, U] → loss, L_REC, L_ATT (0 in stage 1)."""
         teacher_masks = None
         if self.teacher is not None:
@@ -72,8 +79,16 @@ class ReferenceStep:
         loss_att = attention_loss(attn, logits, teacher_masks)
         return loss_rec + self.att_weight * loss_att, loss_rec, loss_att
 
-    def step(self, images: Tensor, order: int, noise: Tensor | None, teacher_order: int = 0,
-             teacher_noise: Tensor | None = None, *, rate: float) -> Values:  # fmt: skip
+    def step(
+        self,
+        images: Tensor,
+        order: int,
+        noise: Tensor | None,
+        teacher_order: int = 0,
+        teacher_noise: Tensor | None = None,
+        *,
+        rate: float,
+    ) -> Values:
         """Forward, backward, clipping and Adam with learning rate `rate`; arguments as `losses`."""
         for group in self.optimiser.param_groups:
             group["lr"] = rate

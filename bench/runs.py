@@ -64,18 +64,41 @@ class Plan:
 def add_arguments(parser: argparse.ArgumentParser, bench: str) -> None:
     """Options that every benchmark of training has."""
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
-    parser.add_argument("--out", type=Path, default=Path(f"runs/bench-{bench}"), metavar="DIR",
-                        help=f"where the runs are kept (default: runs/bench-{bench})")  # fmt: skip
-    parser.add_argument("--csv", type=target_file, metavar="FILE",
-                        help=f"results (default: bench/results/{bench}_[GPU_]DATE.csv, with -- in --out)")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(f"runs/bench-{bench}"),
+        metavar="DIR",
+        help=f"where the runs are kept (default: runs/bench-{bench})",
+    )
+    parser.add_argument(
+        "--csv",
+        type=target_file,
+        metavar="FILE",
+        help=f"results (default: bench/results/{bench}_[GPU_]DATE.csv, with -- in --out)",
+    )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a run (default: PyTorch's choice)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N",
-                        help="runs at once; their minutes are then those of shared hardware (default: 1)")  # fmt: skip
-    parser.add_argument("--minutes", type=float, metavar="X",
-                        help=f"stop after so long with exit code {OUT_OF_TIME}; the same line goes on")  # fmt: skip
-    parser.add_argument("--plain-table", nargs="*", type=Path, metavar="CSV",
-                        help="train nothing: the table of these files, or of what is finished in --out")  # fmt: skip
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at once; their minutes are then those of shared hardware (default: 1)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        metavar="X",
+        help=f"stop after so long with exit code {OUT_OF_TIME}; the same line goes on",
+    )
+    parser.add_argument(
+        "--plain-table",
+        nargs="*",
+        type=Path,
+        metavar="CSV",
+        help="train nothing: the table of these files, or of what is finished in --out",
+    )
 
 
 def split_options(argv: Sequence[str] | None) -> tuple[list[str], tuple[str, ...]]:
@@ -85,16 +108,29 @@ def split_options(argv: Sequence[str] | None) -> tuple[list[str], tuple[str, ...
     return words[:cut], tuple(words[cut + 1 :])
 
 
-def results_of(bench: str, plans: Sequence[Plan], args: argparse.Namespace, options: Sequence[str],
-               trainer: Sequence[str] = TRAINER) -> list[Result]:  # fmt: skip
+def results_of(
+    bench: str,
+    plans: Sequence[Plan],
+    args: argparse.Namespace,
+    options: Sequence[str],
+    trainer: Sequence[str] = TRAINER,
+) -> list[Result]:
     """What the arguments of `add_arguments` ask for: trains, evaluates and writes the CSV, or only reads. OutOfTime
     where time was short, after the CSV of what is finished. trainer: as `Runner` has it."""
     if args.plain_table:
         return read_csv(args.plain_table)
-    about = {"bench": bench, "cpu": cpu_name(), "cores": str(cores()), "commit": commit(), "jobs": str(args.jobs),
-             "options": shlex.join(options), "date": datetime.now(UTC).date().isoformat()}  # fmt: skip
-    runner = Runner(args.out, about, device=args.device, threads=args.threads, jobs=args.jobs, minutes=args.minutes,
-                    trainer=trainer)  # fmt: skip
+    about = {
+        "bench": bench,
+        "cpu": cpu_name(),
+        "cores": str(cores()),
+        "commit": commit(),
+        "jobs": str(args.jobs),
+        "options": shlex.join(options),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    runner = Runner(
+        args.out, about, device=args.device, threads=args.threads, jobs=args.jobs, minutes=args.minutes, trainer=trainer
+    )
     if args.plain_table is not None:
         results = runner.collect(plans)
         if not results:
@@ -145,8 +181,17 @@ class Runner:
     train a run, before the run's options.
     """
 
-    def __init__(self, out: Path, about: dict[str, str], *, device: str | None = None, threads: int | None = None,
-                 jobs: int = 1, minutes: float | None = None, trainer: Sequence[str] = TRAINER) -> None:  # fmt: skip
+    def __init__(
+        self,
+        out: Path,
+        about: dict[str, str],
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+        jobs: int = 1,
+        minutes: float | None = None,
+        trainer: Sequence[str] = TRAINER,
+    ) -> None:
         if jobs < 1:
             raise BenchError(f"--jobs {jobs}: use 1 or more")
         self.out, self.about, self.jobs, self.trainer = out, about, jobs, trainer
@@ -209,15 +254,21 @@ class Runner:
         folder = self.folder(plan)
         if not self._is_ready(plan, self._train):
             raise BenchError(f"{folder} is there but its teacher {plan.teacher.name} is not: remove it")
-        done = subprocess.run([sys.executable, *TRAINER, *self._options(plan), "--print-config"],
-                              env=_environment(), capture_output=True, text=True)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, *TRAINER, *self._options(plan), "--print-config"],
+            env=_environment(),
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             raise BenchError(f"{plan.name} cannot be trained: {_last_line(done.stderr)}")
         now, then = json.loads(done.stdout), json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         for name in sorted(now.keys() | then.keys()):
             if name not in FREE and now.get(name) not in (then.get(name), "auto"):  # a run keeps what auto became
-                raise BenchError(f"{folder} was trained with {name} {then.get(name)} and now it is {now.get(name)}: "
-                                 "remove the folder or give another --out")  # fmt: skip
+                raise BenchError(
+                    f"{folder} was trained with {name} {then.get(name)} and now it is {now.get(name)}: "
+                    "remove the folder or give another --out"
+                )
         if plan.teacher and _is_finished(folder):
             teacher = hashlib.sha256((self.folder(plan.teacher) / MODEL).read_bytes()).hexdigest()
             if read_metadata(folder / MODEL).get("teacher_sha256") != teacher:
@@ -232,8 +283,9 @@ class Runner:
         _say(f"{plan.name}: {'evaluate' if 'spot_fast.evaluate' in program else 'train'}")
         with log:
             # A process group of its own, so that Ctrl-C reaches a run once, from `_stop`.
-            return subprocess.Popen([sys.executable, *program, *words], env=_environment(), stdout=log,
-                                    stderr=errors, process_group=0)  # fmt: skip
+            return subprocess.Popen(
+                [sys.executable, *program, *words], env=_environment(), stdout=log, stderr=errors, process_group=0
+            )
 
     def _log(self, plan: Plan) -> Path:
         return self.out / f"{plan.name}.log"

@@ -22,11 +22,15 @@ DECODER = Row("stage 1, decoder, order 0", "scenes", 1, "decoder", 1)
 SLOTS = Row("stage 1, slots", "scenes", 1, "slots")
 STUDENT_SLOTS = Row("stage 2, slots", "scenes", 2, "slots")
 ROWS = (
-    BLOCKS, KMEANS,
-    DECODER, Row("stage 1, decoder, nine orders", "scenes", 1, "decoder", 9), SLOTS,
+    BLOCKS,
+    KMEANS,
+    DECODER,
+    Row("stage 1, decoder, nine orders", "scenes", 1, "decoder", 9),
+    SLOTS,
     Row("stage 2, decoder, order 0", "scenes", 2, "decoder", 1),
-    Row("stage 2, decoder, nine orders", "scenes", 2, "decoder", 9), STUDENT_SLOTS,
-)  # fmt: skip
+    Row("stage 2, decoder, nine orders", "scenes", 2, "decoder", 9),
+    STUDENT_SLOTS,
+)
 
 
 def plans(seeds: Sequence[int], options: Sequence[str] = ()) -> list[Plan]:
@@ -42,16 +46,23 @@ def targets(results: Sequence[Result]) -> list[Target]:
     """What the default recipe has to reach, in mBO_i and for every seed."""
     first, second = select(results, "scenes", 1), select(results, "scenes", 2)
     return [
-        above(f"stage-1 decoder at least {100 * _POINTS:.0f} points above block masks", (first, DECODER),
-              (first, BLOCKS), _POINTS, strict=False),
+        above(
+            f"stage-1 decoder at least {100 * _POINTS:.0f} points above block masks",
+            (first, DECODER),
+            (first, BLOCKS),
+            _POINTS,
+            strict=False,
+        ),
         above("stage-1 decoder above k-means", (first, DECODER), (first, KMEANS)),
         above("slots after stage 2 above slots after stage 1", (second, STUDENT_SLOTS), (first, SLOTS)),
-    ]  # fmt: skip
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="options after -- go to "
-                                     "spot_fast.train, such as: -- --epochs 1 --train-images 256")  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="options after -- go to spot_fast.train, such as: -- --epochs 1 --train-images 256",
+    )
     add_arguments(parser, "scenes")
     words, options = split_options(argv)
     args = parser.parse_args(words)

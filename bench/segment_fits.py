@@ -50,8 +50,9 @@ def speed(masker: Masker, fit: Fit, paths: list[Path], out: Path, overlay: bool)
     sources = pictures_of(paths, 0, masker.size, masker.identity)
     wanted = Wanted(out, masker.kinds, overlay)
     start, cpu = time.perf_counter(), time.process_time()
-    segment_all(sources, [path.stem for path in paths], masker, fit, wanted, batch_size=16, workers=WORKERS,
-                progress=False)  # fmt: skip
+    segment_all(
+        sources, [path.stem for path in paths], masker, fit, wanted, batch_size=16, workers=WORKERS, progress=False
+    )
     return len(paths) / (time.perf_counter() - start), 1000 * (time.process_time() - cpu) / len(paths)
 
 
@@ -83,8 +84,10 @@ def main() -> None:
         masker, _, what = cluster_masker("spot_scenes", None, clusters=6, size=None, device="cpu")
     images, instances = scenes(args.scenes, WIDE)
     rows = slice((WIDE - HIGH) // 2, (WIDE + HIGH) // 2)
-    print(f"{what}; {args.pictures} JPEGs of 640 x 480, {args.scenes} scenes of {WIDE} x {HIGH}; {cpu_name()}, "
-          f"{cores()} cores, {args.threads} threads and {WORKERS} workers, torch {torch.__version__}\n")
+    print(
+        f"{what}; {args.pictures} JPEGs of 640 x 480, {args.scenes} scenes of {WIDE} x {HIGH}; {cpu_name()}, "
+        f"{cores()} cores, {args.threads} threads and {WORKERS} workers, torch {torch.__version__}\n"
+    )
     print("| --fit, --size | images/s | CPU ms/picture | labels alone: images/s | CPU ms | mBO_i | FG-ARI | segments |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

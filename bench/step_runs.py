@@ -25,21 +25,57 @@ from spot_fast.model import Spot
 from spot_fast.trainer import Trainer
 
 # What makes steps small: 16 tokens of 128 channels.
-_TINY = dict(image_size=32, mask_size=32, encoder="spot_scenes", train_blocks=2, num_slots=3, slot_dim=16, slot_mlp=16,
-             dec_blocks=2, dec_heads=4)  # fmt: skip
+_TINY = dict(
+    image_size=32,
+    mask_size=32,
+    encoder="spot_scenes",
+    train_blocks=2,
+    num_slots=3,
+    slot_dim=16,
+    slot_mlp=16,
+    dec_blocks=2,
+    dec_heads=4,
+)
 # What a teacher takes from its student's settings; the rest is stage 1's own.
-_SHARED = ("preset", "encoder", "encoder_weights", "feature_norm", "image_size", "mask_size", "train_blocks",
-           "num_slots", "slot_dim", "slot_mlp", "dec_blocks", "dec_heads", "batch_size")  # fmt: skip
+_SHARED = (
+    "preset",
+    "encoder",
+    "encoder_weights",
+    "feature_norm",
+    "image_size",
+    "mask_size",
+    "train_blocks",
+    "num_slots",
+    "slot_dim",
+    "slot_mlp",
+    "dec_blocks",
+    "dec_heads",
+    "batch_size",
+)
 
 
 def settings(stage: int, *, precision: str, batch_size: int, tiny: bool = False, **changes) -> Config:
     """ViT-B/16 at 224 px, or something small that takes no time. The first step's learning rate is 0."""
     config = replace(
-        preset("coco", stage), preset="scenes", mask_size=224, encoder="vit_base_patch16_224", encoder_weights="none",
-        feature_norm=True, flip=False, train_images=2 * batch_size, eval_images=0, batch_size=batch_size, epochs=500,
-        warmup_steps=200, precision=precision, workers=0, loader="torch", cache="none",
-        compile="no", cuda_graph="no",
-    )  # fmt: skip
+        preset("coco", stage),
+        preset="scenes",
+        mask_size=224,
+        encoder="vit_base_patch16_224",
+        encoder_weights="none",
+        feature_norm=True,
+        flip=False,
+        train_images=2 * batch_size,
+        eval_images=0,
+        batch_size=batch_size,
+        epochs=500,
+        warmup_steps=200,
+        precision=precision,
+        workers=0,
+        loader="torch",
+        cache="none",
+        compile="no",
+        cuda_graph="no",
+    )
     return replace(config, **{**(_TINY if tiny else {}), **changes})
 
 
@@ -75,13 +111,15 @@ class Outcome:
 class TrainerSteps:
     """Steps of the project's own trainer; cached: frozen features come from memory instead of pictures."""
 
-    def __init__(self, config: Config, device: torch.device, teacher: Path | None = None, *,
-                 cached: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self, config: Config, device: torch.device, teacher: Path | None = None, *, cached: bool = False
+    ) -> None:
         self.trainer = Trainer(config, device=device, teacher=teacher)
         if cached:
             trainer = self.trainer
-            trainer.cache = feature_cache.in_memory(trainer.loader, trainer.frozen_features, trainer.frozen_fields(),
-                                                    device, progress=False)  # fmt: skip
+            trainer.cache = feature_cache.in_memory(
+                trainer.loader, trainer.frozen_features, trainer.frozen_fields(), device, progress=False
+            )
         self.batches = _batches(self.trainer)
 
     def next(self) -> None:
@@ -108,8 +146,15 @@ class ReferenceSteps:
     dtype: of weights and arithmetic; autocast: bfloat16 products as PyTorch chooses them, to know their error.
     """
 
-    def __init__(self, config: Config, device: torch.device, teacher: Path | None = None, *,
-                 dtype: torch.dtype = torch.float32, autocast: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        teacher: Path | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        autocast: bool = False,
+    ) -> None:
         self.trainer = trainer = Trainer(config, device=device, teacher=teacher)
         self.dtype, self.autocast = dtype, autocast
         for model in (trainer.model, trainer.teacher):
@@ -124,11 +169,13 @@ class ReferenceSteps:
         images = normalise(next(self.batches).images.to(trainer.device)).to(self.dtype)
         draws = trainer.draw(trainer.step)
         order, teacher_order = (0 if index is None else int(index) for index in (draws.order, draws.teacher_order))
-        noise, teacher_noise = (None if one is None else one.to(self.dtype)
-                                for one in (draws.noise, draws.teacher_noise))  # fmt: skip
+        noise, teacher_noise = (
+            None if one is None else one.to(self.dtype) for one in (draws.noise, draws.teacher_noise)
+        )
         with torch.autocast(trainer.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
-            values = self.reference.step(images, order, noise, teacher_order, teacher_noise,
-                                         rate=trainer.rate(trainer.step))  # fmt: skip
+            values = self.reference.step(
+                images, order, noise, teacher_order, teacher_noise, rate=trainer.rate(trainer.step)
+            )
         trainer.step += 1
         return values
 

@@ -86,10 +86,16 @@ _TILES = {"block_m": (32, 64, 128), "block_n": (32, 64), "num_warps": (4, 8), "n
 _BLOCK = {"block_n": (16, 32, 64), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
 _ROWS = {"rows": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8)}
 SWEEPS = (
-    Sweep("slot_attention_step", "slot_attention.plan", FORWARD, {"tokens": (16, 32, 64, 128)} | _LOOP,
-          {"backward": False}),
-    Sweep("slot_attention_step", "slot_attention.plan", BOTH, {"tokens": (16, 32, 64, 128)} | _LOOP,
-          {"backward": True}),
+    Sweep(
+        "slot_attention_step",
+        "slot_attention.plan",
+        FORWARD,
+        {"tokens": (16, 32, 64, 128)} | _LOOP,
+        {"backward": False},
+    ),
+    Sweep(
+        "slot_attention_step", "slot_attention.plan", BOTH, {"tokens": (16, 32, 64, 128)} | _LOOP, {"backward": True}
+    ),
     Sweep("slot_attention_step", "slot_attention.splits", BOTH, {"number": (1, 2, 3, 4, 8, 16, 32, 64)}, make=_split),
     Sweep("permuted_causal_attention", "permuted_attention._config", FORWARD, _TILES, part="forward"),
     Sweep("permuted_causal_attention", "permuted_attention._config", BOTH, _TILES, part="queries"),
@@ -99,7 +105,7 @@ SWEEPS = (
     Sweep("SlotAttention", "gru_norm._forward_config", FORWARD, _ROWS),
     Sweep("SlotAttention", "gru_norm._backward_config", BOTH, _ROWS),
     Sweep("match_masks", "mask_matching.config", FORWARD, {"tokens": (32, 64, 128, 256), "warps": (1, 2, 4, 8)}),
-)  # fmt: skip
+)
 
 
 @contextlib.contextmanager
@@ -132,8 +138,9 @@ def shapes(sweep: Sweep, setting: Setting) -> list[Case]:
     found = [case for case in all_cases(setting) if case.operator == sweep.operator]
     if setting.tiny:
         return found[:1]
-    main = [case for case in found if COMPILE in case.techniques and case.dtype != "float32"
-            and "logits" not in case.shape]  # fmt: skip
+    main = [
+        case for case in found if COMPILE in case.techniques and case.dtype != "float32" and "logits" not in case.shape
+    ]
     return main or found
 
 

@@ -23,13 +23,44 @@ from safetensors import safe_open
 METRICS = ("mbo_i", "mbo_c", "miou", "fg_ari")
 _TITLES = ("mBO_i", "mBO_c", "mIoU", "FG-ARI")
 # Columns of a run; what a table must not mix is in `settings`, where it ran in `cpu` to `jobs`.
-ABOUT = ("bench", "date", "cpu", "cores", "threads", "accelerator", "torch", "precision", "commit", "jobs", "options",
-         "variant", "stage", "seed", "settings", "steps", "batch_size", "train_images", "val_images",
-         "train_seconds")  # fmt: skip
+ABOUT = (
+    "bench",
+    "date",
+    "cpu",
+    "cores",
+    "threads",
+    "accelerator",
+    "torch",
+    "precision",
+    "commit",
+    "jobs",
+    "options",
+    "variant",
+    "stage",
+    "seed",
+    "settings",
+    "steps",
+    "batch_size",
+    "train_images",
+    "val_images",
+    "train_seconds",
+)
 # Files of a run folder, and settings of a run that change nothing in its weights.
 CONFIG, MODEL, STATE, EVALUATION = "config.json", "model.safetensors", "training_state.safetensors", "evaluation.json"
-FREE = ("accumulate", "data", "sbd", "encoder_weights", "workers", "cache", "cache_dir", "compile", "cuda_graph",
-        "save_every", "on_bad_step", "spike")  # fmt: skip
+FREE = (
+    "accumulate",
+    "data",
+    "sbd",
+    "encoder_weights",
+    "workers",
+    "cache",
+    "cache_dir",
+    "compile",
+    "cuda_graph",
+    "save_every",
+    "on_bad_step",
+    "spike",
+)
 _FIELDS = (*ABOUT, "masks", "orders", "columns", *METRICS)
 
 
@@ -109,8 +140,10 @@ def select(results: Iterable[Result], variant: str, stage: int) -> list[Result]:
     runs = sorted((r for r in results if r.key[:2] == (variant, stage)), key=lambda r: r.seed)
     settings = sorted({r.about["settings"] for r in runs})
     if len(settings) > 1:
-        raise BenchError(f"{variant}, stage {stage} has runs of different settings ({', '.join(settings)}), which "
-                         "cannot be averaged: give files of one recipe")  # fmt: skip
+        raise BenchError(
+            f"{variant}, stage {stage} has runs of different settings ({', '.join(settings)}), which "
+            "cannot be averaged: give files of one recipe"
+        )
     seeds = [r.seed for r in runs]
     if len(set(seeds)) < len(seeds):
         raise BenchError(f"{variant}, stage {stage} has seed {max(seeds, key=seeds.count)} twice: give each run once")
@@ -147,8 +180,10 @@ def training(results: Sequence[Result], groups: Sequence[tuple[str, str, int]]) 
         centre, width = spread([r.minutes for r in runs])
         minutes = f"{centre:.1f}" + (f" ± {width:.1f}" if width is not None else "")
         seeds = ", ".join(str(r.seed) for r in runs)
-        lines.append(f"- {title}: {about['steps']} steps of {about['batch_size']} in {minutes} minutes, "
-                     f"seed{'s' * (len(runs) > 1)} {seeds}, scored on {about['val_images']} pictures")  # fmt: skip
+        lines.append(
+            f"- {title}: {about['steps']} steps of {about['batch_size']} in {minutes} minutes, "
+            f"seed{'s' * (len(runs) > 1)} {seeds}, scored on {about['val_images']} pictures"
+        )
     return "\n".join(lines)
 
 
@@ -160,8 +195,10 @@ def machines(results: Sequence[Result]) -> str:
         where = f"{a['accelerator']}, host " if a["accelerator"] else ""
         at_once = f", {a['jobs']} runs at once" if a["jobs"] not in ("", "1") else ""
         extra = f", with {a['options']}" if a["options"] else ""
-        text = (f"{where}{a['cpu']}, {_count(a['cores'], 'core')} ({_count(a['threads'], 'thread')} a run{at_once}), "
-                f"torch {a['torch']}, {a['precision']}, {a['date']}{extra}")  # fmt: skip
+        text = (
+            f"{where}{a['cpu']}, {_count(a['cores'], 'core')} ({_count(a['threads'], 'thread')} a run{at_once}), "
+            f"torch {a['torch']}, {a['precision']}, {a['date']}{extra}"
+        )
         if text not in found:
             found.append(text)
     return "\n".join(f"Measured on {text}." for text in found)
@@ -176,8 +213,14 @@ def targets_table(targets: Sequence[Target]) -> str:
     return "\n".join(f"{word[t.passed]}  {t.text}: {t.detail}" for t in targets)
 
 
-def above(text: str, ours: tuple[Sequence[Result], Row], theirs: tuple[Sequence[Result], Row], by: float = 0.0,
-          *, strict: bool = True) -> Target:  # fmt: skip
+def above(
+    text: str,
+    ours: tuple[Sequence[Result], Row],
+    theirs: tuple[Sequence[Result], Row],
+    by: float = 0.0,
+    *,
+    strict: bool = True,
+) -> Target:
     """Whether mBO_i of `ours` is more than `theirs` + `by` (a fraction; strict=False: at least) for every seed."""
     mine = {r.seed: column([r], ours[1], "mbo_i") for r in ours[0]}
     other = {r.seed: column([r], theirs[1], "mbo_i") for r in theirs[0]}
@@ -207,12 +250,17 @@ def read_run(folder: Path, about: dict[str, str]) -> Result:
     settings = {name: value for name, value in config.items() if name not in (*FREE, "seed")}
     settings |= {name: state.get(name) for name in ("images", "encoder_sha256")}  # whatever their paths were
     about = about | {
-        "threads": state.get("threads", ""), "accelerator": gpu_name() if state.get("device") == "cuda" else "",
-        "torch": state["torch"], "precision": str(config.get("precision", "float32")),
+        "threads": state.get("threads", ""),
+        "accelerator": gpu_name() if state.get("device") == "cuda" else "",
+        "torch": state["torch"],
+        "precision": str(config.get("precision", "float32")),
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12],
-        "steps": state["step"], "batch_size": str(config["batch_size"]), "train_images": state.get("images", ""),
-        "val_images": str(run["images"]), "train_seconds": state["seconds"],
-    }  # fmt: skip
+        "steps": state["step"],
+        "batch_size": str(config["batch_size"]),
+        "train_images": state.get("images", ""),
+        "val_images": str(run["images"]),
+        "train_seconds": state["seconds"],
+    }
     scores = {
         (row["masks"], row["orders"] or 0): Scores({name: row[name] for name in METRICS}, row["columns"] or 0)
         for row in run["rows"]
@@ -234,8 +282,15 @@ def write_csv(path: Path, results: Iterable[Result]) -> None:
             for result in sorted(results, key=lambda r: r.key):
                 for (masks, orders), scores in result.scores.items():
                     values = {n: "" if v is None else f"{v:.6f}" for n, v in scores.values.items()}
-                    writer.writerow({**result.about, "masks": masks, "orders": orders or "",
-                                     "columns": scores.columns or "", **values})  # fmt: skip
+                    writer.writerow(
+                        {
+                            **result.about,
+                            "masks": masks,
+                            "orders": orders or "",
+                            "columns": scores.columns or "",
+                            **values,
+                        }
+                    )
             file.flush()
             os.fsync(file.fileno())
         os.chmod(partial, 0o644)

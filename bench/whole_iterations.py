@@ -59,12 +59,38 @@ def _normalise(x, weight, bias, o_u, m_u, U, eps):
 
 @triton.jit
 def slot_iterations_kernel(
-    k, v, slots, scratch, out,
-    w_q, w_ih, w_hh, b_ih, b_hh, w_1, b_1, w_2, b_2, ln_w, ln_b, mlp_w, mlp_b,
-    N, K, U, HIDDEN, eps, ln_eps, T,
-    K_PAD: tl.constexpr, U_PAD: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, WIDEN: tl.constexpr,
+    k,
+    v,
+    slots,
+    scratch,
+    out,
+    w_q,
+    w_ih,
+    w_hh,
+    b_ih,
+    b_hh,
+    w_1,
+    b_1,
+    w_2,
+    b_2,
+    ln_w,
+    ln_b,
+    mlp_w,
+    mlp_b,
+    N,
+    K,
+    U,
+    HIDDEN,
+    eps,
+    ln_eps,
+    T,
+    K_PAD: tl.constexpr,
+    U_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """k, v [B, N, U] and slots [B, K, U] contiguous; scratch [B, 2, K, U]: q, and the slots between GRU and MLP."""
     image = tl.program_id(0).to(tl.int64)
     o_k, o_u, o_n, o_c = tl.arange(0, K_PAD), tl.arange(0, U_PAD), tl.arange(0, BLOCK_N), tl.arange(0, CHUNK)
@@ -158,14 +184,40 @@ def slot_iterations(module: SlotAttention, k: torch.Tensor, v: torch.Tensor, slo
     gru, first, last = module.gru, module.mlp[0], module.mlp[2]
     weights = [w.detach().to(k.dtype) for w in (module.project_q.weight, gru.weight_ih, gru.weight_hh)]
     launch(
-        slot_iterations_kernel, (batch,),
-        k.contiguous(), v.contiguous(), slots, scratch, out, *weights, gru.bias_ih, gru.bias_hh,
-        first.weight.detach().to(k.dtype), first.bias, last.weight.detach().to(k.dtype), last.bias,
-        module.norm_slots.weight, module.norm_slots.bias, module.norm_mlp.weight, module.norm_mlp.bias,
-        tokens, num_slots, width, first.out_features, module.eps, module.norm_slots.eps, module.iterations,
-        K_PAD=power_of_2(num_slots), U_PAD=power_of_2(width), BLOCK_N=32, CHUNK=32, WIDEN=widen(k.device),
-        PRECISION=float32_precision(k.device), num_warps=8, num_stages=1,
-    )  # fmt: skip
+        slot_iterations_kernel,
+        (batch,),
+        k.contiguous(),
+        v.contiguous(),
+        slots,
+        scratch,
+        out,
+        *weights,
+        gru.bias_ih,
+        gru.bias_hh,
+        first.weight.detach().to(k.dtype),
+        first.bias,
+        last.weight.detach().to(k.dtype),
+        last.bias,
+        module.norm_slots.weight,
+        module.norm_slots.bias,
+        module.norm_mlp.weight,
+        module.norm_mlp.bias,
+        tokens,
+        num_slots,
+        width,
+        first.out_features,
+        module.eps,
+        module.norm_slots.eps,
+        module.iterations,
+        K_PAD=power_of_2(num_slots),
+        U_PAD=power_of_2(width),
+        BLOCK_N=32,
+        CHUNK=32,
+        WIDEN=widen(k.device),
+        PRECISION=float32_precision(k.device),
+        num_warps=8,
+        num_stages=1,
+    )
     return out
 
 

@@ -21,9 +21,25 @@ _DOING = {
     "While it trains": ("trainer", "nonfinite", "optimiser", "files", "run_folder"),
     "Several processes or GPUs": ("distributed",),
     "Stage 2, resuming and runs on disk": ("teacher", "checkpoint", "self_training"),
-    "Opening a data set": ("data/__init__", "data/__main__", "data/check", "data/coco", "data/voc", "data/movi*",
-                           "data/tfrecord", "data/folder", "data/instances", "data/base", "data/transforms",
-                           "data/scenes", "data/labels", "data/regions", "data/fit", "data/names", "data/listing"),
+    "Opening a data set": (
+        "data/__init__",
+        "data/__main__",
+        "data/check",
+        "data/coco",
+        "data/voc",
+        "data/movi*",
+        "data/tfrecord",
+        "data/folder",
+        "data/instances",
+        "data/base",
+        "data/transforms",
+        "data/scenes",
+        "data/labels",
+        "data/regions",
+        "data/fit",
+        "data/names",
+        "data/listing",
+    ),
     "Loading and caching pictures": ("data/*",),
     "Encoder, slots and decoder": ("encoder*", "tensor_checks", "model", "decoders"),
     "Evaluating": ("evaluat*", "metrics", "protocols", "baselines", "size_plot"),
@@ -31,7 +47,7 @@ _DOING = {
     "The authors' checkpoints": ("official",),
     "The packaged encoder": ("pretrain",),
     "Other commands": ("*",),
-}  # fmt: skip
+}
 _KERNELS = "Calling spot_kernels"
 
 # What to do, by the beginning of sentences that do not say so after a colon.
@@ -128,8 +144,11 @@ def _raised(file: Path) -> Iterator[str]:
     tree = ast.parse(file.read_text(encoding="utf-8"))
     functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     inside = {id(node): function for function in functions.values() for node in ast.walk(function)}
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-             and node.func.id in _ERRORS and node.args]  # fmt: skip
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ERRORS and node.args
+    ]
     for call in sorted(calls, key=lambda node: node.lineno):
         for text in _texts(call.args[0], inside.get(id(call)), functions):
             if any(letter.isalpha() for letter in text):
@@ -139,8 +158,12 @@ def _raised(file: Path) -> Iterator[str]:
 def _texts(node: ast.expr, function: ast.FunctionDef | None, functions: dict[str, ast.FunctionDef]) -> list[str]:
     """What an expression may say: of a name what its function gives it, of a call what that function returns."""
     if isinstance(node, ast.Name) and function is not None:
-        given = [one.value for one in ast.walk(function) if isinstance(one, ast.Assign)
-                 and any(isinstance(target, ast.Name) and target.id == node.id for target in one.targets)]  # fmt: skip
+        given = [
+            one.value
+            for one in ast.walk(function)
+            if isinstance(one, ast.Assign)
+            and any(isinstance(target, ast.Name) and target.id == node.id for target in one.targets)
+        ]
         return [text for value in given for text in _texts(value, None, functions)]
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in functions:
         returned = [one.value for one in ast.walk(functions[node.func.id]) if isinstance(one, ast.Return) and one.value]

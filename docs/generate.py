@@ -1,6 +1,6 @@
 """Writes what is generated in docs/: the tables of reproducing.md and the messages of troubleshooting.md.
 
-    python docs/generate.py            # writes; --check says whether all is current
+python docs/generate.py            # writes; --check says whether all is current
 """
 
 from __future__ import annotations

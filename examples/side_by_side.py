@@ -51,8 +51,10 @@ def main(build: Callable[[], nn.Module], size: int, description: str, argv: Sequ
     print(faster(f"{path} alone", *alone(models, path, batches[0])))
     loss = max(abs(a - b) / abs(a) for a, b in zip(losses["plain"], losses["patched"], strict=True))
     before, after = gradients
-    print(f"largest difference: loss of a step {loss:.1e}; in float64, gradients of {path} before the first step "
-          f"{((before - after).norm() / before.norm()).item():.1e}")  # fmt: skip
+    print(
+        f"largest difference: loss of a step {loss:.1e}; in float64, gradients of {path} before the first step "
+        f"{((before - after).norm() / before.norm()).item():.1e}"
+    )
     return 0
 
 

@@ -36,9 +36,15 @@ class DVae(nn.Module):
             block(3, 64, 4, 4), *(block(64, 64, 1) for _ in range(6)), nn.Conv2d(64, VOCABULARY, 1)
         )
         self.decoder = nn.Sequential(
-            block(VOCABULARY, 64, 1), block(64, 64, 3), block(64, 256, 1), nn.PixelShuffle(2),
-            block(64, 64, 3), block(64, 256, 1), nn.PixelShuffle(2), nn.Conv2d(64, 3, 1),
-        )  # fmt: skip
+            block(VOCABULARY, 64, 1),
+            block(64, 64, 3),
+            block(64, 256, 1),
+            nn.PixelShuffle(2),
+            block(64, 64, 3),
+            block(64, 256, 1),
+            nn.PixelShuffle(2),
+            nn.Conv2d(64, 3, 1),
+        )
 
 
 class SlotAttention(nn.Module):

@@ -1,8 +1,8 @@
 """The library in a few lines: load a model, segment pictures, get masks and slots.
 
-    model = spot_fast.load("runs/coco-stage2-001")      # a folder, the authors' .pt.tar, or owner/name on the hub
-    result = model.segment_images([Image.open("photo.jpg"), array])
-    result.labels[0], result.masks[0], result.slots[0]  # [H, W], [K, H, W], [K, U]
+model = spot_fast.load("runs/coco-stage2-001")      # a folder, the authors' .pt.tar, or owner/name on the hub
+result = model.segment_images([Image.open("photo.jpg"), array])
+result.labels[0], result.masks[0], result.slots[0]  # [H, W], [K, H, W], [K, U]
 """
 
 from __future__ import annotations
@@ -50,14 +50,17 @@ class Segmentation:
     @property
     def masks(self) -> list[Tensor]:
         """Soft masks [K, H, W] of each picture at its own size, float32, bilinear; made anew at each access."""
-        return [_mask_at(masks, height, width)
-                for masks, (height, width) in zip(self.token_masks, self.sizes, strict=True)]  # fmt: skip
+        return [
+            _mask_at(masks, height, width) for masks, (height, width) in zip(self.token_masks, self.sizes, strict=True)
+        ]
 
     @property
     def labels(self) -> list[Tensor]:
         """Label maps [H, W] of each picture at its own size, uint8: the slot whose mask is largest."""
-        return [torch.from_numpy(labels_at(masks, height, width))
-                for masks, (height, width) in zip(self.token_masks, self.sizes, strict=True)]  # fmt: skip
+        return [
+            torch.from_numpy(labels_at(masks, height, width))
+            for masks, (height, width) in zip(self.token_masks, self.sizes, strict=True)
+        ]
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -81,7 +84,7 @@ def load(path: str | os.PathLike | None = None, device: str | torch.device | Non
 @torch.no_grad()
 def segment_images(
     model: Spot, images: Any, *, orders: str = "0", masks: str = "decoder", batch_size: int = 32, seed: int = 0
-) -> Segmentation:  # fmt: skip
+) -> Segmentation:
     """Segments pictures of any sizes, each resized as a whole to the model's square, as `spot_fast.segment` does.
 
     Args:

@@ -110,8 +110,10 @@ def _named_parts(given: dict[str, Any], *, has_data: bool) -> dict[str, Any]:
     name = given.get("preset", "scenes")
     data, method, encoder = split(name)
     if data is None and not has_data and given.get("data") is not None:
-        raise UserError(f"--preset {name} names no data set for --data {given['data']}: write the set before it, such "
-                        f"as --preset coco+{name}")  # fmt: skip
+        raise UserError(
+            f"--preset {name} names no data set for --data {given['data']}: write the set before it, such "
+            f"as --preset coco+{name}"
+        )
     encoder = encoder or given.get("encoder")
     parts = {"method": method, "encoder": encoder and timm_name(encoder)}
     rest = {key: value for key, value in given.items() if key != "preset"}
@@ -122,46 +124,83 @@ def _named_parts(given: dict[str, Any], *, has_data: bool) -> dict[str, Any]:
 
 def _absolute(given: dict[str, Any]) -> dict[str, Any]:
     """Paths that also hold when the run is used from another folder."""
-    paths = {name: os.path.abspath(given[name]) for name in ("data", "encoder_weights", "sbd", "cache_dir")
-             if given.get(name) not in (None, "hub", "none")}  # fmt: skip
+    paths = {
+        name: os.path.abspath(given[name])
+        for name in ("data", "encoder_weights", "sbd", "cache_dir")
+        if given.get(name) not in (None, "hub", "none")
+    }
     return given | paths
 
 
 def _parser(defaults: Config) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="python -m spot_fast.train", allow_abbrev=False, epilog=_EPILOG,
+        prog="python -m spot_fast.train",
+        allow_abbrev=False,
+        epilog=_EPILOG,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
         usage="python -m spot_fast.train [--preset NAME] [--stage 1|2] [option ...]",
         description="Trains SPOT: stage 1 reconstructs frozen features from slots, stage 2 trains a student that is "
         "also taught by a stage-1 run.",
-    )  # fmt: skip
+    )
     groups = {name: parser.add_argument_group(title) for name, title in _GROUPS.items()}
     run = groups["run"]
     every = {field.name: field for field in fields(Config)}
     for name in ("preset", "stage", "seed"):
         _add_field(run, every.pop(name), getattr(defaults, name))
-    run.add_argument("--teacher", metavar="RUN",
-                     help="stage-1 run, or checkpoint file of the authors, that teaches stage 2 (default: the newest "
-                     "finished run of the preset)")
-    run.add_argument("--resume", metavar="RUN", nargs="?", const="",
-                     help="go on with a stopped run, exactly (default: the newest unfinished one of preset and stage)")
-    run.add_argument("--runs", metavar="DIR", type=Path, default=Path("runs"),
-                     help="where run folders are made and looked for (default: runs)")
+    run.add_argument(
+        "--teacher",
+        metavar="RUN",
+        help="stage-1 run, or checkpoint file of the authors, that teaches stage 2 (default: the newest "
+        "finished run of the preset)",
+    )
+    run.add_argument(
+        "--resume",
+        metavar="RUN",
+        nargs="?",
+        const="",
+        help="go on with a stopped run, exactly (default: the newest unfinished one of preset and stage)",
+    )
+    run.add_argument(
+        "--runs",
+        metavar="DIR",
+        type=Path,
+        default=Path("runs"),
+        help="where run folders are made and looked for (default: runs)",
+    )
     run.add_argument("--out", metavar="DIR", type=Path, help="run folder (default: the next free one in --runs)")
     run.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    run.add_argument("--threads", metavar="N", type=int,
-                     help="CPU threads (default: one a core, fewer while other programs use it; a resumed run keeps "
-                     "its number)")
-    run.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=True,
-                     help="write TensorBoard events (default: yes)")
-    run.add_argument("--measure-peak", action="store_true",
-                     help="measure the device's FLOP/s, against which MFU is shown (default: a table of GPUs; MFU is "
-                     "not shown on a CPU)")
-    run.add_argument("--profile", metavar="N", type=int, default=0,
-                     help="profile N steps after the first few: profile.json (a trace) and profile.txt (a table) in "
-                     "the run folder")
-    run.add_argument("--print-config", "--dry-run", action="store_true", dest="print_config",
-                     help="print the configuration as JSON and leave")
+    run.add_argument(
+        "--threads",
+        metavar="N",
+        type=int,
+        help="CPU threads (default: one a core, fewer while other programs use it; a resumed run keeps its number)",
+    )
+    run.add_argument(
+        "--tensorboard",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write TensorBoard events (default: yes)",
+    )
+    run.add_argument(
+        "--measure-peak",
+        action="store_true",
+        help="measure the device's FLOP/s, against which MFU is shown (default: a table of GPUs; MFU is "
+        "not shown on a CPU)",
+    )
+    run.add_argument(
+        "--profile",
+        metavar="N",
+        type=int,
+        default=0,
+        help="profile N steps after the first few: profile.json (a trace) and profile.txt (a table) in the run folder",
+    )
+    run.add_argument(
+        "--print-config",
+        "--dry-run",
+        action="store_true",
+        dest="print_config",
+        help="print the configuration as JSON and leave",
+    )
     for name, field in every.items():
         _add_field(groups[field.metadata["group"]], field, getattr(defaults, name))
     return parser
@@ -172,7 +211,7 @@ def _add_field(group: argparse._ArgumentGroup, field: Any, default: Any) -> None
     kind = field.type.split(" | ")[0]
     text = field.metadata["help"]
     if default is not None:
-        text += f" (default: {({True: 'yes', False: 'no'}[default] if kind == 'bool' else default)})"
+        text += f" (default: { ({True: 'yes', False: 'no'}[default] if kind == 'bool' else default) })"
     if kind == "bool":
         group.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         return
@@ -184,18 +223,50 @@ def _add_field(group: argparse._ArgumentGroup, field: Any, default: Any) -> None
         text = f"{field.metadata['help']}: {', '.join(METHODS)} (default: spot)"
     if field.name in ("data", "sbd", "cache_dir"):
         metavar = "DIR"
-    group.add_argument(option, type={"int": int, "float": float, "str": str}[kind], choices=choices, metavar=metavar,
-                       default=argparse.SUPPRESS, help=text.replace("%", "%%"))
+    group.add_argument(
+        option,
+        type={"int": int, "float": float, "str": str}[kind],
+        choices=choices,
+        metavar=metavar,
+        default=argparse.SUPPRESS,
+        help=text.replace("%", "%%"),
+    )
 
 
 # Name → smallest value; numbers also have to be finite.
 _AT_LEAST: dict[str, float] = {
-    "seed": 0, "log_every": 1, "save_every": 1, "eval_every": 0, "eval_images": 0, "train_images": 0, "val_images": 0,
-    "image_size": 1, "mask_size": 1, "workers": 0, "train_blocks": 0, "num_slots": 1, "slot_dim": 1, "slot_mlp": 1,
-    "slot_heads": 1, "slot_iterations": 1, "dec_blocks": 1, "dec_heads": 1, "dec_cross_heads": 0, "dec_mlp_hidden": 1,
-    "cappa": 0, "epochs": 1, "batch_size": 1, "accumulate": 1, "lr": 0, "lr_low": 0, "warmup_steps": 0,
-    "clip": 0, "att_weight": 0, "att_weight_final": 0, "spike": 0,
-}  # fmt: skip
+    "seed": 0,
+    "log_every": 1,
+    "save_every": 1,
+    "eval_every": 0,
+    "eval_images": 0,
+    "train_images": 0,
+    "val_images": 0,
+    "image_size": 1,
+    "mask_size": 1,
+    "workers": 0,
+    "train_blocks": 0,
+    "num_slots": 1,
+    "slot_dim": 1,
+    "slot_mlp": 1,
+    "slot_heads": 1,
+    "slot_iterations": 1,
+    "dec_blocks": 1,
+    "dec_heads": 1,
+    "dec_cross_heads": 0,
+    "dec_mlp_hidden": 1,
+    "cappa": 0,
+    "epochs": 1,
+    "batch_size": 1,
+    "accumulate": 1,
+    "lr": 0,
+    "lr_low": 0,
+    "warmup_steps": 0,
+    "clip": 0,
+    "att_weight": 0,
+    "att_weight_final": 0,
+    "spike": 0,
+}
 
 
 def check_config(config: Config) -> Config:
@@ -229,8 +300,11 @@ def _option(name: str) -> str:
 
 def conflicts(config: Config, given: dict[str, Any], free: Sequence[str]) -> list[str]:
     """Sentences about options on the command line that differ from a run's `config` and are not `free` to change."""
-    return [f"{_option(name)} is {value} but the run has {getattr(config, name)}" for name, value in given.items()
-            if name not in free and getattr(config, name) != value]  # fmt: skip
+    return [
+        f"{_option(name)} is {value} but the run has {getattr(config, name)}"
+        for name, value in given.items()
+        if name not in free and getattr(config, name) != value
+    ]
 
 
 def with_free(config: Config, given: dict[str, Any], free: Sequence[str]) -> Config:

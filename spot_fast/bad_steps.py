@@ -97,5 +97,7 @@ def skipped_line(news: list[BadStep], total: int, pictures: str) -> str:
 
 
 def too_many(step: int, kept: str) -> UserError:
-    return UserError(f"the loss or its gradient was not finite, or the loss leapt, in {MOST_IN_A_ROW} steps in a row, "
-                     f"the last of them step {step}: {kept}")  # fmt: skip
+    return UserError(
+        f"the loss or its gradient was not finite, or the loss leapt, in {MOST_IN_A_ROW} steps in a row, "
+        f"the last of them step {step}: {kept}"
+    )

@@ -135,8 +135,12 @@ def _file_config(path: Path, like: Config | None) -> Config:
 def _tell_assumptions(path: Path, config: Config) -> None:
     if path not in _told:
         _told.add(path)
-        print(f"note: the tensors of {path} do not tell everything, assumed is {', '.join(assumptions(config))}: where "
-              f"that is wrong, set it with python -m spot_fast.convert {path} OUT", file=sys.stderr, flush=True)
+        print(
+            f"note: the tensors of {path} do not tell everything, assumed is {', '.join(assumptions(config))}: where "
+            f"that is wrong, set it with python -m spot_fast.convert {path} OUT",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _typed(config: Config) -> Config:
@@ -163,9 +167,12 @@ def is_finished(folder: Path) -> bool:
 
 
 def load_run(
-    path: str | os.PathLike, device: str | torch.device = "cpu", *, encoder: Encoder | None = None,
+    path: str | os.PathLike,
+    device: str | torch.device = "cpu",
+    *,
+    encoder: Encoder | None = None,
     like: Config | None = None,
-) -> Run:  # fmt: skip
+) -> Run:
     """The finished run in folder `path`, or the model in checkpoint file `path`, on `device` in eval mode.
 
     Args:
@@ -223,16 +230,27 @@ def run_folders(root: str | os.PathLike = "runs") -> Iterator[tuple[Path, Config
             continue
 
 
-def find_run(root: str | os.PathLike = "runs", *, preset: str | None = None, stage: int | None = None,
-             methods: Sequence[str] = (), encoder: str | None = None, finished: bool = True) -> Path:  # fmt: skip
+def find_run(
+    root: str | os.PathLike = "runs",
+    *,
+    preset: str | None = None,
+    stage: int | None = None,
+    methods: Sequence[str] = (),
+    encoder: str | None = None,
+    finished: bool = True,
+) -> Path:
     """The newest finished (or unfinished) run below `root`, UserError if none.
 
     Of one preset, one stage and some methods, where they are given; the first method is named in the message. Those
     with `encoder` go before others.
     """
-    runs = [folder for folder, config in run_folders(root)
-            if preset in (None, config.preset) and stage in (None, config.stage)
-            and (not methods or config.method in methods)]  # fmt: skip
+    runs = [
+        folder
+        for folder, config in run_folders(root)
+        if preset in (None, config.preset)
+        and stage in (None, config.stage)
+        and (not methods or config.method in methods)
+    ]
     fitting = [folder for folder in runs if is_finished(folder) == finished]
     for folder in fitting:
         if encoder is None or read_config(folder).encoder == encoder:
@@ -244,8 +262,9 @@ def find_run(root: str | os.PathLike = "runs", *, preset: str | None = None, sta
         preset += f"+{methods[0]}"
     what += f" of preset {preset}" if preset else ""
     if finished and runs:
-        raise UserError(f"there is no {what} in {root}: finish {runs[0].name} with "
-                        f"python -m spot_fast.train --resume {runs[0]}")  # fmt: skip
+        raise UserError(
+            f"there is no {what} in {root}: finish {runs[0].name} with python -m spot_fast.train --resume {runs[0]}"
+        )
     command = f"python -m spot_fast.train --stage {stage or 1}" + (f" --preset {preset}" if preset else "")
     raise UserError(f"there is no {what} in {root}: train one with {command}")
 

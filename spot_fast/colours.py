@@ -16,8 +16,18 @@ from scipy.optimize import linear_sum_assignment
 MAX_LABELS = 256  # an indexed PNG has no more
 # The middle's, then around it clockwise from the right, neighbours unlike each other; then more. Grey is the last.
 _HAND_PICKED = (
-    (230, 57, 70), (29, 120, 216), (255, 190, 11), (42, 157, 90), (155, 70, 214), (0, 190, 205),
-    (255, 122, 0), (240, 98, 180), (128, 185, 24), (90, 60, 40), (25, 45, 120), (190, 190, 190),
+    (230, 57, 70),
+    (29, 120, 216),
+    (255, 190, 11),
+    (42, 157, 90),
+    (155, 70, 214),
+    (0, 190, 205),
+    (255, 122, 0),
+    (240, 98, 180),
+    (128, 185, 24),
+    (90, 60, 40),
+    (25, 45, 120),
+    (190, 190, 190),
 )
 GREY = _HAND_PICKED[-1]
 _AROUND, _DISTANCE = 6, 0.36  # places around the middle, and how far from it, in sides of the picture
@@ -54,15 +64,17 @@ def segment_colours(labels: np.ndarray) -> np.ndarray:
     height, width = labels.shape
     area = np.bincount(labels.ravel(), minlength=MAX_LABELS).astype(np.float64)
     ys, xs = np.mgrid[:height, :width]
-    sums = [np.bincount(labels.ravel(), (axis.ravel() + 0.5) / side, MAX_LABELS)
-            for axis, side in ((ys, height), (xs, width))]  # fmt: skip
+    sums = [
+        np.bincount(labels.ravel(), (axis.ravel() + 0.5) / side, MAX_LABELS)
+        for axis, side in ((ys, height), (xs, width))
+    ]
     centre = np.stack(sums, 1) / np.maximum(area, 1)[:, None]
     border = np.concatenate([labels[0], labels[-1], labels[1:-1, 0], labels[1:-1, -1]])
     along = np.bincount(border, minlength=MAX_LABELS)
     rest = np.flatnonzero((area > 0) & (2 * along <= len(border)))
     rest = rest[np.lexsort((*centre[rest].T, area[rest]))]  # for ties: numbers mean nothing
     grey = len(_HAND_PICKED) - 1
-    colours = np.roll(palette()[:grey + 1], 1, axis=0), palette()[grey + 1:]  # grey first
+    colours = np.roll(palette()[: grey + 1], 1, axis=0), palette()[grey + 1 :]  # grey first
     order = np.full(MAX_LABELS, -1)
     order[2 * along > len(border)] = 0
     if len(rest):

@@ -28,19 +28,44 @@ class Config:
     stage: int = _option(1, "1: reconstruction; 2: a student taught by a stage-1 run", "run", (1, 2))
     seed: int = _option(0, "seed of weights, data order, patch orders and slot noise", "run")
 
-    precision: str = _option("auto", "float32, tf32 (a GPU rounds the factors of float32 products), bf16 (float32 "
-                             "weights), or auto: bf16 where the device multiplies it in hardware; config.json keeps "
-                             "the choice", "run", ("auto", "float32", "tf32", "bf16"))
-    float8: bool = _option(False, "the decoder multiplies in float8 (bf16 runs on GPUs of compute capability 8.9 or "
-                           "more; needs torchao); the run says how far its first batch is off", "run")
-    compile: str = _option("auto", "compile forward and backward pass with torch.compile: yes, no, or auto: on a "
-                           "GPU; config.json keeps the choice", "run", ("auto", "yes", "no"))
-    cuda_graph: str = _option("auto", "record the whole step as a CUDA graph and replay it: yes, no, or auto: on an "
-                              "NVIDIA GPU, in a run of one process", "run", ("auto", "yes", "no"))
-    on_bad_step: str = _option("stop", "when loss or gradient is not finite or the loss leaps: stop, or skip the "
-                               "step's update (ten in a row stop the run)", "run", ("stop", "skip"))
-    spike: float = _option(5.0, "a loss leaps when it is so many times the mean of the last 100 or so; 0 = never",
-                           "run")
+    precision: str = _option(
+        "auto",
+        "float32, tf32 (a GPU rounds the factors of float32 products), bf16 (float32 "
+        "weights), or auto: bf16 where the device multiplies it in hardware; config.json keeps "
+        "the choice",
+        "run",
+        ("auto", "float32", "tf32", "bf16"),
+    )
+    float8: bool = _option(
+        False,
+        "the decoder multiplies in float8 (bf16 runs on GPUs of compute capability 8.9 or "
+        "more; needs torchao); the run says how far its first batch is off",
+        "run",
+    )
+    compile: str = _option(
+        "auto",
+        "compile forward and backward pass with torch.compile: yes, no, or auto: on a "
+        "GPU; config.json keeps the choice",
+        "run",
+        ("auto", "yes", "no"),
+    )
+    cuda_graph: str = _option(
+        "auto",
+        "record the whole step as a CUDA graph and replay it: yes, no, or auto: on an "
+        "NVIDIA GPU, in a run of one process",
+        "run",
+        ("auto", "yes", "no"),
+    )
+    on_bad_step: str = _option(
+        "stop",
+        "when loss or gradient is not finite or the loss leaps: stop, or skip the "
+        "step's update (ten in a row stop the run)",
+        "run",
+        ("stop", "skip"),
+    )
+    spike: float = _option(
+        5.0, "a loss leaps when it is so many times the mean of the last 100 or so; 0 = never", "run"
+    )
     log_every: int = _option(20, "steps between lines of metrics.jsonl and TensorBoard", "run")
     save_every: int = _option(500, "steps between saved training states (every five minutes in any case)", "run")
     eval_every: int = _option(5, "epochs between quick validations, 0 = only at the end", "run")
@@ -51,26 +76,45 @@ class Config:
     val_images: int = _option(0, "how many validation images to use, 0 = all (scenes: how many to generate)", "data")
     image_size: int = _option(224, "side of the square the encoder sees, pixels", "data")
     mask_size: int = _option(320, "side of the square on which masks are compared, pixels", "data")
-    crop: str = _option("center", "training crop after resizing the minor side", "data",
-                        ("center", "random", "stretch"))
+    crop: str = _option(
+        "center", "training crop after resizing the minor side", "data", ("center", "random", "stretch")
+    )
     flip: bool = _option(True, "flip training images horizontally with probability 1/2", "data")
-    sbd: str | None = _option(None, "folder of the SBD data set, from which VOC's trainaug list is made where VOC has "
-                              "none", "data")
-    loader: str = _option("auto", "what decodes images: dali, torch (Pillow), or auto: DALI where it is installed and "
-                          "there is a GPU; config.json keeps the choice", "data", ("auto", "dali", "torch"))
-    workers: int | None = _option(None, "threads, above 4 processes, that decode images (default: one a core, at most "
-                                  "16)", "data")
-    cache: str = _option("auto", "what is kept of the training pictures: nothing, decoded pixels, frozen features, or "
-                         "auto, which says what it chose and why", "data", ("auto", "none", "pixels", "features"))
-    cache_dir: str | None = _option(None, "folder of caches on disk (default: $SPOT_FAST_CACHE or ~/.cache/spot_fast)",
-                                    "data")
+    sbd: str | None = _option(
+        None, "folder of the SBD data set, from which VOC's trainaug list is made where VOC has none", "data"
+    )
+    loader: str = _option(
+        "auto",
+        "what decodes images: dali, torch (Pillow), or auto: DALI where it is installed and "
+        "there is a GPU; config.json keeps the choice",
+        "data",
+        ("auto", "dali", "torch"),
+    )
+    workers: int | None = _option(
+        None, "threads, above 4 processes, that decode images (default: one a core, at most 16)", "data"
+    )
+    cache: str = _option(
+        "auto",
+        "what is kept of the training pictures: nothing, decoded pixels, frozen features, or "
+        "auto, which says what it chose and why",
+        "data",
+        ("auto", "none", "pixels", "features"),
+    )
+    cache_dir: str | None = _option(
+        None, "folder of caches on disk (default: $SPOT_FAST_CACHE or ~/.cache/spot_fast)", "data"
+    )
 
-    encoder: str = _option("vit_base_patch16_224.dino", "preset or timm name of the ViT (presets bring their rates), "
-                          "or spot_scenes for the packaged one", "encoder")
-    encoder_weights: str | None = _option(None, "safetensors or .pth file of the ViT; hub = let timm download; "
-                                          "none = random", "encoder")
-    pos_resize: str = _option("dino", "how position embeddings are resampled to another grid", "encoder",
-                              ("dino", "timm"))
+    encoder: str = _option(
+        "vit_base_patch16_224.dino",
+        "preset or timm name of the ViT (presets bring their rates), or spot_scenes for the packaged one",
+        "encoder",
+    )
+    encoder_weights: str | None = _option(
+        None, "safetensors or .pth file of the ViT; hub = let timm download; none = random", "encoder"
+    )
+    pos_resize: str = _option(
+        "dino", "how position embeddings are resampled to another grid", "encoder", ("dino", "timm")
+    )
     feature_norm: bool = _option(False, "layer-normalise the encoder's features (no parameters)", "encoder")
     train_blocks: int = _option(4, "last encoder blocks that train in stage 2", "encoder")
 
@@ -80,12 +124,17 @@ class Config:
     slot_heads: int = _option(1, "heads of slot attention", "slots")
     slot_iterations: int = _option(3, "slot-attention iterations", "slots")
     slot_init: str = _option("gaussian", "initial slots", "slots", ("gaussian", "learned"))
-    truncation: str = _option("none", "which iterations gradients pass through", "slots",
-                              ("none", "fixed_point", "bi_level"))
+    truncation: str = _option(
+        "none", "which iterations gradients pass through", "slots", ("none", "fixed_point", "bi_level")
+    )
 
-    implementation: str = _option("spot", "whose details slot encoder and decoder have: those of SPOT's authors, of "
-                                  "OCBench, of OCLF's DINOSAUR or of VideoSAUR's (see spot_fast.convert)", "slots",
-                                  ("spot", "ocbench", "dinosaur", "videosaur"))
+    implementation: str = _option(
+        "spot",
+        "whose details slot encoder and decoder have: those of SPOT's authors, of "
+        "OCBench, of OCLF's DINOSAUR or of VideoSAUR's (see spot_fast.convert)",
+        "slots",
+        ("spot", "ocbench", "dinosaur", "videosaur"),
+    )
 
     decoder: str = _option("transformer", "decoder: transformer or mlp", "decoder")
     dec_blocks: int = _option(4, "transformer decoder blocks", "decoder")
@@ -97,17 +146,26 @@ class Config:
     cappa: float = _option(0.0, "probability of a parallel (CapPa) step, standard order only", "decoder")
 
     epochs: int = _option(50, "passes over the training images", "optimisation")
-    batch_size: int = _option(64, "images a step, of all processes together; --lr stays what it is (the usual rule for "
-                              "Adam, not tried here: sqrt(k) times the rate for k times the images)", "optimisation")
-    accumulate: int = _option(1, "parts of a process's share of a batch that go through the model one after another, "
-                              "for small memories; the gradient is the whole batch's but for rounding", "optimisation")
+    batch_size: int = _option(
+        64,
+        "images a step, of all processes together; --lr stays what it is (the usual rule for "
+        "Adam, not tried here: sqrt(k) times the rate for k times the images)",
+        "optimisation",
+    )
+    accumulate: int = _option(
+        1,
+        "parts of a process's share of a batch that go through the model one after another, "
+        "for small memories; the gradient is the whole batch's but for rounding",
+        "optimisation",
+    )
     lr: float = _option(4e-4, "peak learning rate", "optimisation")
     lr_low: float = _option(4e-7, "learning rate approached at the end", "optimisation")
     warmup_steps: int = _option(10_000, "linear warm-up, rounded to whole epochs", "optimisation")
     clip: float = _option(0.3, "largest infinity norm of the gradient, 0 = no clipping", "optimisation")
     att_weight: float = _option(0.005, "lambda, weight of L_ATT in stage 2", "optimisation")
-    att_weight_final: float | None = _option(None, "lambda at the end of a cosine schedule (default: constant)",
-                                             "optimisation")
+    att_weight_final: float | None = _option(
+        None, "lambda at the end of a cosine schedule (default: constant)", "optimisation"
+    )
 
     @property
     def recipe(self) -> str:

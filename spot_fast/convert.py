@@ -42,30 +42,56 @@ examples:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m spot_fast.convert", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_EPILOG,
+        prog="python -m spot_fast.convert",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EPILOG,
         description="Reads a checkpoint without running code in it and writes a folder that every command takes as a\n"
-        "run; or writes a run as a checkpoint of the authors' implementation, or as one folder to share.")
+        "run; or writes a run as a checkpoint of the authors' implementation, or as one folder to share.",
+    )
     parser.add_argument("source", metavar="SOURCE", help="checkpoint file, run folder, or owner/name on the hub")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make, or a .pt.tar file for the authors' code")
-    parser.add_argument("--from", dest="kind", choices=("auto", *SOURCES), default="auto",
-                        help="whose checkpoint it is (default: auto)")
-    parser.add_argument("--to", choices=("auto", "folder", "authors"), default="auto",
-                        help="folder, or authors: a .pt.tar (default: what OUT ends in says)")
+    parser.add_argument(
+        "--from", dest="kind", choices=("auto", *SOURCES), default="auto", help="whose checkpoint it is (default: auto)"
+    )
+    parser.add_argument(
+        "--to",
+        choices=("auto", "folder", "authors"),
+        default="auto",
+        help="folder, or authors: a .pt.tar (default: what OUT ends in says)",
+    )
     assumed = parser.add_argument_group("what the tensors of a checkpoint do not tell")
-    assumed.add_argument("--preset", choices=preset_names(), help="data set and recipe (default: coco, or the one with "
-                         "as many learned slots)")
+    assumed.add_argument(
+        "--preset",
+        choices=preset_names(),
+        help="data set and recipe (default: coco, or the one with as many learned slots)",
+    )
     assumed.add_argument("--num-slots", type=int, metavar="K", help="gaussian slots (default: the preset's)")
     assumed.add_argument("--slot-iterations", type=int, metavar="N", help="slot-attention iterations (default: 3)")
-    assumed.add_argument("--dec-heads", type=int, metavar="N", help="heads of the transformer decoder (default: 6; "
-                         "ocbench below width 768: 4)")
-    assumed.add_argument("--dec-cross-heads", type=int, metavar="N",
-                         help="heads of its later cross-attentions (default: as many)")
-    assumed.add_argument("--cappa", type=float, metavar="P", help="probability of a parallel step of a CapPa decoder; "
-                         "from 1 on it always decodes in parallel (default: 0.25)")
-    assumed.add_argument("--encoder", metavar="NAME", help="timm name of the ViT, for its licence too (default: DINO's "
-                         "or DINOv2's of the shape; MAE's where positions are fixed sines)")
-    assumed.add_argument("--encoder-heads", type=int, metavar="N", help="heads of a ViT without a name (default: one "
-                         "per 64 channels)")
+    assumed.add_argument(
+        "--dec-heads",
+        type=int,
+        metavar="N",
+        help="heads of the transformer decoder (default: 6; ocbench below width 768: 4)",
+    )
+    assumed.add_argument(
+        "--dec-cross-heads", type=int, metavar="N", help="heads of its later cross-attentions (default: as many)"
+    )
+    assumed.add_argument(
+        "--cappa",
+        type=float,
+        metavar="P",
+        help="probability of a parallel step of a CapPa decoder; "
+        "from 1 on it always decodes in parallel (default: 0.25)",
+    )
+    assumed.add_argument(
+        "--encoder",
+        metavar="NAME",
+        help="timm name of the ViT, for its licence too (default: DINO's "
+        "or DINOv2's of the shape; MAE's where positions are fixed sines)",
+    )
+    assumed.add_argument(
+        "--encoder-heads", type=int, metavar="N", help="heads of a ViT without a name (default: one per 64 channels)"
+    )
     return parser
 
 
@@ -80,8 +106,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-_ASSUMED = ("preset", "num_slots", "slot_iterations", "dec_heads", "dec_cross_heads", "cappa", "encoder",
-            "encoder_heads")  # fmt: skip
+_ASSUMED = (
+    "preset",
+    "num_slots",
+    "slot_iterations",
+    "dec_heads",
+    "dec_cross_heads",
+    "cappa",
+    "encoder",
+    "encoder_heads",
+)
 
 
 def _convert(args: argparse.Namespace) -> list[str]:
@@ -102,8 +136,10 @@ def _convert(args: argparse.Namespace) -> list[str]:
         raise UserError(f"{args.source} is no file, folder or run: give a checkpoint file, or a run to write")
     if args.kind != "auto" or given:
         option = "--from" if args.kind != "auto" else f"--{next(iter(given)).replace('_', '-')}"
-        raise UserError(f"{option} belongs to checkpoint files, but {source} is a run, whose {CONFIG} says all: "
-                        "leave the option out")
+        raise UserError(
+            f"{option} belongs to checkpoint files, but {source} is a run, whose {CONFIG} says all: "
+            "leave the option out"
+        )
     model = load_run(source).model
     return _to_authors(model, source, out) if to == "authors" else _to_folder(model, source, out)
 
@@ -122,8 +158,14 @@ def _from_file(source: Path, out: Path, kind: str, given: Mapping[str, Any]) -> 
         converted = foreign.convert(kind, contents, **given)
         config, learned, vit, notes = converted.config, converted.learned, converted.vit, converted.notes
     model = build(check_config(config), learned, vit)
-    save_pretrained(model, out, vit=vit, unused=unused, source=f"`{source.name}`, a checkpoint of "
-                    f"{'the authors' if kind == 'authors' else kind}", scores={})  # fmt: skip
+    save_pretrained(
+        model,
+        out,
+        vit=vit,
+        unused=unused,
+        source=f"`{source.name}`, a checkpoint of {'the authors' if kind == 'authors' else kind}",
+        scores={},
+    )
     whose = "the authors' SPOT" if kind == "authors" else kind
     lines = [f"{source}: {whose}, {describe(config)}", "not in the tensors, so assumed unless given:"]
     lines += [f"  {line}" for line in official.assumptions(config)]
@@ -136,8 +178,10 @@ def _authors(contents: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Con
     state = official.official_weights(contents)
     config = official.infer_config(state, **given)
     learned, vit = official.learned_tensors(state, config), official.frozen_vit(state)
-    original = {name.replace("tf_dec.", "dec.", 1) if name.startswith("tf_dec.") else name: value
-                for name, value in state.items()}  # fmt: skip
+    original = {
+        name.replace("tf_dec.", "dec.", 1) if name.startswith("tf_dec.") else name: value
+        for name, value in state.items()
+    }
     tokens = (config.image_size // state["encoder.patch_embed.proj.weight"].shape[-1]) ** 2
     back = official.official_tensors(learned, vit, tokens=tokens, mlp=config.decoder == "mlp")
     return config, learned, vit, official.unused_tensors(original, back)
@@ -155,10 +199,13 @@ def build(config: Config, learned: Mapping[str, Tensor], vit: Mapping[str, Tenso
 def describe(config: Config) -> str:
     """A model in one line."""
     orders = "9 orders" if config.orders == "spot9" else "standard order"
-    decoder = ("MLP decoder" if config.decoder == "mlp" else f"transformer decoder of {config.dec_blocks} blocks in "
-               f"{orders}") + (", CapPa" if config.cappa else "")  # fmt: skip
-    return (f"stage {config.stage}, {decoder}, {config.num_slots} {config.slot_init} slots of width {config.slot_dim}, "
-            f"encoder {config.encoder} at {config.image_size} px")  # fmt: skip
+    decoder = (
+        "MLP decoder" if config.decoder == "mlp" else f"transformer decoder of {config.dec_blocks} blocks in {orders}"
+    ) + (", CapPa" if config.cappa else "")
+    return (
+        f"stage {config.stage}, {decoder}, {config.num_slots} {config.slot_init} slots of width {config.slot_dim}, "
+        f"encoder {config.encoder} at {config.image_size} px"
+    )
 
 
 def _to_authors(model: Spot, source: Path, out: Path) -> list[str]:
@@ -167,24 +214,36 @@ def _to_authors(model: Spot, source: Path, out: Path) -> list[str]:
         raise UserError(f"OUT {out} lies in {out.parent}, which is not a folder: make it, or choose another")
     state = official.authors_state_dict(model, raw_weights(config)) | unused_of(model)
     atomic_write(out, lambda partial: torch.save({"model": state}, partial))
-    return [f"{source}: {describe(config)}",
-            f"wrote {out}: {len(state)} tensors under `model`, {out.stat().st_size / 1e6:.1f} MB",
-            f"for the authors' eval_spot.py: {_authors_options(config)}"]  # fmt: skip
+    return [
+        f"{source}: {describe(config)}",
+        f"wrote {out}: {len(state)} tensors under `model`, {out.stat().st_size / 1e6:.1f} MB",
+        f"for the authors' eval_spot.py: {_authors_options(config)}",
+    ]
 
 
 def _authors_options(config: Config) -> str:
     """How the authors' evaluation builds the model, but for its encoder."""
     options = dict(
-        num_slots=config.num_slots, slot_size=config.slot_dim, mlp_hidden_size=config.slot_mlp,
-        num_iterations=config.slot_iterations, image_size=config.image_size, val_image_size=config.image_size,
-        init_method="shared_gaussian" if config.slot_init == "gaussian" else "embedding", dec_type=config.decoder,
-        train_permutations="random" if config.orders == "spot9" else "standard", use_second_encoder=config.stage == 2,
-    )  # fmt: skip
+        num_slots=config.num_slots,
+        slot_size=config.slot_dim,
+        mlp_hidden_size=config.slot_mlp,
+        num_iterations=config.slot_iterations,
+        image_size=config.image_size,
+        val_image_size=config.image_size,
+        init_method="shared_gaussian" if config.slot_init == "gaussian" else "embedding",
+        dec_type=config.decoder,
+        train_permutations="random" if config.orders == "spot9" else "standard",
+        use_second_encoder=config.stage == 2,
+    )
     if config.decoder == "mlp":
         options |= dict(mlp_dec_hidden=config.dec_mlp_hidden, use_slot_proj=config.mlp_slot_proj)
     else:
-        options |= dict(num_dec_blocks=config.dec_blocks, num_heads=config.dec_heads, cappa=config.cappa or -1,
-                        num_cross_heads=config.dec_cross_heads or config.dec_heads)  # fmt: skip
+        options |= dict(
+            num_dec_blocks=config.dec_blocks,
+            num_heads=config.dec_heads,
+            cappa=config.cappa or -1,
+            num_cross_heads=config.dec_cross_heads or config.dec_heads,
+        )
     return " ".join(f"--{name} {value}" for name, value in options.items())
 
 

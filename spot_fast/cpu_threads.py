@@ -41,10 +41,16 @@ class CpuThreads:
     `cores` cores together so far, None where the system does not tell.
     """
 
-    def __init__(self, most: int, say: Callable[[str], None], *, cores: int | None = None,
-                 busy_seconds: Callable[[], float | None] | None = None,
-                 own_seconds: Callable[[], float] = time.process_time,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        most: int,
+        say: Callable[[str], None],
+        *,
+        cores: int | None = None,
+        busy_seconds: Callable[[], float | None] | None = None,
+        own_seconds: Callable[[], float] = time.process_time,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.most, self.threads, self._say, self._said = most, most, say, False
         self._cores = cores or available_cores()
         self._busy, self._own, self._clock = busy_seconds or _busy_seconds, own_seconds, clock
@@ -60,15 +66,18 @@ class CpuThreads:
         if busy is None or busy_then is None:
             return
         others = (busy - busy_then - (own - own_then)) / (now - then)
-        at_most, at_least = (max(1, min(self.most, self._cores - math.ceil(max(0.0, others - share))))
-                             for share in (_TAKEN, _FREE))
+        at_most, at_least = (
+            max(1, min(self.most, self._cores - math.ceil(max(0.0, others - share)))) for share in (_TAKEN, _FREE)
+        )
         self._calm = self._calm + 1 if at_least > self.threads else 0
         if at_most < self.threads:
             self._use(at_most)
             if not self._said:
                 self._said = True
-                self._say(f"note: other programs use {others:.1f} of {self._cores} cores: {at_most} of {self.most} "
-                          f"threads compute while they do (--threads {self.most}: always as many)")
+                self._say(
+                    f"note: other programs use {others:.1f} of {self._cores} cores: {at_most} of {self.most} "
+                    f"threads compute while they do (--threads {self.most}: always as many)"
+                )
         elif self._calm >= _CALM:
             self._use(at_least)
 
@@ -82,8 +91,12 @@ class CpuThreads:
 
 def add_option(parser: argparse.ArgumentParser) -> None:
     """--threads, for `computing`."""
-    parser.add_argument("--threads", type=int, metavar="N",
-                        help="CPU threads that compute (default: one a core, fewer while other programs use it)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads that compute (default: one a core, fewer while other programs use it)",
+    )
 
 
 @contextmanager

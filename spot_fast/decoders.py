@@ -38,17 +38,33 @@ class AutoregressiveDecoder(nn.Module):
     """
 
     def __init__(
-        self, dim: int, slot_dim: int, grid: int, *, blocks: int, heads: int, cross_heads: int = 0,
-        orders: str = "spot9", cappa: float = 0.0, activation: str = "relu", final_norm: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        dim: int,
+        slot_dim: int,
+        grid: int,
+        *,
+        blocks: int,
+        heads: int,
+        cross_heads: int = 0,
+        orders: str = "spot9",
+        cappa: float = 0.0,
+        activation: str = "relu",
+        final_norm: bool = True,
+    ) -> None:
         super().__init__()
         self.register_buffer("orders", patch_orders(grid, orders), persistent=False)
         self.cappa = cappa
         self.bos = nn.Parameter(torch.empty(self.num_orders, dim).normal_(std=0.02))
         self.input_proj = _projection(dim, dim)
         self.slot_proj = _projection(slot_dim, dim)
-        self.transformer = PermutedDecoder(dim, blocks=blocks, heads=heads, cross_heads=cross_heads or None,
-                                           activation=activation, final_norm=final_norm)  # fmt: skip
+        self.transformer = PermutedDecoder(
+            dim,
+            blocks=blocks,
+            heads=heads,
+            cross_heads=cross_heads or None,
+            activation=activation,
+            final_norm=final_norm,
+        )
         if cappa > 0:
             if self.num_orders > 1:
                 raise ValueError(f"cappa={cappa} decodes in the standard order only, not in {orders!r}")
@@ -137,9 +153,14 @@ class MlpDecoder(nn.Module):
         self.slot_proj = _projection(slot_dim, dim) if project_slots else nn.Identity()
         self.positions = nn.Parameter(torch.empty(num_tokens, width).normal_(std=0.02))
         self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, hidden),
-            nn.ReLU(), nn.Linear(hidden, dim + 1),
-        )  # fmt: skip
+            nn.Linear(width, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, dim + 1),
+        )
         for layer in self.mlp[::2]:
             nn.init.zeros_(layer.bias)
 

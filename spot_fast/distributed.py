@@ -118,14 +118,18 @@ class World:
         if self.size == 1:
             return kind
         if kind.index is not None:
-            raise UserError(f"--device {name} is one device and there are {self.size} processes: use --device "
-                            f"{kind.type}, each process takes its own")  # fmt: skip
+            raise UserError(
+                f"--device {name} is one device and there are {self.size} processes: use --device "
+                f"{kind.type}, each process takes its own"
+            )
         if kind.type == "cuda":
             here, count = int(os.environ.get("LOCAL_WORLD_SIZE", self.size)), torch.cuda.device_count()
             if here > count:
-                raise UserError(f"torchrun started {here} processes here but there {'is' if count == 1 else 'are'} "
-                                f"{count} GPU{'s' * (count != 1)}: use --nproc-per-node {max(count, 1)}, or "
-                                "--device cpu")  # fmt: skip
+                raise UserError(
+                    f"torchrun started {here} processes here but there {'is' if count == 1 else 'are'} "
+                    f"{count} GPU{'s' * (count != 1)}: use --nproc-per-node {max(count, 1)}, or "
+                    "--device cpu"
+                )
             kind = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(kind)
         return kind
@@ -205,8 +209,7 @@ class World:
 
     @contextlib.contextmanager
     def _exchange(self) -> Iterator[None]:
-        """Turns the failure of an exchange into `Ended`, with the sentence of the process that is gone if it left one.
-        """
+        """Turns the failure of an exchange into `Ended`, with the last sentence of the process that is gone."""
         try:
             yield
         except RuntimeError as error:
@@ -231,11 +234,14 @@ def join() -> World:
     rank = int(os.environ["RANK"])
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=_START))
-        dist.init_process_group("gloo", store=dist.PrefixStore("gloo", store), rank=rank, world_size=size,
-                                timeout=_WAIT)  # fmt: skip
+        dist.init_process_group(
+            "gloo", store=dist.PrefixStore("gloo", store), rank=rank, world_size=size, timeout=_WAIT
+        )
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"process {rank} of {size} does not reach the others ({str(error).splitlines()[0]}): start all "
-                        "with torchrun, on one machine with --standalone") from error  # fmt: skip
+        raise UserError(
+            f"process {rank} of {size} does not reach the others ({str(error).splitlines()[0]}): start all "
+            "with torchrun, on one machine with --standalone"
+        ) from error
     world = World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), dist.PrefixStore("spot_fast", store))
     signal.signal(signal.SIGTERM, world._interrupt)
     return world

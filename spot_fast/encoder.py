@@ -31,16 +31,22 @@ SCENES_ENCODER = "spot_scenes"
 _SCENES_VIT = dict(patch_size=8, embed_dim=128, depth=4, num_heads=4, num_classes=0)
 # timm's names of ViTs by (width, patch size, registers): labels for weights that come from elsewhere.
 _VIT_NAMES = {
-    (384, 16, 0): "vit_small_patch16_224.dino", (768, 16, 0): "vit_base_patch16_224.dino",
-    (384, 8, 0): "vit_small_patch8_224.dino", (768, 8, 0): "vit_base_patch8_224.dino",
-    (384, 14, 0): "vit_small_patch14_dinov2", (768, 14, 0): "vit_base_patch14_dinov2",
-    (384, 14, 4): "vit_small_patch14_reg4_dinov2", (768, 14, 4): "vit_base_patch14_reg4_dinov2",
-}  # fmt: skip
+    (384, 16, 0): "vit_small_patch16_224.dino",
+    (768, 16, 0): "vit_base_patch16_224.dino",
+    (384, 8, 0): "vit_small_patch8_224.dino",
+    (768, 8, 0): "vit_base_patch8_224.dino",
+    (384, 14, 0): "vit_small_patch14_dinov2",
+    (768, 14, 0): "vit_base_patch14_dinov2",
+    (384, 14, 4): "vit_small_patch14_reg4_dinov2",
+    (768, 14, 4): "vit_base_patch14_reg4_dinov2",
+}
 # Those with rotary positions, by width: patches of 16, four registers.
 _ROTARY_NAMES = {384: "vit_small_patch16_dinov3", 768: "vit_base_patch16_dinov3", 1024: "vit_large_patch16_dinov3"}
 # Those with a tensor that others do not have.
-_SIGNED_NAMES = {"dist_token": "deit_{size}_distilled_patch{patch}_224",
-                 "norm_pre.weight": "vit_{size}_patch{patch}_clip_224"}  # fmt: skip
+_SIGNED_NAMES = {
+    "dist_token": "deit_{size}_distilled_patch{patch}_224",
+    "norm_pre.weight": "vit_{size}_patch{patch}_clip_224",
+}
 _SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
 # A ViT that timm has no name for: vit:patch=16,width=96,depth=12,heads=3,hidden=384, and registers=N, scale=1
 # (LayerScale).
@@ -83,8 +89,9 @@ class Encoder(nn.Module):
         self.grid, self.num_tokens, self.dim = height, height * width, vit.embed_dim
         self.image_size, self.patch_size = vit.patch_embed.img_size[0], vit.patch_embed.patch_size[0]
         self.image_shape = self.image_size, self.image_size
-        self.register_buffer("_rope", self._embed(torch.zeros(1, 3, self.image_size, self.image_size))[1],
-                             persistent=False)
+        self.register_buffer(
+            "_rope", self._embed(torch.zeros(1, 3, self.image_size, self.image_size))[1], persistent=False
+        )
 
     def train(self, mode: bool = True) -> Encoder:
         return super().train(False)
@@ -105,8 +112,9 @@ class Encoder(nn.Module):
         rope = getattr(vit, "rope", None)
         if rope is not None:
             if not hasattr(rope, "update_feat_shape"):
-                raise UserError(f"this ViT's positions ({type(rope).__name__}) belong to its own grid: use --fit tiles "
-                                "or stretch")
+                raise UserError(
+                    f"this ViT's positions ({type(rope).__name__}) belong to its own grid: use --fit tiles or stretch"
+                )
             rope.update_feat_shape([height, width])
         self.grid, self.num_tokens = height, height * width
         self.image_shape = embed.img_size
@@ -131,8 +139,10 @@ class Encoder(nn.Module):
         """Normalised images [B, 3, S, S] → hidden [B, prefix + N, D], the input of the last blocks."""
         height, width = self.image_shape
         if images.shape[1:] != (3, height, width):
-            raise UserError(f"images have shape {list(images.shape)} but the encoder was built for "
-                            f"[B, 3, {height}, {width}]: resize them")
+            raise UserError(
+                f"images have shape {list(images.shape)} but the encoder was built for "
+                f"[B, 3, {height}, {width}]: resize them"
+            )
         return self._run(self.vit.blocks[: self.first_last_block], self._embed(images)[0])
 
     def finish(self, hidden: Tensor, blocks: nn.ModuleList | None = None) -> Tensor:
@@ -195,8 +205,10 @@ def build_vit(config: Config) -> nn.Module:
     except TypeError:  # not a model with an image size
         vit = None
     if not hasattr(vit, "blocks") or not hasattr(vit, "num_prefix_tokens"):
-        raise UserError(f"--encoder {config.encoder} is not a plain ViT: use one with a sequence of blocks, "
-                        "such as vit_base_patch16_224.dino")
+        raise UserError(
+            f"--encoder {config.encoder} is not a plain ViT: use one with a sequence of blocks, "
+            "such as vit_base_patch16_224.dino"
+        )
     _require_multiple(config.image_size, vit.patch_embed.patch_size[0])
     return vit
 
@@ -205,17 +217,26 @@ def _own_vit(config: Config) -> nn.Module:
     shape = {name: int(value) for name, value in (part.split("=") for part in config.encoder[4:].split(","))}
     needed, known = {"patch", "width", "depth", "heads", "hidden"}, {"registers", "scale"}
     if not needed <= shape.keys() <= needed | known or min(shape[name] for name in needed) < 1:
-        raise UserError(f"--encoder {config.encoder} describes no ViT: give {', '.join(sorted(needed))}, and registers "
-                        "or scale where it has them, each as name=number")
+        raise UserError(
+            f"--encoder {config.encoder} describes no ViT: give {', '.join(sorted(needed))}, and registers "
+            "or scale where it has them, each as name=number"
+        )
     if shape["width"] % shape["heads"]:
         raise UserError(f"--encoder {config.encoder}: heads={shape['heads']} does not divide width={shape['width']}")
     _require_multiple(config.image_size, shape["patch"])
     registers = shape.get("registers", 0)
     return import_timm().models.vision_transformer.VisionTransformer(
-        img_size=config.image_size, patch_size=shape["patch"], embed_dim=shape["width"], depth=shape["depth"],
-        num_heads=shape["heads"], mlp_ratio=shape["hidden"] / shape["width"], num_classes=0,
-        init_values=1.0 if shape.get("scale") else None, reg_tokens=registers, no_embed_class=registers > 0,
-    )  # fmt: skip
+        img_size=config.image_size,
+        patch_size=shape["patch"],
+        embed_dim=shape["width"],
+        depth=shape["depth"],
+        num_heads=shape["heads"],
+        mlp_ratio=shape["hidden"] / shape["width"],
+        num_classes=0,
+        init_values=1.0 if shape.get("scale") else None,
+        reg_tokens=registers,
+        no_embed_class=registers > 0,
+    )
 
 
 def vit_name(weights: Mapping[str, Tensor], heads: int | None = None) -> str:
@@ -241,8 +262,10 @@ def vit_name(weights: Mapping[str, Tensor], heads: int | None = None) -> str:
 
 def _require_multiple(image_size: int, patch: int) -> None:
     if image_size % patch:
-        raise UserError(f"--image-size {image_size} is not a multiple of the encoder's patch size {patch}: "
-                        f"use {image_size // patch * patch or patch} or {(image_size // patch + 1) * patch}")
+        raise UserError(
+            f"--image-size {image_size} is not a multiple of the encoder's patch size {patch}: "
+            f"use {image_size // patch * patch or patch} or {(image_size // patch + 1) * patch}"
+        )
 
 
 def build_encoder(config: Config) -> Encoder:
@@ -280,23 +303,31 @@ def _find_weights(config: Config) -> dict[str, Tensor]:
 def _hub_weights(name: str) -> dict[str, Tensor]:
     """The hub's weights of a timm model; fails within seconds when neither a cached copy nor the hub is there."""
     if name in _ARCHITECTURES:
-        raise UserError(f"neither timm nor the hub has the weights of --encoder {name}: download "
-                        f"{ENCODERS[name].weights} and pass it as --encoder-weights FILE")
+        raise UserError(
+            f"neither timm nor the hub has the weights of --encoder {name}: download "
+            f"{ENCODERS[name].weights} and pass it as --encoder-weights FILE"
+        )
     timm = import_timm()
     cfg = timm.get_pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:
         raise UserError(f"timm has no weights for --encoder {name}: pass --encoder-weights FILE or use a tagged name")
     hub = required("huggingface_hub", f"--encoder {name}", "huggingface_hub")
-    cached = cfg.hf_hub_id and any(isinstance(hub.try_to_load_from_cache(cfg.hf_hub_id, f), str)
-                                   for f in ("model.safetensors", "pytorch_model.bin"))
+    cached = cfg.hf_hub_id and any(
+        isinstance(hub.try_to_load_from_cache(cfg.hf_hub_id, f), str)
+        for f in ("model.safetensors", "pytorch_model.bin")
+    )
     if not cached and not hub_answers():
-        raise UserError(f"the weights of --encoder {name} are not on this machine and the hub does not answer: pass "
-                        f"--encoder-weights FILE (from huggingface.co/{cfg.hf_hub_id}, model.safetensors)")
+        raise UserError(
+            f"the weights of --encoder {name} are not on this machine and the hub does not answer: pass "
+            f"--encoder-weights FILE (from huggingface.co/{cfg.hf_hub_id}, model.safetensors)"
+        )
     try:
         return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # noqa: BLE001 - the hub's client has exceptions of its own and those of others
-        raise UserError(f"the hub does not give the weights of --encoder {name} ({said(error)}): try again, or pass "
-                        f"--encoder-weights FILE (from huggingface.co/{cfg.hf_hub_id}, model.safetensors)") from error
+        raise UserError(
+            f"the hub does not give the weights of --encoder {name} ({said(error)}): try again, or pass "
+            f"--encoder-weights FILE (from huggingface.co/{cfg.hf_hub_id}, model.safetensors)"
+        ) from error
 
 
 def load_vit_weights(vit: nn.Module, weights: Mapping[str, Tensor], *, pos_resize: str, source: str) -> None:
@@ -313,24 +344,32 @@ def load_vit_weights(vit: nn.Module, weights: Mapping[str, Tensor], *, pos_resiz
     missing = sorted(name for name in set(wanted) - set(weights) if not unneeded(name))
     if missing:
         more = f" and have {len(left)} that it does not take, such as {left[0]}" if left else ""
-        raise UserError(f"the weights of {source} lack {len(missing)} tensors of the ViT, such as {missing[0]}{more}: "
-                        + _remedy(vit, weights))  # fmt: skip
+        raise UserError(
+            f"the weights of {source} lack {len(missing)} tensors of the ViT, such as {missing[0]}{more}: "
+            + _remedy(vit, weights)
+        )
     if left:
         names = ", ".join(left[:3]) + (", …" if len(left) > 3 else "")
-        raise UserError(f"the weights of {source} have {len(left)} tensors that the ViT of this --encoder does not "
-                        f"take, {names}, and without them its features would be wrong: {_remedy(vit, weights)}")
+        raise UserError(
+            f"the weights of {source} have {len(left)} tensors that the ViT of this --encoder does not "
+            f"take, {names}, and without them its features would be wrong: {_remedy(vit, weights)}"
+        )
     if "pos_embed" in wanted:
         prefix = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
-        weights["pos_embed"] = resample_positions(weights["pos_embed"], vit.patch_embed.grid_size[0], prefix,
-                                                  pos_resize)
+        weights["pos_embed"] = resample_positions(
+            weights["pos_embed"], vit.patch_embed.grid_size[0], prefix, pos_resize
+        )
     for name, own in wanted.items():
         value = weights.setdefault(name, own)
         if value.shape != own.shape:
-            raise UserError(f"the weights of {source} have {name} of shape {list(value.shape)} but this --encoder "
-                            f"needs {list(own.shape)}: they belong to another ViT, {_remedy(vit, weights)}")
+            raise UserError(
+                f"the weights of {source} have {name} of shape {list(value.shape)} but this --encoder "
+                f"needs {list(own.shape)}: they belong to another ViT, {_remedy(vit, weights)}"
+            )
         if not value.is_floating_point():
-            raise UserError(f"the weights of {source} have {name} in {value.dtype}: pass weights in float32, float16 "
-                            "or bfloat16")  # fmt: skip
+            raise UserError(
+                f"the weights of {source} have {name} in {value.dtype}: pass weights in float32, float16 or bfloat16"
+            )
     used = {name: weights[name] for name in wanted}
     require_finite(used, f"the weights of {source}")
     require_filled(used, f"the weights of {source}")
@@ -384,8 +423,10 @@ def resample_positions(table: Tensor, grid: int | tuple[int, int], prefix: int, 
     old = round(max(patches, 0) ** 0.5)
     if old < 1 or old * old != patches:
         behind = f" behind {prefix} other token{'s' * (prefix > 1)}" if prefix else ""
-        raise UserError(f"the position table of shape {list(table.shape)} has no square grid of patches{behind}: it "
-                        "belongs to another ViT")  # fmt: skip
+        raise UserError(
+            f"the position table of shape {list(table.shape)} has no square grid of patches{behind}: it "
+            "belongs to another ViT"
+        )
     height, width = (grid, grid) if isinstance(grid, int) else grid
     if (old, old) == (height, width):
         return table

@@ -109,18 +109,24 @@ def _prefix(path: Path, tensors: Mapping[str, Tensor]) -> str:
                 print(f"note: {path} holds {len(found)} ViTs: {chosen[0]}* is taken, not {others}", file=sys.stderr)
             return chosen[0]
     names = ", ".join(f"{prefix}*" for prefix in found)
-    raise UserError(f"--encoder-weights {path} holds {len(found)} ViTs ({names}): save the tensors of one in a file of "
-                    "its own")  # fmt: skip
+    raise UserError(
+        f"--encoder-weights {path} holds {len(found)} ViTs ({names}): save the tensors of one in a file of its own"
+    )
 
 
 def _refuse_scattered(path: Path, tensors: Mapping[str, Tensor], prefixes: list[str]) -> None:
     """UserError where parts of a ViT lie beside the modules with a patch embedding, whose blocks these may be."""
-    beside = [name for name in tensors if not name.startswith(tuple(prefixes)) and _PART.fullmatch(name)
-              and not _OWN_BLOCKS.fullmatch(name)]  # fmt: skip
+    beside = [
+        name
+        for name in tensors
+        if not name.startswith(tuple(prefixes)) and _PART.fullmatch(name) and not _OWN_BLOCKS.fullmatch(name)
+    ]
     if beside:
-        raise UserError(f"--encoder-weights {path} has its ViT in {', '.join(f'{prefix}*' for prefix in prefixes)} and "
-                        f"{len(beside)} tensors that look like parts of it elsewhere, such as {beside[0]}: save the "
-                        "ViT's tensors in a file of their own")  # fmt: skip
+        raise UserError(
+            f"--encoder-weights {path} has its ViT in {', '.join(f'{prefix}*' for prefix in prefixes)} and "
+            f"{len(beside)} tensors that look like parts of it elsewhere, such as {beside[0]}: save the "
+            "ViT's tensors in a file of their own"
+        )
 
 
 def _what_instead(tensors: Mapping[str, Tensor]) -> str:
@@ -132,15 +138,19 @@ def _what_instead(tensors: Mapping[str, Tensor]) -> str:
             return f"names its tensors as {library} does: pass the model's weights in timm's names"
     begins = list(dict.fromkeys(".".join(name.split(".")[:2]) + "*" * (name.count(".") > 1) for name in tensors))
     shown = ", ".join(begins[:6]) + (", …" if len(begins) > 6 else "")
-    return (f"lacks all tensors of a ViT in timm's names, such as {_PATCHES}; what it has begins with {shown}: pass "
-            "the file of a ViT")  # fmt: skip
+    return (
+        f"lacks all tensors of a ViT in timm's names, such as {_PATCHES}; what it has begins with {shown}: pass "
+        "the file of a ViT"
+    )
 
 
 def _timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """DINOv2's name of register tokens, and the numbers of its blocks where training has them in chunks."""
     chunk = re.compile(r"blocks\.\d+\.(?=\d+\.)")
-    return {chunk.sub("blocks.", "reg_token" if name == "register_tokens" else name, count=1): value
-            for name, value in weights.items()}  # fmt: skip
+    return {
+        chunk.sub("blocks.", "reg_token" if name == "register_tokens" else name, count=1): value
+        for name, value in weights.items()
+    }
 
 
 def unused(names: Mapping[str, Any], wanted: Mapping[str, Any], *, rope: bool = False) -> list[str]:
@@ -149,8 +159,15 @@ def unused(names: Mapping[str, Any], wanted: Mapping[str, Any], *, rope: bool = 
     rope: the ViT has rotary positions, whose table it makes itself.
     """
     own = re.compile(r"rope(_embed)?\..*")
-    return [name for name in names if name not in wanted and not _HEAD.fullmatch(name) and not _BUFFER.fullmatch(name)
-            and not _FINAL_NORM.fullmatch(name) and not (rope and own.fullmatch(name))]  # fmt: skip
+    return [
+        name
+        for name in names
+        if name not in wanted
+        and not _HEAD.fullmatch(name)
+        and not _BUFFER.fullmatch(name)
+        and not _FINAL_NORM.fullmatch(name)
+        and not (rope and own.fullmatch(name))
+    ]
 
 
 def unneeded(name: str) -> bool:
@@ -162,5 +179,7 @@ def require_filled(weights: Mapping[str, Tensor], source: str) -> None:
     """UserError that names a matrix of nothing but zeros, which no training leaves: its memory was never filled."""
     for name, value in weights.items():
         if value.ndim > 1 and name.endswith(".weight") and not value.any():
-            raise UserError(f"{source}: tensor {name} holds nothing but zeros: the file was not written or downloaded "
-                            "to its end, get it again")  # fmt: skip
+            raise UserError(
+                f"{source}: tensor {name} holds nothing but zeros: the file was not written or downloaded "
+                "to its end, get it again"
+            )

@@ -42,49 +42,90 @@ from .size_plot import check_target, plot_sizes
 
 
 def _wrapped(text: str, indent: str = "") -> str:
-    return textwrap.fill(text, 80, initial_indent=indent, subsequent_indent=indent + "    " * bool(indent),
-                         break_long_words=False, break_on_hyphens=False)  # fmt: skip
+    return textwrap.fill(
+        text,
+        80,
+        initial_indent=indent,
+        subsequent_indent=indent + "    " * bool(indent),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m spot_fast.evaluate",
-        description=_wrapped("Scores the decoder masks and slot masks of trained runs on their validation pictures, "
-                             "beside block masks and k-means on the same features. Several runs that differ in their "
-                             "seed only also get a table of mean ± standard deviation."),
-        epilog="\n".join(["protocols, all scored in the same pass:", *(
-            _wrapped(text, indent) for protocol in PROTOCOLS.values()
-            for text, indent in ((f"{protocol.name}: {protocol.about}", "  "), (f"[{protocol.source}]", "      ")))]),
+        description=_wrapped(
+            "Scores the decoder masks and slot masks of trained runs on their validation pictures, "
+            "beside block masks and k-means on the same features. Several runs that differ in their "
+            "seed only also get a table of mean ± standard deviation."
+        ),
+        epilog="\n".join(
+            [
+                "protocols, all scored in the same pass:",
+                *(
+                    _wrapped(text, indent)
+                    for protocol in PROTOCOLS.values()
+                    for text, indent in (
+                        (f"{protocol.name}: {protocol.about}", "  "),
+                        (f"[{protocol.source}]", "      "),
+                    )
+                ),
+            ]
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("runs", nargs="*", metavar="RUN",
-                        help="folder of a run, name of one below --runs, checkpoint file of the authors, or owner/name "
-                        "on the hub (default: the newest finished run)")  # fmt: skip
+    )
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help="folder of a run, name of one below --runs, checkpoint file of the authors, or owner/name "
+        "on the hub (default: the newest finished run)",
+    )
     parser.add_argument("--data", metavar="PATH", help="folder of the data set (default: the one the run trained on)")
-    parser.add_argument("--runs", dest="root", default="runs", metavar="DIR",
-                        help="folder with the runs (default: runs)")  # fmt: skip
-    parser.add_argument("--protocol", default="spot", metavar="NAME[,NAME]",
-                        help=f"{', '.join(PROTOCOLS)}, several with commas, or all: a table each "
-                        "(default: spot)")  # fmt: skip
+    parser.add_argument(
+        "--runs", dest="root", default="runs", metavar="DIR", help="folder with the runs (default: runs)"
+    )
+    parser.add_argument(
+        "--protocol",
+        default="spot",
+        metavar="NAME[,NAME]",
+        help=f"{', '.join(PROTOCOLS)}, several with commas, or all: a table each (default: spot)",
+    )
     parser.add_argument("--sizes", action="store_true", help="also print mBO_i by the size of the instances")
-    parser.add_argument("--size-plot", metavar="FILE",
-                        help="the same as a picture, .png or .svg, of the first protocol: of one run or of runs that "
-                        "differ in their seed only every kind of masks, otherwise the decoder masks of each "
-                        "run")  # fmt: skip
+    parser.add_argument(
+        "--size-plot",
+        metavar="FILE",
+        help="the same as a picture, .png or .svg, of the first protocol: of one run or of runs that "
+        "differ in their seed only every kind of masks, otherwise the decoder masks of each "
+        "run",
+    )
     parser.add_argument("--csv", metavar="FILE", help="also write a line for each picture, kind of masks and protocol")
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON; scores as fractions")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N pictures (default: all)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at a time (default: 32)")
-    parser.add_argument("--workers", type=int, default=WORKERS, metavar="N",
-                        help="threads that read pictures and masks ahead, 0 = none (default: one a processor, at most "
-                        f"8; here {WORKERS})")  # fmt: skip
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=WORKERS,
+        metavar="N",
+        help="threads that read pictures and masks ahead, 0 = none (default: one a processor, at most "
+        f"8; here {WORKERS})",
+    )
     add_option(parser)
-    parser.add_argument("--precision", choices=PRECISIONS, default="float32",
-                        help="of the model; bf16 is faster where the hardware has it and moves scores by a few tenths "
-                        "of a percent; tf32 is for GPUs (default: float32)")  # fmt: skip
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="of the model; bf16 is faster where the hardware has it and moves scores by a few tenths "
+        "of a percent; tf32 is for GPUs (default: float32)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of slot noise and of k-means (default: 0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu, cuda or cuda:N (default: a GPU where there is one)")  # fmt: skip
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:N (default: a GPU where there is one)",
+    )
     return parser
 
 
@@ -104,8 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(args: argparse.Namespace) -> None:
     protocols = chosen(args.protocol)
-    targets = {name: writable_target(name, getattr(args, name.replace("-", "_")))
-               for name in ("json", "csv", "size-plot")}  # fmt: skip
+    targets = {
+        name: writable_target(name, getattr(args, name.replace("-", "_"))) for name in ("json", "csv", "size-plot")
+    }
     if targets["size-plot"]:
         check_target(targets["size-plot"])
     device = usable_device(args.device)
@@ -117,10 +159,18 @@ def _evaluate(args: argparse.Namespace) -> None:
     for run in runs:
         val_set = open_val_set(run, args.data, opened)
         with computing(args.threads, device) as adapt:
-            result = evaluate(run.model.to(device), val_set, protocols=[p.name for p in protocols],
-                              layouts=published_layouts(run.config.preset), batch_size=args.batch_size, seed=args.seed,
-                              limit=args.limit, workers=args.workers, precision=args.precision,
-                              between_batches=adapt)  # fmt: skip
+            result = evaluate(
+                run.model.to(device),
+                val_set,
+                protocols=[p.name for p in protocols],
+                layouts=published_layouts(run.config.preset),
+                batch_size=args.batch_size,
+                seed=args.seed,
+                limit=args.limit,
+                workers=args.workers,
+                precision=args.precision,
+                between_batches=adapt,
+            )
         results.append(result)
         run.model.to("cpu")
         # On disk before it is printed: neither a terminal nor a later run can lose it.
@@ -136,16 +186,22 @@ def _evaluate(args: argparse.Namespace) -> None:
         print(f"wrote {target}")
 
 
-def _write(args: argparse.Namespace, targets: dict[str, Path | None], protocols: list[Protocol], runs: list[Run],
-           results: list[Evaluation]) -> UserError | None:  # fmt: skip
+def _write(
+    args: argparse.Namespace,
+    targets: dict[str, Path | None],
+    protocols: list[Protocol],
+    runs: list[Run],
+    results: list[Evaluation],
+) -> UserError | None:
     """Writes the files that were asked for; what went wrong with one is returned, to be told after the scores."""
     groups = alike_runs(runs)
     writers = {
         "json": lambda target: write_json(target, _as_json(args, protocols, runs, results, groups)),
-        "csv": lambda target: write_csv(target, [(run_name(run), result)
-                                                 for run, result in zip(runs, results, strict=True)]),
+        "csv": lambda target: write_csv(
+            target, [(run_name(run), result) for run, result in zip(runs, results, strict=True)]
+        ),
         "size-plot": lambda target: _plot(target, runs, results, groups),
-    }  # fmt: skip
+    }
     failed = None
     for option, write in writers.items():
         if target := targets[option]:
@@ -169,8 +225,9 @@ def writable_target(option: str, name: str | None) -> Path | None:
         with tempfile.TemporaryFile(dir=target.parent) as file:
             file.write(b" ")
     except OSError as error:
-        raise UserError(f"--{option} {target} cannot be written ({error.strerror}): choose a file in a folder that you "
-                        "may write to") from None  # fmt: skip
+        raise UserError(
+            f"--{option} {target} cannot be written ({error.strerror}): choose a file in a folder that you may write to"
+        ) from None
     return target
 
 
@@ -199,8 +256,10 @@ def alike_runs(runs: list[Run]) -> list[list[int]]:
 
 def _report(run: Run, result: Evaluation, sizes: bool) -> str:
     config = run.config
-    losses = ", ".join(f"{loss:.4f} ({'order 0' if orders == 1 else f'{orders} orders'})"
-                       for orders, loss in result.reconstruction.items())  # fmt: skip
+    losses = ", ".join(
+        f"{loss:.4f} ({'order 0' if orders == 1 else f'{orders} orders'})"
+        for orders, loss in result.reconstruction.items()
+    )
     count = f"{result.images} picture{'s' * (result.images != 1)}"
     lines = []
     for scored in result.tables:
@@ -231,8 +290,10 @@ def _summary(runs: list[Run], results: list[Evaluation], group: list[int], sizes
     config = runs[group[0]].config
     parts = []
     for tables in _tables(results, group):
-        parts.append(f"mean ± std of {len(group)} runs · preset {config.recipe} · stage {config.stage} · {names} · "
-                     f"protocol {tables[0].protocol} · percent\n\n{mean_table(tables)}")  # fmt: skip
+        parts.append(
+            f"mean ± std of {len(group)} runs · preset {config.recipe} · stage {config.stage} · {names} · "
+            f"protocol {tables[0].protocol} · percent\n\n{mean_table(tables)}"
+        )
         if sizes:
             parts.append(f"mBO_i by size of the instance, percent of the label map\n\n{mean_size_table(tables)}")
     return "\n\n".join(parts)
@@ -251,8 +312,10 @@ def _plot(target: Path, runs: list[Run], results: list[Evaluation], groups: list
         rows = [(row.title, [mean for mean, _ in row.sizes], [0.0] * len(row.sizes)) for row in first.rows]
     elif groups and len(groups[0]) == len(runs):
         title += f" · mean ± std of {len(runs)} runs"
-        rows = [(name, [cell and cell[0] for cell in cells], [cell[1] if cell else 0.0 for cell in cells])
-                for name, cells in mean_sizes(_tables(results, groups[0])[0])]  # fmt: skip
+        rows = [
+            (name, [cell and cell[0] for cell in cells], [cell[1] if cell else 0.0 for cell in cells])
+            for name, cells in mean_sizes(_tables(results, groups[0])[0])
+        ]
     else:
         rows = []
         for run, result in zip(runs, results, strict=True):
@@ -262,16 +325,24 @@ def _plot(target: Path, runs: list[Run], results: list[Evaluation], groups: list
 
 
 def _as_json(
-    args: argparse.Namespace, protocols: list[Protocol], runs: list[Run], results: list[Evaluation],
+    args: argparse.Namespace,
+    protocols: list[Protocol],
+    runs: list[Run],
+    results: list[Evaluation],
     groups: list[list[int]],
-) -> dict:  # fmt: skip
+) -> dict:
     return {
         "protocol": protocols[0].name,
         "protocols": {protocol.name: {"about": protocol.about, "source": protocol.source} for protocol in protocols},
         "unit": "fraction",
         "versions": {"spot_fast": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
-        "settings": {"seed": args.seed, "batch_size": args.batch_size, "limit": args.limit, "device": args.device,
-                     "precision": args.precision},
+        "settings": {
+            "seed": args.seed,
+            "batch_size": args.batch_size,
+            "limit": args.limit,
+            "device": args.device,
+            "precision": args.precision,
+        },
         "runs": [_run_json(run, result) for run, result in zip(runs, results, strict=True)],
         "summary": [
             {
@@ -280,15 +351,18 @@ def _as_json(
                 "protocol": tables[0].protocol,
                 "runs": [run_name(runs[place]) for place in group],
                 "rows": [
-                    {"title": title, **{name: _spread(score) for name, score in scores.items()},
-                     "sizes": [_bin(place, mbo_i=_spread(cell)) for place, cell in enumerate(cells)]}
+                    {
+                        "title": title,
+                        **{name: _spread(score) for name, score in scores.items()},
+                        "sizes": [_bin(place, mbo_i=_spread(cell)) for place, cell in enumerate(cells)],
+                    }
                     for (title, scores), (_, cells) in zip(mean_rows(tables), mean_sizes(tables), strict=True)
                 ],
             }
             for group in groups
             for tables in _tables(results, group)
         ],
-    }  # fmt: skip
+    }
 
 
 def _spread(score: tuple[float, float] | None) -> dict[str, float] | None:

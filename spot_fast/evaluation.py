@@ -142,11 +142,15 @@ def evaluate(
     a protocol is unknown.
     """
     if not val_set.has_masks:
-        raise UserError(f"{val_set.name} has no masks to compare with: evaluate on a validation set that has them "
-                        "(a folder of images can be looked at with python -m spot_fast.segment)")  # fmt: skip
+        raise UserError(
+            f"{val_set.name} has no masks to compare with: evaluate on a validation set that has them "
+            "(a folder of images can be looked at with python -m spot_fast.segment)"
+        )
     if batch_size < 1 or limit < 0 or seed < 0 or workers < 0:
-        raise UserError(f"batch size {batch_size}, limit {limit}, seed {seed} or workers {workers} is out of range: "
-                        "use a batch size of at least 1, a limit, a seed and workers of at least 0")  # fmt: skip
+        raise UserError(
+            f"batch size {batch_size}, limit {limit}, seed {seed} or workers {workers} is out of range: "
+            "use a batch size of at least 1, a limit, a seed and workers of at least 0"
+        )
     count = min(len(val_set), limit or len(val_set))
     if not count:
         raise UserError(f"{val_set.name} has no validation pictures: set val_images or the data folder")
@@ -167,18 +171,25 @@ def evaluate(
             _require_few(skipped, count, val_set)
             run.add([val_set.label(index) for index, _, _ in batch], *zip(*batch, strict=True))
     if not run.labels:
-        raise UserError(f"none of the {count} pictures of {val_set.name} can be read; the first: "
-                        f"{next(iter(skipped.values()))}")  # fmt: skip
+        raise UserError(
+            f"none of the {count} pictures of {val_set.name} can be read; the first: {next(iter(skipped.values()))}"
+        )
     _require_few(skipped, count, val_set)
     images = len(run.labels)
     return Evaluation(
-        tables=run.tables(), images=images, data=val_set.name, labels=run.labels, indices=run.indices,
-        skipped=skipped, notes=list(val_set.notes),
-        reconstruction={orders: total / images
-                        for orders, total in zip(run.orders, run.squared_error.tolist(), strict=True)},
+        tables=run.tables(),
+        images=images,
+        data=val_set.name,
+        labels=run.labels,
+        indices=run.indices,
+        skipped=skipped,
+        notes=list(val_set.notes),
+        reconstruction={
+            orders: total / images for orders, total in zip(run.orders, run.squared_error.tolist(), strict=True)
+        },
         seconds_per_image=(time.perf_counter() - start) / images,
         metric_seconds_per_image=run.metric_seconds / images,
-    )  # fmt: skip
+    )
 
 
 def read_ahead(
@@ -232,21 +243,23 @@ def _require_few(skipped: dict[str, str], count: int, val_set: ImageSet) -> None
     """UserError where scores of the others would not be scores of the set."""
     if len(skipped) > max(1, MAX_CORRUPT * count):
         first = "; ".join(f"{label}: {reason}" for label, reason in list(skipped.items())[:3])
-        raise UserError(f"{len(skipped)} of the {count} pictures of {val_set.name} cannot be scored, more than "
-                        f"{MAX_CORRUPT:.0%}: {first}; python -m spot_fast.data check PATH --decode finds all")
+        raise UserError(
+            f"{len(skipped)} of the {count} pictures of {val_set.name} cannot be scored, more than "
+            f"{MAX_CORRUPT:.0%}: {first}; python -m spot_fast.data check PATH --decode finds all"
+        )
 
 
 def _small(masks: Masks) -> Masks:
     """The maps in the smallest type that holds all pictures' labels, or nearly all pictures'."""
-    return Masks(*(m if m is None or m.max() >= 2**15 else m.to(torch.int16)
-                   for m in (masks.instances, masks.classes)))  # fmt: skip
+    return Masks(*(m if m is None or m.max() >= 2**15 else m.to(torch.int16) for m in (masks.instances, masks.classes)))
 
 
 class _Pass:
     """One pass over a validation set: the model's outputs batch by batch, scored as they come."""
 
-    def __init__(self, model: Spot, seed: int, protocols: Sequence[Protocol],
-                 layouts: Sequence[tuple[int, int]], precision: str) -> None:  # fmt: skip
+    def __init__(
+        self, model: Spot, seed: int, protocols: Sequence[Protocol], layouts: Sequence[tuple[int, int]], precision: str
+    ) -> None:
         self.model, self.seed, self.protocols = model, seed, protocols
         self.device = next(model.slot_encoder.parameters()).device
         self.precision = resolve(precision, self.device)
@@ -264,8 +277,9 @@ class _Pass:
         self.sizes = [0] * len(protocols)
         self.unlabelled: list[list[str]] = [[] for _ in protocols]
 
-    def add(self, labels: Sequence[str], indices: Sequence[int], images: Sequence[Tensor],
-            masks: Sequence[Sequence[Masks]]) -> None:  # fmt: skip
+    def add(
+        self, labels: Sequence[str], indices: Sequence[int], images: Sequence[Tensor], masks: Sequence[Sequence[Masks]]
+    ) -> None:
         model = self.model
         noise = None
         if model.slot_encoder.init == "gaussian":
@@ -283,21 +297,24 @@ class _Pass:
         self.squared_error += torch.stack(errors).double() * len(indices)  # read at the end: nothing waits for it here
 
         start = time.perf_counter()
-        soft = [*(decoded[orders][1] for orders in self.orders), slot_attn,
-                F.one_hot(clusters, self.num_slots)]  # fmt: skip
+        soft = [*(decoded[orders][1] for orders in self.orders), slot_attn, F.one_hot(clusters, self.num_slots)]
         soft = torch.stack([m.float() for m in soft])
         predicted: dict[int, Tensor] = {}  # label maps of all kinds by mask size: protocols share them
         for place, protocol in enumerate(self.protocols):
             truth = stack_truth([m[place] for m in masks], self.device)
-            self.unlabelled[place] += [name for name, found in zip(labels, (truth.instances > 0).any(1).tolist(),
-                                                                   strict=True) if not found]  # fmt: skip
+            self.unlabelled[place] += [
+                name for name, found in zip(labels, (truth.instances > 0).any(1).tolist(), strict=True) if not found
+            ]
             size = self.sizes[place] = truth.labels.shape[-1]
             if size not in predicted:
                 predicted[size] = labels_from_soft(soft.flatten(0, 1), size).unflatten(0, soft.shape[:2])
-            counts = [(key, count_pairs(p, self.num_slots, truth))
-                      for key, p in zip(self.soft, predicted[size], strict=True)]  # fmt: skip
-            counts += [(key, count_pairs(block.expand(len(indices), -1, -1), number, truth))
-                       for key, number, block in self._blocks(size)]  # fmt: skip
+            counts = [
+                (key, count_pairs(p, self.num_slots, truth)) for key, p in zip(self.soft, predicted[size], strict=True)
+            ]
+            counts += [
+                (key, count_pairs(block.expand(len(indices), -1, -1), number, truth))
+                for key, number, block in self._blocks(size)
+            ]
             # All counts in one copy, so that the device is waited for once.
             flat = torch.cat([c.flatten() for _, c in counts]).cpu().split([c.numel() for _, c in counts])
             for (key, c), part in zip(counts, flat, strict=True):
@@ -308,20 +325,26 @@ class _Pass:
 
     def _blocks(self, size: int) -> list[tuple[tuple, int, Tensor]]:
         if size not in self.blocks:
-            best = [(("blocks", columns), self.num_slots, labels)
-                    for columns, labels in block_mask_candidates(self.num_slots, size).items()]  # fmt: skip
-            fixed = [(("layout", columns, masks), masks, block_masks(columns, masks, size))
-                     for columns, masks in self.layouts]  # fmt: skip
-            self.blocks[size] = [(key, masks, send(labels.to(torch.uint8), self.device))
-                                 for key, masks, labels in best + fixed]  # fmt: skip
+            best = [
+                (("blocks", columns), self.num_slots, labels)
+                for columns, labels in block_mask_candidates(self.num_slots, size).items()
+            ]
+            fixed = [
+                (("layout", columns, masks), masks, block_masks(columns, masks, size))
+                for columns, masks in self.layouts
+            ]
+            self.blocks[size] = [
+                (key, masks, send(labels.to(torch.uint8), self.device)) for key, masks, labels in best + fixed
+            ]
         return self.blocks[size]
 
     def tables(self) -> list[Table]:
         return [
             Table(protocol.name, size, self._rows(scores), unlabelled)
             for protocol, size, scores, unlabelled in zip(
-                self.protocols, self.sizes, self.scores, self.unlabelled, strict=True)
-        ]  # fmt: skip
+                self.protocols, self.sizes, self.scores, self.unlabelled, strict=True
+            )
+        ]
 
     def _rows(self, scores: dict[tuple, Scores]) -> list[Row]:
         candidates = [key for key in scores if key[0] == "blocks"]
@@ -330,8 +353,9 @@ class _Pass:
         def row(key: tuple, masks: int = self.num_slots, **extra: int | None) -> Row:
             found = scores[key]
             per_image = found.per_image() | {"objects": found.objects()}
-            return Row(key[0], found.result(), found.counted(), masks, sizes=found.by_size(), per_image=per_image,
-                       **extra)  # fmt: skip
+            return Row(
+                key[0], found.result(), found.counted(), masks, sizes=found.by_size(), per_image=per_image, **extra
+            )
 
         return [
             *(row(("decoder", orders), orders=orders) for orders in self.orders),

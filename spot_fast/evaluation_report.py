@@ -133,10 +133,15 @@ def _lines(evaluation: Evaluation) -> Iterator[dict[str, object]]:
             for row, values in columns:
                 scores = {name: values[name][place] for name in METRICS}
                 yield {
-                    "picture": picture, "protocol": scored.protocol, "masks": row.masks, "orders": row.orders,
-                    "columns": row.columns, "num_masks": row.num_masks, "objects": values["objects"][place],
+                    "picture": picture,
+                    "protocol": scored.protocol,
+                    "masks": row.masks,
+                    "orders": row.orders,
+                    "columns": row.columns,
+                    "num_masks": row.num_masks,
+                    "objects": values["objects"][place],
                     "note": NO_OBJECT if picture in empty else "",
                     **{name: "" if math.isnan(score) else f"{score:.6f}" for name, score in scores.items()},
-                }  # fmt: skip
+                }
     for picture, reason in evaluation.skipped.items():
         yield {"picture": picture, "note": reason}

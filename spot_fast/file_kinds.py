@@ -82,8 +82,10 @@ def _zip(path: Path, wanted: str) -> str | None:
     except zipfile.BadZipFile:
         return "ends too early, its download was cut short: download it again"
     if any(name.endswith("/constants.pkl") for name in names):
-        return ("is a TorchScript program, which would have to be run: save its tensors alone with "
-                "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')")  # fmt: skip
+        return (
+            "is a TorchScript program, which would have to be run: save its tensors alone with "
+            "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
+        )
     if any(name.endswith("data.pkl") for name in names):
         return None  # torch.save's own
     if names and all(name.endswith(".npy") for name in names):

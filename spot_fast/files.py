@@ -12,8 +12,19 @@ from safetensors import SafetensorError
 from .errors import UserError
 
 # CIFS, vboxsf, 9p and some of FUSE answer so for folders, a few for files too.
-_UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EPERM,
-                          errno.EACCES, errno.EISDIR, errno.ENOTTY})
+_UNSUPPORTED = frozenset(
+    {
+        errno.EINVAL,
+        errno.ENOTSUP,
+        errno.EOPNOTSUPP,
+        errno.ENOSYS,
+        errno.EBADF,
+        errno.EPERM,
+        errno.EACCES,
+        errno.EISDIR,
+        errno.ENOTTY,
+    }
+)
 
 
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
@@ -33,8 +44,10 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(partial, path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written ({reason(error)}): free some space or make it writable; "
-                        "what was saved before is intact") from error  # fmt: skip
+        raise UserError(
+            f"{path} cannot be written ({reason(error)}): free some space or make it writable; "
+            "what was saved before is intact"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -37,8 +37,9 @@ def convert(decoder: nn.Module, *, emulate: bool = False) -> int:
     def fits(layer: nn.Module, name: str) -> bool:
         return layer.in_features % _MULTIPLE == 0 and layer.out_features % _MULTIPLE == 0
 
-    convert_to_float8_training(decoder, module_filter_fn=fits,
-                               config=Float8LinearConfig(emulate=emulate, pad_inner_dim=True))  # fmt: skip
+    convert_to_float8_training(
+        decoder, module_filter_fn=fits, config=Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
+    )
     return len(_layers(decoder))
 
 
@@ -63,6 +64,7 @@ def left_out(decoder: nn.Module) -> Iterator[None]:
 
 def errors(decoder: nn.Module, loss, parameters: Sequence[nn.Parameter]) -> tuple[float, float]:
     """Relative difference that float8 makes to what `loss()` gives, and to its gradients (norm of the difference)."""
+
     def outcome() -> tuple[Tensor, Tensor]:
         value = loss()
         gradients = torch.autograd.grad(value, list(parameters), allow_unused=True)

@@ -65,12 +65,18 @@ def convert(kind: str, contents: Mapping[str, Any], *, encoder_heads: int | None
     try:
         values, learned, vit, notes = read(rest)
     except KeyError as error:
-        raise UserError(f"this checkpoint of {kind} has no {error.args[0]}: it is of another model, or damaged"
-                        ) from None  # fmt: skip
+        raise UserError(
+            f"this checkpoint of {kind} has no {error.args[0]}: it is of another model, or damaged"
+        ) from None
     rest.refuse_if_any()
-    values |= dict(implementation=kind, encoder=vit_name(vit, encoder_heads), slot_heads=1, feature_norm=False,
-                   slot_dim=learned["slot_encoder.attention.project_q.weight"].shape[1],
-                   slot_mlp=learned["slot_encoder.attention.mlp.0.weight"].shape[0])  # fmt: skip
+    values |= dict(
+        implementation=kind,
+        encoder=vit_name(vit, encoder_heads),
+        slot_heads=1,
+        feature_norm=False,
+        slot_dim=learned["slot_encoder.attention.project_q.weight"].shape[1],
+        slot_mlp=learned["slot_encoder.attention.mlp.0.weight"].shape[0],
+    )
     stage = values.pop("stage", 1)
     return Foreign(preset(changes.pop("preset", "coco"), stage, **values | changes), learned, vit, notes)
 
@@ -80,8 +86,11 @@ def _state(contents: Mapping[str, Any]) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(contents.get(key), Mapping):
             contents = contents[key]
-    tensors = {name.removeprefix("module."): value for name, value in contents.items()
-               if isinstance(name, str) and isinstance(value, Tensor)}  # fmt: skip
+    tensors = {
+        name.removeprefix("module."): value
+        for name, value in contents.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
     require_plain(tensors, "this checkpoint")
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
 
@@ -130,8 +139,10 @@ class _Rest:
         if mean.shape[1] == 1 and scale is not None:
             return learned | {"slot_encoder.slot_mean": mean, "slot_encoder.slot_log_scale": scale}, {}
         if scale is not None and self.kind != "ocbench":
-            raise UserError(f"initial slots of this checkpoint are drawn around {mean.shape[1]} means of their own: "
-                            "Spot draws them around a common one, or learns them without noise")  # fmt: skip
+            raise UserError(
+                f"initial slots of this checkpoint are drawn around {mean.shape[1]} means of their own: "
+                "Spot draws them around a common one, or learns them without noise"
+            )
         values = dict(slot_init="learned", truncation="bi_level", num_slots=mean.shape[1])
         return learned | {"slot_encoder.slot_embedding": mean[0]}, values
 
@@ -158,15 +169,18 @@ class _Rest:
         learned |= self.layer(f"{prefix}1", "slot_encoder.mlp.0") | self.layer(f"{prefix}3", "slot_encoder.mlp.2")
         hidden, width = learned["slot_encoder.mlp.0.weight"].shape
         if hidden != times * width:
-            raise UserError(f"the MLP on the features has {hidden} hidden channels: of {self.kind} {times * width} are "
-                            "known")  # fmt: skip
+            raise UserError(
+                f"the MLP on the features has {hidden} hidden channels: of {self.kind} {times * width} are known"
+            )
         return learned
 
     def refuse_if_any(self) -> None:
         if self.state:
             names = ", ".join(sorted(self.state)[:4]) + (", …" if len(self.state) > 4 else "")
-            raise UserError(f"this checkpoint of {self.kind} has {len(self.state)} tensors without a place in Spot, "
-                            f"such as {names}: its model is another one")  # fmt: skip
+            raise UserError(
+                f"this checkpoint of {self.kind} has {len(self.state)} tensors without a place in Spot, "
+                f"such as {names}: its model is another one"
+            )
 
 
 _Read = tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor], list[str]]
@@ -177,13 +191,18 @@ def _ocbench(rest: _Rest) -> _Read:
         if any(name.startswith(prefix) for name in rest.state):
             rest.strip(prefix, "teacher.")
     if "decode.norm0.weight" not in rest.state or "decode.bos" not in rest.state:
-        raise UserError("this checkpoint of ocbench has not the nine-order transformer decoder of its SPOT "
-                        "(decode.bos, decode.norm0): its other models have no counterpart here")  # fmt: skip
+        raise UserError(
+            "this checkpoint of ocbench has not the nine-order transformer decoder of its SPOT "
+            "(decode.bos, decode.norm0): its other models have no counterpart here"
+        )
     prefix = "encode_backbone.1."  # behind its resizing
     vit, values = rest.vit(prefix), {}
     learned, slots = rest.slot_attention("aggregat.", "initializ.")
-    frozen = rest.vit(prefix.replace("encode_backbone", "encode_backbone2")) if any(
-        name.startswith("encode_backbone2") for name in rest.state) else None  # fmt: skip
+    frozen = (
+        rest.vit(prefix.replace("encode_backbone", "encode_backbone2"))
+        if any(name.startswith("encode_backbone2") for name in rest.state)
+        else None
+    )
     if frozen is not None:
         values["stage"] = 2
         learned |= _last_blocks(vit, frozen)
@@ -201,13 +220,25 @@ def _ocbench(rest: _Rest) -> _Read:
         learned |= _ocbench_block(rest, number)
     width = learned["decoder.bos"].shape[-1]
     grid, patch = _grid(vit), vit["patch_embed.proj.weight"].shape[-1]
-    values |= slots | dict(dec_blocks=blocks, dec_heads=4 if width < 768 else 6, dec_cross_heads=0, orders="spot9",
-                           image_size=grid * patch, pos_resize="timm", train_blocks=4)  # fmt: skip
-    return values, learned, vit, [
-        "OCBench brings pictures to 256 px and scales them by 0.875, bicubic; here they are resized at once to "
-        f"{grid * patch} px",
-        "its metrics differ, too: python -m spot_fast.evaluate --protocol ocbench",
-    ]  # fmt: skip
+    values |= slots | dict(
+        dec_blocks=blocks,
+        dec_heads=4 if width < 768 else 6,
+        dec_cross_heads=0,
+        orders="spot9",
+        image_size=grid * patch,
+        pos_resize="timm",
+        train_blocks=4,
+    )
+    return (
+        values,
+        learned,
+        vit,
+        [
+            "OCBench brings pictures to 256 px and scales them by 0.875, bicubic; here they are resized at once to "
+            f"{grid * patch} px",
+            "its metrics differ, too: python -m spot_fast.evaluate --protocol ocbench",
+        ],
+    )
 
 
 def _ocbench_block(rest: _Rest, number: int) -> dict[str, Tensor]:
@@ -218,8 +249,9 @@ def _ocbench_block(rest: _Rest, number: int) -> dict[str, Tensor]:
     learned |= rest.layer(f"{theirs}.self_attn.out_proj", f"{ours}.self_attention.project_o", bias=False)
     learned |= rest.layer(f"{theirs}.norm2", f"{ours}.norm_cross")
     thirds = rest.take(f"{theirs}.multihead_attn.in_proj_weight").chunk(3)
-    learned |= {f"{ours}.cross_attention.project_{letter}.weight": third
-                for letter, third in zip("qkv", thirds, strict=True)}  # fmt: skip
+    learned |= {
+        f"{ours}.cross_attention.project_{letter}.weight": third for letter, third in zip("qkv", thirds, strict=True)
+    }
     learned |= rest.layer(f"{theirs}.multihead_attn.out_proj", f"{ours}.cross_attention.project_o", bias=False)
     learned |= rest.layer(f"{theirs}.norm3", f"{ours}.norm_ffn")
     return learned | rest.layer(f"{theirs}.linear1", f"{ours}.ffn.0") | rest.layer(f"{theirs}.linear2", f"{ours}.ffn.2")
@@ -234,8 +266,10 @@ def _last_blocks(student: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) ->
         if match and int(match[1]) >= first:
             learned[f"last_blocks.{int(match[1]) - first}.{name[match.end() :]}"] = value
         elif not name.startswith("norm.") and not torch.equal(value, frozen[name]):
-            raise UserError(f"the student's encoder differs from the frozen one in {name}, in front of its last four "
-                            "blocks: only these can be trained here")  # fmt: skip
+            raise UserError(
+                f"the student's encoder differs from the frozen one in {name}, in front of its last four "
+                "blocks: only these can be trained here"
+            )
     return learned
 
 
@@ -246,12 +280,15 @@ def _grid(vit: Mapping[str, Tensor]) -> int:
 
 def _videosaur(rest: _Rest) -> _Read:
     if any(name.startswith("processor.module.") for name in rest.state):
-        raise UserError("this is a video model of videosaur: its predictor carries slots from frame to frame, which "
-                        "Spot does not; slot attention alone loads with spot_kernels: SlotAttention.like('videosaur', "
-                        "…).load_variant('videosaur', state, prefix='processor.module.corrector.')")  # fmt: skip
+        raise UserError(
+            "this is a video model of videosaur: its predictor carries slots from frame to frame, which "
+            "Spot does not; slot attention alone loads with spot_kernels: SlotAttention.like('videosaur', "
+            "…).load_variant('videosaur', state, prefix='processor.module.corrector.')"
+        )
     if "decoder.mlp.layers.0.weight" not in rest.state:
-        raise UserError("this checkpoint of videosaur has no MLP decoder (decoder.mlp): its other decoders have no "
-                        "counterpart here")  # fmt: skip
+        raise UserError(
+            "this checkpoint of videosaur has no MLP decoder (decoder.mlp): its other decoders have no counterpart here"
+        )
     vit = rest.vit("encoder.backbone.model.")
     learned, slots = rest.slot_attention("processor.corrector.", "initializer.")
     learned |= rest.projection("encoder.output_transform.layers.", 2)
@@ -262,10 +299,12 @@ def _videosaur(rest: _Rest) -> _Read:
 def _dinosaur(rest: _Rest) -> _Read:
     rest.strip("models.", "losses.", "training_metrics.", "evaluation_metrics.")
     if any(name.startswith("object_decoder.cond_transform.") for name in rest.state):
-        raise UserError("this DINOSAUR has OCLF's autoregressive decoder, whose attention has biases and whose first "
-                        "block keeps the residual, which Spot's does not; slot attention alone loads with "
-                        "spot_kernels: SlotAttention.like('dinosaur', …).load_variant('dinosaur', state, prefix="
-                        "'models.perceptual_grouping.slot_attention.')")  # fmt: skip
+        raise UserError(
+            "this DINOSAUR has OCLF's autoregressive decoder, whose attention has biases and whose first "
+            "block keeps the residual, which Spot's does not; slot attention alone loads with "
+            "spot_kernels: SlotAttention.like('dinosaur', …).load_variant('dinosaur', state, prefix="
+            "'models.perceptual_grouping.slot_attention.')"
+        )
     vit = rest.vit("feature_extractor.model.")
     learned, slots = rest.slot_attention("perceptual_grouping.slot_attention.", "conditioning.")
     learned |= rest.projection("perceptual_grouping.positional_embedding.layers.1.", 1)
@@ -273,8 +312,9 @@ def _dinosaur(rest: _Rest) -> _Read:
     return *_mlp_model(learned | decoder, values | slots, vit, pos_resize="dino"), []
 
 
-def _mlp_model(learned: dict[str, Tensor], values: dict[str, Any], vit: dict[str, Tensor], *,
-               pos_resize: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+def _mlp_model(
+    learned: dict[str, Tensor], values: dict[str, Any], vit: dict[str, Tensor], *, pos_resize: str
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     patch, tokens = vit["patch_embed.proj.weight"].shape[-1], learned["decoder.positions"].shape[0]
     values |= dict(image_size=round(tokens**0.5) * patch, pos_resize=pos_resize)
     if values.get("slot_init") == "learned":

@@ -105,8 +105,9 @@ class Graphed:
             except RuntimeError as error:
                 reason = " ".join(str(error).split())[:200]
                 if not self._optional:
-                    raise UserError(f"the step cannot be recorded as a CUDA graph ({reason}): use --cuda-graph no"
-                                    ) from error  # fmt: skip
+                    raise UserError(
+                        f"the step cannot be recorded as a CUDA graph ({reason}): use --cuda-graph no"
+                    ) from error
                 self._given_up = True
                 self.say(f"the step cannot be recorded as a CUDA graph ({reason}): it is launched piece by piece")
                 return self._function(*arguments)

@@ -54,8 +54,10 @@ def hub_folder(name: str, needed: Sequence[str]) -> Path:
         )
     except Exception as error:  # the hub's client has exceptions of its own and those of what it is built on
         reason = str(error).strip().splitlines()[0][:120] if answers and str(error).strip() else "it does not answer"
-        raise UserError(f"{name} is no file or folder here, and the hub does not give it ({reason}): check the name, "
-                        "or pass the path of a run") from None  # fmt: skip
+        raise UserError(
+            f"{name} is no file or folder here, and the hub does not give it ({reason}): check the name, "
+            "or pass the path of a run"
+        ) from None
     if missing := [file for file in needed if not (folder / file).is_file()]:
         raise UserError(f"{name} on the hub has no {missing[0]}: it is not a model that spot_fast has saved")
     return folder

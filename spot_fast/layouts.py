@@ -62,14 +62,17 @@ def fit_of(name: str, model_size: int, patch: int, size: int | None = None) -> F
         most = math.isqrt(MAX_WINDOWS)
         largest = own + (most - 1) * _stride(own)
         if not own <= short <= largest:
-            raise UserError(f"--size {size} with --fit tiles: use {model_size} (the model's square) to "
-                            f"{largest * patch} ({most} x {most} squares)")
+            raise UserError(
+                f"--size {size} with --fit tiles: use {model_size} (the model's square) to "
+                f"{largest * patch} ({most} x {most} squares)"
+            )
         longest = own + (MAX_WINDOWS // len(_starts(short, own)) - 1) * _stride(own)
     elif name == "interpolate":
         largest = math.isqrt(MAX_TOKENS)
         if not 1 <= short <= largest:
-            raise UserError(f"--size {size} with --fit interpolate: use {patch} to {largest * patch}, at most "
-                            f"{MAX_TOKENS} patches")
+            raise UserError(
+                f"--size {size} with --fit interpolate: use {patch} to {largest * patch}, at most {MAX_TOKENS} patches"
+            )
         longest = MAX_TOKENS // short
     else:
         raise ValueError(f"fit {name!r} is unknown: use one of {', '.join(FITS)}")
@@ -101,5 +104,9 @@ def windows_of(image: Image.Image, layout: Layout, patch: int) -> Tensor:
     height, width = (side * patch for side in layout.grid)
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
     tall, wide = (side * patch for side in layout.window)
-    return torch.stack([transforms.to_tensor(pixels[top * patch:top * patch + tall, left * patch:left * patch + wide])
-                        for top, left in layout.corners])  # fmt: skip
+    return torch.stack(
+        [
+            transforms.to_tensor(pixels[top * patch : top * patch + tall, left * patch : left * patch + wide])
+            for top, left in layout.corners
+        ]
+    )

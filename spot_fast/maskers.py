@@ -43,8 +43,16 @@ class Masker:
     it finds, in CAPTIONS; the first makes the label map. identity: names the model, for files made by it.
     """
 
-    def __init__(self, kinds: tuple[str, ...], size: int, patch: int, device: str, identity: str,
-                 see: Callable[[Tensor], Found], see_at: Callable[[int, int], Callable[[Tensor], Found]]) -> None:
+    def __init__(
+        self,
+        kinds: tuple[str, ...],
+        size: int,
+        patch: int,
+        device: str,
+        identity: str,
+        see: Callable[[Tensor], Found],
+        see_at: Callable[[int, int], Callable[[Tensor], Found]],
+    ) -> None:
         self.kinds, self.size, self.patch, self.identity = kinds, size, patch, identity
         self._device, self._see_at = device, see_at
         self._grids = {(size // patch, size // patch): see}
@@ -66,8 +74,7 @@ class Masker:
         return [(CAPTIONS[kind], soft[0]) for kind, soft in self.find(picture).masks.items()]
 
 
-def model_masker(model: Spot, identity: str, *, orders: str = "0", seed: int = 0,
-                 precision: str = "float32") -> Masker:  # fmt: skip
+def model_masker(model: Spot, identity: str, *, orders: str = "0", seed: int = 0, precision: str = "float32") -> Masker:
     """Masks and slots of a trained model, on its device. Gaussian slots start from the same noise for every picture."""
     config, device = model.config, next(model.parameters()).device
     precision = resolve(precision, device)
@@ -86,20 +93,29 @@ def model_masker(model: Spot, identity: str, *, orders: str = "0", seed: int = 0
         other = at_grid(model, height, width)
         return lambda images: see(other, images)
 
-    return Masker(("decoder", "slots"), config.image_size, model.encoder.patch_size, str(device), identity,
-                  lambda images: see(model, images), see_at)
+    return Masker(
+        ("decoder", "slots"),
+        config.image_size,
+        model.encoder.patch_size,
+        str(device),
+        identity,
+        lambda images: see(model, images),
+        see_at,
+    )
 
 
-def run_masker(run: str | Path | None, *, orders: str, device: str, seed: int = 0,
-               precision: str = "float32") -> tuple[Masker, int, str]:
+def run_masker(
+    run: str | Path | None, *, orders: str, device: str, seed: int = 0, precision: str = "float32"
+) -> tuple[Masker, int, str]:
     """(masker, S, what it is) of a trained run, the newest finished one by default."""
     found = checkpoint.load_run(checkpoint.find_folder(run) if run else checkpoint.find_run(), device)
     masker = model_masker(found.model, f"run {found.path.resolve()}", orders=orders, seed=seed, precision=precision)
     return masker, found.config.image_size, f"run {found.path}"
 
 
-def cluster_masker(encoder_name: str, weights: str | None, *, clusters: int, size: int | None,
-                   device: str, precision: str = "float32") -> tuple[Masker, int, str]:
+def cluster_masker(
+    encoder_name: str, weights: str | None, *, clusters: int, size: int | None, device: str, precision: str = "float32"
+) -> tuple[Masker, int, str]:
     """(masker, S, what it is) of k-means on an encoder's features, the ones that SPOT reconstructs."""
     config = preset("scenes") if encoder_name == SCENES_ENCODER else preset("coco", image_size=CLUSTER_SIZE)
     config = replace(config, encoder=encoder_name, encoder_weights=weights, image_size=size or config.image_size)
@@ -125,7 +141,13 @@ def cluster_masker(encoder_name: str, weights: str | None, *, clusters: int, siz
         other.set_grid(height, width, config.pos_resize)
         return lambda images: see(other, images)
 
-    masker = Masker(("clusters",), config.image_size, encoder.patch_size, device,
-                    f"{clusters} clusters of {encoder_name} {weights or ''}", lambda images: see(encoder, images),
-                    see_at)
+    masker = Masker(
+        ("clusters",),
+        config.image_size,
+        encoder.patch_size,
+        device,
+        f"{clusters} clusters of {encoder_name} {weights or ''}",
+        lambda images: see(encoder, images),
+        see_at,
+    )
     return masker, config.image_size, f"{clusters} clusters of {encoder_name}'s features"

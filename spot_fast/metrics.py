@@ -113,8 +113,9 @@ def pair_labels(instances: Tensor, classes: Tensor | None = None, ignore: Tensor
     bounds = _bounds(maps)
     for low, high in bounds:
         if low < OVERLAP:
-            raise ValueError(f"ground truth has labels {low} to {high}: expected 0 for the background, 1 and above for "
-                             "objects")
+            raise ValueError(
+                f"ground truth has labels {low} to {high}: expected 0 for the background, 1 and above for objects"
+            )
     if any(high > MAX_LABEL for _, high in bounds):
         maps = [_renumbered(labels) for labels in maps]
         bounds = _bounds(maps)

@@ -97,9 +97,15 @@ class SlotEncoder(nn.Module):
         else:
             self.slot_embedding = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_slots, slot_dim)))
         self.attention = SlotAttention(
-            width, slot_dim, mlp_hidden=slot_mlp, heads=heads, iterations=iterations, truncation=truncation,
-            activation=details.activation, **dict(details.slot_attention),
-        )  # fmt: skip
+            width,
+            slot_dim,
+            mlp_hidden=slot_mlp,
+            heads=heads,
+            iterations=iterations,
+            truncation=truncation,
+            activation=details.activation,
+            **dict(details.slot_attention),
+        )
 
     def initial_slots(self, batch: int, noise: Tensor | None = None) -> Tensor:
         """Initial slots [B, K, U]; noise [B, K, U] is the standard-normal draw of `gaussian`, None draws it here."""
@@ -120,17 +126,29 @@ class SlotEncoder(nn.Module):
 def _transformer(config: Config, encoder: Encoder) -> AutoregressiveDecoder:
     details = DETAILS[config.implementation]
     return AutoregressiveDecoder(
-        encoder.dim, config.slot_dim, encoder.grid, blocks=config.dec_blocks, heads=config.dec_heads,
-        cross_heads=config.dec_cross_heads, orders=config.orders, cappa=config.cappa, activation=details.activation,
+        encoder.dim,
+        config.slot_dim,
+        encoder.grid,
+        blocks=config.dec_blocks,
+        heads=config.dec_heads,
+        cross_heads=config.dec_cross_heads,
+        orders=config.orders,
+        cappa=config.cappa,
+        activation=details.activation,
         final_norm=details.final_norm,
-    )  # fmt: skip
+    )
 
 
 def _mlp(config: Config, encoder: Encoder) -> MlpDecoder:
     if config.cappa > 0:
         raise UserError(f"--cappa {config.cappa} belongs to the transformer decoder: drop it or --decoder mlp")
-    return MlpDecoder(encoder.dim, config.slot_dim, encoder.num_tokens, hidden=config.dec_mlp_hidden,
-                      project_slots=config.mlp_slot_proj)  # fmt: skip
+    return MlpDecoder(
+        encoder.dim,
+        config.slot_dim,
+        encoder.num_tokens,
+        hidden=config.dec_mlp_hidden,
+        project_slots=config.mlp_slot_proj,
+    )
 
 
 # --decoder → what builds it; one of your own goes in here (docs/extending.md).
@@ -164,10 +182,16 @@ class Spot(nn.Module):
         self.last_blocks = encoder.copy_last_blocks() if config.stage == 2 else None
         try:
             self.slot_encoder = SlotEncoder(
-                encoder.dim, config.num_slots, config.slot_dim, config.slot_mlp, heads=config.slot_heads,
-                iterations=config.slot_iterations, init=config.slot_init, truncation=config.truncation,
+                encoder.dim,
+                config.num_slots,
+                config.slot_dim,
+                config.slot_mlp,
+                heads=config.slot_heads,
+                iterations=config.slot_iterations,
+                init=config.slot_init,
+                truncation=config.truncation,
                 details=DETAILS[config.implementation],
-            )  # fmt: skip
+            )
             self.decoder = _build_decoder(config, encoder)
         except UserError:
             raise

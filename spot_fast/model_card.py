@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from .config import Config
 from .encoder import SCENES_ENCODER
 
-_NAMES = {"mbo_i_decoder": "mBO_i, decoder masks", "mbo_i_slots": "mBO_i, slot masks",
-          "val_loss": "reconstruction loss"}  # fmt: skip
+_NAMES = {
+    "mbo_i_decoder": "mBO_i, decoder masks",
+    "mbo_i_slots": "mBO_i, slot masks",
+    "val_loss": "reconstruction loss",
+}
 _PAPER = "[SPOT, CVPR 2024](https://arxiv.org/abs/2312.00648)"
 
 
@@ -53,8 +56,11 @@ def card(config: Config, scores: Mapping[str, float], sha256: str, *, included: 
         f"Takes pictures apart into {config.num_slots} slots without labels ({_PAPER}): frozen ViT `{config.encoder}` "
         f"at {config.image_size} px, {config.slot_init} slots of width {config.slot_dim}, {decoder}.",
         *([f"Converted from {source}."] if source else []),
-        *([f"Details as in {config.implementation}, not as SPOT's authors have them."]
-          if config.implementation != "spot" else []),
+        *(
+            [f"Details as in {config.implementation}, not as SPOT's authors have them."]
+            if config.implementation != "spot"
+            else []
+        ),
         "",
         "```python",
         "import spot_fast",
@@ -71,15 +77,25 @@ def card(config: Config, scores: Mapping[str, float], sha256: str, *, included: 
         "",
     ]
     if scores:
-        parts += [f"Last validation of the run (preset {config.preset}, its first pictures; "
-                  "`python -m spot_fast.evaluate` gives the whole table):", "", "| | |", "|---|---|"]  # fmt: skip
+        parts += [
+            f"Last validation of the run (preset {config.preset}, its first pictures; "
+            "`python -m spot_fast.evaluate` gives the whole table):",
+            "",
+            "| | |",
+            "|---|---|",
+        ]
         parts += [f"| {_NAMES.get(name, name)} | {value:.4f} |" for name, value in scores.items()]
     else:
         parts.append("None are known: `python -m spot_fast.evaluate PATH --data DATA` measures them.")
-    parts += ["", "## Encoder and licence", "",
-              f"The frozen encoder's weights are {licence}{assumed}. They are {where}; sha256 of the loaded weights: "
-              f"`{sha256}`."]  # fmt: skip
+    parts += [
+        "",
+        "## Encoder and licence",
+        "",
+        f"The frozen encoder's weights are {licence}{assumed}. They are {where}; sha256 of the loaded weights: "
+        f"`{sha256}`.",
+    ]
     if config.stage == 2:
-        parts.append(f"This model also holds a trained copy of its last {config.train_blocks} blocks, which derives "
-                     "from them.")  # fmt: skip
+        parts.append(
+            f"This model also holds a trained copy of its last {config.train_blocks} blocks, which derives from them."
+        )
     return "\n".join(parts) + "\n"

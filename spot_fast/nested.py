@@ -25,8 +25,9 @@ def map_tensors(value: T, function: Callable[[Tensor], Any]) -> T:
     if isinstance(value, tuple):
         return tuple(map_tensors(each, function) for each in value)
     if is_dataclass(value):
-        return replace(value, **{field.name: map_tensors(getattr(value, field.name), function)
-                                 for field in fields(value)})  # fmt: skip
+        return replace(
+            value, **{field.name: map_tensors(getattr(value, field.name), function) for field in fields(value)}
+        )
     return function(value) if isinstance(value, Tensor) else value
 
 

@@ -26,11 +26,17 @@ from .tensor_checks import require_plain
 # Published models have different numbers of slots: that of learned slots is in the file.
 _PRESETS = {7: "coco", 6: "voc", 11: "movi_c", 24: "movi_e"}
 # Tensors that settings are read off.
-_NEEDED = ("encoder.patch_embed.proj.weight", "encoder.pos_embed", "encoder.blocks.0.mlp.fc1.weight",
-           "slot_attn.slot_attention.project_q.weight", "slot_attn.slot_attention.mlp.0.weight")  # fmt: skip
+_NEEDED = (
+    "encoder.patch_embed.proj.weight",
+    "encoder.pos_embed",
+    "encoder.blocks.0.mlp.fc1.weight",
+    "slot_attn.slot_attention.project_q.weight",
+    "slot_attn.slot_attention.mlp.0.weight",
+)
 # What the authors' training code does unless told otherwise, whatever the preset.
-_DEFAULTS = dict(feature_norm=False, encoder_weights=None, slot_heads=1, slot_iterations=3, dec_heads=6,
-                 dec_cross_heads=0)  # fmt: skip
+_DEFAULTS = dict(
+    feature_norm=False, encoder_weights=None, slot_heads=1, slot_iterations=3, dec_heads=6, dec_cross_heads=0
+)
 
 
 def official_weights(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Tensor]:
@@ -39,8 +45,9 @@ def official_weights(source: str | os.PathLike | Mapping[str, Any]) -> dict[str,
     state = contents.get("model", contents)
     if not isinstance(state, Mapping):
         raise UserError("the checkpoint's `model` is not a state dict: pass the authors' .pt.tar")
-    state = {unwrapped(name): value for name, value in state.items()
-             if isinstance(name, str) and isinstance(value, Tensor)}  # fmt: skip
+    state = {
+        unwrapped(name): value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)
+    }
     mlp = any(name.startswith(("dec.decoder.", "tf_dec.decoder.")) for name in state)
     for needed in (*_NEEDED, *(() if mlp else ("bos_tokens",))):
         if needed not in state:
@@ -59,8 +66,10 @@ def _trained_blocks(state: Mapping[str, Tensor]) -> int:
     depth = _depth(state, "encoder.")
     for name, value in state.items():
         if name.startswith("encoder.") and f"second_{name}" not in state:
-            raise UserError(f"the checkpoint's frozen encoder lacks {name.removeprefix('encoder.')}, which its student "
-                            "has: it is damaged")  # fmt: skip
+            raise UserError(
+                f"the checkpoint's frozen encoder lacks {name.removeprefix('encoder.')}, which its student "
+                "has: it is damaged"
+            )
         if not name.startswith("second_encoder."):
             continue
         if (own := state.get(name.removeprefix("second_"))) is None:
@@ -71,17 +80,21 @@ def _trained_blocks(state: Mapping[str, Tensor]) -> int:
         if match is None:
             if name.startswith("second_encoder.norm."):
                 continue  # behind the features: never used
-            raise UserError(f"the checkpoint's student and frozen encoder differ in {name.removeprefix('second_')}, in "
-                            "front of the blocks: only last blocks can be trained here")  # fmt: skip
+            raise UserError(
+                f"the checkpoint's student and frozen encoder differ in {name.removeprefix('second_')}, in "
+                "front of the blocks: only last blocks can be trained here"
+            )
         if depth - int(match.group(1)) > 4:
-            raise UserError(f"the checkpoint's student changed encoder block {match.group(1)} of {depth}: only the "
-                            "last four train in the authors' recipe")  # fmt: skip
+            raise UserError(
+                f"the checkpoint's student changed encoder block {match.group(1)} of {depth}: only the "
+                "last four train in the authors' recipe"
+            )
     return min(4, depth)
 
 
 def infer_config(
     source: str | os.PathLike | Mapping[str, Any], *, encoder_heads: int | None = None, **changes: Any
-) -> Config:  # fmt: skip
+) -> Config:
     """The Config that a checkpoint's tensors imply, with `changes` applied.
 
     Not visible in the tensors: the data set (a preset, see `assumptions`), the number of gaussian slots, heads (the
@@ -137,9 +150,12 @@ def assumptions(config: Config) -> list[str]:
 def _tokens(state: Mapping[str, Tensor]) -> int:
     """Patch tokens N: the side of the causal mask or the decoder's own positions say it without prefix tokens."""
     for name, axis in (
-        ("dec.blocks.0.self_attn_mask", 0), ("tf_dec.blocks.0.self_attn_mask", 0), ("dec.pos_embed", 1),
-        ("tf_dec.pos_embed", 1), ("pos_embed", 1),
-    ):  # fmt: skip
+        ("dec.blocks.0.self_attn_mask", 0),
+        ("tf_dec.blocks.0.self_attn_mask", 0),
+        ("dec.pos_embed", 1),
+        ("tf_dec.pos_embed", 1),
+        ("pos_embed", 1),
+    ):
         if name in state:
             return state[name].shape[axis]
     return state["encoder.pos_embed"].shape[1] - 1
@@ -205,7 +221,7 @@ def _reshape(name: str, value: Tensor) -> Tensor:
 
 def load_official(
     source: str | os.PathLike | Mapping[str, Any], *, encoder_heads: int | None = None, **changes: Any
-) -> Spot:  # fmt: skip
+) -> Spot:
     """A Spot in eval mode with a checkpoint's weights, encoder included.
 
     Args:
@@ -246,8 +262,9 @@ def authors_state_dict(model: Spot, vit: Mapping[str, Tensor] | None = None) -> 
         (rope, f"its encoder {config.encoder} has rotary positions"),
     ):
         if wrong:
-            raise UserError(f"this model cannot become a checkpoint of the authors' implementation: {why}, which that "
-                            "does not know")  # fmt: skip
+            raise UserError(
+                f"this model cannot become a checkpoint of the authors' implementation: {why}, which that does not know"
+            )
     learned = {name: value.detach().cpu() for name, value in model.learned_state_dict().items()}
     vit = {name: value.detach().cpu() for name, value in (vit or model.encoder.vit.state_dict()).items()}
     return official_tensors(learned, vit, tokens=model.encoder.num_tokens, mlp=config.decoder == "mlp")
@@ -255,5 +272,8 @@ def authors_state_dict(model: Spot, vit: Mapping[str, Tensor] | None = None) -> 
 
 def unused_tensors(original: Mapping[str, Tensor], back: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What of a checkpoint the way back does not give: tensors that its authors' code holds and never uses."""
-    return {name: value for name, value in original.items()
-            if name not in back or not torch.equal(back[name].to(value.dtype), value)}  # fmt: skip
+    return {
+        name: value
+        for name, value in original.items()
+        if name not in back or not torch.equal(back[name].to(value.dtype), value)
+    }

@@ -91,7 +91,7 @@ def frozen_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def official_tensors(
     learned: Mapping[str, Tensor], vit: Mapping[str, Tensor], *, tokens: int, mlp: bool
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """The authors' state dict of a Spot: its learned tensors, and the frozen encoder's in timm's names.
 
     tokens: patch tokens N, the size of the causal masks that the authors' blocks hold.
@@ -116,8 +116,12 @@ def official_tensors(
         result[f"dec.blocks.{number}.self_attn_mask"] = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
     if mlp:
         width = learned["slot_encoder.norm.weight"].shape[0]
-        result |= {"bos_tokens": torch.zeros(1, 1, 1, width), "input_proj.0.weight": torch.zeros(width, width),
-                   "input_proj.1.weight": torch.ones(width), "input_proj.1.bias": torch.zeros(width)}  # fmt: skip
+        result |= {
+            "bos_tokens": torch.zeros(1, 1, 1, width),
+            "input_proj.0.weight": torch.zeros(width, width),
+            "input_proj.1.weight": torch.ones(width),
+            "input_proj.1.bias": torch.zeros(width),
+        }
     return result
 
 
@@ -146,8 +150,10 @@ def _official(name: str, value: Tensor, mlp: bool) -> dict[str, Tensor]:
     if part == "self_attention":
         if rest == "project_o.weight":
             return {f"{prefix}.self_attn.proj_o.weight": value}
-        return {f"{prefix}.self_attn.proj_{letter}.weight": third
-                for letter, third in zip("qkv", value.chunk(3), strict=True)}  # fmt: skip
+        return {
+            f"{prefix}.self_attn.proj_{letter}.weight": third
+            for letter, third in zip("qkv", value.chunk(3), strict=True)
+        }
     theirs = {ours: theirs for theirs, ours in _BLOCK.items()}[part]
     return {f"{prefix}.{theirs}.{rest.replace('project_', 'proj_')}": value}
 

@@ -67,8 +67,9 @@ def optimiser_tensors(optimiser: torch.optim.Adam, names: Mapping[nn.Parameter, 
     }
 
 
-def load_optimiser_tensors(optimiser: torch.optim.Adam, names: Mapping[nn.Parameter, str],
-                           tensors: Mapping[str, Tensor]) -> None:  # fmt: skip
+def load_optimiser_tensors(
+    optimiser: torch.optim.Adam, names: Mapping[nn.Parameter, str], tensors: Mapping[str, Tensor]
+) -> None:
     """Puts back what `optimiser_tensors` gave."""
     by_name = {name: parameter for parameter, name in names.items()}
     for key, value in tensors.items():

@@ -20,8 +20,10 @@ def required(module: str, what: str, install: str) -> ModuleType:
     except Exception as error:  # noqa: BLE001
         if isinstance(error, ModuleNotFoundError) and error.name in (package, module):
             raise UserError(f"{what} needs {package}: pip install {install}") from None
-        raise UserError(f"{what} needs {package}, which is there but cannot be imported ({said(error)}): pip install "
-                        f"--force-reinstall {install}") from error  # fmt: skip
+        raise UserError(
+            f"{what} needs {package}, which is there but cannot be imported ({said(error)}): pip install "
+            f"--force-reinstall {install}"
+        ) from error
 
 
 def said(error: BaseException) -> str:

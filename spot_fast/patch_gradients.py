@@ -19,7 +19,10 @@ from .model import Spot
 
 
 def patch_gradient_norms(
-    model: Spot, slots: Tensor, target: Tensor, order_index: Tensor | None = None,
+    model: Spot,
+    slots: Tensor,
+    target: Tensor,
+    order_index: Tensor | None = None,
     done: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """g [B, N] in raster layout, float32 at least, of slots [B, K, U] and target features [B, N, D].

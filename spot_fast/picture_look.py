@@ -59,8 +59,9 @@ def read_picture(image_set: ImageSet, index: int) -> tuple[Tensor, Masks | None]
 
 
 @torch.no_grad()
-def look(model: Spot, picture: Tensor, truth: Masks | None, *, index: int, seed: int,
-         precision: str = "float32") -> Look:  # fmt: skip
+def look(
+    model: Spot, picture: Tensor, truth: Masks | None, *, index: int, seed: int, precision: str = "float32"
+) -> Look:
     """What `model` makes of one picture, with the slot noise that `evaluate` gives to picture `index` under `seed`."""
     encoder, device = model.slot_encoder, next(model.slot_encoder.parameters()).device
     precision = resolve(precision, device)
@@ -82,8 +83,15 @@ def look(model: Spot, picture: Tensor, truth: Masks | None, *, index: int, seed:
         scores = [None if math.isnan(s) else s for s in counted.per_image()["mbo_i"].tolist()]
         colours = slot_colours(labels[0], encoder.num_slots, truth.instances)
     orders = len(by_order)
-    return Look(maps[0], maps[1 : 1 + orders], maps[1 + orders :], colours, scores[0], scores[1 : 1 + orders],
-                scores[1 + orders :])  # fmt: skip
+    return Look(
+        maps[0],
+        maps[1 : 1 + orders],
+        maps[1 + orders :],
+        colours,
+        scores[0],
+        scores[1 : 1 + orders],
+        scores[1 + orders :],
+    )
 
 
 def orders_of(model: Spot, device: torch.device) -> list[Tensor]:
@@ -95,8 +103,9 @@ def attention_by_iteration(model: Spot, features: Tensor, noise: Tensor | None) 
     """Slot attention [B, N, K] of features [B, N, D] in iteration 1, 2, … of as many as the run has."""
     encoder = model.slot_encoder
     inputs, initial = encoder.mlp(encoder.norm(features)), encoder.initial_slots(len(features), noise)
-    return [encoder.attention(inputs, initial, iterations=count + 1)[1]
-            for count in range(encoder.attention.iterations)]  # fmt: skip
+    return [
+        encoder.attention(inputs, initial, iterations=count + 1)[1] for count in range(encoder.attention.iterations)
+    ]
 
 
 def truth_colours(instances: Tensor) -> dict[int, int]:
@@ -150,8 +159,15 @@ def unevenness(norms: Tensor) -> tuple[float, float]:
     return (norms.max() / norms.min()).item(), (norms.std(correction=0) / norms.mean()).item()
 
 
-def gradients(model: Spot, image_set: ImageSet, *, pictures: int, seed: int, batch: int = 16,
-              done: Callable[[], object] = lambda: None) -> Gradients | None:  # fmt: skip
+def gradients(
+    model: Spot,
+    image_set: ImageSet,
+    *,
+    pictures: int,
+    seed: int,
+    batch: int = 16,
+    done: Callable[[], object] = lambda: None,
+) -> Gradients | None:
     """Norms of `model` on the first `pictures` readable pictures, in float32; None where there are none.
 
     `done` is called after each backward pass, of which there are one per patch, order and batch.

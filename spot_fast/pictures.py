@@ -74,8 +74,14 @@ def picture_panel(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def overlay(image: Image.Image, masks: Tensor, size: tuple[int, int], *, grid: tuple[int, int] | None = None,
-            colours: np.ndarray | None = None) -> Image.Image:
+def overlay(
+    image: Image.Image,
+    masks: Tensor,
+    size: tuple[int, int],
+    *,
+    grid: tuple[int, int] | None = None,
+    colours: np.ndarray | None = None,
+) -> Image.Image:
     """`image` tinted by the label map of `masks` [N, K], with outlines, as a panel of `size` (width, height).
 
     grid as in `labels_at`, colours as in `indexed_png`.
@@ -118,14 +124,18 @@ def contact_sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], columns: in
         raise ValueError("a contact sheet needs at least one row of panels")
     once = len({tuple((caption, panel.size) for caption, panel in row) for row in rows}) == 1
     font = ImageFont.load_default(13)
-    lines = [rows[i:i + columns] for i in range(0, len(rows), columns)]
+    lines = [rows[i : i + columns] for i in range(0, len(rows), columns)]
     widths = [sum(_row_width(row) + 2 * _GAP for row in line) - 2 * _GAP for line in lines]
     heights = [max(panel.height for row in line for _, panel in row) for line in lines]
     captions = [_CAPTION if i == 0 or not once else 0 for i in range(len(lines))]
-    sheet = Image.new("RGB", (
-        2 * _MARGIN + max(widths),
-        2 * _MARGIN - _GAP + sum(heights) + sum(captions) + _GAP * len(lines),
-    ), _PAPER)
+    sheet = Image.new(
+        "RGB",
+        (
+            2 * _MARGIN + max(widths),
+            2 * _MARGIN - _GAP + sum(heights) + sum(captions) + _GAP * len(lines),
+        ),
+        _PAPER,
+    )
     draw = ImageDraw.Draw(sheet)
     top = _MARGIN
     for line, height, caption_height in zip(lines, heights, captions, strict=True):

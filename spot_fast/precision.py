@@ -32,8 +32,10 @@ def resolve(precision: str, device: torch.device) -> str:
     if precision not in PRECISIONS:
         raise ValueError(f"--precision {precision} is unknown: use one of {', '.join(PRECISIONS)}")
     if precision == "tf32" and not (device.type == "cuda" and torch.cuda.is_tf32_supported()):
-        raise UserError(f"--precision tf32 needs an NVIDIA GPU of compute capability 8.0 or more, not {device}: use "
-                        "float32, or bf16 where the device has it")
+        raise UserError(
+            f"--precision tf32 needs an NVIDIA GPU of compute capability 8.0 or more, not {device}: use "
+            "float32, or bf16 where the device has it"
+        )
     if precision != "auto":
         return precision
     fast = cpu_has_bfloat16() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported()

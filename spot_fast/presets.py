@@ -41,8 +41,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Lists what --preset of python -m spot_fast.train takes: a data set, a method and an encoder, each "
         "optional, joined with +, such as coco+dinosaur+mae_vitb16; with the paper's scores.",
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="show one in full, a part or a combination: every "
-                        "value with its source, both training commands, all scores")  # fmt: skip
+    parser.add_argument(
+        "name",
+        nargs="?",
+        metavar="NAME",
+        help="show one in full, a part or a combination: every "
+        "value with its source, both training commands, all scores",
+    )
     parser.add_argument("--json", action="store_true", help="the same as JSON; scores in percent")
     return parser
 
@@ -122,34 +127,62 @@ def commands(data: str, method: str, encoder: str | None) -> list[str]:
 
 
 def _score(row: Score) -> dict[str, Any]:
-    figures = {metric: {"mean": mean, "std": deviation}
-               for metric, mean, deviation in zip(METRICS, row.means, row.deviations, strict=True)}  # fmt: skip
-    return {"data": row.data, "method": row.method, "encoder": row.encoder, "stage": row.stage, "masks": row.masks,
-            "percent": figures, "source": row.source, "note": row.note}  # fmt: skip
+    figures = {
+        metric: {"mean": mean, "std": deviation}
+        for metric, mean, deviation in zip(METRICS, row.means, row.deviations, strict=True)
+    }
+    return {
+        "data": row.data,
+        "method": row.method,
+        "encoder": row.encoder,
+        "stage": row.stage,
+        "masks": row.masks,
+        "percent": figures,
+        "source": row.source,
+        "note": row.note,
+    }
 
 
 def _everything() -> dict[str, Any]:
     return {
         "data": {name: {"about": one.about} for name, one in DATA_SETS.items()},
-        "methods": {name: {"about": one.about, "stages": 1 if one.stage2 is None else 2, "notes": list(one.notes)}
-                    for name, one in METHODS.items()},
-        "encoders": {name: {"about": one.about, "timm": one.timm, "licence": one.licence, "weights": one.weights,
-                            "notes": list(one.notes)} for name, one in ENCODERS.items()},
+        "methods": {
+            name: {"about": one.about, "stages": 1 if one.stage2 is None else 2, "notes": list(one.notes)}
+            for name, one in METHODS.items()
+        },
+        "encoders": {
+            name: {
+                "about": one.about,
+                "timm": one.timm,
+                "licence": one.licence,
+                "weights": one.weights,
+                "notes": list(one.notes),
+            }
+            for name, one in ENCODERS.items()
+        },
         "scores": [_score(row) for row in scores()],
-    }  # fmt: skip
+    }
 
 
 def _list() -> str:
-    lines = ["python -m spot_fast.train --preset DATA+METHOD+ENCODER, in any order. Left out they are scenes, spot and "
-             "dino_vitb16;", "scenes have an encoder of their own.", ""]  # fmt: skip
+    lines = [
+        "python -m spot_fast.train --preset DATA+METHOD+ENCODER, in any order. Left out they are scenes, spot and "
+        "dino_vitb16;",
+        "scenes have an encoder of their own.",
+        "",
+    ]
     lines += _section("data sets", ((name, one.about) for name, one in DATA_SETS.items()))
-    lines += _section("methods", ((name, one.about + ("" if one.stage2 is not None else "; stage 1 alone"))
-                                  for name, one in METHODS.items()))  # fmt: skip
+    lines += _section(
+        "methods",
+        ((name, one.about + ("" if one.stage2 is not None else "; stage 1 alone")) for name, one in METHODS.items()),
+    )
     lines += _section("encoders", ((name, _about_encoder(name)) for name in ENCODERS))
     lines.append("scores of the paper, percent, decoder masks, mean ± standard deviation of 3 seeds where it has them")
     lines += _table(main_scores(), with_data=True)
-    lines += ["", "python -m spot_fast.presets NAME shows one in full: every value with its source, commands, all "
-              "scores."]  # fmt: skip
+    lines += [
+        "",
+        "python -m spot_fast.presets NAME shows one in full: every value with its source, commands, all scores.",
+    ]
     return "\n".join(lines)
 
 
@@ -189,16 +222,23 @@ def _table(rows: Sequence[Score], *, with_data: bool) -> list[str]:
         place = [] if with_data else [str(row.stage), row.masks]
         body.append([score_name(row), *place, *row.figures, row.source, row.note])
     widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
-    return ["  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-            for line in [head, *body]]  # fmt: skip
+    return [
+        "  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in [head, *body]
+    ]
 
 
 def _page(found: dict[str, Any]) -> str:
     lines = [f"{found['named'][kind]}: {text}" for kind, text in found["about"].items()]
     if left_out := [kind for kind, value in found["named"].items() if value is None and found["shown"][kind]]:
         lines.append("shown with " + " and ".join(f"{kind} {found['shown'][kind]}" for kind in left_out))
-    lines += ["", *(f"  {command}" for command in found["commands"]), "",
-              "Sources on the right are sections and tables of the paper, arXiv 2312.00648v3.", ""]
+    lines += [
+        "",
+        *(f"  {command}" for command in found["commands"]),
+        "",
+        "Sources on the right are sections and tables of the paper, arXiv 2312.00648v3.",
+        "",
+    ]
     first, *rest = found["settings"].values()
     lines += ["settings (stage 1)" if rest else "settings", *(_setting(*item) for item in first.items())]
     if rest:

@@ -102,8 +102,11 @@ def pretrain(steps: int, batch: int, images: int, lr: float, seed: int) -> tuple
 
 def main(arguments: list[str] | None = None) -> int:
     terminal.any_character()
-    parser = argparse.ArgumentParser("spot_fast.pretrain", description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "spot_fast.pretrain",
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, default=packaged_weights(), help="file to write")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=128)

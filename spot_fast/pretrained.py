@@ -30,9 +30,14 @@ CARD = "README.md"
 
 
 def save_pretrained(
-    model: Spot, folder: str | os.PathLike, *, scores: Mapping[str, float] | None = None,
-    vit: Mapping[str, Tensor] | None = None, unused: Mapping[str, Tensor] | None = None, source: str | None = None,
-) -> Path:  # fmt: skip
+    model: Spot,
+    folder: str | os.PathLike,
+    *,
+    scores: Mapping[str, float] | None = None,
+    vit: Mapping[str, Tensor] | None = None,
+    unused: Mapping[str, Tensor] | None = None,
+    source: str | None = None,
+) -> Path:
     """Writes `model` to a new `folder`, whole or not at all.
 
     Args:
@@ -50,8 +55,9 @@ def save_pretrained(
     if others := {value.dtype for value in model.parameters()} - {torch.float32}:
         raise UserError(f"the model has weights in {others.pop()}, files are float32: save it after model.float()")
     include = vit is not None or config.encoder_weights not in (None, "hub")
-    config = replace(config, data=None, sbd=None, cache_dir=None,
-                     encoder_weights=ENCODER if include else config.encoder_weights)  # fmt: skip
+    config = replace(
+        config, data=None, sbd=None, cache_dir=None, encoder_weights=ENCODER if include else config.encoder_weights
+    )
     if include and vit is None:
         vit = _stored_weights(model)
     unused = unused_of(model) if unused is None else unused
@@ -94,8 +100,10 @@ def check_free(path: Path) -> None:
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # Copies, because safetensors writes no two names for one memory.
-    return {name: torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format).copy_(value)
-            for name, value in tensors.items()}  # fmt: skip
+    return {
+        name: torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format).copy_(value)
+        for name, value in tensors.items()
+    }
 
 
 def unused_of(model: Spot) -> dict[str, Tensor]:
@@ -116,6 +124,9 @@ def last_scores(run: Path | None) -> dict[str, float]:
         except ValueError:
             continue
         if record.get("kind") == "validation":
-            scores = {name: value for name, value in record.items()
-                      if name not in ("kind", "step", "epoch") and isinstance(value, float)}  # fmt: skip
+            scores = {
+                name: value
+                for name, value in record.items()
+                if name not in ("kind", "step", "epoch") and isinstance(value, float)
+            }
     return scores

@@ -83,19 +83,23 @@ class Events:
             yield
         except Exception as error:  # noqa: BLE001
             self._writer = None
-            self._say(f"note: TensorBoard's events are not written from here on ({said(error)}); metrics.jsonl has all "
-                      "numbers, --no-tensorboard leaves events out")  # fmt: skip
+            self._say(
+                f"note: TensorBoard's events are not written from here on ({said(error)}); metrics.jsonl has all "
+                "numbers, --no-tensorboard leaves events out"
+            )
 
 
 class Display:
     """Bar on a terminal, lines everywhere; TensorBoard scalars in `folder`/tensorboard. A quiet one shows nothing."""
 
-    def __init__(self, folder: Path, *, title: str, step: int, total_steps: int, tensorboard: bool,
-                 quiet: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, title: str, step: int, total_steps: int, tensorboard: bool, quiet: bool = False
+    ) -> None:
         self.step, self.total_steps, self._quiet = step, total_steps, quiet
         tensorboard = tensorboard and not quiet
-        self._bar = tqdm(total=total_steps, initial=step, desc=title, unit="step", disable=quiet or None,
-                         dynamic_ncols=True)  # fmt: skip
+        self._bar = tqdm(
+            total=total_steps, initial=step, desc=title, unit="step", disable=quiet or None, dynamic_ncols=True
+        )
         self._first, self._start = step, 0.0
         self._events = Events(folder / "tensorboard", step, self.line) if tensorboard else None
 
@@ -143,14 +147,27 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def epoch_line(epoch: int, epochs: int, step: int, total_steps: int, values: dict[str, float], scores: dict[str, float],
-               time_left: str) -> str:  # fmt: skip
+def epoch_line(
+    epoch: int,
+    epochs: int,
+    step: int,
+    total_steps: int,
+    values: dict[str, float],
+    scores: dict[str, float],
+    time_left: str,
+) -> str:
     """One line about an epoch, scores of a validation at its end included."""
     losses = f"loss {values['loss']:.4f}"
     if "loss_att" in values:
         losses += f" (rec {values['loss_rec']:.4f}, att {values['loss_att']:.4f})"
-    parts = [f"epoch {epoch}/{epochs}", f"step {step}/{total_steps}", losses, f"lr {values['lr']:.2e}",
-             f"{values['images_per_s']:.0f} images/s", f"{values['step_ms']:.3g} ms"]  # fmt: skip
+    parts = [
+        f"epoch {epoch}/{epochs}",
+        f"step {step}/{total_steps}",
+        losses,
+        f"lr {values['lr']:.2e}",
+        f"{values['images_per_s']:.0f} images/s",
+        f"{values['step_ms']:.3g} ms",
+    ]
     if "mfu" in values:
         parts.append(f"MFU {values['mfu']:.0%}")
     parts.append(f"{values['peak_memory'] / 1e9:.1f} GB")

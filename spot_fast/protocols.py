@@ -112,7 +112,8 @@ PROTOCOLS = {
             "instances, which are of the highest class",
             "amazon-science/object-centric-learning-framework@0a97292 configs/evaluation/projects/bridging/"
             "metrics_coco_ccrop.yaml, metrics_voc2012_masks_ccrop.yaml, metrics_movi_c.yaml, ocl/metrics/masks.py",
-            truth=_oclf_truth, crowd=False,
+            truth=_oclf_truth,
+            crowd=False,
         ),
         Protocol(
             "ocbench",
@@ -121,7 +122,10 @@ PROTOCOLS = {
             "Genera1Z/VQ-VFM-OCL@d21cab5 config-dinosaur/dinosaur_r-coco.py, object_centric_bench/learn/metric.py, "
             "datum/dataset_coco.py",
             Rules(mbo_background=True, miou_background=True, classes=False, empty_ari=False),
-            size=256, stretched=256, truth=_ocbench_truth, hidden=None,
+            size=256,
+            stretched=256,
+            truth=_ocbench_truth,
+            hidden=None,
         ),
         Protocol(
             "slotdiffusion",
@@ -130,7 +134,11 @@ PROTOCOLS = {
             "Wuziyi616/SlotDiffusion@eacfc9a slotdiffusion/img_based/test_seg.py, models/eval_utils.py, "
             "datasets/coco.py, datasets/voc.py",
             Rules(miou_background=True),
-            size=224, stretched=128, truth=_slotdiffusion_truth, crowd=False, hidden=OVERLAP,
+            size=224,
+            stretched=128,
+            truth=_slotdiffusion_truth,
+            crowd=False,
+            hidden=OVERLAP,
         ),
         Protocol(
             "lsd",
@@ -138,10 +146,13 @@ PROTOCOLS = {
             "cosine similarity; objects without a partner count nowhere; nothing is ignored, no class maps",
             "JindongJiang/latent-slot-diffusion@b04e74b src/eval/eval.py, src/eval/eval_utils.py",
             Rules(cosine=True, per_object=True, classes=False),
-            size=256, stretched=256, truth=_lsd_truth, hidden=None,
+            size=256,
+            stretched=256,
+            truth=_lsd_truth,
+            hidden=None,
         ),
     )
-}  # fmt: skip
+}
 
 
 def chosen(names: str | Sequence[str]) -> list[Protocol]:
@@ -152,8 +163,9 @@ def chosen(names: str | Sequence[str]) -> list[Protocol]:
         return list(PROTOCOLS.values())
     unknown = [word for word in words if word not in PROTOCOLS]
     if unknown or not words:
-        raise UserError(f"--protocol {','.join(words)} is unknown: use all, or some of {', '.join(PROTOCOLS)} with "
-                        "commas between")  # fmt: skip
+        raise UserError(
+            f"--protocol {','.join(words)} is unknown: use all, or some of {', '.join(PROTOCOLS)} with commas between"
+        )
     return [PROTOCOLS[word] for word in words]
 
 

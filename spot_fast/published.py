@@ -107,5 +107,8 @@ SCORES = _rows()
 
 def scores(data: str | None = None, method: str | None = None, encoder: str | None = None) -> list[Score]:
     """The rows of a data set, method and encoder; None takes all."""
-    return [score for score in SCORES if data in (None, score.data) and method in (None, score.method)
-            and encoder in (None, score.encoder)]  # fmt: skip
+    return [
+        score
+        for score in SCORES
+        if data in (None, score.data) and method in (None, score.method) and encoder in (None, score.encoder)
+    ]

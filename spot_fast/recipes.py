@@ -75,13 +75,24 @@ class Vit:
 # What every preset has unless it says otherwise: Config's defaults, whose sources are these.
 COMMON: dict[str, Value] = {
     **_from("D.3", image_size=224),
-    **_from("D.2", slot_dim=256, slot_mlp=1024, slot_iterations=3, dec_blocks=4, dec_heads=6, dec_mlp_hidden=2048,
-            batch_size=64, warmup_steps=10_000, att_weight=0.005, train_blocks=4),
+    **_from(
+        "D.2",
+        slot_dim=256,
+        slot_mlp=1024,
+        slot_iterations=3,
+        dec_blocks=4,
+        dec_heads=6,
+        dec_mlp_hidden=2048,
+        batch_size=64,
+        warmup_steps=10_000,
+        att_weight=0.005,
+        train_blocks=4,
+    ),
     **_from("3.2, 4.2 (A)", orders="spot9"),
     **_from("authors' code", clip=0.3, slot_heads=1),
     **_from("3.3", slot_init="gaussian"),
     **_from("authors' code", truncation="none"),
-}  # fmt: skip
+}
 # Stage 2 starts its student fresh, with learned slots whose gradient rule is bi-level.
 STAGE2 = _from("3.3", slot_init="learned", truncation="bi_level")
 
@@ -94,31 +105,69 @@ _MOVI2 = {**_from("4.1, D.2", epochs=30), **_from("D.2", lr_low=1.5e-4)}
 
 DATA_SETS: dict[str, DataSet] = {
     "scenes": DataSet(
-        "generated pictures and a packaged encoder: needs no data", "generated scenes",
-        _from("ours", image_size=64, mask_size=64, flip=False, train_images=8192, val_images=500,
-              encoder="spot_scenes", feature_norm=True, train_blocks=2, num_slots=6, slot_dim=128, slot_mlp=256,
-              dec_blocks=4, dec_heads=4, epochs=14, batch_size=32, lr=1e-3, lr_low=1e-5, warmup_steps=256,
-              att_weight=0.02, eval_every=2),
+        "generated pictures and a packaged encoder: needs no data",
+        "generated scenes",
+        _from(
+            "ours",
+            image_size=64,
+            mask_size=64,
+            flip=False,
+            train_images=8192,
+            val_images=500,
+            encoder="spot_scenes",
+            feature_norm=True,
+            train_blocks=2,
+            num_slots=6,
+            slot_dim=128,
+            slot_mlp=256,
+            dec_blocks=4,
+            dec_heads=4,
+            epochs=14,
+            batch_size=32,
+            lr=1e-3,
+            lr_low=1e-5,
+            warmup_steps=256,
+            att_weight=0.02,
+            eval_every=2,
+        ),
         _from("ours", epochs=6),
     ),
     "coco": DataSet(
-        "COCO 2017, 118,287 pictures to train, 5,000 to evaluate", "COCO",
-        {**_from("4.1, D.2", num_slots=7, epochs=50), **_from("D.2", lr=4e-4, lr_low=4e-7),
-         **_from("D.3", crop="center", flip=True, mask_size=320)},
+        "COCO 2017, 118,287 pictures to train, 5,000 to evaluate",
+        "COCO",
+        {
+            **_from("4.1, D.2", num_slots=7, epochs=50),
+            **_from("D.2", lr=4e-4, lr_low=4e-7),
+            **_from("D.3", crop="center", flip=True, mask_size=320),
+        },
     ),
     "voc": DataSet(
-        "PASCAL VOC 2012, trainaug (10,582) to train, val (1,449) to evaluate", "PASCAL VOC 2012",
-        {**_from("4.1, D.2", num_slots=6, epochs=560), **_from("D.2", lr=4e-4, lr_low=4e-7),
-         **_from("D.3", crop="random", flip=True, mask_size=320)},
+        "PASCAL VOC 2012, trainaug (10,582) to train, val (1,449) to evaluate",
+        "PASCAL VOC 2012",
+        {
+            **_from("4.1, D.2", num_slots=6, epochs=560),
+            **_from("D.2", lr=4e-4, lr_low=4e-7),
+            **_from("D.3", crop="random", flip=True, mask_size=320),
+        },
     ),
-    "movi_c": DataSet("MOVi-C, nine frames of each clip to train, all to evaluate", "MOVi-C",
-                      {**_from("4.1, D.2", num_slots=11), **_MOVI}, _MOVI2),
-    "movi_e": DataSet("MOVi-E, nine frames of each clip to train, all to evaluate", "MOVi-E",
-                      {**_from("4.1, D.2", num_slots=24), **_MOVI}, _MOVI2),
-    "folder": DataSet("your pictures, with masks or without; settings as coco", "a folder of pictures",
-                      _from("as coco", num_slots=7, epochs=50, lr=4e-4, lr_low=4e-7, crop="center", flip=True,
-                            mask_size=320)),
-}  # fmt: skip
+    "movi_c": DataSet(
+        "MOVi-C, nine frames of each clip to train, all to evaluate",
+        "MOVi-C",
+        {**_from("4.1, D.2", num_slots=11), **_MOVI},
+        _MOVI2,
+    ),
+    "movi_e": DataSet(
+        "MOVi-E, nine frames of each clip to train, all to evaluate",
+        "MOVi-E",
+        {**_from("4.1, D.2", num_slots=24), **_MOVI},
+        _MOVI2,
+    ),
+    "folder": DataSet(
+        "your pictures, with masks or without; settings as coco",
+        "a folder of pictures",
+        _from("as coco", num_slots=7, epochs=50, lr=4e-4, lr_low=4e-7, crop="center", flip=True, mask_size=320),
+    ),
+}
 
 # Which data sets take which of the paper's values: scenes have their own throughout.
 _PUBLISHED = ("coco", "voc", "movi_c", "movi_e", "folder")
@@ -130,69 +179,128 @@ _SILENT = "the paper does not say its epochs on {}: as SPOT's first stage"
 
 METHODS: dict[str, Method] = {
     "spot": Method(
-        "nine patch orders, then self-training; scored in the default order", stage2={}, teachers=("spot", "spot_ens"),
-        notes=("--orders standard in both stages is row (e) of Table 1",
-               "stage 2 with --att-weight 0 is Table 2 (a), lambda 0, and the second row of Table 8"),
+        "nine patch orders, then self-training; scored in the default order",
+        stage2={},
+        teachers=("spot", "spot_ens"),
+        notes=(
+            "--orders standard in both stages is row (e) of Table 1",
+            "stage 2 with --att-weight 0 is Table 2 (a), lambda 0, and the second row of Table 8",
+        ),
     ),
     "spot_ens": Method(
-        "spot, with masks averaged over the nine orders (ENS)", stage2={}, teachers=("spot", "spot_ens"),
-        notes=("trains exactly as spot; its scores are the rows 'nine orders' of python -m spot_fast.evaluate",
-               "python -m spot_fast.segment --orders all draws its masks"),
+        "spot, with masks averaged over the nine orders (ENS)",
+        stage2={},
+        teachers=("spot", "spot_ens"),
+        notes=(
+            "trains exactly as spot; its scores are the rows 'nine orders' of python -m spot_fast.evaluate",
+            "python -m spot_fast.segment --orders all draws its masks",
+        ),
     ),
     "spot_mlp": Method(
-        "the MLP decoder, then self-training", _MLP, stage2=_LESS, teachers=("spot_mlp", "dinosaur_mlp"),
+        "the MLP decoder, then self-training",
+        _MLP,
+        stage2=_LESS,
+        teachers=("spot_mlp", "dinosaur_mlp"),
         notes=("the paper has it on COCO; elsewhere epochs and rates are SPOT's of the data set",),
     ),
     "dinosaur": Method(
-        "one patch order, no self-training: a re-implementation of DINOSAUR", _from("Tab. 1 (a)", orders="standard"),
+        "one patch order, no self-training: a re-implementation of DINOSAUR",
+        _from("Tab. 1 (a)", orders="standard"),
         by_data={"coco": _from("Tab. 9, authors' code", epochs=100)},
-        notes=("--epochs 50 is row (a) of Table 1", _SILENT.format("PASCAL and MOVi"),
-               "DINOSAUR's own numbers are of its authors' settings, some of ViT-S/8"),
+        notes=(
+            "--epochs 50 is row (a) of Table 1",
+            _SILENT.format("PASCAL and MOVi"),
+            "DINOSAUR's own numbers are of its authors' settings, some of ViT-S/8",
+        ),
     ),
     "dinosaur_mlp": Method(
-        "the MLP decoder, no self-training", _MLP,
-        notes=("the paper does not say its epochs: as SPOT's first stage",
-               "DINOSAUR's own numbers are of its authors' settings, some of ViT-S/8"),
+        "the MLP decoder, no self-training",
+        _MLP,
+        notes=(
+            "the paper does not say its epochs: as SPOT's first stage",
+            "DINOSAUR's own numbers are of its authors' settings, some of ViT-S/8",
+        ),
     ),
     "cappa": Method(
-        "one patch order, a quarter of the steps decode in parallel", {**_from("Tab. 3", orders="standard"),
-                                                                       **_from("4.2 (A), D.2", cappa=0.25)},
-        notes=("the paper does not say its epochs: as SPOT's first stage, which is row (a) of Table 1 beside it",
-               "--cappa 0.5 and --cappa 1 are 25.9 and 23.6 mBO_i on COCO (D.2)"),
+        "one patch order, a quarter of the steps decode in parallel",
+        {**_from("Tab. 3", orders="standard"), **_from("4.2 (A), D.2", cappa=0.25)},
+        notes=(
+            "the paper does not say its epochs: as SPOT's first stage, which is row (a) of Table 1 beside it",
+            "--cappa 0.5 and --cappa 1 are 25.9 and 23.6 mBO_i on COCO (D.2)",
+        ),
     ),
     "bo_qsa": Method(
         "dinosaur with learned initial slots and bi-level gradients (BO-QSA)",
         {**_from("Tab. 9", orders="standard"), **_from("Tab. 9, B.4", slot_init="learned", truncation="bi_level")},
         by_data={"coco": _from("Tab. 9", epochs=100)},
-        notes=(_SILENT.format("PASCAL and MOVi"), "with nine orders and a trained encoder it is the second row of "
-               "Table 8: preset spot, stage 2, --att-weight 0"),
+        notes=(
+            _SILENT.format("PASCAL and MOVi"),
+            "with nine orders and a trained encoder it is the second row of "
+            "Table 8: preset spot, stage 2, --att-weight 0",
+        ),
     ),
-}  # fmt: skip
+}
 
 _META = "https://dl.fbaipublicfiles.com/"
 _RATES = _from("D.2", lr=4e-4, lr_low=4e-7)
 _AS_DINO = _from("as coco+dino_vitb16", lr=4e-4, lr_low=4e-7)
 _NOT_IN_PAPER = "not in the paper: rates and lambda as for DINO"
 ENCODERS: dict[str, Vit] = {
-    "dino_vitb16": Vit("DINO ViT-B/16, the paper's", "vit_base_patch16_224.dino", "D.2", "Apache-2.0",
-                       f"the hub, or {_META}dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", rates=_RATES),
-    "moco_vitb16": Vit("MoCo-v3 ViT-B/16", "moco_vitb16", "Tab. 10", "CC-BY-NC-4.0",
-                       f"{_META}moco-v3/vit-b-300ep/vit-b-300ep.pth.tar", values=_LESS, rates=_RATES, notes=(
-                        "neither timm nor the hub has its weights: pass the file as --encoder-weights",
-                        "the paper has it on COCO")),
-    "mae_vitb16": Vit("MAE ViT-B/16", "vit_base_patch16_224.mae", "Tab. 10", "CC-BY-NC-4.0",
-                      f"the hub, or {_META}mae/pretrain/mae_pretrain_vit_base.pth", values=_LESS,
-                      rates=_from("D.2", lr=2e-4, lr_low=4e-5), notes=(
-                       "the paper has it on COCO; PASCAL takes the same rates, MOVi its own, which are the same in "
-                       "stage 1", "the authors' command leaves lambda at 0.005")),
-    "dinov2_vitb14": Vit("DINOv2 ViT-B/14: 16 x 16 tokens at 224 pixels", "vit_base_patch14_dinov2.lvd142m",
-                         "not in the paper", "Apache-2.0",
-                         f"the hub, or {_META}dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
-                         "vit_base_patch14_dinov2", rates=_AS_DINO, notes=(_NOT_IN_PAPER,)),
-    "dinov3_vitb16": Vit("DINOv3 ViT-B/16, with registers and rotary positions", "vit_base_patch16_dinov3.lvd1689m",
-                         "not in the paper", "DINOv3 licence", "the hub", "vit_base_patch16_dinov3", rates=_AS_DINO,
-                         notes=(_NOT_IN_PAPER,)),
-}  # fmt: skip
+    "dino_vitb16": Vit(
+        "DINO ViT-B/16, the paper's",
+        "vit_base_patch16_224.dino",
+        "D.2",
+        "Apache-2.0",
+        f"the hub, or {_META}dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+        rates=_RATES,
+    ),
+    "moco_vitb16": Vit(
+        "MoCo-v3 ViT-B/16",
+        "moco_vitb16",
+        "Tab. 10",
+        "CC-BY-NC-4.0",
+        f"{_META}moco-v3/vit-b-300ep/vit-b-300ep.pth.tar",
+        values=_LESS,
+        rates=_RATES,
+        notes=(
+            "neither timm nor the hub has its weights: pass the file as --encoder-weights",
+            "the paper has it on COCO",
+        ),
+    ),
+    "mae_vitb16": Vit(
+        "MAE ViT-B/16",
+        "vit_base_patch16_224.mae",
+        "Tab. 10",
+        "CC-BY-NC-4.0",
+        f"the hub, or {_META}mae/pretrain/mae_pretrain_vit_base.pth",
+        values=_LESS,
+        rates=_from("D.2", lr=2e-4, lr_low=4e-5),
+        notes=(
+            "the paper has it on COCO; PASCAL takes the same rates, MOVi its own, which are the same in stage 1",
+            "the authors' command leaves lambda at 0.005",
+        ),
+    ),
+    "dinov2_vitb14": Vit(
+        "DINOv2 ViT-B/14: 16 x 16 tokens at 224 pixels",
+        "vit_base_patch14_dinov2.lvd142m",
+        "not in the paper",
+        "Apache-2.0",
+        f"the hub, or {_META}dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+        "vit_base_patch14_dinov2",
+        rates=_AS_DINO,
+        notes=(_NOT_IN_PAPER,),
+    ),
+    "dinov3_vitb16": Vit(
+        "DINOv3 ViT-B/16, with registers and rotary positions",
+        "vit_base_patch16_dinov3.lvd1689m",
+        "not in the paper",
+        "DINOv3 licence",
+        "the hub",
+        "vit_base_patch16_dinov3",
+        rates=_AS_DINO,
+        notes=(_NOT_IN_PAPER,),
+    ),
+}
 
 
 def timm_name(encoder: str) -> str:
@@ -226,16 +334,20 @@ def unknown(part: str) -> str:
     """The end of a sentence about a name that is no data set, method or encoder: what there is, and the closest."""
     every = [*DATA_SETS, *METHODS, *ENCODERS]
     close = difflib.get_close_matches(part.lower(), every, n=1, cutoff=0.4)
-    return (f"use one of {', '.join(DATA_SETS)}, with + a method and an encoder that python -m spot_fast.presets lists"
-            + (f"; did you mean {close[0]}?" if close else ""))
+    return (
+        f"use one of {', '.join(DATA_SETS)}, with + a method and an encoder that python -m spot_fast.presets lists"
+        + (f"; did you mean {close[0]}?" if close else "")
+    )
 
 
 def check_method(method: str, stage: int) -> None:
     """UserError where there is no such method or it has no such stage."""
     if method not in METHODS:
         close = difflib.get_close_matches(method, METHODS, n=1, cutoff=0.4)
-        raise UserError(f"--method {method} is unknown: use one of {', '.join(METHODS)}"
-                        + (f"; did you mean {close[0]}?" if close else ""))
+        raise UserError(
+            f"--method {method} is unknown: use one of {', '.join(METHODS)}"
+            + (f"; did you mean {close[0]}?" if close else "")
+        )
     if stage == 2 and METHODS[method].stage2 is None:
         student = "spot_mlp" if method == "dinosaur_mlp" else "spot"
         raise UserError(f"--method {method} has no stage 2, it is stage 1 alone: use --method {student} for a student")
@@ -262,6 +374,9 @@ def values(data: str, method: str, encoder: str | None, stage: int) -> dict[str,
             result |= vit.values
         if data in _COCO_RATES:
             said = data == "coco" or (data == "voc" and encoder in _SAID_ON_VOC)
-            result |= vit.rates if said else {name: Value(value, f"as coco+{encoder}")
-                                              for name, (value, _) in vit.rates.items()}
+            result |= (
+                vit.rates
+                if said
+                else {name: Value(value, f"as coco+{encoder}") for name, (value, _) in vit.rates.items()}
+            )
     return result

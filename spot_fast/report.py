@@ -39,34 +39,66 @@ def _parser() -> argparse.ArgumentParser:
         "scores beside baselines under every protocol, mBO_i by instance size, a gallery, masks by patch order, "
         "attention by iteration, gradient norm per patch. Runs that differ in their seed only also get mean ± "
         "standard deviation.",
-    )  # fmt: skip
-    parser.add_argument("runs", nargs="*", metavar="RUN",
-                        help="folder of a run, or name of one below --runs (default: the newest finished)")  # fmt: skip
+    )
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help="folder of a run, or name of one below --runs (default: the newest finished)",
+    )
     parser.add_argument("--out", default="report.html", metavar="FILE", help="what to write (default: report.html)")
     parser.add_argument("--data", metavar="PATH", help="folder of the data set (default: the one the run trained on)")
-    parser.add_argument("--runs", dest="root", default="runs", metavar="DIR",
-                        help="folder with the runs (default: runs)")  # fmt: skip
-    parser.add_argument("--protocol", default="all", metavar="NAME[,NAME]",
-                        help=f"{', '.join(PROTOCOLS)}, several with commas, or all; spot is among them in any case, "
-                        "pictures are chosen by it (default: all)")  # fmt: skip
-    parser.add_argument("--images", type=int, default=3, metavar="N",
-                        help="pictures of each part of the gallery: best, median, worst, random (default: 3)")
-    parser.add_argument("--gradient-images", type=int, metavar="N",
-                        help="pictures that the gradient norm is a mean over, 0 = leave it out (default: "
-                        f"{_GRADIENT_PICTURES}; {_FEW_PICTURES} on a CPU with more than {_FEW_PATCHES} patches a "
-                        "picture)")  # fmt: skip
-    parser.add_argument("--limit", type=int, default=0, metavar="N",
-                        help="evaluate only the first N pictures (default: all)")  # fmt: skip
+    parser.add_argument(
+        "--runs", dest="root", default="runs", metavar="DIR", help="folder with the runs (default: runs)"
+    )
+    parser.add_argument(
+        "--protocol",
+        default="all",
+        metavar="NAME[,NAME]",
+        help=f"{', '.join(PROTOCOLS)}, several with commas, or all; spot is among them in any case, "
+        "pictures are chosen by it (default: all)",
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=3,
+        metavar="N",
+        help="pictures of each part of the gallery: best, median, worst, random (default: 3)",
+    )
+    parser.add_argument(
+        "--gradient-images",
+        type=int,
+        metavar="N",
+        help="pictures that the gradient norm is a mean over, 0 = leave it out (default: "
+        f"{_GRADIENT_PICTURES}; {_FEW_PICTURES} on a CPU with more than {_FEW_PATCHES} patches a "
+        "picture)",
+    )
+    parser.add_argument(
+        "--limit", type=int, default=0, metavar="N", help="evaluate only the first N pictures (default: all)"
+    )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at a time (default: 32)")
-    parser.add_argument("--workers", type=int, default=WORKERS, metavar="N",
-                        help=f"threads that read pictures and masks ahead, 0 = none (default: {WORKERS})")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=WORKERS,
+        metavar="N",
+        help=f"threads that read pictures and masks ahead, 0 = none (default: {WORKERS})",
+    )
     add_option(parser)
-    parser.add_argument("--precision", choices=PRECISIONS, default="float32",
-                        help="of the model, but for gradients, which are float32 (default: float32)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0,
-                        help="seed of slot noise, k-means and the random pictures (default: 0)")  # fmt: skip
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu, cuda or cuda:N (default: a GPU where there is one)")  # fmt: skip
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="of the model, but for gradients, which are float32 (default: float32)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of slot noise, k-means and the random pictures (default: 0)"
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:N (default: a GPU where there is one)",
+    )
     return parser
 
 
@@ -99,10 +131,14 @@ def _report(args: argparse.Namespace, command: str) -> None:
     opened: dict[str, ImageSet] = {}
     image_sets = [open_val_set(run, args.data, opened) for run in runs]
     report = Report(
-        command=command, data=args.data, limit=args.limit,
+        command=command,
+        data=args.data,
+        limit=args.limit,
         runs=[RunRecord(run_name(run), run, read_log(run.path), state_metadata(run.path)) for run in runs],
-        sets=[], settings=_settings(args, device), about=_about(device),
-    )  # fmt: skip
+        sets=[],
+        settings=_settings(args, device),
+        about=_about(device),
+    )
     for image_set in opened.values():
         places = [place for place, own in enumerate(image_sets) if own is image_set]
         groups = [[places[i] for i in group] for group in alike_runs([runs[place] for place in places])]
@@ -115,8 +151,14 @@ def _report(args: argparse.Namespace, command: str) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name, least in (("images", 1), ("limit", 0), ("batch_size", 1), ("workers", 0), ("seed", 0),
-                        ("gradient_images", 0)):  # fmt: skip
+    for name, least in (
+        ("images", 1),
+        ("limit", 0),
+        ("batch_size", 1),
+        ("workers", 0),
+        ("seed", 0),
+        ("gradient_images", 0),
+    ):
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}: use {least} or more")
@@ -145,22 +187,38 @@ def _measure(report: Report, shown: SetRecord, args: argparse.Namespace, device:
         for record in records:
             with computing(args.threads, device) as adapt:
                 record.evaluation = evaluate(
-                    record.run.model.to(device), image_set, protocols=args.protocols,
-                    layouts=published_layouts(record.run.config.preset), batch_size=args.batch_size, seed=args.seed,
-                    limit=args.limit, workers=args.workers, precision=args.precision, between_batches=adapt,
-                )  # fmt: skip
+                    record.run.model.to(device),
+                    image_set,
+                    protocols=args.protocols,
+                    layouts=published_layouts(record.run.config.preset),
+                    batch_size=args.batch_size,
+                    seed=args.seed,
+                    limit=args.limit,
+                    workers=args.workers,
+                    precision=args.precision,
+                    between_batches=adapt,
+                )
             record.run.model.to("cpu")
     if not len(image_set):
         return
-    picks = choose_pictures(image_set, [r.evaluation for r in records if r.evaluation], each=args.images,
-                            seed=args.seed, limit=args.limit)  # fmt: skip
+    picks = choose_pictures(
+        image_set, [r.evaluation for r in records if r.evaluation], each=args.images, seed=args.seed, limit=args.limit
+    )
     read = [(pick, found) for pick in picks if (found := read_picture(image_set, pick.index)) is not None]
     shown.pictures = [PictureRecord(pick, pixels, truth, []) for pick, (pixels, truth) in read]
     for record in records:
         model = record.run.model.to(device)
         for picture in tqdm(shown.pictures, desc=f"pictures of {record.name}", unit="image", disable=None):
-            picture.looks.append(look(model, picture.pixels, picture.truth, index=picture.chosen.index, seed=args.seed,
-                                      precision=args.precision))  # fmt: skip
+            picture.looks.append(
+                look(
+                    model,
+                    picture.pixels,
+                    picture.truth,
+                    index=picture.chosen.index,
+                    seed=args.seed,
+                    precision=args.precision,
+                )
+            )
         model.to("cpu")
     for place in shown.kinds:
         record = report.runs[place]
@@ -178,8 +236,9 @@ def _gradients(run: Run, image_set: ImageSet, args: argparse.Namespace, device: 
         return None
     model = run.model.to(device)
     batches = -(-pictures // args.batch_size)
-    with tqdm(total=batches * patches * model.num_orders, desc=f"gradients of {run_name(run)}", unit="patch",
-              disable=None) as bar:  # fmt: skip
+    with tqdm(
+        total=batches * patches * model.num_orders, desc=f"gradients of {run_name(run)}", unit="patch", disable=None
+    ) as bar:
         found = gradients(model, image_set, pictures=pictures, seed=args.seed, batch=args.batch_size, done=bar.update)
     model.to("cpu")
     return found

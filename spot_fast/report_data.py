@@ -149,8 +149,9 @@ def picture_scores(evaluation: Evaluation) -> Tensor:
     return decoder[-1].per_image["mbo_i"]
 
 
-def choose_pictures(image_set: ImageSet, evaluations: Sequence[Evaluation], *, each: int, seed: int,
-                    limit: int = 0) -> list[Chosen]:  # fmt: skip
+def choose_pictures(
+    image_set: ImageSet, evaluations: Sequence[Evaluation], *, each: int, seed: int, limit: int = 0
+) -> list[Chosen]:
     """`each` best, median, worst and random pictures by the mean of their mBO_i over `evaluations` of `image_set`.
 
     No picture is chosen twice, so of a small set there are fewer. Without evaluations random ones alone; limit: of the

@@ -27,9 +27,17 @@ _QUALITY = 82
 _GREY, _BLACK = (150, 150, 150), (18, 18, 18)
 _LEVELS = 32  # of a soft map: its PNG is a few hundred bytes
 _MOST_OBJECTS = 254  # colours of an indexed PNG beside the background's and black
-ORDER_NAMES = ("rows →, from the top", "columns ↓, from the left", "columns ↓, from the right", "rows ←, from the top",
-               "columns ↑, from the right", "rows ←, from the bottom", "columns ↑, from the left",
-               "rows →, from the bottom", "spiral from the centre")  # fmt: skip
+ORDER_NAMES = (
+    "rows →, from the top",
+    "columns ↓, from the left",
+    "columns ↓, from the right",
+    "rows ←, from the top",
+    "columns ↑, from the right",
+    "rows ←, from the bottom",
+    "columns ↑, from the left",
+    "rows →, from the bottom",
+    "spiral from the centre",
+)
 
 
 def figure(body: object, caption: object, *, source: str = "", class_: str | None = None) -> Markup:
@@ -61,28 +69,61 @@ def training_curves(runs: Sequence[tuple[str, int, Log]]) -> list[Markup]:
             found.append(Line(name + suffix, [r["step"] for r in records], y, colour, dashed, kind == "validation"))
         return found
 
-    reconstruction = [rec if stage == 2 else total for (_, stage, _), rec, total in
-                      zip(runs, lines("train", "loss_rec"), lines("train", "loss"), strict=True)]  # fmt: skip
-    scores = [line for pair in zip(lines("validation", "mbo_i_decoder", 100, ", decoder"),
-                                   lines("validation", "mbo_i_slots", 100, ", slots", True), strict=True)
-              for line in pair]  # fmt: skip
+    reconstruction = [
+        rec if stage == 2 else total
+        for (_, stage, _), rec, total in zip(runs, lines("train", "loss_rec"), lines("train", "loss"), strict=True)
+    ]
+    scores = [
+        line
+        for pair in zip(
+            lines("validation", "mbo_i_decoder", 100, ", decoder"),
+            lines("validation", "mbo_i_slots", 100, ", slots", True),
+            strict=True,
+        )
+        for line in pair
+    ]
     made = [
-        curves("Reconstruction loss", reconstruction, "L_REC",
-               "Mean squared error of the predicted features in training, the mean between two lines of the log. Lower "
-               "is better."),
-        curves("Attention loss", lines("train", "loss_att"), "L_ATT",
-               "Stage 2 only: cross-entropy of the student's slot attention against the teacher's masks, before it is "
-               "weighted by λ."),
+        curves(
+            "Reconstruction loss",
+            reconstruction,
+            "L_REC",
+            "Mean squared error of the predicted features in training, the mean between two lines of the log. Lower "
+            "is better.",
+        ),
+        curves(
+            "Attention loss",
+            lines("train", "loss_att"),
+            "L_ATT",
+            "Stage 2 only: cross-entropy of the student's slot attention against the teacher's masks, before it is "
+            "weighted by λ.",
+        ),
         curves("Learning rate", lines("train", "lr"), "rate", "Warm-up, then a cosine."),
-        curves("Gradient norm", lines("train", "grad_norm"), "largest |g|",
-               "Infinity norm of the gradient before clipping, on a logarithmic axis.", log=True),
-        curves("Pace", lines("train", "images_per_s"), "images/s",
-               "Training images a second. Dips are validations and saved states, or other work on the machine."),
-        curves("Validation loss", lines("validation", "val_loss"), "L_REC",
-               "Reconstruction loss in patch order 0 on the pictures of the quick validations in training."),
-        curves("Validation mBO_i", scores, "mBO_i, percent",
-               "The quick validations in training: patch order 0, fewer pictures than the table of scores has."),
-    ]  # fmt: skip
+        curves(
+            "Gradient norm",
+            lines("train", "grad_norm"),
+            "largest |g|",
+            "Infinity norm of the gradient before clipping, on a logarithmic axis.",
+            log=True,
+        ),
+        curves(
+            "Pace",
+            lines("train", "images_per_s"),
+            "images/s",
+            "Training images a second. Dips are validations and saved states, or other work on the machine.",
+        ),
+        curves(
+            "Validation loss",
+            lines("validation", "val_loss"),
+            "L_REC",
+            "Reconstruction loss in patch order 0 on the pictures of the quick validations in training.",
+        ),
+        curves(
+            "Validation mBO_i",
+            scores,
+            "mBO_i, percent",
+            "The quick validations in training: patch order 0, fewer pictures than the table of scores has.",
+        ),
+    ]
     return [part for part in made if part]
 
 
@@ -102,16 +143,31 @@ def sizes_chart(rows: Sequence[SizeRow], instances: Sequence[int], source: str) 
     """A line of points for each of `rows`, and how many instances there are of each size."""
     places = range(len(instances))
     lines = [
-        Line(row.name.partition(" [")[0], places, [None if m is None else 100 * m for m in row.means], row.colour,
-             row.dashed, markers=True, spread=row.deviations and [100 * d for d in row.deviations])
+        Line(
+            row.name.partition(" [")[0],
+            places,
+            [None if m is None else 100 * m for m in row.means],
+            row.colour,
+            row.dashed,
+            markers=True,
+            spread=row.deviations and [100 * d for d in row.deviations],
+        )
         for row in rows
-    ]  # fmt: skip
+    ]
     names = [f"{name}\nn={count}" for name, count in zip(BINS, instances, strict=True)]
-    chart = line_chart("mBO_i by size of the instance", lines, x_label="size of the instance, percent of the picture",
-                       y_label="mBO_i, percent", zero=True, names=names)  # fmt: skip
+    chart = line_chart(
+        "mBO_i by size of the instance",
+        lines,
+        x_label="size of the instance, percent of the picture",
+        y_label="mBO_i, percent",
+        zero=True,
+        names=names,
+    )
     bars = " Bars are ± one standard deviation over the seeds." if any(row.deviations for row in rows) else ""
-    caption = ("How well instances are found by how large they are (the paper's Fig. 7); n is how many there are, and "
-               f"where there is no point there are none. Few instances make a noisy point.{bars}")  # fmt: skip
+    caption = (
+        "How well instances are found by how large they are (the paper's Fig. 7); n is how many there are, and "
+        f"where there is no point there are none. Few instances make a noisy point.{bars}"
+    )
     return figure([chart, legend(lines)], caption, source=source)
 
 
@@ -187,8 +243,14 @@ def soft_image(mask: Tensor, most: float, colour: int, alt: str) -> Markup:
     return image(indexed, alt, lossless=True, class_="pixels")
 
 
-def gallery_picture(why: str, label: str, score: float | None, pixels: Tensor, instances: Tensor | None,
-                    looks: Sequence[tuple[str, Look]]) -> Markup:  # fmt: skip
+def gallery_picture(
+    why: str,
+    label: str,
+    score: float | None,
+    pixels: Tensor,
+    instances: Tensor | None,
+    looks: Sequence[tuple[str, Look]],
+) -> Markup:
     """Image, truth, and of every run decoder and slot masks. score is what the picture was chosen by."""
     picture = to_image(pixels)
     many = len(looks) > 1
@@ -196,11 +258,19 @@ def gallery_picture(why: str, label: str, score: float | None, pixels: Tensor, i
     if instances is not None:
         shown.append(panel(truth_image(picture, instances, f"{label}: annotated objects"), "truth"))
     for name, found in looks:
-        for what, masks, value in (("decoder", found.decoder, found.decoder_score),
-                                   ("slots", found.slots, found.iteration_scores[-1])):  # fmt: skip
+        for what, masks, value in (
+            ("decoder", found.decoder, found.decoder_score),
+            ("slots", found.slots, found.iteration_scores[-1]),
+        ):
             alt = f"{label}: {what} masks of {name}"
-            shown.append(panel(mask_image(picture, masks, found.colours, alt), many and f"{name}: ", what,
-                               value is not None and f" {percent(value)}"))  # fmt: skip
+            shown.append(
+                panel(
+                    mask_image(picture, masks, found.colours, alt),
+                    many and f"{name}: ",
+                    what,
+                    value is not None and f" {percent(value)}",
+                )
+            )
     chosen = f"{why}, mBO_i {percent(score)}" if score is not None else why
     return tag("figure", tag("figcaption", tag("strong", chosen), " · ", label), panels(*shown), class_="picture")
 
@@ -213,11 +283,21 @@ def order_masks(label: str, pixels: Tensor, found: Look) -> Markup | None:
     shown = []
     for order, (masks, score) in enumerate(zip(found.by_order, found.order_scores, strict=True)):
         alt = f"{label}: decoder masks in patch order {order}, {ORDER_NAMES[order]}"
-        shown.append(panel(mask_image(picture, masks, found.colours, alt), f"{order}: {ORDER_NAMES[order]}",
-                           score is not None and f" · {percent(score)}"))  # fmt: skip
+        shown.append(
+            panel(
+                mask_image(picture, masks, found.colours, alt),
+                f"{order}: {ORDER_NAMES[order]}",
+                score is not None and f" · {percent(score)}",
+            )
+        )
     alt = f"{label}: decoder masks averaged over all patch orders"
-    shown.append(panel(mask_image(picture, found.decoder, found.colours, alt), tag("strong", "average"),
-                       found.decoder_score is not None and f" · {percent(found.decoder_score)}"))  # fmt: skip
+    shown.append(
+        panel(
+            mask_image(picture, found.decoder, found.colours, alt),
+            tag("strong", "average"),
+            found.decoder_score is not None and f" · {percent(found.decoder_score)}",
+        )
+    )
     return tag("figure", tag("figcaption", label), panels(*shown), class_="picture orders")
 
 
@@ -228,15 +308,20 @@ def attention_iterations(label: str, pixels: Tensor, found: Look) -> Markup:
     rows = []
     for count, (masks, score) in enumerate(zip(found.iterations, found.iteration_scores, strict=True), 1):
         alt = f"{label}: slot attention in iteration {count}"
-        shown = [panel(mask_image(picture, masks, found.colours, alt), f"iteration {count}",
-                       score is not None and f" · {percent(score)}")]  # fmt: skip
+        shown = [
+            panel(
+                mask_image(picture, masks, found.colours, alt),
+                f"iteration {count}",
+                score is not None and f" · {percent(score)}",
+            )
+        ]
         for slot in range(masks.shape[1]):
-            soft = soft_image(masks[:, slot], most, found.colours[slot],
-                              f"{label}: iteration {count}, slot {slot + 1}")  # fmt: skip
+            soft = soft_image(masks[:, slot], most, found.colours[slot], f"{label}: iteration {count}, slot {slot + 1}")
             shown.append(panel(soft, f"slot {slot + 1} · {percent(masks[:, slot].mean().item())} %"))
         rows.append(panels(*shown))
-    return tag("figure", tag("figcaption", label, f" · full colour is {number(most)}"), rows,
-               class_="picture iterations")  # fmt: skip
+    return tag(
+        "figure", tag("figcaption", label, f" · full colour is {number(most)}"), rows, class_="picture iterations"
+    )
 
 
 # ---- gradients
@@ -261,21 +346,34 @@ def gradient_figure(name: str, found: Gradients, source: str) -> Markup:
     for title, norms in [("order 0", found.by_order[0]), (f"all {orders} orders", average)][: 1 + (orders > 1)]:
         ratio, variation = unevenness(norms)
         map_ = heat_map(f"{name}: gradient norm per patch, {title}", norms.view(grid, grid).tolist(), most)
-        large.append(panel(map_, tag("strong", title),
-                           f": the strongest patch has {ratio:.1f} times the weakest's norm, variation "
-                           f"{100 * variation:.0f} %"))  # fmt: skip
+        large.append(
+            panel(
+                map_,
+                tag("strong", title),
+                f": the strongest patch has {ratio:.1f} times the weakest's norm, variation {100 * variation:.0f} %",
+            )
+        )
     small = None
     if orders > 1:
-        small = panels(*(
-            panel(_heat_image(norms.view(grid, grid), most, f"{name}: gradient norm per patch in order {order}"),
-                  f"{order}: {ORDER_NAMES[order]}")
-            for order, norms in enumerate(found.by_order)
-        ))  # fmt: skip
+        small = panels(
+            *(
+                panel(
+                    _heat_image(norms.view(grid, grid), most, f"{name}: gradient norm per patch in order {order}"),
+                    f"{order}: {ORDER_NAMES[order]}",
+                )
+                for order, norms in enumerate(found.by_order)
+            )
+        )
     steps = 24
     scale = Image.new("RGB", (steps, 1))
     scale.putdata([_rgb(i / (steps - 1)) for i in range(steps)])
-    bar = tag("div", "0 ", image(scale, "colour scale from 0 to the largest norm", lossless=True, class_="scale"),
-              f" {number(most)}", class_="scale-line")  # fmt: skip
+    bar = tag(
+        "div",
+        "0 ",
+        image(scale, "colour scale from 0 to the largest norm", lossless=True, class_="scale"),
+        f" {number(most)}",
+        class_="scale-line",
+    )
     maps = [tag("h3", name), tag("div", *large, class_="panels large"), bar, small]
     alone = orders == 1 and "This run was trained in the standard order only: there are no others to show."
     return figure(maps, alone, source=source, class_="gradients")

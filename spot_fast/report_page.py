@@ -41,8 +41,11 @@ def page(report: Report) -> str:
         _section("gradients", "Gradient norm per patch", _for_sets(report, _gradients)),
         _section("settings", "All settings", _settings(report)),
     ]
-    contents = tag("nav", tag("ul", [tag("li", tag("a", title, href=f"#{key}")) for key, title, _ in sections]),
-                   aria_label="contents")  # fmt: skip
+    contents = tag(
+        "nav",
+        tag("ul", [tag("li", tag("a", title, href=f"#{key}")) for key, title, _ in sections]),
+        aria_label="contents",
+    )
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -51,8 +54,11 @@ def page(report: Report) -> str:
         tag("title", f"SPOT report: {names}"),
         tag("style", Markup(_STYLE.read_text(encoding="utf-8"))),
     )
-    body = tag("body", tag("header", tag("h1", f"SPOT report: {names}"), _lead(report), _facts(report), contents),
-               tag("main", [content for _, _, content in sections]))  # fmt: skip
+    body = tag(
+        "body",
+        tag("header", tag("h1", f"SPOT report: {names}"), _lead(report), _facts(report), contents),
+        tag("main", [content for _, _, content in sections]),
+    )
     return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"
 
 
@@ -64,10 +70,12 @@ def _for_sets(report: Report, part: Callable[[Report, SetRecord], object]) -> li
     """`part` of every validation set, below the set's name where there are several."""
     several = len(report.sets) > 1
     return [
-        [several and tag("h3", f"{shown.image_set.name}: {', '.join(report.runs[i].name for i in shown.places)}"),
-         part(report, shown)]
+        [
+            several and tag("h3", f"{shown.image_set.name}: {', '.join(report.runs[i].name for i in shown.places)}"),
+            part(report, shown),
+        ]
         for shown in report.sets
-    ]  # fmt: skip
+    ]
 
 
 # ---- the beginning
@@ -113,12 +121,14 @@ def _seconds(record: RunRecord) -> float | None:
 
 def _facts(report: Report) -> Markup:
     facts = {
-        "made by": tag("code", report.command, class_="command"), "date": report.about["date"],
+        "made by": tag("code", report.command, class_="command"),
+        "date": report.about["date"],
         "with": report.about["versions"],
-        "on": report.about["device"], "precision": f"{report.settings['precision']}; gradients float32",
+        "on": report.about["device"],
+        "precision": f"{report.settings['precision']}; gradients float32",
         "seed": f"{report.settings['seed']}, of slot noise, k-means and the random pictures",
         "pictures": "; ".join(set_line(report, shown) for shown in report.sets),
-    }  # fmt: skip
+    }
     return tag("dl", [[tag("dt", name), tag("dd", value)] for name, value in facts.items()], class_="facts")
 
 
@@ -132,8 +142,14 @@ def _runs(report: Report) -> object:
         cells = [facts[name] or "–" for facts in described]
         if not any(facts[name] for facts in described):
             continue
-        rows.append(tag("tr", tag("th", name, scope="row"), [tag("td", cell) for cell in cells],
-                        class_="differs" if len(set(cells)) > 1 else None))  # fmt: skip
+        rows.append(
+            tag(
+                "tr",
+                tag("th", name, scope="row"),
+                [tag("td", cell) for cell in cells],
+                class_="differs" if len(set(cells)) > 1 else None,
+            )
+        )
     several = len(report.runs) > 1 and tag("p", "Shaded rows differ between the runs.")
     heading = ["", *(record.name for record in report.runs)]
     return [several, table(None, heading, [tag("tbody", rows)], "settings")]
@@ -144,10 +160,13 @@ def _described(record: RunRecord) -> dict[str, str | None]:
     config, state, metadata = record.run.config, record.state, record.run.metadata
     model = record.run.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) - sum(
-        p.numel() for p in model.encoder.parameters() if p.requires_grad)  # fmt: skip
-    decoder = (f"transformer, {config.dec_blocks} blocks of {config.dec_heads} heads, "
-               f"{orders_words(model.num_orders)}" if config.decoder == "transformer" else
-               f"MLP, hidden width {config.dec_mlp_hidden}")  # fmt: skip
+        p.numel() for p in model.encoder.parameters() if p.requires_grad
+    )
+    decoder = (
+        f"transformer, {config.dec_blocks} blocks of {config.dec_heads} heads, {orders_words(model.num_orders)}"
+        if config.decoder == "transformer"
+        else f"MLP, hidden width {config.dec_mlp_hidden}"
+    )
     if config.cappa:
         decoder += f", CapPa {config.cappa}"
     last = (record.log.train or record.log.epoch or [{}])[-1]
@@ -160,7 +179,7 @@ def _described(record: RunRecord) -> dict[str, str | None]:
         "encoder": f"{metadata.get('encoder', config.encoder)}, weights {metadata.get('encoder_sha256', '')[:12]}",
         "grid": f"{model.encoder.grid} × {model.encoder.grid} patches of {config.image_size} pixels a side",
         "slots": f"{config.num_slots} of width {config.slot_dim}, {config.slot_iterations} iterations, "
-                 f"{config.slot_init}, gradients {config.truncation}",
+        f"{config.slot_init}, gradients {config.truncation}",
         "decoder": decoder,
         "parameters": f"{trained / 1e6:.1f} M trained",
         "length": f"{config.epochs} epochs" + (f", {int(metadata['step']):,} steps" if "step" in metadata else ""),
@@ -172,13 +191,14 @@ def _described(record: RunRecord) -> dict[str, str | None]:
         "device": _device_words(state),
         "time": duration(seconds) if (seconds := _seconds(record)) else None,
         "pace": f"{number(record.pace)} images/s, {1000 * config.batch_size / record.pace:,.0f} ms a step (median)"
-                if record.pace else None,
+        if record.pace
+        else None,
         "peak memory": f"{last['peak_memory'] / 1e9:.1f} GB" if last.get("peak_memory") else None,
         "MFU": f"{last['mfu']:.0%}" if last.get("mfu") else None,
         "torch": state.get("torch"),
         "finished": finished.strftime("%Y-%m-%d %H:%M"),
         "folder": str(record.run.path),
-    }  # fmt: skip
+    }
 
 
 def _device_words(state: dict[str, str]) -> str | None:
@@ -203,12 +223,19 @@ def _settings(report: Report) -> object:
     rows = []
     for field in fields(Config):
         values = [str(getattr(record.run.config, field.name)) for record in report.runs]
-        rows.append(tag("tr", tag("th", field.name, scope="row"), [tag("td", value) for value in values],
-                        tag("td", field.metadata["help"]),
-                        class_="differs" if len(set(values)) > 1 else None))  # fmt: skip
+        rows.append(
+            tag(
+                "tr",
+                tag("th", field.name, scope="row"),
+                [tag("td", value) for value in values],
+                tag("td", field.metadata["help"]),
+                class_="differs" if len(set(values)) > 1 else None,
+            )
+        )
     heading = ["", *(record.name for record in report.runs), "what it is"]
-    return tag("details", tag("summary", "config.json of every run"),
-               table(None, heading, [tag("tbody", rows)], "settings"))  # fmt: skip
+    return tag(
+        "details", tag("summary", "config.json of every run"), table(None, heading, [tag("tbody", rows)], "settings")
+    )
 
 
 # ---- pictures
@@ -219,20 +246,30 @@ def _gallery(report: Report, shown: SetRecord) -> object:
         return missing(f"No picture of {shown.image_set.name} can be read.")
     names = [report.runs[place].name for place in shown.places]
     shown_pictures = [
-        figures.gallery_picture(p.chosen.why, p.chosen.label, p.chosen.score, p.pixels, p.truth and p.truth.instances,
-                                list(zip(names, p.looks, strict=True)))
+        figures.gallery_picture(
+            p.chosen.why,
+            p.chosen.label,
+            p.chosen.score,
+            p.pixels,
+            p.truth and p.truth.instances,
+            list(zip(names, p.looks, strict=True)),
+        )
         for p in shown.pictures
-    ]  # fmt: skip
+    ]
     if shown.pictures[0].truth is None:
         how = "Drawn at random. Each slot has a colour, the same in decoder and slot masks."
     else:
         mean = ", a mean over the runs" if len(names) > 1 else ""
-        how = (f"Chosen by the mBO_i of the decoder masks, of all patch orders where there are several{mean}, protocol "
-               "spot; numbers are mBO_i in percent. A slot has the colour of the object that it covers best, one to "
-               "one, grey being the background; other colours have no partner. Black pixels of the truth are not "
-               "counted.")  # fmt: skip
-    return [tag("p", how, " ", tag("small", source_of(report, len(shown.pictures), shown), class_="source")),
-            tag("div", shown_pictures, class_="gallery many" if len(names) > 1 else "gallery")]  # fmt: skip
+        how = (
+            f"Chosen by the mBO_i of the decoder masks, of all patch orders where there are several{mean}, protocol "
+            "spot; numbers are mBO_i in percent. A slot has the colour of the object that it covers best, one to "
+            "one, grey being the background; other colours have no partner. Black pixels of the truth are not "
+            "counted."
+        )
+    return [
+        tag("p", how, " ", tag("small", source_of(report, len(shown.pictures), shown), class_="source")),
+        tag("div", shown_pictures, class_="gallery many" if len(names) > 1 else "gallery"),
+    ]
 
 
 def _examples(shown: SetRecord) -> list[PictureRecord]:
@@ -262,25 +299,38 @@ def _orders(report: Report, shown: SetRecord) -> object:
         return missing(f"No picture of {shown.image_set.name} can be read.")
     with_orders = [place for place in shown.kinds if report.runs[place].run.model.num_orders > 1]
     without = [report.runs[place].name for place in shown.kinds if place not in with_orders]
-    alone = without and missing(f"{', '.join(without)}: the decoder has one patch order, so there is nothing to "
-                                "average.")  # fmt: skip
-    drawn = _looked_into(report, shown, lambda picture, run, label: figures.order_masks(
-        label, picture.pixels, picture.looks[run]))  # fmt: skip
-    how = tag("p", "Decoder masks when the patches are predicted in each order, and the average of the soft masks, "
-                   "which is what “all orders” scores. Numbers are mBO_i in percent.", " ",
-              tag("small", source_of(report, len(_examples(shown)), shown), class_="source"))  # fmt: skip
+    alone = without and missing(
+        f"{', '.join(without)}: the decoder has one patch order, so there is nothing to average."
+    )
+    drawn = _looked_into(
+        report, shown, lambda picture, run, label: figures.order_masks(label, picture.pixels, picture.looks[run])
+    )
+    how = tag(
+        "p",
+        "Decoder masks when the patches are predicted in each order, and the average of the soft masks, "
+        "which is what “all orders” scores. Numbers are mBO_i in percent.",
+        " ",
+        tag("small", source_of(report, len(_examples(shown)), shown), class_="source"),
+    )
     return [alone, drawn and [how, drawn]]
 
 
 def _iterations(report: Report, shown: SetRecord) -> object:
     if not shown.pictures:
         return missing(f"No picture of {shown.image_set.name} can be read.")
-    drawn = _looked_into(report, shown, lambda picture, run, label: figures.attention_iterations(
-        label, picture.pixels, picture.looks[run]))  # fmt: skip
-    how = tag("p", "Slot attention in each iteration: left which slot has most of each patch, then every slot's soft "
-                   "map at the resolution of the patches, black is 0, with its share of the picture. The last "
-                   "iteration gives the slot masks.", " ",
-              tag("small", source_of(report, len(_examples(shown)), shown), class_="source"))  # fmt: skip
+    drawn = _looked_into(
+        report,
+        shown,
+        lambda picture, run, label: figures.attention_iterations(label, picture.pixels, picture.looks[run]),
+    )
+    how = tag(
+        "p",
+        "Slot attention in each iteration: left which slot has most of each patch, then every slot's soft "
+        "map at the resolution of the patches, black is 0, with its share of the picture. The last "
+        "iteration gives the slot masks.",
+        " ",
+        tag("small", source_of(report, len(_examples(shown)), shown), class_="source"),
+    )
     return [how, drawn]
 
 

@@ -13,8 +13,9 @@ def missing(text: str) -> Markup:
     return tag("p", text, class_="missing")
 
 
-def table(caption: str | None, heading: Sequence[object], bodies: Sequence[object],
-          class_: str | None = None) -> Markup:  # fmt: skip
+def table(
+    caption: str | None, heading: Sequence[object], bodies: Sequence[object], class_: str | None = None
+) -> Markup:
     """A table of parts that are <tbody>; where it is wider than the page, it scrolls by itself."""
     head = tag("thead", tag("tr", [tag("th", cell, scope="col") for cell in heading]))
     return tag("div", tag("table", caption and tag("caption", caption), head, bodies, class_=class_), class_="scroll")
@@ -44,5 +45,7 @@ def set_line(report: Report, shown: SetRecord) -> str:
 def source_of(report: Report, pictures: int, shown: SetRecord, precision: str | None = None) -> str:
     """The small print below a figure: how many pictures, and all that its numbers depend on."""
     precision = precision or report.settings["precision"]
-    return (f"{count_of(pictures)} of {shown.image_set.name} · seed {report.settings['seed']} · {precision} · "
-            f"{report.about['versions']} · {report.about['date']}")  # fmt: skip
+    return (
+        f"{count_of(pictures)} of {shown.image_set.name} · seed {report.settings['seed']} · {precision} · "
+        f"{report.about['versions']} · {report.about['date']}"
+    )

@@ -28,40 +28,61 @@ def scores(report: Report, shown: SetRecord) -> object:
         return _no_masks(shown, "are no scores")
     protocols = [scored.protocol for scored in records[0].evaluation.tables]
     parts: list[object] = [
-        tag("p", f"Percent, {set_line(report, shown)}, protocol spot. In bold the best of a column. Block masks "
-                 "and k-means need no training: a model has to beat both."),
+        tag(
+            "p",
+            f"Percent, {set_line(report, shown)}, protocol spot. In bold the best of a column. Block masks "
+            "and k-means need no training: a model has to beat both.",
+        ),
         _protocol_table(report, shown, "spot"),
         tag("ul", [tag("li", note) for note in NOTES], class_="notes"),
-    ]  # fmt: skip
+    ]
     for record in records:
         evaluation = record.evaluation
         if line := unlabelled_line(evaluation.table("spot")):
             parts.append(tag("p", f"{record.name}: {line}.", class_="notes"))
         if evaluation.skipped:
             some = "; ".join(f"{label}: {reason}" for label, reason in list(evaluation.skipped.items())[:10])
-            parts.append(tag("p", f"{record.name}: skipped {len(evaluation.skipped)} that cannot be read: {some}",
-                             class_="notes"))  # fmt: skip
+            parts.append(
+                tag(
+                    "p", f"{record.name}: skipped {len(evaluation.skipped)} that cannot be read: {some}", class_="notes"
+                )
+            )
     others = [name for name in protocols if name != "spot"]
     if others:
         parts += [
             tag("h3", "Under other protocols"),
-            tag("p", "Published scores are not all counted alike. Here is mBO_i of the same masks, counted as these "
-                     "code bases count; the other metrics are below."),
+            tag(
+                "p",
+                "Published scores are not all counted alike. Here is mBO_i of the same masks, counted as these "
+                "code bases count; the other metrics are below.",
+            ),
             _across(report, shown, protocols),
-        ]  # fmt: skip
+        ]
         for name in others:
             about = tag("p", f"{PROTOCOLS[name].about} [{PROTOCOLS[name].source}]", class_="notes")
-            parts.append(tag("details", tag("summary", f"All metrics under {name}"), about,
-                             _protocol_table(report, shown, name)))  # fmt: skip
+            parts.append(
+                tag("details", tag("summary", f"All metrics under {name}"), about, _protocol_table(report, shown, name))
+            )
     losses = "; ".join(
-        f"{record.name} " + ", ".join(f"{loss:.4f} ({orders_words(orders)})"
-                                      for orders, loss in record.evaluation.reconstruction.items())
-        for record in records)  # fmt: skip
-    parts += [tag("p", f"Reconstruction loss: {losses}. Evaluation took "
-                       f"{1000 * records[0].evaluation.seconds_per_image:.1f} ms a picture, "
-                       f"{1000 * records[0].evaluation.metric_seconds_per_image:.1f} of them metrics.", class_="notes"),
-              tag("p", "The same tables on a terminal: ",
-                  tag("code", _evaluate_command(report, shown), class_="command"), class_="notes")]  # fmt: skip
+        f"{record.name} "
+        + ", ".join(f"{loss:.4f} ({orders_words(orders)})" for orders, loss in record.evaluation.reconstruction.items())
+        for record in records
+    )
+    parts += [
+        tag(
+            "p",
+            f"Reconstruction loss: {losses}. Evaluation took "
+            f"{1000 * records[0].evaluation.seconds_per_image:.1f} ms a picture, "
+            f"{1000 * records[0].evaluation.metric_seconds_per_image:.1f} of them metrics.",
+            class_="notes",
+        ),
+        tag(
+            "p",
+            "The same tables on a terminal: ",
+            tag("code", _evaluate_command(report, shown), class_="command"),
+            class_="notes",
+        ),
+    ]
     return parts
 
 
@@ -80,39 +101,66 @@ def _protocol_table(report: Report, shown: SetRecord, protocol: str) -> Markup:
     """All metrics of every run under one protocol, then mean ± deviation of runs that differ in their seed only."""
     tables = {place: report.runs[place].evaluation.table(protocol) for place in shown.places}
     best = {
-        name: max((percent(row.scores[name]) for scored in tables.values() for row in scored.rows
-                   if row.scores[name] is not None), key=float, default=None)
+        name: max(
+            (
+                percent(row.scores[name])
+                for scored in tables.values()
+                for row in scored.rows
+                if row.scores[name] is not None
+            ),
+            key=float,
+            default=None,
+        )
         for name in METRICS
-    }  # fmt: skip
+    }
 
     def line(row: Row) -> Markup:
         cells = [(percent(row.scores[name]), best[name]) for name in METRICS]
-        return tag("tr", tag("th", row.title, scope="row"),
-                   [tag("td", cell, class_="best" if cell == top else None) for cell, top in cells])  # fmt: skip
+        return tag(
+            "tr",
+            tag("th", row.title, scope="row"),
+            [tag("td", cell, class_="best" if cell == top else None) for cell, top in cells],
+        )
 
     def means(group: Sequence[int], shared: set[str]) -> list[Markup]:
-        return [tag("tr", tag("th", title, scope="row"), [tag("td", spread(found[name])) for name in METRICS])
-                for title, found in mean_rows([tables[place] for place in group]) if title not in shared]  # fmt: skip
+        return [
+            tag("tr", tag("th", title, scope="row"), [tag("td", spread(found[name])) for name in METRICS])
+            for title, found in mean_rows([tables[place] for place in group])
+            if title not in shared
+        ]
 
-    return _by_run(report, shown, None, [TITLES[name] for name in METRICS],
-                   {place: [(row.title, line(row)) for row in scored.rows] for place, scored in tables.items()},
-                   means)  # fmt: skip
+    return _by_run(
+        report,
+        shown,
+        None,
+        [TITLES[name] for name in METRICS],
+        {place: [(row.title, line(row)) for row in scored.rows] for place, scored in tables.items()},
+        means,
+    )
 
 
 def _by_run(
-    report: Report, shown: SetRecord, caption: str | None, heading: Sequence[str],
+    report: Report,
+    shown: SetRecord,
+    caption: str | None,
+    heading: Sequence[str],
     lines: dict[int, list[tuple[str, Markup]]],
     means: Callable[[Sequence[int], set[str]], list[Markup]] | None = None,
-) -> Markup:  # fmt: skip
+) -> Markup:
     """A table with a part for each run. lines: of a run's place, (title, row). What is the same for every run, such as
     block masks, stands once, at the end; means: of runs that differ in their seed only, without those."""
     several = len(lines) > 1
-    common = [line for line in lines[shown.places[0]] if several and not line[0].startswith(_TRAINED)
-              and all(line in own for own in lines.values())]  # fmt: skip
+    common = [
+        line
+        for line in lines[shown.places[0]]
+        if several and not line[0].startswith(_TRAINED) and all(line in own for own in lines.values())
+    ]
     shared = {title for title, _ in common}
     width = len(heading) + 1
-    bodies = [_body(several and report.runs[place].name, width, [row for title, row in own if title not in shared])
-              for place, own in lines.items()]  # fmt: skip
+    bodies = [
+        _body(several and report.runs[place].name, width, [row for title, row in own if title not in shared])
+        for place, own in lines.items()
+    ]
     for group in shown.alike if means else []:
         name = f"mean ± std of {', '.join(report.runs[place].name for place in group)}"
         bodies.append(_body(name, width, means(group, shared)))
@@ -131,10 +179,12 @@ def _across(report: Report, shown: SetRecord, protocols: Sequence[str]) -> Marku
     for place in shown.places:
         evaluation = report.runs[place].evaluation
         lines[place] = [
-            (title := _shared_title(rows), tag("tr", tag("th", title, scope="row"),
-                                               [tag("td", percent(row.scores["mbo_i"])) for row in rows]))
+            (
+                title := _shared_title(rows),
+                tag("tr", tag("th", title, scope="row"), [tag("td", percent(row.scores["mbo_i"])) for row in rows]),
+            )
             for rows in zip(*(evaluation.table(name).rows for name in protocols), strict=True)
-        ]  # fmt: skip
+        ]
     return _by_run(report, shown, "mBO_i, percent", protocols, lines)
 
 
@@ -154,8 +204,10 @@ def sizes(report: Report, shown: SetRecord) -> object:
     chart = figures.sizes_chart(rows, instances, source_of(report, records[0].evaluation.images, shown))
     lines = []
     for row in rows:
-        cells = [percent(mean) if row.deviations is None or mean is None else spread((mean, deviation))
-                 for mean, deviation in zip(row.means, row.deviations or row.means, strict=True)]  # fmt: skip
+        cells = [
+            percent(mean) if row.deviations is None or mean is None else spread((mean, deviation))
+            for mean, deviation in zip(row.means, row.deviations or row.means, strict=True)
+        ]
         lines.append(tag("tr", tag("th", row.name, scope="row"), [tag("td", cell) for cell in cells]))
     lines.append(tag("tr", tag("th", "instances", scope="row"), [tag("td", str(count)) for count in instances]))
     numbers = table("mBO_i, percent, by size in percent of the label map", ["masks", *BINS], [tag("tbody", lines)])
@@ -172,8 +224,10 @@ def _size_rows(report: Report, shown: SetRecord) -> list[figures.SizeRow]:
         own = tables[0].rows
         bins = [(row.title, [mean for mean, _ in row.sizes], None) for row in own]
         if len(group) > 1:
-            bins = [(title, [c and c[0] for c in cells], [c[1] if c else 0.0 for c in cells])
-                     for title, cells in mean_sizes(tables)]  # fmt: skip
+            bins = [
+                (title, [c and c[0] for c in cells], [c[1] if c else 0.0 for c in cells])
+                for title, cells in mean_sizes(tables)
+            ]
         if len(kinds) == 1:
             return [figures.SizeRow(*size, place) for place, size in enumerate(bins)]
         name = report.runs[group[0]].name + (f" and {_more_seeds(len(group) - 1)}" if len(group) > 1 else "")

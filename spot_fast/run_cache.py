@@ -33,8 +33,14 @@ class Source:
     features: feature_cache.FeatureCache | None = None
 
 
-def choose(config: Config, loader: Loader, fields: Callable[[], list[feature_cache.Field]], *, device: torch.device,
-           world: World) -> Chosen:  # fmt: skip
+def choose(
+    config: Config,
+    loader: Loader,
+    fields: Callable[[], list[feature_cache.Field]],
+    *,
+    device: torch.device,
+    world: World,
+) -> Chosen:
     """What pays for a run whose pictures `loader` gives; fields: what is known of its features, asked for if needed.
 
     UserError where what --cache or --cache-dir asks for cannot be. Nothing is written.
@@ -43,14 +49,32 @@ def choose(config: Config, loader: Loader, fields: Callable[[], list[feature_cac
     if world.size > 1 and config.cache != "none" and isinstance(loader.image_set, ImageFiles):
         # Other machines have copies of the pictures, with inodes of their own.
         loader.image_set.take_key(world.first(loader.image_set.content_key))
-    plan = world.first(lambda: cache.plan(config.cache, loader.image_set, kept, epochs=config.epochs, device=device,
-                                          folder=cache.folder_of(config.cache_dir), decoder=loader.decoder,
-                                          processes=world.size))  # fmt: skip
+    plan = world.first(
+        lambda: cache.plan(
+            config.cache,
+            loader.image_set,
+            kept,
+            epochs=config.epochs,
+            device=device,
+            folder=cache.folder_of(config.cache_dir),
+            decoder=loader.decoder,
+            processes=world.size,
+        )
+    )
     return Chosen(plan, kept)
 
 
-def open_source(config: Config, loader: Loader, decoding: str, chosen: Chosen, function: feature_cache.Function, *,
-                device: torch.device, world: World, say: Callable[[str], None]) -> Source:  # fmt: skip
+def open_source(
+    config: Config,
+    loader: Loader,
+    decoding: str,
+    chosen: Chosen,
+    function: feature_cache.Function,
+    *,
+    device: torch.device,
+    world: World,
+    say: Callable[[str], None],
+) -> Source:
     """Caches what was chosen; rank 0 builds what is on disk, then all read it.
 
     function: gives the fields of a batch of pictures. decoding: the sentence about who decodes. UserError where a cache
@@ -73,8 +97,9 @@ def open_source(config: Config, loader: Loader, decoding: str, chosen: Chosen, f
         progress = None if world.main else False
         found = world.together(lambda: feature_cache.in_memory(loader, function, kept, holder, progress))
     else:
-        found = world.together(lambda: feature_cache.opened(
-            loader, kept, feature_cache.stores_of(image_set, kept, plan.on_disk)))  # fmt: skip
+        found = world.together(
+            lambda: feature_cache.opened(loader, kept, feature_cache.stores_of(image_set, kept, plan.on_disk))
+        )
         if holder is not None:
             world.together(lambda: found.hold(holder))
     # Nothing is decoded any more, and a decoder on the GPU would go on holding memory.
@@ -83,8 +108,9 @@ def open_source(config: Config, loader: Loader, decoding: str, chosen: Chosen, f
     return Source(rows, found)
 
 
-def _not_built(config: Config, loader: Loader, function: feature_cache.Function, chosen: Chosen,
-               say: Callable[[str], None]) -> str:  # fmt: skip
+def _not_built(
+    config: Config, loader: Loader, function: feature_cache.Function, chosen: Chosen, say: Callable[[str], None]
+) -> str:
     """Completes the stores on disk. Why that is impossible, where the user has not asked for a cache; else ""."""
     plan = chosen.plan
     try:
@@ -109,7 +135,8 @@ def _pixels(config: Config, loader: Loader, plan: cache.Plan, holder: torch.devi
 
     pixels = world.together(opened)
     # Its rows are only copied: threads do, and a process would be sent a copy of the whole file.
-    rows = Loader(pixels, config.batch_size, config.seed, min(loader.workers, MAX_THREADS), rank=world.rank,
-                  world=world.size)  # fmt: skip
+    rows = Loader(
+        pixels, config.batch_size, config.seed, min(loader.workers, MAX_THREADS), rank=world.rank, world=world.size
+    )
     rows.note_corrupt(dict(pixels.corrupt.values()))
     return rows

@@ -82,8 +82,10 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            raise UserError(f"{self.path / METRICS} cannot be written ({error.strerror}): free some space, then go on "
-                            f"with python -m spot_fast.train --resume {self.path}") from error  # fmt: skip
+            raise UserError(
+                f"{self.path / METRICS} cannot be written ({error.strerror}): free some space, then go on "
+                f"with python -m spot_fast.train --resume {self.path}"
+            ) from error
 
     def cut_metrics(self, step: int) -> None:
         """Removes what was logged after `step`, and a line that a kill left unfinished."""

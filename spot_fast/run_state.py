@@ -21,8 +21,20 @@ if TYPE_CHECKING:
 
 # Settings that change nothing in the weights of a run that goes well, but for the last bits: a resumed run may have
 # others than it began with.
-FREE = ("accumulate", "data", "sbd", "encoder_weights", "workers", "cache", "cache_dir", "compile", "cuda_graph",
-        "save_every", "on_bad_step", "spike")  # fmt: skip
+FREE = (
+    "accumulate",
+    "data",
+    "sbd",
+    "encoder_weights",
+    "workers",
+    "cache",
+    "cache_dir",
+    "compile",
+    "cuda_graph",
+    "save_every",
+    "on_bad_step",
+    "spike",
+)
 
 
 def config_hash(config: Config) -> str:
@@ -43,19 +55,33 @@ def save(trainer: Trainer, folder: RunFolder) -> None:
     if not finite.all():
         name = list(tensors)[int((~finite).nonzero()[0])]
         raise UserError(f"{name} is not finite after step {trainer.step}: {trainer.kept()}")
-    tensors |= {"meter.interval": trainer.meter.interval, "meter.epoch": trainer.meter.epoch,
-                "bad_steps": trainer.bad_steps.state}  # fmt: skip
+    tensors |= {
+        "meter.interval": trainer.meter.interval,
+        "meter.epoch": trainer.meter.epoch,
+        "bad_steps": trainer.bad_steps.state,
+    }
     trainer.loader.note_corrupt(trainer.world.corrupt_elsewhere())
     folder.write_corrupt(trainer.loader.corrupt)
     folder.sync()
-    _write(trainer, folder, STATE, tensors, {
-        "config": config_hash(trainer.config), "skipped": json.dumps(trainer.bad_steps.found),
-        "images": str(len(trainer.train_set)), "seconds": f"{trainer.seconds:.1f}",
-        "teacher_path": str(trainer.teacher_path.resolve()) if trainer.teacher_path else "",
-        "threads": str(trainer.num_threads), "fixed_threads": "yes" if trainer.fixed_threads else "no",
-        "device": trainer.device.type, "torch": torch.__version__,
-        "processes": str(trainer.world.size), "pictures": json.dumps(trainer.train_set.sample()),
-    })  # fmt: skip
+    _write(
+        trainer,
+        folder,
+        STATE,
+        tensors,
+        {
+            "config": config_hash(trainer.config),
+            "skipped": json.dumps(trainer.bad_steps.found),
+            "images": str(len(trainer.train_set)),
+            "seconds": f"{trainer.seconds:.1f}",
+            "teacher_path": str(trainer.teacher_path.resolve()) if trainer.teacher_path else "",
+            "threads": str(trainer.num_threads),
+            "fixed_threads": "yes" if trainer.fixed_threads else "no",
+            "device": trainer.device.type,
+            "torch": torch.__version__,
+            "processes": str(trainer.world.size),
+            "pictures": json.dumps(trainer.train_set.sample()),
+        },
+    )
 
 
 def write_model(trainer: Trainer, folder: RunFolder) -> None:
@@ -65,8 +91,12 @@ def write_model(trainer: Trainer, folder: RunFolder) -> None:
 
 def _write(trainer: Trainer, folder: RunFolder, name: str, tensors: dict[str, Tensor], more: dict[str, str]) -> None:
     """A file of the run, with what every one of them says about it and `more`."""
-    about = {"step": str(trainer.step), "stage": str(trainer.config.stage), "encoder": trainer.identity["name"],
-             "encoder_sha256": trainer.identity["sha256"]}  # fmt: skip
+    about = {
+        "step": str(trainer.step),
+        "stage": str(trainer.config.stage),
+        "encoder": trainer.identity["name"],
+        "encoder_sha256": trainer.identity["sha256"],
+    }
     if trainer.teacher_path is not None:
         about |= {"teacher": trainer.teacher_path.name, "teacher_sha256": trainer.teacher_sha256}
     try:
@@ -83,10 +113,12 @@ def restore(trainer: Trainer, folder: RunFolder) -> None:
         ("images", str(len(trainer.train_set)), "training images"),
         ("encoder_sha256", trainer.identity["sha256"], "encoder weights"),
         ("teacher_sha256", trainer.teacher_sha256 if trainer.teacher_path else "", "teacher"),
-    ):  # fmt: skip
+    ):
         if about.get(name, "") != ours:
-            raise UserError(f"{folder.path} cannot be resumed: it began with other {what} "
-                            f"({about.get(name, '')[:12]}, now {ours[:12]}): restore them or train again")
+            raise UserError(
+                f"{folder.path} cannot be resumed: it began with other {what} "
+                f"({about.get(name, '')[:12]}, now {ours[:12]}): restore them or train again"
+            )
     _require_pictures(folder, json.loads(about.get("pictures", "[]")), trainer.train_set.sample())
     model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     trainer.model.load_learned_state_dict(model)
@@ -108,5 +140,7 @@ def _require_pictures(folder: RunFolder, before: list[str], now: list[str]) -> N
     pairs = [pair for pair in zip(before, now, strict=False) if all(pair)]
     others = sum(was != content for was, content in pairs)
     if 2 * others > len(pairs):
-        raise UserError(f"{folder.path} cannot be resumed: {others} of {len(pairs)} training images that were compared "
-                        "are not those it began with: give --data their folder or train again")  # fmt: skip
+        raise UserError(
+            f"{folder.path} cannot be resumed: {others} of {len(pairs)} training images that were compared "
+            "are not those it began with: give --data their folder or train again"
+        )

@@ -45,20 +45,41 @@ _CALLED: dict[str, Callable[..., Any]] = {
     "collections.deque": lambda *arguments: [],
     "copyreg._reconstructor": lambda *arguments: OrderedDict(),
     "builtins.frozenset": lambda items=(): frozenset(items),
-    **{f"{module}.{name}": lambda *parts: "/".join(parts) for module in ("pathlib", "pathlib._local")
-       for name in ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")},
-    **{name: Data for name in (
-        "builtins.range", "builtins.slice", "functools.partial", "decimal.Decimal", "fractions.Fraction", "uuid.UUID",
-        "types.SimpleNamespace", "re._compile",
-        "datetime.date", "datetime.datetime", "datetime.time", "datetime.timedelta", "datetime.timezone",
-        "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray",
-        *(f"numpy.random._pickle.__{kind}_ctor" for kind in ("generator", "bit_generator", "randomstate")),
-        "numpy.random.bit_generator.__pyx_unpickle_SeedSequence")},
-}  # fmt: skip
+    **{
+        f"{module}.{name}": lambda *parts: "/".join(parts)
+        for module in ("pathlib", "pathlib._local")
+        for name in ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
+    },
+    **{
+        name: Data
+        for name in (
+            "builtins.range",
+            "builtins.slice",
+            "functools.partial",
+            "decimal.Decimal",
+            "fractions.Fraction",
+            "uuid.UUID",
+            "types.SimpleNamespace",
+            "re._compile",
+            "datetime.date",
+            "datetime.datetime",
+            "datetime.time",
+            "datetime.timedelta",
+            "datetime.timezone",
+            "numpy.core.multiarray._reconstruct",
+            "numpy._core.multiarray._reconstruct",
+            "numpy.ndarray",
+            *(f"numpy.random._pickle.__{kind}_ctor" for kind in ("generator", "bit_generator", "randomstate")),
+            "numpy.random.bit_generator.__pyx_unpickle_SeedSequence",
+        )
+    },
+}
 # Packages whose names, those of Python 2 included, are called for what they do.
 _NO_DATA = {"torch", "numpy", *sys.stdlib_module_names, *IMPORT_MAPPING, *REVERSE_IMPORT_MAPPING.values()}
-_WHOLE = ("checkpoint {} holds a whole model object, not a state dict: save its tensors alone with "
-          "torch.save(model.state_dict(), 'weights.pth')")  # fmt: skip
+_WHOLE = (
+    "checkpoint {} holds a whole model object, not a state dict: save its tensors alone with "
+    "torch.save(model.state_dict(), 'weights.pth')"
+)
 _SAVE_ALONE = "torch.save(torch.load(FILE, weights_only=False)['model'], 'weights.pth')"
 
 
@@ -95,8 +116,16 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         contents = load_file(path) if _is_safetensors(path) else _unpickled(path)
     except pickle.UnpicklingError as error:
         raise UserError(_refusal(path, error)) from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError,
-            AttributeError) as error:  # fmt: skip
+    except (
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise UserError(_unreadable(path, error)) from None
     if not isinstance(contents, Mapping):
         kind = type(contents).__name__
@@ -144,8 +173,11 @@ def _allowed() -> list[tuple[Any, str]]:
     scalar = np.float64(0).__reduce__()[0]  # the function has moved between NumPy versions, and so has its pickled name
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SU"}
-    return [*((scalar, name) for name in names), (np.dtype, "numpy.dtype"),
-            *((kind, f"{kind.__module__}.{kind.__name__}") for kind in kinds)]  # fmt: skip
+    return [
+        *((scalar, name) for name in names),
+        (np.dtype, "numpy.dtype"),
+        *((kind, f"{kind.__module__}.{kind.__name__}") for kind in kinds),
+    ]
 
 
 def _unknown(path: Path) -> set[str]:
@@ -161,8 +193,11 @@ def _names(path: Path) -> set[str]:
     with path.open("rb") as file:
         try:
             for _ in range(5):  # a magic number, the format's version, the machine, the contents, names of storages
-                found |= {_today(*argument.split(" ", 1)) for opcode, argument, _ in pickletools.genops(file)
-                          if opcode.name == "GLOBAL"}  # fmt: skip
+                found |= {
+                    _today(*argument.split(" ", 1))
+                    for opcode, argument, _ in pickletools.genops(file)
+                    if opcode.name == "GLOBAL"
+                }
         except Exception:  # noqa: BLE001 - what follows the pickles is not one
             pass
     return found
@@ -176,22 +211,30 @@ def _today(module: str, name: str) -> str:
 
 def _refusal(path: Path, error: Exception) -> str:
     if str(error).endswith(("DTensor", "ShardedTensor")):
-        return (f"checkpoint {path} holds tensors that are split over several processes: gather them before saving, "
-                "with torch.distributed.checkpoint.state_dict and full_state_dict=True")  # fmt: skip
+        return (
+            f"checkpoint {path} holds tensors that are split over several processes: gather them before saving, "
+            "with torch.distributed.checkpoint.state_dict and full_state_dict=True"
+        )
     said = _said(error)
     if "persistent_load of storage" in said:  # of the format before PyTorch 1.6
         return _WHOLE.format(path)
     if re.match(r"Unsupported operand (66|67|14\d)\b", said):  # of protocols 3 to 5
-        return (f"checkpoint {path} is pickled by another protocol than 2, which cannot be read without running code: "
-                "save it again with torch.save's own protocol")  # fmt: skip
+        return (
+            f"checkpoint {path} is pickled by another protocol than 2, which cannot be read without running code: "
+            "save it again with torch.save's own protocol"
+        )
     # Of modules that PyTorch never lets through, its message has the name first.
     if found := re.search(r"GLOBAL ([\w.]+)", said):
         name = found[1] if "." in found[1] else f"builtins.{found[1]}"
-        return (f"checkpoint {path} was not loaded: it calls {name}, which a file of weights has no need for; get it "
-                f"from its authors again, or where you trust it, save its tensors alone: {_SAVE_ALONE}")  # fmt: skip
+        return (
+            f"checkpoint {path} was not loaded: it calls {name}, which a file of weights has no need for; get it "
+            f"from its authors again, or where you trust it, save its tensors alone: {_SAVE_ALONE}"
+        )
     if not stand_in(path) and (names := _unknown(path)):
-        return (f"checkpoint {path} was not loaded: what it holds beside tensors, such as {sorted(names)[0]}, is not "
-                f"understood; where you trust it, save its tensors alone: {_SAVE_ALONE}")  # fmt: skip
+        return (
+            f"checkpoint {path} was not loaded: what it holds beside tensors, such as {sorted(names)[0]}, is not "
+            f"understood; where you trust it, save its tensors alone: {_SAVE_ALONE}"
+        )
     return _unreadable(path, error)
 
 

@@ -54,44 +54,79 @@ _MASKS = {"decoder": ("decoder",), "slots": ("slots",), "both": ("decoder", "slo
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m spot_fast.segment", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="*", metavar="IMAGE|FOLDER|LIST",
-                        help="image files, folders to search for images, or text files that list images, one a line")
-    parser.add_argument("--run", metavar="RUN", help="run folder, checkpoint file of the authors, "
-                        "or owner/name on the hub (default: the newest finished run under runs/)")
-    parser.add_argument("--out", type=Path, default=Path("segments"), metavar="DIR",
-                        help="where to write (default: segments)")
-    parser.add_argument("--overwrite", action="store_true",
-                        help="also overwrite files that are not of the same picture and model")
+        prog="python -m spot_fast.segment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "images",
+        nargs="*",
+        metavar="IMAGE|FOLDER|LIST",
+        help="image files, folders to search for images, or text files that list images, one a line",
+    )
+    parser.add_argument(
+        "--run",
+        metavar="RUN",
+        help="run folder, checkpoint file of the authors, "
+        "or owner/name on the hub (default: the newest finished run under runs/)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("segments"), metavar="DIR", help="where to write (default: segments)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="also overwrite files that are not of the same picture and model"
+    )
     parser.add_argument("--fit", choices=FITS, default="stretch", help="see above (default: stretch)")
-    parser.add_argument("--size", type=int, metavar="S",
-                        help="shorter side in pixels at which the model sees a picture, for interpolate and tiles, "
-                        "rounded to patches (default: the side of its square); with --encoder also the side of the "
-                        f"square for stretch (default: {CLUSTER_SIZE}, {SCENES_ENCODER}: 64)")
-    parser.add_argument("--orders", choices=("0", "all"), default="0",
-                        help="patch order 0, or the average over all nine (default: 0)")
+    parser.add_argument(
+        "--size",
+        type=int,
+        metavar="S",
+        help="shorter side in pixels at which the model sees a picture, for interpolate and tiles, "
+        "rounded to patches (default: the side of its square); with --encoder also the side of the "
+        f"square for stretch (default: {CLUSTER_SIZE}, {SCENES_ENCODER}: 64)",
+    )
+    parser.add_argument(
+        "--orders", choices=("0", "all"), default="0", help="patch order 0, or the average over all nine (default: 0)"
+    )
     parser.add_argument("--masks", choices=tuple(_MASKS), help="which masks to write and show (default: both)")
     parser.add_argument("--soft", action="store_true", help="also write soft masks")
     parser.add_argument("--slots", action="store_true", help="also write the slots")
     parser.add_argument("--no-overlay", dest="overlay", action="store_false", help="write no overlays: faster")
-    parser.add_argument("--grid", type=Path, metavar="FILE.png",
-                        help=f"also write a contact sheet of the first {MAX_GRID} pictures and their masks, captioned")
-    parser.add_argument("--scenes", type=int, default=0, metavar="N",
-                        help="also segment N generated validation scenes; needs no picture")
+    parser.add_argument(
+        "--grid",
+        type=Path,
+        metavar="FILE.png",
+        help=f"also write a contact sheet of the first {MAX_GRID} pictures and their masks, captioned",
+    )
+    parser.add_argument(
+        "--scenes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also segment N generated validation scenes; needs no picture",
+    )
     parser.add_argument("--encoder", metavar="NAME", help="without a run: cluster the features of this timm ViT")
     parser.add_argument("--encoder-weights", metavar="FILE", help="its weights (default: timm's own, from the hub)")
     parser.add_argument("--clusters", type=int, default=6, metavar="K", help="clusters for --encoder (default: 6)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N",
-                        help="squares at a time, fewer where grids are larger; changes nothing but rounding "
-                        "(default: 16)")
-    parser.add_argument("--workers", type=int, default=WORKERS, metavar="N",
-                        help="threads that read and write pictures (default: one a processor, at most 8; here "
-                        f"{WORKERS})")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=16,
+        metavar="N",
+        help="squares at a time, fewer where grids are larger; changes nothing but rounding (default: 16)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=WORKERS,
+        metavar="N",
+        help=f"threads that read and write pictures (default: one a processor, at most 8; here {WORKERS})",
+    )
     add_option(parser)
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto",
-                        help="of the model; auto is bf16 where the device multiplies it in hardware, else float32 "
-                        "(default: auto)")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="of the model; auto is bf16 where the device multiplies it in hardware, else float32 (default: auto)",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1... (default: cuda if there is one)")
     return parser.parse_args(argv)
 
@@ -100,8 +135,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.scenes < 0:
         raise UserError(f"--scenes {args.scenes}: use 0 or more")
     if not args.images and not args.scenes:
-        raise UserError("nothing to segment: name images, folders or lists, or ask for generated pictures with "
-                        "--scenes N")
+        raise UserError(
+            "nothing to segment: name images, folders or lists, or ask for generated pictures with --scenes N"
+        )
     for option in ("batch-size", "workers"):
         if (value := getattr(args, option.replace("-", "_"))) < 1:
             raise UserError(f"--{option} {value}: use 1 or more")
@@ -115,8 +151,10 @@ def _check(args: argparse.Namespace) -> None:
     if args.size is not None and args.size < 1:
         raise UserError(f"--size {args.size}: use a multiple of the encoder's patch size")
     if not args.encoder and args.size and args.fit == "stretch":
-        raise UserError(f"--size {args.size}: a run keeps the size it was trained with; add --fit tiles or --fit "
-                        "interpolate, or cluster an --encoder NAME")
+        raise UserError(
+            f"--size {args.size}: a run keeps the size it was trained with; add --fit tiles or --fit "
+            "interpolate, or cluster an --encoder NAME"
+        )
     if args.grid and args.grid.suffix.lower() != ".png":
         raise UserError(f"--grid {args.grid}: give the name of a .png file")
     if args.grid and args.grid.is_dir():
@@ -126,8 +164,14 @@ def _check(args: argparse.Namespace) -> None:
 def _masker(args: argparse.Namespace, device: str) -> tuple[Masker, int, str]:
     if not args.encoder:
         return run_masker(args.run, orders=args.orders, device=device, precision=args.precision)
-    return cluster_masker(args.encoder, args.encoder_weights, clusters=args.clusters,
-                          size=None if args.fit == "tiles" else args.size, device=device, precision=args.precision)
+    return cluster_masker(
+        args.encoder,
+        args.encoder_weights,
+        clusters=args.clusters,
+        size=None if args.fit == "tiles" else args.size,
+        device=device,
+        precision=args.precision,
+    )
 
 
 def _fit(args: argparse.Namespace, masker: Masker) -> Fit:
@@ -159,8 +203,17 @@ def run(args: argparse.Namespace) -> int:
     print(f"{what}, {size} px, {device}", flush=True)
     start = time.perf_counter()
     with computing(args.threads, where) as adapt:
-        results = segment_all(pictures, names, masker, fit, wanted, batch_size=args.batch_size, workers=args.workers,
-                              grid=args.grid is not None, between_batches=adapt)  # fmt: skip
+        results = segment_all(
+            pictures,
+            names,
+            masker,
+            fit,
+            wanted,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            grid=args.grid is not None,
+            between_batches=adapt,
+        )
     seconds = time.perf_counter() - start
     if results.rows:
         rows = [row for _, row in sorted(results.rows.items())]
@@ -174,8 +227,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"{results.skipped} of {len(pictures)} could not be read and were skipped", file=sys.stderr)
     if not (done := len(results.sizes)):
         raise UserError("no picture could be read: nothing was written")
-    print(f"{done} picture{'s' * (done != 1)} in {seconds:.1f} s, {done / seconds:.1f} images/s: "
-          f"{args.out}/NAME_{{{','.join(wanted.endings)}}}")  # fmt: skip
+    print(
+        f"{done} picture{'s' * (done != 1)} in {seconds:.1f} s, {done / seconds:.1f} images/s: "
+        f"{args.out}/NAME_{{{','.join(wanted.endings)}}}"
+    )
     return 0
 
 

@@ -106,9 +106,19 @@ def pictures_of(paths: Sequence[Path], scenes: int, size: int, model: str) -> li
     return found
 
 
-def segment_all(sources: Sequence[Picture], names: Sequence[str], masker: Masker, fit: Fit, wanted: Wanted, *,
-                batch_size: int, workers: int, grid: bool = False, progress: bool = True,
-                between_batches: Callable[[], object] = lambda: None) -> Results:
+def segment_all(
+    sources: Sequence[Picture],
+    names: Sequence[str],
+    masker: Masker,
+    fit: Fit,
+    wanted: Wanted,
+    *,
+    batch_size: int,
+    workers: int,
+    grid: bool = False,
+    progress: bool = True,
+    between_batches: Callable[[], object] = lambda: None,
+) -> Results:
     """Segments `sources` and writes what is `wanted` of each under its name.
 
     A picture that cannot be read is named on stderr and skipped. `workers` threads decode, draw and write while this
@@ -131,13 +141,16 @@ def segment_all(sources: Sequence[Picture], names: Sequence[str], masker: Masker
     def prepare(index: int) -> _Prepared:
         source = sources[index]
         with transforms.memory_of(source.origin.picture):
-            return in_turn(source.size, lambda: _prepare(index, source.open(), fit, masker.patch, wanted.overlay,
-                                                         grid and index < MAX_GRID))  # fmt: skip
+            return in_turn(
+                source.size,
+                lambda: _prepare(index, source.open(), fit, masker.patch, wanted.overlay, grid and index < MAX_GRID),
+            )
 
     def finish(prepared: _Prepared, found: Found) -> Row | None:
         origin = sources[prepared.index].origin
-        return in_turn(prepared.size, lambda: _finish(prepared, found, names[prepared.index], origin, masker.kinds[0],
-                                                      wanted))  # fmt: skip
+        return in_turn(
+            prepared.size, lambda: _finish(prepared, found, names[prepared.index], origin, masker.kinds[0], wanted)
+        )
 
     def written(most: int) -> None:
         while len(writes) > most:
@@ -181,8 +194,9 @@ def segment_all(sources: Sequence[Picture], names: Sequence[str], masker: Masker
     return results
 
 
-def _read_ahead(pool: ThreadPoolExecutor, prepare: Callable[[int], _Prepared], count: int,
-                depth: int) -> Iterator[Future]:
+def _read_ahead(
+    pool: ThreadPoolExecutor, prepare: Callable[[int], _Prepared], count: int, depth: int
+) -> Iterator[Future]:
     """`prepare` of each index in order, begun so many pictures ahead."""
     ahead: deque[Future] = deque()
     for index in range(count):
@@ -197,8 +211,14 @@ def _prepare(index: int, image: Image.Image, fit: Fit, patch: int, panel: bool, 
     small = pictures.picture_panel(image, pictures.panel_size(*image.size)) if panel else None
     scale = min(_GRID_PANEL[0] / image.width, _GRID_PANEL[1] / image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return _Prepared(index, image.size, layout, windows_of(image, layout, patch), small,
-                     pictures.picture_panel(image, size) if on_grid else None)
+    return _Prepared(
+        index,
+        image.size,
+        layout,
+        windows_of(image, layout, patch),
+        small,
+        pictures.picture_panel(image, size) if on_grid else None,
+    )
 
 
 def _windows(batch: Sequence[_Prepared]) -> int:
@@ -218,8 +238,9 @@ def _find(batch: Sequence[_Prepared], masker: Masker, at_once: int) -> Iterator[
         start = own.stop
 
 
-def _finish(prepared: _Prepared, found: Found, name: str, origin: segment_files.Origin, first: str,
-            wanted: Wanted) -> Row | None:
+def _finish(
+    prepared: _Prepared, found: Found, name: str, origin: segment_files.Origin, first: str, wanted: Wanted
+) -> Row | None:
     """Writes a picture's outputs; its row of the contact sheet if it has one."""
     layout, (width, height) = prepared.layout, prepared.size
     segments = None
@@ -240,8 +261,11 @@ def _finish(prepared: _Prepared, found: Found, name: str, origin: segment_files.
         segment_files.save(pictures.indexed_png(labels, colours), path(segment_files.LABELS[kind]), metadata)
         for strip in (row, panels):
             if (panel := strip[0][1]) is not None:
-                of_panel = labels if panel.size == prepared.size else pictures.labels_at(
-                    masks[kind], panel.height, panel.width, layout.grid)  # fmt: skip
+                of_panel = (
+                    labels
+                    if panel.size == prepared.size
+                    else pictures.labels_at(masks[kind], panel.height, panel.width, layout.grid)
+                )
                 strip.append((CAPTIONS[kind], pictures.tinted(panel, of_panel, colours)))
     if prepared.panel is not None:
         segment_files.save(pictures.panel_row(panels), path(segment_files.OVERLAY), metadata, fast=True)

@@ -45,8 +45,9 @@ class Origin:
         return {"picture": self.picture, _OF: self.key}
 
 
-def find_pictures(sources: Sequence[str | Path], out: Path,
-                  say: Callable[[str], object] = lambda note: None) -> list[tuple[Path, str]]:  # fmt: skip
+def find_pictures(
+    sources: Sequence[str | Path], out: Path, say: Callable[[str], object] = lambda note: None
+) -> list[tuple[Path, str]]:
     """(file, NAME) of every picture in `sources`: image files, folders, and text files that list images.
 
     A file without the ending of an image is one if Pillow knows it, and a list otherwise. Outputs of earlier calls that
@@ -88,8 +89,9 @@ def _is_output(path: Path, out: Path) -> bool:
     return any(path.name.endswith(f"_{ending}") for ending in ENDINGS) and _key_of(path) is not None
 
 
-def output_names(stems: Sequence[str], inputs: Sequence[Path], out: Path,
-                 endings: Iterable[str] = ENDINGS) -> list[str]:
+def output_names(
+    stems: Sequence[str], inputs: Sequence[Path], out: Path, endings: Iterable[str] = ENDINGS
+) -> list[str]:
     """A name for each picture's outputs: its stem, with -2, -3... where another picture has it.
 
     No output takes the place of one of the `inputs`, the files that are read. Case does not tell names apart, as on
@@ -111,11 +113,18 @@ def output_names(stems: Sequence[str], inputs: Sequence[Path], out: Path,
 
 def check_overwriting(out: Path, names: Sequence[str], origins: Sequence[Origin], endings: Sequence[str]) -> None:
     """UserError where an output would take the place of a file that is not of the same picture and model."""
-    foreign = [path for name, origin in zip(names, origins, strict=True) for path in _outputs(out, name, endings)
-               if path.exists() and _key_of(path) != origin.key]  # fmt: skip
+    foreign = [
+        path
+        for name, origin in zip(names, origins, strict=True)
+        for path in _outputs(out, name, endings)
+        if path.exists() and _key_of(path) != origin.key
+    ]
     if foreign:
-        what = f"{foreign[0]} exists and is" if len(foreign) == 1 else (
-            f"{foreign[0]} and {len(foreign) - 1} more exist and are")
+        what = (
+            f"{foreign[0]} exists and is"
+            if len(foreign) == 1
+            else (f"{foreign[0]} and {len(foreign) - 1} more exist and are")
+        )
         raise UserError(f"{what} not of the same picture and model: choose another --out, or add --overwrite")
 
 

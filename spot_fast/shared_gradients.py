@@ -48,8 +48,15 @@ class SharedGradients(LocalGradients):
     errors into others. `finish` leaves the same bits in all processes.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], size: int, group: dist.ProcessGroup | None,
-                 exchanging: Callable[[], AbstractContextManager], *, piece_bytes: int = PIECE_BYTES) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        size: int,
+        group: dist.ProcessGroup | None,
+        exchanging: Callable[[], AbstractContextManager],
+        *,
+        piece_bytes: int = PIECE_BYTES,
+    ) -> None:
         self._parameters, self._size, self._group = list(parameters), size, group
         self._exchanging, self._piece_bytes = exchanging, piece_bytes
         self._rare: set[nn.Parameter] = set()

@@ -20,8 +20,12 @@ def check_target(path: Path) -> None:
     required("matplotlib.figure", f"--size-plot {path}", "matplotlib")  # slow to import, and only plots need it
 
 
-def plot_sizes(path: Path, title: str, rows: Sequence[tuple[str, Sequence[float | None], Sequence[float]]],
-               instances: Sequence[int]) -> None:  # fmt: skip
+def plot_sizes(
+    path: Path,
+    title: str,
+    rows: Sequence[tuple[str, Sequence[float | None], Sequence[float]]],
+    instances: Sequence[int],
+) -> None:
     """Writes a line for each of `rows`: name, mBO_i of each of SIZE_BINS (fraction; None: no instance), deviation.
 
     Bins are equally wide; below each stands how many instances are in it. Notes in brackets are left out of the names.
@@ -32,16 +36,23 @@ def plot_sizes(path: Path, title: str, rows: Sequence[tuple[str, Sequence[float 
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - fonts, back ends: the scores are not to be lost with the picture
-        raise UserError(f"--size-plot {path} cannot be drawn ({said(error)}): mend matplotlib, or leave the option out"
-                        ) from error  # fmt: skip
+        raise UserError(
+            f"--size-plot {path} cannot be drawn ({said(error)}): mend matplotlib, or leave the option out"
+        ) from error
 
 
-def _plot(path: Path, title: str, rows: Sequence[tuple[str, Sequence[float | None], Sequence[float]]],
-          instances: Sequence[int]) -> None:  # fmt: skip
+def _plot(
+    path: Path,
+    title: str,
+    rows: Sequence[tuple[str, Sequence[float | None], Sequence[float]]],
+    instances: Sequence[int],
+) -> None:
     from matplotlib.figure import Figure  # not pyplot: no window, no state to clean up
 
-    names = [f"{100 * low:g}–{100 * high:g} %\nn = {number}"
-             for low, high, number in zip(SIZE_BINS, SIZE_BINS[1:], instances, strict=False)]  # fmt: skip
+    names = [
+        f"{100 * low:g}–{100 * high:g} %\nn = {number}"
+        for low, high, number in zip(SIZE_BINS, SIZE_BINS[1:], instances, strict=False)
+    ]
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.add_subplot()
     for name, means, deviations in rows:

@@ -46,8 +46,14 @@ class Compiled:
     a second run takes a fraction of it.
     """
 
-    def __init__(self, function: Callable[..., Any], parameters: Sequence[Tensor], *, backend: str = "inductor",
-                 optional: bool = False) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        parameters: Sequence[Tensor],
+        *,
+        backend: str = "inductor",
+        optional: bool = False,
+    ) -> None:
         self._plain, self._parameters, self._optional = function, list(parameters), optional
         self._function = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
         self._compiled: set[tuple] = set()

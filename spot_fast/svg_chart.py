@@ -35,9 +35,15 @@ class Line:
 
 
 def line_chart(
-    title: str, lines: Sequence[Line], *, x_label: str, y_label: str, log: bool = False, zero: bool = False,
+    title: str,
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    y_label: str,
+    log: bool = False,
+    zero: bool = False,
     names: Sequence[str] = (),
-) -> Markup:  # fmt: skip
+) -> Markup:
     """An <svg> of `lines`; without a title of its own to be seen, `title` is for screen readers.
 
     log: logarithmic y, for values above 0. zero: y begins at 0. names: of the places 0, 1, … on the x axis, each in
@@ -46,8 +52,14 @@ def line_chart(
     lines = [_thinned(line) for line in lines]
     points = [p for line in lines for p in line.points() if not log or p[1] > 0]
     x_low, x_high = (-0.4, len(names) - 0.6) if names else _range([x for x, _ in points])
-    ends = [y + sign * s for line in lines if line.spread
-            for y, s in zip(line.y, line.spread, strict=True) if y is not None for sign in (1, -1)]  # fmt: skip
+    ends = [
+        y + sign * s
+        for line in lines
+        if line.spread
+        for y, s in zip(line.y, line.spread, strict=True)
+        if y is not None
+        for sign in (1, -1)
+    ]
     y_ticks = (_log_ticks if log else _ticks)([y for _, y in points] + ends, zero)
     y_low, y_high = y_ticks[0], y_ticks[-1]
     measure = math.log10 if log else float
@@ -73,8 +85,16 @@ def line_chart(
     for x, name in marks:
         drawn.append(tag("line", class_="axis", x1=px(x), x2=px(x), y1=bottom, y2=bottom + 4))
         for place, part in enumerate(name.split("\n")):
-            drawn.append(tag("text", part, x=px(x), y=bottom + 16 + 12 * place, text_anchor="middle",
-                             class_="small" if names else None))  # fmt: skip
+            drawn.append(
+                tag(
+                    "text",
+                    part,
+                    x=px(x),
+                    y=bottom + 16 + 12 * place,
+                    text_anchor="middle",
+                    class_="small" if names else None,
+                )
+            )
     middle = (_TOP + bottom) / 2
     drawn += [
         tag("line", class_="axis", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=bottom, y2=bottom),
@@ -82,8 +102,15 @@ def line_chart(
         tag("text", y_label, x=0, y=0, text_anchor="middle", transform=f"translate(11 {middle}) rotate(-90)"),
     ]
     drawn += [_drawn(line, px, py, log, names) for line in lines]
-    return tag("svg", tag("title", title), drawn, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", class_="chart",
-               xmlns="http://www.w3.org/2000/svg")  # fmt: skip
+    return tag(
+        "svg",
+        tag("title", title),
+        drawn,
+        viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
+        role="img",
+        class_="chart",
+        xmlns="http://www.w3.org/2000/svg",
+    )
 
 
 def _drawn(line: Line, px, py, log: bool, names: Sequence[str]) -> Markup:
@@ -102,8 +129,13 @@ def _drawn(line: Line, px, py, log: bool, names: Sequence[str]) -> Markup:
             where = names[int(x)].split("\n")[0] if names else number(x)
             value = number(y) + (f" ± {number(spread)}" if spread else "")
             marks.append(tag("circle", tag("title", f"{line.name}, {where}: {value}"), cx=px(x), cy=py(y), r=3.2))
-    paths = [tag("polyline", points=" ".join(s)) if len(s) > 1 else
-             tag("circle", cx=s[0].split(",")[0], cy=s[0].split(",")[1], r=2) for s in stretches if s]  # fmt: skip
+    paths = [
+        tag("polyline", points=" ".join(s))
+        if len(s) > 1
+        else tag("circle", cx=s[0].split(",")[0], cy=s[0].split(",")[1], r=2)
+        for s in stretches
+        if s
+    ]
     classes = f"line c{line.colour % COLOURS}" + (" dashed" if line.dashed else "")
     return tag("g", paths, marks, class_=classes)
 
@@ -124,11 +156,25 @@ def _thinned(line: Line) -> Line:
 
 def legend(lines: Sequence[Line]) -> Markup:
     """What the lines are, as a list of its own: it may be longer than a chart is wide."""
-    keys = [tag("li", tag("svg", tag("g", tag("line", x1=0, x2=26, y1=5, y2=5), line.markers and
-                                     tag("circle", cx=13, cy=5, r=3.2),
-                                     class_=f"line c{line.colour % COLOURS}" + (" dashed" if line.dashed else "")),
-                          viewBox="0 0 26 10", aria_hidden="true"), " ", line.name)
-            for line in lines]  # fmt: skip
+    keys = [
+        tag(
+            "li",
+            tag(
+                "svg",
+                tag(
+                    "g",
+                    tag("line", x1=0, x2=26, y1=5, y2=5),
+                    line.markers and tag("circle", cx=13, cy=5, r=3.2),
+                    class_=f"line c{line.colour % COLOURS}" + (" dashed" if line.dashed else ""),
+                ),
+                viewBox="0 0 26 10",
+                aria_hidden="true",
+            ),
+            " ",
+            line.name,
+        )
+        for line in lines
+    ]
     return tag("ul", keys, class_="legend")
 
 
@@ -136,12 +182,28 @@ def heat_map(title: str, values: Sequence[Sequence[float]], most: float) -> Mark
     """An <svg> of a square per value; 0 is dark and `most` bright. Each square says its value when pointed at."""
     rows, columns = len(values), len(values[0])
     squares = [
-        tag("rect", tag("title", f"row {i + 1}, column {j + 1}: {number(value)}"), x=j, y=i, width=1, height=1,
-            fill=heat_colour(value / most if most > 0 else 0.0))
-        for i, row in enumerate(values) for j, value in enumerate(row)
-    ]  # fmt: skip
-    return tag("svg", tag("title", title), squares, viewBox=f"0 0 {columns} {rows}", role="img", class_="heat",
-               shape_rendering="crispEdges", xmlns="http://www.w3.org/2000/svg")  # fmt: skip
+        tag(
+            "rect",
+            tag("title", f"row {i + 1}, column {j + 1}: {number(value)}"),
+            x=j,
+            y=i,
+            width=1,
+            height=1,
+            fill=heat_colour(value / most if most > 0 else 0.0),
+        )
+        for i, row in enumerate(values)
+        for j, value in enumerate(row)
+    ]
+    return tag(
+        "svg",
+        tag("title", title),
+        squares,
+        viewBox=f"0 0 {columns} {rows}",
+        role="img",
+        class_="heat",
+        shape_rendering="crispEdges",
+        xmlns="http://www.w3.org/2000/svg",
+    )
 
 
 # Dark violet over red to pale yellow, each step lighter than the one before: reads in grey as well.

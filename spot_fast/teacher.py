@@ -19,12 +19,32 @@ from .recipes import METHODS
 # Where student and teacher have to agree, and where a user who changed stage 1 expects the same of stage 2. Initial
 # slots, gradient rule, heads of slot attention and optimisation are the stage's own.
 INHERITED = (
-    "data", "train_images", "val_images", "image_size", "mask_size", "crop", "flip",
-    "encoder", "encoder_weights", "pos_resize", "feature_norm",
-    "num_slots", "slot_dim", "slot_mlp", "slot_iterations", "implementation",
-    "decoder", "dec_blocks", "dec_heads", "dec_cross_heads", "dec_mlp_hidden", "mlp_slot_proj", "orders", "cappa",
+    "data",
+    "train_images",
+    "val_images",
+    "image_size",
+    "mask_size",
+    "crop",
+    "flip",
+    "encoder",
+    "encoder_weights",
+    "pos_resize",
+    "feature_norm",
+    "num_slots",
+    "slot_dim",
+    "slot_mlp",
+    "slot_iterations",
+    "implementation",
+    "decoder",
+    "dec_blocks",
+    "dec_heads",
+    "dec_cross_heads",
+    "dec_mlp_hidden",
+    "mlp_slot_proj",
+    "orders",
+    "cappa",
     "batch_size",
-)  # fmt: skip
+)
 
 
 def find_teacher(name: str | None, root: Path, preset: str, method: str = "spot", encoder: str | None = None) -> Path:
@@ -36,8 +56,9 @@ def find_teacher(name: str | None, root: Path, preset: str, method: str = "spot"
         folder = find_folder(name, root)
         read_config(folder)
         if not is_finished(folder):
-            raise UserError(f"--teacher {folder} is not finished: finish it with python -m spot_fast.train "
-                            f"--resume {folder}")  # fmt: skip
+            raise UserError(
+                f"--teacher {folder} is not finished: finish it with python -m spot_fast.train --resume {folder}"
+            )
         return folder
     try:
         return find_run(root, preset=preset, stage=1, methods=METHODS[method].teachers, encoder=encoder)
@@ -52,16 +73,21 @@ def student_method(given: str | None, folder: Path, teacher: Config) -> str:
             return teacher.method
         return "spot_mlp" if teacher.decoder == "mlp" else "spot"
     if teacher.method not in METHODS[given].teachers:
-        raise UserError(f"the teacher {folder} was trained with method {teacher.method} but --method {given} needs "
-                        f"{' or '.join(METHODS[given].teachers)}: choose another --teacher, or name no method for a "
-                        "student with the teacher's decoder and orders")  # fmt: skip
+        raise UserError(
+            f"the teacher {folder} was trained with method {teacher.method} but --method {given} needs "
+            f"{' or '.join(METHODS[given].teachers)}: choose another --teacher, or name no method for a "
+            "student with the teacher's decoder and orders"
+        )
     return given
 
 
 def inherit(config: Config, teacher: Config, given: Iterable[str]) -> tuple[Config, list[str]]:
     """`config` with the teacher's values of the fields that the user has not `given`, and the names that changed."""
-    taken = {name: getattr(teacher, name) for name in INHERITED
-             if name not in set(given) and getattr(teacher, name) != getattr(config, name)}  # fmt: skip
+    taken = {
+        name: getattr(teacher, name)
+        for name in INHERITED
+        if name not in set(given) and getattr(teacher, name) != getattr(config, name)
+    }
     return replace(config, **taken), sorted(taken)
 
 
@@ -69,9 +95,13 @@ def check_teacher(folder: Path, teacher: Config, config: Config) -> None:
     """UserError that names both values where the teacher cannot teach a student of `config`."""
     if teacher.stage != 1:
         raise UserError(f"--teacher {folder} is a stage-{teacher.stage} run: a teacher is a stage-1 run")
-    for name, what in (("num_slots", "number of slots"), ("encoder", "encoder"),
-                       ("image_size", "image size, which makes the token grid"), ("feature_norm", "feature_norm"),
-                       ("pos_resize", "resampling of positions")):  # fmt: skip
+    for name, what in (
+        ("num_slots", "number of slots"),
+        ("encoder", "encoder"),
+        ("image_size", "image size, which makes the token grid"),
+        ("feature_norm", "feature_norm"),
+        ("pos_resize", "resampling of positions"),
+    ):
         theirs, ours = getattr(teacher, name), getattr(config, name)
         if theirs != ours:
             raise UserError(

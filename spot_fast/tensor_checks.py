@@ -31,5 +31,7 @@ def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     for name, value in tensors.items():
         if value.is_floating_point() and not (finite := value.isfinite()).all():
             number = value.numel() - int(finite.sum())
-            raise UserError(f"{source}: tensor {name} has {number} of {value.numel()} values that are NaN or infinite: "
-                            "its training diverged or the file is damaged, use another")  # fmt: skip
+            raise UserError(
+                f"{source}: tensor {name} has {number} of {value.numel()} values that are NaN or infinite: "
+                "its training diverged or the file is damaged, use another"
+            )

@@ -14,8 +14,19 @@ import select
 import sys
 from collections.abc import Callable
 
-_PLAIN = {"–": "-", "—": "-", "−": "-", "·": "-", "×": "x", "±": "+-", "…": "...", "→": "->", "≤": "<=", "≥": ">=",
-          "λ": "lambda"}  # fmt: skip
+_PLAIN = {
+    "–": "-",
+    "—": "-",
+    "−": "-",
+    "·": "-",
+    "×": "x",
+    "±": "+-",
+    "…": "...",
+    "→": "->",
+    "≤": "<=",
+    "≥": ">=",
+    "λ": "lambda",
+}
 _ERRORS = "spot_fast.plain"
 _NO_READER = (errno.EPIPE, errno.EIO, errno.ECONNRESET)
 
@@ -92,6 +103,15 @@ def _outlasting(name: str) -> _Raw | None:
         return None
     stream.flush()
     raw = _Raw(stream.fileno())
-    setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, _ERRORS,
-                                        line_buffering=stream.line_buffering, write_through=stream.write_through))
+    setattr(
+        sys,
+        name,
+        io.TextIOWrapper(
+            io.BufferedWriter(raw),
+            stream.encoding,
+            _ERRORS,
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        ),
+    )
     return raw

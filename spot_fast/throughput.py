@@ -28,13 +28,23 @@ _ROWS = 40
 # TFLOP/s of dense matrix products, (bf16 with float32 sums, float32 without TF32), as the makers' data sheets say for
 # the card's full power. The longest name in the device's own name counts.
 _PEAKS: dict[str, tuple[float, float]] = {
-    "A100": (312, 19.5), "A10": (125, 31.2), "A40": (149.7, 37.4), "RTX A6000": (154.8, 38.7),
-    "H100": (989.4, 66.9), "H100 PCIe": (756, 51), "H100 NVL": (835, 60),
-    "H200": (989.4, 66.9), "H200 NVL": (835, 60), "B200": (2250, 75),
-    "L4": (121, 30.3), "L40S": (362, 91.6),
-    "RTX 3090": (71, 35.6), "RTX 4090": (165.2, 82.6), "RTX 5090": (209.5, 104.8),
+    "A100": (312, 19.5),
+    "A10": (125, 31.2),
+    "A40": (149.7, 37.4),
+    "RTX A6000": (154.8, 38.7),
+    "H100": (989.4, 66.9),
+    "H100 PCIe": (756, 51),
+    "H100 NVL": (835, 60),
+    "H200": (989.4, 66.9),
+    "H200 NVL": (835, 60),
+    "B200": (2250, 75),
+    "L4": (121, 30.3),
+    "L40S": (362, 91.6),
+    "RTX 3090": (71, 35.6),
+    "RTX 4090": (165.2, 82.6),
+    "RTX 5090": (209.5, 104.8),
     "MI300X": (1307.4, 163.4),
-}  # fmt: skip
+}
 
 
 def peak_by_name(name: str, precision: str) -> float | None:
@@ -128,8 +138,7 @@ class Profile:
         if steps:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
             when = schedule(wait=_WARMUP - 2, warmup=2, active=steps, repeat=1)
-            self._profiler = profile(activities=activities, schedule=when, on_trace_ready=self._write,
-                                     acc_events=True)  # fmt: skip
+            self._profiler = profile(activities=activities, schedule=when, on_trace_ready=self._write, acc_events=True)
             self._profiler.start()
             self._left = _WARMUP + steps
 

@@ -33,8 +33,10 @@ def import_timm() -> ModuleType:
         except Exception as error:  # noqa: BLE001 - what is there and broken raises anything
             missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
             if not missing:
-                raise UserError(f"timm cannot be imported ({said(error)}): pip install timm torchvision, in the "
-                                "versions that fit this torch") from error  # fmt: skip
+                raise UserError(
+                    f"timm cannot be imported ({said(error)}): pip install timm torchvision, in the "
+                    "versions that fit this torch"
+                ) from error
         library = torch.library.Library("torchvision", "FRAGMENT")
         library.define(f"{missing[1]}(Tensor input) -> Tensor")
         _declared.append(library)

@@ -63,12 +63,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         failure, sentence = error, ""
     except torch.OutOfMemoryError as error:
         failure = error
-        sentence = ("the device's memory is full: use a smaller --batch-size or --cache none, or --accumulate 2 for "
-                    "half a batch at a time")  # fmt: skip
+        sentence = (
+            "the device's memory is full: use a smaller --batch-size or --cache none, or --accumulate 2 for "
+            "half a batch at a time"
+        )
     except OSError as error:
         failure = error
-        sentence = (f"{error.filename or 'a file'} cannot be used ({error.strerror or error}): check the path, its "
-                    "permissions and the free space")  # fmt: skip
+        sentence = (
+            f"{error.filename or 'a file'} cannot be used ({error.strerror or error}): check the path, its "
+            "permissions and the free space"
+        )
     except UserError as error:
         failure, sentence = error, str(error)
     except BaseException as error:
@@ -111,11 +115,15 @@ def _train(world: World, argv: Sequence[str] | None) -> int:
         if job is None:
             return 0
         torch.set_num_threads(job.threads or min(torch.get_num_threads(), available_cores()))
-        trainer = world.together(lambda: Trainer(job.config, device=device, teacher=job.teacher, world=world,
-                                                 fixed_threads=job.fixed_threads))  # fmt: skip
+        trainer = world.together(
+            lambda: Trainer(
+                job.config, device=device, teacher=job.teacher, world=world, fixed_threads=job.fixed_threads
+            )
+        )
         if len(kinds := set(world.gather(trainer.loader.kind))) > 1:
-            raise UserError(f"pictures are decoded by {' and '.join(sorted(kinds))} in different processes: add "
-                            "--loader torch")  # fmt: skip
+            raise UserError(
+                f"pictures are decoded by {' and '.join(sorted(kinds))} in different processes: add --loader torch"
+            )
         trainer.choose_cache()  # before there is a run folder: it is told if it cannot be
         path = world.first(folder)
         return _run(trainer, opened[0] if world.main else OthersFolder(path), args)
@@ -181,8 +189,10 @@ def _run_to_resume(args: Arguments) -> Path | None:
             return path  # its conflicts are told when it is opened
     others = [path for path, _ in everything if not is_finished(path)]
     if others and not args.given:
-        raise UserError(f"no run of preset {args.preset}, stage {args.stage} is in {args.runs}: to go on with another "
-                        f"one use --resume {others[0]}")  # fmt: skip
+        raise UserError(
+            f"no run of preset {args.preset}, stage {args.stage} is in {args.runs}: to go on with another "
+            f"one use --resume {others[0]}"
+        )
     print(f"nothing to resume in {args.runs}: a new run begins")
     return None
 
@@ -209,8 +219,12 @@ def _same_machine(args: Arguments, about: dict[str, str], device: torch.device, 
     threads = args.threads or int(about.get("threads", 0))
     if threads:
         torch.set_num_threads(threads)
-    now = {"threads": str(torch.get_num_threads()), "device": device.type, "torch": torch.__version__,
-           "processes": str(world.size)}  # fmt: skip
+    now = {
+        "threads": str(torch.get_num_threads()),
+        "device": device.type,
+        "torch": torch.__version__,
+        "processes": str(world.size),
+    }
     for name, value in now.items():
         if about.get(name, value) != value:
             print(f"note: {name} was {about[name]} and is {value}: the last bits may differ from an uninterrupted run")
@@ -237,9 +251,12 @@ def _run(trainer: Trainer, folder: RunFolder | OthersFolder, args: Arguments) ->
     trained = sum(parameter.numel() for parameter in trainer.parameters) / 1e6
     for note in dict.fromkeys([*trainer.train_set.notes, *(trainer.val_set.notes if trainer.val_set else ())]):
         print(f"note: {note}")
-    print(f"{path}: preset {config.recipe}, stage {config.stage}, {len(trainer.train_set)} images, "
-          f"{trainer.total_steps} steps of {config.batch_size}, {trained:.1f} M parameters train, "
-          f"{trainer.precision} on {where}", flush=True)  # fmt: skip
+    print(
+        f"{path}: preset {config.recipe}, stage {config.stage}, {len(trainer.train_set)} images, "
+        f"{trainer.total_steps} steps of {config.batch_size}, {trained:.1f} M parameters train, "
+        f"{trainer.precision} on {where}",
+        flush=True,
+    )
     if args.measure_peak:
         trainer.throughput.peak = measured_peak(device, trainer.precision)
         print(f"{trainer.throughput.peak / 1e12:.3g} TFLOP/s measured in {trainer.precision}: MFU is against that")
@@ -250,8 +267,10 @@ def _run(trainer: Trainer, folder: RunFolder | OthersFolder, args: Arguments) ->
         what = "1 corrupt image was" if count == 1 else f"{count} corrupt images were"
         print(f"{what} replaced by others, all in {path / CORRUPT}; the first: {reason}")
     if not outcome.finished:
-        print(f"stopped at step {outcome.step} of {outcome.total_steps}: go on with python -m spot_fast.train "
-              f"--resume {path}")  # fmt: skip
+        print(
+            f"stopped at step {outcome.step} of {outcome.total_steps}: go on with python -m spot_fast.train "
+            f"--resume {path}"
+        )
         return _INTERRUPTED
     print(_summary(path, config, outcome))
     return 0
@@ -264,8 +283,11 @@ def _summary(path: Path, config: Config, outcome: Outcome) -> str:
         lines.append(scores_text(outcome.scores))
     student = "" if config.recipe == "scenes" else f" --preset {config.recipe}"
     orders = " --orders all" if config.method == "spot_ens" else ""
-    lines += ["next:", f"  python -m spot_fast.evaluate {path}",
-              f"  python -m spot_fast.segment IMAGE --run {path}{orders}"]
+    lines += [
+        "next:",
+        f"  python -m spot_fast.evaluate {path}",
+        f"  python -m spot_fast.segment IMAGE --run {path}{orders}",
+    ]
     if config.stage == 1 and METHODS[config.method].stage2 is not None:
         lines.insert(-2, f"  python -m spot_fast.train --stage 2{student} --teacher {path}")
     return "\n".join(lines)

@@ -48,6 +48,7 @@ from .validation import quick_validation, skipped_pictures_line
 _WEIGHTS, _STEP, _PARALLEL = range(100, 103)
 _SAVE_SECONDS = 300
 
+
 @dataclass(frozen=True)
 class Draws:
     """What is drawn for one step; orders are int64 [] on the device, noise [B, K, U]; None where nothing is needed."""
@@ -86,8 +87,15 @@ class Trainer:
     fixed_threads: their number stays as it is, also on a CPU that other programs use.
     """
 
-    def __init__(self, config: Config, *, device: torch.device, teacher: Path | None = None,
-                 world: World | None = None, fixed_threads: bool = True) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        device: torch.device,
+        teacher: Path | None = None,
+        world: World | None = None,
+        fixed_threads: bool = True,
+    ) -> None:
         self.device, self.teacher_path, self.world = device, teacher, world or World()
         self.precision = resolve(config.precision, device)
         self.train_set = open_set(config, "train")
@@ -95,15 +103,25 @@ class Trainer:
         loader = config.loader
         if loader == "auto" and self.train_set.random_crop and config.cache in ("auto", "pixels"):
             loader = "torch"  # whole pictures are decoded once, by Pillow
-        self.loader, self.decoding = open_loader(loader, self.train_set, config.batch_size, config.seed, config.workers,
-                                                 device, self.world.rank, self.world.size)  # fmt: skip
+        self.loader, self.decoding = open_loader(
+            loader,
+            self.train_set,
+            config.batch_size,
+            config.seed,
+            config.workers,
+            device,
+            self.world.rank,
+            self.world.size,
+        )
         unasked = {name for name in ("compile", "cuda_graph") if getattr(config, name) == "auto"}
         graph = resolve_cuda_graph(config.cuda_graph, device, self.world.size)
         self.config = config = replace(config, loader=self.loader.kind, compile=resolve_compile(config.compile, device))
         share = config.batch_size // self.world.size
         if share % config.accumulate:
-            raise UserError(f"--accumulate {config.accumulate} does not divide the {share} pictures of a process: use "
-                            f"a divisor of {share}")  # fmt: skip
+            raise UserError(
+                f"--accumulate {config.accumulate} does not divide the {share} pictures of a process: use "
+                f"a divisor of {share}"
+            )
         self.rate = learning_rate(config, len(self.train_set))
         self.total_steps = self.rate.total_steps
 
@@ -190,12 +208,20 @@ class Trainer:
         config = self.config
         one = torch.zeros(1, 3, config.image_size, config.image_size, dtype=torch.uint8)
         # The name too: tensors do not show how many heads there are, nor activations or epsilons.
-        words = (timm_name(config.encoder), self.identity["sha256"], config.feature_norm, self.precision,
-                 self.device.type, self.loader.kind)  # fmt: skip
+        words = (
+            timm_name(config.encoder),
+            self.identity["sha256"],
+            config.feature_norm,
+            self.precision,
+            self.device.type,
+            self.loader.kind,
+        )
         key = " ".join(map(str, words))
         keys = key, f"{key} {self.model.encoder.first_last_block}"
-        return [feature_cache.Field(name, tuple(value.shape[1:]), value.dtype, key)
-                for name, key, value in zip(("target", "hidden"), keys, self.frozen_features(one), strict=False)]
+        return [
+            feature_cache.Field(name, tuple(value.shape[1:]), value.dtype, key)
+            for name, key, value in zip(("target", "hidden"), keys, self.frozen_features(one), strict=False)
+        ]
 
     def features_of(self, batch: Batch | tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Features for the slots and target features, both [B, N, D], of a batch of pictures or of cached features."""
@@ -225,17 +251,21 @@ class Trainer:
         loss_att, _ = attention_loss(output.slot_logits, output.slot_attn, labels)
         return loss_rec + weight * loss_att, loss_rec, loss_att
 
-    def parts(self, batch: Batch | tuple[Tensor, ...],
-              draws: Draws) -> Iterator[tuple[Batch | tuple[Tensor, ...], Draws]]:  # fmt: skip
+    def parts(
+        self, batch: Batch | tuple[Tensor, ...], draws: Draws
+    ) -> Iterator[tuple[Batch | tuple[Tensor, ...], Draws]]:
         """A batch and what is drawn for it, in --accumulate equal parts."""
         count = self.config.accumulate
         size = self.config.batch_size // self.world.size // count
         for start in range(0, count * size, size):
             own = slice(start, start + size)
-            noise, teacher_noise = (None if noise is None else noise[own]
-                                    for noise in (draws.noise, draws.teacher_noise))  # fmt: skip
-            yield (map_tensors(batch, lambda tensor, own=own: tensor[own]),
-                   replace(draws, noise=noise, teacher_noise=teacher_noise))
+            noise, teacher_noise = (
+                None if noise is None else noise[own] for noise in (draws.noise, draws.teacher_noise)
+            )
+            yield (
+                map_tensors(batch, lambda tensor, own=own: tensor[own]),
+                replace(draws, noise=noise, teacher_noise=teacher_noise),
+            )
 
     def backward(self, batch: Batch | tuple[Tensor, ...], draws: Draws, weight: Tensor) -> list[Tensor]:
         """Adds a part's share of the gradient; its share of the losses, scalars."""
@@ -271,8 +301,10 @@ class Trainer:
         """FLOPs of a step of this process, counted on the first picture of its batch; nothing changes by it."""
         one, weight = slice(0, 1), torch.zeros((), dtype=torch.float32, device=self.device)
         batch, draws = map_tensors(batch, lambda tensor: tensor[one]), self.draw(0)
-        draws = replace(draws, **{name: noise[one] for name in ("noise", "teacher_noise")
-                                  if (noise := getattr(draws, name)) is not None})  # fmt: skip
+        draws = replace(
+            draws,
+            **{name: noise[one] for name in ("noise", "teacher_noise") if (noise := getattr(draws, name)) is not None},
+        )
         share = self.config.batch_size // self.world.size
         return share * count_flops(lambda: self.losses(batch, draws, weight)[0], self.parameters)
 
@@ -280,8 +312,10 @@ class Trainer:
         draws, decoder = self.draw(self.step), self.model.decoder
         weight = torch.zeros((), dtype=torch.float32, device=self.device)
         loss, gradients = float8.errors(decoder, lambda: self.losses(batch, draws, weight)[1], self.parameters)
-        display.line(f"float8 in {self.float8_layers} layers of the decoder: on this batch the loss is {loss:.1e} and "
-                     f"its gradients are {gradients:.1e} from bfloat16's")  # fmt: skip
+        display.line(
+            f"float8 in {self.float8_layers} layers of the decoder: on this batch the loss is {loss:.1e} and "
+            f"its gradients are {gradients:.1e} from bfloat16's"
+        )
         self.float8_layers = 0
 
     # ---- the loop
@@ -299,8 +333,14 @@ class Trainer:
             folder.cut_metrics(-1)
             self.save(folder)
         world.copy_from_first(self.parameters)
-        display = Display(folder.path, title=f"{config.preset} stage {config.stage}", step=self.step,
-                          total_steps=self.total_steps, tensorboard=tensorboard, quiet=not world.main)  # fmt: skip
+        display = Display(
+            folder.path,
+            title=f"{config.preset} stage {config.stage}",
+            step=self.step,
+            total_steps=self.total_steps,
+            tensorboard=tensorboard,
+            quiet=not world.main,
+        )
         for part in (self.forward, self.update):
             if isinstance(part, Compiled | Graphed):
                 part.say = display.line
@@ -376,8 +416,16 @@ class Trainer:
             return
         if self.chosen is None:
             self.choose_cache()
-        source = open_source(self.config, self.loader, self.decoding, self.chosen, self.frozen_features,
-                             device=self.device, world=self.world, say=display.line)  # fmt: skip
+        source = open_source(
+            self.config,
+            self.loader,
+            self.decoding,
+            self.chosen,
+            self.frozen_features,
+            device=self.device,
+            world=self.world,
+            say=display.line,
+        )
         self.loader, self.cache = source.loader, source.features
 
     def _log_interval(self, folder: RunFolder, display: Display) -> None:
@@ -411,8 +459,12 @@ class Trainer:
         if self.teacher is None:
             del values["loss_rec"], values["loss_att"]
         pace = self.paces[kind].read(self.step)
-        return {**values, "lr": self.rate(self.step - 1), "images_per_s": pace,
-                **self.throughput.read(pace, self.config.batch_size)}  # fmt: skip
+        return {
+            **values,
+            "lr": self.rate(self.step - 1),
+            "images_per_s": pace,
+            **self.throughput.read(pace, self.config.batch_size),
+        }
 
     def _tell_skipped(self, folder: RunFolder, display: Display) -> None:
         if news := self.bad_steps.news():
@@ -432,9 +484,14 @@ class Trainer:
         if self.val_set is None:
             return {}
         with float32_products(self.precision), self.autocast():
-            return quick_validation(self.model, self.val_set, images=self.config.eval_images,
-                                    batch_size=self.config.batch_size, device=self.device,
-                                    skipped=skipped)  # fmt: skip
+            return quick_validation(
+                self.model,
+                self.val_set,
+                images=self.config.eval_images,
+                batch_size=self.config.batch_size,
+                device=self.device,
+                skipped=skipped,
+            )
 
     def _require_good(self) -> None:
         """UserError where a step was bad and the run is to stop then, or too many were."""
@@ -468,8 +525,10 @@ class Trainer:
 
     def kept(self) -> str:
         """What a run that ends with an error has left."""
-        return (f"the state of step {self.saved_step} is kept, train again with a lower --lr or --clip "
-                f"(--lr is {self.config.lr}, --clip {self.config.clip})")  # fmt: skip
+        return (
+            f"the state of step {self.saved_step} is kept, train again with a lower --lr or --clip "
+            f"(--lr is {self.config.lr}, --clip {self.config.clip})"
+        )
 
     def tick(self) -> None:
         now = time.monotonic()

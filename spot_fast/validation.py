@@ -17,8 +17,15 @@ from .protocols import PROTOCOLS, GroundTruth
 
 
 @torch.no_grad()
-def quick_validation(model: Spot, val_set: ImageSet, *, images: int, batch_size: int,
-                     device: torch.device, skipped: dict[str, str] | None = None) -> dict[str, float]:  # fmt: skip
+def quick_validation(
+    model: Spot,
+    val_set: ImageSet,
+    *,
+    images: int,
+    batch_size: int,
+    device: torch.device,
+    skipped: dict[str, str] | None = None,
+) -> dict[str, float]:
     """Scores of those of the first `images` pictures that can be read, in patch order 0; the same noise every time.
 
     skipped: gets the label of each other picture and the reason. It never ends a training, not even where all are.

@@ -13,9 +13,18 @@ import time
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-_FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-          "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars",
-          "--remote-debugging-pipe")  # fmt: skip
+_FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--remote-debugging-pipe",
+)
 # In the page: every image with its natural width, and how much wider than the window the page is.
 _LOOK = """({
   images: [...document.images].map(i => [i.alt, i.complete ? i.naturalWidth : 0]),
@@ -44,8 +53,11 @@ class Browser:
         command = 'exec "$@" 3<&{} 4>&{}'.format(*theirs)
         self._process = subprocess.Popen(
             ["bash", "-c", command, "bash", path, *_FLAGS, f"--user-data-dir={profile}", "about:blank"],
-            pass_fds=theirs, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            pass_fds=theirs,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         for number in (to_read, to_write, *theirs):
             os.close(number)
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
@@ -63,8 +75,11 @@ class Browser:
         url = file.resolve().as_uri()
         self._call("Page.navigate", url=url)
         self._until("Page.loadEventFired")
-        self._call("Runtime.evaluate", awaitPromise=True,
-                   expression="Promise.all([...document.images].map(i => i.decode().catch(() => 0)))")  # fmt: skip
+        self._call(
+            "Runtime.evaluate",
+            awaitPromise=True,
+            expression="Promise.all([...document.images].map(i => i.decode().catch(() => 0)))",
+        )
         answer = self._call("Runtime.evaluate", expression=_LOOK, returnByValue=True)
         found = answer["result"]["value"]
         if shot is not None:
@@ -73,9 +88,10 @@ class Browser:
         asked = [e["params"]["request"]["url"] for e in self._events if e["method"] == "Network.requestWillBeSent"]
         found["requests"] = [name for name in asked if name != url and not name.startswith("data:")]
         found["errors"] = [
-            json.dumps(event["params"]) for event in self._events
+            json.dumps(event["params"])
+            for event in self._events
             if event["method"] in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
-        ]  # fmt: skip
+        ]
         return found
 
     def close(self) -> None:

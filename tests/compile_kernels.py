@@ -37,10 +37,17 @@ from targets import target_file  # noqa: E402
 from spot_kernels.gpu.launch import ARCHITECTURES, Call, recording  # noqa: E402
 
 _TYPES = {
-    torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8",
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
     torch.bool: "*u1",
-}  # fmt: skip
+}
 
 
 def specialise(call: Call) -> tuple[dict, dict, dict]:
@@ -77,8 +84,10 @@ def resources(compiled, architecture: str) -> dict:
     if architecture.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         # scratch memory; scalar registers that are short of room go to lanes of vector registers, not to memory
-        found = {key: int(re.search(rf"\.{key}:\s*(\d+)", text).group(1))
-                 for key in ("vgpr_count", "private_segment_fixed_size")}  # fmt: skip
+        found = {
+            key: int(re.search(rf"\.{key}:\s*(\d+)", text).group(1))
+            for key in ("vgpr_count", "private_segment_fixed_size")
+        }
         registers, spilled = found.values()
         return {"registers": registers, "spilled": spilled, "float64": bool(re.search(r"\bv_\w+_f64", text))}
     import triton
@@ -135,8 +144,14 @@ def bound(call: Call) -> tuple[dict, dict, dict]:
         raise _Bound
 
     with mock.patch.object(compiler.ASTSource, "__init__", stop), contextlib.suppress(_Bound):
-        call.kernel.warmup(*call.arguments, grid=call.grid, num_warps=call.num_warps, num_stages=call.num_stages,
-                           enable_fp_fusion=True, **call.constants)  # fmt: skip
+        call.kernel.warmup(
+            *call.arguments,
+            grid=call.grid,
+            num_warps=call.num_warps,
+            num_stages=call.num_stages,
+            enable_fp_fusion=True,
+            **call.constants,
+        )
     return found["given"]
 
 
@@ -225,8 +240,20 @@ def main() -> None:
         print(summary(rows))
 
 
-_COLUMNS = ("triton", "architecture", "case", "kernel", "num_warps", "num_stages", "registers", "shared", "spilled",
-            "float64", "constants", "error")  # fmt: skip
+_COLUMNS = (
+    "triton",
+    "architecture",
+    "case",
+    "kernel",
+    "num_warps",
+    "num_stages",
+    "registers",
+    "shared",
+    "spilled",
+    "float64",
+    "constants",
+    "error",
+)
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -247,9 +274,12 @@ def summary(rows: list[dict]) -> str:
     for row in rows:
         module = row["case"].partition(":")[0]
         groups.setdefault((row["architecture"], module, row["kernel"]), []).append(row)
-    lines = [f"Triton {rows[0]['triton']}", "",
-             "| chip | module | kernel | configurations | registers | shared memory, KiB | spilled, bytes | float64 |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        f"Triton {rows[0]['triton']}",
+        "",
+        "| chip | module | kernel | configurations | registers | shared memory, KiB | spilled, bytes | float64 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for (architecture, module, kernel), found in sorted(groups.items()):
         cells = [architecture, module, f"`{kernel}`", str(len(found))]
         if failed := [row for row in found if "error" in row]:

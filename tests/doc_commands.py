@@ -20,8 +20,20 @@ from test_check import make_coco, make_folder, make_voc, save
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-_PROGRAMS = ("python", "pip", "bash", "pytest", "torchrun", "tensorboard", "docker", "gsutil", "git", "wget", "curl",
-             "cmake")  # fmt: skip
+_PROGRAMS = (
+    "python",
+    "pip",
+    "bash",
+    "pytest",
+    "torchrun",
+    "tensorboard",
+    "docker",
+    "gsutil",
+    "git",
+    "wget",
+    "curl",
+    "cmake",
+)
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
 
@@ -33,8 +45,12 @@ def commands() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        lines = [line for language, block in _BLOCK.findall(text) if language in ("", "bash", "sh", "console")
-                 for line in block.splitlines()]  # fmt: skip
+        lines = [
+            line
+            for language, block in _BLOCK.findall(text)
+            if language in ("", "bash", "sh", "console")
+            for line in block.splitlines()
+        ]
         lines += re.findall(r"`([^`\n]+)`", _BLOCK.sub("", text))
         for line in lines:
             for command in re.split(r"\s+#\s|$", line.strip().removeprefix("$ "))[0].split(" && "):
@@ -78,14 +94,27 @@ def furnish(place: Path) -> None:
 def untrained(place: Path, name: str, number: int, stage: int = 2) -> Path:
     """A finished run of a preset that never trained, small: runs/<name>-stage<stage>-<number>."""
     config = replace(
-        preset(name, stage), data=str(place / "COCO"), encoder="spot_scenes", image_size=32, mask_size=32, slot_dim=16,
-        slot_mlp=16, dec_blocks=1, dec_heads=4, train_blocks=1, num_slots=3, seed=number,
-    )  # fmt: skip
+        preset(name, stage),
+        data=str(place / "COCO"),
+        encoder="spot_scenes",
+        image_size=32,
+        mask_size=32,
+        slot_dim=16,
+        slot_mlp=16,
+        dec_blocks=1,
+        dec_heads=4,
+        train_blocks=1,
+        num_slots=3,
+        seed=number,
+    )
     folder = place / "runs" / f"{name}-stage{stage}-{number:03d}"
     folder.mkdir(parents=True)
     encoder = frozen_encoder(config)
     identity = encoder_identity(encoder, config)
     write_config(folder, config)
-    save_tensors(folder / MODEL, Spot(config, encoder).learned_state_dict(),
-                 {"encoder": identity["name"], "encoder_sha256": identity["sha256"]})  # fmt: skip
+    save_tensors(
+        folder / MODEL,
+        Spot(config, encoder).learned_state_dict(),
+        {"encoder": identity["name"], "encoder_sha256": identity["sha256"]},
+    )
     return folder

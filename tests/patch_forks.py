@@ -288,11 +288,36 @@ class Counted(Fork):
 
 
 FORKS = [
-    InstanceAttribute, ClassAttribute, NamedClassAttribute, TypeOfSelf, Property, GetAttr, ThroughDict, PlainTensor,
-    Configuration, OwnFunction, OnALayer, Global, GlobalDict, GlobalObject, GlobalTensor, GlobalInAFunction,
-    FunctionOfSelf, Environment, GetEnvironment, Lambda, RareBranch, StaticMethod, OfTheBase, Decorated, closed_over,
-    Imported, DefaultArgument, FunctionAttribute, Counted,
-]  # fmt: skip
+    InstanceAttribute,
+    ClassAttribute,
+    NamedClassAttribute,
+    TypeOfSelf,
+    Property,
+    GetAttr,
+    ThroughDict,
+    PlainTensor,
+    Configuration,
+    OwnFunction,
+    OnALayer,
+    Global,
+    GlobalDict,
+    GlobalObject,
+    GlobalTensor,
+    GlobalInAFunction,
+    FunctionOfSelf,
+    Environment,
+    GetEnvironment,
+    Lambda,
+    RareBranch,
+    StaticMethod,
+    OfTheBase,
+    Decorated,
+    closed_over,
+    Imported,
+    DefaultArgument,
+    FunctionAttribute,
+    Counted,
+]
 
 
 class Harmless(Fork):

@@ -57,9 +57,18 @@ def concatenated(x):
 
 
 def slate(
-    p, inputs, slots, *, heads=1, iterations=3, mlp_last=True, mean=weighted_mean, eps=1e-8, features="norm_inputs",
+    p,
+    inputs,
+    slots,
+    *,
+    heads=1,
+    iterations=3,
+    mlp_last=True,
+    mean=weighted_mean,
+    eps=1e-8,
+    features="norm_inputs",
     scale=None,
-):  # fmt: skip
+):
     """SLATE; STEVE has one head and no MLP after the last iteration. scale: of the logits."""
     x = normed(inputs, p, features)
     k, v = (heads_of(dense(x, p, f"project_{name}"), heads) for name in "kv")
@@ -236,19 +245,24 @@ def dense_shapes(name, inputs, outputs, bias=True):
 
 def gru_shapes(inputs=SLOT_WIDTH, width=SLOT_WIDTH):
     return {
-        "gru.weight_ih": (3 * width, inputs), "gru.weight_hh": (3 * width, width),
-        "gru.bias_ih": (3 * width,), "gru.bias_hh": (3 * width,),
-    }  # fmt: skip
+        "gru.weight_ih": (3 * width, inputs),
+        "gru.weight_hh": (3 * width, width),
+        "gru.bias_ih": (3 * width,),
+        "gru.bias_hh": (3 * width,),
+    }
 
 
 def torch_shapes(names, inner=SLOT_WIDTH, width=WIDTH, bias=False, with_mlp=True):
     """names: of norm_inputs, norm_slots, q, k, v, norm_mlp and the MLP's two layers."""
     norm_inputs, norm_slots, q, k, v, norm_mlp, first, second = names
     shapes = {
-        **norm_shapes(norm_inputs, width), **norm_shapes(norm_slots, SLOT_WIDTH),
-        **dense_shapes(q, SLOT_WIDTH, inner, bias), **dense_shapes(k, width, inner, bias),
-        **dense_shapes(v, width, inner, bias), **gru_shapes(inner),
-    }  # fmt: skip
+        **norm_shapes(norm_inputs, width),
+        **norm_shapes(norm_slots, SLOT_WIDTH),
+        **dense_shapes(q, SLOT_WIDTH, inner, bias),
+        **dense_shapes(k, width, inner, bias),
+        **dense_shapes(v, width, inner, bias),
+        **gru_shapes(inner),
+    }
     if with_mlp:
         shapes |= norm_shapes(norm_mlp, SLOT_WIDTH) | dense_shapes(first, SLOT_WIDTH, HIDDEN)
         shapes |= dense_shapes(second, HIDDEN, SLOT_WIDTH)
@@ -297,14 +311,24 @@ _EVELINEHONG = torch_shapes((*_LUCIDRAINS, "norm_pre_ff", "fc1", "fc2"), width=S
 _DINOSAUR = (*_LUCIDRAINS, "ff_mlp.module.0", "ff_mlp.module.1", "ff_mlp.module.3")
 _SLOTFORMER = ("norm_inputs", "project_q.0", "project_q.1", "project_k", "project_v", "mlp.0", "mlp.1", "mlp.3")
 _VIDEOSAUR = (
-    "norm_features", "norm_slots", "to_q", "to_k", "to_v", "mlp.layers.0", "mlp.layers.1", "mlp.layers.3",
-)  # fmt: skip
+    "norm_features",
+    "norm_slots",
+    "to_q",
+    "to_k",
+    "to_v",
+    "mlp.layers.0",
+    "mlp.layers.1",
+    "mlp.layers.3",
+)
 _OCBENCH = ("norm1kv", "norm1q", "proj_q", "proj_k", "proj_v", "norm2", "ffn.0", "ffn.2")
 # Published formula, its state dict, the options of our module beyond those of the variant, the formula's settings.
 CASES = {
     "locatello": (locatello, keras_shapes(), {}, {}),
     "lucidrains": (
-        lucidrains, torch_shapes((*_LUCIDRAINS, "norm_pre_ff", "mlp.0", "mlp.2"), width=SLOT_WIDTH, bias=True), {}, {},
+        lucidrains,
+        torch_shapes((*_LUCIDRAINS, "norm_pre_ff", "mlp.0", "mlp.2"), width=SLOT_WIDTH, bias=True),
+        {},
+        {},
     ),
     "lucidrains_heads": (lucidrains_heads, heads_shapes(24), {"heads": 2, "inner_dim": 24}, {}),
     "evelinehong": (evelinehong, _EVELINEHONG, {}, {}),
@@ -312,38 +336,53 @@ CASES = {
     "untitled_ai": (slate, torch_shapes(_SLATE, width=SLOT_WIDTH), {}, {}),
     "lsd": (lsd, torch_shapes(_SLATE), {}, {}),
     "lsd, 4 heads, bi-level": (
-        lsd, torch_shapes(_SLATE), {"heads": 4, "truncation": "bi_level"}, {"heads": 4, "truncation": "bi_level"},
+        lsd,
+        torch_shapes(_SLATE),
+        {"heads": 4, "truncation": "bi_level"},
+        {"heads": 4, "truncation": "bi_level"},
     ),
     "slate": (slate, torch_shapes(_SLATE), {}, {}),
     "slate, 4 heads": (slate, torch_shapes(_SLATE), {"heads": 4}, {"heads": 4}),
     "steve": (steve, torch_shapes(_SLATE), {}, {}),
     "dinosaur": (dinosaur, torch_shapes(_DINOSAUR), {}, {}),
     "dinosaur, 2 heads of 12, biases": (
-        dinosaur, torch_shapes(_DINOSAUR, inner=24, bias=True),
-        {"heads": 2, "inner_dim": 24, "bias": True}, {"heads": 2},
+        dinosaur,
+        torch_shapes(_DINOSAUR, inner=24, bias=True),
+        {"heads": 2, "inner_dim": 24, "bias": True},
+        {"heads": 2},
     ),
     "dinosaur without MLP": (dinosaur, torch_shapes(_DINOSAUR, with_mlp=False), {"mlp_hidden": None}, {}),
     "bo_qsa": (
-        bo_qsa, torch_shapes(("norm_feature", *_SLATE[1:]), width=SLOT_WIDTH), {"initial": None, "drop_path": 0.0}, {},
+        bo_qsa,
+        torch_shapes(("norm_feature", *_SLATE[1:]), width=SLOT_WIDTH),
+        {"initial": None, "drop_path": 0.0},
+        {},
     ),
     "savi": (savi, flax_shapes(), {"mlp_hidden": None}, {}),
     "savi, 2 heads, MLP, 2 iterations": (
-        savi, flax_shapes(2, True), {"heads": 2, "iterations": 2}, {"iterations": 2},
+        savi,
+        flax_shapes(2, True),
+        {"heads": 2, "iterations": 2},
+        {"iterations": 2},
     ),
     "slotformer": (slotformer, torch_shapes(_SLOTFORMER), {}, {}),
     "spot": (spot, torch_shapes(_SLATE), {}, {}),
     "spot, bi-level": (spot, torch_shapes(_SLATE), {"truncation": "bi_level"}, {"truncation": "bi_level"}),
     "videosaur": (videosaur, torch_shapes(_VIDEOSAUR), {}, {}),
     "ocbench": (
-        ocbench, {name.replace("gru.", "rnn."): shape for name, shape in torch_shapes(_OCBENCH).items()}, {}, {},
+        ocbench,
+        {name.replace("gru.", "rnn."): shape for name, shape in torch_shapes(_OCBENCH).items()},
+        {},
+        {},
     ),
     "ocbench, dropout in the MLP": (
         ocbench,
         {name.replace("gru.", "rnn."): shape for name, shape in torch_shapes((*_OCBENCH[:-1], "ffn.3")).items()},
-        {}, {},
+        {},
+        {},
     ),
     "spot, fixed point": (spot, torch_shapes(_SLATE), {"truncation": "fixed_point"}, {"truncation": "fixed_point"}),
-}  # fmt: skip
+}
 
 
 def random_state(shapes, seed=0):

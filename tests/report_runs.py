@@ -36,9 +36,18 @@ def make_run(folder: Path, stage: int = 1, *, log: bool = True, **changes) -> Pa
 def log_lines(stage: int) -> list[dict]:
     more = {"loss_rec": 0.8, "loss_att": 1.5} if stage == 2 else {}
     lines = [
-        {"kind": "train", "step": step, "loss": 1 / step, "grad_norm": 0.3 / step, "lr": 1e-3,
-         "images_per_s": 100.0 + step, "step_ms": 40.0, "peak_memory": 8e8, **more}
+        {
+            "kind": "train",
+            "step": step,
+            "loss": 1 / step,
+            "grad_norm": 0.3 / step,
+            "lr": 1e-3,
+            "images_per_s": 100.0 + step,
+            "step_ms": 40.0,
+            "peak_memory": 8e8,
+            **more,
+        }
         for step in range(4, 25, 4)
-    ]  # fmt: skip
+    ]
     scores = {"val_loss": 0.5, "mbo_i_decoder": 0.25, "mbo_i_slots": 0.3}
     return lines + [{"kind": "validation", "step": step, "epoch": step // 6, **scores} for step in (12, 24)]

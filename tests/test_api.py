@@ -76,21 +76,29 @@ def test_slot_masks_and_seeds_are_a_choice(model):
     assert not torch.equal(model.segment_images(picture, seed=1).slots, decoder.slots)
 
 
-@pytest.mark.parametrize("images, words", [
-    ([], "images is empty"), ("photo.jpg", r"images\[0\] is a path: pass PIL.Image.open\('photo.jpg'\)"),
-    ([np.zeros((4, 4, 3))], r"images\[0\] has dtype float64: pass uint8"),
-    ([array(4, 4), np.zeros((4, 4, 2), np.uint8)], r"images\[1\] has shape \[4, 4, 2\]: expected \[H, W, 3\]"),
-    (torch.zeros(4, 4, 3, dtype=torch.uint8), r"images\[0\] has shape \[4, 4, 3\]: expected \[3, H, W\]"),
-    (torch.zeros(3, 0, 3, dtype=torch.uint8), r"images\[0\] has shape \[3, 0, 3\]"), ([3], r"images\[0\] is a int"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "images, words",
+    [
+        ([], "images is empty"),
+        ("photo.jpg", r"images\[0\] is a path: pass PIL.Image.open\('photo.jpg'\)"),
+        ([np.zeros((4, 4, 3))], r"images\[0\] has dtype float64: pass uint8"),
+        ([array(4, 4), np.zeros((4, 4, 2), np.uint8)], r"images\[1\] has shape \[4, 4, 2\]: expected \[H, W, 3\]"),
+        (torch.zeros(4, 4, 3, dtype=torch.uint8), r"images\[0\] has shape \[4, 4, 3\]: expected \[3, H, W\]"),
+        (torch.zeros(3, 0, 3, dtype=torch.uint8), r"images\[0\] has shape \[3, 0, 3\]"),
+        ([3], r"images\[0\] is a int"),
+    ],
+)
 def test_wrong_pictures_are_named(model, images, words):
     with pytest.raises(ValueError, match=words):
         model.segment_images(images)
 
 
 def test_wrong_options_are_named(model):
-    for options, words in (({"masks": "both"}, "masks='both' is unknown"), ({"orders": "9"}, "orders '9' is unknown"),
-                           ({"batch_size": 0}, "batch_size=0: use 1 or more")):  # fmt: skip
+    for options, words in (
+        ({"masks": "both"}, "masks='both' is unknown"),
+        ({"orders": "9"}, "orders '9' is unknown"),
+        ({"batch_size": 0}, "batch_size=0: use 1 or more"),
+    ):
         with pytest.raises(ValueError, match=words):
             model.segment_images(array(4, 4), **options)
 

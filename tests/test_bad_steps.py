@@ -21,6 +21,7 @@ SKIP = dict(on_bad_step="skip", eval_images=0)
 @pytest.fixture
 def broken(monkeypatch):
     """Multiplies the loss of the given steps of a run, counted from 1, by `value`."""
+
     def breaks(*steps: int, value: float = NAN) -> None:
         losses = Trainer.losses
 
@@ -73,7 +74,11 @@ def test_means_are_those_of_the_steps_that_count(tmp_path, broken):
     assert lines["epoch", 12]["loss"] == pytest.approx((each[9] + each[10] + each[11]) / 3)
     # Told at the end of an interval or an epoch, whichever comes first.
     assert {step: lines["skipped", step]["steps"] for kind, step in lines if kind == "skipped"} == {
-        4: [2], 6: [5, 6], 8: [7, 8], 12: [12]}  # fmt: skip
+        4: [2],
+        6: [5, 6],
+        8: [7, 8],
+        12: [12],
+    }
 
 
 def test_without_a_broken_step_both_choices_are_the_same_run(tmp_path):
@@ -151,8 +156,10 @@ def test_a_leap_is_told_with_its_pictures(on_bad_step, tmp_path, broken, capsys)
     broken(22, value=50.0)
     config = tiny(on_bad_step=on_bad_step, eval_images=0)
     if on_bad_step == "stop":
-        told_of = (r"the loss leapt at step 22 \(loss .*, before it .* on average\), pictures train scene \d+, .*: the "
-                   "state of step 0 is kept.*--on-bad-step skip")  # fmt: skip
+        told_of = (
+            r"the loss leapt at step 22 \(loss .*, before it .* on average\), pictures train scene \d+, .*: the "
+            "state of step 0 is kept.*--on-bad-step skip"
+        )
         with pytest.raises(UserError, match=told_of):
             train(tmp_path, config)
         return

@@ -23,8 +23,13 @@ from tables import BenchError, Result, Row, Scores, spread  # noqa: E402
 
 def result(stage: int, seed: int, *, variant: str = "scenes", settings: str = "one", **mbo_i: float) -> Result:
     """Scores of every kind of masks; keywords such as slots=0.5, decoder_1=0.4 set mBO_i."""
-    about = dict.fromkeys(tables.ABOUT, "1") | {"variant": variant, "stage": str(stage), "seed": str(seed),
-                                                "settings": settings, "train_seconds": "90.0"}  # fmt: skip
+    about = dict.fromkeys(tables.ABOUT, "1") | {
+        "variant": variant,
+        "stage": str(stage),
+        "seed": str(seed),
+        "settings": settings,
+        "train_seconds": "90.0",
+    }
     scores = {}
     for name, value in mbo_i.items():
         masks, _, orders = name.partition("_")
@@ -33,8 +38,9 @@ def result(stage: int, seed: int, *, variant: str = "scenes", settings: str = "o
 
 
 def three_seeds(*, gain: float = 0.02, decoder: float = 0.45) -> list[Result]:
-    first = [result(1, s, blocks=0.33, kmeans=0.4, decoder_1=decoder + s / 100, decoder_9=0.5, slots=0.5)
-             for s in range(3)]  # fmt: skip
+    first = [
+        result(1, s, blocks=0.33, kmeans=0.4, decoder_1=decoder + s / 100, decoder_9=0.5, slots=0.5) for s in range(3)
+    ]
     return first + [result(2, s, decoder_1=0.5, decoder_9=0.5, slots=0.5 + gain * (s + 1)) for s in range(3)]
 
 
@@ -45,8 +51,10 @@ def test_mean_and_standard_deviation():
         spread([])
 
 
-@pytest.mark.parametrize(("values", "text"), [([0.2, 0.4, 0.6], "40.0 ± 20.0"), ([0.333], "33.3"), ([0.3, 0.3], "30.0"),
-                                              ([], "–"), ([0.1, None], "–")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [([0.2, 0.4, 0.6], "40.0 ± 20.0"), ([0.333], "33.3"), ([0.3, 0.3], "30.0"), ([], "–"), ([0.1, None], "–")],
+)
 def test_cells(values, text):
     assert tables.cell(values) == text
 
@@ -95,9 +103,20 @@ def test_csv_there_and_back(tmp_path, capsys):
 
 
 def test_photo_table_has_the_four_methods():
-    results = [result(stage, 0, variant=variant, blocks=0.2, kmeans=0.4, decoder_1=0.3, slots=0.3,
-                      **({"decoder_9": 0.35} if variant == "spot9" else {}))
-               for variant in ("standard", "spot9") for stage in (1, 2)]  # fmt: skip
+    results = [
+        result(
+            stage,
+            0,
+            variant=variant,
+            blocks=0.2,
+            kmeans=0.4,
+            decoder_1=0.3,
+            slots=0.3,
+            **({"decoder_9": 0.35} if variant == "spot9" else {}),
+        )
+        for variant in ("standard", "spot9")
+        for stage in (1, 2)
+    ]
     text = photo_table.report(results)
     for title in ("plain, decoder |", "+ orders, decoder, nine orders |", "+ self-training, slots |", "both, slots |"):
         assert title in text
@@ -112,8 +131,20 @@ def test_photo_plans_teach_their_own_kind(tmp_path):
     folder = tmp_path / "annotations"
     folder.mkdir()
     (folder / "instances_train2017.json").write_text(json.dumps({"images": [{}] * 100}))
-    args = type("Args", (), dict(photos=tmp_path, encoder_weights="f", seeds=[0, 1], steps=50, batch_size=10,
-                                 train_images=40, val_images=0, short=False))  # fmt: skip
+    args = type(
+        "Args",
+        (),
+        dict(
+            photos=tmp_path,
+            encoder_weights="f",
+            seeds=[0, 1],
+            steps=50,
+            batch_size=10,
+            train_images=40,
+            val_images=0,
+            short=False,
+        ),
+    )
     made = photo_table.plans(args, ["--lr", "1e-3"])
     assert len(made) == 8 and [p.stage for p in made] == [1] * 4 + [2] * 4
     for plan in made:
@@ -124,7 +155,7 @@ def test_photo_plans_teach_their_own_kind(tmp_path):
 
 
 # Trains and evaluates in no time: makes the files that the engine looks for.
-STAND_IN = '''
+STAND_IN = """
 import json, sys, time
 from pathlib import Path
 import numpy as np
@@ -146,7 +177,7 @@ if words[0] == "train":
 else:
     row = {"masks": "slots", "orders": None, "columns": None, "mbo_i": 0.5, "mbo_c": 0.5, "miou": 0.5, "fg_ari": 0.5}
     Path(after("--json")).write_text(json.dumps({"runs": [{"images": 3, "rows": [row]}]}))
-'''
+"""
 
 
 @pytest.fixture

@@ -20,8 +20,10 @@ import loader_speed  # noqa: E402
 def in_small(monkeypatch):
     """Loaders are not measured in processes of their own, metrics on few pictures, and a busy machine may be slow."""
     monkeypatch.setattr(bench_data, "METRICS_MS", 1e6)
-    loaded = [dict(name="Pillow, threads", cores=1, images_s=250.0, max=0, mean=0.0),
-              dict(name="DALI, GPU", cores=1, images_s=5818.0, max=5, mean=0.2)]  # fmt: skip
+    loaded = [
+        dict(name="Pillow, threads", cores=1, images_s=250.0, max=0, mean=0.0),
+        dict(name="DALI, GPU", cores=1, images_s=5818.0, max=5, mean=0.2),
+    ]
     monkeypatch.setattr(loader_speed, "run", lambda *arguments: loaded)
     measured = evaluation_speed.measure
     monkeypatch.setattr(evaluation_speed, "measure", lambda given, rounds: measured(given, 1))

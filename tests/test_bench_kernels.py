@@ -34,8 +34,17 @@ import spot_kernels  # noqa: E402
 from spot_kernels import dispatch  # noqa: E402
 
 CEILINGS = Ceilings(1e9, {"float32": 1e12, "bfloat16": 2e12})
-OPERATORS = {"slot_attention_step", "permuted_causal_attention", "slot_cross_attention", "linear_assignment",
-             "match_masks", "SlotAttention", "slot_cross_map", "shift_by_order", "gru_norm"}  # fmt: skip
+OPERATORS = {
+    "slot_attention_step",
+    "permuted_causal_attention",
+    "slot_cross_attention",
+    "linear_assignment",
+    "match_masks",
+    "SlotAttention",
+    "slot_cross_map",
+    "shift_by_order",
+    "gru_norm",
+}
 
 
 def test_work_by_hand():
@@ -176,8 +185,16 @@ def test_spread_is_of_the_middle_six_of_ten():
 
 
 def rows() -> list[Row]:
-    about = {"operator": "slot_attention_step", "shape": "SPOT 64", "dtype": "bfloat16", "forward_bytes": 1e6,
-             "both_bytes": 3e6, "forward_flops": 1e6, "both_flops": 3e6, "output_error": 0.001}  # fmt: skip
+    about = {
+        "operator": "slot_attention_step",
+        "shape": "SPOT 64",
+        "dtype": "bfloat16",
+        "forward_bytes": 1e6,
+        "both_bytes": 3e6,
+        "forward_flops": 1e6,
+        "both_flops": 3e6,
+        "output_error": 0.001,
+    }
     return [
         Row(technique=OURS, backend="triton", forward_s=2e-3, both_s=4e-3, peak_bytes=2**21, **about),
         Row(technique=EAGER, forward_s=6e-3, both_s=20e-3, **about),
@@ -198,7 +215,9 @@ def test_table():
     assert cells[5:] == ["SDPA FAILED FAILED", "FlexAttention – –"]
     again = [*rows(), replace(rows()[1], operator="other"), *rows()[:2]]
     assert [line for line in kernel_rows.table(again, CEILINGS).splitlines() if " " not in line and line] == [
-        "slot_attention_step", "other"]  # fmt: skip
+        "slot_attention_step",
+        "other",
+    ]
     assert len({line.index("torch.compile" if "torch" in line else "eager") for line in lines[3:5]}) == 1
     assert kernel_rows.problems(rows()).splitlines()[1].endswith("FlexAttention: not here: no compiler")
     uncaptured = replace(rows()[0], not_captured="RuntimeError: it waits for the device")
@@ -210,9 +229,17 @@ def test_a_table_from_before_a_column_existed_is_read():
     assert about["device"] == "cpu" and found and not any(row.not_captured for row in found)
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(None, "–"), (3.086e-6, "3.09 µs"), (99.96e-6, "100 µs"),
-                                               (999.7e-6, "1.00 ms"), (0.0123, "12.3 ms"),
-                                               (0.9996, "1.00 s")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "–"),
+        (3.086e-6, "3.09 µs"),
+        (99.96e-6, "100 µs"),
+        (999.7e-6, "1.00 ms"),
+        (0.0123, "12.3 ms"),
+        (0.9996, "1.00 s"),
+    ],
+)
 def test_durations(seconds, text):
     assert duration(seconds) == text
 
@@ -227,9 +254,10 @@ def test_aims():
     wrong = replace(ours, both_s=None, forward_s=None, problem="FAILED: x")
     assert kernel_rows.judge(spot, [wrong, *others]) == (False, "ours FAILED")
     problem = Row("linear_assignment", "64 of 7×7", "float32", OURS, forward_s=19e-6)
-    assert kernel_rows.judge(assignments, [problem])[0] and not kernel_rows.judge(
-        assignments, [replace(problem, forward_s=21e-6)]
-    )[0]
+    assert (
+        kernel_rows.judge(assignments, [problem])[0]
+        and not kernel_rows.judge(assignments, [replace(problem, forward_s=21e-6)])[0]
+    )
     assert kernel_rows.aims_text(rows(), gpu=True).count("????") == 5
 
 
@@ -262,8 +290,11 @@ def case(ours, others=None) -> Case:
     techniques = {OURS: lambda: ours, EAGER: lambda: lambda x: x * x} | (others or {})
 
     def build() -> Problem:
-        return Problem(lambda seed: kernel_bench.randn(seed, (4, 5), device=torch.device("cpu"), dtype=torch.float32),
-                       techniques, lambda x: x * x)  # fmt: skip
+        return Problem(
+            lambda seed: kernel_bench.randn(seed, (4, 5), device=torch.device("cpu"), dtype=torch.float32),
+            techniques,
+            lambda x: x * x,
+        )
 
     names = tuple(techniques)
     return Case("slot_attention_step", "square", "float32", Work(160, 20), Work(240, 40), names, build)
@@ -330,11 +361,20 @@ def test_gpu_path_with_a_stand_in(monkeypatch):
 
         wait_stream = replay = lambda self, *args: None
 
-    names = {"Event": Device, "Stream": Device, "CUDAGraph": Device, "current_stream": Device,
-             "_sleep": lambda cycles: None, "synchronize": lambda: None, "reset_peak_memory_stats": lambda: None,
-             "memory_allocated": lambda: 100, "max_memory_allocated": lambda: 356,
-             "stream": contextlib.nullcontext, "graph": contextlib.nullcontext,
-             "get_device_properties": lambda device: type("Properties", (), {"L2_cache_size": 100})}  # fmt: skip
+    names = {
+        "Event": Device,
+        "Stream": Device,
+        "CUDAGraph": Device,
+        "current_stream": Device,
+        "_sleep": lambda cycles: None,
+        "synchronize": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 100,
+        "max_memory_allocated": lambda: 356,
+        "stream": contextlib.nullcontext,
+        "graph": contextlib.nullcontext,
+        "get_device_properties": lambda device: type("Properties", (), {"L2_cache_size": 100}),
+    }
     for name, function in names.items():
         monkeypatch.setattr(torch.cuda, name, function, raising=False)
     monkeypatch.setattr(Setting, "device", torch.device("cpu"))
@@ -401,8 +441,19 @@ def test_wrong_operator_fails_the_benchmark():
 def tiny_bench(tmp_path_factory):
     """All operators' benches at sizes that take no time: what was printed, and the folder of its CSV."""
     out = tmp_path_factory.mktemp("bench")
-    words = ["-m", "pytest", "bench", "--benchmark-only", "--benchmark-quiet", "--tiny", "--bench-csv", str(out), "-q",
-             "-p", "no:cacheprovider"]  # fmt: skip
+    words = [
+        "-m",
+        "pytest",
+        "bench",
+        "--benchmark-only",
+        "--benchmark-quiet",
+        "--tiny",
+        "--bench-csv",
+        str(out),
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
     done = run([sys.executable, *words], environment())
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, out
@@ -422,17 +473,26 @@ def test_every_bench_runs_at_tiny_size(tiny_bench, capsys):
 
 
 def test_gpu_script_runs_a_part(tmp_path):
-    more = {"QUICK": "1", "OUT": str(tmp_path / "out"), "STORE": str(tmp_path / "store"), "GPU": str(tmp_path / "none"),
-            "PYTHON": sys.executable, "DEVICE": "cpu"}  # fmt: skip
+    more = {
+        "QUICK": "1",
+        "OUT": str(tmp_path / "out"),
+        "STORE": str(tmp_path / "store"),
+        "GPU": str(tmp_path / "none"),
+        "PYTHON": sys.executable,
+        "DEVICE": "cpu",
+    }
     done = run(["bash", str(BENCH / "gpu_check.sh"), "correct"], environment(**more))
     assert done.returncode == 0 and "correct: exit code 0" in done.stdout, done.stdout + done.stderr
     assert "passed" in (tmp_path / "out" / "tests_gpu.txt").read_text()
 
 
-@pytest.mark.parametrize("words, message", [
-    (["kernel"], "unknown part kernel: use correct, techniques, tiles, growth, decoding, scenes, photos"),
-    ([], "say which part: correct, techniques, tiles, growth, decoding, scenes, photos"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["kernel"], "unknown part kernel: use correct, techniques, tiles, growth, decoding, scenes, photos"),
+        ([], "say which part: correct, techniques, tiles, growth, decoding, scenes, photos"),
+    ],
+)
 def test_gpu_script_knows_its_parts(words, message, tmp_path):
     more = {"OUT": str(tmp_path / "out"), "STORE": str(tmp_path / "store"), "PYTHON": "true"}
     done = run(["bash", str(BENCH / "gpu_check.sh"), *words], environment(**more))
@@ -466,8 +526,13 @@ def test_sweep_reaches_the_launches():
 def test_sweep_prints_the_best(capsys, monkeypatch):
     import sweep
 
-    few = replace(sweep.SWEEPS[0], operator="slot_cross_attention", function="slot_cross_attention._forward_config",
-                  grid={"block_n": (16, 64)}, only={})  # fmt: skip
+    few = replace(
+        sweep.SWEEPS[0],
+        operator="slot_cross_attention",
+        function="slot_cross_attention._forward_config",
+        grid={"block_n": (16, 64)},
+        only={},
+    )
     monkeypatch.setattr(sweep, "SWEEPS", (few,))
     assert sweep.main(["--tiny", "--only", "slot_cross"]) == 0
     lines = capsys.readouterr().out.splitlines()

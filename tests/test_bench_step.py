@@ -17,15 +17,18 @@ import spot_fast.trainer as trainer_module  # noqa: E402
 LEAST = 0.9  # of the committed ratio
 _MEASURED = json.loads(bench_step.RATIOS.read_text(encoding="utf-8"))
 # On another processor than the committed one nothing is known but that the step should not lose to the reference.
-COMMITTED = {stage: ratio if _MEASURED["cpu"] == cpu_name() else min(ratio, 1.0)
-             for stage, ratio in _MEASURED["times_faster_than_reference"].items()}  # fmt: skip
+COMMITTED = {
+    stage: ratio if _MEASURED["cpu"] == cpu_name() else min(ratio, 1.0)
+    for stage, ratio in _MEASURED["times_faster_than_reference"].items()
+}
 
 
 def too_slow(rounds, stages=(1, 2)):
     """Stages whose ratio is below its limit, with both."""
     found = bench_step.ratios(rounds, stages)
-    return {stage: (value, LEAST * COMMITTED[stage]) for stage, value in found.items()
-            if value < LEAST * COMMITTED[stage]}  # fmt: skip
+    return {
+        stage: (value, LEAST * COMMITTED[stage]) for stage, value in found.items() if value < LEAST * COMMITTED[stage]
+    }
 
 
 def test_a_step_is_as_fast_against_the_reference_as_it_was():

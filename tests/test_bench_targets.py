@@ -23,11 +23,16 @@ def test_a_place_that_can_be_written_to_is_left_as_it_is(tmp_path):
     assert (tmp_path / "old.csv").read_text() == "old"
 
 
-@pytest.mark.parametrize("name, says", [
-    (".", "is a folder: name a file in it"), ("file/x.csv", "cannot be written: .*file is not a folder"),
-    ("file/a/x.csv", "file/a/x.csv cannot be written: .*file is not a folder"), ("pipe", "is not a regular file"),
-    (f"{'x' * 300}.csv", "cannot be written: File name too long"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        (".", "is a folder: name a file in it"),
+        ("file/x.csv", "cannot be written: .*file is not a folder"),
+        ("file/a/x.csv", "file/a/x.csv cannot be written: .*file is not a folder"),
+        ("pipe", "is not a regular file"),
+        (f"{'x' * 300}.csv", "cannot be written: File name too long"),
+    ],
+)
 def test_a_place_that_cannot_is_named(name, says, tmp_path):
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "pipe")
@@ -42,8 +47,9 @@ def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
             kind(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("bench", ["exchange_speed", "ladder", "growth", "native_table", "bench_data", "scenes_table",
-                                   "precision_parity"])  # fmt: skip
+@pytest.mark.parametrize(
+    "bench", ["exchange_speed", "ladder", "growth", "native_table", "bench_data", "scenes_table", "precision_parity"]
+)
 def test_every_bench_looks_before_it_measures(bench, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setattr(sys, "argv", [bench, "--csv", str(tmp_path / "file" / "x.csv")])

@@ -39,42 +39,62 @@ def where(plan):
     return plan.kind, plan.device and plan.device.type, plan.on_disk is not None
 
 
-@pytest.mark.parametrize("options, place, says", [
-    ({"scenes": True}, ("features", "cpu", False), "features of 10 pictures, 10 kB in float32, are cached: 1 MB free"),
-    ({"scenes": True, "flip": True, "epochs": 3}, ("features", "cpu", False), "mirrored and not, 20 kB"),
-    ({"scenes": True, "epochs": 1}, ("none", None, False), "every picture is needed once"),
-    ({"scenes": True, "cpu": 15_000}, ("none", None, False), "do not fit the memory: 15 kB are free"),
-    ({"scenes": True, "device": GPU, "gpu": 15_000}, ("features", "cpu", False), "free on cpu"),
-    ({}, ("features", None, True), "are built once in"),
-    ({"epochs": 1}, ("none", None, False), "needed once"),
-    ({"flip": True, "epochs": 2}, ("pixels", None, True), "once mirrored and once not, so features are not cached"),
-    ({"crop": "random"}, ("pixels", None, True), "a random crop of image folder has no end of outcomes"),
-    ({"crop": "random", "epochs": 1}, ("none", None, False), "no end of outcomes"),
-    ({"disk": 18_000}, ("features", "cpu", False), "for this run alone"),
-    ({"disk": 18_000, "cpu": 18_000}, ("pixels", None, True), "cannot be kept"),
-    ({"disk": 10_000, "cpu": 18_000}, ("none", None, False), "decoded pixels of 10 pictures, 8 kB, are more than half"),
-    ({"mode": "none"}, ("none", None, False), "--cache none"),
-    ({"mode": "pixels"}, ("pixels", None, True), "8 kB"),
-    ({"mode": "pixels", "scenes": True}, ("none", None, False), "scenes are in memory already"),
-    ({"mode": "features", "epochs": 1, "disk": 11_000}, ("features", None, True), "built once"),
-    ({"device": GPU}, ("features", "cuda", True), "held on cuda"),
-    ({"device": GPU, "gpu": 18_000}, ("features", None, True), "built once"),
-    # From a disk alone a GPU would wait longer than it computes.
-    ({"device": GPU, "gpu": 18_000, "cpu": 18_000}, ("pixels", "cuda", True), "longer than to compute them on a GPU"),
-    ({"device": GPU, "gpu": 15_000, "cpu": 18_000, "mode": "features"}, ("features", None, True), "built once"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, place, says",
+    [
+        (
+            {"scenes": True},
+            ("features", "cpu", False),
+            "features of 10 pictures, 10 kB in float32, are cached: 1 MB free",
+        ),
+        ({"scenes": True, "flip": True, "epochs": 3}, ("features", "cpu", False), "mirrored and not, 20 kB"),
+        ({"scenes": True, "epochs": 1}, ("none", None, False), "every picture is needed once"),
+        ({"scenes": True, "cpu": 15_000}, ("none", None, False), "do not fit the memory: 15 kB are free"),
+        ({"scenes": True, "device": GPU, "gpu": 15_000}, ("features", "cpu", False), "free on cpu"),
+        ({}, ("features", None, True), "are built once in"),
+        ({"epochs": 1}, ("none", None, False), "needed once"),
+        ({"flip": True, "epochs": 2}, ("pixels", None, True), "once mirrored and once not, so features are not cached"),
+        ({"crop": "random"}, ("pixels", None, True), "a random crop of image folder has no end of outcomes"),
+        ({"crop": "random", "epochs": 1}, ("none", None, False), "no end of outcomes"),
+        ({"disk": 18_000}, ("features", "cpu", False), "for this run alone"),
+        ({"disk": 18_000, "cpu": 18_000}, ("pixels", None, True), "cannot be kept"),
+        (
+            {"disk": 10_000, "cpu": 18_000},
+            ("none", None, False),
+            "decoded pixels of 10 pictures, 8 kB, are more than half",
+        ),
+        ({"mode": "none"}, ("none", None, False), "--cache none"),
+        ({"mode": "pixels"}, ("pixels", None, True), "8 kB"),
+        ({"mode": "pixels", "scenes": True}, ("none", None, False), "scenes are in memory already"),
+        ({"mode": "features", "epochs": 1, "disk": 11_000}, ("features", None, True), "built once"),
+        ({"device": GPU}, ("features", "cuda", True), "held on cuda"),
+        ({"device": GPU, "gpu": 18_000}, ("features", None, True), "built once"),
+        # From a disk alone a GPU would wait longer than it computes.
+        (
+            {"device": GPU, "gpu": 18_000, "cpu": 18_000},
+            ("pixels", "cuda", True),
+            "longer than to compute them on a GPU",
+        ),
+        ({"device": GPU, "gpu": 15_000, "cpu": 18_000, "mode": "features"}, ("features", None, True), "built once"),
+    ],
+)
 def test_plan(planned, options, place, says):
     plan = planned(**options)
     assert (where(plan), says in plan.reason) == (place, True), plan
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"mode": "features", "crop": "random"}, "--cache features: a random crop .* use --cache pixels"),
-    ({"mode": "features", "disk": 9_000, "cpu": 9_000},
-     "--cache features: features of 10 pictures, 10 kB in float32, cannot be kept: .* use --cache pixels, another"),
-    ({"mode": "features", "scenes": True, "cpu": 9_000}, "do not fit the memory: 9 kB are free"),
-    ({"mode": "pixels", "disk": 7_000}, "--cache pixels: decoded pixels of 10 pictures, 8 kB, cannot be kept"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"mode": "features", "crop": "random"}, "--cache features: a random crop .* use --cache pixels"),
+        (
+            {"mode": "features", "disk": 9_000, "cpu": 9_000},
+            "--cache features: features of 10 pictures, 10 kB in float32, cannot be kept: .* use --cache pixels",
+        ),
+        ({"mode": "features", "scenes": True, "cpu": 9_000}, "do not fit the memory: 9 kB are free"),
+        ({"mode": "pixels", "disk": 7_000}, "--cache pixels: decoded pixels of 10 pictures, 8 kB, cannot be kept"),
+    ],
+)
 def test_what_cannot_be_is_refused(planned, options, message):
     with pytest.raises(UserError, match=message):
         planned(**options)

@@ -130,7 +130,8 @@ def test_damaged_files_are_listed(tmp_path, check):
         assert f"{tmp_path}/{line}" in out
     assert "error: 2 of 3 pictures of train are missing or damaged, more than 1%: get them again, beginning with" in err
     assert (tmp_path / "bad.txt").read_text().splitlines() == [
-        f"{tmp_path}/{name}" for name in ("train2017/0.jpg", "train2017/1.jpg", "val2017/1.jpg")]  # fmt: skip
+        f"{tmp_path}/{name}" for name in ("train2017/0.jpg", "train2017/1.jpg", "val2017/1.jpg")
+    ]
 
 
 def test_as_many_damaged_files_as_the_loader_tolerates(tmp_path, check):
@@ -154,12 +155,15 @@ def test_a_long_list_is_cut(tmp_path, check):
     assert len(re.findall("truncated", out)) == 10 and "and 20 more: --list FILE writes them all" in out
 
 
-@pytest.mark.parametrize("make, file, reason", [
-    (make_voc, "VOCdevkit/VOC2012/SegmentationObject/d.png", "missing"),
-    (make_clips, "validation/00000000/00000003_mask_00.png", "00000003_image.png has no masks"),
-    (make_clips, "train/00000001/00000003_image.png", None),
-    (make_masks, "a_mask.png", None),
-])
+@pytest.mark.parametrize(
+    "make, file, reason",
+    [
+        (make_voc, "VOCdevkit/VOC2012/SegmentationObject/d.png", "missing"),
+        (make_clips, "validation/00000000/00000003_mask_00.png", "00000003_image.png has no masks"),
+        (make_clips, "train/00000001/00000003_image.png", None),
+        (make_masks, "a_mask.png", None),
+    ],
+)
 def test_missing_files_of_other_sets(tmp_path, check, make, file, reason):
     """One is tolerated; where nothing refers to a file, nothing can miss it."""
     make(tmp_path)
@@ -225,17 +229,24 @@ def test_without_validation_it_still_trains(tmp_path, check):
     assert "instances_train2017.json is not a COCO" in check(tmp_path)[2]
 
 
-@pytest.mark.parametrize("content", [
-    "[1, 2]", '{"images": 3, "annotations": []}', '{"images": [3], "annotations": []}',
-    '{"images": [{"id": [], "file_name": "a", "height": 1, "width": 1}], "annotations": []}',
-    '{"images": [{"id": 1, "file_name": "a\\u0000b", "height": 1, "width": 1}], "annotations": []}',
-    '{"images": [{"id": 1, "file_name": "\\ud800", "height": 1, "width": 1}], "annotations": [{"image_id": 1}]}',
-    '{"images": [{"id": 1, "file_name": 7, "height": 1, "width": 1}], "annotations": []}',
-    '{"images": [{"id": 1, "file_name": "a", "height": 1e30, "width": 1}], "annotations": []}',
-    '{"images": [{"id": 1, "file_name": "a", "height": null, "width": 1}], "annotations": []}',
-    '{"images": [{"id": 1, "file_name": "a", "height": 1e999, "width": 1}], "annotations": []}',
-    '{"images": [{"id": 1, "file_name": "a", "height": 9, "width": 1}], "annotations": [4]}', "[" * 100_000, "\udcff",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[1, 2]",
+        '{"images": 3, "annotations": []}',
+        '{"images": [3], "annotations": []}',
+        '{"images": [{"id": [], "file_name": "a", "height": 1, "width": 1}], "annotations": []}',
+        '{"images": [{"id": 1, "file_name": "a\\u0000b", "height": 1, "width": 1}], "annotations": []}',
+        '{"images": [{"id": 1, "file_name": "\\ud800", "height": 1, "width": 1}], "annotations": [{"image_id": 1}]}',
+        '{"images": [{"id": 1, "file_name": 7, "height": 1, "width": 1}], "annotations": []}',
+        '{"images": [{"id": 1, "file_name": "a", "height": 1e30, "width": 1}], "annotations": []}',
+        '{"images": [{"id": 1, "file_name": "a", "height": null, "width": 1}], "annotations": []}',
+        '{"images": [{"id": 1, "file_name": "a", "height": 1e999, "width": 1}], "annotations": []}',
+        '{"images": [{"id": 1, "file_name": "a", "height": 9, "width": 1}], "annotations": [4]}',
+        "[" * 100_000,
+        "\udcff",
+    ],
+)
 def test_strange_annotation_files_give_a_sentence(tmp_path, check, content):
     make_coco(tmp_path)
     for split in ("train", "val"):
@@ -246,9 +257,16 @@ def test_strange_annotation_files_give_a_sentence(tmp_path, check, content):
 
 def test_annotations_that_cannot_be_drawn_are_found_by_decoding(tmp_path, check):
     make_folder(tmp_path)
-    (tmp_path / "x.json").write_text(json.dumps({
-        "images": [{"id": n, "file_name": f"{n}.jpg", "height": 20, "width": 20} for n in "abc"],
-        "annotations": [{"image_id": n, "id": 5, "segmentation": {"counts": "?", "size": [1, 1]}} for n in "ab"]}))
+    (tmp_path / "x.json").write_text(
+        json.dumps(
+            {
+                "images": [{"id": n, "file_name": f"{n}.jpg", "height": 20, "width": 20} for n in "abc"],
+                "annotations": [
+                    {"image_id": n, "id": 5, "segmentation": {"counts": "?", "size": [1, 1]}} for n in "ab"
+                ],
+            }
+        )
+    )
     assert "nothing is missing" in check(tmp_path)[1]
     code, out, err = check(tmp_path, "--decode")
     assert code == 2 and "annotation 5 of image a.jpg cannot be decoded" in out and "2 of 3 pictures of val" in err
@@ -263,8 +281,10 @@ def test_what_is_no_data_set(tmp_path, check, capsys):
     assert "--jobs 0: use 1 or more" in check(tmp_path, "--jobs", "0")[2]
     with pytest.raises(SystemExit) as stop:
         main(["check"])
-    assert stop.value.code == 2 and capsys.readouterr().err == \
-        "error: the following arguments are required: PATH (see --help)\n"
+    assert (
+        stop.value.code == 2
+        and capsys.readouterr().err == "error: the following arguments are required: PATH (see --help)\n"
+    )
 
 
 @pytest.mark.parametrize("kind", ["array_record", "riegeli", "parquet"])

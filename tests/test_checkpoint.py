@@ -61,19 +61,30 @@ def test_a_damaged_file_is_named(run, file):
         checkpoint.read_tensors(run / file)
 
 
-@pytest.mark.parametrize("text, reason", [("{", "not JSON"), ('{"colour": 3}', "unknown keys colour"), ("[1]", ""),
-                                          ('{"lr": "fast"}', "lr is 'fast', not float"),
-                                          ('{"seed": true}', "seed is True, not int")])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("{", "not JSON"),
+        ('{"colour": 3}', "unknown keys colour"),
+        ("[1]", ""),
+        ('{"lr": "fast"}', "lr is 'fast', not float"),
+        ('{"seed": true}', "seed is True, not int"),
+    ],
+)
 def test_a_damaged_config_is_named(run, text, reason):
     (run / CONFIG).write_text(text)
     with pytest.raises(UserError, match=f"config.json cannot be used .*{reason}"):
         load_run(run)
 
 
-@pytest.mark.parametrize("data, words", [
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer.*git lfs pull"),
-    (b"<html>Sign in</html>", "is a web page, not .*download it again"), (b"", "is empty: download it again"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer.*git lfs pull"),
+        (b"<html>Sign in</html>", "is a web page, not .*download it again"),
+        (b"", "is empty: download it again"),
+    ],
+)
 def test_what_a_clone_or_a_browser_left_instead_of_a_file_is_named(run, data, words):
     (run / MODEL).write_bytes(data)
     with pytest.raises(UserError, match=f"{MODEL} {words}"):

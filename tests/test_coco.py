@@ -67,18 +67,22 @@ def test_classes_are_numbered_without_gaps():
     assert 12 not in CLASS_OF_CATEGORY and 91 not in CLASS_OF_CATEGORY
 
 
-@pytest.mark.parametrize("categories, classes", [
-    (None, {1, 12}),  # no list: COCO's numbering, and 12 is none of its categories
-    ([1, 13], {1, 12}),  # COCO's own, or some of them
-    ([1, 12, 13], {1, 2, 3}),  # others, numbered by their place in the list
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "categories, classes",
+    [
+        (None, {1, 12}),  # no list: COCO's numbering, and 12 is none of its categories
+        ([1, 13], {1, 12}),  # COCO's own, or some of them
+        ([1, 12, 13], {1, 2, 3}),  # others, numbered by their place in the list
+    ],
+)
 def test_categories_that_are_not_cocos_are_numbered_by_the_file(layout, categories, classes):
     """A set in COCO's layout with categories of its own: none of its objects may get lost."""
     file = layout / "annotations" / "instances_val2017.json"
     boxes = {1: [0, 0, 9, 0, 9, 9, 0, 9], 12: [20, 0, 29, 0, 29, 9, 20, 9], 13: [0, 20, 9, 20, 9, 29, 0, 29]}
     content = json.loads(file.read_text())
-    content["annotations"] = [{"id": i, "image_id": 0, "category_id": i, "segmentation": [box]}
-                              for i, box in boxes.items()]  # fmt: skip
+    content["annotations"] = [
+        {"id": i, "image_id": 0, "category_id": i, "segmentation": [box]} for i, box in boxes.items()
+    ]
     if categories:
         content["categories"] = [{"id": i, "name": f"thing {i}"} for i in categories]
     file.write_text(json.dumps(content))
@@ -146,8 +150,11 @@ def test_missing_things_are_named(layout):
         Coco(MINI, "train")
     file = layout / "annotations" / "instances_val2017.json"
     text = file.read_text()
-    for content, message in [(text[:-40], "not complete JSON"), ("[]", 'no list "images"'),
-                             (text.replace("file_name", "name"), "lacks 'file_name'")]:
+    for content, message in [
+        (text[:-40], "not complete JSON"),
+        ("[]", 'no list "images"'),
+        (text.replace("file_name", "name"), "lacks 'file_name'"),
+    ]:
         file.write_text(content)
         with pytest.raises(UserError, match=message):
             Coco(layout, "val")

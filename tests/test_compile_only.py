@@ -56,13 +56,17 @@ class Compilation:
             if self.ended:
                 return
             path = os.pathsep.join(filter(None, (triton, os.environ.get("PYTHONPATH", ""))))
-            environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": path,
-                                        "TRITON_CACHE_DIR": str(self._file(triton, "cache"))}  # fmt: skip
+            environment = os.environ | {
+                "TRITON_INTERPRET": "0",
+                "PYTHONPATH": path,
+                "TRITON_CACHE_DIR": str(self._file(triton, "cache")),
+            }
             command = [sys.executable, str(HERE / "compile_kernels.py"), *ARCHITECTURES, "--jobs", str(self.jobs)]
             # Files, because nobody reads pipes meanwhile.
             with open(self._file(triton, "out"), "w") as out, open(self._file(triton, "err"), "w") as err:
-                self.process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=out,
-                                                stderr=err, start_new_session=True)  # fmt: skip
+                self.process = subprocess.Popen(
+                    command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+                )
                 self.codes[triton] = self.process.wait()
 
     def end(self) -> None:

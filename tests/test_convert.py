@@ -17,8 +17,12 @@ from spot_fast.safe_pickle import read_checkpoint
 from tiny_runs import tiny
 from untrained_runs import untrained
 
-GOLDEN = ["checkpoints/images", "checkpoints/*.slot_noise", "checkpoints/*.slots",
-          "checkpoints/*.decoder_masks_order_0"]  # fmt: skip
+GOLDEN = [
+    "checkpoints/images",
+    "checkpoints/*.slot_noise",
+    "checkpoints/*.slots",
+    "checkpoints/*.decoder_masks_order_0",
+]
 
 FILE = ROOT / "checkpoints" / "stage1_checkpoint_numpy1.pt.tar"
 TELL = ["--num-slots", "4", "--encoder-heads", "3"]
@@ -53,10 +57,16 @@ def test_what_is_found_and_what_is_assumed_is_printed(tmp_path, capsys):
     run(FILE, tmp_path / "out", *TELL, "--preset", "voc")
     printed = capsys.readouterr().out
     shape = "vit:patch=16,width=24,depth=12,heads=3,hidden=96 at 64 px"
-    for words in ("the authors' SPOT, stage 1, transformer decoder of 2 blocks in 9 orders",
-                  f"4 gaussian slots of width 16, encoder {shape}", "--preset voc", "--dec-heads 6", "--num-slots 4",
-                  "--slot-iterations 3", "encoder.safetensors",
-                  f"--stage 2 --preset voc --data DATA --teacher {tmp_path / 'out'}"):  # fmt: skip
+    for words in (
+        "the authors' SPOT, stage 1, transformer decoder of 2 blocks in 9 orders",
+        f"4 gaussian slots of width 16, encoder {shape}",
+        "--preset voc",
+        "--dec-heads 6",
+        "--num-slots 4",
+        "--slot-iterations 3",
+        "encoder.safetensors",
+        f"--stage 2 --preset voc --data DATA --teacher {tmp_path / 'out'}",
+    ):
         assert words in printed, words
     config = checkpoint.read_config(tmp_path / "out")
     assert (config.preset, config.num_slots, config.crop, config.epochs) == ("voc", 4, "random", 560)
@@ -78,8 +88,9 @@ def test_the_way_back_is_bit_equal(converted, tmp_path):
 
 def test_there_and_back_from_our_side_is_bit_equal(tmp_path):
     """A student of ours: its encoder's trained blocks, learned slots and the frozen weights."""
-    config = tiny(2, encoder="vit:patch=8,width=24,depth=5,heads=3,hidden=96", train_blocks=4, feature_norm=False,
-                  dec_heads=6)  # fmt: skip
+    config = tiny(
+        2, encoder="vit:patch=8,width=24,depth=5,heads=3,hidden=96", train_blocks=4, feature_norm=False, dec_heads=6
+    )
     student = untrained(tmp_path / "student", config)
     run(student.path, tmp_path / "student.pt.tar")
     run(tmp_path / "student.pt.tar", tmp_path / "again", "--encoder-heads", 3)
@@ -110,8 +121,12 @@ def test_a_run_becomes_one_folder_to_share(tmp_path):
     source = untrained(tmp_path / "run", config)
     run(source.path, tmp_path / "shared")
     shared = checkpoint.load_run(tmp_path / "shared")
-    assert sorted(os.listdir(tmp_path / "shared")) == ["README.md", "config.json", "encoder.safetensors",
-                                                       "model.safetensors"]  # fmt: skip
+    assert sorted(os.listdir(tmp_path / "shared")) == [
+        "README.md",
+        "config.json",
+        "encoder.safetensors",
+        "model.safetensors",
+    ]
     assert (shared.config.data, shared.config.cache_dir) == (None, None)  # paths of this machine
     own = source.model.learned_state_dict()
     assert all(torch.equal(value, own[name]) for name, value in shared.model.learned_state_dict().items())
@@ -125,9 +140,31 @@ def test_every_command_takes_the_authors_file_itself(tmp_path, monkeypatch, caps
     assert "do not tell everything, assumed is --preset coco, --num-slots 7" in captured.err
     assert segment.main(["--run", str(FILE), "--scenes", "1"]) == 0
     assert (tmp_path / "segments" / "scene_000_labels.png").is_file()
-    options = ["--stage", "2", "--preset", "scenes", "--teacher", str(FILE), "--num-slots", "5", "--train-images", "4",
-               "--val-images", "2", "--batch-size", "4", "--epochs", "1", "--warmup-steps", "1", "--eval-images", "0",
-               "--no-tensorboard", "--precision", "float32"]  # fmt: skip
+    options = [
+        "--stage",
+        "2",
+        "--preset",
+        "scenes",
+        "--teacher",
+        str(FILE),
+        "--num-slots",
+        "5",
+        "--train-images",
+        "4",
+        "--val-images",
+        "2",
+        "--batch-size",
+        "4",
+        "--epochs",
+        "1",
+        "--warmup-steps",
+        "1",
+        "--eval-images",
+        "0",
+        "--no-tensorboard",
+        "--precision",
+        "float32",
+    ]
     assert train.main(options) == 0
     student = checkpoint.load_run("runs/scenes-stage2-001")
     assert student.config.num_slots == 5 and student.config.encoder_weights == str(FILE)

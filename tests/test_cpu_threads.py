@@ -20,9 +20,14 @@ class Machine:
         self.used: list[int] = []
         self.said: list[str] = []
         monkeypatch.setattr(torch, "set_num_threads", self.used.append)
-        self.threads = CpuThreads(threads, self.said.append, cores=cores, clock=lambda: self.now,
-                                  busy_seconds=lambda: self.own + self.others if tells else None,
-                                  own_seconds=lambda: self.own)
+        self.threads = CpuThreads(
+            threads,
+            self.said.append,
+            cores=cores,
+            clock=lambda: self.now,
+            busy_seconds=lambda: self.own + self.others if tells else None,
+            own_seconds=lambda: self.own,
+        )
 
     def run(self, seconds: float, others: float, step: float = 0.1) -> int:
         """Steps for so long beside programs that use `others` cores; the number of threads after it."""

@@ -68,6 +68,7 @@ def calls(modules, monkeypatch) -> dict[str, int]:
     """Counts how often each of the named modules runs from now on."""
     counts = dict.fromkeys(modules, 0)
     for name, module in modules.items():
+
         def forward(*arguments, name=name, original=module.forward):
             counts[name] += 1
             return original(*arguments)
@@ -82,9 +83,14 @@ def test_orders_decoded_together_are_those_decoded_alone_and_share_what_no_order
     alone = [decoder(slots, target, torch.tensor(index)) for index in range(9)]
     first, last = decoder.transformer.blocks[0], decoder.transformer.blocks[-1]
     assert first is not last
-    shared = {"input_proj": decoder.input_proj, "slot_proj": decoder.slot_proj, "norm": first.norm_self,
-              "qkv": first.self_attention.project_qkv, "k": last.cross_attention.project_k,
-              "v": last.cross_attention.project_v}  # fmt: skip
+    shared = {
+        "input_proj": decoder.input_proj,
+        "slot_proj": decoder.slot_proj,
+        "norm": first.norm_self,
+        "qkv": first.self_attention.project_qkv,
+        "k": last.cross_attention.project_k,
+        "v": last.cross_attention.project_v,
+    }
     counts = calls(shared | {"ffn": last.ffn}, monkeypatch)
     together = list(decoder.all_orders(slots, target))
     assert counts == dict.fromkeys(shared, 1) | {"ffn": 9}
@@ -97,8 +103,12 @@ def test_a_teacher_computes_nothing_beyond_its_masks(monkeypatch):
     decoder = golden_models.stage1().decoder
     slots, target = slots_and_target()
     last = decoder.transformer.blocks[-1]
-    unread = {"v": last.cross_attention.project_v, "o": last.cross_attention.project_o, "ffn": last.ffn,
-              "norm": decoder.transformer.norm}  # fmt: skip
+    unread = {
+        "v": last.cross_attention.project_v,
+        "o": last.cross_attention.project_o,
+        "ffn": last.ffn,
+        "norm": decoder.transformer.norm,
+    }
     index = torch.tensor(3)
     expected = decoder(slots, target, index)[1]
     counts = calls(unread, monkeypatch)

@@ -18,8 +18,11 @@ from spot_kernels import SlotAttention, native, use_backend
 from spot_kernels.nn import PermutedDecoder
 
 DEFAULTS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-BACKENDS = ["torch", pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason=native.describe())),
-            pytest.param("triton", marks=needs_triton)]  # fmt: skip
+BACKENDS = [
+    "torch",
+    pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason=native.describe())),
+    pytest.param("triton", marks=needs_triton),
+]
 
 
 @contextlib.contextmanager

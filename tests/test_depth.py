@@ -23,8 +23,14 @@ def png(values, bits=16, more=b"", after=b""):
     height, width, channels = values.shape
     rows = b"".join(b"\0" + row.astype(">u2" if bits == 16 else "u1").tobytes() for row in values)
     header = struct.pack(">IIBBBBB", width, height, bits, (None, 0, 4, 2, 6)[channels], 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + more + chunk(b"IDAT", zlib.compress(rows)) + after
-            + chunk(b"IEND", b""))  # fmt: skip
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + more
+        + chunk(b"IDAT", zlib.compress(rows))
+        + after
+        + chunk(b"IEND", b"")
+    )
 
 
 def rgb(encoded):
@@ -59,13 +65,23 @@ def test_tiff(tmp_path, compression):
 def test_tiff_of_colours(tmp_path, order):
     """Written by hand: Pillow writes none."""
     pixels = VALUES[..., :3].astype(f"{order}u2").tobytes()
-    entries = [(256, 4, 1, 7), (257, 4, 1, 9), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 200),
-               (277, 3, 1, 3), (278, 4, 1, 9), (279, 4, 1, len(pixels))]  # fmt: skip
+    entries = [
+        (256, 4, 1, 7),
+        (257, 4, 1, 9),
+        (258, 3, 3, 8),
+        (259, 3, 1, 1),
+        (262, 3, 1, 2),
+        (273, 4, 1, 200),
+        (277, 3, 1, 3),
+        (278, 4, 1, 9),
+        (279, 4, 1, len(pixels)),
+    ]
 
     def packed(tag, kind, count, value):
         short = kind == 3 and count == 1
         return struct.pack(f"{order}HHI", tag, kind, count) + (
-            struct.pack(f"{order}HH", value, 0) if short else struct.pack(f"{order}I", value))  # fmt: skip
+            struct.pack(f"{order}HH", value, 0) if short else struct.pack(f"{order}I", value)
+        )
 
     head = struct.pack(f"{order}2sHI4H", b"II" if order == "<" else b"MM", 42, 16, 16, 16, 16, 16)
     table = struct.pack(f"{order}H", len(entries)) + b"".join(packed(*entry) for entry in entries) + b"\0" * 4
@@ -89,10 +105,18 @@ def test_other_numbers_are_scaled_to_their_range():
 LONG = b"text\0\0" + zlib.compress(b"a" * 3_000_000)
 
 
-@pytest.mark.parametrize("text", [
-    chunk(b"zTXt", LONG), chunk(b"iTXt", b"text\0\1\0\0\0" + LONG[6:]), chunk(b"iCCP", LONG),
-    chunk(b"tEXt", b"text\0" + b"a" * 900_000) * 80, chunk(b"zTXt", b"text\0\0broken"), chunk(b"zTXt", b"text\0\7x"),
-], ids=["zTXt", "iTXt", "iCCP", "much", "damaged", "unknown"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        chunk(b"zTXt", LONG),
+        chunk(b"iTXt", b"text\0\1\0\0\0" + LONG[6:]),
+        chunk(b"iCCP", LONG),
+        chunk(b"tEXt", b"text\0" + b"a" * 900_000) * 80,
+        chunk(b"zTXt", b"text\0\0broken"),
+        chunk(b"zTXt", b"text\0\7x"),
+    ],
+    ids=["zTXt", "iTXt", "iCCP", "much", "damaged", "unknown"],
+)
 @pytest.mark.parametrize("where", ["more", "after"])
 def test_text_that_pillow_refuses_costs_no_picture(tmp_path, text, where):
     path = tmp_path / "a.png"

@@ -19,9 +19,12 @@ X = torch.zeros(1, 1, 2, 4)
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     base = {key: value for key, value in os.environ.items() if not key.startswith(("SPOT_", "TRITON_"))}
     return subprocess.run(
-        [sys.executable, "-c", code], env=base | {"PYTHONPATH": str(KERNELS)} | environment, text=True,
-        stdin=subprocess.DEVNULL, capture_output=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        env=base | {"PYTHONPATH": str(KERNELS)} | environment,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+    )
 
 
 def test_every_name_is_a_public_operator():
@@ -124,8 +127,13 @@ def test_a_compiled_function_follows_the_choice_of_the_thread_that_calls_it():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "TRITON", True)
         patch.setattr(dispatch, "INTERPRETED", True)
-        calls = [call("torch"), call("triton"), call("torch"), in_a_thread(lambda: call("torch")),
-                 in_a_thread(lambda: call("triton"))]  # fmt: skip
+        calls = [
+            call("torch"),
+            call("triton"),
+            call("torch"),
+            in_a_thread(lambda: call("torch")),
+            in_a_thread(lambda: call("triton")),
+        ]
     assert calls == [1, 2, 2, 2, 2]
     assert not traced[0] and traced[1]
     torch._dynamo.reset()

@@ -103,8 +103,18 @@ def test_both_stages_and_one_process_that_writes(workplace, whole):
     assert "float32 on 2 processes, each CPU with 1 thread" in ending.out[0]
     assert ending.out[0].count("epoch ") == 4 and "in each of 2 processes" in ending.out[0]
     assert_same_but_rounding(workplace / "first", whole)
-    student = ["--stage", "2", "--teacher", str(whole), "--epochs", "2", "--warmup-steps", "7", "--precision",
-               "float32"]  # fmt: skip
+    student = [
+        "--stage",
+        "2",
+        "--teacher",
+        str(whole),
+        "--epochs",
+        "2",
+        "--warmup-steps",
+        "7",
+        "--precision",
+        "float32",
+    ]
     ending = two_processes.train(workplace, [*student, "--out", "second"])
     assert ending.codes == [0, 0], ending.err
     assert call(*student, "--out", "alone") == 0
@@ -117,9 +127,24 @@ def test_files_caches_and_a_corrupt_picture(cache, workplace):
     (workplace / "pictures").mkdir()
     pictures = make_pictures(workplace / "pictures", 22, size=(48, 32))
     truncate(pictures / "013.png")
-    words = ["--preset", "folder", "--data", str(pictures), "--workers", "1", "--feature-norm", "--encoder",
-             "spot_scenes", "--train-blocks", "2", "--dec-heads", "4", "--lr", "1e-3",
-             *options(train_images=0, eval_images=0, epochs=2, cache=cache, flip=True)]  # fmt: skip
+    words = [
+        "--preset",
+        "folder",
+        "--data",
+        str(pictures),
+        "--workers",
+        "1",
+        "--feature-norm",
+        "--encoder",
+        "spot_scenes",
+        "--train-blocks",
+        "2",
+        "--dec-heads",
+        "4",
+        "--lr",
+        "1e-3",
+        *options(train_images=0, eval_images=0, epochs=2, cache=cache, flip=True),
+    ]
     ending = two_processes.train(workplace, [*words, "--out", "two"])
     assert ending.codes == [0, 0], ending.err
     assert call(*words, "--out", "one") == 0
@@ -183,15 +208,24 @@ def _at_step_9(rank: int, action) -> None:
     Trainer.train_step = acting
 
 
-@pytest.mark.parametrize("fault, codes, sentence, saved", [
-    ("fail_in_rank_1", [2, 2], "error: another process of the run has ended (process 1: picture 7 is missing)", "9"),
-    ("break_in_rank_1", [2, 1], "has ended (process 1: RuntimeError: a defect)", "9"),
-    ("die_in_rank_1", [2, -9], "has ended (it left no reason)", "9"),
-    ("fail_in_rank_0", [2, 2], "error: picture 7 is missing", "0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fault, codes, sentence, saved",
+    [
+        (
+            "fail_in_rank_1",
+            [2, 2],
+            "error: another process of the run has ended (process 1: picture 7 is missing)",
+            "9",
+        ),
+        ("break_in_rank_1", [2, 1], "has ended (process 1: RuntimeError: a defect)", "9"),
+        ("die_in_rank_1", [2, -9], "has ended (it left no reason)", "9"),
+        ("fail_in_rank_0", [2, 2], "error: picture 7 is missing", "0"),
+    ],
+)
 def test_an_error_in_one_ends_all(fault, codes, sentence, saved, workplace):
-    ending = two_processes.train(workplace, [*options(eval_images=0), "--out", "run"],
-                                 prepare=f"test_distributed.{fault}")  # fmt: skip
+    ending = two_processes.train(
+        workplace, [*options(eval_images=0), "--out", "run"], prepare=f"test_distributed.{fault}"
+    )
     assert ending.codes == codes and sentence in ending.err[0] and ending.err[0].count("\n") == 1, ending
     assert ("Traceback" in ending.err[1]) == (fault == "break_in_rank_1")
     assert ending.apart < 10
@@ -206,12 +240,15 @@ def no_set_in_rank_1(rank: int) -> None:
         sys.modules["spot_fast.trainer"].open_set = fail
 
 
-@pytest.mark.parametrize("words, prepare, sentence", [
-    ("--batch-size 5", "", "--batch-size 5 cannot be divided among 2 processes: use a multiple"),
-    ("--epochs two", "", "argument --epochs: invalid int value: 'two'"),
-    ("--device cpu:0", "", "--device cpu:0 is one device and there are 2 processes: use --device cpu"),
-    ("", "test_distributed.no_set_in_rank_1", "error: process 1: no disk here"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, prepare, sentence",
+    [
+        ("--batch-size 5", "", "--batch-size 5 cannot be divided among 2 processes: use a multiple"),
+        ("--epochs two", "", "argument --epochs: invalid int value: 'two'"),
+        ("--device cpu:0", "", "--device cpu:0 is one device and there are 2 processes: use --device cpu"),
+        ("", "test_distributed.no_set_in_rank_1", "error: process 1: no disk here"),
+    ],
+)
 def test_what_is_wrong_from_the_start_is_one_sentence(words, prepare, sentence, workplace):
     ending = two_processes.train(workplace, [*options(), *words.split()], prepare=prepare)
     assert ending.codes == [2, 2] and sentence in ending.err[0] and ending.err[0].count("\n") == 1, ending
@@ -228,10 +265,22 @@ def test_more_processes_than_gpus(monkeypatch):
 @pytest.mark.slow
 def test_torchrun_itself(workplace, whole):
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-               "spot_fast.train", "--no-tensorboard", "--out", "run"]  # fmt: skip
-    process = subprocess.Popen([*command, *options(save_every=2)], env=environment, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "spot_fast.train",
+        "--no-tensorboard",
+        "--out",
+        "run",
+    ]
+    process = subprocess.Popen(
+        [*command, *options(save_every=2)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     state = workplace / "run" / STATE
     end = time.monotonic() + 300
     while not (state.is_file() and int(read_metadata(state)["step"]) >= 2) and time.monotonic() < end:

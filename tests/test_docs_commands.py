@@ -32,8 +32,10 @@ import error_sentences  # noqa: E402
 import generate  # noqa: E402
 
 # Long training: as many pictures as one step takes. A run of its own data set is told to print its configuration.
-SHORT = "--train-images 8 --val-images 2 --batch-size 4 --epochs 1 --warmup-steps 0 --eval-images 0 --no-tensorboard " \
-        "--threads 1"  # fmt: skip
+SHORT = (
+    "--train-images 8 --val-images 2 --batch-size 4 --epochs 1 --warmup-steps 0 --eval-images 0 --no-tensorboard "
+    "--threads 1"
+)
 
 
 @pytest.fixture(scope="module")
@@ -132,14 +134,19 @@ HOW: list[tuple[str, Callable[[list[str]], None], str]] = [
     (r"python -m spot_fast\.segment --scenes", with_options("--scenes 1"), "with one scene"),
     (r"python -m spot_fast\.evaluate", with_options("--limit 2"), "on two pictures"),
     (r"python -m (spot_fast\.\w+|spot_kernels)", as_written, "as written"),
-]  # fmt: skip
+]
 COMMANDS = commands()
 # What README's block of the library leaves to its reader.
 _README = {
-    "features": torch.randn(2, 196, 384), "initial_slots": torch.randn(2, 7, 256),
-    "q": torch.randn(2, 6, 196, 64), "k": torch.randn(2, 6, 196, 64), "v": torch.randn(2, 6, 196, 64),
-    "order": torch.randperm(196), "student": torch.randint(7, (2, 196)), "teacher": torch.randint(7, (2, 196)),
-}  # fmt: skip
+    "features": torch.randn(2, 196, 384),
+    "initial_slots": torch.randn(2, 7, 256),
+    "q": torch.randn(2, 6, 196, 64),
+    "k": torch.randn(2, 6, 196, 64),
+    "v": torch.randn(2, 6, 196, 64),
+    "order": torch.randperm(196),
+    "student": torch.randint(7, (2, 196)),
+    "teacher": torch.randint(7, (2, 196)),
+}
 
 
 def test_commands_are_found():

@@ -166,12 +166,18 @@ def ocbench_state(*, dropout):
     """By the names of its own modules, initial slots with parameters for each slot."""
     linear, norm = torch.nn.Linear, torch.nn.LayerNorm
     middle = [torch.nn.Dropout(0.01)] if dropout else []
-    aggregat = torch.nn.ModuleDict({
-        "norm1q": norm(16), "norm1kv": norm(12), "norm2": norm(16), "rnn": torch.nn.GRUCell(16, 16),
-        "proj_q": linear(16, 16, bias=False), "proj_k": linear(12, 16, bias=False),
-        "proj_v": linear(12, 16, bias=False),
-        "ffn": torch.nn.Sequential(linear(16, 20), torch.nn.GELU(), *middle, linear(20, 16)),
-    })  # fmt: skip
+    aggregat = torch.nn.ModuleDict(
+        {
+            "norm1q": norm(16),
+            "norm1kv": norm(12),
+            "norm2": norm(16),
+            "rnn": torch.nn.GRUCell(16, 16),
+            "proj_q": linear(16, 16, bias=False),
+            "proj_k": linear(12, 16, bias=False),
+            "proj_v": linear(12, 16, bias=False),
+            "ffn": torch.nn.Sequential(linear(16, 20), torch.nn.GELU(), *middle, linear(20, 16)),
+        }
+    )
     state = {f"m.aggregat.{name}": value for name, value in aggregat.state_dict().items()}
     return state | {"m.initializ.mean": torch.randn(1, SLOTS, 16), "m.initializ.logstd": torch.zeros(1, SLOTS, 16)}
 

@@ -111,8 +111,14 @@ def test_position_tables():
         resample_positions(torch.zeros(1, 12, 8), 4, 0, "dino")
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"teacher": {f"backbone.{k}": v for k, v in s.items()}},
-                                  lambda s: {"state_dict": {f"module.base_encoder.{k}": v for k, v in s.items()}}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"teacher": {f"backbone.{k}": v for k, v in s.items()}},
+        lambda s: {"state_dict": {f"module.base_encoder.{k}": v for k, v in s.items()}},
+    ],
+)
 def test_weight_files_of_any_wrapping_load(tmp_path, wrap):
     vit = build_vit(SCENES)
     torch.nn.init.normal_(vit.cls_token)
@@ -139,8 +145,9 @@ def test_weight_files_that_do_not_fit_are_refused(tmp_path):
     refuse("has 4 blocks", train_blocks=5)
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch16_224.dino", "vit_small_patch14_dinov2",
-                                  "vit_small_patch14_reg4_dinov2"])
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch16_224.dino", "vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"]
+)
 def test_a_vit_is_recognised_by_its_weights(name):
     """Those with a name of timm's by it, others by their shape, which is enough to build them."""
     weights = dict(build_vit(preset("coco", encoder=name)).state_dict())
@@ -161,12 +168,15 @@ def test_maes_fixed_positions_are_not_taken_for_dinos():
     assert vit_name(weights) == "vit_base_patch16_224.mae"
 
 
-@pytest.mark.parametrize("encoder, words", [
-    ("vit:patch=8,width=24", "describes no ViT: give depth, heads, hidden, patch, width"),
-    ("vit:patch=8,width=24,depth=2,heads=0,hidden=8", "describes no ViT"),
-    ("vit:patch=8,width=24,depth=2,heads=3,hidden=8,colour=1", "describes no ViT"),
-    ("vit:patch=8,width=24,depth=2,heads=5,hidden=8", "heads=5 does not divide width=24"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "encoder, words",
+    [
+        ("vit:patch=8,width=24", "describes no ViT: give depth, heads, hidden, patch, width"),
+        ("vit:patch=8,width=24,depth=2,heads=0,hidden=8", "describes no ViT"),
+        ("vit:patch=8,width=24,depth=2,heads=3,hidden=8,colour=1", "describes no ViT"),
+        ("vit:patch=8,width=24,depth=2,heads=5,hidden=8", "heads=5 does not divide width=24"),
+    ],
+)
 def test_a_vit_described_wrongly_is_refused(encoder, words):
     with pytest.raises(UserError, match=words):
         build_vit(preset("scenes", encoder=encoder))
@@ -235,6 +245,7 @@ def test_timm_imports_beside_a_torchvision_that_lacks_its_operators(tmp_path):
     import os
 
     paths = os.pathsep.join([str(tmp_path), *sys.path])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": paths})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
+    )
     assert done.stdout.strip() == "imported", done.stderr

@@ -17,8 +17,17 @@ from spot_fast.metrics import METRICS
 from spot_fast.model import Spot
 from spot_fast.protocols import PROTOCOLS
 
-SIZES = dict(image_size=32, mask_size=32, num_slots=4, slot_dim=16, slot_mlp=16, dec_blocks=1, val_images=6,
-             train_images=8, encoder_weights="none")  # fmt: skip
+SIZES = dict(
+    image_size=32,
+    mask_size=32,
+    num_slots=4,
+    slot_dim=16,
+    slot_mlp=16,
+    dec_blocks=1,
+    val_images=6,
+    train_images=8,
+    encoder_weights="none",
+)
 
 
 def make_run(folder, *, finished=True, stage=1, seed=0, **changes):
@@ -115,11 +124,12 @@ def coco_folder(root):
     (root / "val2017" / "bad.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
     square = {"segmentation": [[5, 5, 30, 5, 30, 30, 5, 30]], "iscrowd": 0, "category_id": 1, "area": 625}
     content = {
-        "images": [{"id": i, "file_name": f"{name}.jpg", "height": 40, "width": 48}
-                   for i, name in enumerate(("good", "bad"))],
+        "images": [
+            {"id": i, "file_name": f"{name}.jpg", "height": 40, "width": 48} for i, name in enumerate(("good", "bad"))
+        ],
         "annotations": [{"id": i, "image_id": i, "bbox": [5, 5, 25, 25], **square} for i in range(2)],
         "categories": [{"id": 1, "name": "person"}],
-    }  # fmt: skip
+    }
     (root / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
     return root
 
@@ -255,8 +265,11 @@ def test_json_has_no_nan_and_any_name(here, call, monkeypatch):
     evaluate = command.evaluate
 
     def odd(*args, **options):
-        return replace(evaluate(*args, **options), reconstruction={1: float("nan"), 9: float("inf")},
-                       skipped={"caf\udce9.jpg": "damaged"})  # fmt: skip
+        return replace(
+            evaluate(*args, **options),
+            reconstruction={1: float("nan"), 9: float("inf")},
+            skipped={"caf\udce9.jpg": "damaged"},
+        )
 
     monkeypatch.setattr(command, "evaluate", odd)
     assert call("--limit", 2, "--json", "t.json", "--csv", "t.csv")[0] in (0, 2)

@@ -34,8 +34,18 @@ SIZE = 32
 
 
 def small_config(stage=1, **changes):
-    sizes = dict(image_size=SIZE, mask_size=SIZE, num_slots=4, slot_dim=16, slot_mlp=16, dec_blocks=1,
-                 dec_mlp_hidden=16, val_images=10, train_images=8, encoder_weights="none")  # fmt: skip
+    sizes = dict(
+        image_size=SIZE,
+        mask_size=SIZE,
+        num_slots=4,
+        slot_dim=16,
+        slot_mlp=16,
+        dec_blocks=1,
+        dec_mlp_hidden=16,
+        val_images=10,
+        train_images=8,
+        encoder_weights="none",
+    )
     return preset("scenes", stage, **(sizes | changes))
 
 
@@ -92,7 +102,12 @@ def scores_of(row):
 def test_rows_are_what_the_parts_give(model, scenes):
     result = evaluate(model, scenes, batch_size=10, seed=5, progress=False)
     assert [(r.masks, r.orders) for r in result.tables[0].rows] == [
-        ("decoder", 1), ("decoder", 9), ("slots", None), ("blocks", None), ("kmeans", None)]  # fmt: skip
+        ("decoder", 1),
+        ("decoder", 9),
+        ("slots", None),
+        ("blocks", None),
+        ("kmeans", None),
+    ]
     images, instances, classes = normalise(scenes.images), scenes.instances, scenes.classes
     noise = slot_noise(5, range(10), 4, 16)
     first, every = (model.segment(images, orders=orders, noise=noise) for orders in ("0", "all"))
@@ -293,8 +308,13 @@ def test_slots_of_another_size_are_scored_at_their_masks_size(model):
     class Large(Pictures):
         def val_masks(self, index):
             masks = super().val_masks(index)
-            return replace(masks, **{k: getattr(masks, k).repeat_interleave(2, 0).repeat_interleave(2, 1)
-                                     for k in ("instances", "classes")})  # fmt: skip
+            return replace(
+                masks,
+                **{
+                    k: getattr(masks, k).repeat_interleave(2, 0).repeat_interleave(2, 1)
+                    for k in ("instances", "classes")
+                },
+            )
 
     result = evaluate(model, Large(2), progress=False)
     assert result.tables[0].mask_size == 2 * SIZE
@@ -324,8 +344,11 @@ def test_threads_read_ahead_in_order(model, monkeypatch):
     monkeypatch.setattr(evaluation, "MAX_CORRUPT", 1.0)
     pictures = Slow(9, broken=(0, 5))
     skipped, finished = {}, []
-    found = list(read_ahead(lambda i: (i, pictures.val_image(i)), pictures, range(9), 3, skipped,
-                            lambda: finished.append(len(finished))))  # fmt: skip
+    found = list(
+        read_ahead(
+            lambda i: (i, pictures.val_image(i)), pictures, range(9), 3, skipped, lambda: finished.append(len(finished))
+        )
+    )
     assert [index for index, _ in found] == [1, 2, 3, 4, 6, 7, 8] and list(skipped) == ["0.jpg", "5.jpg"]
     assert len(finished) == 9 and len(pictures.threads) > 1 and "MainThread" not in pictures.threads
     alone, together = (evaluate(model, Slow(9, broken=(0, 5)), workers=n, progress=False) for n in (0, 3))

@@ -31,10 +31,17 @@ def kinds(section):
     return [finding.kind for finding in section.findings]
 
 
-@pytest.mark.parametrize("wait", [
-    lambda x: x.sum().item(), lambda x: bool(x.sum() > 0), lambda x: x.cpu(), lambda x: torch.equal(x, x),
-    lambda x: x.sum().tolist(), lambda x: x.to("cpu", torch.float64),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.sum() > 0),
+        lambda x: x.cpu(),
+        lambda x: torch.equal(x, x),
+        lambda x: x.sum().tolist(),
+        lambda x: x.to("cpu", torch.float64),
+    ],
+)
 def test_what_waits_is_found(traced, wait):
     wait(torch.empty(3, 4, device=CUDA))
     assert kinds(traced) == [WAIT]
@@ -51,8 +58,18 @@ def test_copies_are_told_apart(traced):
 def test_two_devices_in_one_operator_are_an_error(traced):
     with pytest.raises(RuntimeError, match="two different devices|two devices"):
         torch.empty(3, 4, device=CUDA) @ torch.empty(4, 5)
-    torch._fused_adam_(*[[torch.empty(3, device=CUDA)] for _ in range(4)], [], [torch.zeros(())], lr=0.1, beta1=0.9,
-                       beta2=0.99, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False)  # fmt: skip
+    torch._fused_adam_(
+        *[[torch.empty(3, device=CUDA)] for _ in range(4)],
+        [],
+        [torch.zeros(())],
+        lr=0.1,
+        beta1=0.9,
+        beta2=0.99,
+        weight_decay=0.0,
+        eps=1e-8,
+        amsgrad=False,
+        maximize=False,
+    )
     assert kinds(traced) == [ERROR] and "cpu, cuda:0" in traced.findings[0].what
 
 
@@ -66,12 +83,17 @@ def test_every_operator_runs_its_kernels_on_a_gpu(traced):
     order, labels = tensor(196, dtype=torch.int64), tensor(2, 196, dtype=torch.int64)
     gates, weight = tensor(14, 192), tensor(64, dtype=torch.float32)
     calls = {
-        "slot_attention_step": (q, k, v), "slot_cross_attention": (k, q, q), "slot_cross_map": (k, q),
-        "permuted_causal_attention": (k, k, v, order), "shift_by_order": (tokens, tensor(384), order),
+        "slot_attention_step": (q, k, v),
+        "slot_cross_attention": (k, q, q),
+        "slot_cross_map": (k, q),
+        "permuted_causal_attention": (k, k, v, order),
+        "shift_by_order": (tokens, tensor(384), order),
         "gru_norm": (gates, gates, tensor(14, 64, dtype=torch.float32), weight, weight),
-        "linear_assignment": (tensor(2, 7, 7, dtype=torch.float32),), "assign_masks": (labels, labels, 7),
-        "match_masks": (labels, labels, 7), "overlap_counts": (labels, labels, 7, 7),
-    }  # fmt: skip
+        "linear_assignment": (tensor(2, 7, 7, dtype=torch.float32),),
+        "assign_masks": (labels, labels, 7),
+        "match_masks": (labels, labels, 7),
+        "overlap_counts": (labels, labels, 7, 7),
+    }
     assert calls.keys() == {name for name, support in dispatch.SUPPORT.items() if "triton" in support}
     with spot_kernels.use_backend("auto"):
         for name, arguments in calls.items():

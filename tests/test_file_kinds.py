@@ -31,27 +31,33 @@ def tar():
     return data.getvalue()
 
 
-@pytest.mark.parametrize("data, words", [
-    (b"", "is empty"),
-    (POINTER, "is a Git LFS pointer, not the file itself: run git lfs pull"),
-    (b"../.git/annex/objects/aa/bb/MD5", "is a git-annex pointer"),
-    (PAGE, "is a web page, not weights: download it again"),
-    (b"\xef\xbb\xbf \n<html lang=en>", "is a web page"),
-    ("<!DOCTYPE html><html></html>".encode("utf-16"), "is a web page"),
-    (gzip.compress(PAGE), "is a web page"),
-    (gzip.compress(b"\0\1\2" * 99), "is compressed by gzip"),
-    (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', r"web server's answer in XML \(AccessDenied\)"),
-    (b'{"message": "Not Found"}', "is text, not weights .it begins with '{"),
-    (b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}', "split into several"),
-    (b"404: Not Found", "is text"),
-    (bytes(9000), "nothing but zero bytes"),
-    (tar(), "is a tar archive: unpack it"),
-    (archive(["w.pth"]), r"is a zip archive \(w.pth, …\): unpack it"),
-    (archive(["w/constants.pkl", "w/data.pkl"]), "TorchScript program"),
-    (archive(["a.npy", "b.npy"]), "NumPy arrays"),
-    (archive(["w/data.pkl"] * 1)[:60], "its download was cut short"),
-    (b"\x89HDF\r\n\x1a\n123", "HDF5 file.* not weights"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (b"", "is empty"),
+        (POINTER, "is a Git LFS pointer, not the file itself: run git lfs pull"),
+        (b"../.git/annex/objects/aa/bb/MD5", "is a git-annex pointer"),
+        (PAGE, "is a web page, not weights: download it again"),
+        (b"\xef\xbb\xbf \n<html lang=en>", "is a web page"),
+        ("<!DOCTYPE html><html></html>".encode("utf-16"), "is a web page"),
+        (gzip.compress(PAGE), "is a web page"),
+        (gzip.compress(b"\0\1\2" * 99), "is compressed by gzip"),
+        (
+            b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
+            r"web server's answer in XML \(AccessDenied\)",
+        ),
+        (b'{"message": "Not Found"}', "is text, not weights .it begins with '{"),
+        (b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}', "split into several"),
+        (b"404: Not Found", "is text"),
+        (bytes(9000), "nothing but zero bytes"),
+        (tar(), "is a tar archive: unpack it"),
+        (archive(["w.pth"]), r"is a zip archive \(w.pth, …\): unpack it"),
+        (archive(["w/constants.pkl", "w/data.pkl"]), "TorchScript program"),
+        (archive(["a.npy", "b.npy"]), "NumPy arrays"),
+        (archive(["w/data.pkl"] * 1)[:60], "its download was cut short"),
+        (b"\x89HDF\r\n\x1a\n123", "HDF5 file.* not weights"),
+    ],
+)
 def test_a_stand_in_is_named_with_the_remedy(tmp_path, data, words):
     (tmp_path / "w.safetensors").write_bytes(data)
     found = stand_in(tmp_path / "w.safetensors")

@@ -95,8 +95,17 @@ def test_each_part_has_what_it_is_for(rehearsal):
     assert {"forward", "input", "weight"} <= {row.variant for row in ceilings}
     assert {"stage 1", "stage 2"} <= {row.subject for row in ceilings}
     checked = {row.subject.partition(",")[0] for row in rows["operators"]}
-    assert checked >= {"slot_attention_step", "permuted_causal_attention", "slot_cross_attention", "slot_cross_map",
-                       "shift_by_order", "gru_norm", "linear_assignment", "match_masks", "SlotAttention"}  # fmt: skip
+    assert checked >= {
+        "slot_attention_step",
+        "permuted_causal_attention",
+        "slot_cross_attention",
+        "slot_cross_map",
+        "shift_by_order",
+        "gru_norm",
+        "linear_assignment",
+        "match_masks",
+        "SlotAttention",
+    }
     for stage in ("stage 1", "stage 2"):
         found = [row for row in rows["steps"] if row.subject == stage]
         timed = {row.variant: row for row in found if row.figure == "ms a step"}
@@ -115,8 +124,11 @@ def test_the_last_line_says_how_far_the_aims_are(rehearsal):
     assert "stage 1: " in last and "aim 6: " in last and "aim 12: " in last and "minutes, aim 30: " in last
     card = kept(out, "steps")[0][0]["card"]
     assert last.startswith(f"{card}: a rehearsal")
-    made = subprocess.run([sys.executable, str(BENCH / "first_light" / "table.py"), *map(str, out.glob("*.csv"))],
-                          capture_output=True, text=True)  # fmt: skip
+    made = subprocess.run(
+        [sys.executable, str(BENCH / "first_light" / "table.py"), *map(str, out.glob("*.csv"))],
+        capture_output=True,
+        text=True,
+    )
     assert made.returncode == 0 and made.stdout.count("| what | of | figure |") == len(PARTS)
 
 
@@ -155,17 +167,20 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path, stand_in)
     assert lines[-1].startswith(f"ran bench/first_light/table.py --last --run {run} {tmp_path}/first_light_")
 
 
-@pytest.mark.parametrize("words, wrong, says", [
-    ("kernels", {}, "unknown part kernels: use ceilings, operators, steps"),
-    ("layouts", {"LIMIT": "8min"}, "LIMIT=8min is no number of seconds: use 480"),
-    ("layouts", {"LIMIT": "-5"}, "LIMIT=-5 is no"),
-    ("layouts", {"LIMIT": "0"}, "LIMIT=0 is no"),
-    ("layouts --rehearse", {"LIMIT": "4.5"}, "LIMIT=4.5 is no"),
-    ("layouts", {"IMPORTING_TORCH": "1"}, "cannot import torch: name one that can"),
-    ("layouts --rehearse", {"IMPORTING_TORCH": "1"}, "cannot import torch: name one that can"),
-    ("layouts --rehearse", {"PYTHON": "/none/python"}, "PYTHON=/none/python cannot import torch"),
-    ("layouts", {"IMPORTING_TORCH": "9"}, "there is no GPU here: add --rehearse"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, wrong, says",
+    [
+        ("kernels", {}, "unknown part kernels: use ceilings, operators, steps"),
+        ("layouts", {"LIMIT": "8min"}, "LIMIT=8min is no number of seconds: use 480"),
+        ("layouts", {"LIMIT": "-5"}, "LIMIT=-5 is no"),
+        ("layouts", {"LIMIT": "0"}, "LIMIT=0 is no"),
+        ("layouts --rehearse", {"LIMIT": "4.5"}, "LIMIT=4.5 is no"),
+        ("layouts", {"IMPORTING_TORCH": "1"}, "cannot import torch: name one that can"),
+        ("layouts --rehearse", {"IMPORTING_TORCH": "1"}, "cannot import torch: name one that can"),
+        ("layouts --rehearse", {"PYTHON": "/none/python"}, "PYTHON=/none/python cannot import torch"),
+        ("layouts", {"IMPORTING_TORCH": "9"}, "there is no GPU here: add --rehearse"),
+    ],
+)
 def test_nothing_is_begun_where_a_run_cannot_be(words, wrong, says, tmp_path, stand_in):
     done = call(words.split(), **{"OUT": str(tmp_path / "none"), "PYTHON": stand_in, **wrong})
     assert done.returncode == 2 and says in done.stderr and "== " not in done.stdout
@@ -215,8 +230,9 @@ def arguments(tmp_path: Path):
     return record.parser("for a test").parse_args(["--rehearse", "--out", str(tmp_path)])
 
 
-@pytest.mark.parametrize("stop, code, verdict", [(KeyboardInterrupt(), OUT_OF_TIME, LATE),
-                                                 (RuntimeError("illegal memory access"), 1, NO_GO)])  # fmt: skip
+@pytest.mark.parametrize(
+    "stop, code, verdict", [(KeyboardInterrupt(), OUT_OF_TIME, LATE), (RuntimeError("illegal memory access"), 1, NO_GO)]
+)
 def test_what_ends_a_part_is_its_last_row(stop, code, verdict, tmp_path):
     def work(recorder, options, left):
         recorder.add("before", verdict=GO)
@@ -262,8 +278,12 @@ def test_clocks_are_asked_for_at_most_every_few_seconds(monkeypatch):
 def test_an_error_of_nvidia_smi_is_no_answer(tmp_path, monkeypatch):
     tool = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    for code, answer in (("echo 1980, 2619", ["1980", "2619"]), ("echo NVIDIA-SMI has failed; exit 9", []),
-                         ("exit 0", []), ("exec sleep 30", [])):  # fmt: skip
+    for code, answer in (
+        ("echo 1980, 2619", ["1980", "2619"]),
+        ("echo NVIDIA-SMI has failed; exit 9", []),
+        ("exit 0", []),
+        ("exec sleep 30", []),
+    ):
         tool.write_text(f"#!/bin/sh\n{code}\n")
         tool.chmod(0o755)
         assert machine.nvidia_smi("clocks.sm,clocks.mem", 0.5) == answer
@@ -274,8 +294,11 @@ def test_an_error_of_nvidia_smi_is_no_answer(tmp_path, monkeypatch):
 
 def case(ours, name="square") -> Case:
     def build() -> Problem:
-        return Problem(lambda seed: randn(seed, (4, 5), device=torch.device("cpu"), dtype=torch.float32),
-                       {OURS: lambda: ours, EAGER: lambda: lambda x: x * x}, lambda x: x * x)  # fmt: skip
+        return Problem(
+            lambda seed: randn(seed, (4, 5), device=torch.device("cpu"), dtype=torch.float32),
+            {OURS: lambda: ours, EAGER: lambda: lambda x: x * x},
+            lambda x: x * x,
+        )
 
     return Case(name, "tiny", "float32", Work(160, 20), Work(240, 40), (OURS, EAGER), build)
 
@@ -312,11 +335,17 @@ def test_an_operator_that_takes_its_process_along_is_no_go(tmp_path, monkeypatch
 def test_what_the_sanitizer_looks_at_runs(name, tmp_path):
     operators.once(name, torch.device("cpu"))
     recorder = Recorder("operators", tmp_path)
-    for text, code, verdict in (("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, GO),
-                                ("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", 9, NO_GO),
-                                ("Device not supported", 1, ABSENT)):  # fmt: skip
-        process = subprocess.Popen([sys.executable, "-c", f"print({text!r}); raise SystemExit({code})"], text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    for text, code, verdict in (
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, GO),
+        ("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", 9, NO_GO),
+        ("Device not supported", 1, ABSENT),
+    ):
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"print({text!r}); raise SystemExit({code})"],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         operators.report_sanitizer(recorder, (name, process), Time(30))
         assert recorder.rows[-1].verdict == verdict, text
     operators.report_sanitizer(recorder, (name, None), Time(30))
@@ -346,8 +375,9 @@ def test_a_rival_that_is_wrong_or_not_here_has_no_time(tmp_path):
         raise RuntimeError("no such backend")
 
     problem = case(lambda x: x.square()).build()
-    problem = replace(problem, techniques={**problem.techniques, "wrong": lambda: lambda x: x * x + 1e-2,
-                                           "absent": absent})  # fmt: skip
+    problem = replace(
+        problem, techniques={**problem.techniques, "wrong": lambda: lambda x: x * x + 1e-2, "absent": absent}
+    )
     names = {name: name for name in (OURS, "wrong", "absent")}
     rows = {row.variant: row for row in compare.compare(Recorder("rivals", tmp_path), HERE, "square", problem, names)}
     assert rows[OURS].value > 0 and rows[OURS].error < 1e-6
@@ -395,10 +425,21 @@ def stand_in_gpu(monkeypatch):
 
     nothing = lambda *args, **kwargs: None  # noqa: E731 - many of them
     within = lambda *args, **kwargs: contextlib.nullcontext()  # noqa: E731
-    functions = {"Event": Device, "Stream": Device, "CUDAGraph": Device, "current_stream": Device, "_sleep": nothing,
-                 "synchronize": nothing, "reset_peak_memory_stats": nothing, "max_memory_allocated": lambda: 10**9,
-                 "stream": within, "graph": within, "device": within, "set_sync_debug_mode": nothing,
-                 "get_device_properties": lambda device: type("Properties", (), {"L2_cache_size": 100})}  # fmt: skip
+    functions = {
+        "Event": Device,
+        "Stream": Device,
+        "CUDAGraph": Device,
+        "current_stream": Device,
+        "_sleep": nothing,
+        "synchronize": nothing,
+        "reset_peak_memory_stats": nothing,
+        "max_memory_allocated": lambda: 10**9,
+        "stream": within,
+        "graph": within,
+        "device": within,
+        "set_sync_debug_mode": nothing,
+        "get_device_properties": lambda device: type("Properties", (), {"L2_cache_size": 100}),
+    }
     for name, function in functions.items():
         monkeypatch.setattr(torch.cuda, name, function, raising=False)
     monkeypatch.setattr(Options, "device", torch.device("cpu"))
@@ -421,8 +462,9 @@ def test_comparisons_on_a_stand_in(stand_in_gpu, tmp_path):
 def test_a_graph_that_replays_nothing_is_no_go(stand_in_gpu, tmp_path, monkeypatch):
     """All of a stage's path on a GPU but the GPU; as many graphed steps as plain ones do not end where those do."""
     monkeypatch.setattr(steps, "adam", lambda parameters, graphed: optimiser.adam(parameters))
-    monkeypatch.setattr(steps, "Compiled", lambda function, parameters, backend: Compiled(
-        function, parameters, backend="eager"))  # fmt: skip
+    monkeypatch.setattr(
+        steps, "Compiled", lambda function, parameters, backend: Compiled(function, parameters, backend="eager")
+    )
     recorder = Recorder("steps", tmp_path, rehearsal=True)
     steps.steps(recorder, stand_in_gpu, Time(60), 1)
     rows = {(row.variant, row.figure): row for row in recorder.rows}
@@ -444,8 +486,10 @@ NCU = """==PROF== Connected to process 7
 
 def test_counters_are_read_from_what_ncu_prints():
     assert rivals.metrics(NCU) == {
-        "_forward_kernel": {"gpu__time_duration.sum": 9120.0,
-                            "dram__throughput.avg.pct_of_peak_sustained_elapsed": 41.5},
+        "_forward_kernel": {
+            "gpu__time_duration.sum": 9120.0,
+            "dram__throughput.avg.pct_of_peak_sustained_elapsed": 41.5,
+        },
         "_backward_kernel": {"gpu__time_duration.sum": 26000.0},
-    }  # fmt: skip
+    }
     assert rivals.metrics("==ERROR== no permission") == {}

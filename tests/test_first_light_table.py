@@ -15,8 +15,16 @@ from record import GO, NO_GO, Recorder, Row  # noqa: E402
 
 def write_rows(folder: Path, monkeypatch, run: str, card: str, *rows: tuple[str, str, float]) -> None:
     """CSV files as of one call of the script on a card; rows: part, subject, and ms of a step."""
-    about = {"run": run, "date": run[:10], "card": card, "driver": "", "torch": "2.11", "triton": "3.6", "cuda": "13",
-             "commit": "abc1234"}  # fmt: skip
+    about = {
+        "run": run,
+        "date": run[:10],
+        "card": card,
+        "driver": "",
+        "torch": "2.11",
+        "triton": "3.6",
+        "cuda": "13",
+        "commit": "abc1234",
+    }
     monkeypatch.setattr(record, "facts", lambda: about)
     for part, subject, ms in rows:
         Recorder(part, folder).add(subject, "graph", figure="ms a step", value=ms, verdict=GO)
@@ -31,8 +39,15 @@ def tabled(folder: Path, capsys, *words: str) -> str:
 def test_of_two_runs_on_one_day_the_newest_rows_count(tmp_path, monkeypatch, capsys):
     """Part by part: a second run may have had fewer."""
     first, second = "2026-12-01 09:00:00", "2026-12-01 11:30:00"
-    write_rows(tmp_path, monkeypatch, first, "H200", ("steps", "stage 1", 5.0), ("steps", "stage 2", 10.0),
-               ("layouts", "decoder", 1.0))  # fmt: skip
+    write_rows(
+        tmp_path,
+        monkeypatch,
+        first,
+        "H200",
+        ("steps", "stage 1", 5.0),
+        ("steps", "stage 2", 10.0),
+        ("layouts", "decoder", 1.0),
+    )
     write_rows(tmp_path, monkeypatch, second, "H200", ("steps", "stage 1", 7.0))
     assert len(list(tmp_path.iterdir())) == 2  # a file for each part
     found = tabled(tmp_path, capsys)
@@ -50,8 +65,10 @@ def test_two_cards_are_not_mixed(tmp_path, monkeypatch, capsys):
     write_rows(tmp_path, monkeypatch, "2026-12-01 09:00:00", "H100", ("steps", "stage 1", 8.0))
     write_rows(tmp_path, monkeypatch, "2026-12-01 09:30:00", "H200", ("steps", "stage 2", 11.0))
     lines = tabled(tmp_path, capsys, "--last").splitlines()
-    assert [line.partition(", aim")[0] for line in lines] == ["H100: stage 1: 8.00 ms a step (graph)",
-                                                              "H200: stage 1: no time"]  # fmt: skip
+    assert [line.partition(", aim")[0] for line in lines] == [
+        "H100: stage 1: 8.00 ms a step (graph)",
+        "H200: stage 1: no time",
+    ]
     assert "stage 2: no time" in lines[0] and "stage 2: 11.00 ms" in lines[1]
     assert tabled(tmp_path, capsys).count("| what | of | figure |") == 2
 
@@ -76,8 +93,13 @@ def test_the_last_line():
     def row(stage, variant, ms, verdict=GO):
         return about, Row("steps", f"stage {stage}", variant, "ms a step", ms, error=1e-3, verdict=verdict)
 
-    found = [row(1, "eager", 20.0), row(1, "graph", 6.5), row(1, "wrong", 3.0, NO_GO), row(1, "aim", 6.0),
-             row(2, "graph", 11.0)]  # fmt: skip
+    found = [
+        row(1, "eager", 20.0),
+        row(1, "graph", 6.5),
+        row(1, "wrong", 3.0, NO_GO),
+        row(1, "aim", 6.0),
+        row(2, "graph", 11.0),
+    ]
     line = table.last_line(found)
     assert "stage 1: 6.50 ms a step (graph), aim 6: missed by 0.50 ms" in line
     assert "stage 2: 11.00 ms a step (graph), aim 12: met by 1.00 ms" in line

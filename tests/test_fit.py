@@ -50,9 +50,15 @@ def coco(root, size, square, *, name=NAME, number=7, folder=False):
     path = root / ("labels.json" if folder else "annotations/instances_val2017.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     box = [0, 0, square, 0, square, square, 0, square]
-    path.write_text(json.dumps({
-        "images": [{"id": number, "file_name": f"{name}.jpg", "width": size[0], "height": size[1]}],
-        "annotations": [{"image_id": number, "category_id": 1, "segmentation": [box]}], "categories": [{"id": 1}]}))
+    path.write_text(
+        json.dumps(
+            {
+                "images": [{"id": number, "file_name": f"{name}.jpg", "width": size[0], "height": size[1]}],
+                "annotations": [{"image_id": number, "category_id": 1, "segmentation": [box]}],
+                "categories": [{"id": 1}],
+            }
+        )
+    )
 
 
 def open_coco(root, size, square, photo_of, name=NAME):
@@ -127,8 +133,9 @@ def test_masks_of_the_stored_picture(tmp_path, open_set, orientation):
 
 
 @pytest.mark.parametrize("orientation", [2, 3, 4])
-@pytest.mark.parametrize("open_set, name", [(open_coco, "000000000007"), (open_coco, "COCO_val2014_000000000007"),
-                                            (open_voc, "2007_000032")])  # fmt: skip
+@pytest.mark.parametrize(
+    "open_set, name", [(open_coco, "000000000007"), (open_coco, "COCO_val2014_000000000007"), (open_voc, "2007_000032")]
+)
 def test_published_pictures_stay_as_they_are_stored(tmp_path, open_set, name, orientation):
     """Where sizes do not tell: COCO's and VOC's masks are on the stored pixels, and SPOT reads those."""
     image_set = open_set(tmp_path, (60, 90), 30, lambda path: photo(path, (60, 90), orientation), name)
@@ -189,11 +196,21 @@ def test_movi_records(tmp_path):
         frames.val_masks(1)
 
 
-@pytest.mark.parametrize("one, other, same", [
-    ((640, 427), (320, 213), True), ((640, 427), (320, 214), True), ((640, 426), (1280, 853), True),
-    ((500, 375), (224, 168), True), ((4032, 3024), (640, 480), True), ((480, 640), (640, 480), False),
-    ((640, 480), (640, 427), False), ((60, 90), (1, 1), False), ((8, 8), (9, 10), False), ((1, 1), (1, 1), True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "one, other, same",
+    [
+        ((640, 427), (320, 213), True),
+        ((640, 427), (320, 214), True),
+        ((640, 426), (1280, 853), True),
+        ((500, 375), (224, 168), True),
+        ((4032, 3024), (640, 480), True),
+        ((480, 640), (640, 480), False),
+        ((640, 480), (640, 427), False),
+        ((60, 90), (1, 1), False),
+        ((8, 8), (9, 10), False),
+        ((1, 1), (1, 1), True),
+    ],
+)
 def test_scaled_copies(one, other, same):
     """Sides may be rounded, either way; in either order."""
     assert scaled_copy(one, other) == scaled_copy(other, one) == same

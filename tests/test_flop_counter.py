@@ -11,8 +11,10 @@ from kernel_tier import needs_triton
 from operator_calls import INTEGERS, calls, results_of
 from spot_kernels import native, use_backend
 
-BACKENDS = [pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason=native.describe())),
-            pytest.param("triton", marks=needs_triton)]  # fmt: skip
+BACKENDS = [
+    pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason=native.describe())),
+    pytest.param("triton", marks=needs_triton),
+]
 
 
 def counted(function, tensors, through=slice(None)):

@@ -82,18 +82,24 @@ def test_text_file_lists_pictures(tree):
     file = tree / "b" / "list.txt"
     file.write_text(f"two.PNG\n\n../one.jpg\n{tree}/b/c/three.jpeg\n")
     assert [path.resolve() for path in open_folder(file, "train").paths] == [
-        tree / "b/two.PNG", tree / "one.jpg", tree / "b/c/three.jpeg"]  # fmt: skip
+        tree / "b/two.PNG",
+        tree / "one.jpg",
+        tree / "b/c/three.jpeg",
+    ]
     save(tree / "one_mask.png", Image.fromarray(half()))
     val = open_folder(file, "val")
     assert len(val) == 1 and val.val_masks(0).instances.max() == 3
 
 
-@pytest.mark.parametrize("photo, mask", [
-    ("a/photo.jpg", "a/photo_mask.png"),
-    ("images/a/photo.jpg", "masks/a/photo.png"),
-    ("images/val/photo.jpg", "masks/val/photo.png"),
-    ("val/images/photo.jpg", "val/masks/photo.png"),
-])
+@pytest.mark.parametrize(
+    "photo, mask",
+    [
+        ("a/photo.jpg", "a/photo_mask.png"),
+        ("images/a/photo.jpg", "masks/a/photo.png"),
+        ("images/val/photo.jpg", "masks/val/photo.png"),
+        ("val/images/photo.jpg", "val/masks/photo.png"),
+    ],
+)
 def test_masks_beside_pictures(tmp_path, photo, mask):
     """The mask is no picture of its own, and only pictures with masks are validated on."""
     picture(tmp_path / photo)
@@ -111,10 +117,16 @@ def test_masks_beside_pictures(tmp_path, photo, mask):
 
 
 @pytest.mark.parametrize("ending", [".PNG", ".Png", ".tif", ".tiff", ".TIF", ".gif", ".bmp"])
-@pytest.mark.parametrize("photo, mask", [
-    ("a/photo.v1.jpg", "a/photo.v1_mask"), ("a/photo.JPG", "a/photo_MASK"), ("images/a/photo.jpg", "masks/a/photo"),
-    ("Images/photo.jpg", "Masks/photo"), ("images/photo.jpg", "masks/photo_mask"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "photo, mask",
+    [
+        ("a/photo.v1.jpg", "a/photo.v1_mask"),
+        ("a/photo.JPG", "a/photo_MASK"),
+        ("images/a/photo.jpg", "masks/a/photo"),
+        ("Images/photo.jpg", "Masks/photo"),
+        ("images/photo.jpg", "masks/photo_mask"),
+    ],
+)
 def test_other_endings_and_capitals_of_masks(tmp_path, ending, photo, mask):
     """A mask of another ending is neither lost nor taken for a picture."""
     picture(tmp_path / photo)
@@ -152,8 +164,9 @@ def test_what_only_looks_like_a_mask_is_a_picture(tmp_path):
     assert [path.name for path in list_images(tmp_path)] == ["photo.jpg", "gas_mask.png"]
 
 
-@pytest.mark.parametrize("mode, value, seen", [("P", 7, 7), ("P", 255, 0), ("L", 255, 255), ("I;16", 1000, 1000),
-                                               ("1", 1, 1)])
+@pytest.mark.parametrize(
+    "mode, value, seen", [("P", 7, 7), ("P", 255, 0), ("L", 255, 255), ("I;16", 1000, 1000), ("1", 1, 1)]
+)
 def test_formats_of_masks(tmp_path, mode, value, seen):
     """255 is a rim in a palette, as in VOC, and an instance in a grey picture, such as a black and white mask."""
     picture(tmp_path / "a.jpg")
@@ -192,20 +205,32 @@ OVERLAP = [[5, 0, 30, 0, 30, 20, 5, 20]]
 
 def coco_file(path, file_names, categories=(40, 7)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({
-        "categories": [{"id": i} for i in categories],
-        "images": [{"id": f"i{n}", "file_name": name, "width": 30, "height": 20} for n, name in enumerate(file_names)],
-        "annotations": [{"image_id": "i0", "category_id": 7, "segmentation": BOX},
-                        {"image_id": "i0", "category_id": 40, "segmentation": OVERLAP}]}))  # fmt: skip
+    path.write_text(
+        json.dumps(
+            {
+                "categories": [{"id": i} for i in categories],
+                "images": [
+                    {"id": f"i{n}", "file_name": name, "width": 30, "height": 20} for n, name in enumerate(file_names)
+                ],
+                "annotations": [
+                    {"image_id": "i0", "category_id": 7, "segmentation": BOX},
+                    {"image_id": "i0", "category_id": 40, "segmentation": OVERLAP},
+                ],
+            }
+        )
+    )
 
 
-@pytest.mark.parametrize("photo, file, name", [
-    ("a/b.jpg", "labels.json", "a/b.jpg"),
-    ("images/b.jpg", "labels.json", "b.jpg"),
-    ("a/b.jpg", "annotations/labels.json", "a/b.jpg"),
-    ("valid/b.jpg", "valid/_annotations.coco.json", "b.jpg"),
-    ("val/b.jpg", "annotations/instances_val.json", "b.jpg"),
-])
+@pytest.mark.parametrize(
+    "photo, file, name",
+    [
+        ("a/b.jpg", "labels.json", "a/b.jpg"),
+        ("images/b.jpg", "labels.json", "b.jpg"),
+        ("a/b.jpg", "annotations/labels.json", "a/b.jpg"),
+        ("valid/b.jpg", "valid/_annotations.coco.json", "b.jpg"),
+        ("val/b.jpg", "annotations/instances_val.json", "b.jpg"),
+    ],
+)
 def test_coco_file(tmp_path, photo, file, name):
     """Any categories, numbered in their order; the earlier instance has the overlap, which is ignored."""
     picture(tmp_path / photo)

@@ -33,8 +33,9 @@ def encoder():
 
 def backbone(encoder, prefix):
     """A ViT without its final LayerNorm, as all three keep it."""
-    return {prefix + name: value.float() for name, value in encoder.vit.state_dict().items()
-            if not name.startswith("norm.")}  # fmt: skip
+    return {
+        prefix + name: value.float() for name, value in encoder.vit.state_dict().items() if not name.startswith("norm.")
+    }
 
 
 def random(*shape, seed=0):
@@ -52,8 +53,12 @@ def norm(name, width, bias=True):
 
 
 def gru(name):
-    return {f"{name}.weight_ih": random(3 * SLOT, SLOT), f"{name}.weight_hh": random(3 * SLOT, SLOT, seed=1),
-            f"{name}.bias_ih": random(3 * SLOT), f"{name}.bias_hh": random(3 * SLOT, seed=1)}  # fmt: skip
+    return {
+        f"{name}.weight_ih": random(3 * SLOT, SLOT),
+        f"{name}.weight_hh": random(3 * SLOT, SLOT, seed=1),
+        f"{name}.bias_ih": random(3 * SLOT),
+        f"{name}.bias_hh": random(3 * SLOT, seed=1),
+    }
 
 
 def projected(state, prefix, features, activation):
@@ -86,8 +91,9 @@ class OcbenchDecoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        one = nn.TransformerDecoderLayer(WIDTH, 4, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True,
-                                         bias=False)  # fmt: skip
+        one = nn.TransformerDecoderLayer(
+            WIDTH, 4, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True, bias=False
+        )
         self.backbone = nn.TransformerDecoder(one, 2)
         self.norm0 = self.backbone.layers[0].norm1
         self.backbone.layers[0].norm1 = nn.Identity()
@@ -227,15 +233,22 @@ def test_a_dinosaur_gives_its_own_outputs(kind, encoder, tmp_path):
     model = load(kind, state, tmp_path, num_slots=SLOTS)
     attention, project, mean, log_scale, layers, positions = {
         "videosaur": (
-            "processor.corrector.", "encoder.output_transform.layers.", "initializer.mean", "initializer.log_std",
-            "decoder.mlp.layers.", "decoder.pos_emb",
+            "processor.corrector.",
+            "encoder.output_transform.layers.",
+            "initializer.mean",
+            "initializer.log_std",
+            "decoder.mlp.layers.",
+            "decoder.pos_emb",
         ),
         "dinosaur": (
-            "models.perceptual_grouping.slot_attention.", "models.perceptual_grouping.positional_embedding.layers.1.",
-            "models.conditioning.slots_mu", "models.conditioning.slots_logsigma", "models.object_decoder.decoder.",
+            "models.perceptual_grouping.slot_attention.",
+            "models.perceptual_grouping.positional_embedding.layers.1.",
+            "models.conditioning.slots_mu",
+            "models.conditioning.slots_logsigma",
+            "models.object_decoder.decoder.",
             "models.object_decoder.pos_embed",
         ),
-    }[kind]  # fmt: skip
+    }[kind]
     features = encoder(IMAGES)
     formula, mean, log_scale = getattr(published, kind), state[mean], state[log_scale]
     inputs = projected(state, project, features, torch.relu)
@@ -243,8 +256,12 @@ def test_a_dinosaur_gives_its_own_outputs(kind, encoder, tmp_path):
     prediction, masks = mlp_decoded(state, layers, state[positions], slots)
     with torch.no_grad():
         output = model(features, features, noise=NOISE)
-    for found, expected in ((output.slots, slots), (output.slot_attn, attn.sum(1).mT), (output.prediction, prediction),
-                            (output.masks, masks)):  # fmt: skip
+    for found, expected in (
+        (output.slots, slots),
+        (output.slot_attn, attn.sum(1).mT),
+        (output.prediction, prediction),
+        (output.masks, masks),
+    ):
         close(found, expected)
 
 
@@ -258,10 +275,16 @@ def test_what_has_no_counterpart_is_refused_with_the_reason(encoder):
     video = {name.replace("processor.", "processor.module."): value for name, value in videosaur.items()}
     refuse("videosaur", video, "predictor carries slots from frame to frame.*SlotAttention.like")
     refuse("videosaur", {n: v for n, v in videosaur.items() if not n.startswith("decoder.")}, "has no MLP decoder")
-    refuse("dinosaur", dinosaur | {"models.object_decoder.cond_transform.0.weight": torch.zeros(1)},
-           "attention has biases and whose first block keeps the residual")  # fmt: skip
-    refuse("dinosaur", dinosaur | {"models.object_decoder.inp_transform.weight": torch.zeros(1)},
-           "1 tensors without a place in Spot, such as object_decoder.inp_transform.weight")  # fmt: skip
+    refuse(
+        "dinosaur",
+        dinosaur | {"models.object_decoder.cond_transform.0.weight": torch.zeros(1)},
+        "attention has biases and whose first block keeps the residual",
+    )
+    refuse(
+        "dinosaur",
+        dinosaur | {"models.object_decoder.inp_transform.weight": torch.zeros(1)},
+        "1 tensors without a place in Spot, such as object_decoder.inp_transform.weight",
+    )
     refuse("dinosaur", dinosaur | {"models.conditioning.slots_mu": torch.zeros(1, SLOTS, SLOT)}, "5 means of their own")
     refuse("ocbench", {n: v for n, v in ocbench.items() if "norm0" not in n}, "nine-order transformer decoder")
     refuse("ocbench", ocbench | {"other.weight": torch.zeros(1)}, "without a place in Spot, such as other.weight")

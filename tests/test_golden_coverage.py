@@ -14,11 +14,22 @@ import golden_tensors
 
 # What the official implementation was given; the rest is what it returned.
 INPUTS = [
-    "inputs:*", "stage1_state_dict:*", "stage2_student_state_dict:*", "decoder_variants:*",
-    "matching.student_labels", "matching.teacher_labels", "*.is_unique", "*.matching_is_unique", "*.step",
-    "metrics.soft_masks", "metrics.ground_truth_*", "metrics.ignore", "metrics.near_tie",
-    "checkpoints/images", "checkpoints/*.slot_noise",
-]  # fmt: skip
+    "inputs:*",
+    "stage1_state_dict:*",
+    "stage2_student_state_dict:*",
+    "decoder_variants:*",
+    "matching.student_labels",
+    "matching.teacher_labels",
+    "*.is_unique",
+    "*.matching_is_unique",
+    "*.step",
+    "metrics.soft_masks",
+    "metrics.ground_truth_*",
+    "metrics.ignore",
+    "metrics.near_tie",
+    "checkpoints/images",
+    "checkpoints/*.slot_noise",
+]
 
 
 def _claims() -> dict[str, list[str]]:

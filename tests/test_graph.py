@@ -28,8 +28,9 @@ def teacher(tmp_path_factory):
 def test_recorded_steps_are_the_steps(stage, changes, teacher):
     if stage == 2:
         changes = changes | {"dec_blocks": 1}
-    plain, recorded = (Trainer(tiny(stage, **changes), device=CPU, teacher=teacher if stage == 2 else None)
-                       for _ in "pr")  # fmt: skip
+    plain, recorded = (
+        Trainer(tiny(stage, **changes), device=CPU, teacher=teacher if stage == 2 else None) for _ in "pr"
+    )
     rate_on_device(plain)
     graphed(recorded)
     orders, calls = set(), []
@@ -155,13 +156,16 @@ def test_auto_records_on_an_nvidia_gpu_in_one_process(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("stage, changes, compiled", [*((*case, "no") for case in CASES), (*CASES[0], "yes"),
-                                                      (*CASES[-1], "yes")])  # fmt: skip
+@pytest.mark.parametrize(
+    "stage, changes, compiled", [*((*case, "no") for case in CASES), (*CASES[0], "yes"), (*CASES[-1], "yes")]
+)
 def test_recorded_steps_are_the_steps_on_a_gpu(stage, changes, compiled, teacher):
     changes = changes | {"compile": compiled} | ({"dec_blocks": 1} if stage == 2 else {})
     device = torch.device("cuda")
-    plain, recorded = (Trainer(tiny(stage, cuda_graph=graph, **changes), device=device,
-                               teacher=teacher if stage == 2 else None) for graph in ("no", "yes"))  # fmt: skip
+    plain, recorded = (
+        Trainer(tiny(stage, cuda_graph=graph, **changes), device=device, teacher=teacher if stage == 2 else None)
+        for graph in ("no", "yes")
+    )
     batches = list(plain.batches())
     for step in range(24):
         for trainer in (plain, recorded):

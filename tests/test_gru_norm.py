@@ -24,8 +24,15 @@ def inputs(rows=6, units=5, dtypes=(torch.float64,) * 3, size=1.0, device="cpu")
     """The five arguments and gradients of both results."""
     generator = torch.Generator().manual_seed(rows + 1000 * units)
     gates, hidden, norm = dtypes
-    shapes = (((rows, 3 * units), gates), ((rows, 3 * units), gates), ((rows, units), hidden), ((units,), norm),
-              ((units,), norm), ((rows, units), hidden), ((rows, units), gates))  # fmt: skip
+    shapes = (
+        ((rows, 3 * units), gates),
+        ((rows, 3 * units), gates),
+        ((rows, units), hidden),
+        ((units,), norm),
+        ((units,), norm),
+        ((rows, units), hidden),
+        ((rows, units), gates),
+    )
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape, dtype in shapes]
     tensors[:2] = [t * size for t in tensors[:2]]
     tensors = [t.to(device) for t in tensors]

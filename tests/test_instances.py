@@ -37,10 +37,22 @@ def file(tmp_path):
     return tmp_path / "instances.json"
 
 
-@pytest.mark.parametrize("listed, referred", [
-    (0, "0"), ("0", 0), (7, 7.0), (7, "7.0"), (7, " 7 "), ("7", 7.0), (139, "000000000139"), ("000000000139", 139),
-    ("abc", "abc"), ("12_a", "12_a"), (2**60 + 1, str(2**60 + 1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "listed, referred",
+    [
+        (0, "0"),
+        ("0", 0),
+        (7, 7.0),
+        (7, "7.0"),
+        (7, " 7 "),
+        ("7", 7.0),
+        (139, "000000000139"),
+        ("000000000139", 139),
+        ("abc", "abc"),
+        ("12_a", "12_a"),
+        (2**60 + 1, str(2**60 + 1)),
+    ],
+)
 def test_ids_may_be_text_in_one_list_only(file, listed, referred):
     """Of images and of categories: every object would be lost without a word."""
     instances = Instances(write(file, [image(listed)], [annotation(referred)]))
@@ -59,11 +71,15 @@ def test_ids_that_are_alike_stay_apart(file):
 def test_annotations_that_belong_to_nothing(file):
     """All of them: an error, which would have been scores without an object. Some: a note with their number."""
     lost = [annotation(9), annotation([1]), annotation(None)]
-    with pytest.raises(UserError, match=r"none of the 3 annotations is of an image in the list: the first has image_id "
-                                        r"9, the images have ids such as 1"):
+    with pytest.raises(
+        UserError,
+        match=r"none of the 3 annotations is of an image in the list: the first has image_id "
+        r"9, the images have ids such as 1",
+    ):
         Instances(write(file, [image(1)], lost))
     assert Instances(write(file, [image(1)], [annotation(1), *lost])).notes == [
-        "3 of 4 annotations are of images that are not in the list"]  # fmt: skip
+        "3 of 4 annotations are of images that are not in the list"
+    ]
     with pytest.raises(UserError, match="none of the 1 annotations is of a known category: .* category_id 9"):
         Instances(write(file, [image(1)], [annotation(1, category_id=9)]))
     unknown = [annotation(1, category_id=9), {"image_id": 1, "segmentation": SQUARE}, annotation(1, category_id=[])]
@@ -73,11 +89,14 @@ def test_annotations_that_belong_to_nothing(file):
     assert not Instances(write(file, [image(1)], [])).notes
 
 
-@pytest.mark.parametrize("images, message", [
-    ([image(1), image(1, "b.jpg")], "several images with the id 1 of a.jpg"),
-    ([image(1), image(2)], "several images with the file name of a.jpg"),
-    ([image(1), image(1)], "several images with the file name of a.jpg"),
-])
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        ([image(1), image(1, "b.jpg")], "several images with the id 1 of a.jpg"),
+        ([image(1), image(2)], "several images with the file name of a.jpg"),
+        ([image(1), image(1)], "several images with the file name of a.jpg"),
+    ],
+)
 def test_images_that_are_listed_twice(file, images, message):
     """Their objects would be another's, or scored twice in parts; the other images are not affected."""
     instances = Instances(write(file, [*images, image(3, "c.jpg")], [annotation(1), annotation(3)]))
@@ -86,9 +105,20 @@ def test_images_that_are_listed_twice(file, images, message):
     assert instances.label_maps(instances.images[-1])[0].any()
 
 
-@pytest.mark.parametrize("size", [{"width": 0}, {"height": -4}, {"width": None}, {"width": "?"}, {"height": 10**9},
-                                  {"height": float("nan")}, {"height": float("inf")}, {"height": 20.5},
-                                  {"width": 60_000, "height": 60_000}])  # fmt: skip
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"width": 0},
+        {"height": -4},
+        {"width": None},
+        {"width": "?"},
+        {"height": 10**9},
+        {"height": float("nan")},
+        {"height": float("inf")},
+        {"height": 20.5},
+        {"width": 60_000, "height": 60_000},
+    ],
+)
 def test_an_odd_size_is_that_images_alone(file, size):
     """One entry of 5,000 must not end an evaluation, nor take the memory of its map."""
     instances = Instances(write(file, [image(1, **size), image(2, "b.jpg")], [annotation(1), annotation(2)]))
@@ -110,16 +140,35 @@ def test_what_cannot_be_drawn_is_named(file):
         instances.label_maps(instances.images[0])
 
 
-@pytest.mark.parametrize("crowd, drawn", [(0, True), (1, False), ("0", True), ("1", False), (None, True),
-                                          (False, True), (True, False), ("false", True), ("", True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "crowd, drawn",
+    [
+        (0, True),
+        (1, False),
+        ("0", True),
+        ("1", False),
+        (None, True),
+        (False, True),
+        (True, False),
+        ("false", True),
+        ("", True),
+    ],
+)
 def test_crowd_regions_may_be_marked_as_text(file, crowd, drawn):
     instances = Instances(write(file, [image(1)], [annotation(1, iscrowd=crowd)]))
     assert instances.full_labels(instances.images[0], crowd=False).instances.any() == drawn
     assert instances.full_labels(instances.images[0], crowd=True).instances.any()
 
 
-@pytest.mark.parametrize("mark, encoding", [(codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"),
-                                            (codecs.BOM_UTF16_BE, "utf-16-be"), (codecs.BOM_UTF32_LE, "utf-32-le")])
+@pytest.mark.parametrize(
+    "mark, encoding",
+    [
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+        (codecs.BOM_UTF32_LE, "utf-32-le"),
+    ],
+)
 def test_byte_order_marks(file, mark, encoding):
     """Notepad and PowerShell write them; training reads the list of images its own way."""
     text = write(file, [image(1, "é.jpg")], [annotation(1)], ensure_ascii=False).read_text()
@@ -137,10 +186,16 @@ def crowded(tmp_path):
     (tmp_path / "val2017").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "val2017" / "a.jpg")
     corners = [(3 * (n % 20), 4 * (n // 20)) for n in range(300)]
-    annotations = [annotation(1, category_id=1000 + n, segmentation=[[x, y, x + 2, y, x + 2, y + 3, x, y + 3]])
-                   for n, (x, y) in enumerate(corners)]  # fmt: skip
-    write(tmp_path / "annotations" / "instances_val2017.json", [image(1, width=64, height=64)], annotations,
-          range(1000, 1300))  # fmt: skip
+    annotations = [
+        annotation(1, category_id=1000 + n, segmentation=[[x, y, x + 2, y, x + 2, y + 3, x, y + 3]])
+        for n, (x, y) in enumerate(corners)
+    ]
+    write(
+        tmp_path / "annotations" / "instances_val2017.json",
+        [image(1, width=64, height=64)],
+        annotations,
+        range(1000, 1300),
+    )
     return Coco(tmp_path, "val", image_size=64, mask_size=64)
 
 
@@ -169,8 +224,9 @@ def test_label_of_a_picture_is_its_listed_name(tmp_path):
     """Pictures of one name in several folders are told apart."""
     (tmp_path / "annotations").mkdir()
     (tmp_path / "val2017").mkdir()
-    write(tmp_path / "annotations" / "instances_val2017.json", [image(1, "a/1.jpg"), image(2, "b/1.jpg")],
-          [annotation(1)])  # fmt: skip
+    write(
+        tmp_path / "annotations" / "instances_val2017.json", [image(1, "a/1.jpg"), image(2, "b/1.jpg")], [annotation(1)]
+    )
     assert [Coco(tmp_path, "val").label(index) for index in range(2)] == ["a/1.jpg", "b/1.jpg"]
 
 

@@ -28,11 +28,19 @@ TRANSFORM = CMYK.index(b"Adobe") + 11
 YCCK = CMYK[:TRANSFORM] + b"\2" + CMYK[TRANSFORM + 1 :]
 
 
-@pytest.mark.parametrize("data", [
-    encoded(), encoded(progressive=True), encoded(subsampling=0), encoded(PICTURE.convert("L")), encoded(exif=exif(6)),
-    encoded(comment=b"a comment"), encoded(icc_profile=b"a profile " * 9000),
-    encoded().replace(b"\xff\xdb", b"\xff\xff\xff\xdb", 1),
-])
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(),
+        encoded(progressive=True),
+        encoded(subsampling=0),
+        encoded(PICTURE.convert("L")),
+        encoded(exif=exif(6)),
+        encoded(comment=b"a comment"),
+        encoded(icc_profile=b"a profile " * 9000),
+        encoded().replace(b"\xff\xdb", b"\xff\xff\xff\xdb", 1),
+    ],
+)
 def test_plain_jpegs(data):
     assert Image.open(io.BytesIO(data)).size == (40, 24)
     header = jpeg.plain_header(data)
@@ -40,15 +48,27 @@ def test_plain_jpegs(data):
     assert all(data[begin : begin + 2] == b"\xff\xe1" for begin, _ in header.metadata)
 
 
-@pytest.mark.parametrize("data", [
-    CMYK, YCCK, encoded(keep_rgb=True), encoded(kind="PNG"), encoded(PICTURE.convert("P"), "GIF"),
-    encoded()[:-2], encoded() + b"more", encoded()[:300] + b"\xff\xd9", b"", b"\xff\xd8\xff\xd9",
-    encoded().replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"),  # 12 bits
-    encoded().replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc9\x00\x11\x08"),  # arithmetic code
-    encoded().replace(b"\x00\x18\x00\x28", b"\x00\x00\x00\x28"),  # the height comes later
-    encoded().replace(b"\xff\xdb\x00\x43", b"\xff\xdb\x00\x01"),  # lengths of a segment that cannot be
-    encoded().replace(b"\xff\xdb\x00\x43", b"\xff\xdb\xff\xff"),
-], ids=range(15))
+@pytest.mark.parametrize(
+    "data",
+    [
+        CMYK,
+        YCCK,
+        encoded(keep_rgb=True),
+        encoded(kind="PNG"),
+        encoded(PICTURE.convert("P"), "GIF"),
+        encoded()[:-2],
+        encoded() + b"more",
+        encoded()[:300] + b"\xff\xd9",
+        b"",
+        b"\xff\xd8\xff\xd9",
+        encoded().replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x0c"),  # 12 bits
+        encoded().replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc9\x00\x11\x08"),  # arithmetic code
+        encoded().replace(b"\x00\x18\x00\x28", b"\x00\x00\x00\x28"),  # the height comes later
+        encoded().replace(b"\xff\xdb\x00\x43", b"\xff\xdb\x00\x01"),  # lengths of a segment that cannot be
+        encoded().replace(b"\xff\xdb\x00\x43", b"\xff\xdb\xff\xff"),
+    ],
+    ids=range(15),
+)
 def test_everything_else(data):
     assert jpeg.plain_header(data) is None
 

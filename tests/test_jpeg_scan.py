@@ -34,10 +34,13 @@ def encoded(image, **options):
 
 
 KINDS = {
-    "baseline": {}, "optimised": dict(optimize=True), "progressive": dict(progressive=True),
-    "restarts": dict(restart_marker_blocks=7), "progressive restarts": dict(progressive=True, restart_marker_rows=1),
+    "baseline": {},
+    "optimised": dict(optimize=True),
+    "progressive": dict(progressive=True),
+    "restarts": dict(restart_marker_blocks=7),
+    "progressive restarts": dict(progressive=True, restart_marker_rows=1),
     "full chroma": dict(subsampling=0),
-}  # fmt: skip
+}
 
 
 def test_whole_pictures_of_every_kind():
@@ -45,7 +48,8 @@ def test_whole_pictures_of_every_kind():
     plain = Image.new("RGB", (200, 150), "white")
     pictures = [photo(*size) for size in ((64, 48), (83, 57), (17, 9), (1, 1), (160, 16))] + [plain, photo(3, 500)]
     for image, mode, (quality, options) in itertools.product(
-            pictures, ("RGB", "L", "CMYK"), itertools.product((5, 75, 100), KINDS.values())):  # fmt: skip
+        pictures, ("RGB", "L", "CMYK"), itertools.product((5, 75, 100), KINDS.values())
+    ):
         data = encoded(image.convert(mode), quality=quality, **options)
         assert broken(data) is None and data_damage("a.jpg", data, decode=True) is None, (image.size, mode, options)
 
@@ -103,21 +107,29 @@ def test_scans_that_are_missing():
         assert broken(data[:start] + b"\xff\xd9") == "a scan is missing"
 
 
-@pytest.mark.parametrize("change", [
-    lambda data: data + b"appended",
-    lambda data: data[:-2] + b"\xff\xff\xd9",  # fill bytes
-    lambda data: data[:-2] + b"\0\0\xff\xd9",
-    lambda data: data[:-2] + bytes(500) + b"\xff\xd9",  # padding
-    lambda data: data[:-2] + b"\xff\xfe\x00\x06text\xff\xd9",  # a comment behind the scan
-    lambda data: data[:2] + b"\xff\xfe\x00\x04\xff\xda" + data[2:],  # a marker in a comment
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data + b"appended",
+        lambda data: data[:-2] + b"\xff\xff\xd9",  # fill bytes
+        lambda data: data[:-2] + b"\0\0\xff\xd9",
+        lambda data: data[:-2] + bytes(500) + b"\xff\xd9",  # padding
+        lambda data: data[:-2] + b"\xff\xfe\x00\x06text\xff\xd9",  # a comment behind the scan
+        lambda data: data[:2] + b"\xff\xfe\x00\x04\xff\xda" + data[2:],  # a marker in a comment
+    ],
+)
 def test_oddities_are_no_damage(change):
     for options in KINDS.values():
         assert data_damage("a.jpg", change(encoded(photo(90, 70), **options)), decode=True) is None
 
 
-@pytest.mark.parametrize("old, new", [(b"\xff\xc0\x00\x11\x08", b"\xff\xc9\x00\x11\x08"),
-                                      (b"\xff\xc0\x00\x11\x08\x00\x46", b"\xff\xc0\x00\x11\x08\x00\x00")])  # fmt: skip
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (b"\xff\xc0\x00\x11\x08", b"\xff\xc9\x00\x11\x08"),
+        (b"\xff\xc0\x00\x11\x08\x00\x46", b"\xff\xc0\x00\x11\x08\x00\x00"),
+    ],
+)
 def test_what_is_not_judged(old, new):
     data = encoded(photo(90, 70))
     assert old in data and broken(data.replace(old, new)) is None

@@ -47,24 +47,38 @@ def test_palettes_of_gif_and_bmp_are_indices(tmp_path):
         assert np.array_equal(open_labels(save(tmp_path / name, image)), labels)
 
 
-@pytest.mark.parametrize("dtype, number", [(np.uint16, 40_000), (np.uint16, 65_535), (np.int32, 16_000_000),
-                                           (np.float32, 40_000)])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype, number", [(np.uint16, 40_000), (np.uint16, 65_535), (np.int32, 16_000_000), (np.float32, 40_000)]
+)
 def test_deep_labels_are_not_wrapped(tmp_path, dtype, number):
     labels = np.array([[0, 1], [number, number]], dtype)
     assert open_labels(save(tmp_path / "m.tif", Image.fromarray(labels))).tolist() == [[0, 1], [number, number]]
 
 
-@pytest.mark.parametrize("values", [np.int32([[0, -1]]), np.float32([[0, 0.5]]), np.float32([[0, np.nan]]),
-                                    np.float32([[0, np.inf]]), np.float32([[0, 3e9]])])  # fmt: skip
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.int32([[0, -1]]),
+        np.float32([[0, 0.5]]),
+        np.float32([[0, np.nan]]),
+        np.float32([[0, np.inf]]),
+        np.float32([[0, 3e9]]),
+    ],
+)
 def test_values_that_are_no_labels(tmp_path, values):
     """A negative one would pass for a pixel that is not counted."""
     with pytest.raises(UserError, match="m.tif has labels from .*: expected whole numbers"):
         open_labels(save(tmp_path / "m.tif", Image.fromarray(values)))
 
 
-@pytest.mark.parametrize("kind, options, name", [
-    ("JPEG", {}, "a JPEG"), ("WEBP", {"quality": 80}, "a WEBP"), ("TIFF", {"compression": "jpeg"}, "a TIFF with lossy"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, options, name",
+    [
+        ("JPEG", {}, "a JPEG"),
+        ("WEBP", {"quality": 80}, "a WEBP"),
+        ("TIFF", {"compression": "jpeg"}, "a TIFF with lossy"),
+    ],
+)
 @pytest.mark.parametrize("ending", [".png", ".tif"])
 def test_lossy_formats_are_refused_whatever_their_ending(tmp_path, kind, options, name, ending):
     image = Image.fromarray(((scene(3) > 0) * 255).astype(np.uint8))

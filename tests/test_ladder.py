@@ -103,8 +103,12 @@ def test_compiling_and_recording_are_skipped_on_a_cpu():
 
 
 def test_coco_is_projected_from_the_fastest_right_rows_of_its_batch():
-    right = [ladder.Row(1, "slow", 64, ms=100.0), ladder.Row(1, "fast", 64, ms=6.0),
-             ladder.Row(2, "fast", 64, ms=12.0), ladder.Row(2, "wrong", 64, problem="loss off")]  # fmt: skip
+    right = [
+        ladder.Row(1, "slow", 64, ms=100.0),
+        ladder.Row(1, "fast", 64, ms=6.0),
+        ladder.Row(2, "fast", 64, ms=12.0),
+        ladder.Row(2, "wrong", 64, problem="loss off"),
+    ]
     assert "92,400 steps of 64 a stage, at the fastest rows' speed: 9.2 + 18.5 = 27.7 min" in ladder.projection(right)
     assert ladder.projection(right[:2]) == ladder.projection([replace(row, batch_size=8) for row in right]) == ""
 
@@ -115,8 +119,10 @@ def test_limits_are_a_multiple_of_plain_errors():
 
 
 def test_csv_and_table(tmp_path, capsys):
-    made = [Row(1, "reference", 8, 100.0, 80.0, 1.0, 40.0, 1500.0, 1e-8, 1e-6, 1e-6, 1e-3),
-            Row(2, "+ magic", 8, problem="skipped: no wand")]  # fmt: skip
+    made = [
+        Row(1, "reference", 8, 100.0, 80.0, 1.0, 40.0, 1500.0, 1e-8, 1e-6, 1e-6, 1e-3),
+        Row(2, "+ magic", 8, problem="skipped: no wand"),
+    ]
     about = ladder.about_machine(CPU, 2e12)
     ladder.write_csv(tmp_path / "new" / "l.csv", made, about)
     assert ladder.read_csv(tmp_path / "new" / "l.csv") == (made, about)
@@ -139,8 +145,21 @@ def test_a_rows_process(stage, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", io.StringIO("step\nend\n"))
         ladder_row._row(job, Technique(**json.loads(json.dumps(asdict(technique)))))
         checked, step, memory = answers(capsys)
-        found = ladder.verdict(Row(stage, "row", 4, **checked, **dict(zip(
-            ("loss_limit", "gradient_limit"), ladder.limits(about["plain"], technique.precision), strict=True))))
+        found = ladder.verdict(
+            Row(
+                stage,
+                "row",
+                4,
+                **checked,
+                **dict(
+                    zip(
+                        ("loss_limit", "gradient_limit"),
+                        ladder.limits(about["plain"], technique.precision),
+                        strict=True,
+                    )
+                ),
+            )
+        )
         assert found.failed == bool(technique.changes), (technique.name, found.problem)
         assert step["value"] > 0 and memory["value"] > 10
 

@@ -44,10 +44,13 @@ def test_a_step_compiles_a_few_kernels_and_the_next_ones_none(stage):
     assert 10 <= found["first"] <= 24 and found["later"] == 0
 
 
-@pytest.mark.parametrize("words, says", [
-    (["compile_kernels.py", "sm_90", "--csv", f"{__file__}/x.csv"], "x.csv cannot be written: "),
-    (["count_compilations.py", "3"], "argument stage: invalid choice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["compile_kernels.py", "sm_90", "--csv", f"{__file__}/x.csv"], "x.csv cannot be written: "),
+        (["count_compilations.py", "3"], "argument stage: invalid choice"),
+    ],
+)
 def test_wrong_arguments_are_a_sentence_before_anything_is_compiled(words, says):
     done = run(*words)
     assert done.returncode == 2 and says in done.stderr.splitlines()[-1] and done.stdout == ""

@@ -17,8 +17,8 @@ def test_tiles_cover_the_picture_and_overlap_by_half(shape, size):
     layout = fit_of("tiles", 64, 8, size)(*shape)
     seen = np.zeros(layout.grid, int)
     for top, left in layout.corners:
-        assert seen[top:top + 8, left:left + 8].shape == (8, 8)
-        seen[top:top + 8, left:left + 8] += 1
+        assert seen[top : top + 8, left : left + 8].shape == (8, 8)
+        seen[top : top + 8, left : left + 8] += 1
     assert seen.min() >= 1 and len(layout.corners) <= MAX_WINDOWS and layout.tiled
     for axis in (0, 1):
         starts = sorted({corner[axis] for corner in layout.corners})
@@ -44,14 +44,19 @@ def test_windows_are_parts_of_the_resized_picture():
     assert windows.shape == (len(layout.corners), 3, 64, 64) and windows.dtype == torch.uint8
     whole = np.asarray(image.resize((layout.grid[1] * 8, layout.grid[0] * 8), Image.Resampling.BILINEAR))
     for window, (top, left) in zip(windows, layout.corners, strict=True):
-        part = whole[8 * top:8 * top + 64, 8 * left:8 * left + 64]
+        part = whole[8 * top : 8 * top + 64, 8 * left : 8 * left + 64]
         assert np.array_equal(window.permute(1, 2, 0).numpy(), part)
 
 
-@pytest.mark.parametrize("name, size, message", [
-    ("tiles", 56, "use 64 .the model's square. to 288"), ("tiles", 296, "to 288"), ("interpolate", 520, "use 8 to 512"),
-    ("interpolate", 1, "use 8 to 512"),
-])
+@pytest.mark.parametrize(
+    "name, size, message",
+    [
+        ("tiles", 56, "use 64 .the model's square. to 288"),
+        ("tiles", 296, "to 288"),
+        ("interpolate", 520, "use 8 to 512"),
+        ("interpolate", 1, "use 8 to 512"),
+    ],
+)
 def test_sizes_that_do_not_fit_are_named(name, size, message):
     with pytest.raises(UserError, match=message):
         fit_of(name, 64, 8, size)

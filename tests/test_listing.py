@@ -34,8 +34,27 @@ def names(paths, root):
     return [str(path.relative_to(root)) for path in paths]
 
 
-@pytest.mark.parametrize("ending", ["jfif", "jpe", "JPG", "jpeg", "mpo", "tga", "avif", "webp", "tiff", "pgm", "j2k",
-                                    "pcx", "dib", "qoi", "apng", "sgi"])  # fmt: skip
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "jfif",
+        "jpe",
+        "JPG",
+        "jpeg",
+        "mpo",
+        "tga",
+        "avif",
+        "webp",
+        "tiff",
+        "pgm",
+        "j2k",
+        "pcx",
+        "dib",
+        "qoi",
+        "apng",
+        "sgi",
+    ],
+)
 def test_every_ending_that_pillow_reads(tmp_path, ending):
     if ending == "avif" and not features.check("avif"):
         pytest.skip("Pillow without AVIF")
@@ -55,14 +74,28 @@ def test_documents_icons_and_films_are_no_pictures():
 def test_what_is_not_read_is_counted(tmp_path):
     """Files of unknown kinds, archives apart; not what lies beside pictures in any set, nor what systems leave."""
     picture(tmp_path / "a.jpg")
-    for name in ("b.heic", "c.HEIC", "d.cr2", "all.zip", "notes.txt", "a.xml", "Thumbs.db", ".DS_Store", "._a.jpg",
-                 "__MACOSX/._a.jpg", "@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg", "README"):  # fmt: skip
+    for name in (
+        "b.heic",
+        "c.HEIC",
+        "d.cr2",
+        "all.zip",
+        "notes.txt",
+        "a.xml",
+        "Thumbs.db",
+        ".DS_Store",
+        "._a.jpg",
+        "__MACOSX/._a.jpg",
+        "@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg",
+        "README",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     paths, notes = list_noted(tmp_path)
     assert names(paths, tmp_path) == ["a.jpg"]
-    assert notes == ["3 files of other endings left out: .heic 2, .cr2 1",
-                     "1 file of other endings left out: .zip 1; unpack archives"]  # fmt: skip
+    assert notes == [
+        "3 files of other endings left out: .heic 2, .cr2 1",
+        "1 file of other endings left out: .zip 1; unpack archives",
+    ]
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(UserError, match=r"has no images \(.*\) in it: 3 files of other endings left out: .heic 2"):
         list_images(tmp_path)
@@ -73,8 +106,14 @@ def test_linked_folders_are_followed_each_once(tmp_path):
     root, other = tmp_path / "photos", tmp_path / "disk2" / "b"
     for path in (root / "a" / "0.jpg", other / "1.jpg", other / "sub" / "2.jpg"):
         picture(path)
-    for link, target in ((root / "b", other), (root / "again", other), (root / "A", root / "a"), (root / "up", root),
-                         (other / "back", root), (root / "a" / "file.jpg", other / "1.jpg")):  # fmt: skip
+    for link, target in (
+        (root / "b", other),
+        (root / "again", other),
+        (root / "A", root / "a"),
+        (root / "up", root),
+        (other / "back", root),
+        (root / "a" / "file.jpg", other / "1.jpg"),
+    ):
         link.symlink_to(target)
     paths, notes = list_noted(root)
     assert names(paths, root) == ["a/0.jpg", "a/file.jpg", "again/1.jpg", "again/sub/2.jpg"] and not notes
@@ -122,20 +161,25 @@ def test_folders_that_may_not_be_read_are_named(tmp_path, monkeypatch):
         list_noted(tmp_path)
 
 
-@pytest.mark.parametrize("photo, beside", [
-    ("images/training/{}.jpg", ["annotations/training/{}.png"]),  # ADE20K
-    ("ade/{}.jpg", ["ade/{}_seg.png", "ade/{}_parts_1.png"]),
-    ("leftImg8bit/train/ulm/ulm_{}_leftImg8bit.png",
-     ["gtFine/train/ulm/ulm_{}_gtFine_labelIds.png", "gtFine/train/ulm/ulm_{}_gtFine_color.png"]),
-    ("JPEGImages/480p/bear/{}.jpg", ["Annotations/480p/bear/{}.png"]),  # DAVIS
-    ("photos/{}.jpg", ["SegmentationClass/{}.png", "SegmentationObject/{}.png"]),
-    ("val2017/{}.jpg", ["annotations/panoptic_val2017/{}.png"]),
-    ("img/{}.jpg", ["anno_png/{}.png"]),  # known by what is in it
-    ("all/{}.jpg", ["all/{}.png"]),
-    ("701/{}.png", ["LabeledApproved_full_labels/{}_L.png"]),  # CamVid
-    ("DUTS-TR-Image/{}.jpg", ["DUTS-TR-Mask/{}.png"]),
-    ("images/{}.png", ["images_gt/{}.png"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "photo, beside",
+    [
+        ("images/training/{}.jpg", ["annotations/training/{}.png"]),  # ADE20K
+        ("ade/{}.jpg", ["ade/{}_seg.png", "ade/{}_parts_1.png"]),
+        (
+            "leftImg8bit/train/ulm/ulm_{}_leftImg8bit.png",
+            ["gtFine/train/ulm/ulm_{}_gtFine_labelIds.png", "gtFine/train/ulm/ulm_{}_gtFine_color.png"],
+        ),
+        ("JPEGImages/480p/bear/{}.jpg", ["Annotations/480p/bear/{}.png"]),  # DAVIS
+        ("photos/{}.jpg", ["SegmentationClass/{}.png", "SegmentationObject/{}.png"]),
+        ("val2017/{}.jpg", ["annotations/panoptic_val2017/{}.png"]),
+        ("img/{}.jpg", ["anno_png/{}.png"]),  # known by what is in it
+        ("all/{}.jpg", ["all/{}.png"]),
+        ("701/{}.png", ["LabeledApproved_full_labels/{}_L.png"]),  # CamVid
+        ("DUTS-TR-Image/{}.jpg", ["DUTS-TR-Mask/{}.png"]),
+        ("images/{}.png", ["images_gt/{}.png"]),
+    ],
+)
 def test_label_maps_of_known_layouts_are_no_pictures(tmp_path, photo, beside):
     """Grey ones, and coloured ones where a name says so."""
     for number in range(3):
@@ -147,16 +191,19 @@ def test_label_maps_of_known_layouts_are_no_pictures(tmp_path, photo, beside):
     assert note.startswith(f"{3 * len(beside)} label maps left out: {tmp_path}")
 
 
-@pytest.mark.parametrize("files", [
-    [("with_mask/{}.png", "RGB"), ("without_mask/{}.png", "RGB")],  # photos of people, named for what they wear
-    [("labels/{}.jpg", "RGB"), ("bottles/{}.jpg", "RGB")],
-    [("cats/{}.png", "L"), ("dogs/{}.png", "L")],
-    [("masks/{}.png", "L"), ("faces/{}.png", "L")],  # grey photos
-    [("cats/{}.png", "1"), ("dogs/{}.png", "1"), ("birds/{}.png", "RGB")],  # drawings
-    [("small/{}.png", "RGB"), ("small/{}.jpg", "RGB")],
-    [("a/{}.jpg", "RGB"), ("a/{}_l.png", "RGB"), ("a/{}_color.png", "RGB")],
-    [("masks/{}.png", "1")],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "files",
+    [
+        [("with_mask/{}.png", "RGB"), ("without_mask/{}.png", "RGB")],  # photos of people, named for what they wear
+        [("labels/{}.jpg", "RGB"), ("bottles/{}.jpg", "RGB")],
+        [("cats/{}.png", "L"), ("dogs/{}.png", "L")],
+        [("masks/{}.png", "L"), ("faces/{}.png", "L")],  # grey photos
+        [("cats/{}.png", "1"), ("dogs/{}.png", "1"), ("birds/{}.png", "RGB")],  # drawings
+        [("small/{}.png", "RGB"), ("small/{}.jpg", "RGB")],
+        [("a/{}.jpg", "RGB"), ("a/{}_l.png", "RGB"), ("a/{}_color.png", "RGB")],
+        [("masks/{}.png", "1")],
+    ],
+)
 def test_pictures_are_not_taken_for_label_maps(tmp_path, files):
     for name, mode in files:
         for number in range(4):
@@ -181,8 +228,9 @@ def test_the_check_the_run_and_segment_say_what_is_left_out(tmp_path, capsys, mo
     note = "note: 1 file of other endings left out: .heic 1"
     assert main(["check", str(tmp_path / "data")]) == 0
     assert capsys.readouterr().out.count(note) == 1
-    options = tiny_runs.options(encoder="spot_scenes", dec_heads=4, epochs=1, warmup_steps=0, train_images=0,
-                                eval_every=1)  # fmt: skip
+    options = tiny_runs.options(
+        encoder="spot_scenes", dec_heads=4, epochs=1, warmup_steps=0, train_images=0, eval_every=1
+    )
     monkeypatch.chdir(tmp_path)
     assert train.main(["--preset", "folder", "--data", "data", "--cache", "none", "--no-tensorboard", *options]) == 0
     assert capsys.readouterr().out.count(note) == 1

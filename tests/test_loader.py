@@ -87,8 +87,9 @@ def test_pictures_in_memory_are_indexed():
     mirrored = open_set(preset("scenes", train_images=12, flip=True), "train")
     batch = next(Loader(mirrored, 12, seed=0).epoch(0))
     assert mirrored.flip and batch.flipped.any()
-    expected = [scenes.images[i].flip(-1) if f else scenes.images[i]
-                for i, f in zip(batch.indices, batch.flipped, strict=True)]
+    expected = [
+        scenes.images[i].flip(-1) if f else scenes.images[i] for i, f in zip(batch.indices, batch.flipped, strict=True)
+    ]
     assert torch.equal(batch.images, torch.stack(expected))
 
 
@@ -245,10 +246,15 @@ next(Loader(Folder({str(folder)!r}, image_size=16), 4, workers=5).epoch(0))
     assert done.stderr.strip().endswith("or have a script's own code below if __name__ == '__main__'")
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(batch_size=0), "--batch-size 0"), (dict(batch_size=24), "has 23 training images, fewer than --batch-size 24"),
-    (dict(batch_size=2, workers=-1), "--workers -1"), (dict(batch_size=2, seed=-1), "--seed -1"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(batch_size=0), "--batch-size 0"),
+        (dict(batch_size=24), "has 23 training images, fewer than --batch-size 24"),
+        (dict(batch_size=2, workers=-1), "--workers -1"),
+        (dict(batch_size=2, seed=-1), "--seed -1"),
+    ],
+)
 def test_bad_arguments(folder, options, message):
     with pytest.raises(UserError, match=message):
         Loader(random_crops(folder), **options)

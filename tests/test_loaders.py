@@ -34,13 +34,16 @@ def without_dali(monkeypatch):
     monkeypatch.setattr(dali_pipeline, "import_dali", missing)
 
 
-@pytest.mark.parametrize("choice, workers, device, line", [
-    ("torch", 0, CUDA, "by Pillow in the thread that trains: --loader torch"),
-    ("torch", 1, CPU, "by Pillow in one thread: --loader torch"),
-    ("torch", 5, CPU, "by Pillow in 5 processes: --loader torch"),
-    ("auto", 2, CPU, "by Pillow in 2 threads: the run is on cpu"),
-    ("auto", 2, CUDA, f"by Pillow in 2 threads: DALI is not installed, {dali_pipeline.INSTALL}"),
-])
+@pytest.mark.parametrize(
+    "choice, workers, device, line",
+    [
+        ("torch", 0, CUDA, "by Pillow in the thread that trains: --loader torch"),
+        ("torch", 1, CPU, "by Pillow in one thread: --loader torch"),
+        ("torch", 5, CPU, "by Pillow in 5 processes: --loader torch"),
+        ("auto", 2, CPU, "by Pillow in 2 threads: the run is on cpu"),
+        ("auto", 2, CUDA, f"by Pillow in 2 threads: DALI is not installed, {dali_pipeline.INSTALL}"),
+    ],
+)
 def test_pillow(images, without_dali, choice, workers, device, line):
     loader, reason = open_loader(choice, images, 4, 3, workers, device, rank=1, world=2)
     assert type(loader) is Loader and reason == f"images are decoded {line}"

@@ -25,10 +25,26 @@ def soft(grid, num_masks, kind, seed, batch=3):
 @needs_library
 @x86
 @pytest.mark.parametrize("kind", ["normal", "softmax", "ties"])
-@pytest.mark.parametrize("grid, size, num_masks", [
-    (14, 320, 7), (16, 320, 7), (28, 320, 6), (37, 320, 7), (14, 128, 24), (14, 224, 7), (16, 256, 11), (14, 96, 256),
-    (1, 80, 3), (5, 320, 1), (13, 65, 3), (14, 70, 3), (11, 203, 3), (9, 129, 2), (16, 335, 7),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "grid, size, num_masks",
+    [
+        (14, 320, 7),
+        (16, 320, 7),
+        (28, 320, 6),
+        (37, 320, 7),
+        (14, 128, 24),
+        (14, 224, 7),
+        (16, 256, 11),
+        (14, 96, 256),
+        (1, 80, 3),
+        (5, 320, 1),
+        (13, 65, 3),
+        (14, 70, 3),
+        (11, 203, 3),
+        (9, 129, 2),
+        (16, 335, 7),
+    ],
+)
 def test_library_equals_pytorch(grid, size, num_masks, kind):
     for seed in range(3):
         masks = soft(grid, num_masks, kind, seed)
@@ -85,15 +101,18 @@ def test_operator_checks():
     torch.library.opcheck(torch.ops.spot_kernels.mask_labels, (torch.rand(2, 16, 3), 80, "torch"))
 
 
-@pytest.mark.parametrize("masks, size, message", [
-    (torch.rand(2, 15, 3), 8, "15 tokens"),
-    (torch.rand(2, 0, 3), 8, "0 tokens"),
-    (torch.rand(2, 16), 8, r"must have the layout \[B, N, K\]"),
-    (torch.rand(2, 16, 257), 8, "257 masks: pass 1 to 256"),
-    (torch.rand(2, 16, 0), 8, "0 masks"),
-    (torch.rand(2, 16, 3), 0, "size is 0"),
-    (torch.ones(2, 16, 3, dtype=torch.int64), 8, "masks is torch.int64"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "masks, size, message",
+    [
+        (torch.rand(2, 15, 3), 8, "15 tokens"),
+        (torch.rand(2, 0, 3), 8, "0 tokens"),
+        (torch.rand(2, 16), 8, r"must have the layout \[B, N, K\]"),
+        (torch.rand(2, 16, 257), 8, "257 masks: pass 1 to 256"),
+        (torch.rand(2, 16, 0), 8, "0 masks"),
+        (torch.rand(2, 16, 3), 0, "size is 0"),
+        (torch.ones(2, 16, 3, dtype=torch.int64), 8, "masks is torch.int64"),
+    ],
+)
 def test_bad_arguments(masks, size, message):
     with pytest.raises(ValueError, match=message):
         mask_labels(masks, size)

@@ -55,9 +55,12 @@ def test_golden_self_training(path, case):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    batch=st.integers(0, 4), tokens=st.integers(0, 60), slots=st.integers(1, 24), seed=st.integers(0, 2**31),
+    batch=st.integers(0, 4),
+    tokens=st.integers(0, 60),
+    slots=st.integers(1, 24),
+    seed=st.integers(0, 2**31),
     dtype=st.sampled_from([torch.uint8, torch.int32, torch.int64]),
-)  # fmt: skip
+)
 def test_assign_masks_equals_the_plain_version(batch, tokens, slots, seed, dtype):
     student, teacher = (labels.to(dtype) for labels in _maps(batch, tokens, slots, seed))
     for found, expected in zip(
@@ -131,9 +134,14 @@ def test_strided_labels(path):
 
 @settings(deadline=None, max_examples=40)
 @given(
-    batch=st.integers(1, 3), tokens=st.integers(1, 80), num_a=st.integers(1, 9), num_b=st.integers(1, 9),
-    seed=st.integers(0, 2**31), masked=st.booleans(), library=st.booleans(),
-)  # fmt: skip
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 80),
+    num_a=st.integers(1, 9),
+    num_b=st.integers(1, 9),
+    seed=st.integers(0, 2**31),
+    masked=st.booleans(),
+    library=st.booleans(),
+)
 def test_overlap_counts_equals_numpy(batch, tokens, num_a, num_b, seed, masked, library):
     generator = torch.Generator().manual_seed(seed)
     a = torch.randint(0, num_a, (batch, tokens), generator=generator)
@@ -188,7 +196,7 @@ LABELS = torch.zeros(2, 9, dtype=torch.int64)
         (lambda: spot_kernels.overlap_counts(LABELS, LABELS, 3, 0), "num_b 0: pass at least 1"),
         (lambda: spot_kernels.overlap_counts(LABELS, LABELS, 3, 3, LABELS), r"valid is torch.int64 \(2, 9\)"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(path, call, message):
     with pytest.raises(ValueError, match=message):
         call()

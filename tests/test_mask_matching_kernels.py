@@ -90,9 +90,15 @@ def test_assignment_is_the_library_s(kind):
 
 @pytest.mark.parametrize(
     "kind,rows,columns",
-    [("random", 24, 24), ("integer", 11, 33), ("near-degenerate", 24, 20), ("tied", 64, 64), ("constant", 64, 64),
-     ("random32", 64, 9)],
-)  # fmt: skip
+    [
+        ("random", 24, 24),
+        ("integer", 11, 33),
+        ("near-degenerate", 24, 20),
+        ("tied", 64, 64),
+        ("constant", 64, 64),
+        ("random32", 64, 9),
+    ],
+)
 def test_assignment_of_many_slots(kind, rows, columns):
     """All widths that the kernel is compiled for, up to the largest problem it takes."""
     _assert_same_choice(_problems(kind, 1, rows, columns, torch.Generator().manual_seed(7)))
@@ -123,8 +129,12 @@ def test_assignment_of_bad_costs_is_none(rows, columns, bad):
 def test_a_search_ends_whatever_it_reads(rows, columns, bad, where):
     """What a missing barrier or another kernel's write could show it: it stops, and holds nothing or true rows."""
     cost = torch.rand(rows, columns, generator=torch.Generator().manual_seed(0))
-    chosen = {"everywhere": (slice(None), slice(None)), "a row": (-1, slice(None)), "a column": (slice(None), 0),
-              "one": (0, -1)}[where]  # fmt: skip
+    chosen = {
+        "everywhere": (slice(None), slice(None)),
+        "a row": (-1, slice(None)),
+        "a column": (slice(None), 0),
+        "one": (0, -1),
+    }[where]
     cost[chosen] = bad
     held = torch.full((columns,), -7, dtype=torch.int32, device=DEVICE)
     launch.launch(_search, (1,), cost.to(DEVICE), held, rows, columns, COLUMNS=16, num_warps=1, num_stages=1)
@@ -188,9 +198,19 @@ def _assert_identical(found: tuple[torch.Tensor, ...], expected: tuple[torch.Ten
 
 @pytest.mark.parametrize(
     "batch,tokens,slots,labels",
-    [(1, 1, 1, 1), (3, 15, 2, 2), (2, 49, 6, 6), (4, 196, 7, 7), (2, 196, 7, 3), (2, 300, 11, 11), (1, 257, 16, 10),
-     (1, 196, 24, 20), (1, 49, 33, 9), (1, 130, 64, 5)],
-)  # fmt: skip
+    [
+        (1, 1, 1, 1),
+        (3, 15, 2, 2),
+        (2, 49, 6, 6),
+        (4, 196, 7, 7),
+        (2, 196, 7, 3),
+        (2, 300, 11, 11),
+        (1, 257, 16, 10),
+        (1, 196, 24, 20),
+        (1, 49, 33, 9),
+        (1, 130, 64, 5),
+    ],
+)
 def test_matching_is_the_cpu_s(batch, tokens, slots, labels):
     """Costs to the last bit, hence the same assignment among equals: slots without a token make many of those."""
     student, teacher = _maps(batch, tokens, labels, seed=slots)
@@ -334,9 +354,11 @@ def test_backend_torch_gives_the_same():
 
 def _everything(cost, student, teacher):
     return (
-        spot_kernels.linear_assignment(cost), *spot_kernels.assign_masks(student, teacher, 7),
-        spot_kernels.match_masks(student, teacher, 7), spot_kernels.overlap_counts(student, teacher, 7, 9),
-    )  # fmt: skip
+        spot_kernels.linear_assignment(cost),
+        *spot_kernels.assign_masks(student, teacher, 7),
+        spot_kernels.match_masks(student, teacher, 7),
+        spot_kernels.overlap_counts(student, teacher, 7, 9),
+    )
 
 
 @needs_gpu

@@ -20,8 +20,11 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
     checkpoint.write_config(path, config)
     identity = encoder_identity(encoder, config)
-    checkpoint.save_tensors(path / checkpoint.MODEL, Spot(config, encoder).learned_state_dict(),
-                            {"encoder": identity["name"], "encoder_sha256": identity["sha256"]})
+    checkpoint.save_tensors(
+        path / checkpoint.MODEL,
+        Spot(config, encoder).learned_state_dict(),
+        {"encoder": identity["name"], "encoder_sha256": identity["sha256"]},
+    )
     return path
 
 

@@ -89,8 +89,9 @@ def test_golden_scores():
     golden_tensors.assert_close("metrics.per_image_counted", (~per_image.isnan()).long())
     golden_tensors.assert_close("metrics.per_image", per_image.nan_to_num(0), atol=1e-14)
     golden_tensors.assert_close("metrics.all_images_counted", torch.tensor([scores.counted()[m] for m in METRICS]))
-    golden_tensors.assert_close("metrics.all_images", torch.tensor([scores.result()[m] for m in METRICS],
-                                                                   dtype=torch.float64), atol=1e-14)  # fmt: skip
+    golden_tensors.assert_close(
+        "metrics.all_images", torch.tensor([scores.result()[m] for m in METRICS], dtype=torch.float64), atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("num_pred, num_truth", [(1, 2), (2, 6), (5, 4), (6, 6)])
@@ -252,8 +253,10 @@ def test_pairs_hold_both_maps(dtype, ids):
     for found, expected in ((pairs.instances, instances), (pairs.classes, classes)):
         assert torch.equal(found.gather(1, at).view(3, 16, 16), expected.masked_fill(ignore, IGNORED))
     number = pairs.instances.shape[1]
-    assert number == max(torch.stack([i, c]).masked_fill(m, IGNORED).flatten(1).unique(dim=1).shape[1]
-                         for i, c, m in zip(instances, classes, ignore, strict=True))  # fmt: skip
+    assert number == max(
+        torch.stack([i, c]).masked_fill(m, IGNORED).flatten(1).unique(dim=1).shape[1]
+        for i, c, m in zip(instances, classes, ignore, strict=True)
+    )
 
 
 def test_more_pairs_than_fit_16_bits():
@@ -301,9 +304,20 @@ def test_sizes_against_loops():
     assert sum(len(b) for b in bins) > 20
 
 
-@pytest.mark.parametrize("pixels, place", [
-    (1, 0), (8, 0), (9, 1), (16, 1), (17, 2), (80, 2), (1280, 6), (1281, 7), (1600, 7),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "pixels, place",
+    [
+        (1, 0),
+        (8, 0),
+        (9, 1),
+        (16, 1),
+        (17, 2),
+        (80, 2),
+        (1280, 6),
+        (1281, 7),
+        (1600, 7),
+    ],
+)
 def test_sizes_at_the_ends_of_the_bins(pixels, place):
     truth = (torch.arange(1600) < pixels).long().view(1, 40, 40)
     counts = image_scores(torch.zeros_like(truth), 1, truth)["size_counts"][0]
@@ -332,8 +346,11 @@ def test_labels_above_255_are_renumbered(scale):
     classes = truth // 2
     large = torch.where(truth > 2, truth * scale, truth)
     for rules in (Rules(), Rules(mbo_background=True, miou_background=True), Rules(cosine=True, per_object=True)):
-        for own, others in (((truth, None), (large, None)), ((truth, classes), (large, classes * scale)),
-                            ((truth, classes), (truth, classes * scale))):  # fmt: skip
+        for own, others in (
+            ((truth, None), (large, None)),
+            ((truth, classes), (large, classes * scale)),
+            ((truth, classes), (truth, classes * scale)),
+        ):
             expected, found = (image_scores(pred, 4, *maps, ignore, rules) for maps in (own, others))
             assert all(torch.equal(found[name].nan_to_num(-1), expected[name].nan_to_num(-1)) for name in expected)
 
@@ -353,4 +370,8 @@ def test_hidden_labels_stay_beside_large_ones():
     truth = torch.tensor([[[IGNORED, OVERLAP], [0, 70_000]]])
     pairs = pair_labels(truth, truth)
     assert sorted(zip(pairs.instances[0].tolist(), pairs.classes[0].tolist(), strict=True)) == [
-        (OVERLAP, OVERLAP), (IGNORED, IGNORED), (0, 0), (1, 1)]  # fmt: skip
+        (OVERLAP, OVERLAP),
+        (IGNORED, IGNORED),
+        (0, 0),
+        (1, 1),
+    ]

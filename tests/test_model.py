@@ -47,8 +47,14 @@ def slot_attention(model, dtype, *, heads=1):
     scalar = (slots * load("inputs:cotangent.slots")).sum() + (attn * load("inputs:cotangent.attention")).sum()
     (scalar + (logits.view(cotangent.shape) * cotangent).sum()).backward()
     initial_grad = torch.zeros_like(initial) if initial.grad is None else initial.grad
-    return {"initial_slots": initial, "slots": slots, "attention": attn, "logits": logits.view(cotangent.shape),
-            "grad.features": features.grad, "grad.initial_slots": initial_grad}  # fmt: skip
+    return {
+        "initial_slots": initial,
+        "slots": slots,
+        "attention": attn,
+        "logits": logits.view(cotangent.shape),
+        "grad.features": features.grad,
+        "grad.initial_slots": initial_grad,
+    }
 
 
 def assert_slot_attention(prefix, truncation, model, values):
@@ -114,15 +120,29 @@ def tiny(**changes):
     vit = import_timm().models.vision_transformer.VisionTransformer(
         img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2, num_classes=0
     )
-    settings = dict(image_size=32, train_blocks=1, num_slots=4, slot_dim=16, slot_mlp=32, dec_blocks=2, dec_heads=4,
-                    dec_mlp_hidden=32)  # fmt: skip
+    settings = dict(
+        image_size=32,
+        train_blocks=1,
+        num_slots=4,
+        slot_dim=16,
+        slot_mlp=32,
+        dec_blocks=2,
+        dec_heads=4,
+        dec_mlp_hidden=32,
+    )
     torch.manual_seed(0)
     return Spot(Config(**(settings | changes)), Encoder(vit, last_blocks=1))
 
 
-VARIANTS = [{}, {"stage": 2, "slot_init": "learned", "truncation": "bi_level"}, {"slot_heads": 2, "dec_cross_heads": 2},
-            {"decoder": "mlp", "orders": "standard"}, {"decoder": "mlp", "orders": "standard", "mlp_slot_proj": False},
-            {"cappa": 0.25, "orders": "standard"}, {"num_slots": 1}]  # fmt: skip
+VARIANTS = [
+    {},
+    {"stage": 2, "slot_init": "learned", "truncation": "bi_level"},
+    {"slot_heads": 2, "dec_cross_heads": 2},
+    {"decoder": "mlp", "orders": "standard"},
+    {"decoder": "mlp", "orders": "standard", "mlp_slot_proj": False},
+    {"cappa": 0.25, "orders": "standard"},
+    {"num_slots": 1},
+]
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
@@ -237,13 +257,16 @@ def test_weights_of_another_model_are_refused_by_name():
         tiny(dec_blocks=1).load_learned_state_dict(state)
 
 
-@pytest.mark.parametrize("changes, sentence", [
-    ({"dec_heads": 5}, "heads=5 does not divide the width 24"),
-    ({"slot_heads": 3}, "heads=3 does not divide the width 16"),
-    ({"decoder": "mlp"}, "--decoder mlp works in the standard patch order only: add --orders standard"),
-    ({"cappa": 0.25}, "--cappa 0.25 works in the standard patch order only: add --orders standard"),
-    ({"cappa": 0.25, "decoder": "mlp", "orders": "standard"}, "--cappa 0.25 belongs to the transformer decoder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"dec_heads": 5}, "heads=5 does not divide the width 24"),
+        ({"slot_heads": 3}, "heads=3 does not divide the width 16"),
+        ({"decoder": "mlp"}, "--decoder mlp works in the standard patch order only: add --orders standard"),
+        ({"cappa": 0.25}, "--cappa 0.25 works in the standard patch order only: add --orders standard"),
+        ({"cappa": 0.25, "decoder": "mlp", "orders": "standard"}, "--cappa 0.25 belongs to the transformer decoder"),
+    ],
+)
 def test_impossible_settings_are_user_errors(changes, sentence):
     with pytest.raises(UserError, match=sentence):
         tiny(**changes)

@@ -49,7 +49,7 @@ def test_training_takes_nine_frames_and_always_the_same(clips):
     stage2 = open_set(preset("movi_c", stage=2, data=str(clips), seed=5), "train")
     frames = frames_of(stage1)
     assert len(frames) == 27 and frames == frames_of(stage2)
-    per_clip = [frames[i:i + 9] for i in (0, 9, 18)]
+    per_clip = [frames[i : i + 9] for i in (0, 9, 18)]
     assert all(len(set(clip)) == 9 and clip == sorted(clip) for clip in per_clip)
     assert per_clip[0] != per_clip[1]
     assert not stage1.flip and not stage1.random_crop

@@ -41,7 +41,8 @@ def both(tmp_path_factory):
                 frame.save(folder / f"{t:08d}_image.png")
                 for n in range(OBJECTS if split == "validation" else 0):
                     Image.fromarray((np.asarray(mask) == n).astype(np.uint8) * 255).save(
-                        folder / f"{t:08d}_mask_{n:02d}.png")
+                        folder / f"{t:08d}_mask_{n:02d}.png"
+                    )
     return root / "tfds", root / "png"
 
 

@@ -48,12 +48,25 @@ def test_lists_without_a_mark_that_are_not_utf8(tmp_path):
     assert read_list(tmp_path / "list.txt") == [tmp_path / LATIN]
 
 
-@pytest.mark.parametrize("line, name", [
-    ('"my photo.jpg"', "my photo.jpg"), ("'a.jpg'", "a.jpg"), ("  a.jpg \t", "a.jpg"), ("sub\\a.jpg", "sub/a.jpg"),
-    ("a.jpg 17", "a.jpg"), ("a.jpg,cat", "a.jpg"), ("a.jpg\t3", "a.jpg"), ("my photo.jpg", "my photo.jpg"),
-    ("#1.jpg", "#1.jpg"), (" a", " a"), ("x\x85y.jpg", "x\x85y.jpg"), ("./a.jpg", "a.jpg"), (f"{NFD}", NFC),
-    ("gone.jpg", "gone.jpg"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, name",
+    [
+        ('"my photo.jpg"', "my photo.jpg"),
+        ("'a.jpg'", "a.jpg"),
+        ("  a.jpg \t", "a.jpg"),
+        ("sub\\a.jpg", "sub/a.jpg"),
+        ("a.jpg 17", "a.jpg"),
+        ("a.jpg,cat", "a.jpg"),
+        ("a.jpg\t3", "a.jpg"),
+        ("my photo.jpg", "my photo.jpg"),
+        ("#1.jpg", "#1.jpg"),
+        (" a", " a"),
+        ("x\x85y.jpg", "x\x85y.jpg"),
+        ("./a.jpg", "a.jpg"),
+        (f"{NFD}", NFC),
+        ("gone.jpg", "gone.jpg"),
+    ],
+)
 def test_a_line_of_a_list(tmp_path, line, name):
     if name != "gone.jpg":
         picture(tmp_path / "x.jpg").rename(tmp_path / "x")
@@ -145,12 +158,25 @@ def test_corrupt_txt_names_files_that_are_not_utf8(tmp_path):
         folder.write_corrupt({LATIN: f"image {LATIN} cannot be\nread"})
         folder.write_corrupt({"two\nlines.jpg": "no", NFD: "no"})
         assert (folder.path / CORRUPT).read_bytes().split(b"\n") == [
-            NFD.encode() + b"\tno", b"caf\xe9.jpg\timage caf\xe9.jpg cannot be read", b"two lines.jpg\tno", b""]
+            NFD.encode() + b"\tno",
+            b"caf\xe9.jpg\timage caf\xe9.jpg cannot be read",
+            b"two lines.jpg\tno",
+            b"",
+        ]
 
 
 def test_tables_name_files_that_are_not_utf8(tmp_path):
-    evaluation = Evaluation(tables=[], images=0, data="x", labels=[], indices=[], skipped={LATIN: f"image {LATIN}"},
-                            reconstruction={}, seconds_per_image=0.0, metric_seconds_per_image=0.0)  # fmt: skip
+    evaluation = Evaluation(
+        tables=[],
+        images=0,
+        data="x",
+        labels=[],
+        indices=[],
+        skipped={LATIN: f"image {LATIN}"},
+        reconstruction={},
+        seconds_per_image=0.0,
+        metric_seconds_per_image=0.0,
+    )
     write_csv(tmp_path / "x.csv", [("run", evaluation)])
     with open(tmp_path / "x.csv", encoding="utf-8") as file:
         assert [line["picture"] for line in csv.DictReader(file)] == ["caf\\udce9.jpg"]

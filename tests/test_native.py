@@ -118,10 +118,19 @@ def test_empty_problems(shape):
 
 
 @needs_library
-@pytest.mark.parametrize("dtype, other", [
-    (torch.uint8, torch.int16), (torch.int16, torch.uint8), (torch.int32, torch.int64), (torch.int64, torch.int64),
-    (torch.uint8, torch.uint8), (torch.int8, torch.int16), (torch.int64, torch.uint8), (torch.int16, torch.int64),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype, other",
+    [
+        (torch.uint8, torch.int16),
+        (torch.int16, torch.uint8),
+        (torch.int32, torch.int64),
+        (torch.int64, torch.int64),
+        (torch.uint8, torch.uint8),
+        (torch.int8, torch.int16),
+        (torch.int64, torch.uint8),
+        (torch.int16, torch.int64),
+    ],
+)
 def test_overlap_counts_equals_numpy(dtype, other):
     generator = torch.Generator().manual_seed(3)
     a = torch.randint(0, 5, (6, 97), generator=generator, dtype=dtype)
@@ -205,9 +214,12 @@ def _slot_attention():
 def test_a_buffer_that_does_not_fit_is_refused(change):
     """Each argument of slot attention in turn: a ValueError that names a buffer, and nothing is read or written."""
     changes = {
-        "double": torch.Tensor.double, "bfloat16": torch.Tensor.bfloat16, "narrower": lambda x: x[..., :-1],
-        "shorter": lambda x: x[:1], "meta": lambda x: x.to("meta"),
-    }  # fmt: skip
+        "double": torch.Tensor.double,
+        "bfloat16": torch.Tensor.bfloat16,
+        "narrower": lambda x: x[..., :-1],
+        "shorter": lambda x: x[:1],
+        "meta": lambda x: x.to("meta"),
+    }
     forward, backward = _slot_attention()
     for name in forward:
         with pytest.raises(ValueError, match="native library: [qkv] is torch"):

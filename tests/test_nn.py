@@ -119,10 +119,24 @@ def test_slot_attention_treats_slots_alike():
 def test_default_parameters_keep_their_names():
     """Checkpoints of SPOT are read by these names."""
     assert list(SlotAttention(12, 8, mlp_hidden=16).state_dict()) == [
-        "norm_inputs.weight", "norm_inputs.bias", "norm_slots.weight", "norm_slots.bias", "norm_mlp.weight",
-        "norm_mlp.bias", "project_q.weight", "project_k.weight", "project_v.weight", "gru.weight_ih", "gru.weight_hh",
-        "gru.bias_ih", "gru.bias_hh", "mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias",
-    ]  # fmt: skip
+        "norm_inputs.weight",
+        "norm_inputs.bias",
+        "norm_slots.weight",
+        "norm_slots.bias",
+        "norm_mlp.weight",
+        "norm_mlp.bias",
+        "project_q.weight",
+        "project_k.weight",
+        "project_v.weight",
+        "gru.weight_ih",
+        "gru.weight_hh",
+        "gru.bias_ih",
+        "gru.bias_hh",
+        "mlp.0.weight",
+        "mlp.0.bias",
+        "mlp.2.weight",
+        "mlp.2.bias",
+    ]
 
 
 def with_options(module, inputs, slots, options):

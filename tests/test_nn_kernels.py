@@ -97,11 +97,15 @@ def test_compiled_module_gives_the_same_numbers(backend, truncation):
 @pytest.mark.parametrize(
     ("options", "calls"),
     [
-        ({}, 3), ({"mlp_last": False}, 2), ({"mlp_norm": "post"}, 0), ({"mlp_norm": "none"}, 0),
-        ({"mlp_hidden": None}, 0), ({"update": "residual"}, 0),
+        ({}, 3),
+        ({"mlp_last": False}, 2),
+        ({"mlp_norm": "post"}, 0),
+        ({"mlp_norm": "none"}, 0),
+        ({"mlp_hidden": None}, 0),
+        ({"update": "residual"}, 0),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_gru_and_layernorm_are_one_kernel_where_they_meet(options, calls, monkeypatch):
     """And only there: where the MLP does not follow on a LayerNorm of the GRU's output, the layers run as they are."""
     fused, count = layers.gru_norm, []

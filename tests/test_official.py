@@ -59,16 +59,31 @@ def test_a_released_checkpoint_gives_the_authors_outputs():
 def test_settings_are_read_off_the_tensors():
     config = infer_config(FILE)
     assert (config.stage, config.slot_dim, config.slot_mlp, config.dec_blocks, config.image_size, config.orders) == (
-        1, SETTINGS["slot"], SETTINGS["mlp"], SETTINGS["dec"], SETTINGS["image_size"], "spot9")  # fmt: skip
+        1,
+        SETTINGS["slot"],
+        SETTINGS["mlp"],
+        SETTINGS["dec"],
+        SETTINGS["image_size"],
+        "spot9",
+    )
     assert (config.slot_init, config.truncation) == ("gaussian", "none")
     student = infer_config(golden_tensors.stage2_state_dict())
     assert (student.stage, student.slot_init, student.truncation, student.num_slots, student.train_blocks) == (
-        2, "learned", "bi_level", 7, 4)  # fmt: skip
+        2,
+        "learned",
+        "bi_level",
+        7,
+        4,
+    )
 
 
-@pytest.mark.parametrize("build, official_state", [
-    (golden_models.stage1, golden_tensors.stage1_state_dict), (golden_models.stage2, golden_tensors.stage2_state_dict)
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "build, official_state",
+    [
+        (golden_models.stage1, golden_tensors.stage1_state_dict),
+        (golden_models.stage2, golden_tensors.stage2_state_dict),
+    ],
+)
 def test_every_tensor_finds_its_place(build, official_state):
     """As many numbers arrive as the authors' model has, causal masks and the student's unused copies aside."""
     model, state = build(), official_state()
@@ -79,8 +94,11 @@ def test_every_tensor_finds_its_place(build, official_state):
         assert torch.equal(value, own[name]), name
     unused = [name for name in state if name.endswith("self_attn_mask")]
     if model.last_blocks is not None:  # trunk, embeddings and norm of the student's encoder are the frozen one's
-        unused += [name for name in state if name.startswith("encoder.")
-                   and not any(name.startswith(f"encoder.blocks.{i}.") for i in range(8, 12))]  # fmt: skip
+        unused += [
+            name
+            for name in state
+            if name.startswith("encoder.") and not any(name.startswith(f"encoder.blocks.{i}.") for i in range(8, 12))
+        ]
     expected = sum(value.numel() for name, value in state.items() if name not in unused)
     assert sum(value.numel() for value in converted.values()) == expected
 
@@ -130,9 +148,11 @@ def test_a_student_trained_deeper_is_refused():
 def test_what_of_a_checkpoint_no_module_takes_is_an_error():
     """In the frozen encoder, beside the encoder, and what is no number."""
     state = golden_tensors.stage1_state_dict()
-    for name, words in (("encoder.blocks.0.attn.q_norm.weight", "not take, blocks.0.attn.q_norm.weight, and"),
-                        ("slot_attn.extra.weight", "which the authors' models do not"),
-                        ("dec.blocks.0.self_attn.q_norm.weight", "which the authors' decoders do not")):  # fmt: skip
+    for name, words in (
+        ("encoder.blocks.0.attn.q_norm.weight", "not take, blocks.0.attn.q_norm.weight, and"),
+        ("slot_attn.extra.weight", "which the authors' models do not"),
+        ("dec.blocks.0.self_attn.q_norm.weight", "which the authors' decoders do not"),
+    ):
         with pytest.raises(UserError, match=words):
             load_official(state | {name: torch.ones(2)}, encoder_heads=3, num_slots=7)
     name = "slot_attn.slot_attention.mlp.0.weight"
@@ -142,9 +162,13 @@ def test_what_of_a_checkpoint_no_module_takes_is_an_error():
         load_official(state | {name: state[name] * float("nan")}, encoder_heads=3, num_slots=7)
 
 
-@pytest.mark.parametrize("build, official_state", [
-    (golden_models.stage1, golden_tensors.stage1_state_dict), (golden_models.stage2, golden_tensors.stage2_state_dict)
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "build, official_state",
+    [
+        (golden_models.stage1, golden_tensors.stage1_state_dict),
+        (golden_models.stage2, golden_tensors.stage2_state_dict),
+    ],
+)
 def test_the_way_back_is_the_authors_state_dict(build, official_state):
     """Names, shapes, types and bits, causal masks and both encoders included: their strict loading accepts it."""
     expected, found = official_state(), authors_state_dict(build())
@@ -160,10 +184,14 @@ def test_cappas_positions_go_back_too():
     assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize("changes, reason", [
-    ({"feature_norm": True}, "features are normalised"), ({"slot_heads": 2}, "slot attention has 2 heads"),
-    ({"implementation": "videosaur"}, "implementation is videosaur"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"feature_norm": True}, "features are normalised"),
+        ({"slot_heads": 2}, "slot attention has 2 heads"),
+        ({"implementation": "videosaur"}, "implementation is videosaur"),
+    ],
+)
 def test_a_model_that_the_authors_code_cannot_be_is_refused(changes, reason):
     with pytest.raises(UserError, match=f"cannot become a checkpoint of the authors' implementation: .*{reason}"):
         config = tiny(**{"feature_norm": False} | changes)

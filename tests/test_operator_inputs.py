@@ -9,8 +9,11 @@ from kernel_tier import needs_triton
 from operator_calls import INTEGERS, calls, results_of, with_gradients
 from spot_kernels import native, use_backend
 
-BACKENDS = ["torch", pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason=native.describe())),
-            pytest.param("triton", marks=needs_triton)]  # fmt: skip
+BACKENDS = [
+    "torch",
+    pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason=native.describe())),
+    pytest.param("triton", marks=needs_triton),
+]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_operator = pytest.mark.parametrize("operator", calls())
 VIEWS = {

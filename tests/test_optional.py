@@ -13,14 +13,20 @@ from spot_fast.optional import required
 from spot_fast.timm_import import import_timm
 
 
-@pytest.mark.parametrize("line, words", [
-    ("raise OSError('libGL.so.1: cannot open shared object file')", "OSError: libGL.so.1: cannot open shared object"),
-    ("raise ValueError('numpy.dtype size changed')", "ValueError: numpy.dtype size changed"),
-    ("raise AttributeError('_ARRAY_API not found')", "AttributeError: _ARRAY_API not found"),
-    ("raise RuntimeError", "RuntimeError"),
-    ("import a_package_that_it_needs", "ModuleNotFoundError: No module named 'a_package_that_it_needs'"),
-    ("syntax error", "SyntaxError: invalid syntax"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        (
+            "raise OSError('libGL.so.1: cannot open shared object file')",
+            "OSError: libGL.so.1: cannot open shared object",
+        ),
+        ("raise ValueError('numpy.dtype size changed')", "ValueError: numpy.dtype size changed"),
+        ("raise AttributeError('_ARRAY_API not found')", "AttributeError: _ARRAY_API not found"),
+        ("raise RuntimeError", "RuntimeError"),
+        ("import a_package_that_it_needs", "ModuleNotFoundError: No module named 'a_package_that_it_needs'"),
+        ("syntax error", "SyntaxError: invalid syntax"),
+    ],
+)
 def test_a_broken_package_is_told_with_its_reason(tmp_path, monkeypatch, line, words):
     (tmp_path / "broken_package.py").write_text(line + "\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -57,4 +63,5 @@ def test_a_broken_timm_and_a_broken_dali_are_sentences(monkeypatch):
 
     monkeypatch.setattr(dali_pipeline, "import_dali", fail)
     assert dali_pipeline.unavailable(torch.device("cpu")) == (
-        "DALI cannot be imported (ValueError: numpy.dtype size changed)")  # fmt: skip
+        "DALI cannot be imported (ValueError: numpy.dtype size changed)"
+    )

@@ -40,9 +40,14 @@ def _python(*arguments: str, cwd: Path, **environment: str) -> str:
     """Standard output and error of a run that has to succeed, in an environment that leads to no checkout."""
     base = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "CXX")}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=base | environment, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=base | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert done.returncode == 0, f"{done.args}\n{done.stdout}"
     return done.stdout
 
@@ -56,9 +61,18 @@ def tree(tmp_path) -> Path:
 def _wheel(tree: Path, **environment: str) -> tuple[Path, str]:
     out = tree.parent / "wheels"
     log = _python(
-        "-m", "pip", "wheel", ".", "-v", "--no-build-isolation", "--no-deps", "--wheel-dir", str(out),
-        cwd=tree, **environment,
-    )  # fmt: skip
+        "-m",
+        "pip",
+        "wheel",
+        ".",
+        "-v",
+        "--no-build-isolation",
+        "--no-deps",
+        "--wheel-dir",
+        str(out),
+        cwd=tree,
+        **environment,
+    )
     (wheel,) = out.iterdir()
     return wheel, log
 

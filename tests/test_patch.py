@@ -18,10 +18,13 @@ from spot_kernels import PatchReport, SlotAttention, dispatch, patch, unpatch, u
 from spot_kernels.implementations import IMPLEMENTATIONS
 
 INPUTS = {
-    "alone": ((3, 25, SLOT_WIDTH),), "video": ((3, 2, 25, WIDTH),), "maps": ((3, 2, WIDTH, 4, 4),),
-    "slots": ((3, 25, WIDTH), (3, SLOTS, SLOT_WIDTH)), "slots first": ((3, SLOTS, SLOT_WIDTH), (3, 25, WIDTH)),
+    "alone": ((3, 25, SLOT_WIDTH),),
+    "video": ((3, 2, 25, WIDTH),),
+    "maps": ((3, 2, WIDTH, 4, 4),),
+    "slots": ((3, 25, WIDTH), (3, SLOTS, SLOT_WIDTH)),
+    "slots first": ((3, SLOTS, SLOT_WIDTH), (3, 25, WIDTH)),
     "as wide as slots": ((3, 25, SLOT_WIDTH), (3, SLOTS, SLOT_WIDTH)),
-}  # fmt: skip
+}
 # Implementation as reports name it → class, the options of each variant, the inputs it takes.
 MODULES = {
     "Slot Attention (evelinehong)": (published.Evelinehong, [{}], "alone"),
@@ -32,7 +35,9 @@ MODULES = {
     "SLATE": (published.Slate, [{}, {"heads": 4}], "slots"),
     "STEVE": (published.Steve, [{}], "video"),
     "BO-QSA": (
-        published.BoQsa, [{}, {"truncate": "fixed-point", "drop_path": 0}, {"truncate": "none"}], "as wide as slots",
+        published.BoQsa,
+        [{}, {"truncate": "fixed-point", "drop_path": 0}, {"truncate": "none"}],
+        "as wide as slots",
     ),
     "BO-QSA, its Slot Attention": (published.BoQsaPlain, [{}], "as wide as slots"),
     "SPOT": (published.Spot, [{}, {"truncate": "bi-level"}, {"truncate": "fixed-point", "heads": 2}], "slots"),
@@ -42,17 +47,21 @@ MODULES = {
         "slots",
     ),
     "VideoSAUR, SlotContrast": (
-        frameworks.Videosaur, [{}, {"kvq_dim": 24, "use_mlp": False}, {"use_gru": False}], "slots first",
+        frameworks.Videosaur,
+        [{}, {"kvq_dim": 24, "use_mlp": False}, {"use_gru": False}],
+        "slots first",
     ),
     "OCBench": (frameworks.OcBench, [{}, {"trunc_bp": "bi-level", "dropout": 0.0}], "slots"),
     "OCBench, attention of every iteration": (
-        frameworks.OcBenchWithAllAttention, [{}, {"trunc_bp": "bi-level", "dropout": 0.0}], "slots",
+        frameworks.OcBenchWithAllAttention,
+        [{}, {"trunc_bp": "bi-level", "dropout": 0.0}],
+        "slots",
     ),
     "LSD": (published.Lsd, [{}, {"heads": 4}], "maps"),
     "LSD, learned slots": (published.Lsd, [{"learned": True}], "maps"),
     "SlotDiffusion, SlotFormer": (frameworks.SlotFormer, [{}], "slots"),
     "SlotDiffusion, SlotFormer, with masks": (frameworks.SlotFormerWithMask, [{}], "slots"),
-}  # fmt: skip
+}
 VARIANTS = [(name, i) for name, (_, options, _) in MODULES.items() for i in range(len(options))]
 NAMES = [f"{name} {i}" if i else name for name, i in VARIANTS]
 every_variant = pytest.mark.parametrize(("name", "variant"), VARIANTS, ids=NAMES)
@@ -294,11 +303,13 @@ def test_numbers_of_a_module_may_change_after_patching():
 @pytest.mark.parametrize(
     ("name", "kwargs"),
     [
-        ("BO-QSA", {"num_iter": 1}), ("lucidrains", {"num_slots": 7}), ("VideoSAUR, SlotContrast", {"n_iters": 2}),
+        ("BO-QSA", {"num_iter": 1}),
+        ("lucidrains", {"num_slots": 7}),
+        ("VideoSAUR, SlotContrast", {"n_iters": 2}),
         ("OCLF (DINOSAUR)", {"masks": torch.arange(SLOTS).expand(3, -1) > 2}),
         ("OCBench", {"smask": torch.arange(SLOTS).expand(3, -1) < 3, "num_iter": 2}),
     ],
-)  # fmt: skip
+)
 def test_optional_arguments_mean_the_same(name, kwargs):
     """Slot masks as well: those calls run the original."""
     module, inputs = build(name), inputs_of(name)
@@ -414,23 +425,38 @@ def changed(change):
         (Fails, "SLATE", "it could not be compared: RuntimeError: only on Tuesdays"),
         (OtherArguments, "", "closest to SLATE, but its forward takes (self, inputs, slots, mask=None)"),
         (Derived, "", "closest to SLATE, but Derived has a forward of its own"),
-        (lambda: changed(lambda m: setattr(m, "project_q", Adapted(SLOT_WIDTH, SLOT_WIDTH, bias=False))), "",
-         "closest to SLATE, but project_q is a Adapted"),
-        (lambda: changed(lambda m: setattr(m, "gate", nn.Linear(2, 2))), "",
-         "closest to SLATE, but it has a layer gate"),
-        (lambda: changed(lambda m: m.register_buffer("table", torch.zeros(1))), "",
-         "closest to SLATE, but it has a buffer table"),
-        (lambda: changed(lambda m: setattr(m, "project_k", nn.Linear(WIDTH, 8, bias=False))), "",
-         "closest to SLATE, but project_k has the size (12, 8), which does not fit the other layers"),
+        (
+            lambda: changed(lambda m: setattr(m, "project_q", Adapted(SLOT_WIDTH, SLOT_WIDTH, bias=False))),
+            "",
+            "closest to SLATE, but project_q is a Adapted",
+        ),
+        (
+            lambda: changed(lambda m: setattr(m, "gate", nn.Linear(2, 2))),
+            "",
+            "closest to SLATE, but it has a layer gate",
+        ),
+        (
+            lambda: changed(lambda m: m.register_buffer("table", torch.zeros(1))),
+            "",
+            "closest to SLATE, but it has a buffer table",
+        ),
+        (
+            lambda: changed(lambda m: setattr(m, "project_k", nn.Linear(WIDTH, 8, bias=False))),
+            "",
+            "closest to SLATE, but project_k has the size (12, 8), which does not fit the other layers",
+        ),
         (lambda: changed(lambda m: delattr(m, "epsilon")), "", "closest to SLATE, but its epsilon is 'missing'"),
         (lambda: changed(lambda m: m.gru.register_forward_hook(print)), "SLATE", "its layer gru has hooks"),
-        (lambda: changed(lambda m: setattr(m, "forward", functools.partial(print))), "SLATE",
-         "its forward was replaced on the instance"),
+        (
+            lambda: changed(lambda m: setattr(m, "forward", functools.partial(print))),
+            "SLATE",
+            "its forward was replaced on the instance",
+        ),
         (lambda: changed(lambda m: m.compile(backend="eager")), "SLATE", "is compiled: patch before torch.compile"),
         (lambda: published.Slate().to("meta"), "SLATE", "its parameters are on the meta device: move them first"),
         (GroupedSlotAttention, "", "fits no known form (closest is "),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_known_is_left_alone_with_a_reason(build_it, implementation, note):
     module = build_it()
     kind, attributes = type(module), dict(vars(module))

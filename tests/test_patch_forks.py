@@ -125,9 +125,13 @@ class DefaultConstant(Fork):
         return torch.full((), 0.1) * 10
 
 
-@pytest.mark.parametrize(("kind", "base", "inputs"), [
-    (DefaultNoise, "lucidrains", "lucidrains"), (DefaultNoiseVideo, "STEVE", "STEVE"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "base", "inputs"),
+    [
+        (DefaultNoise, "lucidrains", "lucidrains"),
+        (DefaultNoiseVideo, "STEVE", "STEVE"),
+    ],
+)
 def test_noise_in_the_default_dtype_is_drawn_as_it_was(kind, base, inputs):
     """In float32, in float64, and where the inputs have another dtype than the default."""
     module = kind().eval()
@@ -189,8 +193,9 @@ def test_operators_that_do_not_work_in_a_dtype_are_found(monkeypatch):
     from spot_kernels import published as ours
 
     right = ours._attend
-    monkeypatch.setattr(ours, "_attend", lambda q, *rest, **kwargs: right(
-        q if q.dtype == torch.float64 else -q, *rest, **kwargs))  # fmt: skip
+    monkeypatch.setattr(
+        ours, "_attend", lambda q, *rest, **kwargs: right(q if q.dtype == torch.float64 else -q, *rest, **kwargs)
+    )
     assert only(patch(published.BoQsa().bfloat16())).note.startswith("its operators differ here: ")
     assert only(patch(published.BoQsa(width=256).bfloat16())).note.startswith("its operators differ here: ")
 

@@ -121,9 +121,19 @@ def without_bias(module):
 @every_backend
 @pytest.mark.parametrize(
     "change",
-    [exchange_gru, wrap_norm, replace_forward, double_output, change_input, reverse_gradient, parametrise, prune_gru,
-     without_weights, without_bias],
-)  # fmt: skip
+    [
+        exchange_gru,
+        wrap_norm,
+        replace_forward,
+        double_output,
+        change_input,
+        reverse_gradient,
+        parametrise,
+        prune_gru,
+        without_weights,
+        without_bias,
+    ],
+)
 def test_a_layer_changed_after_patching_computes_what_it_computes_in_the_published_forward(change, backend):
     """Exchanged, wrapped, hooked, parametrised or pruned: the fused GRU and LayerNorm would pass by all of it."""
     module, plain = pair("SLATE")

@@ -21,8 +21,12 @@ PERMUTATIONS = st.integers(1, 33).flatmap(lambda tokens: st.permutations(range(t
 
 def inputs(batch=2, heads=3, tokens=9, width=4, dtype=torch.float64, grad=False):
     generator = torch.Generator().manual_seed(batch + 10 * heads + 100 * tokens)
-    return [torch.randn(batch, heads, tokens, width, generator=generator, dtype=torch.float64).to(dtype)
-            .requires_grad_(grad) for _ in range(3)]  # fmt: skip
+    return [
+        torch.randn(batch, heads, tokens, width, generator=generator, dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_(grad)
+        for _ in range(3)
+    ]
 
 
 def random_orders(count, tokens, seed=0):
@@ -214,8 +218,13 @@ def test_an_order_is_checked_on_request():
 
 def _run(code: str, **environment: str) -> subprocess.CompletedProcess:
     path = {"PYTHONPATH": str(Path(spot_kernels.__file__).parents[1])}
-    return subprocess.run([sys.executable, "-c", code], env=os.environ | path | environment, capture_output=True,
-                          text=True, stdin=subprocess.DEVNULL)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | path | environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def test_a_debug_switch_checks_the_orders_of_whole_models():
@@ -240,8 +249,9 @@ def test_a_compiled_check_asserts_on_the_device(backend):
     """One graph, no wait; the assertion is not optimised away."""
     torch._dynamo.reset()
     q, k, v = inputs(tokens=4)
-    function = torch.compile(lambda order: permuted_causal_attention(q, k, v, order, check=True), fullgraph=True,
-                             backend=backend)  # fmt: skip
+    function = torch.compile(
+        lambda order: permuted_causal_attention(q, k, v, order, check=True), fullgraph=True, backend=backend
+    )
     right = torch.tensor([2, 0, 3, 1])
     torch.testing.assert_close(function(right), permuted_causal_attention(q, k, v, right))
     with pytest.raises(RuntimeError, match=r"order \(4,\) is not a permutation of 0 to 3"):

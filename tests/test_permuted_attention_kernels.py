@@ -27,8 +27,10 @@ def random_order(tokens, batch=None, seed=0):
 def inputs(batch, heads, tokens, width, dtype=torch.float32, grad=False):
     """q, k, v and the gradient of the result."""
     generator = torch.Generator().manual_seed(1000 * tokens + width)
-    return [torch.randn(batch, heads, tokens, width, generator=generator).to(DEVICE, dtype).requires_grad_(grad)
-            for _ in range(4)]  # fmt: skip
+    return [
+        torch.randn(batch, heads, tokens, width, generator=generator).to(DEVICE, dtype).requires_grad_(grad)
+        for _ in range(4)
+    ]
 
 
 def results(function, tensors, grad, order):
@@ -191,8 +193,9 @@ def test_empty_batch():
 def test_opcheck(layout, backend):
     q, k, v, grad = inputs(2, 2, 17, 16, grad=True)
     if layout == "permuted":
-        q, k, v, grad = (x.detach().permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0).requires_grad_()
-                         for x in (q, k, v, grad))  # fmt: skip
+        q, k, v, grad = (
+            x.detach().permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0).requires_grad_() for x in (q, k, v, grad)
+        )
     order = random_order(17, 2 if layout == "permuted" else None)
     torch.library.opcheck(operator._attend, (q, k, v, order, backend))
     saved = [x.detach() for x in operator._attend(q, k, v, order, backend)]

@@ -53,9 +53,15 @@ def test_overlay_tints_by_label():
     assert panel[20, 19:21].max() > 200  # the outline between them
 
 
-@pytest.mark.parametrize("size, expected", [
-    ((64, 64), (320, 320)), ((4000, 3000), (640, 480)), ((400, 300), (400, 300)), ((5000, 1), (640, 1)),
-])
+@pytest.mark.parametrize(
+    "size, expected",
+    [
+        ((64, 64), (320, 320)),
+        ((4000, 3000), (640, 480)),
+        ((400, 300), (400, 300)),
+        ((5000, 1), (640, 1)),
+    ],
+)
 def test_panel_size(size, expected):
     assert pictures.panel_size(*size) == expected
 

@@ -102,8 +102,10 @@ def test_a_picture_that_changes_while_the_cache_is_built_stops_it(tmp_path, crop
 def test_pixels_of_another_decoder_are_others(tmp_path):
     """nvJPEG rounds in its own way: a run on a CPU does not read what a GPU has decoded."""
     make_pictures(tmp_path, 2)
-    names = {pixel_cache.store_of(folder(tmp_path), tmp_path, decoder).folder
-             for decoder in ("torch", "dali on cpu", "dali on cuda")}  # fmt: skip
+    names = {
+        pixel_cache.store_of(folder(tmp_path), tmp_path, decoder).folder
+        for decoder in ("torch", "dali on cpu", "dali on cuda")
+    }
     assert len(names) == 3
 
 

@@ -133,8 +133,10 @@ def test_a_tf32_run_is_tf32_in_steps_caches_and_validation_only(tmp_path, monkey
             return method(argument)
 
         monkeypatch.setattr(trainer, name, spied)
-    monkeypatch.setattr("spot_fast.trainer.quick_validation", lambda *_, **__: seen.update(
-        validation={torch.get_float32_matmul_precision()}) or {"val_loss": 0.0})  # fmt: skip
+    monkeypatch.setattr(
+        "spot_fast.trainer.quick_validation",
+        lambda *_, **__: seen.update(validation={torch.get_float32_matmul_precision()}) or {"val_loss": 0.0},
+    )
     before = torch.get_float32_matmul_precision()
     with RunFolder.create(trainer.config, root=tmp_path) as folder:
         trainer.run(folder, tensorboard=False)
@@ -150,8 +152,10 @@ def test_frozen_weights_in_bfloat16_change_no_bit(changes, tmp_path, monkeypatch
     stored = Trainer(config, device=CPU, teacher=teacher)
     monkeypatch.setattr("spot_fast.trainer.store_in_bfloat16", lambda module: None)
     plain = Trainer(config, device=CPU, teacher=teacher)
-    kinds = {module: {p.dtype for p in module.parameters() if p.dim() > 1}
-             for module in (*stored.model.encoder.vit.blocks, stored.teacher.decoder, stored.model.last_blocks)}
+    kinds = {
+        module: {p.dtype for p in module.parameters() if p.dim() > 1}
+        for module in (*stored.model.encoder.vit.blocks, stored.teacher.decoder, stored.model.last_blocks)
+    }
     *frozen, trained = kinds.values()
     assert trained == {torch.float32} and all(torch.bfloat16 in dtypes for dtypes in frozen)
     for trainer in (stored, plain):

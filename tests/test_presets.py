@@ -55,10 +55,20 @@ PAPER = [
     # section 3.3: Gaussian initial slots first, learned ones with bi-level optimisation in stage 2; nine orders in both
     ("coco+spot", 1, dict(slot_init="gaussian", truncation="none", orders="spot9")),
     ("coco+spot", 2, dict(slot_init="learned", truncation="bi_level", orders="spot9")),
-]  # fmt: skip
+]
 # D.2, of every preset on the paper's data: Adam without weight decay has no field.
-ALWAYS = dict(batch_size=64, warmup_steps=10_000, slot_dim=256, slot_mlp=1024, slot_iterations=3, dec_blocks=4,
-              dec_heads=6, image_size=224, clip=0.3, slot_heads=1)  # fmt: skip
+ALWAYS = dict(
+    batch_size=64,
+    warmup_steps=10_000,
+    slot_dim=256,
+    slot_mlp=1024,
+    slot_iterations=3,
+    dec_blocks=4,
+    dec_heads=6,
+    image_size=224,
+    clip=0.3,
+    slot_heads=1,
+)
 
 
 def combinations():
@@ -78,8 +88,9 @@ def test_every_combination_is_a_valid_config_with_a_source_for_every_value():
     for name, stage in combinations():
         config = check_config(preset(name, stage))
         assert Config.from_json(config.to_json()) == config
-        found = recipes.COMMON | recipes.values(config.preset, config.method, recipes.encoder_recipe(config.encoder),
-                                                stage)  # fmt: skip
+        found = recipes.COMMON | recipes.values(
+            config.preset, config.method, recipes.encoder_recipe(config.encoder), stage
+        )
         changed = {field for field, value in asdict(config).items() if value != defaults[field]}
         assert changed - {"preset", "method", "stage"} <= found.keys()
         assert all(source for _, source in found.values())
@@ -107,19 +118,25 @@ def test_the_command_line_takes_names_apart():
     assert parse("--preset coco --encoder mae_vitb16".split()).config() == preset("coco+mae_vitb16")
 
 
-@pytest.mark.parametrize("words, sentence", [
-    ("--preset coco+dinosour", "--preset coco+dinosour is unknown: use one of scenes, coco, voc, movi_c, movi_e"),
-    ("--preset coco+dinosour", "did you mean dinosaur?"),
-    ("--preset coco+voc", "--preset coco+voc has two data sets: choose coco or voc"),
-    ("--preset spot+cappa", "--preset spot+cappa has two methods: choose spot or cappa"),
-    ("--preset coco+mae_vitb16+dino_vitb16", "has two encoders: choose mae_vitb16 or dino_vitb16"),
-    ("--preset coco+cappa --method spot", "--preset coco+cappa and --method spot differ: give the method once"),
-    ("--preset coco+mae_vitb16 --encoder vit_b", "--encoder vit_b differ: give the encoder once"),
-    ("--preset coco --method capa", "--method capa is unknown: use one of spot, spot_ens, spot_mlp, dinosaur"),
-    ("--preset coco+bo_qsa --stage 2", "--method bo_qsa has no stage 2, it is stage 1 alone: use --method spot"),
-    ("--preset dinosaur --data COCO", "--preset dinosaur names no data set for --data COCO: write the set before it"),
-    ("--preset coco+", "--preset coco+ is unknown: use one of scenes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ("--preset coco+dinosour", "--preset coco+dinosour is unknown: use one of scenes, coco, voc, movi_c, movi_e"),
+        ("--preset coco+dinosour", "did you mean dinosaur?"),
+        ("--preset coco+voc", "--preset coco+voc has two data sets: choose coco or voc"),
+        ("--preset spot+cappa", "--preset spot+cappa has two methods: choose spot or cappa"),
+        ("--preset coco+mae_vitb16+dino_vitb16", "has two encoders: choose mae_vitb16 or dino_vitb16"),
+        ("--preset coco+cappa --method spot", "--preset coco+cappa and --method spot differ: give the method once"),
+        ("--preset coco+mae_vitb16 --encoder vit_b", "--encoder vit_b differ: give the encoder once"),
+        ("--preset coco --method capa", "--method capa is unknown: use one of spot, spot_ens, spot_mlp, dinosaur"),
+        ("--preset coco+bo_qsa --stage 2", "--method bo_qsa has no stage 2, it is stage 1 alone: use --method spot"),
+        (
+            "--preset dinosaur --data COCO",
+            "--preset dinosaur names no data set for --data COCO: write the set before it",
+        ),
+        ("--preset coco+", "--preset coco+ is unknown: use one of scenes"),
+    ],
+)
 def test_names_that_make_no_sense_are_refused(capsys, words, sentence):
     assert train.main(["--print-config", *words.split()]) == 2
     error = capsys.readouterr().err
@@ -131,8 +148,11 @@ def test_encoders_by_their_names():
     with torch.device("meta"):
         assert build_vit(preset("coco", encoder="moco_vitb16", **small)).patch_embed.grid_size == (2, 2)
     assert build_vit(replace(preset("scenes"), encoder="spot_scenes")).embed_dim == 128
-    with pytest.raises(UserError, match=r"neither timm nor the hub has the weights of --encoder moco_vitb16: download "
-                       r"https://dl\.fbaipublicfiles\.com/moco-v3/.+ and pass it as --encoder-weights FILE"):
+    with pytest.raises(
+        UserError,
+        match=r"neither timm nor the hub has the weights of --encoder moco_vitb16: download "
+        r"https://dl\.fbaipublicfiles\.com/moco-v3/.+ and pass it as --encoder-weights FILE",
+    ):
         build_encoder(preset("coco+moco_vitb16", image_size=32))
     with pytest.raises(UserError, match=r"--encoder dino_vitb61 is not a model timm knows: did you mean dino_vitb16"):
         build_vit(preset("coco", encoder="dino_vitb61"))
@@ -230,8 +250,9 @@ def test_the_list_names_every_preset_and_the_main_scores(capsys):
     assert max(map(len, text.splitlines())) <= 125
 
 
-@pytest.mark.parametrize("name", ["scenes", "coco", "movi_e+spot", "spot_mlp", "coco+bo_qsa", "moco_vitb16",
-                                  "voc+cappa+dinov3_vitb16"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["scenes", "coco", "movi_e+spot", "spot_mlp", "coco+bo_qsa", "moco_vitb16", "voc+cappa+dinov3_vitb16"]
+)
 def test_a_page_is_what_its_commands_train(capsys, name):
     assert presets.main([name]) == 0
     page = capsys.readouterr().out

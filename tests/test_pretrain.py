@@ -35,12 +35,15 @@ def test_written_weights_load(tmp_path):
     assert torch.isfinite(encoder(torch.zeros(1, 3, 64, 64))).all()
 
 
-@pytest.mark.parametrize("words, sentence", [
-    (["--steps", "0"], "--steps is 0"),
-    (["--batch", "-1"], "--batch is -1"),
-    (["--lr", "nan"], "--lr is nan"),
-    (["--lr", "1e30"], "nothing is written"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--steps", "0"], "--steps is 0"),
+        (["--batch", "-1"], "--batch is -1"),
+        (["--lr", "nan"], "--lr is nan"),
+        (["--lr", "1e30"], "nothing is written"),
+    ],
+)
 def test_bad_input_is_one_sentence_and_leaves_the_file_alone(words, sentence, tmp_path, capsys):
     out = tmp_path / "vit.safetensors"
     out.write_bytes(b"mine")

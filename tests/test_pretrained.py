@@ -20,9 +20,11 @@ def run(tmp_path_factory):
     """Of an encoder that neither the hub nor the package has."""
     config = tiny(data="/home/me", sbd="/home/me", cache_dir="/home/me")
     found = untrained(tmp_path_factory.mktemp("runs") / "run", config)
-    lines = [{"kind": "validation", "step": 1, "epoch": 1, "mbo_i_slots": 0.1},
-             {"kind": "validation", "step": 2, "epoch": 2, "mbo_i_slots": 0.25, "val_loss": 0.5},
-             {"kind": "train", "step": 3, "loss": 9.0}]  # fmt: skip
+    lines = [
+        {"kind": "validation", "step": 1, "epoch": 1, "mbo_i_slots": 0.1},
+        {"kind": "validation", "step": 2, "epoch": 2, "mbo_i_slots": 0.25, "val_loss": 0.5},
+        {"kind": "train", "step": 3, "loss": 9.0},
+    ]
     (found.path / checkpoint.METRICS).write_text("\n".join(map(json.dumps, lines)) + '\n{"half')
     return found
 

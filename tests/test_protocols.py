@@ -86,8 +86,14 @@ def test_oclf_ignores_pixels_of_several_instances_for_instances_only(seed):
         kept = [p & keep for p in preds]
         fg = keep & (instances[b] > 0)
         of_class, ari = masks_of(classes[b], False), adjusted_rand_score(instances[b][fg], pred[b][fg])
-        assert_scores(found, b, mbo_i=mean_best(objects, kept), mbo_c=mean_best(of_class, preds),
-                      miou=matched(objects, kept), fg_ari=ari)  # fmt: skip
+        assert_scores(
+            found,
+            b,
+            mbo_i=mean_best(objects, kept),
+            mbo_c=mean_best(of_class, preds),
+            miou=matched(objects, kept),
+            fg_ari=ari,
+        )
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -99,9 +105,14 @@ def test_slotdiffusion_sets_overlaps_to_background_and_to_a_mask_of_their_own(se
         truth, of_class = (labels[b].masked_fill(several[b], 0) for labels in (instances, classes))
         preds = masks_of(pred[b].masked_fill(several[b], 3), True)
         fg = truth > 0
-        assert_scores(found, b, mbo_i=mean_best(masks_of(truth, False), preds),
-                      mbo_c=mean_best(masks_of(of_class, False), preds), miou=matched(masks_of(truth, True), preds),
-                      fg_ari=adjusted_rand_score(truth[fg], pred[b][fg]))  # fmt: skip
+        assert_scores(
+            found,
+            b,
+            mbo_i=mean_best(masks_of(truth, False), preds),
+            mbo_c=mean_best(masks_of(of_class, False), preds),
+            miou=matched(masks_of(truth, True), preds),
+            fg_ari=adjusted_rand_score(truth[fg], pred[b][fg]),
+        )
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -112,8 +123,9 @@ def test_ocbench_counts_the_background_as_a_mask(seed):
         preds, objects = masks_of(pred[b], True), masks_of(instances[b], True)
         fg = instances[b] > 0
         ari = adjusted_rand_score(instances[b][fg], pred[b][fg]) if fg.any() else math.nan
-        assert_scores(found, b, mbo_i=mean_best(objects, preds), mbo_c=math.nan, miou=matched(objects, preds),
-                      fg_ari=ari)  # fmt: skip
+        assert_scores(
+            found, b, mbo_i=mean_best(objects, preds), mbo_c=math.nan, miou=matched(objects, preds), fg_ari=ari
+        )
 
 
 @pytest.mark.parametrize("num_pred, objects", [(5, 3), (2, 4), (3, 3)])
@@ -159,9 +171,13 @@ def labelled(instances, classes, *, top=None, covered=None, undecided=None):
 
 
 def test_what_becomes_of_overlaps_and_of_the_rim():
-    full = labelled([[0, 1, 1], [2, 2, 0], [3, 0, 0]], [[0, 5, 5], [7, 7, 0], [0, 0, 4]],
-                    top=[[0, 5, 9], [7, 7, 0], [0, 0, 4]], covered=[[0, 0, 1], [0, 0, 0], [0, 0, 0]],
-                    undecided=[[0, 0, 0], [0, 0, 1], [0, 0, 0]])  # fmt: skip
+    full = labelled(
+        [[0, 1, 1], [2, 2, 0], [3, 0, 0]],
+        [[0, 5, 5], [7, 7, 0], [0, 0, 4]],
+        top=[[0, 5, 9], [7, 7, 0], [0, 0, 4]],
+        covered=[[0, 0, 1], [0, 0, 0], [0, 0, 0]],
+        undecided=[[0, 0, 0], [0, 0, 1], [0, 0, 0]],
+    )
 
     def truth(name):
         masks = PROTOCOLS[name].truth(full, 3)
@@ -218,9 +234,16 @@ def test_voc_has_a_rim(voc):  # noqa: F811
     assert (GroundTruth(PROTOCOLS["ocbench"], val).masks(0).instances >= 0).all()
 
 
-@pytest.mark.parametrize("name, photo, frame", [
-    ("spot", 320, 128), ("oclf", 320, 128), ("ocbench", 256, 256), ("slotdiffusion", 224, 128), ("lsd", 256, 256),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, photo, frame",
+    [
+        ("spot", 320, 128),
+        ("oclf", 320, 128),
+        ("ocbench", 256, 256),
+        ("slotdiffusion", 224, 128),
+        ("lsd", 256, 256),
+    ],
+)
 def test_sizes(name, photo, frame):
     coco, movi = Coco(MINI, "val"), Movi(MOVI, "val")
     for image_set, size in ((coco, photo), (movi, frame), (Scenes(1, "val", size=SIZE), None)):
@@ -239,8 +262,9 @@ def test_frames_are_read_at_their_own_size():
     assert movi.mask_size == 128
 
 
-@pytest.mark.parametrize("name, label", [("spot", IGNORED), ("oclf", IGNORED), ("slotdiffusion", OVERLAP),
-                                         ("ocbench", 1), ("lsd", 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, label", [("spot", IGNORED), ("oclf", IGNORED), ("slotdiffusion", OVERLAP), ("ocbench", 1), ("lsd", 1)]
+)
 def test_ignored_pixels_of_any_other_set(name, label):
     pictures = Pictures(1, ignore=(0,))
     found = GroundTruth(PROTOCOLS[name], pictures).masks(0).instances
@@ -259,9 +283,15 @@ def test_all_in_one_pass_equal_each_alone():
     assert len(set(scores)) >= 4, "protocols that count differently should give different numbers"
 
 
-@pytest.mark.parametrize("names, expected", [
-    ("spot", ["spot"]), ("all", list(PROTOCOLS)), ("lsd, spot,lsd", ["lsd", "spot"]), (["oclf"], ["oclf"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        ("spot", ["spot"]),
+        ("all", list(PROTOCOLS)),
+        ("lsd, spot,lsd", ["lsd", "spot"]),
+        (["oclf"], ["oclf"]),
+    ],
+)
 def test_chosen(names, expected):
     assert [p.name for p in chosen(names)] == expected
 
@@ -284,10 +314,15 @@ def test_a_coco_picture_with_a_crowd_scores_as_told(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "val2017" / "a.jpg")
     crowd = {"counts": [0, 512, 512], "size": [32, 32]}
     box = [[20, 4, 28, 4, 28, 12, 20, 12]]
-    annotations = [{"id": i, "image_id": 1, "segmentation": s, "iscrowd": c, "category_id": 1}
-                   for i, (s, c) in enumerate(((box, 0), (crowd, 1)))]  # fmt: skip
-    content = {"images": [{"id": 1, "file_name": "a.jpg", "height": 32, "width": 32}], "annotations": annotations,
-               "categories": [{"id": 1, "name": "person"}]}  # fmt: skip
+    annotations = [
+        {"id": i, "image_id": 1, "segmentation": s, "iscrowd": c, "category_id": 1}
+        for i, (s, c) in enumerate(((box, 0), (crowd, 1)))
+    ]
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "height": 32, "width": 32}],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "person"}],
+    }
     (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
     coco = Coco(tmp_path, "val", mask_size=32)
     for name, labels in (("spot", {0, 1, 2}), ("ocbench", {0, 1, 2}), ("oclf", {0, 1}), ("slotdiffusion", {0, 1})):

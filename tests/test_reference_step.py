@@ -67,8 +67,9 @@ def test_the_trainer_takes_the_same_steps(stage, teacher):
         trainer.train_step(batch)
         draws = other.draw(step)
         order, teacher_order = (0 if index is None else int(index) for index in (draws.order, draws.teacher_order))
-        values = reference.step(normalise(batch.images), order, draws.noise, teacher_order, draws.teacher_noise,
-                                rate=other.rate(step))  # fmt: skip
+        values = reference.step(
+            normalise(batch.images), order, draws.noise, teacher_order, draws.teacher_noise, rate=other.rate(step)
+        )
         expected = [values.loss, values.loss_rec, values.loss_att, values.norm]
         assert trainer.meter.interval.tolist() == pytest.approx(expected, rel=1e-5)
         clipped += values.norm > config.clip

@@ -49,10 +49,17 @@ def test_large_run_lengths():
     assert np.array_equal(decode_segmentation(of_size(compressed, mask.shape), *mask.shape), mask)
 
 
-@pytest.mark.parametrize("polygons", [
-    [SQUARE], [[float(c) for c in SQUARE]], [SQUARE, [20, 1, 28, 1, 28, 15]], [[-3.5, -2, 40, -2, 40, 9, -3.5, 9]],
-    [[str(c) for c in SQUARE]], [[5, 5, 5, 5, 5, 5]],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "polygons",
+    [
+        [SQUARE],
+        [[float(c) for c in SQUARE]],
+        [SQUARE, [20, 1, 28, 1, 28, 15]],
+        [[-3.5, -2, 40, -2, 40, 9, -3.5, 9]],
+        [[str(c) for c in SQUARE]],
+        [[5, 5, 5, 5, 5, 5]],
+    ],
+)
 def test_polygons_are_drawn_as_pycocotools_draws_them(polygons):
     """Slightly outside too, as some of COCO's are; numbers may be written as text."""
     expected = rle.decode(rle.merge(rle.frPyObjects(polygons, HEIGHT, WIDTH)))
@@ -100,39 +107,42 @@ def test_polygons_that_cannot_be_drawn(polygon, message):
 PIXELS = HEIGHT * WIDTH
 
 
-@pytest.mark.parametrize("region, message", [
-    (of_size([0, 500]), "add up to 500 of 600 pixels"),
-    (of_size([0, 601]), "a run length is 601"),
-    (of_size([300, 301]), "add up to 601 of 600"),
-    (of_size([]), "add up to 0 of 600"),
-    (of_size([700, -100]), "a run length is -100"),
-    (of_size([1 << 32, PIXELS]), "a run length is 4294967296"),
-    (of_size([10**30, PIXELS]), "expected whole numbers"),
-    (of_size([599.5, 0.5]), "expected whole numbers"),
-    (of_size([math.nan, PIXELS]), "expected whole numbers"),
-    (of_size(["600"]), "expected whole numbers"),
-    (of_size([[600]]), "expected whole numbers"),
-    (of_size([True, 599]), None),
-    (of_size([False] * 3), "expected whole numbers"),
-    (of_size(""), "not COCO's compressed form"),
-    (of_size("é"), "not COCO's compressed form"),
-    (of_size("\u0660\u0661"), "not COCO's compressed form"),
-    (of_size("a b"), "not COCO's compressed form"),
-    (of_size("hT"), "not COCO's compressed form"),
-    (of_size("o" * 40 + "0"), "larger than any picture"),
-    (of_size("0"), "add up to 0 of 600"),
-    (of_size("O"), "a run length is -1"),
-    (of_size(None), "expected a list or a string"),
-    (of_size(7), "expected a list or a string"),
-    ({"size": [HEIGHT, WIDTH]}, "expected a list or a string"),
-    ({"counts": [PIXELS]}, "the size of the run lengths is None"),
-    (of_size([PIXELS], (WIDTH, HEIGHT)), "is 20 x 30, the image is 30 x 20"),
-    (of_size([PIXELS], (str(HEIGHT), str(WIDTH))), "the image is 30 x 20"),
-    (of_size([PIXELS], (10**9, 10**9)), "the image is 30 x 20"),
-    ("some text", "expected polygons or run lengths"),
-    (3, "expected polygons or run lengths"),
-    (True, "expected polygons or run lengths"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "region, message",
+    [
+        (of_size([0, 500]), "add up to 500 of 600 pixels"),
+        (of_size([0, 601]), "a run length is 601"),
+        (of_size([300, 301]), "add up to 601 of 600"),
+        (of_size([]), "add up to 0 of 600"),
+        (of_size([700, -100]), "a run length is -100"),
+        (of_size([1 << 32, PIXELS]), "a run length is 4294967296"),
+        (of_size([10**30, PIXELS]), "expected whole numbers"),
+        (of_size([599.5, 0.5]), "expected whole numbers"),
+        (of_size([math.nan, PIXELS]), "expected whole numbers"),
+        (of_size(["600"]), "expected whole numbers"),
+        (of_size([[600]]), "expected whole numbers"),
+        (of_size([True, 599]), None),
+        (of_size([False] * 3), "expected whole numbers"),
+        (of_size(""), "not COCO's compressed form"),
+        (of_size("é"), "not COCO's compressed form"),
+        (of_size("\u0660\u0661"), "not COCO's compressed form"),
+        (of_size("a b"), "not COCO's compressed form"),
+        (of_size("hT"), "not COCO's compressed form"),
+        (of_size("o" * 40 + "0"), "larger than any picture"),
+        (of_size("0"), "add up to 0 of 600"),
+        (of_size("O"), "a run length is -1"),
+        (of_size(None), "expected a list or a string"),
+        (of_size(7), "expected a list or a string"),
+        ({"size": [HEIGHT, WIDTH]}, "expected a list or a string"),
+        ({"counts": [PIXELS]}, "the size of the run lengths is None"),
+        (of_size([PIXELS], (WIDTH, HEIGHT)), "is 20 x 30, the image is 30 x 20"),
+        (of_size([PIXELS], (str(HEIGHT), str(WIDTH))), "the image is 30 x 20"),
+        (of_size([PIXELS], (10**9, 10**9)), "the image is 30 x 20"),
+        ("some text", "expected polygons or run lengths"),
+        (3, "expected polygons or run lengths"),
+        (True, "expected polygons or run lengths"),
+    ],
+)
 def test_run_lengths_that_do_not_fill_the_picture(region, message):
     """They would leave the rest of the mask to whatever lies in memory."""
     if message is None:

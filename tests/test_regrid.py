@@ -10,14 +10,19 @@ from spot_fast.model import Spot
 from spot_fast.regrid import at_grid, sharing_copy
 from spot_fast.timm_import import import_timm
 
-VARIANTS = [{}, {"stage": 2}, {"decoder": "mlp", "orders": "standard", "dec_mlp_hidden": 32},
-            {"cappa": 0.5, "orders": "standard"}]  # fmt: skip
+VARIANTS = [
+    {},
+    {"stage": 2},
+    {"decoder": "mlp", "orders": "standard", "dec_mlp_hidden": 32},
+    {"cappa": 0.5, "orders": "standard"},
+]
 
 
 def model(**changes):
     torch.manual_seed(0)
-    config = preset("scenes", changes.pop("stage", 1), encoder_weights="none", dec_blocks=1, slot_dim=16, slot_mlp=16,
-                    **changes)
+    config = preset(
+        "scenes", changes.pop("stage", 1), encoder_weights="none", dec_blocks=1, slot_dim=16, slot_mlp=16, **changes
+    )
     return Spot(config, checkpoint.frozen_encoder(config)).eval()
 
 

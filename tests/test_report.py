@@ -44,8 +44,12 @@ def test_the_newest_run_becomes_a_file_whose_pictures_have_the_scores_of_the_csv
     assert out == f"{file.resolve()}  {file.stat().st_size / 1e6:.1f} MB, open it in a browser\n"
     assert sorted(path.name for path in here.iterdir()) == ["report.html", "runs"]
     page = unescape(file.read_text(encoding="utf-8"))
-    facts = ("python -m spot_fast.report --protocol spot --device cpu", "the first 4 of 10 pictures of scenes",
-             "stage 1 on scenes, seed 0, 4 epochs, 24 steps of 4 in 75 s (114 images/s)", "cpu, 1 thread")  # fmt: skip
+    facts = (
+        "python -m spot_fast.report --protocol spot --device cpu",
+        "the first 4 of 10 pictures of scenes",
+        "stage 1 on scenes, seed 0, 4 epochs, 24 steps of 4 in 75 s (114 images/s)",
+        "cpu, 1 thread",
+    )
     assert [fact for fact in facts if fact not in page] == []
 
     assert evaluate.main(["--csv", "s.csv", "--limit", "4", "--device", "cpu"]) == 0

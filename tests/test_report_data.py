@@ -71,10 +71,16 @@ def test_without_scores_pictures_are_drawn():
 
 
 def test_a_log_cut_by_a_crash_is_read_as_far_as_it_goes(tmp_path):
-    lines = [{"kind": "train", "step": 4, "loss": 0.5}, {"kind": "epoch", "step": 6, "images_per_s": 90.0},
-             {"kind": "train", "step": 8, "loss": None}, {"kind": "validation", "step": 8, "val_loss": 0.1},
-             {"kind": "skipped", "step": 8, "steps": [5, 7]}, {"kind": "else", "step": 8}, {"kind": "train"},
-             3]  # fmt: skip
+    lines = [
+        {"kind": "train", "step": 4, "loss": 0.5},
+        {"kind": "epoch", "step": 6, "images_per_s": 90.0},
+        {"kind": "train", "step": 8, "loss": None},
+        {"kind": "validation", "step": 8, "val_loss": 0.1},
+        {"kind": "skipped", "step": 8, "steps": [5, 7]},
+        {"kind": "else", "step": 8},
+        {"kind": "train"},
+        3,
+    ]
     (tmp_path / METRICS).write_bytes("\n".join(map(json.dumps, lines)).encode() + b'\n{"kind": "train", "st\xff')
     log = read_log(tmp_path)
     assert values_of(log.train, "loss") == [0.5, None] and values_of(log.train, "lr") == [None, None]

@@ -48,8 +48,9 @@ def test_truth_is_grey_where_nothing_is_and_black_where_nothing_counts():
     truth[:4, :4], truth[4:, 4:] = 9, -1
     pixels = decoded(figures.truth_image(GREY, truth, "a"))
     quarter = figures.PANEL // 4
-    background, thing, ignored = (pixels[y, x] for y, x in ((quarter, 3 * quarter), (quarter, quarter),
-                                                            (3 * quarter, 3 * quarter)))  # fmt: skip
+    background, thing, ignored = (
+        pixels[y, x] for y, x in ((quarter, 3 * quarter), (quarter, quarter), (3 * quarter, 3 * quarter))
+    )
     assert np.ptp(background) < 12 and ignored.max() < background.min()
     assert thing.argmax() == palette(1)[0].argmax() and np.ptp(thing) > 40
 

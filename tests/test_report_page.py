@@ -51,8 +51,9 @@ def chromium():
 
 
 def test_a_browser_shows_all_of_it_without_an_error(chromium, two_stages):
-    looks = {(width, dark): chromium.open(two_stages, width=width, dark=dark)
-             for width, dark in ((1200, False), (400, True))}  # fmt: skip
+    looks = {
+        (width, dark): chromium.open(two_stages, width=width, dark=dark) for width, dark in ((1200, False), (400, True))
+    }
     for (width, _), found in looks.items():
         assert found["errors"] == [] and found["requests"] == [], found
         assert [alt for alt, side in found["images"] if side == 0] == [] and len(found["images"]) > 60
@@ -67,8 +68,10 @@ def test_a_browser_shows_all_of_it_without_an_error(chromium, two_stages):
 def test_the_browser_checks_can_fail(chromium, tmp_path):
     """A page with a missing picture, an exception and something to load is told apart from a good one."""
     bad = tmp_path / "bad.html"
-    bad.write_text("<!DOCTYPE html><title>bad</title><img alt=missing src=missing.png><div style='width:3000px'>-</div>"
-                   "<script>console.error('told'); throw new Error('thrown')</script>")  # fmt: skip
+    bad.write_text(
+        "<!DOCTYPE html><title>bad</title><img alt=missing src=missing.png><div style='width:3000px'>-</div>"
+        "<script>console.error('told'); throw new Error('thrown')</script>"
+    )
     found = chromium.open(bad)
     assert found["images"] == [["missing", 0]] and found["overflow"] > 1000
     assert any("told" in error for error in found["errors"]) and any("thrown" in error for error in found["errors"])
@@ -133,9 +136,14 @@ def test_a_set_without_masks_a_run_without_log_and_an_mlp_decoder(tmp_path, monk
     run = make_run(tmp_path / "bare", log=False, decoder="mlp", orders="standard")
     monkeypatch.setattr("spot_fast.data.scenes.Scenes.has_masks", False)
     text = unescape(written(tmp_path, run, options=["--gradient-images", "0"]).read_text(encoding="utf-8"))
-    for sentence in ("scenes has no masks to compare with, so there are no scores.", "so there are no scores by size.",
-                     "bare: there is no metrics.jsonl in the folder, so no curves.", "Drawn at random.",
-                     "bare: the decoder has one patch order", "Left out: --gradient-images is 0"):  # fmt: skip
+    for sentence in (
+        "scenes has no masks to compare with, so there are no scores.",
+        "so there are no scores by size.",
+        "bare: there is no metrics.jsonl in the folder, so no curves.",
+        "Drawn at random.",
+        "bare: the decoder has one patch order",
+        "Left out: --gradient-images is 0",
+    ):
         assert sentence in text, sentence
     assert "MLP, hidden width" in text and text.count('class="picture iterations"') == 2 and "truth" not in text
     page = Checked()

@@ -19,10 +19,19 @@ ROOT = Path(__file__).parent.parent
 
 def start(folder: Path, *words: str) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "spot_fast.train", "--threads", "1", "--no-tensorboard",
-               *options(epochs=8, log_every=1, eval_every=4), *words]  # fmt: skip
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True)  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "spot_fast.train",
+        "--threads",
+        "1",
+        "--no-tensorboard",
+        *options(epochs=8, log_every=1, eval_every=4),
+        *words,
+    ]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def wait_for(process: subprocess.Popen, ready) -> None:
@@ -66,10 +75,13 @@ def test_killed_twice_and_resumed_is_uninterrupted(tmp_path):
     assert not list(run.glob(".*"))
 
 
-@pytest.mark.parametrize("changes", [
-    {"cache": "none", "flip": True, "orders": "standard", "cappa": 0.5},
-    {"decoder": "mlp", "dec_mlp_hidden": 16, "orders": "standard", "log_every": 5},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cache": "none", "flip": True, "orders": "standard", "cappa": 0.5},
+        {"decoder": "mlp", "dec_mlp_hidden": 16, "orders": "standard", "log_every": 5},
+    ],
+)
 def test_stopping_anywhere_changes_nothing(changes, tmp_path, monkeypatch):
     config = tiny(**changes)
     whole, _ = train(tmp_path, config)

@@ -86,8 +86,9 @@ BESIDE = {
 def test_what_trainings_save_beside_their_tensors_is_no_reason_to_refuse(tmp_path, zipped):
     """Nothing of it is made anew: stand-ins take the place of every class."""
     for name, value in BESIDE.items():
-        torch.save({"model": {"w": torch.ones(2)}, name: value}, tmp_path / "w.pth",
-                   _use_new_zipfile_serialization=zipped)  # fmt: skip
+        torch.save(
+            {"model": {"w": torch.ones(2)}, name: value}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped
+        )
         contents = read_checkpoint(tmp_path / "w.pth")
         assert torch.equal(contents["model"]["w"], torch.ones(2)), name
         for found in contents[name] if isinstance(value, list) else [contents[name]]:
@@ -95,10 +96,18 @@ def test_what_trainings_save_beside_their_tensors_is_no_reason_to_refuse(tmp_pat
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("function, name", [
-    (os.mkdir, r"(posix|nt)\.mkdir"), (eval, "builtins.eval"), (getattr, "builtins.getattr"), (open, r"\w+\.open"),
-    (subprocess.getoutput, r"\w+\.getoutput"), (torch.hub.load, "torch.hub.load"), (np.load, r"numpy[\w.]*\.load"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "function, name",
+    [
+        (os.mkdir, r"(posix|nt)\.mkdir"),
+        (eval, "builtins.eval"),
+        (getattr, "builtins.getattr"),
+        (open, r"\w+\.open"),
+        (subprocess.getoutput, r"\w+\.getoutput"),
+        (torch.hub.load, "torch.hub.load"),
+        (np.load, r"numpy[\w.]*\.load"),
+    ],
+)
 def test_a_checkpoint_cannot_run_code(tmp_path, zipped, function, name):
     file, trace = tmp_path / "evil.pt.tar", tmp_path / "executed"
     command = {eval: f"open({str(trace)!r}, 'w')", subprocess.getoutput: f"touch {trace}"}.get(function, str(trace))
@@ -152,8 +161,12 @@ def test_other_files_are_refused_in_a_sentence(tmp_path):
     (tmp_path / "text.pt.tar").write_text("hello")
     (tmp_path / "empty.pt.tar").write_bytes(b"")
     (tmp_path / "noise.pt.tar").write_bytes(bytes(range(256)) * 9)
-    for name, words in (("half", ".*its download was cut short: download it"), ("empty", "is empty: download it"),
-                        ("text", "is text, not weights"), ("noise", "cannot be read .*no checkpoint")):  # fmt: skip
+    for name, words in (
+        ("half", ".*its download was cut short: download it"),
+        ("empty", "is empty: download it"),
+        ("text", "is text, not weights"),
+        ("noise", "cannot be read .*no checkpoint"),
+    ):
         with pytest.raises(UserError, match=rf"checkpoint .*{name}.pt.tar {words}"):
             read_checkpoint(tmp_path / f"{name}.pt.tar")
     with pytest.raises(UserError, match="is a folder: pass the file of weights in it, such as .*pt.tar"):

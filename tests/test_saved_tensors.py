@@ -7,8 +7,11 @@ from kernel_tier import DEVICE, needs_triton
 from operator_calls import INTEGERS, calls, with_gradients
 from spot_kernels import native, use_backend
 
-BACKENDS = ["torch", pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason=native.describe())),
-            pytest.param("triton", marks=needs_triton)]  # fmt: skip
+BACKENDS = [
+    "torch",
+    pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason=native.describe())),
+    pytest.param("triton", marks=needs_triton),
+]
 LAYOUTS = {
     "contiguous": lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x),
     "axes reversed": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))),
@@ -40,8 +43,13 @@ def test_a_buffer_that_a_kernel_would_write_beyond_is_refused():
 
     q, k, v = (torch.randn(2, 2, n, 8, device=DEVICE) for n in (3, 9, 9))
     good = empty_results(q, k, v, True, True)
-    for i, wrong in ((0, good[0].contiguous()), (1, good[1][:, :8]), (2, good[2].double()), (3, good[3].to("meta")),
-                     (4, good[4].mT.contiguous().mT)):  # fmt: skip
+    for i, wrong in (
+        (0, good[0].contiguous()),
+        (1, good[1][:, :8]),
+        (2, good[2].double()),
+        (3, good[3].to("meta")),
+        (4, good[4].mT.contiguous().mT),
+    ):
         updates, attn, logits, exact, sums = (wrong if j == i else result for j, result in enumerate(good))
         with pytest.raises(ValueError, match="kernels: (updates|attn|logits|exact|sums) .* (pass|strides)"):
             kernels.forward(q, k, v, 1e-8, updates, exact, sums, attn, logits)

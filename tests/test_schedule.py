@@ -8,22 +8,25 @@ from spot_fast.config import preset
 from spot_fast.errors import UserError
 from spot_fast.schedule import attention_weight, learning_rate
 
-GOLDEN = ["coco.lr", "coco.step", "voc.*", "movi_c_stage1.*", "movi_c_stage2.*", "linear_problem.lr",
-          "stage1_steps.lr"]  # fmt: skip
+GOLDEN = ["coco.lr", "coco.step", "voc.*", "movi_c_stage1.*", "movi_c_stage2.*", "linear_problem.lr", "stage1_steps.lr"]
 
 
 def assert_same_float64(name: str, rates: list[float]) -> None:
     """Within rounding of float64: the golden schedules were made by NumPy, whose cosine may differ in the last bit."""
-    golden_tensors.assert_close(name, torch.tensor(rates, dtype=torch.float64),
-                                atol=4e-16 * golden_tensors.load(name).max().item())  # fmt: skip
+    golden_tensors.assert_close(
+        name, torch.tensor(rates, dtype=torch.float64), atol=4e-16 * golden_tensors.load(name).max().item()
+    )
 
 
-@pytest.mark.parametrize("name, stage, images, warmup, total", [
-    ("coco", 1, 118_287, 9_240, 92_400),
-    ("voc", 1, 10_582, 9_900, 92_400),
-    ("movi_c", 1, 87_633, 9_583, 88_985),
-    ("movi_c", 2, 87_633, 9_583, 41_070),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, stage, images, warmup, total",
+    [
+        ("coco", 1, 118_287, 9_240, 92_400),
+        ("voc", 1, 10_582, 9_900, 92_400),
+        ("movi_c", 1, 87_633, 9_583, 88_985),
+        ("movi_c", 2, 87_633, 9_583, 41_070),
+    ],
+)
 def test_presets_follow_the_authors_schedules(name, stage, images, warmup, total):
     rate = learning_rate(preset(name, stage), images)
     assert (rate.warmup_steps, rate.total_steps) == (warmup, total)
@@ -35,9 +38,13 @@ def test_movi_e_warms_up_for_9590_steps():
     assert learning_rate(preset("movi_e"), 87_741).warmup_steps == 9_590
 
 
-@pytest.mark.parametrize("name, peak, low, epochs, steps_per_epoch", [
-    ("linear_problem.lr", 0.1, 0.01, 3, 2), ("stage1_steps.lr", 4e-4, 4e-7, 2, 4),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, peak, low, epochs, steps_per_epoch",
+    [
+        ("linear_problem.lr", 0.1, 0.01, 3, 2),
+        ("stage1_steps.lr", 4e-4, 4e-7, 2, 4),
+    ],
+)
 def test_small_schedules(name, peak, low, epochs, steps_per_epoch):
     config = preset("coco", lr=peak, lr_low=low, epochs=epochs, batch_size=2, warmup_steps=steps_per_epoch)
     rate = learning_rate(config, 2 * steps_per_epoch)

@@ -23,8 +23,11 @@ def untrained(tmp_path_factory):
     folder.mkdir(parents=True)
     checkpoint.write_config(folder, config)
     identity = encoder_identity(encoder, config)
-    checkpoint.save_tensors(folder / checkpoint.MODEL, Spot(config, encoder).learned_state_dict(),
-                            {"encoder": identity["name"], "encoder_sha256": identity["sha256"]})
+    checkpoint.save_tensors(
+        folder / checkpoint.MODEL,
+        Spot(config, encoder).learned_state_dict(),
+        {"encoder": identity["name"], "encoder_sha256": identity["sha256"]},
+    )
     return checkpoint.load_run(folder)
 
 
@@ -101,8 +104,23 @@ def test_batch_size_and_workers_change_no_label(run, tmp_path, fit):
     for i in range(9):
         picture(tmp_path / "in" / f"{i}.png", (40 + 5 * (i // 2), 60))
     for batch, workers in ((1, 1), (8, 3)):
-        assert run(tmp_path / "in", "--batch-size", batch, "--workers", workers, "--precision", "float32", "--fit", fit,
-                   "--no-overlay", "--out", tmp_path / str(batch)) == 0
+        assert (
+            run(
+                tmp_path / "in",
+                "--batch-size",
+                batch,
+                "--workers",
+                workers,
+                "--precision",
+                "float32",
+                "--fit",
+                fit,
+                "--no-overlay",
+                "--out",
+                tmp_path / str(batch),
+            )
+            == 0
+        )
     found = sorted(path.name for path in (tmp_path / "1").iterdir())
     assert len(found) == 18
     for name in found:
@@ -111,8 +129,10 @@ def test_batch_size_and_workers_change_no_label(run, tmp_path, fit):
 
 def test_repeats_are_equal_and_leave_nothing_else(run, tmp_path):
     source = picture(tmp_path / "photo.png")
-    names = {f"photo_{kind}" for kind in ("overlay.png", "labels.png", "slot_labels.png", "soft.safetensors",
-                                          "slots.safetensors")}  # fmt: skip
+    names = {
+        f"photo_{kind}"
+        for kind in ("overlay.png", "labels.png", "slot_labels.png", "soft.safetensors", "slots.safetensors")
+    }
     for out in ("a", "b"):
         assert run(source, "--out", tmp_path / out, "--orders", "all", "--run", "untrained", "--soft", "--slots") == 0
         assert {path.name for path in (tmp_path / out).iterdir()} == names
@@ -143,8 +163,14 @@ def test_tensors_say_what_they_are_of(run, tmp_path):
     assert run(source, "--slots", "--fit", "tiles") == 0
     with safe_open(tmp_path / "segments" / "photo_slots.safetensors", framework="pt") as file:
         about = file.metadata()
-    expected = {"picture": str(source), "model": "run runs/untrained", "fit": "tiles", "orders": "0", "width": "90",
-                "height": "50"}
+    expected = {
+        "picture": str(source),
+        "model": "run runs/untrained",
+        "fit": "tiles",
+        "orders": "0",
+        "width": "90",
+        "height": "50",
+    }
     assert expected.items() <= about.items()
 
 
@@ -188,8 +214,19 @@ def test_outputs_are_not_taken_for_pictures(run, tmp_path):
     assert len(list(mine.parent.iterdir())) == 2 + 2 * 3
 
 
-@pytest.mark.parametrize("mode, ending", [("L", "png"), ("LA", "png"), ("RGBA", "png"), ("P", "gif"), ("I;16", "png"),
-                                          ("CMYK", "jpg"), ("1", "png"), ("F", "tiff")])
+@pytest.mark.parametrize(
+    "mode, ending",
+    [
+        ("L", "png"),
+        ("LA", "png"),
+        ("RGBA", "png"),
+        ("P", "gif"),
+        ("I;16", "png"),
+        ("CMYK", "jpg"),
+        ("1", "png"),
+        ("F", "tiff"),
+    ],
+)
 def test_any_mode(run, tmp_path, mode, ending):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40), dtype=np.uint8))
     image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
@@ -215,33 +252,47 @@ def test_corrupt_picture_is_named_and_the_others_done(run, tmp_path, capsys):
     assert f"skipped: image {bad} cannot be read: not an image of a known format" in printed.err
     assert "1 of 2 could not be read" in printed.err and "1 picture in " in printed.out
     assert {path.name for path in (tmp_path / "segments").iterdir()} == {
-        "good_overlay.png", "good_labels.png", "good_slot_labels.png"}  # fmt: skip
+        "good_overlay.png",
+        "good_labels.png",
+        "good_slot_labels.png",
+    }
     assert run(bad) == 2
     assert "error: no picture could be read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv, message", [
-    ([], "nothing to segment: name images"),
-    (["nowhere.jpg"], "nowhere.jpg does not exist"),
-    (["--scenes", "1", "--run", "nowhere"], "run nowhere is not a folder"),
-    (["--scenes", "-1"], "--scenes -1: use 0 or more"),
-    (["--scenes", "1", "--size", "64"], "--size 64: a run keeps the size it was trained with"),
-    (["--scenes", "1", "--size", "32", "--fit", "tiles"], "--size 32 with --fit tiles: use 64 (the model's square) to"),
-    (["--scenes", "1", "--size", "9999", "--fit", "interpolate"], "--size 9999 with --fit interpolate: use 8 to 512"),
-    (["--scenes", "1", "--encoder-weights", "x"], "--encoder-weights belongs to --encoder NAME"),
-    (["--scenes", "1", "--run", "r", "--encoder", "e"], "--run r has its own encoder"),
-    (["--scenes", "1", "--encoder", "e", "--slots"], "--slots belongs to a run"),
-    (["--scenes", "1", "--encoder", "e", "--masks", "slots"], "--masks slots belongs to a run"),
-    (["--scenes", "1", "--device", "nonsense"], "--device nonsense cannot be used"),
-    (["--scenes", "1", "--encoder", "spot_scenes", "--encoder-weights", "none", "--clusters", "65"], "use 1 to 64"),
-    (["--scenes", "1", "--encoder", "spot_scenes", "--encoder-weights", "none", "--size", "-8"], "--size -8"),
-    (["--scenes", "1", "--encoder", "spot_scenes", "--encoder-weights", "none", "--size", "60"],
-     "60 is not a multiple of the encoder's patch size 8"),
-    (["--scenes", "1", "--grid", "grid.jpg"], "--grid grid.jpg: give the name of a .png file"),
-    (["--scenes", "1", "--batch-size", "0"], "--batch-size 0: use 1 or more"),
-    (["--scenes", "1", "--workers", "0"], "--workers 0: use 1 or more"),
-    (["--scenes", "1", "--precision", "tf32", "--device", "cpu"], "--precision tf32 needs an NVIDIA GPU"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "nothing to segment: name images"),
+        (["nowhere.jpg"], "nowhere.jpg does not exist"),
+        (["--scenes", "1", "--run", "nowhere"], "run nowhere is not a folder"),
+        (["--scenes", "-1"], "--scenes -1: use 0 or more"),
+        (["--scenes", "1", "--size", "64"], "--size 64: a run keeps the size it was trained with"),
+        (
+            ["--scenes", "1", "--size", "32", "--fit", "tiles"],
+            "--size 32 with --fit tiles: use 64 (the model's square) to",
+        ),
+        (
+            ["--scenes", "1", "--size", "9999", "--fit", "interpolate"],
+            "--size 9999 with --fit interpolate: use 8 to 512",
+        ),
+        (["--scenes", "1", "--encoder-weights", "x"], "--encoder-weights belongs to --encoder NAME"),
+        (["--scenes", "1", "--run", "r", "--encoder", "e"], "--run r has its own encoder"),
+        (["--scenes", "1", "--encoder", "e", "--slots"], "--slots belongs to a run"),
+        (["--scenes", "1", "--encoder", "e", "--masks", "slots"], "--masks slots belongs to a run"),
+        (["--scenes", "1", "--device", "nonsense"], "--device nonsense cannot be used"),
+        (["--scenes", "1", "--encoder", "spot_scenes", "--encoder-weights", "none", "--clusters", "65"], "use 1 to 64"),
+        (["--scenes", "1", "--encoder", "spot_scenes", "--encoder-weights", "none", "--size", "-8"], "--size -8"),
+        (
+            ["--scenes", "1", "--encoder", "spot_scenes", "--encoder-weights", "none", "--size", "60"],
+            "60 is not a multiple of the encoder's patch size 8",
+        ),
+        (["--scenes", "1", "--grid", "grid.jpg"], "--grid grid.jpg: give the name of a .png file"),
+        (["--scenes", "1", "--batch-size", "0"], "--batch-size 0: use 1 or more"),
+        (["--scenes", "1", "--workers", "0"], "--workers 0: use 1 or more"),
+        (["--scenes", "1", "--precision", "tf32", "--device", "cpu"], "--precision tf32 needs an NVIDIA GPU"),
+    ],
+)
 def test_bad_arguments_are_one_sentence(run, capsys, argv, message):
     assert run(*argv) == 2
     errors = capsys.readouterr().err

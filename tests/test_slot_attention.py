@@ -21,8 +21,10 @@ BACKENDS = [
 def inputs(batch=2, heads=1, tokens=9, slots=4, width=5, dtype=torch.float64, grad=False):
     generator = torch.Generator().manual_seed(batch + 10 * heads + 100 * tokens + 1000 * slots)
     shapes = ((slots, width), (tokens, width), (tokens, width))
-    return [torch.randn(batch, heads, *s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
-            for s in shapes]  # fmt: skip
+    return [
+        torch.randn(batch, heads, *s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
+        for s in shapes
+    ]
 
 
 def by_the_formula(q, k, v, eps):
@@ -237,4 +239,3 @@ def test_auto_takes_the_library_only_where_it_is_faster(monkeypatch, slots):
     with use_backend("auto"):
         slot_attention_step(q, k, v)
     assert not ran
-

@@ -17,15 +17,31 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Batch, heads, tokens, slots, width. One token, one slot; padded and full tiles of 16, 32 and 64 slots; four heads in
 # one tile (7 and 11 slots) and with programs of their own (33 and 64).
 SHAPES = [
-    (2, 1, 1, 7, 24), (2, 1, 15, 1, 16), (1, 1, 49, 2, 5), (2, 1, 196, 6, 32), (1, 1, 257, 11, 40), (1, 1, 49, 16, 16),
-    (1, 1, 49, 24, 48), (1, 1, 49, 33, 24), (1, 1, 15, 64, 16), (1, 4, 1, 7, 16), (2, 4, 49, 7, 24), (1, 4, 15, 11, 16),
-    (1, 4, 49, 1, 16), (1, 4, 49, 33, 16), (1, 3, 15, 64, 8),
-]  # fmt: skip
+    (2, 1, 1, 7, 24),
+    (2, 1, 15, 1, 16),
+    (1, 1, 49, 2, 5),
+    (2, 1, 196, 6, 32),
+    (1, 1, 257, 11, 40),
+    (1, 1, 49, 16, 16),
+    (1, 1, 49, 24, 48),
+    (1, 1, 49, 33, 24),
+    (1, 1, 15, 64, 16),
+    (1, 4, 1, 7, 16),
+    (2, 4, 49, 7, 24),
+    (1, 4, 15, 11, 16),
+    (1, 4, 49, 1, 16),
+    (1, 4, 49, 33, 16),
+    (1, 3, 15, 64, 8),
+]
 
 REAL_SHAPES = [
-    (64, 1, 196, 7, 256), (16, 1, 1024, 7, 256), (8, 1, 196, 24, 256), (8, 1, 16384, 11, 64), (2, 1, 196, 64, 256),
+    (64, 1, 196, 7, 256),
+    (16, 1, 1024, 7, 256),
+    (8, 1, 196, 24, 256),
+    (8, 1, 16384, 11, 64),
+    (2, 1, 196, 64, 256),
     (8, 4, 196, 11, 64),
-]  # fmt: skip
+]
 
 
 def inputs(batch, heads, tokens, slots, width, dtype=torch.float32):
@@ -36,8 +52,10 @@ def inputs(batch, heads, tokens, slots, width, dtype=torch.float32):
         values = torch.randn(batch, count, heads, width, generator=generator) * scale
         return values.to(DEVICE, dtype).transpose(1, 2)
 
-    grads = [torch.randn(*shape, generator=generator).to(DEVICE)
-             for shape in ((batch, tokens, slots), (batch, heads, tokens, slots))]  # fmt: skip
+    grads = [
+        torch.randn(*shape, generator=generator).to(DEVICE)
+        for shape in ((batch, tokens, slots), (batch, heads, tokens, slots))
+    ]
     return [rows(slots), rows(tokens, width**-0.5), rows(tokens)], [rows(slots), *grads]
 
 
@@ -236,8 +254,13 @@ def test_same_bits_every_time_and_in_any_batch(shape):
 def test_empty_batch(split):
     tensors, grads = inputs(0, 4, 70, 7, 16)
     assert [tuple(x.shape) for x in results(kernels, tensors, grads, EPS)] == [
-        (0, 4, 7, 16), (0, 70, 7), (0, 4, 70, 7), (0, 4, 7, 16), (0, 4, 70, 16), (0, 4, 70, 16)
-    ]  # fmt: skip
+        (0, 4, 7, 16),
+        (0, 70, 7),
+        (0, 4, 70, 7),
+        (0, 4, 7, 16),
+        (0, 4, 70, 16),
+        (0, 4, 70, 16),
+    ]
 
 
 def test_results_lie_as_heads_are_merged():

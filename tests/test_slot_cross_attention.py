@@ -13,8 +13,10 @@ from spot_kernels.reference import slot_cross_attention as reference
 def inputs(batch=2, heads=3, tokens=9, slots=4, width=5, dtype=torch.float64, grad=False):
     generator = torch.Generator().manual_seed(batch + 10 * heads + 100 * tokens + 1000 * slots)
     shapes = ((tokens, width), (slots, width), (slots, width))
-    return [torch.randn(batch, heads, *s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
-            for s in shapes]  # fmt: skip
+    return [
+        torch.randn(batch, heads, *s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
+        for s in shapes
+    ]
 
 
 @settings(max_examples=30, deadline=None)
@@ -40,7 +42,7 @@ def test_written_out_gradients_are_those_of_autograd(which):
     asked = [i for i in (0, 1) if which[i]]
     expected = torch.autograd.grad(
         [outputs[i] for i in asked], tensors, [given[i] for i in asked], materialize_grads=True
-    )  # fmt: skip
+    )
     with torch.no_grad():
         torch.testing.assert_close(reference.gradients(*given, *tensors), expected)
 

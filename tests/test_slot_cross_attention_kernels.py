@@ -23,18 +23,24 @@ pytestmark = needs_triton
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # slots, tokens, heads, width: every number of slots, and every number of tokens and heads with several of them
 SHAPES = (
-    (1, 257, 1, 16), (2, 1, 4, 5), (6, 15, 6, 32), (7, 49, 1, 8), (11, 196, 4, 24), (16, 257, 6, 1), (24, 1, 1, 16),
-    (33, 15, 4, 40), (64, 49, 6, 16), (7, 196, 6, 16),
-)  # fmt: skip
+    (1, 257, 1, 16),
+    (2, 1, 4, 5),
+    (6, 15, 6, 32),
+    (7, 49, 1, 8),
+    (11, 196, 4, 24),
+    (16, 257, 6, 1),
+    (24, 1, 1, 16),
+    (33, 15, 4, 40),
+    (64, 49, 6, 16),
+    (7, 196, 6, 16),
+)
 
 
 def inputs(batch=1, heads=2, tokens=40, slots=7, width=16, dtype=torch.float32, grad=True):
     """q, k, v and gradients of out and map, on the device, with values that `dtype` holds exactly."""
     generator = torch.Generator().manual_seed(batch + 10 * heads + 100 * tokens + 1000 * slots)
     shapes = ((tokens, width), (slots, width), (slots, width), (tokens, width))
-    q, k, v, grad_out = (
-        torch.randn(batch, heads, *s, generator=generator).to(dtype).to(DEVICE) for s in shapes
-    )  # fmt: skip
+    q, k, v, grad_out = (torch.randn(batch, heads, *s, generator=generator).to(dtype).to(DEVICE) for s in shapes)
     grad_map = torch.randn(batch, tokens, slots, generator=generator).to(DEVICE)
     return [t.requires_grad_(grad) for t in (q, k, v)], grad_out, grad_map
 
@@ -90,8 +96,10 @@ def run_map(backend, tensors, grad_map, dtype=None):
 def test_the_map_alone(slots, tokens, heads, width, dtype):
     """As exact as PyTorch, forward and backward, and the bits of the map that comes with an output."""
     tensors, _, grad_map = inputs(1, heads, tokens, slots, width, dtype)
-    exact, plain, found = (run_map(backend, tensors, grad_map, wide) for backend, wide in
-                           (("torch", torch.float64), ("torch", None), ("triton", None)))  # fmt: skip
+    exact, plain, found = (
+        run_map(backend, tensors, grad_map, wide)
+        for backend, wide in (("torch", torch.float64), ("torch", None), ("triton", None))
+    )
     for parts in zip(("map", "grad q", "grad k"), found, exact, plain, (OUTPUT, GRADIENT, GRADIENT), strict=True):
         name, ours, true, theirs, factor = parts
         assert_as_exact(name, ours, true, theirs, factor)

@@ -43,8 +43,9 @@ def pair(stage, changes, teacher, backend) -> tuple[Trainer, Trainer]:
 def all_orders(trainer: Trainer, step: int) -> Draws:
     """What `trainer` draws, but in nine steps all nine orders, and with cappa a parallel step in every two."""
     drawn = Trainer.draw(trainer, step)
-    order, teacher_order = (None if o is None else torch.tensor(i % 9)
-                            for o, i in ((drawn.order, step), (drawn.teacher_order, step + 4)))  # fmt: skip
+    order, teacher_order = (
+        None if o is None else torch.tensor(i % 9) for o, i in ((drawn.order, step), (drawn.teacher_order, step + 4))
+    )
     return Draws(order, drawn.noise, teacher_order, drawn.teacher_noise, bool(trainer.config.cappa and step % 2))
 
 
@@ -137,8 +138,10 @@ def runs_forward_only():
     def launch(*arguments):
         raise RuntimeError("this backend compiles nothing that can be launched")
 
-    return aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph),
-                        bw_compiler=lambda graph, inputs: make_boxed_func(launch))  # fmt: skip
+    return aot_autograd(
+        fw_compiler=lambda graph, inputs: make_boxed_func(graph),
+        bw_compiler=lambda graph, inputs: make_boxed_func(launch),
+    )
 
 
 @pytest.mark.parametrize("optional", [True, False])

@@ -34,8 +34,11 @@ def counted(function, *inputs) -> int:
 def inputs(model, batch=1):
     encoder, slots = model.encoder, model.slot_encoder
     images = normalise(torch.zeros(batch, 3, encoder.image_size, encoder.image_size, dtype=torch.uint8))
-    return (images, torch.randn(batch, encoder.num_tokens, encoder.dim),
-            torch.randn(batch, slots.num_slots, slots.slot_dim))  # fmt: skip
+    return (
+        images,
+        torch.randn(batch, encoder.num_tokens, encoder.dim),
+        torch.randn(batch, slots.num_slots, slots.slot_dim),
+    )
 
 
 def test_forward_of_the_parts(model):

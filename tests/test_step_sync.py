@@ -34,7 +34,8 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         masked = name in ("index", "index_put", "index_put_") and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])  # fmt: skip
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
         if name in self.NAMES or masked:
             raise Waits(name)
         return func(*args, **(kwargs or {}))
@@ -56,11 +57,20 @@ def teacher(tmp_path_factory):
     return train(tmp_path_factory.mktemp("teacher"), tiny(eval_images=0, epochs=1))[0]
 
 
-@pytest.mark.parametrize("wait", [
-    lambda values: values[0].item(), lambda values: bool(values[0]), lambda values: float(values[0]),
-    lambda values: values.tolist(), lambda values: values.numpy(), lambda values: values[values > 0],
-    lambda values: values.cpu(), lambda values: torch.tensor([1.0]), lambda values: torch.equal(values, values),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda values: values[0].item(),
+        lambda values: bool(values[0]),
+        lambda values: float(values[0]),
+        lambda values: values.tolist(),
+        lambda values: values.numpy(),
+        lambda values: values[values > 0],
+        lambda values: values.cpu(),
+        lambda values: torch.tensor([1.0]),
+        lambda values: torch.equal(values, values),
+    ],
+)
 def test_the_trap_finds_what_waits(wait):
     with Operators(), Functions(), pytest.raises(Waits):
         wait(torch.arange(3.0))

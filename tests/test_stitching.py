@@ -16,7 +16,7 @@ def windows(truth, slots, *, seed=0, sharpness=20.0):
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for top, left in CORNERS:
-        part = truth[top:top + 8, left:left + 8].reshape(-1)
+        part = truth[top : top + 8, left : left + 8].reshape(-1)
         renamed = torch.randperm(slots, generator=generator)[part]
         noise = torch.randn(64, slots, generator=generator)
         parts.append((sharpness * F.one_hot(renamed, slots) + noise).softmax(-1))

@@ -56,8 +56,11 @@ def test_a_build_goes_on_where_it_stopped(tmp_path):
 def test_what_a_power_failure_took_is_written_again(tmp_path, loss):
     data = rows(9)
     fill(Store(tmp_path / "s", 9, {}), data, until=6)
-    name, keep = {"a row's end": ("rows.bin", 5 * 40 + 11), "an index line's end": ("index.bin", 5 * 32 + 9),
-                  "a bit of the last row": ("rows.bin", None)}[loss]  # fmt: skip
+    name, keep = {
+        "a row's end": ("rows.bin", 5 * 40 + 11),
+        "an index line's end": ("index.bin", 5 * 32 + 9),
+        "a bit of the last row": ("rows.bin", None),
+    }[loss]
     file = tmp_path / "s" / name
     content = bytearray(file.read_bytes())
     if keep is None:
@@ -172,13 +175,24 @@ class Others:
         def refused(*arguments):
             raise PermissionError(errno.EACCES, "Permission denied")
 
-        monkeypatch.setattr(os, "open", lambda path, flags, *mode, **more: refused() if inside(path) and (
-            flags & (os.O_RDWR | os.O_CREAT) or not readable) else real_open(path, flags, *mode, **more))  # fmt: skip
-        monkeypatch.setattr(os, "access", lambda path, mode: real_access(path, mode) and not (
-            inside(path) and mode & os.W_OK))  # fmt: skip
+        monkeypatch.setattr(
+            os,
+            "open",
+            lambda path, flags, *mode, **more: (
+                refused()
+                if inside(path) and (flags & (os.O_RDWR | os.O_CREAT) or not readable)
+                else real_open(path, flags, *mode, **more)
+            ),
+        )
+        monkeypatch.setattr(
+            os, "access", lambda path, mode: real_access(path, mode) and not (inside(path) and mode & os.W_OK)
+        )
         if not readable:
-            monkeypatch.setattr(os, "stat", lambda path, **options: refused() if inside(path) and path != folder
-                                else real_stat(path, **options))  # fmt: skip
+            monkeypatch.setattr(
+                os,
+                "stat",
+                lambda path, **options: refused() if inside(path) and path != folder else real_stat(path, **options),
+            )
 
 
 def test_a_complete_store_that_may_only_be_read(tmp_path, monkeypatch):
@@ -247,8 +261,7 @@ def test_file_systems_that_lack_something(tmp_path, monkeypatch, missing):
     elif missing == "fsync":
         monkeypatch.setattr(os, "fsync", refused)
     else:
-        monkeypatch.setattr(store_module, "open", lambda path, mode, **options: NoTruncation(path, mode),
-                            raising=False)  # fmt: skip
+        monkeypatch.setattr(store_module, "open", lambda path, mode, **options: NoTruncation(path, mode), raising=False)
     store = Store(tmp_path / "s", 9, {})
     fill(store, data, until=5)
     fill(store, data)

@@ -16,15 +16,20 @@ def chart(lines, **options):
 
 
 def polylines(root):
-    return [[tuple(map(float, point.split(","))) for point in line.get("points").split()]
-            for line in root.iter(f"{SVG}polyline")]  # fmt: skip
+    return [
+        [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+        for line in root.iter(f"{SVG}polyline")
+    ]
 
 
 def grid(root):
     """Value of each tick of the y axis → its height."""
     texts = {float(t.get("y")) - 4: t.text for t in root.iter(f"{SVG}text") if t.get("text-anchor") == "end"}
-    return {float(texts[float(line.get("y1"))].replace(",", "")): float(line.get("y1"))
-            for line in root.iter(f"{SVG}line") if line.get("class") == "grid"}  # fmt: skip
+    return {
+        float(texts[float(line.get("y1"))].replace(",", "")): float(line.get("y1"))
+        for line in root.iter(f"{SVG}line")
+        if line.get("class") == "grid"
+    }
 
 
 def test_points_lie_between_the_ticks_where_their_values_do():

@@ -30,17 +30,23 @@ def start(tmp_path, lines=1, flush=True, code=0, redirect="", **environment):
     (tmp_path / "program.py").write_text(PROGRAM.format(lines=lines, flush=flush, code=code))
     words = f'"{sys.executable}" "{tmp_path}/program.py" "{tmp_path}/done" {redirect}'
     paths = os.pathsep.join([str(ROOT.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {words}"], capture_output=True,
-                          env={**os.environ, "PYTHONPATH": paths, **environment})  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {words}"],
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+    )
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("encoding, line", [
-    ("latin-1", "mBO_i - 3 ± 1 · 64 × 64 ... café caf\\udce9.jpg"),
-    ("cp1252", "mBO_i – 3 ± 1 · 64 × 64 … café caf\\udce9.jpg"),
-    ("ascii", "mBO_i - 3 +- 1 - 64 x 64 ... caf\\xe9 caf\\udce9.jpg"),
-    ("utf-8", "mBO_i – 3 ± 1 · 64 × 64 … café caf\\udce9.jpg"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "encoding, line",
+    [
+        ("latin-1", "mBO_i - 3 ± 1 · 64 × 64 ... café caf\\udce9.jpg"),
+        ("cp1252", "mBO_i – 3 ± 1 · 64 × 64 … café caf\\udce9.jpg"),
+        ("ascii", "mBO_i - 3 +- 1 - 64 x 64 ... caf\\xe9 caf\\udce9.jpg"),
+        ("utf-8", "mBO_i – 3 ± 1 · 64 × 64 … café caf\\udce9.jpg"),
+    ],
+)
 def test_characters_that_a_terminal_lacks_are_replaced(tmp_path, encoding, line):
     code, out, error = start(tmp_path, PYTHONIOENCODING=encoding)
     assert code == 0 and out.decode(encoding) == line + "\n", (out, error)

@@ -89,9 +89,18 @@ def values_of(example, name):
 
 def test_features_of_every_type(tmp_path):
     numbers = [0, 1, 127, 128, -1, 2**63 - 1, -(2**63)]
-    example = read_example(tmp_path / "x", files.example({
-        "a": files.bytes_feature([b"", b"x" * 1000, b"y"]), "b": files.float_feature([1.5, 2.5]),
-        "c": files.int_feature(numbers), "d": files.int_feature(numbers, packed=False), "e": b""}))  # fmt: skip
+    example = read_example(
+        tmp_path / "x",
+        files.example(
+            {
+                "a": files.bytes_feature([b"", b"x" * 1000, b"y"]),
+                "b": files.float_feature([1.5, 2.5]),
+                "c": files.int_feature(numbers),
+                "d": files.int_feature(numbers, packed=False),
+                "e": b"",
+            }
+        ),
+    )
     assert values_of(example, "a") == [b"", b"x" * 1000, b"y"]
     assert example.int64_list("c") == example.int64_list("d") == numbers
     assert example.bytes_list("b") == example.bytes_list("e") == example.bytes_list("nowhere") == []
@@ -99,8 +108,15 @@ def test_features_of_every_type(tmp_path):
 
 
 def test_unknown_fields_are_passed_over(tmp_path):
-    unknown = files.varint(9 << 3) + files.varint(7) + files.varint(10 << 3 | 1) + bytes(8) + \
-        files.varint(11 << 3 | 5) + bytes(4) + files.delimited(12, b"more")
+    unknown = (
+        files.varint(9 << 3)
+        + files.varint(7)
+        + files.varint(10 << 3 | 1)
+        + bytes(8)
+        + files.varint(11 << 3 | 5)
+        + bytes(4)
+        + files.delimited(12, b"more")
+    )
     example = read_example(tmp_path / "x", unknown + files.example({"a": files.bytes_feature([b"x"])}) + unknown)
     assert values_of(example, "a") == [b"x"]
 
@@ -109,8 +125,9 @@ def test_unknown_fields_are_passed_over(tmp_path):
 @given(damage=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4))
 def test_damaged_messages_give_values_or_a_sentence(tmp_path_factory, damage):
     """Nothing but CorruptImage may come out of a message with wrong bytes in it, and no endless loop."""
-    message = bytearray(files.example({"video": files.bytes_feature([b"x" * 20, b"y" * 300]),
-                                       "n": files.int_feature([24, 7])}))  # fmt: skip
+    message = bytearray(
+        files.example({"video": files.bytes_feature([b"x" * 20, b"y" * 300]), "n": files.int_feature([24, 7])})
+    )
     for place, value in damage:
         message[place % len(message)] = value
     try:
@@ -146,17 +163,29 @@ def _protobuf_example(of_bytes, of_integers):
     feature = file.message_type.add(name="Feature")
     feature.oneof_decl.add(name="kind")
     for number, name in enumerate(kinds, start=1):
-        feature.field.add(name=name.lower(), number=number, type=field.TYPE_MESSAGE, type_name=f".t.{name}",
-                          label=field.LABEL_OPTIONAL, oneof_index=0)
+        feature.field.add(
+            name=name.lower(),
+            number=number,
+            type=field.TYPE_MESSAGE,
+            type_name=f".t.{name}",
+            label=field.LABEL_OPTIONAL,
+            oneof_index=0,
+        )
     features = file.message_type.add(name="Features")
     entry = features.nested_type.add(name="FeatureEntry")
     entry.options.map_entry = True
     entry.field.add(name="key", number=1, type=field.TYPE_STRING, label=field.LABEL_OPTIONAL)
     entry.field.add(name="value", number=2, type=field.TYPE_MESSAGE, type_name=".t.Feature", label=field.LABEL_OPTIONAL)
-    features.field.add(name="feature", number=1, type=field.TYPE_MESSAGE, type_name=".t.Features.FeatureEntry",
-                       label=field.LABEL_REPEATED)
-    file.message_type.add(name="Example").field.add(name="features", number=1, type=field.TYPE_MESSAGE,
-                                                    type_name=".t.Features", label=field.LABEL_OPTIONAL)
+    features.field.add(
+        name="feature",
+        number=1,
+        type=field.TYPE_MESSAGE,
+        type_name=".t.Features.FeatureEntry",
+        label=field.LABEL_REPEATED,
+    )
+    file.message_type.add(name="Example").field.add(
+        name="features", number=1, type=field.TYPE_MESSAGE, type_name=".t.Features", label=field.LABEL_OPTIONAL
+    )
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     message = message_factory.GetMessageClass(pool.FindMessageTypeByName("t.Example"))()

@@ -51,8 +51,11 @@ def test_flops_of_attention():
 def test_flops_of_a_step(teacher):
     """In proportion to the batch; without the encoder where its features are given; more in stage 2."""
     counts = {}
-    for name, trainer in {"one": Trainer(tiny(), device=CPU), "two": Trainer(tiny(batch_size=8), device=CPU),
-                          "student": Trainer(tiny(2), device=CPU, teacher=teacher)}.items():  # fmt: skip
+    for name, trainer in {
+        "one": Trainer(tiny(), device=CPU),
+        "two": Trainer(tiny(batch_size=8), device=CPU),
+        "student": Trainer(tiny(2), device=CPU, teacher=teacher),
+    }.items():
         batch = next(trainer.batches())
         counts[name] = trainer.flops(batch)
         counts[name, "cached"] = trainer.flops(trainer.frozen_features(batch.images))
@@ -78,11 +81,19 @@ def test_counting_changes_nothing(teacher):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("name, bf16, float32", [
-    ("NVIDIA H100 80GB HBM3", 989.4, 66.9), ("NVIDIA H100 PCIe", 756, 51), ("NVIDIA H200", 989.4, 66.9),
-    ("NVIDIA A100-SXM4-80GB", 312, 19.5), ("NVIDIA A10", 125, 31.2), ("NVIDIA L40S", 362, 91.6),
-    ("NVIDIA L4", 121, 30.3), ("NVIDIA GeForce RTX 4090", 165.2, 82.6),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, bf16, float32",
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4, 66.9),
+        ("NVIDIA H100 PCIe", 756, 51),
+        ("NVIDIA H200", 989.4, 66.9),
+        ("NVIDIA A100-SXM4-80GB", 312, 19.5),
+        ("NVIDIA A10", 125, 31.2),
+        ("NVIDIA L40S", 362, 91.6),
+        ("NVIDIA L4", 121, 30.3),
+        ("NVIDIA GeForce RTX 4090", 165.2, 82.6),
+    ],
+)
 def test_peaks_by_name(name, bf16, float32):
     assert peak_by_name(name, "bf16") == 1e12 * bf16 and peak_by_name(name, "float32") == 1e12 * float32
     assert peak_by_name(name, "tf32") == 1e12 * bf16 / 2
@@ -121,7 +132,8 @@ def test_profile_and_mfu_of_a_run(tmp_path, monkeypatch, capsys):
     steps = {event["name"] for event in events if event.get("name", "").startswith("ProfilerStep")}
     assert len(steps) == 2 and "aten::" in (tmp_path / "run" / TABLE).read_text()
     lines = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
-    assert lines[-1]["step"] == STEPS and all({"step_ms", "mfu", "peak_memory"} <= line.keys() for line in lines
-                                              if line["kind"] != "validation")
+    assert lines[-1]["step"] == STEPS and all(
+        {"step_ms", "mfu", "peak_memory"} <= line.keys() for line in lines if line["kind"] != "validation"
+    )
     assert command.main([*words, "--profile", "-1"]) == 2
     assert "--profile -1: use the number of steps" in capsys.readouterr().err

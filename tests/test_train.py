@@ -81,11 +81,36 @@ def test_print_config_is_the_preset_with_what_was_given(capsys):
     fast = resolve("auto", torch.device("cpu"))
     assert printed_config(capsys, "--device", "cpu") == asdict(preset("scenes", precision=fast, compile="no"))
     assert printed_config(capsys, "--preset", "movi_e", "--precision", "bf16", "--compile", "yes") == asdict(
-        preset("movi_e", precision="bf16", compile="yes"))  # fmt: skip
-    changes = dict(precision="float32", compile="no", num_slots=9, lr=0.5, flip=True, att_weight_final=0.1,
-                   cache="none", feature_norm=False)  # fmt: skip
-    words = ["--num-slots", "9", "--lr", "0.5", "--flip", "--att-weight-final", "0.1", "--cache", "none",
-             "--no-feature-norm", "--data", "some/where", "--precision", "float32", "--compile", "no"]  # fmt: skip
+        preset("movi_e", precision="bf16", compile="yes")
+    )
+    changes = dict(
+        precision="float32",
+        compile="no",
+        num_slots=9,
+        lr=0.5,
+        flip=True,
+        att_weight_final=0.1,
+        cache="none",
+        feature_norm=False,
+    )
+    words = [
+        "--num-slots",
+        "9",
+        "--lr",
+        "0.5",
+        "--flip",
+        "--att-weight-final",
+        "0.1",
+        "--cache",
+        "none",
+        "--no-feature-norm",
+        "--data",
+        "some/where",
+        "--precision",
+        "float32",
+        "--compile",
+        "no",
+    ]
     expected = asdict(preset("scenes", data=os.path.abspath("some/where"), **changes))
     assert printed_config(capsys, *words) == expected
 
@@ -110,50 +135,64 @@ def test_help_shows_the_defaults_of_preset_and_stage(capsys):
         assert shown in text
 
 
-@pytest.mark.parametrize("words, sentence", [
-    ("--preset cocoa", "--preset cocoa is unknown: use one of scenes, coco, voc"),
-    ("--preset coco", "--preset coco needs --data PATH"),
-    ("--preset voc --data /no/such/folder", "--data /no/such/folder is not a folder"),
-    ("--num-slot 7", "unrecognized arguments: --num-slot 7"),
-    ("--epochs two", "argument --epochs: invalid int value: 'two'"),
-    ("--crop round", "argument --crop: invalid choice: 'round'"),
-    ("--epochs 0", "--epochs is 0: use 1 or more"),
-    ("--lr nan", "--lr is nan: use"),
-    ("--lr 0", "--lr is 0: nothing would be learned"),
-    ("--lr-low 1", "--lr-low 1.0 is above the peak --lr 0.001"),
-    ("--seed -1", "--seed is -1: use 0 or more"),
-    ("--threads 0", "--threads 0: use 1 or more"),
-    ("--slot-heads 5 --slot-dim 64", "--slot-heads 5 does not divide --slot-dim 64"),
-    ("--cappa 0.25", "--cappa 0.25 works in the standard patch order only: add --orders standard"),
-    ("--decoder mlp", "--decoder mlp works in the standard patch order only"),
-    ("--batch-size 100 --train-images 9", "9 training images, fewer than --batch-size 100"),
-    ("--warmup-steps 9000 --epochs 24", "--warmup-steps 9000 is 1125 epochs but --epochs is 24: use --warmup-steps 19"),
-    ("--dec-heads 5 --encoder-weights none", "this model cannot be built: "),
-    ("--device tpu:7", "--device tpu:7 cannot be used"),
-    ("--encoder vit_of_nobody", "--encoder vit_of_nobody is not a model timm knows"),
-    ("--encoder-weights nowhere.safetensors", "nowhere.safetensors is not a file"),
-    ("--image-size 30 --mask-size 30", "--image-size 30 is not a multiple"),
-    ("--teacher x", "--teacher x belongs to stage 2"),
-    ("--resume nowhere", "run nowhere is not a folder"),
-    ("--spike -1", "--spike is -1.0: use 0 or more"),
-    ("--spike 0.5", "--spike 0.5 calls ordinary losses leaps: use more than 1, or 0 for never"),
-    ("--cuda-graph yes --device cpu", "--cuda-graph yes needs an NVIDIA GPU, not cpu: use auto or no"),
-    ("--image-size 32 --encoder-weights none", "mask_size is 64 but scenes are drawn at 32: --mask-size must equal"),
-    ("--float8 --precision bf16 --device cpu", "--float8 needs an NVIDIA GPU of compute capability 8.9 or more"),
-    ("--float8 --precision float32", "--float8 belongs to --precision bf16, not float32: leave one out"),
-    ("--method dino", "--method dino is unknown: use one of spot, spot_ens"),
-    ("--accumulate 3", "--accumulate 3 does not divide the 8 pictures of a process"),
-    ("--precision tf32 --device cpu", "--precision tf32 needs an NVIDIA GPU"),
-    ("--profile -1", "--profile -1: use the number of steps to profile"),
-    ("--cache-dir /dev/null/x", "--cache-dir /dev/null/x is not a folder that can be made and written to"),
-    ("--preset folder --data {pictures} --encoder spot_scenes --image-size 16 --mask-size 16 --dec-heads 4 "
-     "--crop random --cache features", "--cache features: a random crop of image folder train has no end of outcomes"),
-    ("--preset folder --data {pictures} --sbd x --cache none --loader tape", "argument --loader: invalid choice"),
-    ("--stage 2", "stage 2 needs a teacher, but there is no finished stage 1 run of preset scenes in runs: train one "
-                  "with python -m spot_fast.train --stage 1"),
-])  # fmt: skip
-def test_bad_input_is_one_sentence_and_leaves_nothing(words, sentence, tmp_path, tmp_path_factory, monkeypatch,
-                                                      capsys):
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ("--preset cocoa", "--preset cocoa is unknown: use one of scenes, coco, voc"),
+        ("--preset coco", "--preset coco needs --data PATH"),
+        ("--preset voc --data /no/such/folder", "--data /no/such/folder is not a folder"),
+        ("--num-slot 7", "unrecognized arguments: --num-slot 7"),
+        ("--epochs two", "argument --epochs: invalid int value: 'two'"),
+        ("--crop round", "argument --crop: invalid choice: 'round'"),
+        ("--epochs 0", "--epochs is 0: use 1 or more"),
+        ("--lr nan", "--lr is nan: use"),
+        ("--lr 0", "--lr is 0: nothing would be learned"),
+        ("--lr-low 1", "--lr-low 1.0 is above the peak --lr 0.001"),
+        ("--seed -1", "--seed is -1: use 0 or more"),
+        ("--threads 0", "--threads 0: use 1 or more"),
+        ("--slot-heads 5 --slot-dim 64", "--slot-heads 5 does not divide --slot-dim 64"),
+        ("--cappa 0.25", "--cappa 0.25 works in the standard patch order only: add --orders standard"),
+        ("--decoder mlp", "--decoder mlp works in the standard patch order only"),
+        ("--batch-size 100 --train-images 9", "9 training images, fewer than --batch-size 100"),
+        (
+            "--warmup-steps 9000 --epochs 24",
+            "--warmup-steps 9000 is 1125 epochs but --epochs is 24: use --warmup-steps 19",
+        ),
+        ("--dec-heads 5 --encoder-weights none", "this model cannot be built: "),
+        ("--device tpu:7", "--device tpu:7 cannot be used"),
+        ("--encoder vit_of_nobody", "--encoder vit_of_nobody is not a model timm knows"),
+        ("--encoder-weights nowhere.safetensors", "nowhere.safetensors is not a file"),
+        ("--image-size 30 --mask-size 30", "--image-size 30 is not a multiple"),
+        ("--teacher x", "--teacher x belongs to stage 2"),
+        ("--resume nowhere", "run nowhere is not a folder"),
+        ("--spike -1", "--spike is -1.0: use 0 or more"),
+        ("--spike 0.5", "--spike 0.5 calls ordinary losses leaps: use more than 1, or 0 for never"),
+        ("--cuda-graph yes --device cpu", "--cuda-graph yes needs an NVIDIA GPU, not cpu: use auto or no"),
+        (
+            "--image-size 32 --encoder-weights none",
+            "mask_size is 64 but scenes are drawn at 32: --mask-size must equal",
+        ),
+        ("--float8 --precision bf16 --device cpu", "--float8 needs an NVIDIA GPU of compute capability 8.9 or more"),
+        ("--float8 --precision float32", "--float8 belongs to --precision bf16, not float32: leave one out"),
+        ("--method dino", "--method dino is unknown: use one of spot, spot_ens"),
+        ("--accumulate 3", "--accumulate 3 does not divide the 8 pictures of a process"),
+        ("--precision tf32 --device cpu", "--precision tf32 needs an NVIDIA GPU"),
+        ("--profile -1", "--profile -1: use the number of steps to profile"),
+        ("--cache-dir /dev/null/x", "--cache-dir /dev/null/x is not a folder that can be made and written to"),
+        (
+            "--preset folder --data {pictures} --encoder spot_scenes --image-size 16 --mask-size 16 --dec-heads 4 "
+            "--crop random --cache features",
+            "--cache features: a random crop of image folder train has no end of outcomes",
+        ),
+        ("--preset folder --data {pictures} --sbd x --cache none --loader tape", "argument --loader: invalid choice"),
+        (
+            "--stage 2",
+            "stage 2 needs a teacher, but there is no finished stage 1 run of preset scenes in runs: train one "
+            "with python -m spot_fast.train --stage 1",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(words, sentence, tmp_path, tmp_path_factory, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pictures = make_pictures(tmp_path_factory.mktemp("pictures"), 8)
     small = ["--train-images", "64", "--val-images", "2", "--batch-size", "8", "--warmup-steps", "8"]
@@ -161,14 +200,17 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(words, sentence, tmp_path,
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("words, sentence", [
-    ("--num-slots 4", "has num_slots 3 but --num-slots is 4: both need the same number of slots"),
-    ("--image-size 40 --mask-size 40", "has image_size 32 but --image-size is 40: both need the same image size"),
-    ("--encoder vit_tiny_patch16_224", "has encoder spot_scenes but --encoder is vit_tiny_patch16_224"),
-    ("--no-feature-norm", "has feature_norm True but --feature-norm is False"),
-    ("--slot-heads 2", "--slot-heads 2: the student of stage 2 needs 1"),
-    ("--teacher nowhere", "run nowhere is not a folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ("--num-slots 4", "has num_slots 3 but --num-slots is 4: both need the same number of slots"),
+        ("--image-size 40 --mask-size 40", "has image_size 32 but --image-size is 40: both need the same image size"),
+        ("--encoder vit_tiny_patch16_224", "has encoder spot_scenes but --encoder is vit_tiny_patch16_224"),
+        ("--no-feature-norm", "has feature_norm True but --feature-norm is False"),
+        ("--slot-heads 2", "--slot-heads 2: the student of stage 2 needs 1"),
+        ("--teacher nowhere", "run nowhere is not a folder"),
+    ],
+)
 def test_a_teacher_that_does_not_fit(words, sentence, workplace, capsys):
     assert sentence in refused(capsys, "--stage", "2", *words.split())
 

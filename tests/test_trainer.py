@@ -56,8 +56,10 @@ def test_losses_fall_and_are_means(tmp_path):
 @pytest.mark.parametrize("stage, precision", [(1, "float32"), (2, "float32"), (1, "bf16"), (2, "bf16")])
 def test_cached_features_and_decoded_pictures_train_the_same(stage, precision, tmp_path, teacher):
     config = tiny(stage, precision=precision, feature_norm=True, epochs=2)
-    paths = [train(tmp_path, replace(config, cache=mode), teacher if stage == 2 else None)[0]
-             for mode in ("features", "none")]  # fmt: skip
+    paths = [
+        train(tmp_path, replace(config, cache=mode), teacher if stage == 2 else None)[0]
+        for mode in ("features", "none")
+    ]
     assert_same_run(*paths)
 
 
@@ -136,8 +138,9 @@ def test_a_stage_2_step_is_the_sum_of_its_parts(teacher):
 @pytest.mark.parametrize("stage, cache", [(1, "none"), (1, "features"), (2, "none")])
 def test_accumulated_parts_are_the_whole_batch(stage, cache, tmp_path, teacher):
     config = tiny(stage, epochs=2, cache=cache, slot_init="gaussian")
-    whole, parts = (train(tmp_path, replace(config, accumulate=count), teacher if stage == 2 else None)[0]
-                    for count in (1, 4))  # fmt: skip
+    whole, parts = (
+        train(tmp_path, replace(config, accumulate=count), teacher if stage == 2 else None)[0] for count in (1, 4)
+    )
     losses = [[line["loss"] for line in metrics(run) if line["kind"] != "validation"] for run in (whole, parts)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     with pytest.raises(UserError, match="--accumulate 3 does not divide the 4 pictures of a process"):

@@ -62,8 +62,11 @@ def test_dali_with_and_without_cache(on_files, tmp_path_factory, pictures, monke
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     jpegs = make_pictures(tmp_path_factory.mktemp("jpegs"), 22, size=(60, 45), ending="jpg")
     truncate(jpegs / "013.jpg")
-    monkeypatch.setattr(trainer_module, "open_set", lambda config, split: folder_module.Folder(
-        jpegs, image_size=config.image_size, flip=config.flip))  # fmt: skip
+    monkeypatch.setattr(
+        trainer_module,
+        "open_set",
+        lambda config, split: folder_module.Folder(jpegs, image_size=config.image_size, flip=config.flip),
+    )
     by_dali = [on_files(mode, small(loader="dali")) for mode in ("none", "features", "features", "pixels", "pixels")]
     for run in by_dali[1:]:
         assert_same_run(by_dali[0], run)
@@ -145,8 +148,11 @@ def test_a_run_goes_on_with_its_own_pictures_wherever_they_lie(tmp_path, monkeyp
         make_pictures(root, 22, size=(48, 32), seed=root.name == "other")
     (roots["copy"] / "000.png").write_bytes((roots["other"] / "000.png").read_bytes())
     given = ["own"]
-    monkeypatch.setattr(trainer_module, "open_set", lambda config, split: folder_module.Folder(
-        roots[given[0]], image_size=config.image_size))  # fmt: skip
+    monkeypatch.setattr(
+        trainer_module,
+        "open_set",
+        lambda config, split: folder_module.Folder(roots[given[0]], image_size=config.image_size),
+    )
     path, _ = train(tmp_path, small(epochs=1, cache="none"))
     given[0] = "other"
     with pytest.raises(UserError, match="cannot be resumed: 16 of 16 training images .*: give --data their folder"):

@@ -9,9 +9,16 @@ from spot_fast.data import Folder, transforms
 from spot_fast.errors import CorruptImage
 
 
-@pytest.mark.parametrize("width, height, expected", [
-    (640, 480, (298, 224)), (480, 640, (224, 298)), (500, 333, (336, 224)), (224, 224, (224, 224)), (1, 3, (224, 672)),
-])
+@pytest.mark.parametrize(
+    "width, height, expected",
+    [
+        (640, 480, (298, 224)),
+        (480, 640, (224, 298)),
+        (500, 333, (336, 224)),
+        (224, 224, (224, 224)),
+        (1, 3, (224, 672)),
+    ],
+)
 def test_minor_size_truncates(width, height, expected):
     assert transforms.minor_size(width, height, 224) == expected
 
@@ -42,17 +49,21 @@ def test_random_crop_reaches_both_ends():
 GREY = np.array([[0, 64], [128, 255]], np.uint8)
 
 
-@pytest.mark.parametrize("image, expected", [
-    (Image.fromarray(GREY), GREY),
-    (Image.fromarray(GREY.astype(np.uint16) * 257), GREY),
-    (Image.fromarray(GREY.astype(np.int32) * 257), GREY),
-    (Image.fromarray(GREY.astype(np.float32) / 255), GREY),
-    (Image.fromarray(GREY > 100), (GREY > 100) * 255),
-    (Image.fromarray(GREY).convert("P"), GREY),
-    (Image.fromarray(np.stack([GREY, GREY * 0 + 255], -1), "LA"), GREY),
-    (Image.fromarray(np.stack([GREY, GREY, GREY, GREY * 0], -1)), GREY * 0 + 255),
-    (Image.fromarray(255 - np.stack([GREY, GREY, GREY, GREY * 0 + 255], -1), "CMYK"), GREY),
-], ids=["grey", "16 bits", "32 bits", "float", "1 bit", "palette", "grey with alpha", "transparent", "cmyk"])
+@pytest.mark.parametrize(
+    "image, expected",
+    [
+        (Image.fromarray(GREY), GREY),
+        (Image.fromarray(GREY.astype(np.uint16) * 257), GREY),
+        (Image.fromarray(GREY.astype(np.int32) * 257), GREY),
+        (Image.fromarray(GREY.astype(np.float32) / 255), GREY),
+        (Image.fromarray(GREY > 100), (GREY > 100) * 255),
+        (Image.fromarray(GREY).convert("P"), GREY),
+        (Image.fromarray(np.stack([GREY, GREY * 0 + 255], -1), "LA"), GREY),
+        (Image.fromarray(np.stack([GREY, GREY, GREY, GREY * 0], -1)), GREY * 0 + 255),
+        (Image.fromarray(255 - np.stack([GREY, GREY, GREY, GREY * 0 + 255], -1), "CMYK"), GREY),
+    ],
+    ids=["grey", "16 bits", "32 bits", "float", "1 bit", "palette", "grey with alpha", "transparent", "cmyk"],
+)
 @pytest.mark.filterwarnings("ignore:.*mode.*parameter:DeprecationWarning")
 def test_every_mode_becomes_rgb(tmp_path, image, expected):
     path = tmp_path / "image.tif"
@@ -83,11 +94,16 @@ def test_corrupt_files_are_named(tmp_path, monkeypatch):
     for name in ("cut.jpg", "cut.png"):
         noise.save(tmp_path / name)
         content = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(content[:len(content) // 2])
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
     (tmp_path / "text.jpg").write_text("import os; os.abort()")
     (tmp_path / "empty.png").touch()
-    for name, reason in (("cut.jpg", "truncated"), ("cut.png", ""), ("text.jpg", "not an image of a known format"),
-                         ("empty.png", "not an image of a known format"), ("gone.png", "does not exist")):
+    for name, reason in (
+        ("cut.jpg", "truncated"),
+        ("cut.png", ""),
+        ("text.jpg", "not an image of a known format"),
+        ("empty.png", "not an image of a known format"),
+        ("gone.png", "does not exist"),
+    ):
         with pytest.raises(CorruptImage, match=rf"image .*{name} .*{reason}"):
             transforms.open_rgb(tmp_path / name)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)

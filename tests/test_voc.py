@@ -131,18 +131,33 @@ def test_what_is_missing_of_sbd_is_named(voc, sbd):
 PICTURES = {"site.v1.0": 1, "my photo 0": 1, "my photo": 1, "2007_000032": 1, "a.png": 1}
 
 
-@pytest.mark.parametrize("line, name", [
-    ("site.v1.0", "site.v1.0"), ("site.v1.0.jpg", "site.v1.0"), ("site.v1.0 1", "site.v1.0"),
-    ("my photo 0", "my photo 0"), ("my photo 0.JPG", "my photo 0"), ("my photo 0 -1", "my photo 0"),
-    ("my photo -1", "my photo"), ("my photo  1", "my photo"), ("2007_000032  1", "2007_000032"),
-    ("2007_000032 -1", "2007_000032"), ("2007_000032.jpg 2007_000032.png", "2007_000032"),
-    ("/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png", "2007_000032"),
-    ("img\\2007_000032.jpg", "2007_000032"), ("a.png", "a.png"), ("a.png.jpg", "a.png"),
-    ("  2007_000032\t", "2007_000032"),
-    # What is missing is called by its likeliest name.
-    ("2008_1 -1", "2008_1"), ("2008_1.jpg", "2008_1"), ("their photo 0", "their photo 0"), ("b.v1.0", "b.v1.0"),
-    ("x/b.jpg y/b.png", "b"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, name",
+    [
+        ("site.v1.0", "site.v1.0"),
+        ("site.v1.0.jpg", "site.v1.0"),
+        ("site.v1.0 1", "site.v1.0"),
+        ("my photo 0", "my photo 0"),
+        ("my photo 0.JPG", "my photo 0"),
+        ("my photo 0 -1", "my photo 0"),
+        ("my photo -1", "my photo"),
+        ("my photo  1", "my photo"),
+        ("2007_000032  1", "2007_000032"),
+        ("2007_000032 -1", "2007_000032"),
+        ("2007_000032.jpg 2007_000032.png", "2007_000032"),
+        ("/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png", "2007_000032"),
+        ("img\\2007_000032.jpg", "2007_000032"),
+        ("a.png", "a.png"),
+        ("a.png.jpg", "a.png"),
+        ("  2007_000032\t", "2007_000032"),
+        # What is missing is called by its likeliest name.
+        ("2008_1 -1", "2008_1"),
+        ("2008_1.jpg", "2008_1"),
+        ("their photo 0", "their photo 0"),
+        ("b.v1.0", "b.v1.0"),
+        ("x/b.jpg y/b.png", "b"),
+    ],
+)
 def test_names_in_lists(tmp_path, line, name):
     """Only a picture's ending is one; of spaces those pictures decide that there are."""
     (tmp_path / "val.txt").write_text(f"\n{line}\n\n")

@@ -69,14 +69,16 @@ def png(image: Image.Image) -> bytes:
 
 def clip(frames: Sequence[Image.Image], masks: Sequence[Image.Image]) -> bytes:
     """A clip with the features that are read, and some of each type around them."""
-    return example({
-        "depth": bytes_feature([b"\0" * 300]),
-        "metadata/depth_range": float_feature([0.5, 12.0]),
-        "segmentations": bytes_feature([png(mask) for mask in masks]),
-        "forward_flow": int_feature(range(1000)),
-        "video": bytes_feature([png(frame) for frame in frames]),
-        "metadata/num_frames": int_feature([len(frames)]),
-    })  # fmt: skip
+    return example(
+        {
+            "depth": bytes_feature([b"\0" * 300]),
+            "metadata/depth_range": float_feature([0.5, 12.0]),
+            "segmentations": bytes_feature([png(mask) for mask in masks]),
+            "forward_flow": int_feature(range(1000)),
+            "video": bytes_feature([png(frame) for frame in frames]),
+            "metadata/num_frames": int_feature([len(frames)]),
+        }
+    )
 
 
 def write_shards(folder: Path, name: str, shards: Sequence[Sequence[bytes]]) -> list[Path]:

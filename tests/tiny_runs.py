@@ -15,9 +15,23 @@ from spot_fast.config import Config, preset
 from spot_fast.run_folder import RunFolder
 from spot_fast.trainer import Outcome, Trainer
 
-CHANGES = dict(image_size=32, mask_size=32, train_images=26, val_images=6, encoder_weights="none", num_slots=3,
-               slot_dim=16, slot_mlp=16, precision="float32", dec_blocks=2, epochs=4, batch_size=4, warmup_steps=7,
-               log_every=4, eval_every=2)  # fmt: skip
+CHANGES = dict(
+    image_size=32,
+    mask_size=32,
+    train_images=26,
+    val_images=6,
+    encoder_weights="none",
+    num_slots=3,
+    slot_dim=16,
+    slot_mlp=16,
+    precision="float32",
+    dec_blocks=2,
+    epochs=4,
+    batch_size=4,
+    warmup_steps=7,
+    log_every=4,
+    eval_every=2,
+)
 STEPS = 24
 CPU = torch.device("cpu")
 TIMES = ("images_per_s", "step_ms", "mfu", "peak_memory")

@@ -41,8 +41,9 @@ def train(folder: Path, words: list[str], *, size: int = 2, prepare: str = "") -
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = [context.Process(target=_child, args=(folder, words, rank, size, port, prepare))
-                 for rank in range(size)]  # fmt: skip
+    processes = [
+        context.Process(target=_child, args=(folder, words, rank, size, port, prepare)) for rank in range(size)
+    ]
     with pytest.MonkeyPatch.context() as patch:  # the server's imports know nothing of this process's sys.path
         patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent), str(TESTS.parent / "kernels")]))
         for process in processes:
@@ -50,8 +51,11 @@ def train(folder: Path, words: list[str], *, size: int = 2, prepare: str = "") -
     ends: dict[int, float] = {}
     limit = time.monotonic() + LIMIT
     while len(ends) < size and time.monotonic() < limit:
-        ends |= {rank: time.monotonic() for rank, process in enumerate(processes)
-                 if rank not in ends and not process.is_alive()}  # fmt: skip
+        ends |= {
+            rank: time.monotonic()
+            for rank, process in enumerate(processes)
+            if rank not in ends and not process.is_alive()
+        }
         time.sleep(0.02)
     for process in processes:
         process.kill()
@@ -65,11 +69,22 @@ def _child(folder: Path, words: list[str], rank: int, size: int, port: int, prep
     from spot_fast.train import main
 
     os.chdir(folder)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SPOT_FAST_CACHE": str(folder / "cache")}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "SPOT_FAST_CACHE": str(folder / "cache"),
+    }
     torch.set_num_threads(1)
-    with (open(f"rank{rank}.out", "w") as out, open(f"rank{rank}.err", "w") as err,
-          contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):  # fmt: skip
+    with (
+        open(f"rank{rank}.out", "w") as out,
+        open(f"rank{rank}.err", "w") as err,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         if prepare:
             module, function = prepare.rsplit(".", 1)
             getattr(importlib.import_module(module), function)(rank)

@@ -94,19 +94,30 @@ def ceilings(recorder: Recorder, options: Options, time: Time) -> None:
         taken = spread(taken)
         times[product] = taken.median
         rate = product.flops(batch) / taken.median
-        recorder.add(f"{batch * product.rows:,} × {product.inputs} × {product.outputs}", product.kind, figure="µs",
-                     value=1e6 * taken.median, low=1e6 * taken.low, high=1e6 * taken.high, error=wrong, allowed=1e-2,
-                     verdict=GO if wrong <= 1e-2 else NO_GO,
-                     note=f"{rate / 1e12:.0f} TFLOP/s, {100 * rate / found.flops['bfloat16']:.0f} % of the large "
-                     "product")  # fmt: skip
+        recorder.add(
+            f"{batch * product.rows:,} × {product.inputs} × {product.outputs}",
+            product.kind,
+            figure="µs",
+            value=1e6 * taken.median,
+            low=1e6 * taken.low,
+            high=1e6 * taken.high,
+            error=wrong,
+            allowed=1e-2,
+            verdict=GO if wrong <= 1e-2 else NO_GO,
+            note=f"{rate / 1e12:.0f} TFLOP/s, {100 * rate / found.flops['bfloat16']:.0f} % of the large product",
+        )
     for stage, pair in both.items():
         whole = batch * step_flops.step(*pair, cached=True)
         measured = sum(times[product] * count for product, count in counts[stage].items())
         rest = whole - sum(product.flops(batch) * count for product, count in counts[stage].items())
-        recorder.add(f"stage {stage}", "floor of its products", figure="ms a step",
-                     value=1e3 * (measured + rest / found.flops["bfloat16"]),
-                     note=f"{sum(counts[stage].values())} products; at the large product's rate "
-                     f"{1e3 * whole / found.flops['bfloat16']:.3g} ms")  # fmt: skip
+        recorder.add(
+            f"stage {stage}",
+            "floor of its products",
+            figure="ms a step",
+            value=1e3 * (measured + rest / found.flops["bfloat16"]),
+            note=f"{sum(counts[stage].values())} products; at the large product's rate "
+            f"{1e3 * whole / found.flops['bfloat16']:.3g} ms",
+        )
 
 
 if __name__ == "__main__":

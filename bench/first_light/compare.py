@@ -13,8 +13,16 @@ from kernel_clock import Call, DeviceClock, captured, clock_of, samples, spread
 from kernel_rows import EAGER
 
 
-def compare(recorder: Recorder, options: Options, subject: str, problem: Problem, names: Mapping[str, str],
-            exact: Mapping[str, Function] | None = None, *, backward: bool = True) -> list[Row]:  # fmt: skip
+def compare(
+    recorder: Recorder,
+    options: Options,
+    subject: str,
+    problem: Problem,
+    names: Mapping[str, str],
+    exact: Mapping[str, Function] | None = None,
+    *,
+    backward: bool = True,
+) -> list[Row]:
     """Rows of the problem's techniques, forward and backward; names: technique → what the row calls it.
 
     exact: of techniques that compute another function than the problem's, theirs. A technique that is wrong, that does
@@ -64,9 +72,18 @@ def compare(recorder: Recorder, options: Options, subject: str, problem: Problem
     each = len(sets) if options.gpu else 1
     for name, values in taken.items():
         found = spread([value / each for value in values])
-        rows.append(recorder.add(subject, name, figure="µs forward and backward" if backward else "µs forward",
-                                 value=1e6 * found.median, low=1e6 * found.low, high=1e6 * found.high,
-                                 error=errors[name], verdict=GO))  # fmt: skip
+        rows.append(
+            recorder.add(
+                subject,
+                name,
+                figure="µs forward and backward" if backward else "µs forward",
+                value=1e6 * found.median,
+                low=1e6 * found.low,
+                high=1e6 * found.high,
+                error=errors[name],
+                verdict=GO,
+            )
+        )
     return rows
 
 

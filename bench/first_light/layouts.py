@@ -61,12 +61,22 @@ def attention(options: Options) -> tuple[Problem, dict[str, str], dict[str, Func
 
     plain = reference.permuted_causal_attention
     techniques: dict[str, Callable[[], Function]] = {
-        OURS: lambda: spot_kernels.permuted_causal_attention, EAGER: lambda: plain, SDPA: lambda: gathered,
-        FLEX: lambda: flex(tokens, device), _FLASH: lambda: causal(SDPBackend.FLASH_ATTENTION),
-        _CUDNN: lambda: causal(SDPBackend.CUDNN_ATTENTION), _DEFAULT: lambda: causal(None),
-    }  # fmt: skip
-    names = {OURS: "raster, ours", SDPA: "raster, gathered", FLEX: "raster, Flex", _FLASH: _FLASH, _CUDNN: _CUDNN,
-             _DEFAULT: _DEFAULT}  # fmt: skip
+        OURS: lambda: spot_kernels.permuted_causal_attention,
+        EAGER: lambda: plain,
+        SDPA: lambda: gathered,
+        FLEX: lambda: flex(tokens, device),
+        _FLASH: lambda: causal(SDPBackend.FLASH_ATTENTION),
+        _CUDNN: lambda: causal(SDPBackend.CUDNN_ATTENTION),
+        _DEFAULT: lambda: causal(None),
+    }
+    names = {
+        OURS: "raster, ours",
+        SDPA: "raster, gathered",
+        FLEX: "raster, Flex",
+        _FLASH: _FLASH,
+        _CUDNN: _CUDNN,
+        _DEFAULT: _DEFAULT,
+    }
     if not options.gpu:
         del names[FLEX]  # compiling it takes a CPU longer than all else
     identity = torch.arange(tokens, device=device)
@@ -92,8 +102,9 @@ def layouts(recorder: Recorder, options: Options, time: Time) -> None:
     problem, names, exact = attention(options)
     with fresh_compiler():
         rows = compare(recorder, options, "decoder's self-attention", problem, names, exact)
-    once = compare(recorder, options, "indexing the target", indexing(options), {EAGER: "order, once a step"},
-                   backward=False)  # fmt: skip
+    once = compare(
+        recorder, options, "indexing the target", indexing(options), {EAGER: "order, once a step"}, backward=False
+    )
     ours = next((row for row in rows if row.variant == names[OURS] and row.value is not None), None)
     order = best_of([row for row in rows if row.variant.startswith("order")])
     if ours is None or order is None or not once or once[0].value is None:
@@ -102,8 +113,13 @@ def layouts(recorder: Recorder, options: Options, time: Time) -> None:
     raster_us, order_us = BLOCKS * ours.value, BLOCKS * order.value + once[0].value
     faster = "raster stays" if raster_us <= order_us else "order layout wins"
     recorder.add("a step of four blocks", "raster", figure="µs", value=raster_us)
-    recorder.add("a step of four blocks", "order", figure="µs", value=order_us,
-                 note=f"{faster}: {abs(raster_us - order_us):.0f} µs a step, by {order.variant}")  # fmt: skip
+    recorder.add(
+        "a step of four blocks",
+        "order",
+        figure="µs",
+        value=order_us,
+        note=f"{faster}: {abs(raster_us - order_us):.0f} µs a step, by {order.variant}",
+    )
 
 
 if __name__ == "__main__":

@@ -63,8 +63,14 @@ def check(case: Case, repeats: int) -> list[Row]:
     for _ in range(repeats - 1):
         again = evaluate(ours, inputs, problem.parameters, grads)
         different += not all(map(torch.equal, _tensors(first), _tensors(again)))
-    rows.append(Row(**about, figure=f"the same bits {repeats} times", verdict=NO_GO if different else GO,
-                    note=f"{different} of {repeats - 1} differ" if different else ""))  # fmt: skip
+    rows.append(
+        Row(
+            **about,
+            figure=f"the same bits {repeats} times",
+            verdict=NO_GO if different else GO,
+            note=f"{different} of {repeats - 1} differ" if different else "",
+        )
+    )
     return rows
 
 
@@ -163,8 +169,13 @@ def start_sanitizer(name: str) -> tuple[str, subprocess.Popen | None]:
     if tool is None:
         return name, None
     command = [tool, "--tool", "racecheck", "--error-exitcode", "9", sys.executable, __file__, "--once", name]
-    return name, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                  env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})  # fmt: skip
+    return name, subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )
 
 
 def report_sanitizer(recorder: Recorder, started: tuple[str, subprocess.Popen | None], time: Time) -> None:
@@ -198,8 +209,10 @@ def once(name: str, device: torch.device) -> None:
             maps = (torch.randint(slots, (2, 196), generator=generator).to(device) for _ in range(2))
             spot_kernels.match_masks(*maps, slots)
     else:
-        q, k, v = (torch.randn(1, 2, 196, 128, generator=generator).to(device, torch.bfloat16).requires_grad_()
-                   for _ in range(3))  # fmt: skip
+        q, k, v = (
+            torch.randn(1, 2, 196, 128, generator=generator).to(device, torch.bfloat16).requires_grad_()
+            for _ in range(3)
+        )
         order = torch.randperm(196, generator=generator).to(device)
         spot_kernels.permuted_causal_attention(q, k, v, order).float().square().sum().backward()
     if device.type == "cuda":

@@ -66,8 +66,20 @@ class Row:
         return "  ".join(filter(None, (*words, self.verdict.upper(), self.note)))
 
 
-_ABOUT = ("run", "date", "time", "card", "sm_mhz", "memory_mhz", "driver", "torch", "triton", "cuda", "commit",
-          "rehearsal")  # fmt: skip
+_ABOUT = (
+    "run",
+    "date",
+    "time",
+    "card",
+    "sm_mhz",
+    "memory_mhz",
+    "driver",
+    "torch",
+    "triton",
+    "cuda",
+    "commit",
+    "rehearsal",
+)
 _TEXTS = ("part", "subject", "variant", "figure", "verdict", "note")
 
 
@@ -88,8 +100,10 @@ class Recorder:
         print(row, flush=True)
         mhz = dict(zip(("sm_mhz", "memory_mhz"), clocks.now(), strict=True))
         about = self.facts | mhz | {"time": f"{datetime.now():%H:%M:%S}", "rehearsal": "yes" * self.rehearsal}
-        numbers = {name: f"{value:.6g}" if isinstance(value, float) else "" if value is None else value
-                   for name, value in asdict(row).items()}  # fmt: skip
+        numbers = {
+            name: f"{value:.6g}" if isinstance(value, float) else "" if value is None else value
+            for name, value in asdict(row).items()
+        }
         new = not self.path.exists()
         with open(self.path, "a", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, (*_ABOUT, *(field.name for field in fields(Row))), lineterminator="\n")
@@ -108,8 +122,9 @@ def read(path: Path) -> list[tuple[dict[str, str], Row]]:
         with open(path, encoding="utf-8", newline="") as file:
             for line in csv.DictReader(file):
                 values = {field.name: line[field.name] for field in fields(Row)}
-                values = {name: value if name in _TEXTS else float(value) if value else None
-                          for name, value in values.items()}  # fmt: skip
+                values = {
+                    name: value if name in _TEXTS else float(value) if value else None for name, value in values.items()
+                }
                 found.append(({name: line[name] for name in _ABOUT}, Row(**values)))
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a result of first_light ({type(error).__name__}: {error})") from None
@@ -131,10 +146,16 @@ def facts() -> dict[str, str]:
         version = "none"
     now = datetime.now()
     (driver,) = (nvidia_smi("driver_version", 5) if gpu else None) or ("",)
-    return {"run": os.environ.get("FIRST_LIGHT_RUN") or f"{now:%Y-%m-%d %H:%M:%S}", "date": f"{now:%Y-%m-%d}",
-            "card": torch.cuda.get_device_name() if gpu else f"cpu {cpu_name()}", "driver": driver,
-            "torch": torch.__version__, "triton": version, "cuda": torch.version.cuda or "none",
-            "commit": commit() or os.environ.get("COMMIT", "")}  # fmt: skip
+    return {
+        "run": os.environ.get("FIRST_LIGHT_RUN") or f"{now:%Y-%m-%d %H:%M:%S}",
+        "date": f"{now:%Y-%m-%d}",
+        "card": torch.cuda.get_device_name() if gpu else f"cpu {cpu_name()}",
+        "driver": driver,
+        "torch": torch.__version__,
+        "triton": version,
+        "cuda": torch.version.cuda or "none",
+        "commit": commit() or os.environ.get("COMMIT", ""),
+    }
 
 
 class _Clocks:
@@ -225,5 +246,6 @@ def reason(error: BaseException) -> str:
 
 def best_of(rows: Sequence[Row]) -> Row | None:
     """The row of least value among those that passed their check."""
-    return min((row for row in rows if row.value is not None and row.verdict != NO_GO), key=lambda row: row.value,
-               default=None)  # fmt: skip
+    return min(
+        (row for row in rows if row.value is not None and row.verdict != NO_GO), key=lambda row: row.value, default=None
+    )

@@ -26,17 +26,23 @@ from kernel_rows import COMPILE, OURS
 
 # Operator and the beginning of its shape.
 WANTED = {
-    "slot_attention_step": "SPOT 64", "slot_cross_attention": "decoder, map", "slot_cross_map": "teacher",
-    "gru_norm": "SPOT", "shift_by_order": "decoder", "match_masks": "SPOT", "linear_assignment": "64 of 7",
+    "slot_attention_step": "SPOT 64",
+    "slot_cross_attention": "decoder, map",
+    "slot_cross_map": "teacher",
+    "gru_norm": "SPOT",
+    "shift_by_order": "decoder",
+    "match_masks": "SPOT",
+    "linear_assignment": "64 of 7",
     "SlotAttention": "SPOT",
-}  # fmt: skip
+}
 # What ncu looks at, and the kernels of it.
 COUNTED = {"slot_attention_step": "_forward_kernel|_backward_kernel", "permuted_causal_attention": "_forward|_backward"}
 _METRICS = {
-    "gpu__time_duration.sum": "ns", "dram__throughput.avg.pct_of_peak_sustained_elapsed": "% of memory",
+    "gpu__time_duration.sum": "ns",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "% of memory",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "% of multiprocessors",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "% of warps",
-}  # fmt: skip
+}
 _NCU_SECONDS = 40.0
 
 
@@ -57,12 +63,22 @@ def rivals(recorder: Recorder, options: Options, time: Time) -> None:
             continue
         names = {technique: technique for technique in (OURS, OURS_COMPILED, COMPILE) if technique in case.techniques}
         with fresh_compiler():
-            rows = compare(recorder, options, f"{case.operator}, {case.shape}", case.build(), names,
-                           backward=case.backward is not None)  # fmt: skip
+            rows = compare(
+                recorder,
+                options,
+                f"{case.operator}, {case.shape}",
+                case.build(),
+                names,
+                backward=case.backward is not None,
+            )
         times = {row.variant: row.value for row in rows if row.value is not None}
         for name in {OURS, OURS_COMPILED} & times.keys() if COMPILE in times else ():
-            recorder.add(f"{case.operator}, {case.shape}", name, figure="× as fast as torch.compile",
-                         value=times[COMPILE] / times[name])  # fmt: skip
+            recorder.add(
+                f"{case.operator}, {case.shape}",
+                name,
+                figure="× as fast as torch.compile",
+                value=times[COMPILE] / times[name],
+            )
     for name in COUNTED:
         if options.rehearse:
             recorder.add("ncu", name, verdict=ABSENT, note="there is no GPU to count on")
@@ -74,9 +90,24 @@ def rivals(recorder: Recorder, options: Options, time: Time) -> None:
 
 
 def command_of(name: str) -> list[str]:
-    return ["ncu", "--clock-control", "none", "--csv", "--kernel-name", f"regex:{COUNTED[name]}", "--launch-skip", "6",
-            "--launch-count", "6", "--metrics", ",".join(_METRICS), sys.executable, __file__, "--once",
-            name]  # fmt: skip
+    return [
+        "ncu",
+        "--clock-control",
+        "none",
+        "--csv",
+        "--kernel-name",
+        f"regex:{COUNTED[name]}",
+        "--launch-skip",
+        "6",
+        "--launch-count",
+        "6",
+        "--metrics",
+        ",".join(_METRICS),
+        sys.executable,
+        __file__,
+        "--once",
+        name,
+    ]
 
 
 def count(recorder: Recorder, name: str, time: Time) -> None:
@@ -84,8 +115,9 @@ def count(recorder: Recorder, name: str, time: Time) -> None:
         recorder.add("ncu", name, verdict=ABSENT, note="ncu is not installed")
         return
     try:
-        done = subprocess.run(command_of(name), capture_output=True, text=True,
-                              timeout=max(1.0, min(_NCU_SECONDS, time.left - 2)))  # fmt: skip
+        done = subprocess.run(
+            command_of(name), capture_output=True, text=True, timeout=max(1.0, min(_NCU_SECONDS, time.left - 2))
+        )
     except subprocess.TimeoutExpired:
         recorder.add("ncu", name, verdict=LATE)
         return

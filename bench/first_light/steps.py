@@ -63,8 +63,9 @@ class Stage:
     @functools.cached_property
     def forward(self) -> Callable:
         """The compiled forward pass."""
-        made = Compiled(self.trainer.losses, self.trainer.parameters, backend="inductor" if self.options.gpu else
-                        "eager")  # fmt: skip
+        made = Compiled(
+            self.trainer.losses, self.trainer.parameters, backend="inductor" if self.options.gpu else "eager"
+        )
         made.say = lambda text: None
         return made
 
@@ -185,8 +186,15 @@ def same_steps(stage: Stage, recorder: Recorder, subject: str, kept: list[Tensor
     allowed = max(ROOM * repeat.item(), 1e-3)
     right = apart.item() <= allowed and moved.item() > 0
     bits = "the same bits" if torch.equal(graphed, plain) else f"plain steps repeat to {repeat.item():.1e}"
-    recorder.add(subject, GRAPH, figure=f"{steps} steps are {steps} plain ones", error=apart.item(), allowed=allowed,
-                 verdict=GO if right else NO_GO, note=bits)  # fmt: skip
+    recorder.add(
+        subject,
+        GRAPH,
+        figure=f"{steps} steps are {steps} plain ones",
+        error=apart.item(),
+        allowed=allowed,
+        verdict=GO if right else NO_GO,
+        note=bits,
+    )
 
 
 # ---- time
@@ -243,9 +251,18 @@ def timed(stage: Stage, recorder: Recorder, subject: str, variant: str, checks: 
     note = f"{1e3 * batch / found.median:,.0f} images/s" + (f", {memory:.2f} GB" if memory else "")
     if variant == GRAPH:
         note += ", recorded" if stage.trainer.update.recorded else ", NOT recorded"
-    return recorder.add(subject, variant, figure="ms a step", value=found.median, low=found.low, high=found.high,
-                        error=error, allowed=checks.allowed, verdict=GO if error <= checks.allowed else NO_GO,
-                        note=note)  # fmt: skip
+    return recorder.add(
+        subject,
+        variant,
+        figure="ms a step",
+        value=found.median,
+        low=found.low,
+        high=found.high,
+        error=error,
+        allowed=checks.allowed,
+        verdict=GO if error <= checks.allowed else NO_GO,
+        note=note,
+    )
 
 
 def profile(stage: Stage, recorder: Recorder, subject: str) -> None:
@@ -274,9 +291,15 @@ def steps(recorder: Recorder, options: Options, time: Time, number: int) -> None
     subject = f"stage {number}"
     with stage_of(number, options) as stage:
         checks = Checks(stage)
-        recorder.add(subject, EAGER, figure="gradients, bfloat16 beside float32 PyTorch", error=checks.found[EAGER],
-                     allowed=checks.allowed, verdict=GO if checks.found[EAGER] <= checks.allowed else NO_GO,
-                     note=f"plain PyTorch {checks.plain:.1e}")  # fmt: skip
+        recorder.add(
+            subject,
+            EAGER,
+            figure="gradients, bfloat16 beside float32 PyTorch",
+            error=checks.found[EAGER],
+            allowed=checks.allowed,
+            verdict=GO if checks.found[EAGER] <= checks.allowed else NO_GO,
+            note=f"plain PyTorch {checks.plain:.1e}",
+        )
         rows = []
         for variant in (EAGER, COMPILED, GRAPH):
             try:

@@ -28,9 +28,15 @@ def machines(found: Found, run: str = "") -> dict[tuple[str, ...], Found]:
     for about, row in found:
         runs = newest.setdefault(_machine(about), {})
         runs[row.part] = run or max(runs.get(row.part, ""), about["run"])
-    return {machine: kept for machine, runs in newest.items()
-            if (kept := [(about, row) for about, row in found
-                         if _machine(about) == machine and about["run"] == runs[row.part]])}  # fmt: skip
+    return {
+        machine: kept
+        for machine, runs in newest.items()
+        if (
+            kept := [
+                (about, row) for about, row in found if _machine(about) == machine and about["run"] == runs[row.part]
+            ]
+        )
+    }
 
 
 def _machine(about: dict[str, str]) -> tuple[str, ...]:
@@ -45,9 +51,14 @@ def tables(found: Found) -> str:
         if not rows:
             continue
         about = rows[0][0]
-        lines += ["", f"**{part}**, {about['card']}, torch {about['torch']}, triton {about['triton']}, {about['date']}"
-                  + (" (a rehearsal)" if about["rehearsal"] else ""), "",
-                  "| what | of | figure | p20 to p80 | error, allowed | |", "|---|---|---|---|---|---|"]  # fmt: skip
+        lines += [
+            "",
+            f"**{part}**, {about['card']}, torch {about['torch']}, triton {about['triton']}, {about['date']}"
+            + (" (a rehearsal)" if about["rehearsal"] else ""),
+            "",
+            "| what | of | figure | p20 to p80 | error, allowed | |",
+            "|---|---|---|---|---|---|",
+        ]
         lines += [_line(row) for _, row in rows]
     return "\n".join(lines).strip()
 
@@ -58,13 +69,21 @@ def _line(row: Row) -> str:
     error = "" if row.error is None else f"{row.error:.1e}"
     error += "" if row.allowed is None else f", {row.allowed:.1e}"
     return f"| {row.subject} | {row.variant} | {figure} | {between} | {error} | {row.verdict} {row.note} |".replace(
-        "  |", " |")  # fmt: skip
+        "  |", " |"
+    )
 
 
 def fastest(rows: Sequence[Row], stage: int) -> Row | None:
     """The fastest variant of a stage whose check passed."""
-    found = [row for row in rows if row.part == "steps" and row.subject == f"stage {stage}"
-             and row.figure == "ms a step" and row.variant != "aim" and row.verdict != NO_GO]  # fmt: skip
+    found = [
+        row
+        for row in rows
+        if row.part == "steps"
+        and row.subject == f"stage {stage}"
+        and row.figure == "ms a step"
+        and row.variant != "aim"
+        and row.verdict != NO_GO
+    ]
     return min(found, key=lambda row: row.value, default=None)
 
 
@@ -83,8 +102,10 @@ def last_line(found: Found) -> str:
     if all(best.values()):
         minutes = sum(COCO_STEPS * row.value for row in best.values()) / 60e3
         over = minutes - COCO_MINUTES
-        parts.append(f"COCO, {COCO_STEPS:,} steps a stage: {minutes:.1f} minutes, aim {COCO_MINUTES:g}: "
-                     + (f"missed by {over:.1f}" if over > 0 else f"met by {-over:.1f}"))  # fmt: skip
+        parts.append(
+            f"COCO, {COCO_STEPS:,} steps a stage: {minutes:.1f} minutes, aim {COCO_MINUTES:g}: "
+            + (f"missed by {over:.1f}" if over > 0 else f"met by {-over:.1f}")
+        )
     wrong = sorted({f"{row.part}: {row.subject}" for row in rows if row.verdict == NO_GO})
     if wrong:
         parts.append(f"NO GO in {len(wrong)}: {', '.join(wrong[:6])}" + (", …" if len(wrong) > 6 else ""))

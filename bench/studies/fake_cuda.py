@@ -264,8 +264,10 @@ class Study:
     def evaluation(self) -> None:
         truths = [GroundTruth(protocol, self.val_set) for protocol in chosen("spot")]
         with _disable_current_modes():
-            batch = [(index, self.val_set.val_image(index), [truth.masks(index, {}) for truth in truths])
-                     for index in range(2)]  # fmt: skip
+            batch = [
+                (index, self.val_set.val_image(index), [truth.masks(index, {}) for truth in truths])
+                for index in range(2)
+            ]
         run = _Pass(self.trainer.model.eval(), 0, [truth.protocol for truth in truths], (), "bf16")
         run.add([self.val_set.label(index) for index, _, _ in batch], *zip(*batch, strict=True))
 
@@ -305,8 +307,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2], choices=(1, 2))
     args = parser.parse_args(argv)
     if torch.version.cuda is None or not dispatch.TRITON:
-        print(f"error: PyTorch {torch.__version__} is not built for CUDA, or there is no Triton: install its CUDA "
-              "build, which needs no driver for this", file=sys.stderr)  # fmt: skip
+        print(
+            f"error: PyTorch {torch.__version__} is not built for CUDA, or there is no Triton: install its CUDA "
+            "build, which needs no driver for this",
+            file=sys.stderr,
+        )
         return 2
     sections = study(args.stages, tiny=args.tiny)
     print(report(sections))

@@ -24,10 +24,27 @@ _OF_EVERY_MODULE = (set(dir(nn.Module)) | set(vars(nn.Module()))) - {"__dict__",
 _LIBRARIES = {"torch", "numpy", "math", "einops", "typing", "builtins"}
 # What published classes call the sizes of their layers.
 _WIDTHS = {
-    "dim", "embed_dim", "feature_dim", "feature_size", "hidden_dim", "hidden_size", "in_dim", "in_features",
-    "inner_dim", "inp_dim", "input_dim", "input_size", "kvq_dim", "mlp_hidden_size", "mlp_size", "out_dim", "out_size",
-    "slot_dim", "slot_size", "slots_dim",
-}  # fmt: skip
+    "dim",
+    "embed_dim",
+    "feature_dim",
+    "feature_size",
+    "hidden_dim",
+    "hidden_size",
+    "in_dim",
+    "in_features",
+    "inner_dim",
+    "inp_dim",
+    "input_dim",
+    "input_size",
+    "kvq_dim",
+    "mlp_hidden_size",
+    "mlp_size",
+    "out_dim",
+    "out_size",
+    "slot_dim",
+    "slot_size",
+    "slots_dim",
+}
 _SELF, _NOTHING = object(), object()
 # A function and what it calls the module, empty where that is none of its arguments.
 _Code = tuple[FunctionType, str]

@@ -93,45 +93,67 @@ _DROP_PATH = named("DropPath", "Identity")
 _MLP = chain(linear("U", "M"), Layer(nn.ReLU), linear("M", "U"))
 _NORM_MLP = chain(norm("U"), linear("U", "M"), Layer(nn.ReLU), linear("M", "U"))
 _LUCIDRAINS = {
-    "to_q": linear("D", "D"), "to_k": linear("D", "D"), "to_v": linear("D", "D"), "gru": gru("D", "D"),
-    "norm_input": norm("D"), "norm_slots": norm("D"), "norm_pre_ff": norm("D"),
-}  # fmt: skip
+    "to_q": linear("D", "D"),
+    "to_k": linear("D", "D"),
+    "to_v": linear("D", "D"),
+    "gru": gru("D", "D"),
+    "norm_input": norm("D"),
+    "norm_slots": norm("D"),
+    "norm_pre_ff": norm("D"),
+}
 _LUCIDRAINS_NUMBERS = {"num_slots": int, "iters": int, "eps": _FLOAT, "scale": _FLOAT}
 _SLATE = {
-    "norm_inputs": norm("D"), "norm_slots": norm("U"), "norm_mlp": norm("U"),
-    "project_q": linear("U", "U", bias=False), "project_k": linear("D", "U", bias=False),
-    "project_v": linear("D", "U", bias=False), "gru": gru("U", "U"), "mlp": _MLP,
-}  # fmt: skip
+    "norm_inputs": norm("D"),
+    "norm_slots": norm("U"),
+    "norm_mlp": norm("U"),
+    "project_q": linear("U", "U", bias=False),
+    "project_k": linear("D", "U", bias=False),
+    "project_v": linear("D", "U", bias=False),
+    "gru": gru("U", "U"),
+    "mlp": _MLP,
+}
 _SLATE_NUMBERS = {"num_iterations": int, "num_slots": int, "slot_size": int, "epsilon": _FLOAT}
 _BO_QSA = {("norm_feature" if name == "norm_inputs" else name): layer for name, layer in _SLATE.items()}
 _SLOTFORMER = ClassShape(
     "SlotAttention",
     {
-        "norm_inputs": norm("D"), "project_q": chain(norm("U"), linear("U", "U", bias=False)),
-        "project_k": linear("D", "U", bias=False), "project_v": linear("D", "U", bias=False),
-        "gru": gru("U", "U"), "mlp": _NORM_MLP,
+        "norm_inputs": norm("D"),
+        "project_q": chain(norm("U"), linear("U", "U", bias=False)),
+        "project_k": linear("D", "U", bias=False),
+        "project_v": linear("D", "U", bias=False),
+        "gru": gru("U", "U"),
+        "mlp": _NORM_MLP,
     },
     {"num_iterations": int, "num_slots": int, "slot_size": int, "eps": _FLOAT, "attn_scale": _FLOAT},
-)  # fmt: skip
+)
 _OCBENCH = ClassShape(
     "SlotAttention",
     {
-        "norm1q": norm("U"), "proj_q": linear("U", "U", bias=False), "norm1kv": norm("D"),
-        "proj_k": linear("D", "U", bias=False), "proj_v": linear("D", "U", bias=False),
-        "rnn": gru("U", "U"), "norm2": norm("U"), "ffn": _ANY,
+        "norm1q": norm("U"),
+        "proj_q": linear("U", "U", bias=False),
+        "norm1kv": norm("D"),
+        "proj_k": linear("D", "U", bias=False),
+        "proj_v": linear("D", "U", bias=False),
+        "rnn": gru("U", "U"),
+        "norm2": norm("U"),
+        "ffn": _ANY,
     },
     {"num_iter": int, "trunc_bp": (str, type(None))},
-)  # fmt: skip
+)
 _LSD_FILE = "JindongJiang/latent-slot-diffusion, src/models/slot_attn.py"
 _LSD = ClassShape(
     "MultiHeadSTEVESA",
     {
-        **_SLATE, "pos": _ANY, "in_layer_norm": norm("D"), "in_mlp": _ANY, "out_layer_norm": norm("U"),
+        **_SLATE,
+        "pos": _ANY,
+        "in_layer_norm": norm("D"),
+        "in_mlp": _ANY,
+        "out_layer_norm": norm("U"),
         "out_linear": linear("U", "O"),
     },
     {**_SLATE_NUMBERS, "num_heads": int, "learnable_slot_init": bool, "bi_level": bool},
     {"slot_mu": (1, 1, "U"), "slot_log_sigma": (1, 1, "U")},
-)  # fmt: skip
+)
 
 _EVELINEHONG = ClassShape(
     "SlotAttention",
@@ -187,9 +209,14 @@ _PUBLISHED = (
         ClassShape(
             "MultiHeadSlotAttention",
             {
-                **_LUCIDRAINS, "to_q": linear("D", "I"), "to_k": linear("D", "I"), "to_v": linear("D", "I"),
-                "split_heads": named("Rearrange"), "merge_heads": named("Rearrange"),
-                "combine_heads": linear("I", "D"), "mlp": chain(linear("D", "M"), Layer(nn.ReLU), linear("M", "D")),
+                **_LUCIDRAINS,
+                "to_q": linear("D", "I"),
+                "to_k": linear("D", "I"),
+                "to_v": linear("D", "I"),
+                "split_heads": named("Rearrange"),
+                "merge_heads": named("Rearrange"),
+                "combine_heads": linear("I", "D"),
+                "mlp": chain(linear("D", "M"), Layer(nn.ReLU), linear("M", "D")),
             },
             _LUCIDRAINS_NUMBERS,
             {"slots_mu": (1, 1, "D"), "slots_logsigma": (1, 1, "D")},
@@ -223,7 +250,8 @@ _PUBLISHED = (
         "BO-QSA",
         "YuLiu-LY/BO-QSA, models/slot_attn.py",
         ClassShape(
-            "SlotAttention", {**_BO_QSA, "drop_path": _DROP_PATH},
+            "SlotAttention",
+            {**_BO_QSA, "drop_path": _DROP_PATH},
             {"slot_size": int, "epsilon": _FLOAT, "truncate": str},
         ),
         {"forward": published.bo_qsa},
@@ -242,7 +270,8 @@ _PUBLISHED = (
         "SPOT",
         "gkakogeorgiou/spot, slot_attn.py",
         ClassShape(
-            "SlotAttention", {**_SLATE, "drop_path": _DROP_PATH},
+            "SlotAttention",
+            {**_SLATE, "drop_path": _DROP_PATH},
             {"num_iter": int, "slot_size": int, "epsilon": _FLOAT, "num_heads": int, "truncate": str},
         ),
         {"forward": published.spot},
@@ -255,11 +284,20 @@ _PUBLISHED = (
         ClassShape(
             "SlotAttention",
             {
-                "to_q": linear("U", "I"), "to_k": linear("D", "I"), "to_v": linear("D", "I"), "gru": gru("I", "U"),
-                "norm_input": norm("D"), "norm_slots": norm("U"), "ff_mlp": Layer(optional=True),
+                "to_q": linear("U", "I"),
+                "to_k": linear("D", "I"),
+                "to_v": linear("D", "I"),
+                "gru": gru("I", "U"),
+                "norm_input": norm("D"),
+                "norm_slots": norm("U"),
+                "ff_mlp": Layer(optional=True),
             },
             {
-                "n_heads": int, "dims_per_head": int, "iters": int, "eps": _FLOAT, "scale": _FLOAT,
+                "n_heads": int,
+                "dims_per_head": int,
+                "iters": int,
+                "eps": _FLOAT,
+                "scale": _FLOAT,
                 "use_implicit_differentiation": bool,
             },
         ),
@@ -274,9 +312,13 @@ _PUBLISHED = (
         ClassShape(
             "SlotAttention",
             {
-                "to_q": linear("U", "I", bias=False), "to_k": linear("D", "I", bias=False),
-                "to_v": linear("D", "I", bias=False), "gru": gru("I", "U", optional=True),
-                "mlp": Layer(optional=True), "norm_features": norm("D"), "norm_slots": norm("U"),
+                "to_q": linear("U", "I", bias=False),
+                "to_k": linear("D", "I", bias=False),
+                "to_v": linear("D", "I", bias=False),
+                "gru": gru("I", "U", optional=True),
+                "mlp": Layer(optional=True),
+                "norm_features": norm("D"),
+                "norm_slots": norm("U"),
             },
             {"n_iters": int, "eps": _FLOAT, "scale": _FLOAT},
         ),
@@ -302,12 +344,14 @@ _PUBLISHED = (
         _with_iterations("num_iter"),
         "calls with slot masks run the original",
     ),
+    Implementation("LSD", _LSD_FILE, _LSD, {"forward_slots": published.lsd_forward_slots}, WHOLE, _maps),
     Implementation(
-        "LSD", _LSD_FILE, _LSD, {"forward_slots": published.lsd_forward_slots}, WHOLE, _maps
-    ),
-    Implementation(
-        "LSD, learned slots", _LSD_FILE, replace(_LSD, parameters={"slot_mu": (1, "K", "U")}),
-        {"forward_slots": published.lsd_forward_slots}, WHOLE, _maps,
+        "LSD, learned slots",
+        _LSD_FILE,
+        replace(_LSD, parameters={"slot_mu": (1, "K", "U")}),
+        {"forward_slots": published.lsd_forward_slots},
+        WHOLE,
+        _maps,
     ),
     Implementation(
         "SlotDiffusion, SlotFormer",

@@ -70,8 +70,10 @@ def _assign_masks(
 def _(student, teacher, num_slots, backend):
     batch = student.shape[0]
     pairs = student.new_empty((batch, num_slots), dtype=torch.int64)
-    return pairs, pairs.new_empty(pairs.shape, dtype=torch.float32), pairs.new_empty(
-        (batch, num_slots, num_slots), dtype=torch.float32
+    return (
+        pairs,
+        pairs.new_empty(pairs.shape, dtype=torch.float32),
+        pairs.new_empty((batch, num_slots, num_slots), dtype=torch.float32),
     )
 
 

@@ -13,26 +13,47 @@ import torch
 
 _PROJECTIONS = {name: name for name in ("project_q", "project_k", "project_v")}
 _SLATE = {
-    "norm_inputs": "norm_inputs", "norm_slots": "norm_slots", "norm_mlp": "norm_mlp", **_PROJECTIONS, "gru": "gru",
-    "mlp.0": "mlp.0", "mlp.2": "mlp.2", "slot_mu": "initial.mean", "slot_log_sigma": "initial.scale",
-}  # fmt: skip
+    "norm_inputs": "norm_inputs",
+    "norm_slots": "norm_slots",
+    "norm_mlp": "norm_mlp",
+    **_PROJECTIONS,
+    "gru": "gru",
+    "mlp.0": "mlp.0",
+    "mlp.2": "mlp.2",
+    "slot_mu": "initial.mean",
+    "slot_log_sigma": "initial.scale",
+}
 _LUCIDRAINS = {
-    "to_q": "project_q", "to_k": "project_k", "to_v": "project_v", "norm_input": "norm_inputs",
-    "norm_slots": "norm_slots", "gru": "gru", "slots_mu": "initial.mean", "slots_logsigma": "initial.scale",
-}  # fmt: skip
+    "to_q": "project_q",
+    "to_k": "project_k",
+    "to_v": "project_v",
+    "norm_input": "norm_inputs",
+    "norm_slots": "norm_slots",
+    "gru": "gru",
+    "slots_mu": "initial.mean",
+    "slots_logsigma": "initial.scale",
+}
 _PORT = {**_LUCIDRAINS, "norm_pre_ff": "norm_mlp", "mlp.0": "mlp.0", "mlp.2": "mlp.2"}
 _EVELINEHONG = {
-    **{name: ours for name, ours in _LUCIDRAINS.items() if name != "slots_logsigma"}, "norm_pre_ff": "norm_mlp",
-    "fc1": "mlp.0", "fc2": "mlp.2",
-}  # fmt: skip
+    **{name: ours for name, ours in _LUCIDRAINS.items() if name != "slots_logsigma"},
+    "norm_pre_ff": "norm_mlp",
+    "fc1": "mlp.0",
+    "fc2": "mlp.2",
+}
 
 # Implementation → its name of a layer or parameter → ours. Where two become the same one, a state dict has only one.
 NAMES: dict[str, dict[str, str]] = {
     # google-research/google-research, slot_attention/model.py, SlotAttention; attribute names, as in its checkpoints
     "locatello": {
-        "norm_inputs": "norm_inputs", "norm_slots": "norm_slots", "norm_mlp": "norm_mlp", **_PROJECTIONS, "gru": "gru",
-        "mlp.layer_with_weights-0": "mlp.0", "mlp.layer_with_weights-1": "mlp.2",
-        "slots_mu": "initial.mean", "slots_log_sigma": "initial.scale",
+        "norm_inputs": "norm_inputs",
+        "norm_slots": "norm_slots",
+        "norm_mlp": "norm_mlp",
+        **_PROJECTIONS,
+        "gru": "gru",
+        "mlp.layer_with_weights-0": "mlp.0",
+        "mlp.layer_with_weights-1": "mlp.2",
+        "slots_mu": "initial.mean",
+        "slots_log_sigma": "initial.scale",
     },
     # lucidrains/slot-attention, slot_attention/slot_attention.py, SlotAttention
     "lucidrains": _PORT,
@@ -44,7 +65,8 @@ NAMES: dict[str, dict[str, str]] = {
     # untitled-ai/slot_attention, slot_attention/model.py, SlotAttention
     "untitled_ai": {
         **{name: ours for name, ours in _SLATE.items() if name not in ("slot_mu", "slot_log_sigma")},
-        "slots_mu": "initial.mean", "slots_log_sigma": "initial.scale",
+        "slots_mu": "initial.mean",
+        "slots_log_sigma": "initial.scale",
     },
     # singhgautam/slate, slot_attn.py, SlotAttention; the initialiser of its SlotAttentionEncoder
     "slate": _SLATE,
@@ -53,34 +75,60 @@ NAMES: dict[str, dict[str, str]] = {
     # amazon-science/object-centric-learning-framework, ocl/perceptual_grouping.py, SlotAttention with the residual
     # two-layer MLP of ocl/neural_networks/convenience.py; the initialisers of ocl/conditioning.py
     "dinosaur": {
-        **_LUCIDRAINS, "ff_mlp.module.0": "norm_mlp", "ff_mlp.module.1": "mlp.0", "ff_mlp.module.3": "mlp.2",
+        **_LUCIDRAINS,
+        "ff_mlp.module.0": "norm_mlp",
+        "ff_mlp.module.1": "mlp.0",
+        "ff_mlp.module.3": "mlp.2",
         "slots": "initial.mean",
     },
     # YuLiu-LY/BO-QSA, models/slot_attn.py, SlotAttention; the initialisers of its SlotAttentionEncoder
     "bo_qsa": {
         **{name: ours for name, ours in _SLATE.items() if name != "norm_inputs"},
-        "norm_feature": "norm_inputs", "slots_init": "initial.mean",
+        "norm_feature": "norm_inputs",
+        "slots_init": "initial.mean",
     },
     # google-research/slot-attention-video, savi/modules/attention.py, SlotAttention (Flax)
     "savi": {
-        "LayerNorm_0": "norm_slots", "LayerNorm_1": "norm_inputs", "general_dense_q_0": "project_q",
-        "general_dense_k_0": "project_k", "general_dense_v_0": "project_v", "GRU_0.GRUCell_0": "gru",
-        "InvertedDotProductAttention_0.DenseGeneral_0": "project_out", "MLP_0.LayerNorm_0": "norm_mlp",
-        "MLP_0.dense_mlp_0": "mlp.0", "MLP_0.dense_mlp_1": "mlp.2",
+        "LayerNorm_0": "norm_slots",
+        "LayerNorm_1": "norm_inputs",
+        "general_dense_q_0": "project_q",
+        "general_dense_k_0": "project_k",
+        "general_dense_v_0": "project_v",
+        "GRU_0.GRUCell_0": "gru",
+        "InvertedDotProductAttention_0.DenseGeneral_0": "project_out",
+        "MLP_0.LayerNorm_0": "norm_mlp",
+        "MLP_0.dense_mlp_0": "mlp.0",
+        "MLP_0.dense_mlp_1": "mlp.2",
     },
     # pairlab/SlotFormer, slotformer/base_slots/models/savi.py, SlotAttention
     "slotformer": {
-        "norm_inputs": "norm_inputs", "project_q.0": "norm_slots", "project_q.1": "project_q", "project_k": "project_k",
-        "project_v": "project_v", "gru": "gru", "mlp.0": "norm_mlp", "mlp.1": "mlp.0", "mlp.3": "mlp.2",
+        "norm_inputs": "norm_inputs",
+        "project_q.0": "norm_slots",
+        "project_q.1": "project_q",
+        "project_k": "project_k",
+        "project_v": "project_v",
+        "gru": "gru",
+        "mlp.0": "norm_mlp",
+        "mlp.1": "mlp.0",
+        "mlp.3": "mlp.2",
     },
     # gkakogeorgiou/spot, slot_attn.py, SlotAttention; the initialisers of its SlotAttentionEncoder
     "spot": {**_SLATE, "slots_init": "initial.mean"},
     # martius-lab/videosaur, videosaur/modules/groupers.py, SlotAttention with the MLP of networks.py; the initialisers
     # of initializers.py
     "videosaur": {
-        "to_q": "project_q", "to_k": "project_k", "to_v": "project_v", "norm_features": "norm_inputs",
-        "norm_slots": "norm_slots", "gru": "gru", "mlp.layers.0": "norm_mlp", "mlp.layers.1": "mlp.0",
-        "mlp.layers.3": "mlp.2", "mean": "initial.mean", "log_std": "initial.scale", "slots": "initial.mean",
+        "to_q": "project_q",
+        "to_k": "project_k",
+        "to_v": "project_v",
+        "norm_features": "norm_inputs",
+        "norm_slots": "norm_slots",
+        "gru": "gru",
+        "mlp.layers.0": "norm_mlp",
+        "mlp.layers.1": "mlp.0",
+        "mlp.layers.3": "mlp.2",
+        "mean": "initial.mean",
+        "log_std": "initial.scale",
+        "slots": "initial.mean",
     },
     # JindongJiang/latent-slot-diffusion, src/models/slot_attn.py, MultiHeadSTEVESA; the layers before and after slot
     # attention are left out
@@ -88,19 +136,36 @@ NAMES: dict[str, dict[str, str]] = {
     # Genera1Z/SmoothSA, object_centric_bench/model/ocl.py, SlotAttention, with dropout in its MLP or without; its
     # NormalShared and NormalSeparat
     "ocbench": {
-        "proj_q": "project_q", "proj_k": "project_k", "proj_v": "project_v", "norm1kv": "norm_inputs",
-        "norm1q": "norm_slots", "rnn": "gru", "norm2": "norm_mlp", "ffn.0": "mlp.0", "ffn.2": "mlp.2",
-        "ffn.3": "mlp.2", "mean": "initial.mean", "logstd": "initial.scale",
+        "proj_q": "project_q",
+        "proj_k": "project_k",
+        "proj_v": "project_v",
+        "norm1kv": "norm_inputs",
+        "norm1q": "norm_slots",
+        "rnn": "gru",
+        "norm2": "norm_mlp",
+        "ffn.0": "mlp.0",
+        "ffn.2": "mlp.2",
+        "ffn.3": "mlp.2",
+        "mean": "initial.mean",
+        "logstd": "initial.scale",
     },
-}  # fmt: skip
+}
 _LEFT_OUT = {
     "steve": ("predictor.",),
     "lsd": ("pos.", "in_layer_norm.", "in_mlp.", "out_layer_norm.", "out_linear."),
 }
 _NORMS = ("norm_inputs", "norm_slots", "norm_mlp")
 _GRU = ("gru.weight_ih", "gru.weight_hh", "gru.bias_ih", "gru.bias_hh")
-_REQUIRED = ("norm_inputs.weight", "norm_inputs.bias", "norm_slots.weight", "norm_slots.bias", "project_q.weight",
-             "project_k.weight", "project_v.weight", *_GRU)  # fmt: skip
+_REQUIRED = (
+    "norm_inputs.weight",
+    "norm_inputs.bias",
+    "norm_slots.weight",
+    "norm_slots.bias",
+    "project_q.weight",
+    "project_k.weight",
+    "project_v.weight",
+    *_GRU,
+)
 _MLP = ("norm_mlp.weight", "norm_mlp.bias", "mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias")
 
 

@@ -373,9 +373,13 @@ class SlotAttention(nn.Module):
         q = self._split(self.project_q(self.norm_slots(slots)))
         in_sum, joint = self.eps_in == "sum", q.shape[1] > 1
         updates, attn, logits = slot_attention_step(
-            q, k, v, eps=_TINY if in_sum else self.eps,
-            return_attn=last or in_sum and not joint, return_logits=last or in_sum and joint,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            eps=_TINY if in_sum else self.eps,
+            return_attn=last or in_sum and not joint,
+            return_logits=last or in_sum and joint,
+        )
         if in_sum:
             # Σ a v / (Σ a + eps) = Σ a v / Σ a · Σ a / (Σ a + eps)
             weights = logits.transpose(1, 2).flatten(2).softmax(-1) if joint else attn

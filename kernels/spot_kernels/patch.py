@@ -272,11 +272,15 @@ def _hooks(layer: nn.Module) -> Iterator[Any]:
 @functools.cache
 def _patched_class(published: type, name: str) -> type:
     body = {
-        "__module__": published.__module__, "__qualname__": published.__qualname__, "__doc__": published.__doc__,
-        "__reduce_ex__": _reduce, "__prepare_scriptable__": _refuse_script,
-        "_published_class": published, "_published_as": name,
+        "__module__": published.__module__,
+        "__qualname__": published.__qualname__,
+        "__doc__": published.__doc__,
+        "__reduce_ex__": _reduce,
+        "__prepare_scriptable__": _refuse_script,
+        "_published_class": published,
+        "_published_as": name,
         "_published_default_noise": _implementation(name).default_noise,
-    }  # fmt: skip
+    }
     return type(published)(published.__name__, (published,), body | _implementation(name).methods)
 
 

@@ -217,9 +217,7 @@ def _differentiate_shift(ctx, grad):
     for_tokens, for_bos = ctx.needs_input_grad[:2]
     if grad is None:
         return None, None, None, None
-    tokens, bos = _shift_backward(
-        grad, *ctx.saved_tensors, ctx.shared, ctx.bos_dtype, for_tokens, for_bos, ctx.backend
-    )
+    tokens, bos = _shift_backward(grad, *ctx.saved_tensors, ctx.shared, ctx.bos_dtype, for_tokens, for_bos, ctx.backend)
     return tokens if for_tokens else None, bos if for_bos else None, None, None
 
 

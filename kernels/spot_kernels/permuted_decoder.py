@@ -127,9 +127,15 @@ class PermutedDecoder(nn.Module):
     """
 
     def __init__(
-        self, dim: int, *, blocks: int, heads: int, cross_heads: int | None = None, activation: str = "relu",
+        self,
+        dim: int,
+        *,
+        blocks: int,
+        heads: int,
+        cross_heads: int | None = None,
+        activation: str = "relu",
         final_norm: bool = True,
-    ):  # fmt: skip
+    ):
         super().__init__()
         if blocks < 1:
             raise ValueError(f"blocks={blocks}: the decoder needs at least one")
@@ -137,10 +143,11 @@ class PermutedDecoder(nn.Module):
             raise ValueError(f"activation={activation!r} is unknown: use one of {', '.join(ACTIVATIONS)}")
         gain = (3 * blocks) ** -0.5
         self.blocks = nn.ModuleList(
-            PermutedDecoderBlock(dim, heads, heads if i == 0 else cross_heads or heads, gain=gain, first=i == 0,
-                                 activation=activation)
+            PermutedDecoderBlock(
+                dim, heads, heads if i == 0 else cross_heads or heads, gain=gain, first=i == 0, activation=activation
+            )
             for i in range(blocks)
-        )  # fmt: skip
+        )
         self.norm = nn.LayerNorm(dim) if final_norm else nn.Identity()
 
     def forward(

@@ -393,9 +393,13 @@ def lsd_forward_slots(self, inputs):
             return _attend(q, k, v, self.epsilon, attn=False, logits=last)
 
         slots, _, logits = _refine(
-            slots, self.num_iterations, attend, update,
-            truncation="bi-level" if self.bi_level else "none", through=self.slot_mu,
-        )  # fmt: skip
+            slots,
+            self.num_iterations,
+            attend,
+            update,
+            truncation="bi-level" if self.bi_level else "none",
+            through=self.slot_mu,
+        )
         attn = logits.transpose(1, 2).flatten(2).softmax(-1)
         all_slots.append(slots)
         all_attn.append(attn.unflatten(2, (heads, -1)).transpose(1, 2))

@@ -48,8 +48,15 @@ def open_set(config: Config, split: str) -> ImageSet:
     if config.preset == "voc":
         reader = partial(reader, sbd=config.sbd)
     limit = config.train_images if split == "train" else config.val_images
-    return reader(config.data, split, image_size=config.image_size, mask_size=config.mask_size, crop=config.crop,
-                  flip=config.flip and split == "train", limit=limit)
+    return reader(
+        config.data,
+        split,
+        image_size=config.image_size,
+        mask_size=config.mask_size,
+        crop=config.crop,
+        flip=config.flip and split == "train",
+        limit=limit,
+    )
 
 
 def open_sets(config: Config) -> tuple[ImageSet, ImageSet]:

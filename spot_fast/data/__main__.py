@@ -33,25 +33,38 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m spot_fast.data", allow_abbrev=False, description="Looks after data sets.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="check|caches")
     command = commands.add_parser(
-        "check", allow_abbrev=False, help="say what a folder holds, what is wrong with it and how to train on it",
+        "check",
+        allow_abbrev=False,
+        help="say what a folder holds, what is wrong with it and how to train on it",
         description="Says what PATH holds (COCO, VOC, MOVi as PNG clips or TFRecord, a folder or a list of images), "
         "how many pictures and masks, what is missing or damaged, and the command to train with.",
-    )  # fmt: skip
+    )
     command.add_argument("path", metavar="PATH", type=Path, help="folder of a data set, or a text file listing images")
     command.add_argument("--sbd", metavar="DIR", help="folder of SBD, for VOC without trainaug.txt")
-    command.add_argument("--decode", action="store_true",
-                         help="decode every picture and mask, instead of looking at both ends of the files: finds "
-                         "pictures that were damaged inside, which decoders fill with grey or garbage")
-    command.add_argument("--jobs", metavar="N", type=int, default=min(_MAX_JOBS, os.cpu_count() or 1),
-                         help="threads (default: one a core)")
+    command.add_argument(
+        "--decode",
+        action="store_true",
+        help="decode every picture and mask, instead of looking at both ends of the files: finds "
+        "pictures that were damaged inside, which decoders fill with grey or garbage",
+    )
+    command.add_argument(
+        "--jobs",
+        metavar="N",
+        type=int,
+        default=min(_MAX_JOBS, os.cpu_count() or 1),
+        help="threads (default: one a core)",
+    )
     command.add_argument("--list", metavar="FILE", type=Path, help="write the names of missing and damaged files there")
     command = commands.add_parser(
-        "caches", allow_abbrev=False, help="list the caches of pixels and features on disk, and remove them",
+        "caches",
+        allow_abbrev=False,
+        help="list the caches of pixels and features on disk, and remove them",
         description="Lists what training has cached on disk: size, day, data set. A removed cache is built again when "
         "it is needed.",
-    )  # fmt: skip
-    command.add_argument("--cache-dir", metavar="DIR", help="their folder (default: $SPOT_FAST_CACHE or "
-                         "~/.cache/spot_fast)")  # fmt: skip
+    )
+    command.add_argument(
+        "--cache-dir", metavar="DIR", help="their folder (default: $SPOT_FAST_CACHE or ~/.cache/spot_fast)"
+    )
     command.add_argument("--remove", metavar="NAME", help="remove the one of that name, or all")
     return parser
 

@@ -139,8 +139,16 @@ class ImageFiles(ImageSet):
 
     drawn = ""
 
-    def __init__(self, paths: list[Path], *, image_size: int, mask_size: int, crop: str = "center",
-                 flip: bool = False, upright: bool = False) -> None:
+    def __init__(
+        self,
+        paths: list[Path],
+        *,
+        image_size: int,
+        mask_size: int,
+        crop: str = "center",
+        flip: bool = False,
+        upright: bool = False,
+    ) -> None:
         self.paths = paths
         self.image_size = image_size
         self.mask_size = mask_size
@@ -222,8 +230,10 @@ class ImageFiles(ImageSet):
             answer = fit.turned(size, stored, upright, otherwise)
             if answer is None:
                 also = f" ({upright[0]} x {upright[1]} upright)" if upright != stored else ""
-                raise UserError(f"{source} gives {self.paths[index].name} masks of {size[0]} x {size[1]}, but it is "
-                                f"{stored[0]} x {stored[1]}{also}: masks need the picture's size or shape")
+                raise UserError(
+                    f"{source} gives {self.paths[index].name} masks of {size[0]} x {size[1]}, but it is "
+                    f"{stored[0]} x {stored[1]}{also}: masks need the picture's size or shape"
+                )
             self._turned[index, size] = answer
         return self._turned[index, size]
 
@@ -246,8 +256,15 @@ class ImageFiles(ImageSet):
     def content_key(self) -> str:
         if not self._key:  # to ask a large set's file system once is enough
             self._files = Files(self.sources())
-            words = (transforms.VERSION, self.image_size, self.crop, self.upright, len(self), self.drawn,
-                     self._files.key)  # fmt: skip
+            words = (
+                transforms.VERSION,
+                self.image_size,
+                self.crop,
+                self.upright,
+                len(self),
+                self.drawn,
+                self._files.key,
+            )
             self._key = hashlib.sha256(" ".join(map(str, words)).encode()).hexdigest()
         return self._key
 

@@ -76,8 +76,17 @@ def _no_room(folder: Path | None) -> str:
     return f"{folder} has only {text(free_disk(folder))} free"
 
 
-def plan(mode: str, image_set: ImageSet, fields: Sequence[Field], *, epochs: int, device: torch.device,
-         folder: Path | None, decoder: str = "torch", processes: int = 1) -> Plan:  # fmt: skip
+def plan(
+    mode: str,
+    image_set: ImageSet,
+    fields: Sequence[Field],
+    *,
+    epochs: int,
+    device: torch.device,
+    folder: Path | None,
+    decoder: str = "torch",
+    processes: int = 1,
+) -> Plan:
     """What to keep of `image_set` for so many epochs on `device`; mode is none, pixels, features or auto.
 
     fields: the frozen features of a picture; folder: of caches, None where there is none; decoder: the loader's;
@@ -102,21 +111,38 @@ def plan(mode: str, image_set: ImageSet, fields: Sequence[Field], *, epochs: int
     return _pixels(image_set, folder, device, decoder, asked=False, why=found.reason, epochs=epochs)
 
 
-def _features(image_set: ImageSet, fields: Sequence[Field], folder: Path | None, device: torch.device, *,
-              asked: bool, processes: int) -> Plan:  # fmt: skip
+def _features(
+    image_set: ImageSet,
+    fields: Sequence[Field],
+    folder: Path | None,
+    device: torch.device,
+    *,
+    asked: bool,
+    processes: int,
+) -> Plan:
     size = sum(field.nbytes for field in fields) * len(image_set) * outcomes(image_set)
     sides = ", mirrored and not" if outcomes(image_set) == 2 else ""
     what = f"features of {len(image_set)} pictures{sides}, {text(size)} in {_dtype(fields)}"
     share = 1.0 if asked else _SHARE
     # A GPU also has to hold the training itself, whatever was asked for.
-    holder = next((place for place in dict.fromkeys([device, torch.device("cpu")])
-                   if (size * processes <= share * free_bytes(place) if place.type == "cpu" else
-                       size <= _SHARE * free_bytes(place))), None)  # fmt: skip
+    holder = next(
+        (
+            place
+            for place in dict.fromkeys([device, torch.device("cpu")])
+            if (
+                size * processes <= share * free_bytes(place)
+                if place.type == "cpu"
+                else size <= _SHARE * free_bytes(place)
+            )
+        ),
+        None,
+    )
     if not image_set.content_key():
         if holder is not None:
             copies = f", in each of {processes} processes" if processes > 1 else ""
-            return Plan("features", f"{what}, are cached{copies}: {text(free_bytes(holder))} free on {holder.type}",
-                        holder)  # fmt: skip
+            return Plan(
+                "features", f"{what}, are cached{copies}: {text(free_bytes(holder))} free on {holder.type}", holder
+            )
         return _refuse(asked, f"{what}, do not fit the memory: {text(free_bytes(torch.device('cpu')))} are free")
     stores = [] if folder is None else stores_of(image_set, fields, folder)
     complete, built = _complete(stores), sum(store.nbytes for store in stores)
@@ -126,12 +152,13 @@ def _features(image_set: ImageSet, fields: Sequence[Field], folder: Path | None,
         rest = "" if complete else f" ({text(free)} free there{f', {text(built)} are built' if built else ''})"
         if device.type == "cpu" or holder == device:
             held = f" and held on {device.type}" if device.type != "cpu" else ""
-            return Plan("features", f"{what}, {state} {folder}{rest}{held}",
-                        device if held else None, folder, complete)  # fmt: skip
+            return Plan("features", f"{what}, {state} {folder}{rest}{held}", device if held else None, folder, complete)
         if asked or holder is not None:
             return Plan("features", f"{what}, {state} {folder}{rest}", None, folder, complete)
-        return Plan("none", f"{what}, do not fit the memory, and to read them from disk takes longer than to compute "
-                            "them on a GPU")  # fmt: skip
+        return Plan(
+            "none",
+            f"{what}, do not fit the memory, and to read them from disk takes longer than to compute them on a GPU",
+        )
     if holder is not None:
         return Plan("features", f"{what}, are cached on {holder.type} for this run alone: {_no_room(folder)}", holder)
     memory = text(free_bytes(torch.device("cpu")))
@@ -144,16 +171,26 @@ def _refuse(asked: bool, reason: str) -> Plan:
     return Plan("none", reason)
 
 
-def _pixels(image_set: ImageSet, folder: Path | None, device: torch.device, decoder: str, *, asked: bool, why: str,
-            epochs: int = 2) -> Plan:  # fmt: skip
+def _pixels(
+    image_set: ImageSet,
+    folder: Path | None,
+    device: torch.device,
+    decoder: str,
+    *,
+    asked: bool,
+    why: str,
+    epochs: int = 2,
+) -> Plan:
     if not image_set.content_key():
         return Plan("none", f"nothing is cached: {image_set.name} are in memory already" if asked else why)
     if epochs < 2:
         return Plan("none", why)
     if image_set.random_crop and decoder != "torch":
         if asked:
-            raise UserError("--cache pixels keeps whole pictures, as Pillow decodes them, where a crop is random: use "
-                            "--loader torch, or --cache none with --loader dali")  # fmt: skip
+            raise UserError(
+                "--cache pixels keeps whole pictures, as Pillow decodes them, where a crop is random: use "
+                "--loader torch, or --cache none with --loader dali"
+            )
         return Plan("none", f"{why}, and --loader dali gives no whole pictures to keep")
     stores = [] if folder is None else [pixel_cache.store_of(image_set, folder, decoder)]
     complete, built = _complete(stores), sum(store.nbytes for store in stores)
@@ -162,15 +199,22 @@ def _pixels(image_set: ImageSet, folder: Path | None, device: torch.device, deco
     what = f"decoded pixels of {len(image_set)} pictures, {text(size)}"
     if not complete and size - built > (1.0 if asked else _SHARE) * (free - _DISK_MARGIN):
         if asked:
-            raise UserError(f"--cache pixels: {what}, cannot be kept: {_no_room(folder)}; use another --cache-dir, "
-                            "--cache none or fewer --train-images")  # fmt: skip
+            raise UserError(
+                f"--cache pixels: {what}, cannot be kept: {_no_room(folder)}; use another --cache-dir, "
+                "--cache none or fewer --train-images"
+            )
         if not free:
             return Plan("none", f"{why}; {what}, are not kept: {_no_room(folder)}")
         return Plan("none", f"{why}; {what}, are more than half of the {text(free)} that are free in {folder}")
     state = "are read from" if complete else "are built once in"
     held = device.type == "cuda" and not image_set.random_crop and size <= _SHARE * free_bytes(device)
-    return Plan("pixels", f"{why}: {what}, {state} {folder}{' and held on the GPU' if held else ''}",
-                device if held else None, folder, complete)  # fmt: skip
+    return Plan(
+        "pixels",
+        f"{why}: {what}, {state} {folder}{' and held on the GPU' if held else ''}",
+        device if held else None,
+        folder,
+        complete,
+    )
 
 
 def _complete(stores: Sequence[Store]) -> bool:
@@ -200,8 +244,10 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = [_read_number("/proc/meminfo", "MemAvailable:") * 1024]
-    for limit, used in (("memory.max", "memory.current"),
-                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):  # fmt: skip
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         most = _read_number(f"/sys/fs/cgroup/{limit}")
         if most:
             free.append(max(0, most - _read_number(f"/sys/fs/cgroup/{used}")))

@@ -64,22 +64,27 @@ def find(path: Path, *, sbd: str | None = None, decode: bool = False) -> Found:
     if not path.exists():
         raise UserError(f"PATH {path} does not exist: name the folder of a data set")
     annotations = path / "annotations"
-    if any((annotations / f"instances_{split}2017.json").is_file() or (path / inside / f"{split}2017").is_dir()
-           for split in ("train", "val") for inside in ("", "images")):  # fmt: skip
+    if any(
+        (annotations / f"instances_{split}2017.json").is_file() or (path / inside / f"{split}2017").is_dir()
+        for split in ("train", "val")
+        for inside in ("", "images")
+    ):
         return _of_files("COCO 2017", "coco", partial(coco.Coco, path), decode)
     if any(_is_voc(path / inside) for inside in ("", "VOC2012", "VOCdevkit/VOC2012")):
         return _of_files("PASCAL VOC 2012", "voc", partial(voc.Voc, path, sbd=sbd), decode)
     clips = (path / movi.SPLITS[split] for split in ("train", "val"))
     if any(next(clip.glob("*/*_image.png"), None) for clip in clips):
-        return _of_files("MOVi as PNG clips", _movi_preset(path), partial(movi.Movi, path, frames_per_clip=1 << 30),
-                         decode)  # fmt: skip
+        return _of_files(
+            "MOVi as PNG clips", _movi_preset(path), partial(movi.Movi, path, frames_per_clip=1 << 30), decode
+        )
     released = [name for split in movi.SPLITS.values() for _, name, _ in movi_tfrecord.releases(path, split)]
     if released:
         name = "movi_e" if released[0] == "movi_e" else "movi_c"
         splits = [_of_shards(path, split, released[0], decode) for split in ("train", "val")]
         return Found(f"MOVi as TFRecord ({released[0]})", name, splits, [])
-    found = _of_files("image folder" if path.is_dir() else "list of images", "folder", partial(folder.Folder, path),
-                      decode)  # fmt: skip
+    found = _of_files(
+        "image folder" if path.is_dir() else "list of images", "folder", partial(folder.Folder, path), decode
+    )
     if found.splits[0].trouble:
         movi_tfrecord.refuse_other_formats(path)
         raise UserError(found.splits[0].trouble)
@@ -124,8 +129,9 @@ def _of_files(title: str, name: str, reader: Callable[..., ImageFiles], decode: 
         if split == "train" and name == "voc" and len(image_set) != voc.TRAINAUG:
             names = _count(len(image_set), "name")
             found.notes.append(f"trainaug has {names} here and {voc.TRAINAUG:,} in published results")
-        inspections = [partial(_inspect, image_set, index, path not in seen, decode)
-                       for index, path in enumerate(image_set.paths)]  # fmt: skip
+        inspections = [
+            partial(_inspect, image_set, index, path not in seen, decode) for index, path in enumerate(image_set.paths)
+        ]
         seen.update(image_set.paths)
         found.notes += [note for note in image_set.notes if note not in found.notes]
         found.splits.append(Split(split, summary, inspections, pictures=len(image_set)))
@@ -170,13 +176,20 @@ def _of_shards(path: Path, split: str, release: str, decode: bool) -> Split:
     features = [movi_tfrecord.VIDEO] + [movi_tfrecord.MASKS] * (split == "val")
     for shard in shards:
         try:
-            inspections += [partial(_inspect_record, record, features, decode)
-                            for record in movi_tfrecord.shard_records(shard)]  # fmt: skip
+            inspections += [
+                partial(_inspect_record, record, features, decode) for record in movi_tfrecord.shard_records(shard)
+            ]
         except UserError as error:
             troubles.append((str(shard), str(error)))
     count = len(inspections)
-    found = Split(split, f"{_count(count, 'clip')} in {_count(len(shards), 'shard')}", inspections, unit="clips",
-                  pictures=movi.TRAIN_FRAMES * count, bad=troubles)  # fmt: skip
+    found = Split(
+        split,
+        f"{_count(count, 'clip')} in {_count(len(shards), 'shard')}",
+        inspections,
+        unit="clips",
+        pictures=movi.TRAIN_FRAMES * count,
+        bad=troubles,
+    )
     if not count:
         found.trouble = f"{shards[0].parent} has no clips in its {movi.SPLITS[split]} shards: download them again"
     if troubles:
@@ -276,6 +289,8 @@ def verdict(found: Found) -> str | None:
             return split.trouble
         if not split.usable and not split.trouble:
             name, reason = split.bad[0]
-            return (f"{split.bad_inspections:,} of {len(split.inspections):,} {split.unit} of {split.name} are missing "
-                    f"or damaged, more than {MAX_CORRUPT:.0%}: get them again, beginning with {name} ({reason})")
+            return (
+                f"{split.bad_inspections:,} of {len(split.inspections):,} {split.unit} of {split.name} are missing "
+                f"or damaged, more than {MAX_CORRUPT:.0%}: get them again, beginning with {name} ({reason})"
+            )
     return None

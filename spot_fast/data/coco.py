@@ -20,8 +20,10 @@ _LEFT_OUT = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 CLASS_OF_CATEGORY = {
     category: place for place, category in enumerate((i for i in range(1, 91) if i not in _LEFT_OUT), start=1)
 }
-EXPECTED = "annotations/instances_train2017.json and train2017/ to train, annotations/instances_val2017.json and " \
-           "val2017/ to evaluate"
+EXPECTED = (
+    "annotations/instances_train2017.json and train2017/ to train, annotations/instances_val2017.json and "
+    "val2017/ to evaluate"
+)
 
 
 class Coco(ImageFiles):
@@ -33,8 +35,17 @@ class Coco(ImageFiles):
 
     has_classes = True
 
-    def __init__(self, root: str | Path, split: str, *, image_size: int = 224, mask_size: int = 320,
-                 crop: str = "center", flip: bool = False, limit: int = 0) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        image_size: int = 224,
+        mask_size: int = 320,
+        crop: str = "center",
+        flip: bool = False,
+        limit: int = 0,
+    ) -> None:
         self.name = f"COCO {split}2017"
         self.has_masks = split == "val"
         self.annotation_file = Path(root) / "annotations" / f"instances_{split}2017.json"

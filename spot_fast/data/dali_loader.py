@@ -44,9 +44,18 @@ class DaliLoader(Loader):
 
     kind = "dali"
 
-    def __init__(self, image_set: ImageFiles, batch_size: int, seed: int = 0, workers: int = 0, *,
-                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.uint8, rank: int = 0,
-                 world: int = 1) -> None:
+    def __init__(
+        self,
+        image_set: ImageFiles,
+        batch_size: int,
+        seed: int = 0,
+        workers: int = 0,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.uint8,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
         if not isinstance(image_set, ImageFiles):
             raise ValueError(f"image_set is {type(image_set).__name__}: DALI reads sets of files, ImageFiles")
         super().__init__(image_set, batch_size, seed, workers, rank=rank, world=world)
@@ -61,9 +70,15 @@ class DaliLoader(Loader):
 
     def _pipeline(self, batch_size: int = 0) -> Pipeline:
         images = self.image_set
-        return Pipeline(batch_size or self.batch_size // self.world, images.image_size, device=self.device,
-                        dtype=self.dtype, bicubic=images.crop == "stretch", upright=images.upright,
-                        threads=max(1, self.workers))
+        return Pipeline(
+            batch_size or self.batch_size // self.world,
+            images.image_size,
+            device=self.device,
+            dtype=self.dtype,
+            bicubic=images.crop == "stretch",
+            upright=images.upright,
+            threads=max(1, self.workers),
+        )
 
     def fetch(self, index: int, rng: np.random.Generator) -> Picture:
         images = self.image_set

@@ -68,8 +68,17 @@ class Pipeline:
     upright: obey EXIF orientation. threads: of the CPU. Raises whatever DALI raises where it cannot be built.
     """
 
-    def __init__(self, batch_size: int, size: int, *, device: torch.device, dtype: torch.dtype = torch.uint8,
-                 bicubic: bool = False, upright: bool = False, threads: int = 1) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        size: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.uint8,
+        bicubic: bool = False,
+        upright: bool = False,
+        threads: int = 1,
+    ) -> None:
         if dtype not in (torch.uint8, torch.float32, torch.bfloat16):
             raise ValueError(f"dtype is {dtype}: use torch.uint8, torch.float32 or torch.bfloat16")
         self.device, self.dtype = device, dtype
@@ -87,23 +96,50 @@ class Pipeline:
         gpu = self.device.index
         if on_gpu and gpu is None:
             gpu = torch.cuda.current_device()
-        pipeline = dali.Pipeline(batch_size=batch_size, num_threads=threads, device_id=gpu if on_gpu else None,
-                                 prefetch_queue_depth=_DEPTH, seed=0)
+        pipeline = dali.Pipeline(
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=gpu if on_gpu else None,
+            prefetch_queue_depth=_DEPTH,
+            seed=0,
+        )
         with pipeline:
             # Copying files would keep the thread that trains waiting. DALI reads them where they are instead, until the
             # batch is done: so long `_held` has them, and the cycle through `_next` makes that outlive DALI.
             encoded, start, end, mirrored = fn.external_source(
-                source=self._next, num_outputs=4, batch=True, no_copy=True, ndim=[1, 1, 1, 0],
-                dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32])
+                source=self._next,
+                num_outputs=4,
+                batch=True,
+                no_copy=True,
+                ndim=[1, 1, 1, 0],
+                dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32],
+            )
             # Colours are upsampled and blocks transformed as libjpeg does it for Pillow; DALI's defaults are coarser.
-            images = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB,
-                                       adjust_orientation=upright, jpeg_fancy_upsampling=True, use_fast_idct=False)
-            images = fn.resize(images, size=[float(size)] * 2, roi_start=start, roi_end=end, antialias=True,
-                               interp_type=types.INTERP_CUBIC if bicubic else types.INTERP_LINEAR)
+            images = fn.decoders.image(
+                encoded,
+                device="mixed" if on_gpu else "cpu",
+                output_type=types.RGB,
+                adjust_orientation=upright,
+                jpeg_fancy_upsampling=True,
+                use_fast_idct=False,
+            )
+            images = fn.resize(
+                images,
+                size=[float(size)] * 2,
+                roi_start=start,
+                roi_end=end,
+                antialias=True,
+                interp_type=types.INTERP_CUBIC if bicubic else types.INTERP_LINEAR,
+            )
             raw = self.dtype == torch.uint8
             images = fn.crop_mirror_normalize(
-                images, mirror=mirrored, output_layout="CHW", dtype=types.UINT8 if raw else types.FLOAT,
-                mean=[0.0] * 3 if raw else [255 * m for m in MEAN], std=[1.0] * 3 if raw else [255 * s for s in STD])
+                images,
+                mirror=mirrored,
+                output_layout="CHW",
+                dtype=types.UINT8 if raw else types.FLOAT,
+                mean=[0.0] * 3 if raw else [255 * m for m in MEAN],
+                std=[1.0] * 3 if raw else [255 * s for s in STD],
+            )
             pipeline.set_outputs(images)
         pipeline.build()
         return pipeline
@@ -140,8 +176,12 @@ class Pipeline:
             raise StopIteration from None
         self.pending.append(request)
         pictures = request.pictures
-        arrays = ([p.encoded for p in pictures], np.stack([p.start for p in pictures]),
-                  np.stack([p.end for p in pictures]), request.mirrored.astype(np.int32))
+        arrays = (
+            [p.encoded for p in pictures],
+            np.stack([p.start for p in pictures]),
+            np.stack([p.end for p in pictures]),
+            request.mirrored.astype(np.int32),
+        )
         self._held.append(arrays)
         return arrays
 

@@ -54,9 +54,15 @@ def stores_of(image_set: ImageSet, fields: Sequence[Field], folder: Path) -> lis
     for field in fields:
         words = (image_set.content_key(), outcomes(image_set), field.name, field.shape, field.dtype, field.key)
         key = hashlib.sha256("\n".join(map(str, words)).encode()).hexdigest()
-        about = {"kind": "features", "key": key, "data": image_set.name, "field": field.name,
-                 "shape": list(field.shape), "dtype": str(field.dtype).removeprefix("torch."),
-                 "rows_per_picture": outcomes(image_set)}  # fmt: skip
+        about = {
+            "kind": "features",
+            "key": key,
+            "data": image_set.name,
+            "field": field.name,
+            "shape": list(field.shape),
+            "dtype": str(field.dtype).removeprefix("torch."),
+            "rows_per_picture": outcomes(image_set),
+        }
         stores.append(located(folder, f"features-{field.name}-{key[:20]}", len(image_set) * outcomes(image_set), about))
     return stores
 
@@ -68,8 +74,15 @@ class FeatureCache:
     corrupt: label and reason of pictures that have no row of their own, by index.
     """
 
-    def __init__(self, fields: Sequence[Field], per_picture: int, *, tensors: Sequence[Tensor] | None = None,
-                 stores: Sequence[Store] | None = None, corrupt: dict[int, tuple[str, str]] | None = None) -> None:
+    def __init__(
+        self,
+        fields: Sequence[Field],
+        per_picture: int,
+        *,
+        tensors: Sequence[Tensor] | None = None,
+        stores: Sequence[Store] | None = None,
+        corrupt: dict[int, tuple[str, str]] | None = None,
+    ) -> None:
         self.fields, self.outcomes, self.tensors, self.stores = fields, per_picture, tensors, stores
         self.corrupt = corrupt or {}
 
@@ -78,8 +91,9 @@ class FeatureCache:
         if self.tensors is not None:
             rows = send(rows, self.tensors[0].device)
             return tuple(tensor.index_select(0, rows) for tensor in self.tensors)
-        return tuple(_typed(store.take(rows.numpy()), field)
-                     for store, field in zip(self.stores, self.fields, strict=True))  # fmt: skip
+        return tuple(
+            _typed(store.take(rows.numpy()), field) for store, field in zip(self.stores, self.fields, strict=True)
+        )
 
     def hold(self, device: torch.device) -> None:
         """Reads everything from disk into the memory of `device`."""
@@ -114,8 +128,9 @@ def _typed(rows: np.ndarray, field: Field) -> Tensor:
     return torch.from_numpy(rows).view(field.dtype).view(-1, *field.shape)
 
 
-def in_memory(loader: Loader, function: Function, fields: Sequence[Field], device: torch.device,
-              progress: bool | None = None) -> FeatureCache:  # fmt: skip
+def in_memory(
+    loader: Loader, function: Function, fields: Sequence[Field], device: torch.device, progress: bool | None = None
+) -> FeatureCache:
     """Runs `function` on every outcome of the loader's pictures and keeps the results on `device`."""
     image_set = loader.image_set
     per_picture, count = outcomes(image_set), len(image_set)
@@ -132,8 +147,13 @@ def in_memory(loader: Loader, function: Function, fields: Sequence[Field], devic
     return FeatureCache(fields, per_picture, tensors=held, corrupt=corrupt)
 
 
-def build(loader: Loader, function: Function, stores: Sequence[Store], progress: bool | None = None,
-          say: Callable[[str], None] = print) -> None:  # fmt: skip
+def build(
+    loader: Loader,
+    function: Function,
+    stores: Sequence[Store],
+    progress: bool | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
     """Completes `stores`, one a field, with what `function` makes of the loader's pictures.
 
     Pictures that could not be read when an earlier build came to them are tried again. UserError where more are corrupt
@@ -170,16 +190,20 @@ def _corrupt(stores: Sequence[Store], per_picture: int) -> dict[int, tuple[str, 
     return {row // per_picture: found for store in stores for row, found in store.corrupt.items()}
 
 
-def _refill(loader: Loader, function: Function, stores: Sequence[Store], indices: Sequence[int],
-            say: Callable[[str], None]) -> None:  # fmt: skip
+def _refill(
+    loader: Loader, function: Function, stores: Sequence[Store], indices: Sequence[int], say: Callable[[str], None]
+) -> None:
     per_picture = outcomes(loader.image_set)
     for some, good, results in _compute(loader, function, torch.tensor(indices)):
         require_unchanged(loader.image_set, some.tolist())
         for field, store in enumerate(stores):
             batches = [result[field].cpu().contiguous().view(torch.uint8).flatten(1).numpy() for result in results]
-            rows = [(index * per_picture + mirrored, rows[place], 0, 0)
-                    for mirrored, rows in enumerate(batches)
-                    for place, index in enumerate(some.tolist()) if good[place]]  # fmt: skip
+            rows = [
+                (index * per_picture + mirrored, rows[place], 0, 0)
+                for mirrored, rows in enumerate(batches)
+                for place, index in enumerate(some.tolist())
+                if good[place]
+            ]
             refill(store, rows, say)
 
 
@@ -201,8 +225,9 @@ def _told(loader: Loader, corrupt: list[int]) -> dict[int, tuple[str, str]]:
     return {index: (label, loader.corrupt[label]) for index, label in labels.items()}
 
 
-def _compute(loader: Loader, function: Function,
-             indices: Tensor) -> Iterator[tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]]:  # fmt: skip
+def _compute(
+    loader: Loader, function: Function, indices: Tensor
+) -> Iterator[tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]]:
     """(indices int64 [b], which of them are pictures bool [b], results of each outcome) of the pictures asked for.
 
     `function` always sees a full batch (of several processes: a process's share of one), because the last bits of its
@@ -219,5 +244,11 @@ def _compute(loader: Loader, function: Function,
 
 
 def _bar(count: int, done: int, progress: bool | None) -> tqdm:
-    return tqdm(total=count, initial=done, desc="features", unit="image", leave=False,
-                disable=None if progress is None else not progress)  # fmt: skip
+    return tqdm(
+        total=count,
+        initial=done,
+        desc="features",
+        unit="image",
+        leave=False,
+        disable=None if progress is None else not progress,
+    )

@@ -45,8 +45,17 @@ class Folder(ImageFiles):
     source that is no picture by its name is a text file that lists some, one a line, relative to where it lies.
     """
 
-    def __init__(self, sources: Sources, split: str | None = None, *, image_size: int = 224, mask_size: int = 320,
-                 crop: str = "center", flip: bool = False, limit: int = 0) -> None:
+    def __init__(
+        self,
+        sources: Sources,
+        split: str | None = None,
+        *,
+        image_size: int = 224,
+        mask_size: int = 320,
+        crop: str = "center",
+        flip: bool = False,
+        limit: int = 0,
+    ) -> None:
         self.name = "image folder" if split is None else f"image folder {split}"
         self.masks: list[Path] = []  # of each picture, where they are files
         self.instances: Instances | None = None
@@ -61,8 +70,14 @@ class Folder(ImageFiles):
             raise UserError("no images given: name an image or a folder of images")
         self.has_masks = bool(self.masks) or self.instances is not None
         self.has_classes = self.instances is not None and self.instances.class_of is not None
-        super().__init__(paths[:limit] if limit else paths, image_size=image_size, mask_size=mask_size, crop=crop,
-                         flip=flip, upright=True)
+        super().__init__(
+            paths[:limit] if limit else paths,
+            image_size=image_size,
+            mask_size=mask_size,
+            crop=crop,
+            flip=flip,
+            upright=True,
+        )
 
     def _of_folder(self, root: Path, split: str | None) -> list[Path]:
         folder = _split_folder(root, split)
@@ -98,8 +113,10 @@ class Folder(ImageFiles):
             instances, classes, ignore = self.instances.label_maps(self.listed[index])
             return instances, classes if self.has_classes else None, ignore
         if not self.masks:
-            raise UserError(f"{self.name} is read without masks: they belong beside the pictures, as photo_mask.png "
-                            "beside photo.jpg, or masks/photo.png for images/photo.jpg")  # fmt: skip
+            raise UserError(
+                f"{self.name} is read without masks: they belong beside the pictures, as photo_mask.png "
+                "beside photo.jpg, or masks/photo.png for images/photo.jpg"
+            )
         instances = open_labels(self.masks[index], rim=("P",))
         self.fitting(index, instances.shape[::-1], self.masks[index])
         return (instances,)
@@ -134,8 +151,10 @@ def list_noted(sources: Sources) -> tuple[list[Path], list[str]]:
             paths, inside.labels = without_labels(_without_masks(inside.paths, source), source)
             if not paths:
                 left_out = "; ".join(inside.notes())
-                raise UserError(f"{source} has no images (.jpg, .png, .webp and others) in it" + (
-                    f": {left_out}" if left_out else ""))  # fmt: skip
+                raise UserError(
+                    f"{source} has no images (.jpg, .png, .webp and others) in it"
+                    + (f": {left_out}" if left_out else "")
+                )
             found += paths
             notes += inside.notes()
         elif located(source).exists():
@@ -160,15 +179,18 @@ def _without_masks(paths: list[Path], root: Path) -> list[Path]:
 def _in_masks(folder: Path, root: Path) -> bool:
     """Whether `folder` is, or lies in, a folder masks/ under `root` that has images/ beside it."""
     parts = folder.relative_to(root).parts
-    return any(part.lower() == "masks" and _folders(root.joinpath(*parts[:i]), "images")
-               for i, part in enumerate(parts))
+    return any(
+        part.lower() == "masks" and _folders(root.joinpath(*parts[:i]), "images") for i, part in enumerate(parts)
+    )
 
 
 def _folders(base: Path, name: str) -> list[Path]:
     """The folders of that name in `base`, in any capitals."""
     try:
-        return sorted((base / inside for inside in os.listdir(base)
-                       if inside.lower() == name and (base / inside).is_dir()), reverse=True)
+        return sorted(
+            (base / inside for inside in os.listdir(base) if inside.lower() == name and (base / inside).is_dir()),
+            reverse=True,
+        )
     except OSError:
         return []
 
@@ -213,8 +235,10 @@ def _instances_file(folder: Path, root: Path) -> Path | None:
         files = [file for file in sorted(place.glob("*.json")) if file.stem not in pictures and is_instances_file(file)]
         chosen = [file for file in files if "val" in file.stem.lower()] or files
         if len(chosen) > 1:
-            raise UserError(f"{place} has several COCO instances files ({', '.join(file.name for file in chosen)}): "
-                            'leave one there, or one with "val" in its name')
+            raise UserError(
+                f"{place} has several COCO instances files ({', '.join(file.name for file in chosen)}): "
+                'leave one there, or one with "val" in its name'
+            )
         if chosen:
             return chosen[0]
     return None
@@ -236,8 +260,9 @@ def read_list(file: Path) -> list[Path]:
     try:
         lines = [line for line in read_lines(file) if line.strip()]
     except UserError as error:
-        raise UserError(f"{file} is neither a folder, nor an image by its name, nor a text file that lists images "
-                        f"({error})") from None
+        raise UserError(
+            f"{file} is neither a folder, nor an image by its name, nor a text file that lists images ({error})"
+        ) from None
     paths = [listed(line, file.parent) for line in lines]
     # Lines that begin with # are notes, unless there is such a file.
     paths = [path for path, line in zip(paths, lines, strict=True) if line[0] != "#" or os.path.isfile(path)]

@@ -52,8 +52,11 @@ class Files:
     def changed(self, places: Iterable[int]) -> list[int]:
         """Those of `places` whose file is not what it was when the key was made."""
         places = list(places)
-        return [place for place, stamp in zip(places, self._stamps(places), strict=True)
-                if hash(stamp[:3]) != self._found[place]]  # fmt: skip
+        return [
+            place
+            for place, stamp in zip(places, self._stamps(places), strict=True)
+            if hash(stamp[:3]) != self._found[place]
+        ]
 
     def _stamps(self, places: Sequence[int]) -> list[tuple[int, ...]]:
         """(size, times of modification and change in ns, inode number or 0) of files; zeros for a missing one."""

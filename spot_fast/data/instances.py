@@ -70,16 +70,20 @@ class Instances:
             found[images.find(annotation["image_id"])].append(annotation)
         lost = len(found.pop(_UNLISTED, ()))
         if lost and lost == len(annotations):
-            raise UserError(f"{self.path}: none of the {lost} annotations is of an image in the list: the first has "
-                            f"image_id {annotations[0]['image_id']!r}, the images have ids such as "
-                            f"{', '.join(repr(image.id) for image in self.images[:3])}")
+            raise UserError(
+                f"{self.path}: none of the {lost} annotations is of an image in the list: the first has "
+                f"image_id {annotations[0]['image_id']!r}, the images have ids such as "
+                f"{', '.join(repr(image.id) for image in self.images[:3])}"
+            )
         if lost:
             notes.append(f"{lost} of {len(annotations)} annotations are of images that are not in the list")
         kept = [annotation for of_image in found.values() for annotation in of_image]
         unknown = [each.get("category_id") for each in kept if self._class(each) is None]
         if unknown and len(unknown) == len(kept):
-            raise UserError(f"{self.path}: none of the {len(kept)} annotations is of a known category: the first has "
-                            f"category_id {unknown[0]!r}; list the categories in the file")
+            raise UserError(
+                f"{self.path}: none of the {len(kept)} annotations is of a known category: the first has "
+                f"category_id {unknown[0]!r}; list the categories in the file"
+            )
         if unknown:
             notes.append(f"{len(unknown)} of {len(annotations)} annotations are of unknown categories and not drawn")
         self.notes = notes
@@ -95,15 +99,18 @@ class Instances:
         return len(self._annotations.get(image.id, ()))
 
     def size(self, image: Listed) -> tuple[int, int]:
-        """(width, height) of the image's masks; UserError where the file does not say, or not which image they are of.
-        """
+        """(width, height) of the image's masks; UserError where the file does not say whose they are."""
         if not 0 < image.width * image.height <= _MOST_PIXELS:
-            raise UserError(f"{self.path} says that {image.file_name} is {image.width} x {image.height}: give its "
-                            "width and height in pixels")
+            raise UserError(
+                f"{self.path} says that {image.file_name} is {image.width} x {image.height}: give its "
+                "width and height in pixels"
+            )
         if self._names[image.file_name] > 1 or self._ids[image.id] > 1:
             what = "file name" if self._names[image.file_name] > 1 else f"id {image.id!r}"
-            raise UserError(f"{self.path} has several images with the {what} of {image.file_name}: list each image "
-                            "once, with an id of its own")
+            raise UserError(
+                f"{self.path} has several images with the {what} of {image.file_name}: list each image "
+                "once, with an id of its own"
+            )
         return image.width, image.height
 
     def label_maps(self, image: Listed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -143,8 +150,10 @@ class Instances:
             except UserError:  # a package that is not there
                 raise
             except Exception as error:  # noqa: BLE001 - pycocotools raises bare Exception
-                raise UserError(f"{self.path}: annotation {annotation.get('id', number)} of image {image.file_name} "
-                                f"cannot be decoded: {error}") from None
+                raise UserError(
+                    f"{self.path}: annotation {annotation.get('id', number)} of image {image.file_name} "
+                    f"cannot be decoded: {error}"
+                ) from None
             yield number, of_class, mask
 
 
@@ -228,8 +237,10 @@ def _list(content: Any, key: str, path: Path) -> list:
 
 def _listed(path: Path, images: list) -> list[Listed]:
     try:
-        listed = [Listed(image["id"], image["file_name"], _side(image.get("height")), _side(image.get("width")))
-                  for image in images]  # fmt: skip
+        listed = [
+            Listed(image["id"], image["file_name"], _side(image.get("height")), _side(image.get("width")))
+            for image in images
+        ]
         for image in listed:
             hash(image.id)
             if not isinstance(image.file_name, str):

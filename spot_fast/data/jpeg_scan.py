@@ -137,8 +137,13 @@ class _Scanner:
                 raise _Damaged("a table of codes is missing")
             table = [_BAD << _STEP | 1] * 65536
             for start, (length, symbol) in self.codes[kind, number].items():
-                step = length << 8 | symbol if plain else _dc_step(length, symbol) if kind == 0 else _ac_step(
-                    length, symbol)  # fmt: skip
+                step = (
+                    length << 8 | symbol
+                    if plain
+                    else _dc_step(length, symbol)
+                    if kind == 0
+                    else _ac_step(length, symbol)
+                )
                 table[start : start + (1 << 16 - length)] = [step] * (1 << 16 - length)
             self.entries[key] = table
         return self.entries[key]
@@ -154,8 +159,13 @@ class _Scanner:
         alone = chosen[0][0] if count == 1 else None
         mcus = alone.across * alone.down if alone else self.mcus
         if not self.progressive:
-            walk = _Sequential([(self._entry(0, tables >> 4), self._entry(1, tables & 15))
-                                for component, tables in chosen for _ in range(_blocks(component, alone))])  # fmt: skip
+            walk = _Sequential(
+                [
+                    (self._entry(0, tables >> 4), self._entry(1, tables & 15))
+                    for component, tables in chosen
+                    for _ in range(_blocks(component, alone))
+                ]
+            )
             for component, _ in chosen:
                 component.dc_done = True
         else:
@@ -178,8 +188,9 @@ class _Scanner:
                 component.left = component.left & ~1 | bool(low)
             if refining:
                 return _Bits(sum(_blocks(component, alone) for component, _ in chosen))
-            return _First([self._entry(0, tables >> 4) for component, tables in chosen
-                           for _ in range(_blocks(component, alone))])  # fmt: skip
+            return _First(
+                [self._entry(0, tables >> 4) for component, tables in chosen for _ in range(_blocks(component, alone))]
+            )
         if alone is None or not first <= last < 64:
             raise _Damaged("the header of a scan makes no sense")
         band = (1 << last + 1) - (1 << first)

@@ -20,8 +20,10 @@ from pathlib import Path
 
 from PIL import Image
 
-_WORDS = (r"masks?|labels?|labelmaps?|gt|segs?|segm|segmentations?|instances?|semantics?|panoptic|annotations?|annot|"
-          r"trimaps?|mattes?")  # fmt: skip
+_WORDS = (
+    r"masks?|labels?|labelmaps?|gt|segs?|segm|segmentations?|instances?|semantics?|panoptic|annotations?|annot|"
+    r"trimaps?|mattes?"
+)
 _FOLDER = re.compile(
     rf"(.*[-_. ])?({_WORDS})([-_. ].*)?|.*(labels|annot|masks)|segmentation.*|segments|gt(fine|coarse)|"
     r"ground[-_ ]?truths?|parsing|stuffthingmaps|pixelmaps"
@@ -49,8 +51,11 @@ def without_labels(paths: list[Path], root: Path) -> tuple[list[Path], Counter[P
     if not shared:
         return paths, Counter()
     found: dict[int, Path] = {}
-    for ways, among in ((_in_named_folders, range(len(paths))), (_beside_pictures, shared),
-                        (_of_lossy_pictures, shared)):  # fmt: skip
+    for ways, among in (
+        (_in_named_folders, range(len(paths))),
+        (_beside_pictures, shared),
+        (_of_lossy_pictures, shared),
+    ):
         for folder, places in ways(paths, among, root):
             places = [place for place in places if place not in found]
             if _sampled(places, paths, by_stem, found, grey_only=ways is _of_lossy_pictures):
@@ -107,12 +112,16 @@ def _beside_pictures(paths: list[Path], among: list[int], root: Path) -> Groups:
 def _of_lossy_pictures(paths: list[Path], among: list[int], root: Path) -> Groups:
     """Lossless files by their folder that have the stem of a JPEG or WebP."""
     lossy = {paths[place].stem.lower() for place in among if paths[place].suffix.lower() in _LOSSY}
-    return _grouped(paths, among, lambda path: path.parent if path.suffix.lower() in _LOSSLESS and
-                    path.stem.lower() in lossy else None)  # fmt: skip
+    return _grouped(
+        paths,
+        among,
+        lambda path: path.parent if path.suffix.lower() in _LOSSLESS and path.stem.lower() in lossy else None,
+    )
 
 
-def _sampled(places: list[int], paths: list[Path], by_stem: dict[str, list[int]], found: dict[int, Path], *,
-             grey_only: bool) -> bool:  # fmt: skip
+def _sampled(
+    places: list[int], paths: list[Path], by_stem: dict[str, list[int]], found: dict[int, Path], *, grey_only: bool
+) -> bool:
     """Whether most of these files have pictures of their stem elsewhere, and most of a sample are their label maps."""
     own = set(places)
     partners = {}

@@ -35,14 +35,18 @@ def open_labels(path: str | Path, encoded: bytes | None = None, *, rim: Collecti
     with np.errstate(invalid="ignore"):  # NaN and infinity are told below
         labels = values.astype(np.int32)
     if labels.size and (labels.min() < 0 or image.mode == "F" and not np.array_equal(labels, values)):
-        raise UserError(f"{path} has labels from {values.min():g} to {values.max():g}: expected whole numbers, 0 for "
-                        "the background and from 1 on for objects")
+        raise UserError(
+            f"{path} has labels from {values.min():g} to {values.max():g}: expected whole numbers, 0 for "
+            "the background and from 1 on for objects"
+        )
     if image.mode in rim:
         labels[labels == RIM] = 0
     seen, edges = _count_edges(labels)
     if edges > max(_FEW_EDGES, seen // 2):
-        raise UserError(f"{path} has soft edges: {edges} of the {seen} labels seen lie between others; resize and draw "
-                        "masks without smoothing")
+        raise UserError(
+            f"{path} has soft edges: {edges} of the {seen} labels seen lie between others; resize and draw "
+            "masks without smoothing"
+        )
     return labels
 
 

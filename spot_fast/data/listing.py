@@ -21,16 +21,67 @@ from PIL import Image
 from ..errors import UserError
 
 # Pillow's formats that hold pictures; it also reads documents, icons and scientific data.
-_FORMATS = ("AVIF", "BMP", "DDS", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "SUN", "TGA",
-            "TIFF", "WEBP")  # fmt: skip
+_FORMATS = (
+    "AVIF",
+    "BMP",
+    "DDS",
+    "DIB",
+    "GIF",
+    "JPEG",
+    "JPEG2000",
+    "PCX",
+    "PNG",
+    "PPM",
+    "QOI",
+    "SGI",
+    "SUN",
+    "TGA",
+    "TIFF",
+    "WEBP",
+)
 _LEFT_BEHIND = {"__macosx", "@eadir", "thumbs.db", "desktop.ini"}
 # Files that lie beside pictures and are none.
-_ASIDE = frozenset(("", ".txt", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".md", ".rst", ".yaml", ".yml", ".toml",
-                    ".html", ".htm", ".pdf", ".py", ".m", ".ipynb", ".sh", ".log", ".ini", ".cfg", ".lst", ".names",
-                    ".data", ".md5", ".sha1", ".sha256", ".xmp", ".aae", ".url", ".bib", ".license"))  # fmt: skip
+_ASIDE = frozenset(
+    (
+        "",
+        ".txt",
+        ".json",
+        ".jsonl",
+        ".xml",
+        ".csv",
+        ".tsv",
+        ".md",
+        ".rst",
+        ".yaml",
+        ".yml",
+        ".toml",
+        ".html",
+        ".htm",
+        ".pdf",
+        ".py",
+        ".m",
+        ".ipynb",
+        ".sh",
+        ".log",
+        ".ini",
+        ".cfg",
+        ".lst",
+        ".names",
+        ".data",
+        ".md5",
+        ".sha1",
+        ".sha256",
+        ".xmp",
+        ".aae",
+        ".url",
+        ".bib",
+        ".license",
+    )
+)
 _ARCHIVES = frozenset((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"))
 _LONGEST_LINK = 4095  # bytes
 _SHOWN = 4  # endings and folders that a note names
+
 
 @cache
 def extensions() -> frozenset[str]:
@@ -60,8 +111,10 @@ class Listing:
             links = [str(path) for path in self.broken]
             notes.append(f"{_count(len(links), 'link')} to nowhere left out: {_some(links)}")
         if self.written:
-            notes.append(f"{_count(len(self.written), 'link')} saved as text left out: "
-                         f"{_some(list(map(str, self.written)))}; make links of them again")  # fmt: skip
+            notes.append(
+                f"{_count(len(self.written), 'link')} saved as text left out: "
+                f"{_some(list(map(str, self.written)))}; make links of them again"
+            )
         for kind, remedy in ((self.other - self._archives(), ""), (self._archives(), "; unpack archives")):
             if kind:
                 endings = _some([f"{ending} {number:,}" for ending, number in kind.most_common()])

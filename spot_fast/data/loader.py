@@ -74,8 +74,9 @@ class Loader:
 
     kind = "torch"
 
-    def __init__(self, image_set: ImageSet, batch_size: int, seed: int = 0, workers: int = 0, *, rank: int = 0,
-                 world: int = 1) -> None:
+    def __init__(
+        self, image_set: ImageSet, batch_size: int, seed: int = 0, workers: int = 0, *, rank: int = 0, world: int = 1
+    ) -> None:
         if batch_size < 1:
             raise UserError(f"--batch-size {batch_size}: use 1 or more")
         if workers < 0:
@@ -83,8 +84,10 @@ class Loader:
         if seed < 0:
             raise UserError(f"--seed {seed}: use 0 or more")
         if len(image_set) < batch_size:
-            raise UserError(f"{image_set.name} has {len(image_set)} training images, fewer than --batch-size "
-                            f"{batch_size}: use a smaller batch or more images")
+            raise UserError(
+                f"{image_set.name} has {len(image_set)} training images, fewer than --batch-size "
+                f"{batch_size}: use a smaller batch or more images"
+            )
         if batch_size % world:
             raise UserError(f"--batch-size {batch_size} cannot be divided among {world} processes: use a multiple")
         if not 0 <= rank < world:
@@ -261,8 +264,10 @@ class Loader:
 
     def _too_many(self, corrupt: dict[str, str]) -> UserError:
         first = "; ".join(list(corrupt.values())[:3])
-        return UserError(f"{len(corrupt)} of {len(self.image_set)} images of {self.image_set.name} are corrupt or "
-                         f"missing, more than {MAX_CORRUPT:.0%}: {first}")
+        return UserError(
+            f"{len(corrupt)} of {len(self.image_set)} images of {self.image_set.name} are corrupt or "
+            f"missing, more than {MAX_CORRUPT:.0%}: {first}"
+        )
 
 
 def _stack(loaded: list[Loaded]) -> tuple[torch.Tensor, torch.Tensor]:

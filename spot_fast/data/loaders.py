@@ -14,8 +14,16 @@ from .loader import MAX_THREADS, Loader
 _MOST_WORKERS = 16  # unasked
 
 
-def open_loader(config_loader: str, image_set: ImageSet, batch_size: int, seed: int, workers: int | None,
-                device: torch.device, rank: int = 0, world: int = 1) -> tuple[Loader, str]:
+def open_loader(
+    config_loader: str,
+    image_set: ImageSet,
+    batch_size: int,
+    seed: int,
+    workers: int | None,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+) -> tuple[Loader, str]:
     """(the loader, a line that says what decodes and why).
 
     workers: None is one for each core that this process may use and shares with the `world`, at most 16.
@@ -31,8 +39,10 @@ def open_loader(config_loader: str, image_set: ImageSet, batch_size: int, seed: 
         workers = max(1, min(_MOST_WORKERS, available_cores() // world))
     loader, why = None, ""
     if getattr(image_set, "images", None) is not None:
-        return (Loader(image_set, batch_size, seed, workers, rank=rank, world=world),
-                f"{image_set.name} are in memory: nothing is decoded")
+        return (
+            Loader(image_set, batch_size, seed, workers, rank=rank, world=world),
+            f"{image_set.name} are in memory: nothing is decoded",
+        )
     if config_loader == "torch":
         why = "--loader torch"
     elif not isinstance(image_set, ImageFiles):
@@ -55,7 +65,12 @@ def open_loader(config_loader: str, image_set: ImageSet, batch_size: int, seed: 
         place = "GPU" if device.type == "cuda" else "CPU"
         return loader, f"images are decoded by DALI on the {place} (other formats than JPEG by Pillow)"
     kind = "process" if workers > MAX_THREADS else "thread"
-    where = f"in {workers} {kind}{'es' if kind == 'process' else 's'}" if workers > 1 else (
-        "in one thread" if workers else "in the thread that trains")
-    return (Loader(image_set, batch_size, seed, workers, rank=rank, world=world),
-            f"images are decoded by Pillow {where}: {why}")
+    where = (
+        f"in {workers} {kind}{'es' if kind == 'process' else 's'}"
+        if workers > 1
+        else ("in one thread" if workers else "in the thread that trains")
+    )
+    return (
+        Loader(image_set, batch_size, seed, workers, rank=rank, world=world),
+        f"images are decoded by Pillow {where}: {why}",
+    )

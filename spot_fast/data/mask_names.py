@@ -9,8 +9,22 @@ from .names import composed
 
 MASK = "_mask"  # photo_mask.png beside photo.jpg
 # Of several the first is the mask. The last are lossy: they are found so that they can be refused.
-_ENDINGS = (".png", ".tif", ".tiff", ".gif", ".bmp", ".pgm", ".tga", ".webp", ".jp2", ".avif", ".jpg", ".jpeg", ".jpe",
-            ".jfif")  # fmt: skip
+_ENDINGS = (
+    ".png",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".bmp",
+    ".pgm",
+    ".tga",
+    ".webp",
+    ".jp2",
+    ".avif",
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+)
 
 
 def without_ending(name: str) -> str:

@@ -21,16 +21,27 @@ from .labels import open_lossless
 T = TypeVar("T")
 TRAIN_FRAMES = 9
 SPLITS = {"train": "train", "val": "validation"}
-EXPECTED = "train/ and validation/ with one folder a clip, frames as *_image.png and masks as *_mask_NN.png, or the " \
-           "release's TFRecord files such as movi_c-train.tfrecord-00000-of-01024"
+EXPECTED = (
+    "train/ and validation/ with one folder a clip, frames as *_image.png and masks as *_mask_NN.png, or the "
+    "release's TFRecord files such as movi_c-train.tfrecord-00000-of-01024"
+)
 
 
 class Movi(ImageFiles):
     """One split ("train" or "val") of the clips under `root`; at most `limit` frames (0 = all). "val" has masks."""
 
-    def __init__(self, root: str | Path, split: str, *, image_size: int = 224, mask_size: int = 128,
-                 crop: str = "stretch", flip: bool = False, limit: int = 0,
-                 frames_per_clip: int = TRAIN_FRAMES) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        image_size: int = 224,
+        mask_size: int = 128,
+        crop: str = "stretch",
+        flip: bool = False,
+        limit: int = 0,
+        frames_per_clip: int = TRAIN_FRAMES,
+    ) -> None:
         self.name = f"MOVi {split}"
         self.has_masks = split == "val"
         folder = Path(root) / SPLITS[split]
@@ -65,8 +76,10 @@ class Movi(ImageFiles):
             if instances is None:
                 instances = np.zeros(mask.shape, np.int32)
             if mask.shape != instances.shape:
-                raise UserError(f"{file} is {mask.shape[1]} x {mask.shape[0]}, the frame's other masks are "
-                                f"{instances.shape[1]} x {instances.shape[0]}")
+                raise UserError(
+                    f"{file} is {mask.shape[1]} x {mask.shape[0]}, the frame's other masks are "
+                    f"{instances.shape[1]} x {instances.shape[0]}"
+                )
             instances[mask] = _number(file)
         self.fitting(index, instances.shape[::-1], file)
         return Masks(self.square_labels(instances))

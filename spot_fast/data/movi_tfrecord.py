@@ -36,9 +36,19 @@ class MoviRecords(ImageFiles):
     missing, cut off or damaged, CorruptImage a record.
     """
 
-    def __init__(self, root: str | Path, split: str, *, release: str = "", image_size: int = 224,
-                 mask_size: int = 128, crop: str = "stretch", flip: bool = False, limit: int = 0,
-                 frames_per_clip: int = movi.TRAIN_FRAMES) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        release: str = "",
+        image_size: int = 224,
+        mask_size: int = 128,
+        crop: str = "stretch",
+        flip: bool = False,
+        limit: int = 0,
+        frames_per_clip: int = movi.TRAIN_FRAMES,
+    ) -> None:
         self.name = f"MOVi {split}"
         self.has_masks = split == "val"
         self.shards = find_shards(Path(root), movi.SPLITS[split], release)
@@ -56,8 +66,9 @@ class MoviRecords(ImageFiles):
                 del self.frames[limit:]
                 break
         if not self.frames:
-            raise UserError(f"{self.shards[0].parent} has no frames in its {movi.SPLITS[split]} shards: download them "
-                            "again")
+            raise UserError(
+                f"{self.shards[0].parent} has no frames in its {movi.SPLITS[split]} shards: download them again"
+            )
         paths = [self.records[clip].path / _clip_name(clip) / f"{frame:08d}_image.png" for clip, frame in self.frames]
         super().__init__(paths, image_size=image_size, mask_size=mask_size, crop=crop, flip=flip)
         self.drawn = f"{frames_per_clip} frames a clip"
@@ -91,8 +102,9 @@ class MoviRecords(ImageFiles):
         clip, frame = self.frames[index]
         places = self._places_of(clip, feature)
         if frame >= len(places):
-            raise CorruptImage(f"clip {_clip_name(clip)} ({self.records[clip]}) has {len(places)} {feature}, "
-                               f"none for frame {frame}")
+            raise CorruptImage(
+                f"clip {_clip_name(clip)} ({self.records[clip]}) has {len(places)} {feature}, none for frame {frame}"
+            )
         return tfrecord.read(self.records[clip], *places[frame])
 
     def _places_of(self, clip: int, feature: str) -> list[tuple[int, int]]:
@@ -161,16 +173,20 @@ def refuse_other_formats(root: Path) -> None:
     for folder, file in _files(root):
         if shard := _OTHER_SHARD.fullmatch(file):
             convert = f"tfds convert_format --dataset_dir={folder} --out_file_format=tfrecord --out_dir=OTHER_DIR"
-            raise UserError(f"{folder} holds {shard['format']} ({file}), which is not read: convert it with {convert}, "
-                            "download MOVi as it is released, or prepare it with tfds.builder(NAME, "
-                            'file_format="tfrecord")')  # fmt: skip
+            raise UserError(
+                f"{folder} holds {shard['format']} ({file}), which is not read: convert it with {convert}, "
+                "download MOVi as it is released, or prepare it with tfds.builder(NAME, "
+                'file_format="tfrecord")'
+            )
 
 
 def shard_records(path: Path) -> Iterator[tfrecord.Record]:
     """The clips of a shard; UserError where it is missing, cut off or damaged."""
     if not path.is_file():
-        raise UserError(f"{path} is missing: download all shards of the split (a few are enough for as many "
-                        "--train-images or --val-images as they hold)")
+        raise UserError(
+            f"{path} is missing: download all shards of the split (a few are enough for as many "
+            "--train-images or --val-images as they hold)"
+        )
     return tfrecord.records(path)
 
 

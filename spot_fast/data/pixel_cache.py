@@ -118,8 +118,11 @@ def build(loader: Loader, store: Store, *, progress: bool | None = None, say: Ca
     decode = _uncropped if image_set.random_crop else _squares
     if readable := readable_again(image_set, sorted(store.corrupt)):
         with closing(decode(loader, readable)) as pictures:
-            found = [(index, picture.numpy(), *picture.shape[1:])
-                     for index, picture in zip(readable, pictures, strict=True) if picture is not None]  # fmt: skip
+            found = [
+                (index, picture.numpy(), *picture.shape[1:])
+                for index, picture in zip(readable, pictures, strict=True)
+                if picture is not None
+            ]
         require_unchanged(image_set, readable)
         refill(store, found, say)
     with store.building(say) as writer:
@@ -127,8 +130,17 @@ def build(loader: Loader, store: Store, *, progress: bool | None = None, say: Ca
             return
         loader.note_corrupt(dict(store.corrupt.values()))
         pictures = decode(loader, range(writer.written, store.count))
-        with tqdm(total=store.count, initial=writer.written, desc="pixels", unit="image", leave=False,
-                  disable=None if progress is None else not progress) as bar, closing(pictures):  # fmt: skip
+        with (
+            tqdm(
+                total=store.count,
+                initial=writer.written,
+                desc="pixels",
+                unit="image",
+                leave=False,
+                disable=None if progress is None else not progress,
+            ) as bar,
+            closing(pictures),
+        ):
             for index, picture in enumerate(pictures, writer.written):
                 require_unchanged(image_set, [index])
                 _append(loader, writer, index, picture)
@@ -140,8 +152,7 @@ def _append(loader: Loader, writer: Writer, index: int, picture: Tensor | None) 
         writer.append(picture.numpy(), height=picture.shape[1], width=picture.shape[2])
         return
     side, label = 0 if loader.image_set.random_crop else loader.image_set.image_size, loader.image_set.label(index)
-    writer.append(np.zeros((3, side, side), np.uint8), height=side, width=side,
-                  corrupt=(label, loader.corrupt[label]))  # fmt: skip
+    writer.append(np.zeros((3, side, side), np.uint8), height=side, width=side, corrupt=(label, loader.corrupt[label]))
 
 
 def _squares(loader: Loader, indices: Sequence[int]) -> Iterator[Tensor | None]:

@@ -53,9 +53,17 @@ class Processes:
         context.set_forkserver_preload([__name__])
         self._tasks = _Tasks()
         # A generator of its own: DataLoader would draw from torch's, which belongs to others.
-        self._loader = DataLoader(_Work(function), batch_size=None, sampler=self._tasks, num_workers=count,
-                                  collate_fn=_unchanged, multiprocessing_context=context, persistent_workers=True,
-                                  prefetch_factor=_AHEAD, generator=torch.Generator())
+        self._loader = DataLoader(
+            _Work(function),
+            batch_size=None,
+            sampler=self._tasks,
+            num_workers=count,
+            collate_fn=_unchanged,
+            multiprocessing_context=context,
+            persistent_workers=True,
+            prefetch_factor=_AHEAD,
+            generator=torch.Generator(),
+        )
         self.count = count
 
     def run(self, epoch: int, steps: list[torch.Tensor]) -> Iterator[Any]:
@@ -77,8 +85,10 @@ class Processes:
                 raise
             # The processes import the script that starts them.
             guard = "" if started else ", or have a script's own code below if __name__ == '__main__'"
-            raise UserError(f"a process of --workers {self.count} ended unexpectedly ({_reason(error)}): use fewer, "
-                            f"or give the machine more memory, shared memory (/dev/shm) included{guard}") from error
+            raise UserError(
+                f"a process of --workers {self.count} ended unexpectedly ({_reason(error)}): use fewer, "
+                f"or give the machine more memory, shared memory (/dev/shm) included{guard}"
+            ) from error
         finally:
             if not complete:
                 self.close()

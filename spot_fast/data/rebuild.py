@@ -38,13 +38,17 @@ def refill(store: Store, rows: Sequence[tuple[int, np.ndarray, int, int]], say: 
 def require_unchanged(image_set: ImageSet, indices: Iterable[int]) -> None:
     """NotBuilt where one of the pictures is not what the set's key says: its row would be found under that key."""
     if changed := image_set.changed(indices):
-        raise NotBuilt(f"image {image_set.label(changed[0])} has changed since the run began: {image_set.name} cannot "
-                       "be cached while it changes, start again when it is final or use --cache none")  # fmt: skip
+        raise NotBuilt(
+            f"image {image_set.label(changed[0])} has changed since the run began: {image_set.name} cannot "
+            "be cached while it changes, start again when it is final or use --cache none"
+        )
 
 
 def require_complete(stores: Iterable[Store]) -> None:
     """UserError where a store that has just been built is not there."""
     for store in stores:
         if not store.complete:
-            raise UserError(f"the cache {store.folder} is not complete here although it was built: use a --cache-dir "
-                            "that all processes see")  # fmt: skip
+            raise UserError(
+                f"the cache {store.folder} is not complete here although it was built: use a --cache-dir "
+                "that all processes see"
+            )

@@ -190,8 +190,10 @@ class Scenes(ImageSet):
         if count < 0:
             raise ValueError(f"count is {count}: use 0 or more scenes")
         if mask_size not in (None, size):
-            raise UserError(f"mask_size is {mask_size} but scenes are drawn at {size}: --mask-size must equal "
-                            "--image-size for scenes, whose masks are exact at that size")
+            raise UserError(
+                f"mask_size is {mask_size} but scenes are drawn at {size}: --mask-size must equal "
+                "--image-size for scenes, whose masks are exact at that size"
+            )
         self.split, self.count, self.size = split, count, size
         index = np.arange(count, dtype=np.int64) * 2 + (split == "val")
         images, instances, classes = draw_scenes(seed, index, size)

@@ -31,8 +31,9 @@ import numpy as np
 from ..errors import UserError
 from ..files import atomic_write, sync
 
-_LINE = np.dtype([("offset", "<i8"), ("size", "<i8"), ("height", "<i4"), ("width", "<i4"), ("check", "<u4"),
-                  ("corrupt", "<u4")])  # fmt: skip
+_LINE = np.dtype(
+    [("offset", "<i8"), ("size", "<i8"), ("height", "<i4"), ("width", "<i4"), ("check", "<u4"), ("corrupt", "<u4")]
+)
 _CHECK_ON_RESUME = 64  # last rows whose checksums are compared before a build goes on
 
 
@@ -82,8 +83,10 @@ class Store:
             except (ValueError, TypeError, AttributeError):
                 raise self._damaged("corrupt.json cannot be read") from None
         # Label and reason by row; the index says which rows, a kill may have come before the words about them.
-        self.corrupt = {row: found.get(row, (f"row {row}", "it could not be read"))
-                        for row in np.flatnonzero(self.lines["corrupt"]).tolist()}  # fmt: skip
+        self.corrupt = {
+            row: found.get(row, (f"row {row}", "it could not be read"))
+            for row in np.flatnonzero(self.lines["corrupt"]).tolist()
+        }
 
     @property
     def complete(self) -> bool:
@@ -101,8 +104,11 @@ class Store:
         if self._unreadable is not None:
             return False
         files = [file for file in (self._rows, self._index) if os.path.lexists(file)]
-        return os.access(self.folder, os.W_OK | os.X_OK) and all(os.access(file, os.W_OK) for file in files) \
-            or _is_locked(self.folder)  # fmt: skip
+        return (
+            os.access(self.folder, os.W_OK | os.X_OK)
+            and all(os.access(file, os.W_OK) for file in files)
+            or _is_locked(self.folder)
+        )
 
     @contextmanager
     def building(self, say: Callable[[str], None] = print) -> Iterator[Writer | None]:
@@ -191,8 +197,10 @@ class Store:
 
     def _failed(self, error: OSError) -> NotBuilt:
         reason = error.strerror or error
-        return NotBuilt(f"the cache {self.folder} cannot be written ({reason}): free some space or use --cache none or "
-                        "another --cache-dir; what is there is kept")  # fmt: skip
+        return NotBuilt(
+            f"the cache {self.folder} cannot be written ({reason}): free some space or use --cache none or "
+            "another --cache-dir; what is there is kept"
+        )
 
     def _drop_damaged_end(self) -> None:
         """Forgets the last rows as far as a power failure has kept them from the disk."""
@@ -363,8 +371,9 @@ class Writer:
             raise self._store._failed(error) from error
         return self
 
-    def append(self, row: np.ndarray, *, height: int = 0, width: int = 0,
-               corrupt: tuple[str, str] | None = None) -> None:
+    def append(
+        self, row: np.ndarray, *, height: int = 0, width: int = 0, corrupt: tuple[str, str] | None = None
+    ) -> None:
         """One more row of any dtype and shape; for a corrupt picture also its label and reason."""
         data = _content(row)
         line = np.array((self._end, len(data), height, width, zlib.crc32(data), corrupt is not None), _LINE)

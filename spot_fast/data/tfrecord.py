@@ -105,8 +105,10 @@ def records(path: Path) -> Iterator[Record]:
             while start < size:
                 header = os.pread(file.fileno(), _HEADER, start)
                 if len(header) == _HEADER and masked_crc32c(header[:8]) != int.from_bytes(header[8:], "little"):
-                    raise UserError(f"{path} is damaged: the length of record {number} does not have its checksum; "
-                                    "download the file again")
+                    raise UserError(
+                        f"{path} is damaged: the length of record {number} does not have its checksum; "
+                        "download the file again"
+                    )
                 length = int.from_bytes(header[:8], "little")
                 end = start + _HEADER + length + _FOOTER
                 if len(header) < _HEADER or end > size:

@@ -25,8 +25,15 @@ VERSION = 2  # to be raised when the same file gives other pixels: caches of the
 WHOLE = 16  # times as long as wide: of a longer picture only the middle is resized
 _TURN = Image.Transpose
 # How a picture of that EXIF orientation becomes upright.
-_TURNS = {2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE,
-          6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90}  # fmt: skip
+_TURNS = {
+    2: _TURN.FLIP_LEFT_RIGHT,
+    3: _TURN.ROTATE_180,
+    4: _TURN.FLIP_TOP_BOTTOM,
+    5: _TURN.TRANSPOSE,
+    6: _TURN.ROTATE_270,
+    7: _TURN.TRANSVERSE,
+    8: _TURN.ROTATE_90,
+}
 
 # Between one and two times Pillow's limit it warns, for every picture, and reads it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -149,8 +156,10 @@ def resize_minor(image: Image.Image, size: int) -> Image.Image:
     left, top, width, height = kept_part(*whole, size)
     if (width, height) == whole:
         return image.resize(whole, Image.Resampling.BILINEAR)
-    start, end = ([place * side / resized for place, side, resized in zip(corner, image.size, whole, strict=True)]
-                  for corner in ((left, top), (left + width, top + height)))  # fmt: skip
+    start, end = (
+        [place * side / resized for place, side, resized in zip(corner, image.size, whole, strict=True)]
+        for corner in ((left, top), (left + width, top + height))
+    )
     # Cut out first, with what the filter reaches: Pillow keeps boxes in single precision.
     reach = math.ceil(max(1.0, min(image.size) / size)) + 1
     near = [max(0, math.floor(place) - reach) for place in start]
@@ -190,11 +199,13 @@ def center_crop_labels(labels: np.ndarray, size: int) -> torch.Tensor:
     if max(resized) > WHOLE * size:
         part = kept_part(*resized, size)
         corner = center_corner(*part[2:], size)
-        columns, rows = (((part[axis] + corner[axis] + np.arange(size) + 0.5) * side / resized[axis]).astype(np.int64)
-                         for axis, side in enumerate((width, height)))  # fmt: skip
+        columns, rows = (
+            ((part[axis] + corner[axis] + np.arange(size) + 0.5) * side / resized[axis]).astype(np.int64)
+            for axis, side in enumerate((width, height))
+        )
         return torch.from_numpy(labels[np.ix_(rows, columns)].astype(np.int64))
     left, top = center_corner(*resized, size)
-    square = _resize_labels(labels, *resized)[top:top + size, left:left + size]
+    square = _resize_labels(labels, *resized)[top : top + size, left : left + size]
     return torch.from_numpy(square.astype(np.int64))
 
 

@@ -21,8 +21,10 @@ from .labels import RIM, open_labels
 from .mask_names import masks_in
 from .names import composed, read_lines
 
-EXPECTED = "JPEGImages/, ImageSets/Segmentation/trainaug.txt (or --sbd PATH) to train, " \
-           "ImageSets/Segmentation/val.txt, SegmentationObject/ and SegmentationClass/ to evaluate"
+EXPECTED = (
+    "JPEGImages/, ImageSets/Segmentation/trainaug.txt (or --sbd PATH) to train, "
+    "ImageSets/Segmentation/val.txt, SegmentationObject/ and SegmentationClass/ to evaluate"
+)
 TRAINAUG = 10_582
 _GET_TRAINAUG = (
     f"VOC trains on trainaug, the {TRAINAUG:,} names that are VOC's train plus SBD's train and val without VOC's val: "
@@ -44,8 +46,18 @@ class Voc(ImageFiles):
 
     has_classes = True
 
-    def __init__(self, root: str | Path, split: str, *, sbd: str | Path | None = None, image_size: int = 224,
-                 mask_size: int = 320, crop: str = "random", flip: bool = False, limit: int = 0) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        sbd: str | Path | None = None,
+        image_size: int = 224,
+        mask_size: int = 320,
+        crop: str = "random",
+        flip: bool = False,
+        limit: int = 0,
+    ) -> None:
         self.name = f"VOC 2012 {'trainaug' if split == 'train' else 'val'}"
         self.has_masks = split == "val"
         self.root = _find(Path(root))
@@ -53,8 +65,10 @@ class Voc(ImageFiles):
         own = _pictures_in(self.root / "JPEGImages")
         self._found = own if self.sbd is None else _pictures_in(self.sbd / "img") | own
         names = self._list("val") if self.has_masks else self._trainaug()
-        paths = [self._found.get(name, self.root / "JPEGImages" / f"{name}.jpg")
-                 for name in (names[:limit] if limit else names)]  # fmt: skip
+        paths = [
+            self._found.get(name, self.root / "JPEGImages" / f"{name}.jpg")
+            for name in (names[:limit] if limit else names)
+        ]
         folders = ("SegmentationObject", "SegmentationClass") if self.has_masks else ()
         self._masks = [(self.root / folder, masks_in(self.root / folder)) for folder in folders]
         super().__init__(paths, image_size=image_size, mask_size=mask_size, crop=crop, flip=flip)
@@ -93,8 +107,10 @@ class Voc(ImageFiles):
         for file, labels in zip(files, (instances, classes), strict=True):
             self.fitting(index, labels.shape[::-1], file)
         if classes.shape != instances.shape:
-            raise UserError(f"{files[1]} is {classes.shape[1]} x {classes.shape[0]}, {files[0]} is "
-                            f"{instances.shape[1]} x {instances.shape[0]}: both need the same size")
+            raise UserError(
+                f"{files[1]} is {classes.shape[1]} x {classes.shape[0]}, {files[0]} is "
+                f"{instances.shape[1]} x {instances.shape[0]}: both need the same size"
+            )
         return instances, classes
 
     def full_masks(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -158,13 +174,16 @@ def _find(root: Path) -> Path:
     for folder in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
         if (folder / "JPEGImages").is_dir():
             return folder
-    raise UserError(f"--data {root} has no JPEGImages/, nor VOC2012/ or VOCdevkit/VOC2012/ with one: "
-                    f"VOC needs {EXPECTED}")
+    raise UserError(
+        f"--data {root} has no JPEGImages/, nor VOC2012/ or VOCdevkit/VOC2012/ with one: VOC needs {EXPECTED}"
+    )
 
 
 def _find_sbd(sbd: Path) -> Path:
     for folder in (sbd, sbd / "dataset", sbd / "benchmark_RELEASE" / "dataset"):
         if (folder / "train.txt").is_file() and (folder / "val.txt").is_file():
             return folder
-    raise UserError(f"--sbd {sbd} has no train.txt and val.txt, nor dataset/ or benchmark_RELEASE/dataset/ with them: "
-                    "name the folder that SBD's benchmark.tgz was unpacked to")
+    raise UserError(
+        f"--sbd {sbd} has no train.txt and val.txt, nor dataset/ or benchmark_RELEASE/dataset/ with them: "
+        "name the folder that SBD's benchmark.tgz was unpacked to"
+    )

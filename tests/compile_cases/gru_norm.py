@@ -15,8 +15,13 @@ UNITS = (64, 256, 600)
 
 def _inputs(gates, hidden, weight, units, rows=448):
     wide, row = (rows, 3 * units), (rows, units)
-    return (torch.empty(wide, dtype=gates), torch.empty(wide, dtype=gates), torch.empty(row, dtype=hidden),
-            torch.empty(units, dtype=weight), torch.empty(row, dtype=gates))  # fmt: skip
+    return (
+        torch.empty(wide, dtype=gates),
+        torch.empty(wide, dtype=gates),
+        torch.empty(row, dtype=hidden),
+        torch.empty(units, dtype=weight),
+        torch.empty(row, dtype=gates),
+    )
 
 
 def cases():

@@ -13,8 +13,11 @@ def cases():
     shapes = [(7, 7), (11, 11), (24, 20), (64, 64)]
     some = shapes[:1]
     for dtype, sizes in (
-        (torch.float64, shapes), (torch.float32, shapes), (torch.bfloat16, some), (torch.float16, some)
-    ):  # fmt: skip
+        (torch.float64, shapes),
+        (torch.float32, shapes),
+        (torch.bfloat16, some),
+        (torch.float16, some),
+    ):
         for rows, columns in sizes:
             cost = torch.empty(64, rows, columns, dtype=dtype)
             name = f"linear_assignment {rows}x{columns} {dtype}"

@@ -84,17 +84,28 @@ def _standardise(b_new, m, units, eps):
 
 @triton.jit
 def _forward(
-    gates_input, gates_hidden, hidden, weight, bias, new, normed, stride_i, stride_g, stride_h, rows, units, eps,
-    ROWS: tl.constexpr, BLOCK_U: tl.constexpr,
-):  # fmt: skip
+    gates_input,
+    gates_hidden,
+    hidden,
+    weight,
+    bias,
+    new,
+    normed,
+    stride_i,
+    stride_g,
+    stride_h,
+    rows,
+    units,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+):
     """Grid: blocks of ROWS rows."""
     o_row, o_u = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_U)
     m_u = o_u < units
     m = (o_row < rows)[:, None] & m_u[None, :]
     o_row = o_row.to(tl.int64)
-    _, _, _, _, _, b_new = _cell(
-        gates_input, gates_hidden, hidden, stride_i, stride_g, stride_h, o_row, o_u, m, units
-    )  # fmt: skip
+    _, _, _, _, _, b_new = _cell(gates_input, gates_hidden, hidden, stride_i, stride_g, stride_h, o_row, o_u, m, units)
     o = o_row[:, None] * units + o_u[None, :]
     tl.store(new + o, b_new.to(new.dtype.element_ty), mask=m)
     b_x, _ = _standardise(b_new, m, units, eps)
@@ -106,10 +117,30 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_new, grad_normed, gates_input, gates_hidden, hidden, weight, grad_input, grad_hidden, grad_h, parts,
-    stride_n, stride_o, stride_i, stride_g, stride_h, rows, units, blocks_each, eps,
-    ROWS: tl.constexpr, BLOCK_U: tl.constexpr, WITH_NEW: tl.constexpr, WITH_NORMED: tl.constexpr,
-):  # fmt: skip
+    grad_new,
+    grad_normed,
+    gates_input,
+    gates_hidden,
+    hidden,
+    weight,
+    grad_input,
+    grad_hidden,
+    grad_h,
+    parts,
+    stride_n,
+    stride_o,
+    stride_i,
+    stride_g,
+    stride_h,
+    rows,
+    units,
+    blocks_each,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    WITH_NEW: tl.constexpr,
+    WITH_NORMED: tl.constexpr,
+):
     """Grid: `blocks_each` blocks of ROWS rows a program. parts [2, programs, U]: dweight and dbias of each program."""
     program, o_u = tl.program_id(0), tl.arange(0, BLOCK_U)
     m_u = o_u < units
@@ -124,7 +155,7 @@ def _backward(
         o_row = o_row.to(tl.int64)
         b_r, b_z, b_n, b_hn, b_h, b_new = _cell(
             gates_input, gates_hidden, hidden, stride_i, stride_g, stride_h, o_row, o_u, m, units
-        )  # fmt: skip
+        )
         b_grad = tl.zeros((ROWS, BLOCK_U), dtype=tl.float32)
         if WITH_NEW:
             b_grad += tl.load(grad_new + o_row[:, None] * stride_n + o_u[None, :], mask=m, other=0.0).to(tl.float32)
@@ -202,11 +233,26 @@ def forward(
     block_u = launch.power_of_2(units)
     config = _forward_config(block_u)
     launch.launch(
-        _forward, (triton.cdiv(rows, config.rows),),
-        gates_input, gates_hidden, hidden, weight.contiguous(), bias.contiguous(), new, normed,
-        gates_input.stride(0), gates_hidden.stride(0), hidden.stride(0), rows, units, eps,
-        num_warps=config.num_warps, num_stages=1, ROWS=config.rows, BLOCK_U=block_u,
-    )  # fmt: skip
+        _forward,
+        (triton.cdiv(rows, config.rows),),
+        gates_input,
+        gates_hidden,
+        hidden,
+        weight.contiguous(),
+        bias.contiguous(),
+        new,
+        normed,
+        gates_input.stride(0),
+        gates_hidden.stride(0),
+        hidden.stride(0),
+        rows,
+        units,
+        eps,
+        num_warps=config.num_warps,
+        num_stages=1,
+        ROWS=config.rows,
+        BLOCK_U=block_u,
+    )
     return new, normed
 
 
@@ -234,18 +280,47 @@ def backward(
     if grad_normed is not None:
         parts = torch.empty((2, programs, units), device=hidden.device, dtype=torch.float32)
     launch.launch(
-        _backward, (programs,),
-        grad_new, grad_normed, gates_input, gates_hidden, hidden, weight.contiguous(),
-        grad_input, grad_hidden, grad_h, parts,
-        0 if grad_new is None else grad_new.stride(0), 0 if grad_normed is None else grad_normed.stride(0),
-        gates_input.stride(0), gates_hidden.stride(0), hidden.stride(0), rows, units, blocks_each, eps,
-        num_warps=config.num_warps, num_stages=1, ROWS=config.rows, BLOCK_U=block_u,
-        WITH_NEW=grad_new is not None, WITH_NORMED=grad_normed is not None,
-    )  # fmt: skip
+        _backward,
+        (programs,),
+        grad_new,
+        grad_normed,
+        gates_input,
+        gates_hidden,
+        hidden,
+        weight.contiguous(),
+        grad_input,
+        grad_hidden,
+        grad_h,
+        parts,
+        0 if grad_new is None else grad_new.stride(0),
+        0 if grad_normed is None else grad_normed.stride(0),
+        gates_input.stride(0),
+        gates_hidden.stride(0),
+        hidden.stride(0),
+        rows,
+        units,
+        blocks_each,
+        eps,
+        num_warps=config.num_warps,
+        num_stages=1,
+        ROWS=config.rows,
+        BLOCK_U=block_u,
+        WITH_NEW=grad_new is not None,
+        WITH_NORMED=grad_normed is not None,
+    )
     if parts is None:
         return grad_input, grad_hidden, grad_h, grad_weight.zero_(), grad_bias.zero_()
     launch.launch(
-        _sum_parts, (triton.cdiv(units, _SUM_UNITS),), parts, grad_weight, grad_bias, programs, units,
-        num_warps=8, num_stages=1, BLOCK_P=_SUM_PARTS, BLOCK_U=_SUM_UNITS,
-    )  # fmt: skip
+        _sum_parts,
+        (triton.cdiv(units, _SUM_UNITS),),
+        parts,
+        grad_weight,
+        grad_bias,
+        programs,
+        units,
+        num_warps=8,
+        num_stages=1,
+        BLOCK_P=_SUM_PARTS,
+        BLOCK_U=_SUM_UNITS,
+    )
     return grad_input, grad_hidden, grad_h, grad_weight, grad_bias

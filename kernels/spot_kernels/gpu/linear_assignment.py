@@ -110,9 +110,16 @@ def shortest_augmenting_paths(cost_ptr, stride_row, stride_column, rows, columns
 # What is divisible by 16 makes no faster code here, only more of it to compile.
 @triton.jit(do_not_specialize_on_alignment=["stride_batch", "stride_row", "stride_column", "rows", "columns"])
 def linear_assignment_kernel(
-    cost_ptr, out_ptr, stride_batch, stride_row, stride_column, rows, columns,
-    TRANSPOSED: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    cost_ptr,
+    out_ptr,
+    stride_batch,
+    stride_row,
+    stride_column,
+    rows,
+    columns,
+    TRANSPOSED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """cost [B, rows, columns], rows <= columns -> out [B, rows], or [B, columns] of the transposed problem."""
     i_b = tl.program_id(0).to(tl.int64)
     cost_ptr += i_b * stride_batch
@@ -147,7 +154,16 @@ def linear_assignment(cost: torch.Tensor) -> torch.Tensor:
     if transposed:
         rows, columns, strides = columns, rows, (strides[0], strides[2], strides[1])
     launch.launch(
-        linear_assignment_kernel, (batch if columns else 0,), cost.detach(), out, *strides, rows, columns,
-        TRANSPOSED=transposed, COLUMNS=launch.power_of_2(columns, 8), num_warps=1, num_stages=1,
-    )  # fmt: skip
+        linear_assignment_kernel,
+        (batch if columns else 0,),
+        cost.detach(),
+        out,
+        *strides,
+        rows,
+        columns,
+        TRANSPOSED=transposed,
+        COLUMNS=launch.power_of_2(columns, 8),
+        num_warps=1,
+        num_stages=1,
+    )
     return out

@@ -62,9 +62,21 @@ def _load_labels(pointers, mask, number):
 
 @triton.jit
 def _count(
-    a_ptr, b_ptr, valid_ptr, stride_a, stride_b, stride_valid, first, last, num_a, num_b, o_a, o_b,
-    TOKENS: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    a_ptr,
+    b_ptr,
+    valid_ptr,
+    stride_a,
+    stride_b,
+    stride_valid,
+    first,
+    last,
+    num_a,
+    num_b,
+    o_a,
+    o_b,
+    TOKENS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """float32 [len(o_a), len(o_b)]: tokens from `first` to `last` with label o_a in a and o_b in b; exact to 2^24."""
     counts = tl.zeros([o_a.shape[0], o_b.shape[0]], tl.float32)
     for n in range(first, last, TOKENS):
@@ -84,11 +96,26 @@ def _count(
 
 @triton.jit
 def overlap_counts_kernel(
-    a_ptr, b_ptr, valid_ptr, out_ptr,
-    stride_ab, stride_an, stride_bb, stride_bn, stride_vb, stride_vn,
-    tokens, tokens_each, parts, num_a, num_b,
-    TILE_A: tl.constexpr, TILE_B: tl.constexpr, TOKENS: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    a_ptr,
+    b_ptr,
+    valid_ptr,
+    out_ptr,
+    stride_ab,
+    stride_an,
+    stride_bb,
+    stride_bn,
+    stride_vb,
+    stride_vn,
+    tokens,
+    tokens_each,
+    parts,
+    num_a,
+    num_b,
+    TILE_A: tl.constexpr,
+    TILE_B: tl.constexpr,
+    TOKENS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """Grid: batch × parts of the tokens, tiles of a, tiles of b. out [B, parts, num_a, num_b] int32."""
     pid = tl.program_id(0)
     i_b, part = (pid // parts).to(tl.int64), pid % parts
@@ -98,20 +125,46 @@ def overlap_counts_kernel(
     if MASKED:
         valid_ptr += i_b * stride_vb
     b_counts = _count(
-        a_ptr + i_b * stride_ab, b_ptr + i_b * stride_bb, valid_ptr, stride_an, stride_bn, stride_vn,
-        first, tl.minimum(first + tokens_each, tokens), num_a, num_b, o_a, o_b, TOKENS=TOKENS, MASKED=MASKED,
-    )  # fmt: skip
+        a_ptr + i_b * stride_ab,
+        b_ptr + i_b * stride_bb,
+        valid_ptr,
+        stride_an,
+        stride_bn,
+        stride_vn,
+        first,
+        tl.minimum(first + tokens_each, tokens),
+        num_a,
+        num_b,
+        o_a,
+        o_b,
+        TOKENS=TOKENS,
+        MASKED=MASKED,
+    )
     p_out = out_ptr + (pid.to(tl.int64) * num_a + o_a[:, None]) * num_b + o_b[None, :]
     tl.store(p_out, b_counts.to(tl.int32), mask=(o_a < num_a)[:, None] & (o_b < num_b)[None, :])
 
 
 @triton.jit
 def assign_masks_kernel(
-    student_ptr, teacher_ptr, cost_ptr, iou_ptr, assignment_ptr, assigned_iou_ptr, renamed_ptr,
-    stride_sb, stride_sn, stride_tb, stride_tn, tokens, slots,
-    EMPTY_COST: tl.constexpr, RENAME: tl.constexpr,
-    SLOTS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
+    student_ptr,
+    teacher_ptr,
+    cost_ptr,
+    iou_ptr,
+    assignment_ptr,
+    assigned_iou_ptr,
+    renamed_ptr,
+    stride_sb,
+    stride_sn,
+    stride_tb,
+    stride_tn,
+    tokens,
+    slots,
+    EMPTY_COST: tl.constexpr,
+    RENAME: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
     """Grid: batch. Writes cost [B, K, K] and assignment [B, K]; renamed [B, N], or both iou [B, K, K] and [B, K]."""
     i_b = tl.program_id(0).to(tl.int64)
     student_ptr += i_b * stride_sb
@@ -120,9 +173,21 @@ def assign_masks_kernel(
     assignment_ptr += i_b * slots
     o_k = tl.arange(0, SLOTS)
     b_both = _count(
-        teacher_ptr, student_ptr, None, stride_tn, stride_sn, 0, 0, tokens, slots, slots, o_k, o_k,
-        TOKENS=TOKENS, MASKED=False,
-    )  # fmt: skip
+        teacher_ptr,
+        student_ptr,
+        None,
+        stride_tn,
+        stride_sn,
+        0,
+        0,
+        tokens,
+        slots,
+        slots,
+        o_k,
+        o_k,
+        TOKENS=TOKENS,
+        MASKED=False,
+    )
     b_in_teacher, b_in_student = tl.sum(b_both, 1)[:, None], tl.sum(b_both, 0)[None, :]
     # in this order nothing exceeds the number of tokens, so all of it is exact
     b_iou = tl.div_rn(b_both, tl.maximum(b_in_teacher - b_both + b_in_student, 1.0))
@@ -171,11 +236,27 @@ def overlap_counts(
     parts = max(1, min(wanted, triton.cdiv(tokens, LEAST_TOKENS)), triton.cdiv(tokens, MOST_TOKENS))
     out = a.new_empty((batch, parts, num_a, num_b), dtype=torch.int32)
     launch.launch(
-        overlap_counts_kernel, (batch * parts, *tiles), a, b, valid, out,
-        *a.stride(), *b.stride(), *((0, 0) if valid is None else valid.stride()),
-        tokens, triton.cdiv(tokens, parts), parts, num_a, num_b,
-        TILE_A=tile_a, TILE_B=tile_b, TOKENS=64, MASKED=valid is not None, num_warps=4, num_stages=2,
-    )  # fmt: skip
+        overlap_counts_kernel,
+        (batch * parts, *tiles),
+        a,
+        b,
+        valid,
+        out,
+        *a.stride(),
+        *b.stride(),
+        *((0, 0) if valid is None else valid.stride()),
+        tokens,
+        triton.cdiv(tokens, parts),
+        parts,
+        num_a,
+        num_b,
+        TILE_A=tile_a,
+        TILE_B=tile_b,
+        TOKENS=64,
+        MASKED=valid is not None,
+        num_warps=4,
+        num_stages=2,
+    )
     return out.sum(1)
 
 
@@ -204,8 +285,24 @@ def match_masks(student: torch.Tensor, teacher: torch.Tensor, num_slots: int) ->
 def _launch(student, teacher, num_slots, cost, iou, assignment, assigned_iou, renamed):
     chosen = config(num_slots)
     launch.launch(
-        assign_masks_kernel, (len(student),), student, teacher, cost, iou, assignment, assigned_iou, renamed,
-        *student.stride(), *teacher.stride(), student.shape[1], num_slots,
-        EMPTY_COST=EMPTY_TEACHER_COST, RENAME=renamed is not None,
-        SLOTS=chosen.slots, COLUMNS=chosen.columns, TOKENS=chosen.tokens, num_warps=chosen.warps, num_stages=2,
-    )  # fmt: skip
+        assign_masks_kernel,
+        (len(student),),
+        student,
+        teacher,
+        cost,
+        iou,
+        assignment,
+        assigned_iou,
+        renamed,
+        *student.stride(),
+        *teacher.stride(),
+        student.shape[1],
+        num_slots,
+        EMPTY_COST=EMPTY_TEACHER_COST,
+        RENAME=renamed is not None,
+        SLOTS=chosen.slots,
+        COLUMNS=chosen.columns,
+        TOKENS=chosen.tokens,
+        num_warps=chosen.warps,
+        num_stages=2,
+    )

@@ -27,8 +27,17 @@ _LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _load(base, token, stride, m_row, width, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, MASKED: tl.constexpr,
-          WIDEN: tl.constexpr):  # fmt: skip
+def _load(
+    base,
+    token,
+    stride,
+    m_row,
+    width,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     """Rows of a [N, width] matrix at the raster positions `token`; 0 beyond the width and, if MASKED, beyond m_row."""
     o_d = tl.arange(0, BLOCK_D)
     p = base + token[:, None] * stride + o_d[None, :]
@@ -71,10 +80,28 @@ def _load_order(order, stride, o_row, m_row, MASKED: tl.constexpr):
 
 @triton.jit
 def _forward_tile(
-    b_q, b_acc, b_peak, b_sum, k, v, order, stride_kn, stride_vn, stride_order, start, o_row, tokens, width, scale_log2,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, DIAGONAL: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+    b_q,
+    b_acc,
+    b_peak,
+    b_sum,
+    k,
+    v,
+    order,
+    stride_kn,
+    stride_vn,
+    stride_order,
+    start,
+    o_row,
+    tokens,
+    width,
+    scale_log2,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     """One tile of columns: the running maximum, sum of weights and weighted sum of v after it."""
     o_column = start + tl.arange(0, BLOCK_N)
     m_column = o_column < tokens
@@ -95,12 +122,37 @@ def _forward_tile(
 
 @triton.jit
 def _forward(
-    q, k, v, order, out, lse,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_ob, stride_oh, stride_on, stride_order_b, stride_order, heads, tokens, width, scale_log2,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    order,
+    out,
+    lse,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    stride_order_b,
+    stride_order,
+    heads,
+    tokens,
+    width,
+    scale_log2,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     """Grid: batch × heads × tiles of rows, the longest first. BLOCK_M is a multiple of BLOCK_N."""
     tiles = tl.cdiv(tokens, BLOCK_M)
     batch_head = tl.program_id(0) // tiles
@@ -120,14 +172,52 @@ def _forward(
     b_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
     for column in range(0, start, BLOCK_N):
         b_acc, b_peak, b_sum = _forward_tile(
-            b_q, b_acc, b_peak, b_sum, k, v, order, stride_kn, stride_vn, stride_order, column, o_row, tokens, width,
-            scale_log2, BLOCK_N, BLOCK_D, EVEN_D, False, PRECISION, WIDEN,
-        )  # fmt: skip
+            b_q,
+            b_acc,
+            b_peak,
+            b_sum,
+            k,
+            v,
+            order,
+            stride_kn,
+            stride_vn,
+            stride_order,
+            column,
+            o_row,
+            tokens,
+            width,
+            scale_log2,
+            BLOCK_N,
+            BLOCK_D,
+            EVEN_D,
+            False,
+            PRECISION,
+            WIDEN,
+        )
     for column in range(start, tl.minimum(start + BLOCK_M, tokens), BLOCK_N):
         b_acc, b_peak, b_sum = _forward_tile(
-            b_q, b_acc, b_peak, b_sum, k, v, order, stride_kn, stride_vn, stride_order, column, o_row, tokens, width,
-            scale_log2, BLOCK_N, BLOCK_D, EVEN_D, True, PRECISION, WIDEN,
-        )  # fmt: skip
+            b_q,
+            b_acc,
+            b_peak,
+            b_sum,
+            k,
+            v,
+            order,
+            stride_kn,
+            stride_vn,
+            stride_order,
+            column,
+            o_row,
+            tokens,
+            width,
+            scale_log2,
+            BLOCK_N,
+            BLOCK_D,
+            EVEN_D,
+            True,
+            PRECISION,
+            WIDEN,
+        )
     out += batch * stride_ob + head * stride_oh
     _store(out, token, stride_on, m_row, width, b_acc / b_sum[:, None], BLOCK_D, WIDEN)
     p_lse = lse + batch_head.to(tl.int64) * 2 * tokens + o_row
@@ -137,11 +227,30 @@ def _forward(
 
 @triton.jit
 def _query_tile(
-    b_q, b_grad, b_peak, b_log, b_delta, b_grad_q, k, v, order, stride_kn, stride_vn, stride_order, start, o_row,
-    tokens, width, scale_log2,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, DIAGONAL: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+    b_q,
+    b_grad,
+    b_peak,
+    b_log,
+    b_delta,
+    b_grad_q,
+    k,
+    v,
+    order,
+    stride_kn,
+    stride_vn,
+    stride_order,
+    start,
+    o_row,
+    tokens,
+    width,
+    scale_log2,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     """dq after one tile of columns."""
     o_column = start + tl.arange(0, BLOCK_N)
     m_column = o_column < tokens
@@ -162,13 +271,47 @@ def _query_tile(
 
 @triton.jit
 def _backward_queries(
-    grad, q, k, v, order, out, lse, delta, grad_q,
-    stride_gb, stride_gh, stride_gn, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on, stride_dqb, stride_dqh, stride_dqn,
-    stride_order_b, stride_order, heads, tokens, width, scale, scale_log2,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+    grad,
+    q,
+    k,
+    v,
+    order,
+    out,
+    lse,
+    delta,
+    grad_q,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    stride_dqb,
+    stride_dqh,
+    stride_dqn,
+    stride_order_b,
+    stride_order,
+    heads,
+    tokens,
+    width,
+    scale,
+    scale_log2,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     """dq, and delta for the other kernel. Grid and tiles as in `_forward`."""
     tiles = tl.cdiv(tokens, BLOCK_M)
     batch_head = tl.program_id(0) // tiles
@@ -195,25 +338,86 @@ def _backward_queries(
     b_grad_q = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     for column in range(0, start, BLOCK_N):
         b_grad_q = _query_tile(
-            b_q, b_grad, b_peak, b_log, b_delta, b_grad_q, k, v, order, stride_kn, stride_vn, stride_order, column,
-            o_row, tokens, width, scale_log2, BLOCK_N, BLOCK_D, EVEN_D, False, PRECISION, WIDEN,
-        )  # fmt: skip
+            b_q,
+            b_grad,
+            b_peak,
+            b_log,
+            b_delta,
+            b_grad_q,
+            k,
+            v,
+            order,
+            stride_kn,
+            stride_vn,
+            stride_order,
+            column,
+            o_row,
+            tokens,
+            width,
+            scale_log2,
+            BLOCK_N,
+            BLOCK_D,
+            EVEN_D,
+            False,
+            PRECISION,
+            WIDEN,
+        )
     for column in range(start, tl.minimum(start + BLOCK_M, tokens), BLOCK_N):
         b_grad_q = _query_tile(
-            b_q, b_grad, b_peak, b_log, b_delta, b_grad_q, k, v, order, stride_kn, stride_vn, stride_order, column,
-            o_row, tokens, width, scale_log2, BLOCK_N, BLOCK_D, EVEN_D, True, PRECISION, WIDEN,
-        )  # fmt: skip
+            b_q,
+            b_grad,
+            b_peak,
+            b_log,
+            b_delta,
+            b_grad_q,
+            k,
+            v,
+            order,
+            stride_kn,
+            stride_vn,
+            stride_order,
+            column,
+            o_row,
+            tokens,
+            width,
+            scale_log2,
+            BLOCK_N,
+            BLOCK_D,
+            EVEN_D,
+            True,
+            PRECISION,
+            WIDEN,
+        )
     grad_q += batch * stride_dqb + head * stride_dqh
     _store(grad_q, token, stride_dqn, m_row, width, b_grad_q * scale, BLOCK_D, WIDEN)
 
 
 @triton.jit
 def _key_tile(
-    b_k, b_v, b_grad_k, b_grad_v, grad, q, order, lse, delta, stride_gn, stride_qn, stride_order, start, o_column,
-    tokens, width, scale_log2,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, DIAGONAL: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+    b_k,
+    b_v,
+    b_grad_k,
+    b_grad_v,
+    grad,
+    q,
+    order,
+    lse,
+    delta,
+    stride_gn,
+    stride_qn,
+    stride_order,
+    start,
+    o_column,
+    tokens,
+    width,
+    scale_log2,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     """dk and dv after one tile of rows; scores stand as [columns, rows]."""
     o_row = start + tl.arange(0, BLOCK_M)
     # rows past the last load as zeros, and with do = delta = 0 they add nothing
@@ -239,13 +443,44 @@ def _key_tile(
 
 @triton.jit
 def _backward_keys(
-    grad, q, k, v, order, lse, delta, grad_k, grad_v,
-    stride_gb, stride_gh, stride_gn, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_db, stride_dh, stride_dn, stride_order_b, stride_order,
-    heads, tokens, width, scale, scale_log2,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+    grad,
+    q,
+    k,
+    v,
+    order,
+    lse,
+    delta,
+    grad_k,
+    grad_v,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_db,
+    stride_dh,
+    stride_dn,
+    stride_order_b,
+    stride_order,
+    heads,
+    tokens,
+    width,
+    scale,
+    scale_log2,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     """dk and dv. Grid: batch × heads × tiles of columns, the longest first. BLOCK_N is a multiple of BLOCK_M."""
     tiles = tl.cdiv(tokens, BLOCK_N)
     batch_head = tl.program_id(0) // tiles
@@ -268,14 +503,56 @@ def _backward_keys(
     b_grad_v = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for row in range(start, tl.minimum(start + BLOCK_N, tokens), BLOCK_M):
         b_grad_k, b_grad_v = _key_tile(
-            b_k, b_v, b_grad_k, b_grad_v, grad, q, order, lse, delta, stride_gn, stride_qn, stride_order, row, o_column,
-            tokens, width, scale_log2, BLOCK_M, BLOCK_D, EVEN_D, True, PRECISION, WIDEN,
-        )  # fmt: skip
+            b_k,
+            b_v,
+            b_grad_k,
+            b_grad_v,
+            grad,
+            q,
+            order,
+            lse,
+            delta,
+            stride_gn,
+            stride_qn,
+            stride_order,
+            row,
+            o_column,
+            tokens,
+            width,
+            scale_log2,
+            BLOCK_M,
+            BLOCK_D,
+            EVEN_D,
+            True,
+            PRECISION,
+            WIDEN,
+        )
     for row in range(start + BLOCK_N, tokens, BLOCK_M):
         b_grad_k, b_grad_v = _key_tile(
-            b_k, b_v, b_grad_k, b_grad_v, grad, q, order, lse, delta, stride_gn, stride_qn, stride_order, row, o_column,
-            tokens, width, scale_log2, BLOCK_M, BLOCK_D, EVEN_D, False, PRECISION, WIDEN,
-        )  # fmt: skip
+            b_k,
+            b_v,
+            b_grad_k,
+            b_grad_v,
+            grad,
+            q,
+            order,
+            lse,
+            delta,
+            stride_gn,
+            stride_qn,
+            stride_order,
+            row,
+            o_column,
+            tokens,
+            width,
+            scale_log2,
+            BLOCK_M,
+            BLOCK_D,
+            EVEN_D,
+            False,
+            PRECISION,
+            WIDEN,
+        )
     # dk and dv lie alike in memory
     grad_k += batch * stride_db + head * stride_dh
     grad_v += batch * stride_db + head * stride_dh
@@ -358,19 +635,38 @@ def forward(
     shapes, constants, config = _shared(q, order)
     tiles = config.forward
     launch.launch(
-        _forward, (batch * heads * triton.cdiv(tokens, tiles.block_m),),
-        q, k, v, order, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        *shapes, width**-0.5 * _LOG2_E,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        _forward,
+        (batch * heads * triton.cdiv(tokens, tiles.block_m),),
+        q,
+        k,
+        v,
+        order,
+        out,
+        lse,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:3],
+        *shapes,
+        width**-0.5 * _LOG2_E,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
         **constants,
-    )  # fmt: skip
+    )
     return out, lse
 
 
 def backward(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, order: torch.Tensor, out: torch.Tensor,
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    order: torch.Tensor,
+    out: torch.Tensor,
     lse: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """grad [B, H, N, d] of out; q, k, v, order, out, lse as in `forward` → dq, dk, dv [B, H, N, d]."""
     grad, q, k, v, out = (launch.rows_last(tensor) for tensor in (grad, q, k, v, out))
     batch, heads, tokens, width = q.shape
@@ -382,17 +678,49 @@ def backward(
     scales = width**-0.5, width**-0.5 * _LOG2_E
     tiles = config.queries
     launch.launch(
-        _backward_queries, (batch * heads * triton.cdiv(tokens, tiles.block_m),),
-        grad, q, k, v, order, out, lse, delta, grad_q, *strides, *out.stride()[:3], *grad_q.stride()[:3],
-        *shapes, *scales,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        _backward_queries,
+        (batch * heads * triton.cdiv(tokens, tiles.block_m),),
+        grad,
+        q,
+        k,
+        v,
+        order,
+        out,
+        lse,
+        delta,
+        grad_q,
+        *strides,
+        *out.stride()[:3],
+        *grad_q.stride()[:3],
+        *shapes,
+        *scales,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
         **constants,
-    )  # fmt: skip
+    )
     tiles = config.keys
     launch.launch(
-        _backward_keys, (batch * heads * triton.cdiv(tokens, tiles.block_n),),
-        grad, q, k, v, order, lse, delta, grad_k, grad_v, *strides, *grad_k.stride()[:3], *shapes, *scales,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        _backward_keys,
+        (batch * heads * triton.cdiv(tokens, tiles.block_n),),
+        grad,
+        q,
+        k,
+        v,
+        order,
+        lse,
+        delta,
+        grad_k,
+        grad_v,
+        *strides,
+        *grad_k.stride()[:3],
+        *shapes,
+        *scales,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
         **constants,
-    )  # fmt: skip
+    )
     return grad_q, grad_k, grad_v

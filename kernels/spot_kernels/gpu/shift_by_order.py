@@ -22,10 +22,25 @@ _BOS_SAMPLES, _BOS_COLUMNS = 32, 64
 
 @triton.jit
 def _shift(
-    source, edge, order, target,
-    stride_sb, stride_sn, stride_sd, stride_eb, stride_ed, stride_order_b, stride_order, tokens, width,
-    STEP: tl.constexpr, WITH_EDGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+    source,
+    edge,
+    order,
+    target,
+    stride_sb,
+    stride_sn,
+    stride_sd,
+    stride_eb,
+    stride_ed,
+    stride_order_b,
+    stride_order,
+    tokens,
+    width,
+    STEP: tl.constexpr,
+    WITH_EDGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     """target[σ(t)] = source[σ(t + STEP)]; where there is no such place, `edge` or 0. target is contiguous.
 
     Grid: batch × tiles of places in the order, tiles of columns.
@@ -53,9 +68,19 @@ def _shift(
 
 @triton.jit
 def _bos_gradient(
-    grad, order, grad_bos, stride_gb, stride_gn, stride_gd, stride_order_b, width, each,
-    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+    grad,
+    order,
+    grad_bos,
+    stride_gb,
+    stride_gn,
+    stride_gd,
+    stride_order_b,
+    width,
+    each,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     """grad_bos[i] = the sum over samples i · each … i · each + each − 1 of grad[σ(0)], in a fixed order and float32.
 
     Grid: rows of grad_bos, tiles of columns. grad_bos is contiguous.
@@ -86,11 +111,26 @@ def _copy(
     block_n = min(launch.power_of_2(tokens), _TILE // block_d)
     strides = (0, 0) if edge is None else (edge.stride(0) if edge.dim() == 2 else 0, edge.stride(-1))
     launch.launch(
-        _shift, (batch * triton.cdiv(tokens, block_n), triton.cdiv(width, block_d)),
-        source, edge, order, target, *source.stride(), *strides, _batch_stride(order), order.stride(-1), tokens, width,
-        STEP=step, WITH_EDGE=edge is not None, BLOCK_N=block_n, BLOCK_D=block_d, WIDEN=launch.widen(source.device),
-        num_warps=4, num_stages=1,
-    )  # fmt: skip
+        _shift,
+        (batch * triton.cdiv(tokens, block_n), triton.cdiv(width, block_d)),
+        source,
+        edge,
+        order,
+        target,
+        *source.stride(),
+        *strides,
+        _batch_stride(order),
+        order.stride(-1),
+        tokens,
+        width,
+        STEP=step,
+        WITH_EDGE=edge is not None,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        WIDEN=launch.widen(source.device),
+        num_warps=4,
+        num_stages=1,
+    )
 
 
 def _batch_stride(order: torch.Tensor) -> int:
@@ -116,8 +156,18 @@ def backward(
         shape = (width,) if grad_bos.dim() == 1 else (batch, width)
         launch.written("grad_bos", grad_bos, grad_bos.dtype, shape, grad.device)
         launch.launch(
-            _bos_gradient, (rows, triton.cdiv(width, _BOS_COLUMNS)),
-            grad, order, grad_bos, *grad.stride(), _batch_stride(order), width, each,
-            BLOCK_B=min(launch.power_of_2(each, 1), _BOS_SAMPLES), BLOCK_D=_BOS_COLUMNS,
-            WIDEN=launch.widen(grad.device), num_warps=4, num_stages=1,
-        )  # fmt: skip
+            _bos_gradient,
+            (rows, triton.cdiv(width, _BOS_COLUMNS)),
+            grad,
+            order,
+            grad_bos,
+            *grad.stride(),
+            _batch_stride(order),
+            width,
+            each,
+            BLOCK_B=min(launch.power_of_2(each, 1), _BOS_SAMPLES),
+            BLOCK_D=_BOS_COLUMNS,
+            WIDEN=launch.widen(grad.device),
+            num_warps=4,
+            num_stages=1,
+        )

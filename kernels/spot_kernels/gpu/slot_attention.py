@@ -58,9 +58,18 @@ def _load_rows(x, rows, columns, mask, WIDEN: tl.constexpr):
 
 @triton.jit
 def _inner_products(
-    x, x_rows, m_x, y, y_rows, stride_y, m_y, width,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+    x,
+    x_rows,
+    m_x,
+    y,
+    y_rows,
+    stride_y,
+    m_y,
+    width,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     """x yᵀ for rows that are wider than a tile."""
     product = tl.zeros([x_rows.shape[0], y_rows.shape[0]], tl.float32)
     for first in range(0, width, COLUMNS):
@@ -85,9 +94,7 @@ def _row_products(x, x_rows, stride_x, y, y_rows, mask, width, COLUMNS: tl.const
 
 
 @triton.jit
-def _tile(
-    heads, slots, width, HEADS: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr
-):  # fmt: skip
+def _tile(heads, slots, width, HEADS: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
     """Which sample, heads, slots and channels the rows and columns of this program's tiles stand for."""
     i_program = tl.program_id(0)
     if HEADS == 1:
@@ -122,17 +129,49 @@ def _softmax(b_l, m_r, m_t, peak, mass, o_n, JOINT: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    q, k, v, peak, mass, updates, exact, sums, attn, logits,
-    batch, heads, tokens, slots, width, span, eps,
-    stride_qb, stride_qh, stride_qk, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    HEADS: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, TOKENS: tl.constexpr,
-    JOINT: tl.constexpr, SPLIT: tl.constexpr, ATTN: tl.constexpr, LOGITS: tl.constexpr,
-    PRECISION: tl.constexpr, ROUND: tl.constexpr, WEIGHTS: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    peak,
+    mass,
+    updates,
+    exact,
+    sums,
+    attn,
+    logits,
+    batch,
+    heads,
+    tokens,
+    slots,
+    width,
+    span,
+    eps,
+    stride_qb,
+    stride_qh,
+    stride_qk,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    HEADS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    JOINT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ATTN: tl.constexpr,
+    LOGITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUND: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     ROWS: tl.constexpr = HEADS * SLOTS
-    i_b, i_h, r_head, r_slot, m_r, o_c, c_in, m_c, m_rc = _tile(
-        heads, slots, width, HEADS, SLOTS, COLUMNS, WHOLE
-    )
+    i_b, i_h, r_head, r_slot, m_r, o_c, c_in, m_c, m_rc = _tile(heads, slots, width, HEADS, SLOTS, COLUMNS, WHOLE)
     i_split, o_t = tl.program_id(1), tl.arange(0, TOKENS)
     # what all parts of the columns agree on is written by the first
     m_once = m_r & (r_slot < tl.where(tl.program_id(2) == 0, slots, 0))
@@ -155,9 +194,18 @@ def _forward_kernel(
             b_l = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         else:
             b_l = _inner_products(
-                p_k + first * stride_kn, o_t * stride_kn, m_t, p_q, o_q, stride_qd, m_r, width,
-                COLUMNS, PRECISION, WIDEN,
-            )  # fmt: skip
+                p_k + first * stride_kn,
+                o_t * stride_kn,
+                m_t,
+                p_q,
+                o_q,
+                stride_qd,
+                m_r,
+                width,
+                COLUMNS,
+                PRECISION,
+                WIDEN,
+            )
         if LOGITS:
             o_l = ((i_b * heads + i_h + r_head[None, :]) * tokens + start + o_t[:, None]) * slots + r_slot[None, :]
             tl.store(logits + o_l, b_l, mask=m_t[:, None] & m_once[None, :])
@@ -187,14 +235,48 @@ def _forward_kernel(
 
 @triton.jit
 def _joint_kernel(
-    q, k, v, grad_updates, grad_attn, exact, sums, peak, mass, inner, attn,
-    heads, tokens, slots, width,
-    stride_qb, stride_qh, stride_qk, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_ub, stride_uh, stride_uk, stride_ud, stride_ab, stride_an, stride_ak,
-    SLOTS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, INNER: tl.constexpr,
-    GRAD_UPDATES: tl.constexpr, GRAD_ATTN: tl.constexpr, ATTN: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    grad_updates,
+    grad_attn,
+    exact,
+    sums,
+    peak,
+    mass,
+    inner,
+    attn,
+    heads,
+    tokens,
+    slots,
+    width,
+    stride_qb,
+    stride_qh,
+    stride_qk,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_ub,
+    stride_uh,
+    stride_uk,
+    stride_ud,
+    stride_ab,
+    stride_an,
+    stride_ak,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    INNER: tl.constexpr,
+    GRAD_UPDATES: tl.constexpr,
+    GRAD_ATTN: tl.constexpr,
+    ATTN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     """What the heads of a token share, [B, N] each: the largest logit, Σ exp(logit - largest) and Σ a · da."""
     i_b = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * TOKENS
@@ -247,20 +329,65 @@ def _joint_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad_updates, grad_attn, grad_logits, q, k, v, exact, sums, peak, mass, inner, dq, dk, dv,
-    batch, heads, tokens, slots, width, span, eps,
-    stride_ub, stride_uh, stride_uk, stride_ud, stride_ab, stride_an, stride_ak,
-    stride_lb, stride_lh, stride_ln, stride_lk,
-    stride_qb, stride_qh, stride_qk, stride_qd, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    HEADS: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, TOKENS: tl.constexpr,
-    JOINT: tl.constexpr, GRAD_UPDATES: tl.constexpr, GRAD_ATTN: tl.constexpr, GRAD_LOGITS: tl.constexpr,
-    PRECISION: tl.constexpr, ROUND: tl.constexpr, WEIGHTS: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+    grad_updates,
+    grad_attn,
+    grad_logits,
+    q,
+    k,
+    v,
+    exact,
+    sums,
+    peak,
+    mass,
+    inner,
+    dq,
+    dk,
+    dv,
+    batch,
+    heads,
+    tokens,
+    slots,
+    width,
+    span,
+    eps,
+    stride_ub,
+    stride_uh,
+    stride_uk,
+    stride_ud,
+    stride_ab,
+    stride_an,
+    stride_ak,
+    stride_lb,
+    stride_lh,
+    stride_ln,
+    stride_lk,
+    stride_qb,
+    stride_qh,
+    stride_qk,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    HEADS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    JOINT: tl.constexpr,
+    GRAD_UPDATES: tl.constexpr,
+    GRAD_ATTN: tl.constexpr,
+    GRAD_LOGITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUND: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     """The formulas of `spot_kernels.slot_attention`; ga, gl: gradients of a and of the logits."""
     ROWS: tl.constexpr = HEADS * SLOTS
-    i_b, i_h, r_head, r_slot, m_r, o_c, c_in, m_c, m_rc = _tile(
-        heads, slots, width, HEADS, SLOTS, COLUMNS, WHOLE
-    )
+    i_b, i_h, r_head, r_slot, m_r, o_c, c_in, m_c, m_rc = _tile(heads, slots, width, HEADS, SLOTS, COLUMNS, WHOLE)
     i_split, o_t = tl.program_id(1), tl.arange(0, TOKENS)
     p_q, o_q = q + i_b * stride_qb + i_h * stride_qh, r_head * stride_qh + r_slot * stride_qk
     # [ROWS, COLUMNS]
@@ -292,9 +419,18 @@ def _backward_kernel(
                 b_l = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
             else:
                 b_l = _inner_products(
-                    p_k + first * stride_kn, o_t * stride_kn, m_t, p_q, o_q, stride_qd, m_r, width,
-                    COLUMNS, PRECISION, WIDEN,
-                )  # fmt: skip
+                    p_k + first * stride_kn,
+                    o_t * stride_kn,
+                    m_t,
+                    p_q,
+                    o_q,
+                    stride_qd,
+                    m_r,
+                    width,
+                    COLUMNS,
+                    PRECISION,
+                    WIDEN,
+                )
             o_n = i_b * tokens + start + o_t
             b_a = _softmax(b_l, m_r, m_t, peak, mass, o_n, JOINT)
             b_ga = tl.zeros([TOKENS, ROWS], tl.float32)
@@ -304,9 +440,18 @@ def _backward_kernel(
                     b_ga = tl.dot(b_v, tl.trans(b_du), input_precision=PRECISION)
                 else:
                     b_ga = _inner_products(
-                        p_v + first * stride_vn, o_t * stride_vn, m_t, p_u, o_u, stride_ud, m_r, width,
-                        COLUMNS, PRECISION, WIDEN,
-                    )  # fmt: skip
+                        p_v + first * stride_vn,
+                        o_t * stride_vn,
+                        m_t,
+                        p_u,
+                        o_u,
+                        stride_ud,
+                        m_r,
+                        width,
+                        COLUMNS,
+                        PRECISION,
+                        WIDEN,
+                    )
                 b_ga = (b_ga - b_shared[None, :]) * b_rsum[None, :]
                 b_w = _rounded((b_a + eps) * b_rsum[None, :], ROUND)
                 b_dv = tl.dot(b_w, _operand(b_du, ROUND), input_precision=WEIGHTS)
@@ -336,9 +481,20 @@ def _backward_kernel(
 
 @triton.jit
 def _reduce_kernel(
-    partial, partial_sums, out, exact, sums, batch, heads, slots, width, splits,
-    COLUMNS: tl.constexpr, SPLITS: tl.constexpr, NORMALISE: tl.constexpr,
-):  # fmt: skip
+    partial,
+    partial_sums,
+    out,
+    exact,
+    sums,
+    batch,
+    heads,
+    slots,
+    width,
+    splits,
+    COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    NORMALISE: tl.constexpr,
+):
     """One row (sample, slot, head) of the result from its partial sums [splits, B, K, H, d], added in order."""
     i_row = tl.program_id(0).to(tl.int64)
     rows = tl.cast(batch, tl.int64) * heads * slots
@@ -398,12 +554,41 @@ def forward(
         part = exact.new_empty((number, batch, slots, heads, width), dtype=torch.float32)
         part_sums = exact.new_empty((number, batch, heads, slots), dtype=torch.float32)
     launch.launch(
-        _forward_kernel, (programs, number, parts), q, k, v, peak, mass, updates, part, part_sums, attn, logits,
-        batch, heads, tokens, slots, width, span, eps, *q.stride(), *k.stride()[:3], *v.stride()[:3],
-        num_warps=shape.num_warps, num_stages=shape.num_stages, HEADS=shape.heads, SLOTS=shape.slots,
-        COLUMNS=shape.columns, WHOLE=shape.whole, TOKENS=shape.tokens, JOINT=shape.joint, SPLIT=number > 1,
-        ATTN=attn is not None, LOGITS=logits is not None, **products,
-    )  # fmt: skip
+        _forward_kernel,
+        (programs, number, parts),
+        q,
+        k,
+        v,
+        peak,
+        mass,
+        updates,
+        part,
+        part_sums,
+        attn,
+        logits,
+        batch,
+        heads,
+        tokens,
+        slots,
+        width,
+        span,
+        eps,
+        *q.stride(),
+        *k.stride()[:3],
+        *v.stride()[:3],
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+        HEADS=shape.heads,
+        SLOTS=shape.slots,
+        COLUMNS=shape.columns,
+        WHOLE=shape.whole,
+        TOKENS=shape.tokens,
+        JOINT=shape.joint,
+        SPLIT=number > 1,
+        ATTN=attn is not None,
+        LOGITS=logits is not None,
+        **products,
+    )
     if number > 1:
         _reduce(part, part_sums, updates, exact, sums)
 
@@ -448,15 +633,48 @@ def backward(
     if number > 1:
         part = exact.new_empty((number, batch, slots, heads, width), dtype=torch.float32)
     launch.launch(
-        _backward_kernel, (programs, number, parts), grad_updates, grad_attn, grad_logits, q, k, v, exact, sums,
-        peak, mass, inner, part, dk, dv, batch, heads, tokens, slots, width, span, eps,
-        *_strides(grad_updates, 4), *_strides(grad_attn, 3), *_strides(grad_logits, 4),
-        *q.stride(), *k.stride()[:3], *v.stride()[:3],
-        num_warps=shape.num_warps, num_stages=shape.num_stages, HEADS=shape.heads, SLOTS=shape.slots,
-        COLUMNS=shape.columns, WHOLE=shape.whole, TOKENS=shape.tokens, JOINT=shape.joint,
-        GRAD_UPDATES=grad_updates is not None, GRAD_ATTN=grad_attn is not None, GRAD_LOGITS=grad_logits is not None,
+        _backward_kernel,
+        (programs, number, parts),
+        grad_updates,
+        grad_attn,
+        grad_logits,
+        q,
+        k,
+        v,
+        exact,
+        sums,
+        peak,
+        mass,
+        inner,
+        part,
+        dk,
+        dv,
+        batch,
+        heads,
+        tokens,
+        slots,
+        width,
+        span,
+        eps,
+        *_strides(grad_updates, 4),
+        *_strides(grad_attn, 3),
+        *_strides(grad_logits, 4),
+        *q.stride(),
+        *k.stride()[:3],
+        *v.stride()[:3],
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+        HEADS=shape.heads,
+        SLOTS=shape.slots,
+        COLUMNS=shape.columns,
+        WHOLE=shape.whole,
+        TOKENS=shape.tokens,
+        JOINT=shape.joint,
+        GRAD_UPDATES=grad_updates is not None,
+        GRAD_ATTN=grad_attn is not None,
+        GRAD_LOGITS=grad_logits is not None,
         **products,
-    )  # fmt: skip
+    )
     if number > 1:
         _reduce(part, None, dq, None, None)
 
@@ -474,13 +692,40 @@ def _joint(
     peak, mass = (exact.new_empty((batch, tokens), dtype=torch.float32) for _ in range(2))
     inner = exact.new_empty((batch, tokens), dtype=torch.float32) if backward else None
     launch.launch(
-        _joint_kernel, (batch, triton.cdiv(tokens, shape.tokens)), q, k, v, grad_updates, grad_attn, exact, sums,
-        peak, mass, inner, attn, heads, tokens, slots, width, *q.stride(), *k.stride()[:3], *v.stride()[:3],
-        *_strides(grad_updates, 4), *_strides(grad_attn, 3),
-        num_warps=shape.num_warps, num_stages=shape.num_stages, SLOTS=shape.slots, COLUMNS=shape.columns,
-        TOKENS=shape.tokens, INNER=backward, GRAD_UPDATES=grad_updates is not None, GRAD_ATTN=grad_attn is not None,
-        ATTN=attn is not None, PRECISION=products["PRECISION"], WIDEN=products["WIDEN"],
-    )  # fmt: skip
+        _joint_kernel,
+        (batch, triton.cdiv(tokens, shape.tokens)),
+        q,
+        k,
+        v,
+        grad_updates,
+        grad_attn,
+        exact,
+        sums,
+        peak,
+        mass,
+        inner,
+        attn,
+        heads,
+        tokens,
+        slots,
+        width,
+        *q.stride(),
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *_strides(grad_updates, 4),
+        *_strides(grad_attn, 3),
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+        SLOTS=shape.slots,
+        COLUMNS=shape.columns,
+        TOKENS=shape.tokens,
+        INNER=backward,
+        GRAD_UPDATES=grad_updates is not None,
+        GRAD_ATTN=grad_attn is not None,
+        ATTN=attn is not None,
+        PRECISION=products["PRECISION"],
+        WIDEN=products["WIDEN"],
+    )
     return peak, mass, inner
 
 
@@ -493,10 +738,24 @@ def _reduce(
 ) -> None:
     number, batch, slots, heads, width = part.shape
     launch.launch(
-        _reduce_kernel, (batch * slots * heads,), part, part_sums, out, exact, sums,
-        batch, heads, slots, width, number, num_warps=4, num_stages=1,
-        COLUMNS=launch.power_of_2(width), SPLITS=16, NORMALISE=part_sums is not None,
-    )  # fmt: skip
+        _reduce_kernel,
+        (batch * slots * heads,),
+        part,
+        part_sums,
+        out,
+        exact,
+        sums,
+        batch,
+        heads,
+        slots,
+        width,
+        number,
+        num_warps=4,
+        num_stages=1,
+        COLUMNS=launch.power_of_2(width),
+        SPLITS=16,
+        NORMALISE=part_sums is not None,
+    )
 
 
 def _strides(tensor: torch.Tensor | None, axes: int) -> tuple[int, ...]:

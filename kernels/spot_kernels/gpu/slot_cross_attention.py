@@ -39,9 +39,17 @@ def _softmax(b_s, m_slot, scale_log2):
 
 @triton.jit
 def _products(
-    p_a, p_b, m_a, m_b, width,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    p_a,
+    p_b,
+    m_a,
+    m_b,
+    width,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """a bᵀ [BLOCK_N, BLOCK_K] over the whole width, BLOCK_C channels at a time; p_a and p_b point at the rows."""
     b_s = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     for c in range(0, width, BLOCK_C):
@@ -58,13 +66,40 @@ def _products(
 
 @triton.jit
 def _forward(
-    q, k, v, out, mean_map,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kk, stride_vb, stride_vh, stride_vk,
-    stride_ob, stride_oh, stride_on,
-    tokens, slots, width, heads_each, blocks, scale_log2, map_scale,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
-    WHOLE: tl.constexpr, WITH_OUT: tl.constexpr, WITH_MAP: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    out,
+    mean_map,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kk,
+    stride_vb,
+    stride_vh,
+    stride_vk,
+    stride_ob,
+    stride_oh,
+    stride_on,
+    tokens,
+    slots,
+    width,
+    heads_each,
+    blocks,
+    scale_log2,
+    map_scale,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WITH_OUT: tl.constexpr,
+    WITH_MAP: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Grid: batch × blocks of tokens, groups of `heads_each` heads (one group of all heads with the map)."""
     pid, group = tl.program_id(0), tl.program_id(1)
     batch = (pid // blocks).to(tl.int64)
@@ -116,13 +151,48 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_out, grad_map, q, k, v, grad_q, grad_k, grad_v,
-    stride_gb, stride_gh, stride_gn, stride_mb, stride_mn, stride_mk,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kk, stride_vb, stride_vh, stride_vk,
-    heads, tokens, slots, width, blocks_each, part_size, scale, scale_log2, map_scale,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
-    WHOLE: tl.constexpr, WITH_OUT: tl.constexpr, WITH_MAP: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    grad_out,
+    grad_map,
+    q,
+    k,
+    v,
+    grad_q,
+    grad_k,
+    grad_v,
+    stride_gb,
+    stride_gh,
+    stride_gn,
+    stride_mb,
+    stride_mn,
+    stride_mk,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kk,
+    stride_vb,
+    stride_vh,
+    stride_vk,
+    heads,
+    tokens,
+    slots,
+    width,
+    blocks_each,
+    part_size,
+    scale,
+    scale_log2,
+    map_scale,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr,
+    WITH_OUT: tl.constexpr,
+    WITH_MAP: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Grid: batch × heads, parts of `blocks_each` blocks of tokens, tiles of BLOCK_D channels.
 
     The gradients of q, k and v lie as [B, N or K, H, d]; grad_k and grad_v have one such copy a part.
@@ -254,14 +324,36 @@ def forward(
     config = _forward_config(launch.architecture(q.device), q.dtype, block_k, width, out is not None)
     blocks = triton.cdiv(tokens, config.block_n)
     launch.launch(
-        _forward, (batch * blocks, groups), q, k, v, out, mean_map,
-        *q.stride()[:3], *k.stride()[:3], *_strides(v), *_strides(out),
-        tokens, slots, width, heads // groups, blocks, width**-0.5 * _LOG2_E, 1 / heads,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-        BLOCK_N=config.block_n, BLOCK_K=block_k, BLOCK_D=config.block_d, BLOCK_C=config.block_c,
-        WHOLE=width <= config.block_d, WITH_OUT=out is not None, WITH_MAP=mean_map is not None,
-        WIDEN=launch.widen(q.device), PRECISION=launch.float32_precision(q.device),
-    )  # fmt: skip
+        _forward,
+        (batch * blocks, groups),
+        q,
+        k,
+        v,
+        out,
+        mean_map,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *_strides(v),
+        *_strides(out),
+        tokens,
+        slots,
+        width,
+        heads // groups,
+        blocks,
+        width**-0.5 * _LOG2_E,
+        1 / heads,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        BLOCK_N=config.block_n,
+        BLOCK_K=block_k,
+        BLOCK_D=config.block_d,
+        BLOCK_C=config.block_c,
+        WHOLE=width <= config.block_d,
+        WITH_OUT=out is not None,
+        WITH_MAP=mean_map is not None,
+        WIDEN=launch.widen(q.device),
+        PRECISION=launch.float32_precision(q.device),
+    )
 
 
 def backward(
@@ -302,21 +394,55 @@ def backward(
         partial = list(torch.empty((len(results), parts, size), device=q.device, dtype=torch.float32))
     grad_out = None if grad_out is None else launch.rows_last(grad_out)
     launch.launch(
-        _backward, (batch * heads, parts, triton.cdiv(width, config.block_d)),
-        grad_out, grad_map, q, k, v, grad_q, partial[0], partial[1] if len(partial) > 1 else None,
-        *_strides(grad_out), *_strides(grad_map), *q.stride()[:3], *k.stride()[:3], *_strides(v),
-        heads, tokens, slots, width, blocks_each, size, width**-0.5, width**-0.5 * _LOG2_E, 1 / heads,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-        BLOCK_N=config.block_n, BLOCK_K=block_k, BLOCK_D=config.block_d, BLOCK_C=config.block_c,
-        WHOLE=width <= config.block_d, WITH_OUT=grad_out is not None, WITH_MAP=grad_map is not None,
-        WIDEN=launch.widen(q.device), PRECISION=launch.float32_precision(q.device),
-    )  # fmt: skip
+        _backward,
+        (batch * heads, parts, triton.cdiv(width, config.block_d)),
+        grad_out,
+        grad_map,
+        q,
+        k,
+        v,
+        grad_q,
+        partial[0],
+        partial[1] if len(partial) > 1 else None,
+        *_strides(grad_out),
+        *_strides(grad_map),
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *_strides(v),
+        heads,
+        tokens,
+        slots,
+        width,
+        blocks_each,
+        size,
+        width**-0.5,
+        width**-0.5 * _LOG2_E,
+        1 / heads,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        BLOCK_N=config.block_n,
+        BLOCK_K=block_k,
+        BLOCK_D=config.block_d,
+        BLOCK_C=config.block_c,
+        WHOLE=width <= config.block_d,
+        WITH_OUT=grad_out is not None,
+        WITH_MAP=grad_map is not None,
+        WIDEN=launch.widen(q.device),
+        PRECISION=launch.float32_precision(q.device),
+    )
     if parts > 1:
         for part, result in zip(partial, results, strict=True):
             launch.launch(
-                _sum_parts, (triton.cdiv(size, _SUM_BLOCK),), part, result, size, parts,
-                num_warps=4, num_stages=1, BLOCK=_SUM_BLOCK,
-            )  # fmt: skip
+                _sum_parts,
+                (triton.cdiv(size, _SUM_BLOCK),),
+                part,
+                result,
+                size,
+                parts,
+                num_warps=4,
+                num_stages=1,
+                BLOCK=_SUM_BLOCK,
+            )
 
 
 def _strides(tensor: torch.Tensor | None) -> tuple[int, int, int]:

@@ -1,9 +1,9 @@
 """Plain PyTorch GRU cell behind its two products, with the LayerNorm that follows it.
 
-    r, z = σ(i_r + h_r), σ(i_z + h_z)          i and h: gates from the input and from the hidden state
-    n    = tanh(i_n + r h_n)
-    h'   = (1 − z) n + z h
-    normed = LayerNorm(h') · weight + bias
+r, z = σ(i_r + h_r), σ(i_z + h_z)          i and h: gates from the input and from the hidden state
+n    = tanh(i_n + r h_n)
+h'   = (1 − z) n + z h
+normed = LayerNorm(h') · weight + bias
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Plain PyTorch causal self-attention in a given order, tokens in raster layout, and the decoder's shifted input.
 
-    rank = σ⁻¹ (rank[σ(t)] = t);  i sees j  iff  rank[j] ≤ rank[i]
-    out  = softmax over the visible j of q kᵀ / √d, times v
-    shifted[σ(t)] = tokens[σ(t−1)],  shifted[σ(0)] = bos
+rank = σ⁻¹ (rank[σ(t)] = t);  i sees j  iff  rank[j] ≤ rank[i]
+out  = softmax over the visible j of q kᵀ / √d, times v
+shifted[σ(t)] = tokens[σ(t−1)],  shifted[σ(0)] = bos
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ def order_rank(order: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(order).scatter(-1, order, steps)
 
 
-def permuted_causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, order: torch.Tensor
-) -> torch.Tensor:
+def permuted_causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """q, k, v [B, H, N, d] raster, order [N] or [B, N] → out [B, H, N, d] raster; scale d^-1/2."""
     return _weights(q, k, order).to(v.dtype) @ v
 

@@ -1,9 +1,9 @@
 """Plain PyTorch slot-attention step: softmax over slots, then a weighted mean over tokens.
 
-    logits = k qᵀ                         [B, H, N, K]
-    a      = softmax of logits over heads × slots jointly, for each token
-    w      = (a + eps) / Σ_tokens (a + eps)
-    updates = wᵀ v                        [B, H, K, d]
+logits = k qᵀ                         [B, H, N, K]
+a      = softmax of logits over heads × slots jointly, for each token
+w      = (a + eps) / Σ_tokens (a + eps)
+updates = wᵀ v                        [B, H, K, d]
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Plain PyTorch cross-attention of patches to slots, with the map averaged over heads.
 
-    p   = softmax over slots of q kᵀ / √d      [B, H, N, K]
-    out = p v                                  [B, H, N, d]
-    map = mean of p over heads                 [B, N, K]
+p   = softmax over slots of q kᵀ / √d      [B, H, N, K]
+out = p v                                  [B, H, N, d]
+map = mean of p over heads                 [B, N, K]
 """
 
 from __future__ import annotations

@@ -22,16 +22,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-import cache_speed  # noqa: E402
-import evaluation_speed  # noqa: E402
-import loader_speed  # noqa: E402
-from machine import commit, cores, cpu_name, gpu_name  # noqa: E402
-from tables import slug  # noqa: E402
-from targets import target_csv  # noqa: E402
+import cache_speed
+import evaluation_speed
+import loader_speed
+from machine import commit, cores, cpu_name, gpu_name
+from tables import slug
+from targets import target_csv
 
-from spot_fast.data import Folder  # noqa: E402
-from spot_fast.files import atomic_write  # noqa: E402
-from spot_fast.precision import resolve  # noqa: E402
+from spot_fast.data import Folder
+from spot_fast.files import atomic_write
+from spot_fast.precision import resolve
 
 # What pixels of DALI and Pillow may differ by, in levels of 255 (largest, mean; measured: dali_loader.py), what scores
 # may by rounding, and what the published protocol's metrics may take.

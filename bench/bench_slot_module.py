@@ -1,4 +1,4 @@
-"""The whole module, `spot_kernels.nn.SlotAttention`: SPOT's features 768 wide, slots 256, MLP 1024, three iterations.
+"""The whole module, `spot_kernels.SlotAttention`: SPOT's features 768 wide, slots 256, MLP 1024, three iterations.
 
 Bytes: the inputs and the slots read, the results written, and k and v once written and read by each iteration (they do
 not fit on the chip beside the rest); backward the same again, gradients written, k and v and their gradients once more
@@ -19,7 +19,7 @@ from kernel_bench import Case, Function, Problem, Setting, compiled, randn, size
 from kernel_clock import Work
 from kernel_rows import COMPILE, EAGER, MODULE, OURS
 
-from spot_kernels.nn import SlotAttention
+from spot_kernels.modules.slot_attention import SlotAttention
 
 OURS_COMPILED = "ours, compiled"
 AUTOCAST = "bf16 autocast"

@@ -5,7 +5,7 @@
 
 Under pytest both stages are timed once their losses are known to be equal. The command prints how many times faster the
 trainer is in float32 on one thread, in CPU seconds; --write keeps that in results/step_ratio.json, which
-`tests/test_bench_step.py` holds the trainer to. The model is that of the scenes preset, 64 tokens of 128 channels.
+`tests/bench/test_bench_step.py` holds the trainer to. The model is the scenes preset's, 64 tokens of 128 channels.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-from machine import commit, cpu_name  # noqa: E402
-from step_runs import ReferenceSteps, TrainerSteps, settings, write_teacher  # noqa: E402
+from machine import commit, cpu_name
+from step_runs import ReferenceSteps, TrainerSteps, settings, write_teacher
 
 RATIOS = ROOT / "bench" / "results" / "step_ratio.json"
 # What losses may differ by in float32, relatively.

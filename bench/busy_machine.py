@@ -11,7 +11,7 @@ second half another program keeps one core busy.
     spin 1,000   GOMP_SPINCOUNT: they look so many times, then sleep
     spin 30,000
     one thread   has nobody to wait for
-    commands     what the commands do (`spot_fast.cpu_threads`): spinning, with fewer threads while others use the cores
+    commands     what the commands do (`system.cpu_threads`): spinning, with fewer threads while others use the cores
 
 Times are medians of a step. Before they are timed all ways take the same three steps, and the loss of the third is
 compared with that of one thread.
@@ -35,9 +35,9 @@ from statistics import median
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-from ladder import write_csv  # noqa: E402
-from machine import commit, cores, cpu_name  # noqa: E402
-from targets import target_file  # noqa: E402
+from ladder import write_csv
+from machine import commit, cores, cpu_name
+from targets import target_file
 
 ONE_THREAD, COMMANDS = "one thread", "commands"
 WAYS: Mapping[str, Mapping[str, str]] = {
@@ -98,7 +98,7 @@ def trainee(way: str, tiny: bool) -> None:
     from step_runs import TrainerSteps, settings
 
     from spot_fast.config import preset
-    from spot_fast.cpu_threads import CpuThreads
+    from spot_fast.system.cpu_threads import CpuThreads
 
     config = replace(preset("scenes", 1), train_images=256, eval_images=0, workers=0, loader="torch", warmup_steps=5)
     if tiny:

@@ -1,4 +1,4 @@
-"""Seconds that it takes to know whether a large set's files are those that were cached (`spot_fast/data/identity.py`).
+"""Seconds that it takes to know whether a large set's files are those that were cached (`data/caching/identity.py`).
 
     python bench/cache_key.py [--files 118287] [--folder DIR]
 
@@ -22,9 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-from machine import cpu_name  # noqa: E402
+from machine import cpu_name
 
-from spot_fast.data.identity import Files  # noqa: E402
+from spot_fast.data.caching.identity import Files
 
 ROUNDS = 5
 

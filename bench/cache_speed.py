@@ -23,13 +23,17 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-from loader_speed import make_photos  # noqa: E402
-from machine import cpu_name  # noqa: E402
+from loader_speed import make_photos
+from machine import cpu_name
 
-from spot_fast.config import preset  # noqa: E402
-from spot_fast.data import Folder, Loader, feature_cache, pixel_cache  # noqa: E402
-from spot_fast.encoder import build_encoder, normalise  # noqa: E402
-from spot_fast.precision import autocast, resolve  # noqa: E402
+from spot_fast.config import preset
+from spot_fast.data import Folder, Loader
+from spot_fast.data.caching import (
+    feature_cache,
+    pixel_cache,
+)
+from spot_fast.model.encoder import build_encoder, normalise
+from spot_fast.precision import autocast, resolve
 
 BATCH = 32
 ENCODER = "vit_small_patch16_224"

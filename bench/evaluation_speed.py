@@ -25,7 +25,7 @@ from machine import commit, cpu_name
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from spot_fast.metrics import METRICS, count_pairs, labels_from_soft, pair_labels, scores_of_counts
+from spot_fast.evaluation.metrics import METRICS, count_pairs, labels_from_soft, pair_labels, scores_of_counts
 from spot_kernels import chosen_backend
 
 MOST_OBJECTS = 15

@@ -7,7 +7,7 @@ four trainers of it taking turns step by step, all processes together:
 
     none        every process for itself: the step without communication
     at the end  all gradients copied into one vector, one exchange after backward, copied back
-    in pieces   `spot_fast.shared_gradients`: views of a flat buffer, which goes out in pieces during backward
+    in pieces   `spot_fast.training.shared_gradients`: views of a flat buffer, which goes out in pieces during backward
     one piece   the same with a single piece, so that nothing overlaps: what the overlap alone brings
 
 Times are medians of a step, with what it takes longer than none as the median of the ratios of the turns. Before they
@@ -37,12 +37,12 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-from ladder import write_csv  # noqa: E402
-from machine import commit, cores, cpu_name  # noqa: E402
-from step_runs import TrainerSteps, settings, write_teacher  # noqa: E402
-from targets import target_file  # noqa: E402
+from ladder import write_csv
+from machine import commit, cores, cpu_name
+from step_runs import TrainerSteps, settings, write_teacher
+from targets import target_file
 
-from spot_fast.shared_gradients import LocalGradients, SharedGradients  # noqa: E402
+from spot_fast.training.shared_gradients import LocalGradients, SharedGradients
 
 NONE, AT_THE_END, IN_PIECES, ONE_PIECE = "none", "at the end", "in pieces", "one piece"
 

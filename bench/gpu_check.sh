@@ -67,12 +67,12 @@ limited_pytest() {
 correct() {
   local first=() workers=() name
   shopt -s nullglob
-  for name in slot_attention permuted_attention slot_cross_attention shift_by_order mask_matching gru_norm nn drop_in; do
-    first+=(tests/test_"$name"*.py)
+  for name in slot_attention permuted_attention slot_cross_attention shift_by_order mask_matching gru_norm modules drop_in; do
+    first+=(tests/kernels/test_"$name"*.py)
   done
   shopt -u nullglob
-  first+=(tests/test_step.py tests/test_step_sync.py tests/test_graph.py tests/test_bad_steps.py tests/test_precision.py)
-  [ -z "${QUICK:-}" ] || first=(tests/test_orders.py)
+  first+=(tests/training/test_compiled.py tests/training/test_step_sync.py tests/training/test_cuda_graph.py tests/training/test_bad_steps.py tests/training/test_precision.py)
+  [ -z "${QUICK:-}" ] || first=(tests/model/test_patch_orders.py)
   # most of the time goes into compiling, one kernel a process
   ! "$PYTHON" -c 'import xdist' 2>/dev/null || workers=(-n "${WORKERS:-12}")
   limited_pytest "$(seconds_left)" "${workers[@]}" "${first[@]}" | tee "$OUT/tests_gpu.txt" || return $?
@@ -111,7 +111,7 @@ install_dali() {
 
 decoding() {
   install_dali || return 3
-  limited_pytest 120 tests/test_dali_loader.py tests/test_prefetch.py tests/test_trainer_caches.py |
+  limited_pytest 120 tests/data/test_dali_loader.py tests/data/test_prefetch.py tests/training/test_trainer_caches.py |
     tee "$OUT/data_tests_gpu.txt"
   "$PYTHON" bench/bench_data.py --device "$DEVICE" ${QUICK:+--tiny} --csv "$OUT" | tee "$OUT/data_gpu.txt"
 }

@@ -25,13 +25,13 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("bench", "kernels", "")]
 
-from ladder import about_machine, write_csv  # noqa: E402
-from live_bytes import of_step  # noqa: E402
-from step_runs import TrainerSteps, settings, write_teacher  # noqa: E402
-from targets import target_file  # noqa: E402
+from ladder import about_machine, write_csv
+from live_bytes import of_step
+from step_runs import TrainerSteps, settings, write_teacher
+from targets import target_file
 
-from spot_fast.files import atomic_write  # noqa: E402
-from spot_fast.precision import resolve  # noqa: E402
+from spot_fast.files import atomic_write
+from spot_fast.precision import resolve
 
 BATCHES = {"cuda": (16, 32, 64, 128, 256), "cpu": (2, 4, 8, 16)}
 FIXED_BATCH = {"cuda": 16, "cpu": 2}

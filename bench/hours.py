@@ -3,8 +3,8 @@
     python bench/hours.py --share 0.4
 
 Steps × pictures a step × operations a picture (`step_flops.py`), at a share of the card's data-sheet bfloat16 rate
-(`spot_fast.throughput`). Frozen features are computed in every step: COCO's do not fit a card's memory, and reading
-them from disk takes longer there. Decoding, validation and start are left out.
+(`spot_fast.training.throughput`). Frozen features are computed in every step: COCO's do not fit a card's memory, and
+reading them from disk takes longer there. Decoding, validation and start are left out.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-import step_flops  # noqa: E402
+import step_flops
 
-from spot_fast.config import Config, preset  # noqa: E402
-from spot_fast.encoder import Encoder, build_vit  # noqa: E402
-from spot_fast.model import Spot  # noqa: E402
-from spot_fast.throughput import peak_by_name  # noqa: E402
+from spot_fast.config import Config, preset
+from spot_fast.model.encoder import Encoder, build_vit
+from spot_fast.model.spot import Spot
+from spot_fast.training.throughput import peak_by_name
 
 IMAGES = {"coco": 118_287, "voc": 10_582, "movi_c": 87_633, "movi_e": 87_741}  # appendix D.3
 CARDS = ("RTX 3090", "A100", "H100")

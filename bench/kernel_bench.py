@@ -5,9 +5,9 @@
     python bench/kernel_bench.py --table FILE.csv      the table and the aims of committed results
 
 A `bench_<operator>.py` has `cases(setting)`, the shapes with their formulas. All techniques of a case are compared
-with float64 first: ours by the rule of tests/kernel_tier.py, others of PyTorch with ten times its room, as they may add
-up in another order (the error stands beside their time) but not compute something else. Those that pass are timed in
-turns in one process.
+with float64 first: ours by the rule of tests/support/kernel_tier.py, others of PyTorch with ten times its room, as they
+may add up in another order (the error stands beside their time) but not compute something else. Those that pass are
+timed in turns in one process.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(_HERE), str(_HERE.parent / "kernels"), str(_HERE.parent / "tests")]
+sys.path[:0] = [str(_HERE), str(_HERE.parent / "kernels"), str(_HERE.parent / "tests" / "support")]
 
-from kernel_clock import Call, Ceilings, Work, clock_of, graph_seconds, interleaved, measure_ceilings  # noqa: E402
-from kernel_rows import COMPILE, EAGER, FLEX, OURS, Row, aims_text, ceilings_of, duration, read_csv, table  # noqa: E402
+from kernel_clock import Call, Ceilings, Work, clock_of, graph_seconds, interleaved, measure_ceilings
+from kernel_rows import COMPILE, EAGER, FLEX, OURS, Row, aims_text, ceilings_of, duration, read_csv, table
 
-import kernel_tier  # noqa: E402
-from spot_kernels import dispatch  # noqa: E402
+import kernel_tier
+from spot_kernels import dispatch
 
 # Measured on an H200: a large copy, a large product.
 H200 = Ceilings(4.3e12, {"float32": 50e12, "bfloat16": 790e12})

@@ -150,7 +150,7 @@ def captured(call: Call, sets: int) -> tuple[Call | None, str]:
         with torch.cuda.graph(graph):
             for i in range(sets):
                 call(i)
-    except Exception as error:  # noqa: BLE001 - whatever stops a capture is told, and the other figures stay
+    except Exception as error:
         return None, " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return lambda i: graph.replay(), ""
 

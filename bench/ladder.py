@@ -28,13 +28,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-from kernel_clock import measure_ceilings  # noqa: E402
-from ladder_row import Job, Process, RowEnded, Technique  # noqa: E402
-from machine import commit, cores, cpu_name  # noqa: E402
-from step_runs import settings, write_teacher  # noqa: E402
-from targets import target_file  # noqa: E402
+from kernel_clock import measure_ceilings
+from ladder_row import Job, Process, RowEnded, Technique
+from machine import commit, cores, cpu_name
+from step_runs import settings, write_teacher
+from targets import target_file
 
-from spot_fast.files import atomic_write  # noqa: E402
+from spot_fast.files import atomic_write
 
 REFERENCE = Technique("reference: plain float32, three encoder passes in stage 2", reference=True)
 TECHNIQUES = (

@@ -22,11 +22,12 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-from loader_speed import make_photos, pin, rate  # noqa: E402
-from machine import cpu_name  # noqa: E402
+from loader_speed import make_photos, pin, rate
+from machine import cpu_name
 
-from spot_fast.data import Folder, Loader, transforms  # noqa: E402
-from spot_fast.data import loader as loader_module  # noqa: E402
+from spot_fast.data import Folder, Loader
+from spot_fast.data.decoding import transforms
+from spot_fast.data.loading import loader as loader_module
 
 SIZE, BATCH = 224, 32
 

@@ -30,14 +30,14 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-from machine import cpu_name, gpu_name  # noqa: E402
+from machine import cpu_name, gpu_name
 
-from spot_fast.config import preset  # noqa: E402
-from spot_fast.data import Folder, Loader  # noqa: E402
-from spot_fast.data import loader as loader_module  # noqa: E402
-from spot_fast.data.dali_loader import DaliLoader  # noqa: E402
-from spot_fast.data.dali_pipeline import unavailable  # noqa: E402
-from spot_fast.encoder import SCENES_ENCODER, Encoder, build_encoder, normalise  # noqa: E402
+from spot_fast.config import preset
+from spot_fast.data import Folder, Loader
+from spot_fast.data.loading import loader as loader_module
+from spot_fast.data.loading.dali_loader import DaliLoader
+from spot_fast.data.loading.dali_pipeline import unavailable
+from spot_fast.model.encoder import SCENES_ENCODER, Encoder, build_encoder, normalise
 
 BATCH, SIZE = 32, 224
 

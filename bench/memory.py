@@ -21,10 +21,10 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("bench", "kernels", "")]
 
-from live_bytes import of_step  # noqa: E402
-from step_runs import TrainerSteps, settings, write_teacher  # noqa: E402
+from live_bytes import of_step
+from step_runs import TrainerSteps, settings, write_teacher
 
-from spot_fast.config import preset  # noqa: E402
+from spot_fast.config import preset
 
 PRESETS = ("coco", "voc", "movi_c", "movi_e")
 COUNTED = (4, 8)

@@ -25,7 +25,10 @@ import torch
 from machine import commit, cores, cpu_name
 from targets import target_file
 
-from spot_kernels import native, slot_attention_step  # noqa: F401  (registers the operator)
+from spot_kernels import (
+    native,
+    slot_attention_step,  # noqa: F401  (registers the operator)
+)
 from spot_kernels.reference import mask_matching as plain_matching
 from spot_kernels.reference.mask_labels import mask_labels as plain_labels
 from spot_kernels.reference.slot_attention import slot_attention_step as plain_attention

@@ -33,7 +33,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tables import BenchError
 
-from spot_fast.data.coco import Coco
+from spot_fast.data.datasets.coco import Coco
 from spot_fast.errors import UserError
 
 _SIZE = 224

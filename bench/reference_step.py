@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from spot_fast.decoders import AutoregressiveDecoder
-from spot_fast.model import SlotEncoder, Spot
+from spot_fast.model.decoders import AutoregressiveDecoder
+from spot_fast.model.spot import SlotEncoder, Spot
 
 # Cost of a teacher mask without a pixel, more than that of any other.
 _EMPTY = 1e3

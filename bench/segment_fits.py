@@ -24,16 +24,16 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-from machine import cores, cpu_name  # noqa: E402
+from machine import cores, cpu_name
 
-from spot_fast.data.scenes import draw_scenes  # noqa: E402
-from spot_fast.evaluation import WORKERS  # noqa: E402
-from spot_fast.layouts import Fit, fit_of, windows_of  # noqa: E402
-from spot_fast.maskers import Masker, cluster_masker, run_masker  # noqa: E402
-from spot_fast.metrics import image_scores  # noqa: E402
-from spot_fast.pictures import labels_at  # noqa: E402
-from spot_fast.segment_batch import Wanted, pictures_of, segment_all  # noqa: E402
-from spot_fast.stitching import stitch  # noqa: E402
+from spot_fast.data.datasets.scenes import draw_scenes
+from spot_fast.evaluation.metrics import image_scores
+from spot_fast.evaluation.scoring import WORKERS
+from spot_fast.segmentation.batch import Wanted, pictures_of, segment_all
+from spot_fast.segmentation.layouts import Fit, fit_of, windows_of
+from spot_fast.segmentation.overlays import labels_at
+from spot_fast.segmentation.segmenter import Masker, cluster_masker, run_masker
+from spot_fast.segmentation.stitching import stitch
 
 FITS = (("stretch", None), ("interpolate", 64), ("interpolate", 96), ("tiles", 64), ("tiles", 96))  # name, --size
 WIDE, HIGH = 96, 64

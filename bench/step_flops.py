@@ -4,7 +4,7 @@ A product of [m, k] and [k, n] has 2·m·k·n. Backward has twice those of forwa
 of both factors. Causal attention needs half of its N × N matrix. Counted once: the trunk of student, teacher and
 target; the teacher's decoder up to the last cross-attention's weights; of the student's slot attention in stage 2 only
 the last iteration has a backward pass. Softmax, LayerNorm, losses, Adam and matching are left out.
-`tests/test_step_flops.py` compares with `torch.utils.flop_counter` on the reference step's parts.
+`tests/bench/test_step_flops.py` compares with `torch.utils.flop_counter` on the reference step's parts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from spot_fast.model import Spot
+from spot_fast.model.spot import Spot
 
 
 class Product(NamedTuple):

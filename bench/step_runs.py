@@ -17,12 +17,13 @@ import torch
 from reference_step import ReferenceStep, Values
 from torch import Tensor
 
-from spot_fast.checkpoint import MODEL, frozen_encoder, save_tensors, write_config
+from spot_fast.checkpoints.runs import MODEL, frozen_encoder, save_tensors, write_config
 from spot_fast.config import Config, preset
-from spot_fast.data import Batch, feature_cache
-from spot_fast.encoder import encoder_identity, normalise
-from spot_fast.model import Spot
-from spot_fast.trainer import Trainer
+from spot_fast.data import Batch
+from spot_fast.data.caching import feature_cache
+from spot_fast.model.encoder import encoder_identity, normalise
+from spot_fast.model.spot import Spot
+from spot_fast.training.trainer import Trainer
 
 # What makes steps small: 16 tokens of 128 channels.
 _TINY = dict(

@@ -34,8 +34,8 @@ import triton.language as tl
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "kernels")]
 
-from spot_kernels import SlotAttention, use_backend  # noqa: E402
-from spot_kernels.gpu.launch import float32_precision, launch, power_of_2, widen  # noqa: E402
+from spot_kernels import SlotAttention, use_backend
+from spot_kernels.gpu.launch import float32_precision, launch, power_of_2, widen
 
 
 @triton.jit
@@ -253,7 +253,7 @@ def error(
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if not torch.cuda.is_available():
-        print("no GPU: the check runs in tests/test_whole_iterations.py, the times need one")
+        print("no GPU: the check runs in tests/bench/test_whole_iterations.py, the times need one")
         return
     device = torch.device("cuda")
     print(f"{torch.cuda.get_device_name()}, bfloat16, 196 tokens, 7 slots of 256, 3 iterations, replayed as graphs")

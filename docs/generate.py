@@ -14,11 +14,11 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "kernels"), str(DOCS.parent / "bench"), str(DOCS)]
 
-import error_sentences  # noqa: E402
-import hours  # noqa: E402
+import error_sentences
+import hours
 
-from spot_fast.files import atomic_write  # noqa: E402
-from spot_fast.presets import main_scores, score_name  # noqa: E402
+from spot_fast.files import atomic_write
+from spot_fast.presets import main_scores, score_name
 
 
 def scores() -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from spot_fast.config import preset
-from spot_fast.encoder import build_encoder, normalise
+from spot_fast.model.encoder import build_encoder, normalise
 
 IMAGE_SIZE, SLOTS, SLOT_WIDTH, HIDDEN = 128, 6, 128, 256
 

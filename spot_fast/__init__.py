@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 __all__ = ["Segmentation", "Spot", "UserError", "load"]
-_HOMES = {"Segmentation": "api", "Spot": "model", "UserError": "errors", "load": "api"}
+_HOMES = {"Segmentation": "api", "Spot": "model.spot", "UserError": "errors", "load": "api"}
 
 
 def __getattr__(name: str) -> object:

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import find_folder, find_run, load_run
-from .data.transforms import to_rgb, to_tensor
-from .maskers import Found, model_masker
-from .model import Spot
-from .pictures import labels_at
+from spot_fast.checkpoints.runs import find_folder, find_run, load_run
+from spot_fast.data.decoding.transforms import to_rgb, to_tensor
+from spot_fast.model.spot import Spot
+from spot_fast.segmentation.overlays import labels_at
+from spot_fast.segmentation.segmenter import Found, model_masker
 
 MASKS = ("decoder", "slots")
 

@@ -11,8 +11,8 @@ import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from . import recipes
-from .errors import UserError
+from spot_fast import recipes
+from spot_fast.errors import UserError
 
 
 def _option(default: Any, help: str, group: str, choices: tuple | None = None) -> Any:

@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import foreign, official, terminal
-from .arguments import check_config
-from .checkpoint import CONFIG, find_folder, load_run
-from .config import Config, preset_names
-from .encoder import Encoder, build_vit, load_vit_weights, raw_weights
-from .errors import UserError
-from .files import atomic_write
-from .model import Spot
-from .pretrained import check_free, save_pretrained, unused_of
-from .safe_pickle import read_checkpoint
+from spot_fast.checkpoints import official
+from spot_fast.checkpoints import third_party as foreign
+from spot_fast.checkpoints.runs import CONFIG, find_folder, load_run
+from spot_fast.checkpoints.shared_folder import check_free, save_pretrained, unused_of
+from spot_fast.checkpoints.unpickle import read_checkpoint
+from spot_fast.config import Config, preset_names
+from spot_fast.errors import UserError
+from spot_fast.files import atomic_write
+from spot_fast.model.encoder import Encoder, build_vit, load_vit_weights, raw_weights
+from spot_fast.model.spot import Spot
+from spot_fast.system import terminal
+from spot_fast.training.arguments import check_config
 
 SOURCES = ("authors", *foreign.KINDS)
 _SUFFIXES = (".pt", ".pth", ".tar")

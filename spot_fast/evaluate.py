@@ -14,16 +14,17 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, terminal
-from .baselines import published_layouts
-from .checkpoint import Run, find_folder, find_run, load_run
-from .cpu_threads import add_option, computing
-from .data import open_set
-from .data.base import ImageSet
-from .devices import usable_device
-from .errors import UserError
-from .evaluation import WORKERS, Evaluation, Row, Table, evaluate
-from .evaluation_report import (
+from spot_fast import __version__
+from spot_fast.checkpoints.runs import Run, find_folder, find_run, load_run
+from spot_fast.data import open_set
+from spot_fast.data.base import ImageSet
+from spot_fast.errors import UserError
+from spot_fast.evaluation.baselines import published_layouts
+from spot_fast.evaluation.metrics import METRICS, SIZE_BINS
+from spot_fast.evaluation.protocols import PROTOCOLS, Protocol, chosen
+from spot_fast.evaluation.scoring import WORKERS, Evaluation, Row, Table, evaluate
+from spot_fast.evaluation.size_plot import check_target, plot_sizes
+from spot_fast.evaluation.tables import (
     NOTES,
     evaluation_table,
     mean_rows,
@@ -34,11 +35,11 @@ from .evaluation_report import (
     unlabelled_line,
     write_csv,
 )
-from .metrics import METRICS, SIZE_BINS
-from .plain_json import write_json
-from .precision import PRECISIONS
-from .protocols import PROTOCOLS, Protocol, chosen
-from .size_plot import check_target, plot_sizes
+from spot_fast.plain_json import write_json
+from spot_fast.precision import PRECISIONS
+from spot_fast.system import terminal
+from spot_fast.system.cpu_threads import add_option, computing
+from spot_fast.system.devices import usable_device
 
 
 def _wrapped(text: str, indent: str = "") -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .errors import UserError
+from spot_fast.errors import UserError
 
 # CIFS, vboxsf, 9p and some of FUSE answer so for folders, a few for files too.
 _UNSUPPORTED = frozenset(

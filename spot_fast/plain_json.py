@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .files import atomic_write
+from spot_fast.files import atomic_write
 
 
 def finite(value: Any) -> Any:

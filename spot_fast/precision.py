@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .errors import UserError
+from spot_fast.errors import UserError
 
 PRECISIONS = ("auto", "float32", "tf32", "bf16")
 

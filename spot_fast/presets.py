@@ -9,11 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from . import recipes, terminal
-from .config import Config, preset
-from .errors import UserError
-from .published import METRICS, Score, scores
-from .recipes import DATA_SETS, ENCODERS, METHODS, Value
+from spot_fast import recipes
+from spot_fast.config import Config, preset
+from spot_fast.errors import UserError
+from spot_fast.published import METRICS, Score, scores
+from spot_fast.recipes import DATA_SETS, ENCODERS, METHODS, Value
+from spot_fast.system import terminal
 
 # What the data set of a command is called.
 _PLACES = {"scenes": "", "coco": "COCO", "voc": "VOCdevkit", "movi_c": "MOVI_C", "movi_e": "MOVI_E", "folder": "PHOTOS"}

@@ -23,15 +23,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import terminal
-from .checkpoint import atomic_write
-from .config import preset
-from .data.scenes import Scenes
-from .encoder import build_vit, normalise, packaged_weights, use_plain_attention
-from .errors import UserError
-from .evaluate import writable_target
-from .precision import autocast, resolve
-from .timm_import import import_timm
+from spot_fast.checkpoints.runs import atomic_write
+from spot_fast.config import preset
+from spot_fast.data.datasets.scenes import Scenes
+from spot_fast.errors import UserError
+from spot_fast.evaluate import writable_target
+from spot_fast.model.encoder import build_vit, normalise, packaged_weights, use_plain_attention
+from spot_fast.model.timm_import import import_timm
+from spot_fast.precision import autocast, resolve
+from spot_fast.system import terminal
 
 
 class MaskedAutoencoder(nn.Module):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .errors import UserError
+from spot_fast.errors import UserError
 
 
 class Value(NamedTuple):

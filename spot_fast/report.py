@@ -12,20 +12,29 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from . import __version__, terminal
-from .baselines import published_layouts
-from .checkpoint import Run, atomic_write, find_folder, find_run, load_run
-from .cpu_threads import add_option, computing
-from .data.base import ImageSet
-from .devices import usable_device
-from .errors import UserError
-from .evaluate import alike_runs, open_val_set, run_name, writable_target
-from .evaluation import WORKERS, evaluate
-from .picture_look import gradients, look, read_picture
-from .precision import PRECISIONS, resolve
-from .protocols import PROTOCOLS, chosen
-from .report_data import PictureRecord, Report, RunRecord, SetRecord, choose_pictures, read_log, state_metadata
-from .report_page import page
+from spot_fast import __version__
+from spot_fast.checkpoints.runs import Run, atomic_write, find_folder, find_run, load_run
+from spot_fast.data.base import ImageSet
+from spot_fast.errors import UserError
+from spot_fast.evaluate import alike_runs, open_val_set, run_name, writable_target
+from spot_fast.evaluation.baselines import published_layouts
+from spot_fast.evaluation.protocols import PROTOCOLS, chosen
+from spot_fast.evaluation.scoring import WORKERS, evaluate
+from spot_fast.precision import PRECISIONS, resolve
+from spot_fast.reporting.introspection import gradients, look, read_picture
+from spot_fast.reporting.page import page
+from spot_fast.reporting.records import (
+    PictureRecord,
+    Report,
+    RunRecord,
+    SetRecord,
+    choose_pictures,
+    read_log,
+    state_metadata,
+)
+from spot_fast.system import terminal
+from spot_fast.system.cpu_threads import add_option, computing
+from spot_fast.system.devices import usable_device
 
 _GRADIENT_PICTURES = 16
 # A backward pass for each patch and order: more than this many patches take minutes a picture on a CPU.

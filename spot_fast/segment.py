@@ -35,18 +35,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import terminal
-from .cpu_threads import add_option, computing
-from .devices import usable_device
-from .encoder import SCENES_ENCODER
-from .errors import UserError
-from .evaluation import WORKERS
-from .layouts import FITS, Fit, fit_of
-from .maskers import CLUSTER_SIZE, Masker, cluster_masker, run_masker
-from .pictures import contact_sheet
-from .precision import PRECISIONS
-from .segment_batch import MAX_GRID, Wanted, pictures_of, segment_all
-from .segment_files import check_overwriting, find_pictures, output_names, save
+from spot_fast.errors import UserError
+from spot_fast.evaluation.scoring import WORKERS
+from spot_fast.model.encoder import SCENES_ENCODER
+from spot_fast.precision import PRECISIONS
+from spot_fast.segmentation.batch import MAX_GRID, Wanted, pictures_of, segment_all
+from spot_fast.segmentation.files import check_overwriting, find_pictures, output_names, save
+from spot_fast.segmentation.layouts import FITS, Fit, fit_of
+from spot_fast.segmentation.overlays import contact_sheet
+from spot_fast.segmentation.segmenter import CLUSTER_SIZE, Masker, cluster_masker, run_masker
+from spot_fast.system import terminal
+from spot_fast.system.cpu_threads import add_option, computing
+from spot_fast.system.devices import usable_device
 
 _NAMED = 10  # so many pictures get a line each
 _MASKS = {"decoder": ("decoder",), "slots": ("slots",), "both": ("decoder", "slots")}

@@ -14,23 +14,32 @@ from pathlib import Path
 
 import torch
 
-from . import terminal
-from .arguments import Arguments, check_config, conflicts, parse, with_free
-from .checkpoint import CONFIG, STATE, find_folder, is_finished, read_config, read_metadata, run_folders, write_config
-from .config import Config
-from .cpu_threads import available_cores
-from .devices import usable_device
-from .distributed import World, join
-from .errors import UserError
-from .precision import resolve
-from .progress import duration, scores_text
-from .recipes import METHODS
-from .run_folder import CORRUPT, OthersFolder, RunFolder, is_free
-from .run_state import FREE
-from .step import resolve_compile
-from .teacher import check_teacher, find_teacher, inherit, student_method
-from .throughput import measured_peak
-from .trainer import Outcome, Trainer
+from spot_fast.checkpoints.runs import (
+    CONFIG,
+    STATE,
+    find_folder,
+    is_finished,
+    read_config,
+    read_metadata,
+    run_folders,
+    write_config,
+)
+from spot_fast.config import Config
+from spot_fast.errors import UserError
+from spot_fast.precision import resolve
+from spot_fast.recipes import METHODS
+from spot_fast.system import terminal
+from spot_fast.system.cpu_threads import available_cores
+from spot_fast.system.devices import usable_device
+from spot_fast.training.arguments import Arguments, check_config, conflicts, parse, with_free
+from spot_fast.training.compiled import resolve_compile
+from spot_fast.training.console import duration, scores_text
+from spot_fast.training.distributed import World, join
+from spot_fast.training.resume_state import FREE
+from spot_fast.training.run_folder import CORRUPT, OthersFolder, RunFolder, is_free
+from spot_fast.training.teacher import check_teacher, find_teacher, inherit, student_method
+from spot_fast.training.throughput import measured_peak
+from spot_fast.training.trainer import Outcome, Trainer
 
 _INTERRUPTED = 130
 

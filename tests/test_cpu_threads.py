@@ -7,9 +7,9 @@ import types
 import pytest
 import torch
 
-from spot_fast import cpu_threads
-from spot_fast.cpu_threads import CpuThreads, available_cores
 from spot_fast.errors import UserError
+from spot_fast.system import cpu_threads
+from spot_fast.system.cpu_threads import CpuThreads, available_cores
 
 
 class Machine:

@@ -17,19 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import error_sentences
+import generate
 import pytest
 import torch
 
 from doc_commands import PAGES, ROOT, commands, furnish, python_blocks, untrained
 from spot_fast.config import Config
 from spot_fast.data import READERS, open_sets
-from spot_fast.model import DECODERS
+from spot_fast.model.spot import DECODERS
 from spot_fast.recipes import DATA_SETS, ENCODERS
-
-sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "docs")]
-
-import error_sentences  # noqa: E402
-import generate  # noqa: E402
 
 # Long training: as many pictures as one step takes. A run of its own data set is told to print its configuration.
 SHORT = (
@@ -119,8 +116,12 @@ HOW: list[tuple[str, Callable[[list[str]], None], str]] = [
     (r"python -m pytest|pytest bench/", not_run, "the tests themselves"),
     (r"tensorboard ", not_run, "a server that does not end"),
     (r"docker |gsutil ", not_run, "another machine's programs"),
-    (r"torchrun ", configured, "one process makes its configuration; tests/test_distributed.py trains with two"),
-    (r"bash bench/(gpu_check|first_light)\.sh", gpu_parts, "needs a GPU; tests/test_first_light.py rehearses it"),
+    (
+        r"torchrun ",
+        configured,
+        "makes a configuration; tests/training/test_distributed.py trains with two",
+    ),
+    (r"bash bench/(gpu_check|first_light)\.sh", gpu_parts, "needs a GPU; tests/bench/test_first_light.py rehearses it"),
     (r"python bench/hours\.py|python docs/generate\.py --check", script, "as written"),
     (r"python docs/generate\.py", lambda words: script([*words, "--check"]), "with --check: writes nothing"),
     (r"python bench/", helped, "takes minutes: its options are checked"),

@@ -2,11 +2,12 @@
 
 import importlib
 import re
-from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+from paths import ROOT
+
+EXAMPLES = ROOT / "examples"
 # example → its model, its picture size, how its slot attention is known
 MODELS = {"slate": ("Slate", 64, "SLATE"), "dinosaur_mlp": ("DinosaurMlp", 128, "OCLF (DINOSAUR)")}
 

@@ -7,7 +7,7 @@ import stat
 import pytest
 import torch
 
-from spot_fast.checkpoint import read_tensors, save_tensors
+from spot_fast.checkpoints.runs import read_tensors, save_tensors
 from spot_fast.errors import UserError
 from spot_fast.files import atomic_write
 

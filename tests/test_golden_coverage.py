@@ -35,7 +35,7 @@ INPUTS = [
 def _claims() -> dict[str, list[str]]:
     """Test module → its GOLDEN patterns, read from the source: a module that cannot be imported still counts."""
     claims = {}
-    for path in sorted(Path(__file__).parent.glob("test_*.py")):
+    for path in sorted(Path(__file__).parent.rglob("test_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "GOLDEN":
                 claims[path.name] = ast.literal_eval(node.value)

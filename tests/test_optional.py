@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 
-from spot_fast.data import dali_pipeline
-from spot_fast.data.instances import Instances
+from spot_fast.data.loading import dali_pipeline
+from spot_fast.data.masks.instances import Instances
 from spot_fast.errors import UserError
-from spot_fast.optional import required
-from spot_fast.timm_import import import_timm
+from spot_fast.model.timm_import import import_timm
+from spot_fast.system.optional import required
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from paths import ROOT
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SOURCES = {"spot_fast": ROOT / "spot_fast", "spot_kernels": ROOT / "kernels" / "spot_kernels"}
 # where a distribution is not named like what is imported

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from spot_fast import presets, recipes, train
-from spot_fast.arguments import check_config, parse
-from spot_fast.checkpoint import CONFIG, MODEL, find_run, write_config
+from spot_fast.checkpoints.runs import CONFIG, MODEL, find_run, write_config
 from spot_fast.config import Config, preset
 from spot_fast.data import open_set
-from spot_fast.encoder import Encoder, build_encoder, build_vit
 from spot_fast.errors import UserError
-from spot_fast.model import Spot
+from spot_fast.model.encoder import Encoder, build_encoder, build_vit
+from spot_fast.model.spot import Spot
 from spot_fast.published import SCORES, scores
 from spot_fast.recipes import DATA_SETS, ENCODERS, METHODS
-from spot_fast.teacher import find_teacher
+from spot_fast.training.arguments import check_config, parse
+from spot_fast.training.teacher import find_teacher
 from tiny_runs import options
 
 # From arXiv 2312.00648v3, by hand: preset, stage → what its text says. Appendix D.2 unless another place is named.

@@ -21,11 +21,11 @@ from datetime import datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench"), str(ROOT / "tests" / "support")]
 
-import torch  # noqa: E402
-from machine import commit, cpu_name, nvidia_smi  # noqa: E402
-from tables import slug  # noqa: E402
+import torch
+from machine import commit, cpu_name, nvidia_smi
+from tables import slug
 
 PARTS = ("ceilings", "operators", "steps", "layouts", "rivals")
 GO, NO_GO, ABSENT, LATE = "go", "NO GO", "not here", "out of time"
@@ -232,7 +232,7 @@ def run(part: str, work: Callable[[Recorder, Options, Time], object], args: argp
     except KeyboardInterrupt:
         recorder.add("the whole part", verdict=LATE, note=f"stopped after {time.monotonic() - began:.0f} s")
         return OUT_OF_TIME
-    except Exception as error:  # noqa: BLE001 - whatever it is, the rows so far stay and the other parts go on
+    except Exception as error:
         recorder.add("the whole part", verdict=NO_GO, note=reason(error))
         return 1
     recorder.add("the whole part", figure="s", value=time.monotonic() - began)

@@ -28,11 +28,11 @@ from step_runs import TrainerSteps, settings, write_teacher
 from torch import Tensor
 
 from imitated_graph import ImitatedRecorder, rate_on_device
-from spot_fast.graph import Graphed
-from spot_fast.graph import Recorder as GraphRecorder
-from spot_fast.optimiser import adam
-from spot_fast.step import Compiled
-from spot_fast.trainer import Trainer
+from spot_fast.training.compiled import Compiled
+from spot_fast.training.cuda_graph import Graphed
+from spot_fast.training.cuda_graph import Recorder as GraphRecorder
+from spot_fast.training.optimiser import adam
+from spot_fast.training.trainer import Trainer
 from spot_kernels import use_backend
 
 BATCH, SAME = 64, 20
@@ -304,7 +304,7 @@ def steps(recorder: Recorder, options: Options, time: Time, number: int) -> None
         for variant in (EAGER, COMPILED, GRAPH):
             try:
                 rows.append(timed(stage, recorder, subject, variant, checks, time))
-            except Exception as error:  # noqa: BLE001 - a variant that fails leaves the others
+            except Exception as error:
                 recorder.add(subject, variant, verdict=NO_GO, note=reason(error))
                 torch._dynamo.reset()
         best = best_of(rows)
@@ -316,7 +316,7 @@ def steps(recorder: Recorder, options: Options, time: Time, number: int) -> None
             stage.be(best.variant)
             try:
                 profile(stage, recorder, subject)
-            except Exception as error:  # noqa: BLE001 - a profile that fails leaves what was measured
+            except Exception as error:
                 recorder.add(subject, figure="profile", verdict=ABSENT, note=reason(error))
         if any(row.variant == GRAPH for row in rows):
             same_steps(stage, recorder, subject, [value.clone() for value in stage.state()])

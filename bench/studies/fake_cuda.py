@@ -36,17 +36,18 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-from step_runs import settings, write_teacher  # noqa: E402
+from step_runs import settings, write_teacher
 
-from spot_fast import bad_steps, progress  # noqa: E402
-from spot_fast.data import open_set  # noqa: E402
-from spot_fast.data.feature_cache import FeatureCache  # noqa: E402
-from spot_fast.evaluation import _Pass  # noqa: E402
-from spot_fast.maskers import model_masker  # noqa: E402
-from spot_fast.optimiser import adam, clip_by_infinity_norm, set_learning_rate, update  # noqa: E402
-from spot_fast.protocols import GroundTruth, chosen  # noqa: E402
-from spot_fast.trainer import Draws, Trainer  # noqa: E402
-from spot_kernels import dispatch  # noqa: E402
+from spot_fast.data import open_set
+from spot_fast.data.caching.feature_cache import FeatureCache
+from spot_fast.evaluation.protocols import GroundTruth, chosen
+from spot_fast.evaluation.scoring import _Pass
+from spot_fast.segmentation.segmenter import model_masker
+from spot_fast.training import bad_steps
+from spot_fast.training import console as progress
+from spot_fast.training.optimiser import adam, clip_by_infinity_norm, set_learning_rate, update
+from spot_fast.training.trainer import Draws, Trainer
+from spot_kernels import dispatch
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 ERROR, WAIT, COPY = "error", "wait", "copy"
@@ -189,7 +190,7 @@ class Study:
         try:
             with self.mode, Watch(section) if watched else contextlib.nullcontext():
                 yield section
-        except Exception as error:  # noqa: BLE001 - whatever stops the path is the finding
+        except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             section.findings.append(Finding(ERROR, reason, _line(traceback.extract_tb(error.__traceback__))))
 

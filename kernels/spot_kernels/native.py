@@ -2,7 +2,7 @@
 
 It is optional: without it the callers in this package take their scipy or PyTorch path and give the same results.
 `available()` says which, `describe()` says why in one line, as does `python -m spot_kernels`. SPOT_KERNELS_LIBRARY
-names another build of it (one with sanitizers, say: tests/sanitize_native.sh).
+names another build of it (one with sanitizers, say: tests/kernels/sanitize_native.sh).
 
 Addresses are all that the library gets, and it trusts them. So every buffer is named here with the dtype and the shape
 that csrc/spot_native.h takes it for, and `_dense` and `_rows`, which alone take addresses, refuse any other with a

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from ..config import Config
-from ..errors import UserError
-from . import coco, folder, movi, voc
-from .base import ImageFiles, ImageSet, Masks
-from .folder import Folder
-from .loader import Batch, Loader
-from .movi_tfrecord import open_clips
-from .scenes import Scenes
+from spot_fast.config import Config
+from spot_fast.data.base import ImageFiles, ImageSet, Masks
+from spot_fast.data.datasets import coco, folder, movi, voc
+from spot_fast.data.datasets.folder import Folder
+from spot_fast.data.datasets.movi_tfrecord import open_clips
+from spot_fast.data.datasets.scenes import Scenes
+from spot_fast.data.loading.loader import Batch, Loader
+from spot_fast.errors import UserError
 
 # preset → what opens a split of it, and what its --data has to be; one of your own goes in here (docs/extending.md)
 READERS: dict[str, tuple[Callable[..., ImageFiles], str]] = {

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from .. import terminal
-from ..errors import UserError
-from ..files import atomic_write
-from . import check
-from .cache import folder_of, text
-from .store import Cached, cached, remove
+from spot_fast.data import check
+from spot_fast.data.caching.plan import folder_of, text
+from spot_fast.data.caching.store import Cached, cached, remove
+from spot_fast.errors import UserError
+from spot_fast.files import atomic_write
+from spot_fast.system import terminal
 
 _INTERRUPTED = 130
 _MAX_JOBS = 16

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import CorruptImage, UserError
-from . import fit, transforms
-from .identity import Files, sample
-from .names import alike
+from spot_fast.data.caching.identity import Files, sample
+from spot_fast.data.datasets.names import alike
+from spot_fast.data.decoding import transforms
+from spot_fast.data.masks import fit
+from spot_fast.errors import CorruptImage, UserError
 
 
 @dataclass(frozen=True)

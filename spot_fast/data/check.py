@@ -15,13 +15,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..config import preset
-from ..errors import UserError
-from ..schedule import learning_rate
-from . import coco, folder, movi, movi_tfrecord, tfrecord, voc
-from .base import ImageFiles
-from .damage import data_damage, file_damage
-from .loader import MAX_CORRUPT
+from spot_fast.config import preset
+from spot_fast.data.base import ImageFiles
+from spot_fast.data.damage import data_damage, file_damage
+from spot_fast.data.datasets import coco, folder, movi, movi_tfrecord, tfrecord, voc
+from spot_fast.data.loading.loader import MAX_CORRUPT
+from spot_fast.errors import UserError
+from spot_fast.training.schedule import learning_rate
 
 SHOWN = 10  # damaged files that are printed
 _BATCH = 64  # files a thread takes at a time

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..errors import CorruptImage
-from .jpeg_scan import lost_inside
-from .transforms import open_rgb
+from spot_fast.data.decoding.jpeg_scan import lost_inside
+from spot_fast.data.decoding.transforms import open_rgb
+from spot_fast.errors import CorruptImage
 
 _HEAD, _TAIL = 8, 64
 _JPEG, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"

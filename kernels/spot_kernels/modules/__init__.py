@@ -1,0 +1,1 @@
+"""Drop-in modules on the operators: slot attention and the permuted decoder."""

@@ -1,0 +1,192 @@
+"""The decoder's modules: transformer blocks that decode patch tokens in any order while they stay in raster layout.
+
+Tokens are [B, N, D]; a patch order is an int64 tensor [N] or [B, N] and moves nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from spot_kernels.modules.layers import ACTIVATIONS, check_heads, linear, merge_heads, mlp, split_heads
+from spot_kernels.permuted_attention import permuted_causal_attention
+from spot_kernels.slot_cross_attention import slot_cross_attention, slot_cross_map
+
+
+class PermutedSelfAttention(nn.Module):
+    """Bias-free multi-head self-attention, causal in a given order; without an order every token sees all."""
+
+    def __init__(self, dim: int, heads: int, *, gain: float):
+        super().__init__()
+        check_heads("heads", dim, heads)
+        self.heads = heads
+        self.project_qkv = linear(dim, 3 * dim, bias=False, parts=3)
+        self.project_o = linear(dim, dim, bias=False, gain=gain)
+
+    def forward(self, tokens: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+        return self.attend(self.project_qkv(tokens), order)
+
+    def attend(self, qkv: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+        """From the projected tokens [B, N, 3D]."""
+        q, k, v = (split_heads(part, self.heads) for part in qkv.chunk(3, -1))
+        if order is None:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = permuted_causal_attention(q, k, v, order)
+        return self.project_o(merge_heads(out))
+
+
+class SlotCrossAttention(nn.Module):
+    """Bias-free multi-head attention of tokens to slots; gives the map averaged over heads when asked."""
+
+    def __init__(self, dim: int, heads: int, *, gain: float):
+        super().__init__()
+        check_heads("cross_heads", dim, heads)
+        self.heads = heads
+        self.project_q = linear(dim, dim, bias=False)
+        self.project_k = linear(dim, dim, bias=False)
+        self.project_v = linear(dim, dim, bias=False)
+        self.project_o = linear(dim, dim, bias=False, gain=gain)
+
+    def forward(
+        self, tokens: torch.Tensor, slots: torch.Tensor, *, return_map: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.attend(tokens, *self.keys_values(slots), return_map=return_map)
+
+    def keys_values(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v [B, H, K, d] of slots [B, K, D]: the same for every order."""
+        return split_heads(self.project_k(slots), self.heads), split_heads(self.project_v(slots), self.heads)
+
+    def attend(
+        self, tokens: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_map: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        q = split_heads(self.project_q(tokens), self.heads)
+        out, mean_map = slot_cross_attention(q, k, v, return_map=return_map)
+        return self.project_o(merge_heads(out)), mean_map
+
+    def map(self, tokens: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """The map [B, N, K] without the output, whose projections are then left out."""
+        q, k = self.project_q(tokens), self.project_k(slots)
+        return slot_cross_map(split_heads(q, self.heads), split_heads(k, self.heads))
+
+
+class PermutedDecoderBlock(nn.Module):
+    """Pre-norm transformer block: causal self-attention in an order, cross-attention to slots, FFN of width 4 × dim.
+
+    `first`: the self-attention's LayerNorm replaces the residual stream, x ← LN(x); x ← x + SA(x), as in the first
+    block of the official decoder.
+    """
+
+    def __init__(self, dim: int, heads: int, cross_heads: int, *, gain: float, first: bool, activation: str = "relu"):
+        super().__init__()
+        self.first = first
+        self.norm_self = nn.LayerNorm(dim)
+        self.self_attention = PermutedSelfAttention(dim, heads, gain=gain)
+        self.norm_cross = nn.LayerNorm(dim)
+        self.cross_attention = SlotCrossAttention(dim, cross_heads, gain=gain)
+        self.norm_ffn = nn.LayerNorm(dim)
+        self.ffn = mlp(dim, 4 * dim, dim, gain=gain, activation=activation)
+
+    def forward(
+        self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None, *, return_map: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """tokens [B, N, D], slots [B, K, D] → tokens [B, N, D], cross-attention map [B, N, K] or None."""
+        return self.look(self.listen(tokens, order), *self.cross_attention.keys_values(slots), return_map=return_map)
+
+    def listen(self, tokens: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+        """The self-attention's part of the block, [B, N, D]."""
+        normed = self.norm_self(tokens)
+        return (normed if self.first else tokens) + self.self_attention(normed, order)
+
+    def look(
+        self, tokens: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_map: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The rest of the block: cross-attention to the slots' k and v [B, H, K, d], FFN; and the map or None."""
+        out, mean_map = self.cross_attention.attend(self.norm_cross(tokens), k, v, return_map=return_map)
+        tokens = tokens + out
+        return tokens + self.ffn(self.norm_ffn(tokens)), mean_map
+
+    def map(self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+        """The map [B, N, K] and nothing beyond it."""
+        return self.cross_attention.map(self.norm_cross(self.listen(tokens, order)), slots)
+
+
+class PermutedDecoder(nn.Module):
+    """Stack of `PermutedDecoderBlock`, by default with a final LayerNorm (SPOT, section 3.1).
+
+    Args:
+        dim: width D of tokens and slots.
+        blocks: how many blocks.
+        heads: heads of every self-attention and of the first block's cross-attention.
+        cross_heads: heads of the cross-attention in the blocks after the first; None = heads.
+        activation: `relu` or `gelu`, of the FFNs.
+        final_norm: False: the last block's output is the prediction.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        blocks: int,
+        heads: int,
+        cross_heads: int | None = None,
+        activation: str = "relu",
+        final_norm: bool = True,
+    ):
+        super().__init__()
+        if blocks < 1:
+            raise ValueError(f"blocks={blocks}: the decoder needs at least one")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation={activation!r} is unknown: use one of {', '.join(ACTIVATIONS)}")
+        gain = (3 * blocks) ** -0.5
+        self.blocks = nn.ModuleList(
+            PermutedDecoderBlock(
+                dim, heads, heads if i == 0 else cross_heads or heads, gain=gain, first=i == 0, activation=activation
+            )
+            for i in range(blocks)
+        )
+        self.norm = nn.LayerNorm(dim) if final_norm else nn.Identity()
+
+    def forward(
+        self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """tokens [B, N, D], slots [B, K, D], order [N] or [B, N] (None: no causal mask) → out [B, N, D], map [B, N, K].
+
+        The map is the last block's cross-attention softmax averaged over heads.
+        """
+        for block in self.blocks[:-1]:
+            tokens, _ = block(tokens, slots, order)
+        tokens, mean_map = self.blocks[-1](tokens, slots, order, return_map=True)
+        return self.norm(tokens), mean_map
+
+    def masks(self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+        """The map [B, N, K] of `forward` alone, without the work behind it: what a teacher is asked for."""
+        for block in self.blocks[:-1]:
+            tokens, _ = block(tokens, slots, order)
+        return self.blocks[-1].map(tokens, slots, order)
+
+    def decode_orders(
+        self, tokens: torch.Tensor, slots: torch.Tensor, orders: torch.Tensor, sources: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """`forward` in several orders, one after the other; what does not depend on the order is computed once.
+
+        That is everything up to the first self-attention, and the slots' keys and values.
+
+        Args:
+            tokens: all inputs that occur in any order, [B, M, D].
+            slots: [B, K, D].
+            orders: int64 [P, N].
+            sources: int64 [P, N], which of the M inputs stands at each raster position.
+        """
+        first, last = self.blocks[0], len(self.blocks) - 1
+        normed = first.norm_self(tokens)
+        qkv = first.self_attention.project_qkv(normed)
+        slots_kv = [block.cross_attention.keys_values(slots) for block in self.blocks]
+        for order, source in zip(orders, sources, strict=True):
+            x = normed.index_select(1, source) + first.self_attention.attend(qkv.index_select(1, source), order)
+            for i, (block, kv) in enumerate(zip(self.blocks, slots_kv, strict=True)):
+                x, mean_map = block.look(block.listen(x, order) if i else x, *kv, return_map=i == last)
+            yield self.norm(x), mean_map

@@ -1,0 +1,417 @@
+"""Drop-in modules on the operators: `SlotAttention` with its `InitialSlots`, and `PermutedDecoder`.
+
+Tokens are in raster layout [B, N, D] everywhere. The options of `SlotAttention` cover the published
+variants: `VARIANTS` lists them, and `spot_kernels.modules.name_maps` knows their parameters by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from spot_kernels.modules.layers import ACTIVATIONS, check_heads, gru_and_norm, linear, merge_heads, mlp, split_heads
+from spot_kernels.modules.name_maps import from_state_dict_of
+from spot_kernels.modules.permuted_decoder import (
+    PermutedDecoder,
+    PermutedDecoderBlock,
+    PermutedSelfAttention,
+    SlotCrossAttention,
+)
+from spot_kernels.slot_attention import slot_attention_step
+
+__all__ = [
+    "VARIANTS",
+    "InitialSlots",
+    "PermutedDecoder",
+    "PermutedDecoderBlock",
+    "PermutedSelfAttention",
+    "SlotAttention",
+    "SlotCrossAttention",
+    "linear",
+    "mlp",
+]
+
+TRUNCATIONS = ("none", "fixed_point", "bi_level")
+INITIALS = ("gaussian", "slot_gaussian", "learned")
+SPREADS = ("exp", "softplus", "abs")
+# Keeps the mean over tokens defined where every weight of a slot has underflowed; no other sum notices it.
+_TINY = 1e-30
+
+# What `SlotAttention.like` sets; every option that is not named has the default of `SlotAttention`.
+VARIANTS: dict[str, dict[str, Any]] = {
+    # Locatello et al. 2020; Keras layer norms have eps 1e-3
+    "locatello": {"norm_eps": 1e-3, "initial": "gaussian"},
+    # a widely used PyTorch port of it
+    "lucidrains": {"bias": True, "initial": "gaussian"},
+    # its heads do not compete with one another; `like` sets the width of their projection and the scale
+    "lucidrains_heads": {"bias": True, "joint_heads": False, "initial": "gaussian"},
+    # other ports; the first one learned sigma before it learned its logarithm, the last one learns neither
+    "evelinehong": {"bias": True, "initial": "gaussian"},
+    "evelinehong_2021": {"bias": True, "initial": "gaussian", "spread": "abs"},
+    "untitled_ai": {"initial": "gaussian"},
+    # Singh et al. 2021
+    "slate": {"initial": "gaussian"},
+    # Singh et al. 2022: between iterations only is there an MLP
+    "steve": {"iterations": 2, "mlp_last": False, "initial": "gaussian"},
+    # Seitzer et al. 2023
+    "dinosaur": {"initial": "gaussian"},
+    # Jia et al. 2023
+    "bo_qsa": {"eps": 1.0, "eps_in": "sum", "truncation": "bi_level", "drop_path": 0.2, "initial": "learned"},
+    # Kipf et al. 2021, the corrector; Flax layer norms have eps 1e-6, several heads do not compete with one another
+    "savi": {"iterations": 1, "eps_in": "sum", "norm_eps": 1e-6, "joint_heads": False},
+    # the PyTorch SAVi of Wu et al. 2022
+    "slotformer": {"iterations": 2, "eps": 1e-6},
+    # Kakogeorgiou et al. 2024
+    "spot": {"initial": "gaussian"},
+    # Zadaianchuk et al. 2023
+    "videosaur": {"hidden": "normed", "initial": "gaussian"},
+    # Jiang et al. 2023; `like` sets the scale, which is that of one head
+    "lsd": {"initial": "gaussian"},
+    # the models of Zhao et al.'s OCBench, its SPOT among them
+    "ocbench": {"eps": 1e-5, "eps_in": "sum", "activation": "gelu", "initial": "gaussian"},
+}
+
+
+def _known(name: str, value: str, options: Iterable[str]) -> None:
+    if value not in options:
+        raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(options)}")
+
+
+class InitialSlots(nn.Module):
+    """The slots before the first iteration.
+
+    Args:
+        slot_dim: width U of the slots.
+        kind: `gaussian`: drawn around one learned `mean` for all slots, with one learned `scale`; `slot_gaussian`: a
+            mean and scale for each slot; `learned`: the mean of each slot itself.
+        num_slots: K. Any number of slots may be asked of a `gaussian`, this one is its default.
+        spread: what gives the standard deviation from `scale`: exp (scale is its logarithm), softplus or abs.
+        eval_noise: whether noise is drawn at evaluation, too, as nearly everywhere; without it the slots are the mean.
+    """
+
+    def __init__(
+        self,
+        slot_dim: int,
+        kind: str = "gaussian",
+        *,
+        num_slots: int | None = None,
+        spread: str = "exp",
+        eval_noise: bool = True,
+    ):
+        super().__init__()
+        _known("initial", kind, INITIALS)
+        _known("spread", spread, SPREADS)
+        if kind != "gaussian" and num_slots is None:
+            raise ValueError(f"initial={kind!r} has parameters for each slot: pass num_slots")
+        if num_slots is not None and num_slots < 1:
+            raise ValueError(f"num_slots={num_slots}: pass at least 1")
+        self.kind, self.num_slots, self.spread, self.eval_noise = kind, num_slots, spread, eval_noise
+        shape = (1, 1 if kind == "gaussian" else num_slots, slot_dim)
+        self.mean = nn.Parameter(torch.empty(shape))
+        nn.init.xavier_uniform_(self.mean if kind == "gaussian" else self.mean.data[0])
+        if kind != "learned":
+            # a standard deviation of about 1, whatever the parametrisation
+            self.scale = nn.Parameter(torch.full(shape, {"exp": 0.0, "softplus": 0.5413, "abs": 1.0}[spread]))
+            if spread == "exp":
+                nn.init.xavier_uniform_(self.scale if kind == "gaussian" else self.scale.data[0])
+
+    def forward(
+        self, batch: int, num_slots: int | None = None, *, noise: torch.Tensor | None = None, jitter: float = 0.0
+    ) -> torch.Tensor:
+        """Initial slots [B, K, U].
+
+        noise: the standard-normal draw [B, K, U]; None draws it here. jitter: of `learned` slots only, their standard
+        deviation in units of their own mean (BO-QSA lowers it from 1 to 0 during training). ValueError for a number
+        of slots that the parameters do not have, or noise of another shape.
+        """
+        num_slots = num_slots if num_slots is not None else self.num_slots
+        if num_slots is None:
+            raise ValueError("initial slots: pass num_slots, to this call or to the constructor")
+        if self.kind != "gaussian" and num_slots != self.num_slots:
+            raise ValueError(f"initial slots: num_slots={num_slots}, but there are parameters for {self.num_slots}")
+        mean = self.mean.expand(batch, num_slots, -1)
+        if self.kind == "learned" and not jitter:
+            return mean
+        if noise is None and not (self.training or self.eval_noise):
+            return mean
+        if noise is None:
+            noise = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device)
+        elif noise.shape != mean.shape:
+            raise ValueError(f"initial slots: noise {tuple(noise.shape)} must be {tuple(mean.shape)}")
+        if self.kind == "learned":
+            return mean + noise * jitter * mean.detach()
+        spread = {"exp": torch.exp, "softplus": F.softplus, "abs": torch.abs}[self.spread]
+        return mean + spread(self.scale) * noise
+
+
+class SlotAttention(nn.Module):
+    """Slot attention (Locatello et al., 2020, algorithm 1), by default as in SPOT, section 3.1.
+
+    k and v are projections of LN(inputs), k scaled. Each iteration attends with q = projection of LN(slots), feeds the
+    updates to a GRU whose hidden state is the slots, and adds an MLP of LN(slots). `SlotAttention.like` sets the
+    options as a published variant has them.
+
+    Args:
+        input_dim: width D of the inputs.
+        slot_dim: width U of the slots.
+        mlp_hidden: hidden width of the slot MLP; None: no MLP.
+        heads: attention heads.
+        iterations: how often the slots are refined, at least 1; a call may say otherwise.
+        truncation: which way gradients go. `none`: through all iterations; `fixed_point`: through the last one only;
+            `bi_level`: as fixed_point, and straight through to the initial slots as well (BO-QSA).
+        eps: keeps the mean over tokens defined.
+        eps_in: `weights`: eps is added to the attention before it is normalised over tokens; `sum`: to its sum only.
+        joint_heads: whether the softmax runs over heads × slots jointly, or over the slots of each head.
+        inner_dim: width of q, k and v; None = slot_dim.
+        out_dim: width of a projection, with bias, of the updates of all heads; None: there is none.
+        bias: whether the projections to q, k and v have a bias.
+        scale: of the logits; None = (inner_dim / heads)^-1/2.
+        update: `gru`; without one the updates `replace` the slots or are added to them (`residual`).
+        hidden: what the GRU goes on from: the `slots`, or LN(slots), the `normed` ones that q is projected from.
+        activation: `relu` or `gelu`, of the MLP.
+        mlp_norm: `pre`: slots + MLP(LN(slots)); `post`: LN(slots + MLP(slots)); `none`: slots + MLP(slots).
+        mlp_residual: False: without the `slots +`.
+        mlp_last: whether the MLP also follows the last iteration (not in STEVE).
+        dropout: in training, of the MLP's hidden units (OCBench).
+        drop_path: in training, the probability for a sample that an iteration leaves out its MLP; the others are
+            scaled up (BO-QSA).
+        norm_eps: eps of every LayerNorm.
+        initial: `gaussian`, `slot_gaussian` or `learned`: the module owns `InitialSlots`, as `initial`; None: it does
+            not, and initial slots are passed to each call.
+        num_slots: K, see `InitialSlots`.
+        spread, eval_noise: see `InitialSlots`.
+
+    Raises:
+        ValueError: naming the option that does not exist or does not fit the others.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        slot_dim: int,
+        *,
+        mlp_hidden: int | None,
+        heads: int = 1,
+        iterations: int = 3,
+        truncation: str = "none",
+        eps: float = 1e-8,
+        eps_in: str = "weights",
+        joint_heads: bool = True,
+        inner_dim: int | None = None,
+        out_dim: int | None = None,
+        bias: bool = False,
+        scale: float | None = None,
+        update: str = "gru",
+        hidden: str = "slots",
+        activation: str = "relu",
+        mlp_norm: str = "pre",
+        mlp_residual: bool = True,
+        mlp_last: bool = True,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-5,
+        initial: str | None = None,
+        num_slots: int | None = None,
+        spread: str = "exp",
+        eval_noise: bool = True,
+    ):
+        super().__init__()
+        inner_dim = inner_dim or slot_dim
+        check_heads("heads", inner_dim, heads)
+        _check_iterations(iterations)
+        _known("truncation", truncation, TRUNCATIONS)
+        _known("eps_in", eps_in, ("weights", "sum"))
+        _known("update", update, ("gru", "residual", "replace"))
+        _known("hidden", hidden, ("slots", "normed"))
+        _known("activation", activation, ACTIVATIONS)
+        _known("mlp_norm", mlp_norm, ("pre", "post", "none"))
+        for name, probability in (("drop_path", drop_path), ("dropout", dropout)):
+            if not 0 <= probability < 1:
+                raise ValueError(f"{name}={probability} must be a probability below 1")
+        if update != "gru" and (out_dim or inner_dim) != slot_dim:
+            raise ValueError(
+                f"update={update!r} needs updates as wide as the slots, {slot_dim}: inner_dim is {inner_dim}, "
+                f"out_dim {out_dim}"
+            )
+        self.heads, self.iterations, self.truncation, self.eps = heads, iterations, truncation, eps
+        self.eps_in, self.joint_heads, self.update = eps_in, joint_heads or heads == 1, update
+        self.hidden = hidden
+        self.mlp_norm, self.mlp_residual, self.mlp_last = mlp_norm, mlp_residual, mlp_last
+        self.drop_path = drop_path
+        self.scale = (inner_dim // heads) ** -0.5 if scale is None else scale
+        self.norm_inputs = nn.LayerNorm(input_dim, eps=norm_eps)
+        self.norm_slots = nn.LayerNorm(slot_dim, eps=norm_eps)
+        self.norm_mlp = None if mlp_hidden is None or mlp_norm == "none" else nn.LayerNorm(slot_dim, eps=norm_eps)
+        self.project_q = linear(slot_dim, inner_dim, bias=bias)
+        self.project_k = linear(input_dim, inner_dim, bias=bias)
+        self.project_v = linear(input_dim, inner_dim, bias=bias)
+        self.project_out = None if out_dim is None else linear(inner_dim, out_dim)
+        self.gru = nn.GRUCell(out_dim or inner_dim, slot_dim) if update == "gru" else None
+        if self.gru is not None:
+            nn.init.xavier_uniform_(self.gru.weight_ih)
+            nn.init.orthogonal_(self.gru.weight_hh)
+            nn.init.zeros_(self.gru.bias_ih)
+            nn.init.zeros_(self.gru.bias_hh)
+        self.mlp = None
+        if mlp_hidden is not None:
+            self.mlp = mlp(slot_dim, mlp_hidden, slot_dim, activation=activation, dropout=dropout)
+        self.initial = None
+        if initial is not None:
+            self.initial = InitialSlots(slot_dim, initial, num_slots=num_slots, spread=spread, eval_noise=eval_noise)
+
+    @classmethod
+    def like(
+        cls, variant: str, input_dim: int, slot_dim: int, *, mlp_hidden: int | None, **options: Any
+    ) -> SlotAttention:
+        """The module with the options of a published variant, one of `VARIANTS`; `options` go before the variant's.
+
+        Widths, heads and numbers of slots are the caller's, as they are the checkpoint's.
+        """
+        _known("variant", variant, VARIANTS)
+        options = {**VARIANTS[variant], **options}
+        heads = options.get("heads", 1)
+        if variant == "savi" and heads > 1:
+            # its heads are concatenated and projected to the width of one
+            options.setdefault("out_dim", (options.get("inner_dim") or slot_dim) // heads)
+        if variant == "lucidrains_heads":
+            options.setdefault("out_dim", slot_dim)
+        if variant in ("lucidrains_heads", "lsd"):
+            options.setdefault("scale", slot_dim**-0.5)
+        module = cls(input_dim, slot_dim, mlp_hidden=mlp_hidden, **options)
+        if variant == "untitled_ai" and module.initial is not None:
+            # buffers there
+            module.initial.requires_grad_(False)
+        return module
+
+    def load_variant(
+        self, variant: str, state: Mapping[str, Any], *, prefix: str = "", initial_prefix: str | None = None
+    ) -> None:
+        """Loads the parameters of a published implementation, by its own names: see `from_state_dict_of`.
+
+        Raises ValueError naming parameters that are unknown, missing or of another shape than this module's; those of
+        the initialiser, too, if the module owns one.
+        """
+        found = from_state_dict_of(variant, state, prefix=prefix, initial_prefix=initial_prefix)
+        own = self.state_dict()
+        missing, unknown = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+        if missing or unknown:
+            raise ValueError(
+                f"{variant} state does not fit this module's options: missing {', '.join(missing) or 'nothing'}; "
+                f"without a place {', '.join(unknown) or 'nothing'}"
+            )
+        for name, value in found.items():
+            if value.shape != own[name].shape:
+                raise ValueError(f"{variant} state: {name} {tuple(value.shape)} must be {tuple(own[name].shape)}")
+        self.load_state_dict(found)
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        slots: torch.Tensor | None = None,
+        *,
+        num_slots: int | None = None,
+        iterations: int | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """inputs [B, N, D], initial slots [B, K, U] → slots [B, K, U], attn [B, N, K], logits [B, H, N, K].
+
+        attn (summed over heads; averaged where each head has its own softmax) and logits are those of the last
+        iteration, before its update. Without `slots` the initialiser makes them, with `num_slots` and `noise` as
+        `InitialSlots` takes them. iterations: instead of the module's.
+        """
+        slots = self._initial(inputs.shape[0], slots, num_slots, noise)
+        iterations = self.iterations if iterations is None else iterations
+        _check_iterations(iterations)
+        inputs = self.norm_inputs(inputs)
+        k = self._split(self.project_k(inputs) * self.scale)
+        v = self._split(self.project_v(inputs))
+        initial = slots
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.truncation == "none"):
+            for _ in range(iterations - 1):
+                slots, _, _ = self._refine(k, v, slots, last=False)
+        if self.truncation != "none":
+            slots = slots.detach()
+        if self.truncation == "bi_level":
+            # The value stays, the gradient of the last iteration's input goes to the initial slots.
+            slots = slots + (initial - initial.detach())
+        return self._refine(k, v, slots, last=True)
+
+    def _initial(
+        self, batch: int, slots: torch.Tensor | None, num_slots: int | None, noise: torch.Tensor | None
+    ) -> torch.Tensor:
+        if slots is None:
+            if self.initial is None:
+                raise ValueError("slot attention: pass initial slots, or build the module with initial=…")
+            return self.initial(batch, num_slots, noise=noise)
+        if num_slots is not None or noise is not None:
+            raise ValueError("slot attention: slots were passed, so num_slots and noise say nothing: drop them")
+        return slots
+
+    def _split(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, N, inner] → [B, H, N, d], or [B·H, 1, N, d] where heads do not compete with one another."""
+        tokens = split_heads(tokens, self.heads)
+        return tokens if self.joint_heads else tokens.flatten(0, 1).unsqueeze(1)
+
+    def _refine(
+        self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, last: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """One iteration. k (scaled) and v as `_split` gives them; attn and logits come with the last one."""
+        updates, attn, logits = self._attend(k, v, slots, last)
+        if self.project_out is not None:
+            updates = self.project_out(updates)
+        if self.hidden == "normed":
+            slots = self.norm_slots(slots)
+        return self._update(updates, slots, self.mlp is not None and (self.mlp_last or not last)), attn, logits
+
+    def _attend(
+        self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, last: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        q = self._split(self.project_q(self.norm_slots(slots)))
+        in_sum, joint = self.eps_in == "sum", q.shape[1] > 1
+        updates, attn, logits = slot_attention_step(
+            q,
+            k,
+            v,
+            eps=_TINY if in_sum else self.eps,
+            return_attn=last or in_sum and not joint,
+            return_logits=last or in_sum and joint,
+        )
+        if in_sum:
+            # Σ a v / (Σ a + eps) = Σ a v / Σ a · Σ a / (Σ a + eps)
+            weights = logits.transpose(1, 2).flatten(2).softmax(-1) if joint else attn
+            sums = weights.sum(1).view(*updates.shape[:3], 1)
+            updates = updates * (sums / (sums + self.eps)).to(updates.dtype)
+        if not self.joint_heads:
+            size = (slots.shape[0], self.heads)
+            updates = updates.squeeze(1).unflatten(0, size)
+            if last:
+                attn, logits = attn.unflatten(0, size).mean(1), logits.squeeze(1).unflatten(0, size)
+        return merge_heads(updates), attn if last else None, logits if last else None
+
+    def _update(self, updates: torch.Tensor, slots: torch.Tensor, with_mlp: bool) -> torch.Tensor:
+        pre, normed = with_mlp and self.mlp_norm == "pre", None
+        if self.gru is None:
+            slots = updates if self.update == "replace" else slots + updates
+        elif pre:
+            slots, normed = gru_and_norm(self.gru, self.norm_mlp, updates, slots)
+        else:
+            slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
+        if not with_mlp:
+            return slots
+        if pre and normed is None:
+            normed = self.norm_mlp(slots)
+        change = self.mlp(normed if pre else slots)
+        if self.training and self.drop_path:
+            keep = 1 - self.drop_path
+            change = change * (change.new_empty(change.shape[0], 1, 1).bernoulli_(keep) / keep)
+        slots = slots + change if self.mlp_residual else change
+        return self.norm_mlp(slots) if self.mlp_norm == "post" else slots
+
+
+def _check_iterations(iterations: int) -> None:
+    if iterations < 1:
+        raise ValueError(f"iterations={iterations}: slot attention needs at least one")

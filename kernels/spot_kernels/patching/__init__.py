@@ -1,0 +1,1 @@
+"""`patch(model)`: published slot attention inside a model that exists runs on our operators, in place."""

@@ -1,0 +1,1 @@
+"""Weights on disk: our runs, encoders, the authors' and other implementations' files, folders to share."""

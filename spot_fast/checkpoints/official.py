@@ -1,0 +1,279 @@
+"""Reads checkpoints of the authors' implementation (gkakogeorgiou/spot, `.pt.tar`) into this package's models.
+
+The state dict stands alone or under `model`, beside an optimiser's state that is not looked at. What the tensors show
+becomes a Config; what they cannot show is assumed, and `assumptions` says what that is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spot_fast.checkpoints.encoder_weights import unwrapped
+from spot_fast.checkpoints.official_names import frozen_vit, official_tensors, spot_name
+from spot_fast.checkpoints.tensor_checks import require_plain
+from spot_fast.checkpoints.unpickle import read_checkpoint
+from spot_fast.config import Config, preset
+from spot_fast.errors import UserError
+from spot_fast.model.encoder import Encoder, build_vit, load_vit_weights, vit_name
+from spot_fast.model.spot import Spot
+
+# Published models have different numbers of slots: that of learned slots is in the file.
+_PRESETS = {7: "coco", 6: "voc", 11: "movi_c", 24: "movi_e"}
+# Tensors that settings are read off.
+_NEEDED = (
+    "encoder.patch_embed.proj.weight",
+    "encoder.pos_embed",
+    "encoder.blocks.0.mlp.fc1.weight",
+    "slot_attn.slot_attention.project_q.weight",
+    "slot_attn.slot_attention.mlp.0.weight",
+)
+# What the authors' training code does unless told otherwise, whatever the preset.
+_DEFAULTS = dict(
+    feature_norm=False, encoder_weights=None, slot_heads=1, slot_iterations=3, dec_heads=6, dec_cross_heads=0
+)
+
+
+def official_weights(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Tensor]:
+    """State dict in the authors' names, float32, from a file, a loaded checkpoint or a state dict."""
+    contents = source if isinstance(source, Mapping) else read_checkpoint(source)
+    state = contents.get("model", contents)
+    if not isinstance(state, Mapping):
+        raise UserError("the checkpoint's `model` is not a state dict: pass the authors' .pt.tar")
+    state = {
+        unwrapped(name): value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)
+    }
+    mlp = any(name.startswith(("dec.decoder.", "tf_dec.decoder.")) for name in state)
+    for needed in (*_NEEDED, *(() if mlp else ("bos_tokens",))):
+        if needed not in state:
+            raise UserError(f"the checkpoint lacks {needed}: it is not a model of the authors' implementation")
+    require_plain(state, "the checkpoint")
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+
+def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
+    pattern = re.compile(rf"{re.escape(prefix)}blocks\.(\d+)\.")
+    return 1 + max((int(m.group(1)) for name in state if (m := pattern.match(name))), default=-1)
+
+
+def _trained_blocks(state: Mapping[str, Tensor]) -> int:
+    """How many last blocks of the student's encoder differ from the frozen one; the authors train four."""
+    depth = _depth(state, "encoder.")
+    for name, value in state.items():
+        if name.startswith("encoder.") and f"second_{name}" not in state:
+            raise UserError(
+                f"the checkpoint's frozen encoder lacks {name.removeprefix('encoder.')}, which its student "
+                "has: it is damaged"
+            )
+        if not name.startswith("second_encoder."):
+            continue
+        if (own := state.get(name.removeprefix("second_"))) is None:
+            raise UserError(f"the checkpoint lacks {name.removeprefix('second_')}: it is damaged")
+        if torch.equal(value, own):
+            continue
+        match = re.match(r"second_encoder\.blocks\.(\d+)\.", name)
+        if match is None:
+            if name.startswith("second_encoder.norm."):
+                continue  # behind the features: never used
+            raise UserError(
+                f"the checkpoint's student and frozen encoder differ in {name.removeprefix('second_')}, in "
+                "front of the blocks: only last blocks can be trained here"
+            )
+        if depth - int(match.group(1)) > 4:
+            raise UserError(
+                f"the checkpoint's student changed encoder block {match.group(1)} of {depth}: only the "
+                "last four train in the authors' recipe"
+            )
+    return min(4, depth)
+
+
+def infer_config(
+    source: str | os.PathLike | Mapping[str, Any], *, encoder_heads: int | None = None, **changes: Any
+) -> Config:
+    """The Config that a checkpoint's tensors imply, with `changes` applied.
+
+    Not visible in the tensors: the data set (a preset, see `assumptions`), the number of gaussian slots, heads (the
+    defaults are the authors'), λ, the optimiser's settings. Cross-attention heads other than the authors' default,
+    `dec_cross_heads`, have to be passed.
+    """
+    state = official_weights(source)
+    slots = "slot_attn.slot_attention."
+    stage = 2 if any(name.startswith("second_encoder.") for name in state) else 1
+    learned = state.get("slot_attn.slots_init.weight")
+    patch = state["encoder.patch_embed.proj.weight"].shape[-1]
+    mlp = any(name.startswith(("dec.decoder.", "tf_dec.decoder.")) for name in state)
+    values: dict[str, Any] = dict(
+        _DEFAULTS,
+        encoder=vit_name(frozen_vit(state), encoder_heads),
+        image_size=round(_tokens(state) ** 0.5) * patch,
+        train_blocks=_trained_blocks(state) if stage == 2 else min(4, _depth(state, "encoder.")),
+        slot_dim=state[slots + "project_q.weight"].shape[0],
+        slot_mlp=state[slots + "mlp.0.weight"].shape[0],
+        slot_init="gaussian" if learned is None else "learned",
+        truncation="none" if learned is None else "bi_level",
+        orders="standard" if mlp or state["bos_tokens"].shape[0] == 1 else "spot9",
+        decoder="mlp" if mlp else "transformer",
+    )
+    name = changes.pop("preset", None)
+    if learned is not None:
+        values["num_slots"] = learned.shape[0]
+        name = name or _PRESETS.get(learned.shape[0])
+    if mlp:
+        prefix = "dec." if "dec.pos_embed" in state else "tf_dec."
+        width, projected = state[prefix + "pos_embed"].shape[-1], state.get("slot_proj.0.weight")
+        values["dec_mlp_hidden"] = state[prefix + "decoder.0.weight"].shape[0]
+        values["mlp_slot_proj"] = projected is not None and projected.shape[0] == width
+    else:
+        values["dec_blocks"] = max(_depth(state, "dec."), _depth(state, "tf_dec."))
+        values["cappa"] = 0.25 if "mask_token" in state else 0.0
+    return preset(name or "coco", stage, **values | changes)
+
+
+def assumptions(config: Config) -> list[str]:
+    """What of an inferred `config` no tensor tells, as options of spot_fast.convert that set it."""
+    gaussian = config.slot_init == "gaussian"
+    lines = [f"--preset {config.preset}" + ("" if gaussian else f" ({config.num_slots} slots)")]
+    lines += [f"--num-slots {config.num_slots}"] if gaussian else []
+    lines.append(f"--slot-iterations {config.slot_iterations}")
+    if config.decoder == "transformer":
+        lines.append(f"--dec-heads {config.dec_heads}")
+        lines.append(f"--dec-cross-heads {config.dec_cross_heads or config.dec_heads}")
+        lines += [f"--cappa {config.cappa}"] if config.cappa else []
+    return [*lines, f"--encoder {config.encoder}"]
+
+
+def _tokens(state: Mapping[str, Tensor]) -> int:
+    """Patch tokens N: the side of the causal mask or the decoder's own positions say it without prefix tokens."""
+    for name, axis in (
+        ("dec.blocks.0.self_attn_mask", 0),
+        ("tf_dec.blocks.0.self_attn_mask", 0),
+        ("dec.pos_embed", 1),
+        ("tf_dec.pos_embed", 1),
+        ("pos_embed", 1),
+    ):
+        if name in state:
+            return state[name].shape[axis]
+    return state["encoder.pos_embed"].shape[1] - 1
+
+
+def official_state_dict(
+    source: str | os.PathLike | Mapping[str, Any], config: Config | None = None
+) -> dict[str, Tensor]:
+    """State dict in `Spot`'s names: `encoder.vit.` the frozen encoder in timm's names, `last_blocks.` the student's.
+
+    Args:
+        source: a `.pt.tar` file, its loaded contents, or a state dict in the authors' names.
+        config: what to convert for, by default `infer_config(source)`.
+
+    Raises:
+        UserError: for a file that is unsafe, damaged or of another method.
+    """
+    state = official_weights(source)
+    config = config or infer_config(state)
+    if config.stage == 2:
+        first = _depth(state, "encoder.") - config.train_blocks
+        renamed = {}
+        for name, value in state.items():
+            match = re.match(r"encoder\.blocks\.(\d+)\.", name)
+            if match and int(match.group(1)) >= first:
+                renamed[f"last_blocks.{int(match.group(1)) - first}.{name[match.end() :]}"] = value
+            elif not name.startswith("encoder."):
+                renamed[name.removeprefix("second_")] = value
+        state = renamed
+    result: dict[str, Tensor] = {}
+    thirds: dict[str, list[Tensor | None]] = {}
+    for name, value in state.items():
+        if name.startswith("last_blocks."):
+            result[name] = value
+            continue
+        place = spot_name(name)
+        if place is None or (config.decoder == "mlp" and _transformer_only(place[0], config)):
+            continue
+        target, third = place
+        if third is None:
+            result[target] = _reshape(target, value)
+        else:
+            thirds.setdefault(target, [None] * 3)[third] = value
+    for target, parts in thirds.items():
+        if any(part is None for part in parts):
+            raise UserError(f"the checkpoint lacks a part of {target}: it is damaged")
+        result[target] = torch.cat(parts)
+    return result
+
+
+def _transformer_only(name: str, config: Config) -> bool:
+    """Parameters that the authors' models carry along without the MLP decoder using them."""
+    unused = ("decoder.input_proj.", "decoder.bos") + (() if config.mlp_slot_proj else ("decoder.slot_proj.",))
+    return name.startswith(unused)
+
+
+def _reshape(name: str, value: Tensor) -> Tensor:
+    """The authors keep axes of length 1 for broadcasting where `Spot` has none."""
+    if name in ("decoder.bos", "decoder.positions"):
+        return value.reshape(-1, value.shape[-1])
+    return value.reshape(-1) if name == "decoder.mask_token" else value
+
+
+def load_official(
+    source: str | os.PathLike | Mapping[str, Any], *, encoder_heads: int | None = None, **changes: Any
+) -> Spot:
+    """A Spot in eval mode with a checkpoint's weights, encoder included.
+
+    Args:
+        source: as in `official_state_dict`.
+        encoder_heads: attention heads of the ViT, by default one per 64 channels.
+        changes: Config fields that the file does not show, such as num_slots (gaussian slots share their parameters),
+            dec_heads or dec_cross_heads.
+    """
+    state = official_weights(source)
+    config = infer_config(state, encoder_heads=encoder_heads, **changes)
+    vit = build_vit(config)
+    load_vit_weights(vit, frozen_vit(state), pos_resize=config.pos_resize, source="the checkpoint")
+    model = Spot(config, Encoder(vit, last_blocks=config.train_blocks, feature_norm=config.feature_norm))
+    model.load_learned_state_dict(learned_tensors(state, config))
+    return model.eval()
+
+
+def learned_tensors(source: str | os.PathLike | Mapping[str, Any], config: Config) -> dict[str, Tensor]:
+    """What `Spot.load_learned_state_dict` takes: a checkpoint's tensors without the frozen encoder's."""
+    state = official_state_dict(source, config)
+    return {name: value for name, value in state.items() if not name.startswith("encoder.")}
+
+
+def authors_state_dict(model: Spot, vit: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """A model's state dict in the authors' names and shapes, as their strict loading wants it.
+
+    vit: the frozen encoder's weights as they were before positions were resampled; by default the model's own.
+
+    Raises:
+        UserError: for a model that the authors' code cannot be.
+    """
+    config = model.config
+    rope = getattr(model.encoder.vit, "rope", None) is not None
+    for wrong, why in (
+        (config.implementation != "spot", f"implementation is {config.implementation}"),
+        (config.feature_norm, "its features are normalised (feature_norm)"),
+        (config.slot_heads != 1, f"slot attention has {config.slot_heads} heads"),
+        (rope, f"its encoder {config.encoder} has rotary positions"),
+    ):
+        if wrong:
+            raise UserError(
+                f"this model cannot become a checkpoint of the authors' implementation: {why}, which that does not know"
+            )
+    learned = {name: value.detach().cpu() for name, value in model.learned_state_dict().items()}
+    vit = {name: value.detach().cpu() for name, value in (vit or model.encoder.vit.state_dict()).items()}
+    return official_tensors(learned, vit, tokens=model.encoder.num_tokens, mlp=config.decoder == "mlp")
+
+
+def unused_tensors(original: Mapping[str, Tensor], back: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a checkpoint the way back does not give: tensors that its authors' code holds and never uses."""
+    return {
+        name: value
+        for name, value in original.items()
+        if name not in back or not torch.equal(back[name].to(value.dtype), value)
+    }

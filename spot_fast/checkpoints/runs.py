@@ -1,0 +1,282 @@
+"""Files of a run: written whole or not at all, read back with a clear word about what does not fit.
+
+A run folder holds `config.json`, `metrics.jsonl`, `training_state.safetensors` (everything a resumed run needs),
+`tensorboard/` and, once training is finished, `model.safetensors`: the learned tensors, with the name and the hash of
+the frozen encoder's weights instead of the weights.
+
+What is loaded as a run may also be a folder that was saved to be shared (`pretrained`), which can hold the encoder's
+weights in a file of its own, or a checkpoint file of the authors' implementation (`official`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spot_fast.checkpoints.file_kinds import stand_in
+from spot_fast.checkpoints.hub import hub_folder
+from spot_fast.checkpoints.official import assumptions, infer_config, learned_tensors
+from spot_fast.checkpoints.third_party import recognise
+from spot_fast.checkpoints.unpickle import read_checkpoint
+from spot_fast.config import Config
+from spot_fast.errors import UserError
+from spot_fast.files import atomic_write, reason
+from spot_fast.model.encoder import Encoder, build_encoder, encoder_identity
+from spot_fast.model.spot import Spot
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+MODEL = "model.safetensors"
+STATE = "training_state.safetensors"
+# `owner/name` of a model on the hub, with @revision where one is meant.
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+_told: set[Path] = set()  # checkpoint files whose assumptions have been printed
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its model is in eval mode; metadata as in `model.safetensors` (all values are strings)."""
+
+    path: Path
+    config: Config
+    model: Spot
+    metadata: dict[str, str]
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file atomically."""
+    tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
+
+    def write(partial: Path) -> None:
+        save_file(tensors, partial, dict(metadata))
+        # safetensors makes its files readable for their owner only, whatever the umask.
+        mask = os.umask(0)
+        os.umask(mask)
+        with suppress(OSError):  # a file system without permissions
+            os.chmod(partial, 0o666 & ~mask)
+
+    atomic_write(path, write)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        if what := stand_in(path):
+            raise UserError(f"{path} {what}") from error
+        raise UserError(f"{path} cannot be read ({reason(error)}): it is damaged, use another run") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (on the CPU) and metadata of a safetensors file; UserError where it is damaged."""
+    with _reading(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file alone."""
+    with _reading(path) as file:
+        return file.metadata() or {}
+
+
+def write_config(folder: Path, config: Config) -> None:
+    atomic_write(folder / CONFIG, lambda partial: partial.write_text(config.to_json(), encoding="utf-8"))
+
+
+def read_config(folder: Path, *, like: Config | None = None) -> Config:
+    """The Config of a run folder or checkpoint file; UserError where there is none or it makes no sense.
+
+    A file of encoder weights that lies in the folder is named by its path from here. like: has the preset and the
+    number of gaussian slots, which a checkpoint file does not tell.
+    """
+    if folder.is_file():
+        return _file_config(folder, like)
+    if not folder.is_dir():
+        raise UserError(f"run {folder} is not a folder: give the folder of a run, such as runs/scenes-stage1-001")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} has no {CONFIG}: it is not the folder of a run")
+    try:
+        config = _typed(Config.from_json(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = str(error)
+        if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+            reason = stand_in(path, "JSON", text=True) or "not JSON"
+        raise UserError(f"{path} cannot be used ({reason}): restore it or train again") from error
+    weights = folder / (config.encoder_weights or "")
+    return replace(config, encoder_weights=os.path.abspath(weights)) if weights.is_file() else config
+
+
+def _file_config(path: Path, like: Config | None) -> Config:
+    """The Config of a checkpoint of the authors' implementation, whose encoder's weights are in the file itself."""
+    contents = read_checkpoint(path)
+    if kind := recognise(contents):
+        raise UserError(f"{path} is a checkpoint of {kind}, not of the authors: python -m spot_fast.convert {path} OUT")
+    config = infer_config(contents, preset=like and like.preset)
+    if like and config.slot_init == "gaussian":
+        config = replace(config, num_slots=like.num_slots)
+    return replace(config, encoder_weights=os.path.abspath(path))
+
+
+def _tell_assumptions(path: Path, config: Config) -> None:
+    if path not in _told:
+        _told.add(path)
+        print(
+            f"note: the tensors of {path} do not tell everything, assumed is {', '.join(assumptions(config))}: where "
+            f"that is wrong, set it with python -m spot_fast.convert {path} OUT",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _typed(config: Config) -> Config:
+    """`config` itself; TypeError where a value is not of its field's type."""
+    kinds = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None)}
+    for field in fields(Config):
+        value = getattr(config, field.name)
+        wanted = [kinds[name] for name in field.type.split(" | ")]
+        if not any(isinstance(value, kind) for kind in wanted) or (isinstance(value, bool) and bool not in wanted):
+            raise TypeError(f"{field.name} is {value!r}, not {field.type}")
+    return config
+
+
+def frozen_encoder(config: Config) -> Encoder:
+    """The encoder of `config`; one without weights (`--encoder-weights none`) is random but always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build_encoder(config)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether there is a trained model: in the run folder, or in the checkpoint file that `folder` is."""
+    return folder.is_file() or (folder / MODEL).is_file()
+
+
+def load_run(
+    path: str | os.PathLike,
+    device: str | torch.device = "cpu",
+    *,
+    encoder: Encoder | None = None,
+    like: Config | None = None,
+) -> Run:
+    """The finished run in folder `path`, or the model in checkpoint file `path`, on `device` in eval mode.
+
+    Args:
+        encoder: shared instead of built anew; it has to have the weights that the run was trained with.
+        like: see `read_config`.
+
+    UserError where the run is missing, unfinished or damaged, or where the encoder's weights are not the run's.
+    """
+    folder = Path(path)
+    config = read_config(folder, like=like)
+    if not is_finished(folder):
+        raise UserError(f"run {folder} is not finished: go on with python -m spot_fast.train --resume {folder}")
+    if folder.is_file():
+        own = frozen_encoder(config)
+        tensors, metadata = learned_tensors(folder, config), encoder_identity_metadata(own, config)
+        encoder = own if encoder is None else encoder
+        _tell_assumptions(folder, config)
+    else:
+        tensors, metadata = read_tensors(folder / MODEL)
+        encoder = frozen_encoder(config) if encoder is None else encoder
+    found = encoder_identity(encoder, config)["sha256"]
+    wanted = metadata.get("encoder_sha256", "none")
+    if found != wanted:
+        raise UserError(
+            f"run {folder} was trained with encoder {metadata.get('encoder')} of sha256 {wanted[:12]}, but the weights "
+            f"found for {config.encoder} have {found[:12]}: restore the file named by encoder_weights in its {CONFIG}"
+        )
+    model = Spot(config, encoder)
+    try:
+        model.load_learned_state_dict(tensors)
+    except UserError as error:
+        where = folder if folder.is_file() else folder / MODEL
+        raise UserError(f"{where} does not fit its {CONFIG}: {error}") from error
+    model.origin = folder
+    return Run(folder, config, model.to(device).eval(), metadata)
+
+
+def encoder_identity_metadata(encoder: Encoder, config: Config) -> dict[str, str]:
+    """The encoder's identity as a model file's metadata has it."""
+    identity = encoder_identity(encoder, config)
+    return {"encoder": identity["name"], "encoder_sha256": identity["sha256"]}
+
+
+def run_folders(root: str | os.PathLike = "runs") -> Iterator[tuple[Path, Config]]:
+    """Every run below `root` with its Config, the one that was written to last first; damaged ones are left out."""
+    found = []
+    for file in Path(root).glob(f"*/{CONFIG}"):
+        folder = file.parent
+        latest = max(path.stat().st_mtime_ns for path in (file, folder / STATE, folder / MODEL) if path.exists())
+        found.append((latest, folder))
+    for _, folder in sorted(found, reverse=True):
+        try:
+            yield folder, read_config(folder)
+        except UserError:
+            continue
+
+
+def find_run(
+    root: str | os.PathLike = "runs",
+    *,
+    preset: str | None = None,
+    stage: int | None = None,
+    methods: Sequence[str] = (),
+    encoder: str | None = None,
+    finished: bool = True,
+) -> Path:
+    """The newest finished (or unfinished) run below `root`, UserError if none.
+
+    Of one preset, one stage and some methods, where they are given; the first method is named in the message. Those
+    with `encoder` go before others.
+    """
+    runs = [
+        folder
+        for folder, config in run_folders(root)
+        if preset in (None, config.preset)
+        and stage in (None, config.stage)
+        and (not methods or config.method in methods)
+    ]
+    fitting = [folder for folder in runs if is_finished(folder) == finished]
+    for folder in fitting:
+        if encoder is None or read_config(folder).encoder == encoder:
+            return folder
+    if fitting:
+        return fitting[0]
+    what = " ".join(["finished" if finished else "unfinished", *(["stage", str(stage)] if stage else []), "run"])
+    if preset and methods and methods[0] != "spot":
+        preset += f"+{methods[0]}"
+    what += f" of preset {preset}" if preset else ""
+    if finished and runs:
+        raise UserError(
+            f"there is no {what} in {root}: finish {runs[0].name} with python -m spot_fast.train --resume {runs[0]}"
+        )
+    command = f"python -m spot_fast.train --stage {stage or 1}" + (f" --preset {preset}" if preset else "")
+    raise UserError(f"there is no {what} in {root}: train one with {command}")
+
+
+def find_folder(name: str | os.PathLike, root: str | os.PathLike = "runs") -> Path:
+    """The run a user means by a path, by the name of a run below `root`, or by `owner/name` of a model on the hub.
+
+    The latter only where no folder `owner` is here; its newest files are downloaded where the hub answers.
+    """
+    below, path = Path(root) / name, Path(name)
+    if not path.exists() and below.is_dir():
+        return below
+    if not path.exists() and not path.parent.exists() and _HUB_ID.fullmatch(str(name)):
+        return hub_folder(str(name), (CONFIG, MODEL))
+    return path

@@ -1,0 +1,252 @@
+"""Reads checkpoints (`.pt`, `.pth`, `.ckpt`, `.tar`, `.safetensors`) without running any code in them.
+
+PyTorch's restricted unpickler knows tensors and plain containers. Checkpoints of whole trainings hold more beside their
+tensors: `argparse.Namespace`, paths, dates, configurations. These become stand-ins, which keep what was stored in them
+and are not the classes that the file names: nothing is imported, and nothing of theirs runs. What a file asks to *call*
+is refused by its name, but for constructors that are known to hold data only and for classes of the user's own code.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import pickletools
+import re
+import sys
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING, REVERSE_IMPORT_MAPPING
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from spot_fast.checkpoints.file_kinds import stand_in
+from spot_fast.errors import UserError
+
+
+class Data:
+    """What a file holds in place of an object that is not a tensor and of no interest."""
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# Names that may be called, and what stands for them.
+_CALLED: dict[str, Callable[..., Any]] = {
+    "collections.defaultdict": lambda *arguments: {},
+    "collections.deque": lambda *arguments: [],
+    "copyreg._reconstructor": lambda *arguments: OrderedDict(),
+    "builtins.frozenset": lambda items=(): frozenset(items),
+    **{
+        f"{module}.{name}": lambda *parts: "/".join(parts)
+        for module in ("pathlib", "pathlib._local")
+        for name in ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
+    },
+    **{
+        name: Data
+        for name in (
+            "builtins.range",
+            "builtins.slice",
+            "functools.partial",
+            "decimal.Decimal",
+            "fractions.Fraction",
+            "uuid.UUID",
+            "types.SimpleNamespace",
+            "re._compile",
+            "datetime.date",
+            "datetime.datetime",
+            "datetime.time",
+            "datetime.timedelta",
+            "datetime.timezone",
+            "numpy.core.multiarray._reconstruct",
+            "numpy._core.multiarray._reconstruct",
+            "numpy.ndarray",
+            *(f"numpy.random._pickle.__{kind}_ctor" for kind in ("generator", "bit_generator", "randomstate")),
+            "numpy.random.bit_generator.__pyx_unpickle_SeedSequence",
+        )
+    },
+}
+# Packages whose names, those of Python 2 included, are called for what they do.
+_NO_DATA = {"torch", "numpy", *sys.stdlib_module_names, *IMPORT_MAPPING, *REVERSE_IMPORT_MAPPING.values()}
+_WHOLE = (
+    "checkpoint {} holds a whole model object, not a state dict: save its tensors alone with "
+    "torch.save(model.state_dict(), 'weights.pth')"
+)
+_SAVE_ALONE = "torch.save(torch.load(FILE, weights_only=False)['model'], 'weights.pth')"
+
+
+class _StandIn(type):
+    """Of classes in place of those that a file names: an instance is an OrderedDict with what the object held."""
+
+    def __call__(cls, *arguments: Any) -> Any:
+        raise pickle.UnpicklingError(f"GLOBAL {cls.__name__} is called")
+
+    def __new__(mcs, name: str) -> _StandIn:
+        return super().__new__(mcs, name, (), {"__new__": lambda cls, *arguments: OrderedDict()})
+
+    def __init__(cls, name: str) -> None:
+        super().__init__(name, (), {})
+
+
+class _OwnClass(_StandIn):
+    """Of classes outside the standard library, which may be called: with the values of what they hold."""
+
+    def __call__(cls, *arguments: Any) -> Any:
+        return Data()
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """The file's contents as plain data; UserError when it is no checkpoint or would run code on loading.
+
+    Tensors of PyTorch's zip format stay on the disk until they are used.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = stand_in(path) or "is not a file: pass a .pt, .pth, .pt.tar or .safetensors file"
+        raise UserError(f"checkpoint {path} {what}")
+    try:
+        contents = load_file(path) if _is_safetensors(path) else _unpickled(path)
+    except pickle.UnpicklingError as error:
+        raise UserError(_refusal(path, error)) from None
+    except (
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise UserError(_unreadable(path, error)) from None
+    if not isinstance(contents, Mapping):
+        kind = type(contents).__name__
+        raise UserError(f"checkpoint {path} holds a {kind}, not a state dict: pass a file of weights")
+    if "_modules" in getattr(contents, "__dict__", {}):
+        raise UserError(_WHOLE.format(path))
+    return contents
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size
+
+
+def _unpickled(path: Path) -> Any:
+    try:
+        return _load(path, _allowed())
+    except pickle.UnpicklingError:
+        names = _unknown(path)
+        if sharded := [name for name in names if name.endswith(("DTensor", "ShardedTensor"))]:
+            raise pickle.UnpicklingError(sharded[0]) from None
+        try:
+            return _load(path, [*_allowed(), *((_in_place_of(name), name) for name in names), Data])
+        except (TypeError, ValueError, AttributeError) as error:
+            raise pickle.UnpicklingError(str(error)) from None
+
+
+def _in_place_of(name: str) -> Callable[..., Any]:
+    """What stands for a name that PyTorch's unpickler does not know."""
+    module, _, own = name.rpartition(".")
+    if name not in _CALLED and own[:1].isupper() and module.split(".")[0] not in _NO_DATA:
+        return _OwnClass(name)  # such as an enum, whose members are made by a call
+    return _CALLED.get(name) or _StandIn(name)
+
+
+def _load(path: Path, allowed: list[Any]) -> Any:
+    """The contents; UnpicklingError where the file names what is neither PyTorch's nor `allowed`."""
+    with torch.serialization.safe_globals(allowed):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _allowed() -> list[tuple[Any, str]]:
+    """NumPy's scalars, by what a file may call them."""
+    scalar = np.float64(0).__reduce__()[0]  # the function has moved between NumPy versions, and so has its pickled name
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SU"}
+    return [
+        *((scalar, name) for name in names),
+        (np.dtype, "numpy.dtype"),
+        *((kind, f"{kind.__module__}.{kind.__name__}") for kind in kinds),
+    ]
+
+
+def _unknown(path: Path) -> set[str]:
+    """What the file names beside tensors, plain containers and NumPy's scalars; nothing of it is imported."""
+    known = {"collections.OrderedDict", *(name for _, name in _allowed())}
+    return {name for name in _names(path) - known if not name.startswith("torch._utils._rebuild")}
+
+
+def _names(path: Path) -> set[str]:
+    if zipfile.is_zipfile(path):
+        return set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    found: set[str] = set()
+    with path.open("rb") as file:
+        try:
+            for _ in range(5):  # a magic number, the format's version, the machine, the contents, names of storages
+                found |= {
+                    _today(*argument.split(" ", 1))
+                    for opcode, argument, _ in pickletools.genops(file)
+                    if opcode.name == "GLOBAL"
+                }
+        except Exception:
+            pass
+    return found
+
+
+def _today(module: str, name: str) -> str:
+    """A name of Python 2, which protocol 2 stores, as Python 3 has it."""
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    return f"{module}.{name}"
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    if str(error).endswith(("DTensor", "ShardedTensor")):
+        return (
+            f"checkpoint {path} holds tensors that are split over several processes: gather them before saving, "
+            "with torch.distributed.checkpoint.state_dict and full_state_dict=True"
+        )
+    said = _said(error)
+    if "persistent_load of storage" in said:  # of the format before PyTorch 1.6
+        return _WHOLE.format(path)
+    if re.match(r"Unsupported operand (66|67|14\d)\b", said):  # of protocols 3 to 5
+        return (
+            f"checkpoint {path} is pickled by another protocol than 2, which cannot be read without running code: "
+            "save it again with torch.save's own protocol"
+        )
+    # Of modules that PyTorch never lets through, its message has the name first.
+    if found := re.search(r"GLOBAL ([\w.]+)", said):
+        name = found[1] if "." in found[1] else f"builtins.{found[1]}"
+        return (
+            f"checkpoint {path} was not loaded: it calls {name}, which a file of weights has no need for; get it "
+            f"from its authors again, or where you trust it, save its tensors alone: {_SAVE_ALONE}"
+        )
+    if not stand_in(path) and (names := _unknown(path)):
+        return (
+            f"checkpoint {path} was not loaded: what it holds beside tensors, such as {sorted(names)[0]}, is not "
+            f"understood; where you trust it, save its tensors alone: {_SAVE_ALONE}"
+        )
+    return _unreadable(path, error)
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return f"checkpoint {path} cannot be read ({error.strerror}): make it readable for you"
+    if what := stand_in(path):
+        return f"checkpoint {path} {what}"
+    return f"checkpoint {path} cannot be read ({_said(error)}): it is damaged or no checkpoint, download it again"
+
+
+def _said(error: Exception) -> str:
+    """The first line of what an error says, without PyTorch's advice about its own options; else its kind."""
+    lines = re.split(r"WeightsUnpickler error: |trusted source\.\s", str(error))[-1].strip().splitlines()
+    return lines[0][:120] if lines else type(error).__name__

@@ -1,0 +1,254 @@
+"""What a frozen function makes of every training picture, computed once: in memory, on the device or on disk.
+
+Pays where a picture has few outcomes: one if nothing is augmented, two if it is mirrored or not. Row
+`index * outcomes + mirrored` holds an outcome. A run that reads the rows sees what it would have computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from spot_fast.data.base import ImageSet
+from spot_fast.data.caching.rebuild import readable_again, refill, require_complete, require_unchanged
+from spot_fast.data.caching.store import Store, located
+from spot_fast.data.loading.loader import Loader
+from spot_fast.data.loading.prefetch import to_device
+from spot_fast.system.devices import send
+
+# uint8 pictures [B, 3, S, S] → one tensor a field, its first axis the picture's.
+Function = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One result of the function: shape and dtype of a picture's, and `key`, everything its values depend on but the
+    pictures (weights, precision)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    key: str
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def outcomes(image_set: ImageSet) -> int:
+    """How many different training squares a picture gives: 1, or 2 with mirroring; 0 stands for no end of them."""
+    return 0 if image_set.random_crop else 1 + image_set.flip
+
+
+def stores_of(image_set: ImageSet, fields: Sequence[Field], folder: Path) -> list[Store]:
+    """A store below `folder` for each field, complete or not."""
+    stores = []
+    for field in fields:
+        words = (image_set.content_key(), outcomes(image_set), field.name, field.shape, field.dtype, field.key)
+        key = hashlib.sha256("\n".join(map(str, words)).encode()).hexdigest()
+        about = {
+            "kind": "features",
+            "key": key,
+            "data": image_set.name,
+            "field": field.name,
+            "shape": list(field.shape),
+            "dtype": str(field.dtype).removeprefix("torch."),
+            "rows_per_picture": outcomes(image_set),
+        }
+        stores.append(located(folder, f"features-{field.name}-{key[:20]}", len(image_set) * outcomes(image_set), about))
+    return stores
+
+
+class FeatureCache:
+    """The function's results for every outcome; rows are numbered as above.
+
+    tensors: one a field, [rows, *shape], where they are held in memory; else they are read from `stores`.
+    corrupt: label and reason of pictures that have no row of their own, by index.
+    """
+
+    def __init__(
+        self,
+        fields: Sequence[Field],
+        per_picture: int,
+        *,
+        tensors: Sequence[Tensor] | None = None,
+        stores: Sequence[Store] | None = None,
+        corrupt: dict[int, tuple[str, str]] | None = None,
+    ) -> None:
+        self.fields, self.outcomes, self.tensors, self.stores = fields, per_picture, tensors, stores
+        self.corrupt = corrupt or {}
+
+    def take(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Rows int64 [B] of each field, where they are held (on the CPU if they are read)."""
+        if self.tensors is not None:
+            rows = send(rows, self.tensors[0].device)
+            return tuple(tensor.index_select(0, rows) for tensor in self.tensors)
+        return tuple(
+            _typed(store.take(rows.numpy()), field) for store, field in zip(self.stores, self.fields, strict=True)
+        )
+
+    def hold(self, device: torch.device) -> None:
+        """Reads everything from disk into the memory of `device`."""
+        count = self.stores[0].count
+        held = [torch.empty(count, *field.shape, dtype=field.dtype, device=device) for field in self.fields]
+        for rows in np.array_split(np.arange(count), max(1, count // 256)):
+            for tensor, part in zip(held, self.take(torch.from_numpy(rows)), strict=True):
+                tensor[rows[0] : rows[-1] + 1] = part.to(device)
+        self.tensors, self.stores = held, None
+
+    def epoch(self, loader: Loader, epoch: int, start_step: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+        """What `loader.epoch` would give, as the fields of each batch on `device`."""
+        if self.tensors is None or self.tensors[0].device.type != device.type:
+            return to_device((self.take(rows) for rows in self._rows(loader, epoch, start_step)), device)
+        return self._held_epoch(list(self._rows(loader, epoch, start_step)), device)
+
+    def _held_epoch(self, steps: list[Tensor], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+        """Batches of what `device` holds. The numbers of all rows go there at once, not a few in every step."""
+        if steps:
+            for rows in send(torch.cat(steps), device).split(len(steps[0])):
+                yield self.take(rows)
+
+    def _rows(self, loader: Loader, epoch: int, start_step: int) -> Iterator[Tensor]:
+        flips = loader.flips(epoch)
+        for indices in loader.steps(epoch, start_step):
+            if self.corrupt:
+                indices = loader.stand_ins(epoch, indices, self.corrupt)
+            yield indices * self.outcomes + (flips[indices] if self.outcomes > 1 else 0)
+
+
+def _typed(rows: np.ndarray, field: Field) -> Tensor:
+    return torch.from_numpy(rows).view(field.dtype).view(-1, *field.shape)
+
+
+def in_memory(
+    loader: Loader, function: Function, fields: Sequence[Field], device: torch.device, progress: bool | None = None
+) -> FeatureCache:
+    """Runs `function` on every outcome of the loader's pictures and keeps the results on `device`."""
+    image_set = loader.image_set
+    per_picture, count = outcomes(image_set), len(image_set)
+    held = [torch.zeros(count * per_picture, *field.shape, dtype=field.dtype, device=device) for field in fields]
+    corrupt: dict[int, tuple[str, str]] = {}
+    with _bar(count, 0, progress) as bar:
+        for indices, good, results in _compute(loader, function, torch.arange(count)):
+            for mirrored, fields_of in enumerate(results):
+                rows = (indices * per_picture + mirrored)[good].to(device)
+                for tensor, result in zip(held, fields_of, strict=True):
+                    tensor[rows] = result[good.to(result.device)].to(device)
+            corrupt |= _told(loader, indices[~good].tolist())
+            bar.update(len(indices))
+    return FeatureCache(fields, per_picture, tensors=held, corrupt=corrupt)
+
+
+def build(
+    loader: Loader,
+    function: Function,
+    stores: Sequence[Store],
+    progress: bool | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Completes `stores`, one a field, with what `function` makes of the loader's pictures.
+
+    Pictures that could not be read when an earlier build came to them are tried again. UserError where more are corrupt
+    than the loader puts up with, NotBuilt where a store cannot be written or pictures change meanwhile.
+    """
+    per_picture, count = outcomes(loader.image_set), len(loader.image_set)
+    if readable := readable_again(loader.image_set, sorted(_corrupt(stores, per_picture))):
+        _refill(loader, function, stores, readable, say)
+    with ExitStack() as stack:
+        writers = [stack.enter_context(store.building(say)) for store in stores]
+        missing = [writer for writer in writers if writer is not None]
+        if missing:
+            # Both outcomes of a picture are written together, but a kill may have come between them.
+            start = min(writer.written for writer in missing) // per_picture
+            with _bar(count, start, progress) as bar:
+                for indices, good, results in _compute(loader, function, torch.arange(start, count)):
+                    require_unchanged(loader.image_set, indices.tolist())
+                    _append(loader, writers, indices, good, results)
+                    bar.update(len(indices))
+
+
+def opened(loader: Loader, fields: Sequence[Field], stores: Sequence[Store]) -> FeatureCache:
+    """Reads from complete `stores`; UserError where one is not, or more pictures were corrupt than the loader puts up
+    with."""
+    require_complete(stores)
+    corrupt = _corrupt(stores, outcomes(loader.image_set))
+    corrupt = {index: (loader.image_set.label(index), reason) for index, (_, reason) in corrupt.items()}
+    loader.note_corrupt(dict(corrupt.values()))
+    return FeatureCache(fields, outcomes(loader.image_set), stores=stores, corrupt=corrupt)
+
+
+def _corrupt(stores: Sequence[Store], per_picture: int) -> dict[int, tuple[str, str]]:
+    """Label and reason, by index, of the pictures that lack a row in any store."""
+    return {row // per_picture: found for store in stores for row, found in store.corrupt.items()}
+
+
+def _refill(
+    loader: Loader, function: Function, stores: Sequence[Store], indices: Sequence[int], say: Callable[[str], None]
+) -> None:
+    per_picture = outcomes(loader.image_set)
+    for some, good, results in _compute(loader, function, torch.tensor(indices)):
+        require_unchanged(loader.image_set, some.tolist())
+        for field, store in enumerate(stores):
+            batches = [result[field].cpu().contiguous().view(torch.uint8).flatten(1).numpy() for result in results]
+            rows = [
+                (index * per_picture + mirrored, rows[place], 0, 0)
+                for mirrored, rows in enumerate(batches)
+                for place, index in enumerate(some.tolist())
+                if good[place]
+            ]
+            refill(store, rows, say)
+
+
+def _append(loader: Loader, writers, indices: Tensor, good: Tensor, results: list[tuple[Tensor, ...]]) -> None:
+    told = _told(loader, indices[~good].tolist())
+    per_picture = len(results)
+    for field, writer in enumerate(writers):
+        if writer is None:
+            continue
+        batches = [result[field].cpu().contiguous().view(torch.uint8).flatten(1).numpy() for result in results]
+        for place, index in enumerate(indices.tolist()):
+            for mirrored, rows in enumerate(batches):
+                if index * per_picture + mirrored >= writer.written:
+                    writer.append(rows[place], corrupt=told.get(index))
+
+
+def _told(loader: Loader, corrupt: list[int]) -> dict[int, tuple[str, str]]:
+    labels = {index: loader.image_set.label(index) for index in corrupt}
+    return {index: (label, loader.corrupt[label]) for index, label in labels.items()}
+
+
+def _compute(
+    loader: Loader, function: Function, indices: Tensor
+) -> Iterator[tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]]:
+    """(indices int64 [b], which of them are pictures bool [b], results of each outcome) of the pictures asked for.
+
+    `function` always sees a full batch (of several processes: a process's share of one), because the last bits of its
+    results may depend on how many there are.
+    """
+    size = loader.batch_size // loader.world
+    wanted = list(indices.split(size))
+    full = [torch.cat([indices, indices[:1].expand(size - len(indices))]) for indices in wanted]
+    with closing(loader.pictures(full)) as batches:
+        for indices, batch in zip(wanted, batches, strict=True):
+            squares = [batch.images, batch.images.flip(-1)][: outcomes(loader.image_set)]
+            results = [tuple(field[: len(indices)] for field in function(square)) for square in squares]
+            yield indices, batch.indices[: len(indices)] == indices, results
+
+
+def _bar(count: int, done: int, progress: bool | None) -> tqdm:
+    return tqdm(
+        total=count,
+        initial=done,
+        desc="features",
+        unit="image",
+        leave=False,
+        disable=None if progress is None else not progress,
+    )

@@ -1,0 +1,99 @@
+"""COCO 2017 as it is distributed: annotations/instances_*.json beside the image folders.
+
+Label maps are those of `instances`. A class is the place of its category in the list of COCO's ids, from 1 to 80. A
+set in COCO's layout that lists other categories has its own, numbered by their place in its list.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from spot_fast.data.base import FullLabels, ImageFiles, Masks
+from spot_fast.data.datasets.names import located
+from spot_fast.data.masks.instances import Instances, read_images
+from spot_fast.errors import UserError
+
+# COCO's 80 things: ids run to 90 with ten numbers left out.
+_LEFT_OUT = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+CLASS_OF_CATEGORY = {
+    category: place for place, category in enumerate((i for i in range(1, 91) if i not in _LEFT_OUT), start=1)
+}
+EXPECTED = (
+    "annotations/instances_train2017.json and train2017/ to train, annotations/instances_val2017.json and "
+    "val2017/ to evaluate"
+)
+
+
+class Coco(ImageFiles):
+    """One split ("train" or "val") of COCO under `root`; the image folders may also lie in `root`/images.
+
+    Pictures are in the order of the annotation file, at most `limit` of them (0 = all). Only "val" has masks. Training
+    takes pictures as they are stored, evaluation those that have the size the file tells, stored or turned upright.
+    """
+
+    has_classes = True
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        image_size: int = 224,
+        mask_size: int = 320,
+        crop: str = "center",
+        flip: bool = False,
+        limit: int = 0,
+    ) -> None:
+        self.name = f"COCO {split}2017"
+        self.has_masks = split == "val"
+        self.annotation_file = Path(root) / "annotations" / f"instances_{split}2017.json"
+        folder = _image_folder(Path(root), f"{split}2017")
+        needs = f"COCO needs {EXPECTED}"
+        if self.has_masks:
+            self.instances = Instances(self.annotation_file, class_of=CLASS_OF_CATEGORY, needs=needs)
+            images, self.notes = self.instances.images, self.instances.notes
+        else:
+            images = read_images(self.annotation_file, needs=needs)
+        self.listed = images[:limit] if limit else images
+        if not self.listed:
+            raise UserError(f"{self.annotation_file} lists no images")
+        self.image_ids = [image.id for image in self.listed]
+        paths = [located(folder / image.file_name) for image in self.listed]
+        super().__init__(paths, image_size=image_size, mask_size=mask_size, crop=crop, flip=flip)
+
+    def full_masks(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(instances, classes, ignore), each int32 [height, width] at the size of the image."""
+        if not self.has_masks:
+            raise UserError(f"{self.name} is read without masks: evaluate on COCO val2017")
+        self.fitting(index, self.drawn_size(index), self.instances.path)
+        return self.instances.label_maps(self.listed[index])
+
+    def val_masks(self, index: int) -> Masks:
+        return Masks(*(self.square_labels(labels) for labels in self.full_masks(index)))
+
+    def full_labels(self, index: int, *, crowd: bool) -> FullLabels:
+        """As `full_masks`, for other protocols than SPOT's; crowd: whether crowd regions are instances or nothing."""
+        self.fitting(index, self.drawn_size(index), self.instances.path)
+        return self.instances.full_labels(self.listed[index], crowd=crowd)
+
+    def drawn_size(self, index: int) -> tuple[int, int] | None:
+        return self.instances.size(self.listed[index]) if self.has_masks else None
+
+    def upright_alike(self, index: int) -> bool:
+        # COCO's own masks are on the stored pixels; whoever draws masks on other photos sees them upright.
+        image = self.listed[index]
+        return not (isinstance(image.id, int) and image.file_name.endswith(f"{image.id:012}.jpg"))
+
+    def label(self, index: int) -> str:
+        return self.listed[index].file_name
+
+
+def _image_folder(root: Path, name: str) -> Path:
+    if not root.is_dir():
+        raise UserError(f"--data {root} is not a folder: COCO needs one with {EXPECTED}")
+    for folder in (root / name, root / "images" / name):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"--data {root} has neither {name}/ nor images/{name}/: COCO needs {EXPECTED}")

@@ -1,0 +1,209 @@
+"""MOVi-C and MOVi-E as they are released: TFRecord shards such as movi_c-train.tfrecord-00000-of-01024.
+
+A record is a clip. Its feature "video" is a list of encoded RGB frames, "segmentations" a list of encoded maps of
+instance numbers, 0 for the background (Kubric, challenges/movi). Clips are named by their running number in the split,
+00000000 and so on, in the order in which TensorFlow Datasets reads them unshuffled: that names the folders of a
+conversion to PNG clips, so both give the same pictures and the same nine frames a clip (`movi.draw_frames`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from spot_fast.data.base import ImageFiles, Masks
+from spot_fast.data.datasets import movi, tfrecord
+from spot_fast.data.masks.labels import open_labels
+from spot_fast.errors import CorruptImage, UserError
+
+_PRESETS = ("movi_c", "movi_e")
+_SHARD = re.compile(r"(?P<set>.+)-(?P<split>train|validation)\.tfrecord-\d{5}-of-(?P<count>\d{5})")
+_OTHER_SHARD = re.compile(r".+-(train|validation)\.(?P<format>array_record|riegeli|parquet)-\d{5}-of-\d{5}")
+_DEPTH = 6  # folders below the root that are searched
+_INTERLEAVED, _BLOCK = 16, 16  # files that TensorFlow Datasets reads in turns, and records a turn
+VIDEO, MASKS = "video", "segmentations"  # names of the features
+
+
+class MoviRecords(ImageFiles):
+    """One split ("train" or "val") of the shards found under `root`, as `movi.Movi` gives it.
+
+    release: which set to take where `root` holds several, such as "movi_c". Opening reads the headers of the records
+    that `limit` frames need (0 = all). All clips have as many frames as the first. UserError names a shard that is
+    missing, cut off or damaged, CorruptImage a record.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        release: str = "",
+        image_size: int = 224,
+        mask_size: int = 128,
+        crop: str = "stretch",
+        flip: bool = False,
+        limit: int = 0,
+        frames_per_clip: int = movi.TRAIN_FRAMES,
+    ) -> None:
+        self.name = f"MOVi {split}"
+        self.has_masks = split == "val"
+        self.shards = find_shards(Path(root), movi.SPLITS[split], release)
+        self._places: dict[tuple[int, str], list[tuple[int, int]]] = {}
+        self.records: list[tfrecord.Record] = []
+        self.frames: list[tuple[int, int]] = []  # clip and frame of each picture
+        count = 0
+        for clip, record in enumerate(read_order(map(shard_records, self.shards))):
+            self.records.append(record)
+            count = count or len(self._places_of(clip, VIDEO))
+            every = list(range(count))
+            drawn = every if self.has_masks else movi.draw_frames(_clip_name(clip), every, frames_per_clip)
+            self.frames += [(clip, frame) for frame in drawn]
+            if limit and len(self.frames) >= limit:
+                del self.frames[limit:]
+                break
+        if not self.frames:
+            raise UserError(
+                f"{self.shards[0].parent} has no frames in its {movi.SPLITS[split]} shards: download them again"
+            )
+        paths = [self.records[clip].path / _clip_name(clip) / f"{frame:08d}_image.png" for clip, frame in self.frames]
+        super().__init__(paths, image_size=image_size, mask_size=mask_size, crop=crop, flip=flip)
+        self.drawn = f"{frames_per_clip} frames a clip"
+        self._shard_places = {path: place for place, path in enumerate(dict.fromkeys(r.path for r in self.records))}
+
+    def label(self, index: int) -> str:
+        return f"{self.paths[index].parent.name}/{self.paths[index].name}"
+
+    def encoded(self, index: int) -> bytes:
+        return self._stored(index, VIDEO)
+
+    def val_masks(self, index: int) -> Masks:
+        if not self.has_masks:
+            raise UserError(f"{self.name} is read without masks: evaluate on the validation clips")
+        source = self.paths[index].with_suffix(f".{MASKS}")
+        labels = open_labels(source, self.encoded_masks(index))
+        self.fitting(index, labels.shape[::-1], source)
+        return Masks(self.square_labels(labels))
+
+    def encoded_masks(self, index: int) -> bytes:
+        """The stored map of instance numbers of the picture."""
+        return self._stored(index, MASKS)
+
+    def sources(self) -> list[Path]:
+        return list(self._shard_places)
+
+    def source(self, index: int) -> int:
+        return self._shard_places[self.records[self.frames[index][0]].path]
+
+    def _stored(self, index: int, feature: str) -> bytes:
+        clip, frame = self.frames[index]
+        places = self._places_of(clip, feature)
+        if frame >= len(places):
+            raise CorruptImage(
+                f"clip {_clip_name(clip)} ({self.records[clip]}) has {len(places)} {feature}, none for frame {frame}"
+            )
+        return tfrecord.read(self.records[clip], *places[frame])
+
+    def _places_of(self, clip: int, feature: str) -> list[tuple[int, int]]:
+        """Where the frames of a clip lie; found once, so that later pictures of the clip cost one read each."""
+        places = self._places.get((clip, feature))
+        if places is None:
+            places = tfrecord.Example(self.records[clip]).bytes_list(feature)
+            if not places:
+                raise CorruptImage(f'{self.records[clip]} has no feature "{feature}": it is not a clip of MOVi')
+            self._places[clip, feature] = places
+        return places
+
+
+def open_clips(root: str | Path, split: str, *, release: str = "", **options: Any) -> ImageFiles:
+    """One split of MOVi under `root`: PNG clips where there are any, TFRecord shards otherwise."""
+    if (Path(root) / movi.SPLITS[split]).is_dir():  # of the millions of files in it none is looked at
+        return movi.Movi(root, split, **options)
+    if not releases(Path(root), movi.SPLITS[split]):
+        refuse_other_formats(Path(root))
+        return movi.Movi(root, split, **options)  # says what is missing
+    return MoviRecords(root, split, release=release, **options)
+
+
+def find_shards(root: Path, split: str, release: str = "") -> list[Path]:
+    """Paths of all shards of a split ("train" or "validation") under `root`, in order, existing or not.
+
+    UserError where there are none, or where there are several sets and `release` does not tell which.
+    """
+    found = releases(root, split)
+    if not found:
+        refuse_other_formats(root)
+        raise UserError(f"--data {root} has no {split} shards: MOVi needs {movi.EXPECTED}")
+    of_release = [key for key in found if key[1] == release] or found
+    if len(of_release) > 1:
+        names = ", ".join(f"{folder}/{name}-{split}.tfrecord-*-of-{count}" for folder, name, count in of_release)
+        raise UserError(f"--data {root} has several sets ({names}): give the folder of one of them")
+    folder, name, count = of_release[0]
+    if release and name in _PRESETS and name != release:
+        raise UserError(f"--data {root} holds {name}, not {release}: add --preset {name}")
+    return [folder / f"{name}-{split}.tfrecord-{number:05d}-of-{count}" for number in range(int(count))]
+
+
+def releases(root: Path, split: str) -> list[tuple[Path, str, str]]:
+    """(folder, name such as "movi_c", number of shards as written) of the sets under `root` with a shard of `split`."""
+    found: dict[tuple[Path, str, str], None] = {}
+    for folder, file in _files(root):
+        shard = _SHARD.fullmatch(file)
+        if shard and shard["split"] == split:
+            found[folder, shard["set"], shard["count"]] = None
+    return list(found)
+
+
+def _files(root: Path) -> Iterator[tuple[Path, str]]:
+    """(folder, name) of the files under `root` that may be shards."""
+    depth = len(root.parts)
+    for folder, inside, files in os.walk(root):
+        # A download that was not finished lies in a folder of its own.
+        inside[:] = sorted(name for name in inside if "incomplete" not in name and not name.startswith("."))
+        if len(Path(folder).parts) - depth >= _DEPTH:
+            inside.clear()
+        yield from ((Path(folder), file) for file in files)
+
+
+def refuse_other_formats(root: Path) -> None:
+    """UserError where `root` holds shards that TensorFlow Datasets wrote in a format that is not read here."""
+    for folder, file in _files(root):
+        if shard := _OTHER_SHARD.fullmatch(file):
+            convert = f"tfds convert_format --dataset_dir={folder} --out_file_format=tfrecord --out_dir=OTHER_DIR"
+            raise UserError(
+                f"{folder} holds {shard['format']} ({file}), which is not read: convert it with {convert}, "
+                "download MOVi as it is released, or prepare it with tfds.builder(NAME, "
+                'file_format="tfrecord")'
+            )
+
+
+def shard_records(path: Path) -> Iterator[tfrecord.Record]:
+    """The clips of a shard; UserError where it is missing, cut off or damaged."""
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing: download all shards of the split (a few are enough for as many "
+            "--train-images or --val-images as they hold)"
+        )
+    return tfrecord.records(path)
+
+
+def read_order(files: Iterable[Iterator[tfrecord.Record]]) -> Iterator[tfrecord.Record]:
+    """Records in the order of an unshuffled tfds.load: blocks of 16 in turn from 16 files that are open at a time."""
+    waiting, more = iter(files), True
+    turns: list[Iterator[tfrecord.Record] | None] = [None] * _INTERLEAVED
+    while more or any(file is not None for file in turns):
+        for turn, file in enumerate(turns):
+            # A file that has ended is followed by the next one only when its turn comes again.
+            if file is None and (file := next(waiting, None)) is None:
+                more = False
+                continue
+            block = list(islice(file, _BLOCK))
+            yield from block
+            turns[turn] = file if len(block) == _BLOCK else None
+
+
+def _clip_name(clip: int) -> str:
+    return f"{clip:08d}"

@@ -1,0 +1,253 @@
+"""TFRecord files and the tf.train.Example messages in them, read without TensorFlow.
+
+A record is its length (uint64), the masked CRC-32C of those eight bytes, the data, and the masked CRC-32C of the
+data; numbers are little-endian. An Example is the protobuf message {1: Features}, Features the map
+{1: {1: name, 2: Feature}}, and a Feature is one of {1: list of bytes}, {2: list of float}, {3: list of int64}. Only
+what is asked for is read: a picture in a record of megabytes costs its own bytes and a few headers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from spot_fast.errors import CorruptImage, UserError
+
+_POLYNOMIAL = 0x82F63B78  # Castagnoli's, bits reversed
+_MASK_DELTA = 0xA282EAD8
+_HEADER, _FOOTER = 12, 4
+_LANES = 4096  # parts of a long message that are divided side by side
+_VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5  # wire types
+
+
+def crc32c(data: bytes) -> int:
+    """CRC-32C of `data`. NumPy divides the parts of a long message at once."""
+    crc, done = 0xFFFFFFFF, 0
+    words = len(data) // (2 * _LANES)
+    if words >= 16:
+        lanes = np.frombuffer(data, "<u2", _LANES * words).reshape(_LANES, words).T.astype(np.uint32)
+        crcs, table = np.zeros(_LANES, np.uint32), _tables()[1]
+        for word in lanes:
+            crcs = table[(crcs ^ word) & 0xFFFF] ^ (crcs >> 16)
+        a, b, c, d = _shift_tables(2 * words)
+        for lane in crcs.tolist():
+            crc = a[crc & 255] ^ b[crc >> 8 & 255] ^ c[crc >> 16 & 255] ^ d[crc >> 24] ^ lane
+        done = 2 * words * _LANES
+    table = _tables()[0]
+    for byte in data[done:]:
+        crc = table[(crc ^ byte) & 255] ^ (crc >> 8)
+    return crc ^ 0xFFFFFFFF
+
+
+@lru_cache(maxsize=1)
+def _tables() -> tuple[list[int], np.ndarray]:
+    """Remainders of one byte (list of 256) and of two (uint32 [65536])."""
+    values = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        values = np.where(values & 1, values >> 1 ^ _POLYNOMIAL, values >> 1).astype(np.uint32)
+    two = np.arange(65536, dtype=np.uint32)
+    for _ in range(2):
+        two = values[two & 255] ^ (two >> 8)
+    return values.tolist(), two
+
+
+@lru_cache(maxsize=8)
+def _shift_tables(count: int) -> list[list[int]]:
+    """What `count` zero bytes make of a remainder, by its four bytes: it is linear, so by their exclusive or."""
+    table = np.array(_tables()[0], np.uint32)
+
+    def apply(operator: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """`operator` [32], the images of the single bits, on uint32 `values`."""
+        bits = values[..., None] >> np.arange(32, dtype=np.uint32) & 1
+        return np.bitwise_xor.reduce(np.where(bits == 1, operator, 0), axis=-1).astype(np.uint32)
+
+    single = np.uint32(1) << np.arange(32, dtype=np.uint32)
+    power, result = table[single & 255] ^ (single >> 8), single
+    while count:
+        if count & 1:
+            result = apply(power, result)
+        power, count = apply(power, power), count >> 1
+    return [apply(result, np.arange(256, dtype=np.uint32) << 8 * place).tolist() for place in range(4)]
+
+
+def masked_crc32c(data: bytes) -> int:
+    """The CRC-32C as TFRecord stores it: rotated right by 15 bits, plus a constant."""
+    crc = crc32c(data)
+    return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where a record's data lies: `length` bytes from `offset` on in `path`; `number` counts from 0 in the file."""
+
+    path: Path
+    number: int
+    offset: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"record {self.number} of {self.path}"
+
+
+def records(path: Path) -> Iterator[Record]:
+    """The file's records in order; reads nothing but their headers.
+
+    UserError names the file and the record where the file is cut off or the length does not have its checksum.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size, start, number = os.fstat(file.fileno()).st_size, 0, 0
+            while start < size:
+                header = os.pread(file.fileno(), _HEADER, start)
+                if len(header) == _HEADER and masked_crc32c(header[:8]) != int.from_bytes(header[8:], "little"):
+                    raise UserError(
+                        f"{path} is damaged: the length of record {number} does not have its checksum; "
+                        "download the file again"
+                    )
+                length = int.from_bytes(header[:8], "little")
+                end = start + _HEADER + length + _FOOTER
+                if len(header) < _HEADER or end > size:
+                    raise UserError(f"{path} is cut off in record {number}: download the file again")
+                yield Record(path, number, start + _HEADER, length)
+                start, number = end, number + 1
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def read(record: Record, offset: int, length: int) -> bytes:
+    """`length` bytes of the record's file; CorruptImage where they cannot be read."""
+    try:
+        with open(record.path, "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), length, offset)
+    except OSError as error:
+        raise CorruptImage(f"{record} cannot be read: {error.strerror or error}") from None
+    if len(data) < length:
+        raise CorruptImage(f"{record} is cut off: download the file again")
+    return data
+
+
+def verified(record: Record) -> bytes:
+    """The record's data; CorruptImage where it does not have its checksum."""
+    data = read(record, record.offset, record.length + _FOOTER)
+    if masked_crc32c(data[:-_FOOTER]) != int.from_bytes(data[-_FOOTER:], "little"):
+        raise CorruptImage(f"{record} is damaged: its data does not have its checksum; download the file again")
+    return data[:-_FOOTER]
+
+
+class Example:
+    """The features of a record that holds a tf.train.Example, by name; values are read when they are asked for.
+
+    CorruptImage where the record is no such message.
+    """
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self._features: dict[str, tuple[int, int]] = {}
+        with self._open() as window:
+            for start, end in window.inside(record.offset, record.offset + record.length, 1):
+                for entry in window.inside(start, end, 1):
+                    name, feature = b"", (entry[1], entry[1])
+                    for field, begin, stop in window.fields(*entry):
+                        if field == 1:
+                            name = window.take(begin, stop - begin)
+                        elif field == 2:
+                            feature = (begin, stop)
+                    self._features[name.decode(errors="replace")] = feature
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._features
+
+    def bytes_list(self, name: str) -> list[tuple[int, int]]:
+        """(offset in the file, length) of each value of a feature of bytes; none where there is no such feature."""
+        with self._open() as window:
+            lists = window.inside(*self._features.get(name, (0, 0)), 1)
+            return [(start, end - start) for values in lists for start, end in window.inside(*values, 1)]
+
+    def int64_list(self, name: str) -> list[int]:
+        """The values of a feature of integers, packed or not; none where there is no such feature."""
+        with self._open() as window:
+            found = []
+            for values in window.inside(*self._features.get(name, (0, 0)), 3):
+                for start, end in window.inside(*values, 1):
+                    while start < end:
+                        value, start = window.varint(start)
+                        found.append(value - (1 << 64) if value >> 63 else value)
+            return found
+
+    def _open(self) -> _Window:
+        return _Window(self.record)
+
+
+class _Window:
+    """Reads messages of one record from the file, a few hundred bytes at a time."""
+
+    _SIZE = 256
+
+    def __init__(self, record: Record) -> None:
+        self.record, self.limit = record, record.offset + record.length
+        self._start, self._bytes = 0, b""
+
+    def __enter__(self) -> _Window:
+        try:
+            self._file = open(self.record.path, "rb", buffering=0)
+        except OSError as error:
+            raise CorruptImage(f"{self.record} cannot be read: {error.strerror or error}") from None
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def take(self, start: int, length: int) -> bytes:
+        """`length` bytes of the record from `start`, an offset in the file."""
+        if length < 0 or start + length > self.limit:
+            raise self._malformed()
+        if not self._start <= start or start + length > self._start + len(self._bytes):
+            try:
+                size = min(max(length, self._SIZE), self.limit - start)
+                self._start, self._bytes = start, os.pread(self._file.fileno(), size, start)
+            except OSError as error:
+                raise CorruptImage(f"{self.record} cannot be read: {error.strerror or error}") from None
+            if len(self._bytes) < size:
+                raise CorruptImage(f"{self.record} is cut off: download the file again")
+        at = start - self._start
+        return self._bytes[at : at + length]
+
+    def varint(self, start: int) -> tuple[int, int]:
+        """A variable-length integer (seven bits a byte, lowest first, the last below 128) and where it ends."""
+        value = 0
+        for place in range(10):
+            byte = self.take(start + place, 1)[0]
+            value |= (byte & 127) << 7 * place
+            if byte < 128:
+                return value & (1 << 64) - 1, start + place + 1
+        raise self._malformed()
+
+    def fields(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """(number, start, end of the value) of each field of the message from `start` to `end`."""
+        while start < end:
+            tag, start = self.varint(start)
+            wire, begin = tag & 7, start
+            if wire == _VARINT:
+                start = self.varint(start)[1]
+            elif wire == _DELIMITED:
+                length, begin = self.varint(start)
+                start = begin + length
+            elif wire in (_FIXED32, _FIXED64):
+                start += 4 if wire == _FIXED32 else 8
+            else:
+                raise self._malformed()
+            if start > end:
+                raise self._malformed()
+            yield tag >> 3, begin, start
+
+    def inside(self, start: int, end: int, number: int) -> Iterator[tuple[int, int]]:
+        """(start, end) of each field `number` of the message from `start` to `end`."""
+        return ((begin, stop) for field, begin, stop in self.fields(start, end) if field == number)
+
+    def _malformed(self) -> CorruptImage:
+        return CorruptImage(f"{self.record} is damaged: it is not a tf.train.Example")

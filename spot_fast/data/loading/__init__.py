@@ -1,0 +1,1 @@
+"""Batches in an order that depends on seed and epoch alone, decoded by Pillow or DALI, one batch ahead."""

@@ -1,0 +1,76 @@
+"""Which loader a run gets: `--loader` auto, dali or torch."""
+
+from __future__ import annotations
+
+import torch
+
+from spot_fast.data.base import ImageFiles, ImageSet
+from spot_fast.data.loading.dali_loader import DaliLoader
+from spot_fast.data.loading.dali_pipeline import unavailable
+from spot_fast.data.loading.loader import MAX_THREADS, Loader
+from spot_fast.errors import UserError
+from spot_fast.system.cpu_threads import available_cores
+
+_MOST_WORKERS = 16  # unasked
+
+
+def open_loader(
+    config_loader: str,
+    image_set: ImageSet,
+    batch_size: int,
+    seed: int,
+    workers: int | None,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+) -> tuple[Loader, str]:
+    """(the loader, a line that says what decodes and why).
+
+    workers: None is one for each core that this process may use and shares with the `world`, at most 16.
+
+    auto is DALI where it works and `device` is a GPU. On a CPU it is Pillow, whose pixels are the reference, though
+    DALI decodes 335 images/s a core there to Pillow's 242 (JPEGs of 640 x 480; photos of 480 x 360, 550 to 413, but
+    stretched 225 to 353: `bench/loader_speed.py`). Nothing decodes pictures in memory. UserError where dali is asked
+    for and cannot be had.
+    """
+    if config_loader not in ("auto", "dali", "torch"):
+        raise UserError(f"--loader {config_loader} is unknown: use auto, dali or torch")
+    if workers is None:
+        workers = max(1, min(_MOST_WORKERS, available_cores() // world))
+    loader, why = None, ""
+    if getattr(image_set, "images", None) is not None:
+        return (
+            Loader(image_set, batch_size, seed, workers, rank=rank, world=world),
+            f"{image_set.name} are in memory: nothing is decoded",
+        )
+    if config_loader == "torch":
+        why = "--loader torch"
+    elif not isinstance(image_set, ImageFiles):
+        why = f"{image_set.name} are not image files"
+    elif config_loader == "auto" and device.type != "cuda":
+        why = f"the run is on {device.type}"
+    elif config_loader == "auto":
+        why = unavailable(device)
+    if not why:
+        try:
+            loader = DaliLoader(image_set, batch_size, seed, workers, device=device, rank=rank, world=world)
+        except UserError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if config_loader == "dali":
+                raise UserError(f"--loader dali does not start ({reason}): use --loader torch") from error
+            why = f"DALI does not start ({reason})"
+    if loader is not None:
+        place = "GPU" if device.type == "cuda" else "CPU"
+        return loader, f"images are decoded by DALI on the {place} (other formats than JPEG by Pillow)"
+    kind = "process" if workers > MAX_THREADS else "thread"
+    where = (
+        f"in {workers} {kind}{'es' if kind == 'process' else 's'}"
+        if workers > 1
+        else ("in one thread" if workers else "in the thread that trains")
+    )
+    return (
+        Loader(image_set, batch_size, seed, workers, rank=rank, world=world),
+        f"images are decoded by Pillow {where}: {why}",
+    )

@@ -1,0 +1,1 @@
+"""From masks to the figures of a table: metrics, protocols, baselines."""

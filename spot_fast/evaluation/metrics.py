@@ -1,0 +1,395 @@
+"""mBO, mIoU and FG-ARI of predicted label maps, all from one table of pixel counts per image.
+
+A pixel of the ground truth has an instance g and a class h; each pair (g, h) that occurs in an image gets a number j,
+and c[k, j] is how many pixels of predicted label k have pair j: one pass over the pixels. Summing the columns of equal
+instance, or of equal class, gives the tables that everything follows from (SPOT, section 4), with areas as row and
+column sums:
+
+    IoU[k, g] = c[k, g] / (area of k + area of g - c[k, g])
+    mBO       = mean over non-empty ground-truth masks g > 0 of max_k IoU[k, g]
+    mIoU      = mean over the same masks of IoU under the one-to-one matching that maximises it; unmatched masks give 0
+    FG-ARI    = adjusted Rand index of c without column 0 (pixels of the ground truth's background)
+
+Label 0 of the ground truth is background. Predictions have no background: each of the K masks counts. `Rules` holds
+where other code bases than SPOT's count differently (protocols.py says which). Counts are 64-bit integers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spot_fast.system.devices import send
+from spot_kernels import linear_assignment, mask_labels, overlap_counts
+
+METRICS = ("mbo_i", "mbo_c", "miou", "fg_ari")
+MAX_LABEL = 255  # of the ground truth: where labels are larger each image's are renumbered
+# Labels of the ground truth for pixels that belong to nothing: not counted at all, or counted as background on one side
+# and as a predicted mask of their own on the other.
+IGNORED, OVERLAP = -1, -2
+# Of the size of an instance, as a fraction of the label map: SPOT, Fig. 7.
+SIZE_BINS = (0.0, 0.005, 0.01, 0.05, 0.1, 0.2, 0.5, 0.8, 1.0)
+_MOST_MASKS = 256
+_MOST_CODES = 1 << 16  # pairs that could occur; of more only those that do are listed
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is counted. The defaults are SPOT's.
+
+    mbo_background, miou_background  the background is a mask to be found like any other
+    classes                          there is an mBO over class masks
+    empty_ari                        an image without foreground has an FG-ARI, 1
+    cosine                           mIoU is of the matching with the largest sum of overlap / √(area · area), and of
+                                     objects without a partner neither mIoU nor mBO knows
+    per_object                       mBO and mIoU are means over all objects, not over images of their objects' means
+    """
+
+    mbo_background: bool = False
+    miou_background: bool = False
+    classes: bool = True
+    empty_ari: bool = True
+    cosine: bool = False
+    per_object: bool = False
+
+
+SPOT_RULES = Rules()
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Ground truth of B images as pairs of instance and class.
+
+    labels     [B, H, W] int16 or int64 on the device of the maps: the number of each pixel's pair
+    instances  [B, J] int64 on the CPU: of each pair the instance, IGNORED or OVERLAP; IGNORED beyond the image's pairs
+    classes    [B, J] likewise; all IGNORED where there are no classes
+    """
+
+    labels: Tensor
+    instances: Tensor
+    classes: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def labels_from_soft(masks: Tensor, size: int) -> Tensor:
+    """The hard label map that soft masks on the patch grid stand for.
+
+    masks [B, N, K], N = G x G in raster order, K at most 256 → uint8 [B, size, size] in 0…K-1: each mask is resized
+    bilinearly (corners not aligned), then the largest wins, the first of equals. ValueError where N is no square or a
+    mask is not finite.
+    """
+    if masks.ndim != 3 or not 1 <= masks.shape[2] <= _MOST_MASKS:
+        raise ValueError(f"masks has shape {list(masks.shape)}: expected [B, N, K] with K of 1 to {_MOST_MASKS}")
+    tokens = masks.shape[1]
+    if not tokens or math.isqrt(tokens) ** 2 != tokens:
+        raise ValueError(f"masks has {tokens} tokens, which is not a square grid: expected [B, G * G, K]")
+    if size < 1:
+        raise ValueError(f"size is {size}: give the side of the label map in pixels, at least 1")
+    if not torch.isfinite(masks).all():
+        raise ValueError("masks holds NaN or infinity: the model's weights or its input are damaged")
+    return mask_labels(masks.detach() if masks.is_floating_point() else masks.float(), size)
+
+
+def pair_labels(instances: Tensor, classes: Tensor | None = None, ignore: Tensor | None = None) -> Pairs:
+    """Numbers the pairs of instance and class of each image.
+
+    instances and classes [B, H, W] are integer maps from 0 on, with gaps, or IGNORED or OVERLAP; where ignore [B, H, W]
+    is not 0 both are IGNORED. A map with labels above 255 is renumbered from 1 image by image, in their order: no score
+    depends on the numbers. On a GPU this waits for the device twice. ValueError names a map that does not fit.
+    """
+    maps = [instances] if classes is None else [instances, classes]
+    for labels in maps:
+        _check_map("truth", labels, instances.shape)
+    maps = [labels.flatten(1) for labels in maps]
+    if not instances.numel():
+        nothing = torch.full((len(instances), 1), IGNORED)
+        return Pairs(instances.to(torch.int16), nothing, nothing)
+    bounds = _bounds(maps)
+    for low, high in bounds:
+        if low < OVERLAP:
+            raise ValueError(
+                f"ground truth has labels {low} to {high}: expected 0 for the background, 1 and above for objects"
+            )
+    if any(high > MAX_LABEL for _, high in bounds):
+        maps = [_renumbered(labels) for labels in maps]
+        bounds = _bounds(maps)
+    (low, high), (low_class, high_class) = bounds[0], bounds[-1]
+    wide = 1 if classes is None else high_class - low_class + 1
+    codes = (high - low + 1) * wide + 1
+    # Code 0 is an ignored pixel; int32 until it has to be an index: half the bytes of what this costs on a CPU.
+    code = maps[0].to(torch.int32 if codes < 2**31 else torch.int64) - (low - 1)
+    if classes is not None:
+        code = code.sub_(1).mul_(wide).add_(maps[1].to(code.dtype)).sub_(low_class - 1)
+    if ignore is not None:
+        _check_map("ignore", ignore, instances.shape)
+        code.masked_fill_(ignore.flatten(1) != 0, 0)
+    code = code.long()
+    if codes > _MOST_CODES:
+        listed, code = code.unique(return_inverse=True)
+        listed, codes = listed.cpu(), len(listed)
+    else:
+        listed = torch.arange(codes)
+    present = torch.zeros(len(code), codes, dtype=torch.bool, device=code.device).scatter_(1, code, True)
+    found = present.cpu()
+    number = found.cumsum(1) - 1
+    pairs = int(found.sum(1).max())
+    image, place = found.nonzero(as_tuple=True)
+    column, place = number[image, place], listed[place] - 1
+    hidden = place < 0
+    of = torch.full((2, len(code), pairs), IGNORED)
+    of[0, image, column] = (place // wide + low).masked_fill(hidden, IGNORED)
+    if classes is not None:
+        of[1, image, column] = (place % wide + low_class).masked_fill(hidden, IGNORED)
+    labels = send(number.to(torch.int16) if pairs < 2**15 else number, code.device).gather(1, code)
+    return Pairs(labels.reshape(instances.shape), of[0], of[1])
+
+
+def _bounds(maps: list[Tensor]) -> list[tuple[int, int]]:
+    """Smallest and largest label of each map."""
+    bounds = torch.stack([bound.long() for labels in maps for bound in labels.aminmax()]).tolist()
+    return list(zip(bounds[::2], bounds[1::2], strict=True))
+
+
+def _renumbered(labels: Tensor) -> Tensor:
+    """int64 [B, P]: each image's labels above 0 as 1, 2, … in their order, the others as they are."""
+    labels = labels.long()
+    rows = []
+    for image in labels:
+        found, number = image.clamp(min=0).unique(return_inverse=True)
+        rows.append(torch.where(image > 0, number + (found[0] > 0), image))
+    return torch.stack(rows)
+
+
+def count_pairs(pred: Tensor, num_pred: int, truth: Pairs) -> Tensor:
+    """Pixels of each predicted label and each pair: int64 [B, num_pred, J] on pred's device; pred [B, H, W]."""
+    pairs = truth.instances.shape[1]
+    return overlap_counts(pred.flatten(1), truth.labels.flatten(1), num_pred, pairs)
+
+
+def count_overlaps(pred: Tensor, num_pred: int, truth: Tensor, ignore: Tensor | None = None) -> Tensor:
+    """Pixels of each pair of labels: int64 [B, num_pred, J] on the CPU, J = largest ground-truth label + 1.
+
+    pred [B, H, W] in 0…num_pred-1 and truth [B, H, W] in 0…255 (with gaps) are integer maps; a pixel where ignore
+    [B, H, W] is not 0 is counted nowhere. Larger labels are renumbered as `pair_labels` does it.
+    """
+    _check_pred(pred, num_pred, truth)
+    pairs = pair_labels(truth, None, ignore)
+    return merge_columns(count_pairs(pred, num_pred, pairs).cpu(), pairs.instances)
+
+
+def merge_columns(counts: Tensor, of: Tensor) -> Tensor:
+    """Adds up pairs of the same label: counts [B, K, J] of pairs, of [B, J] their labels → [B, K, labels].
+
+    IGNORED pairs are left out. Where there are OVERLAP pairs, one more row is a predicted mask that holds all of them
+    and nothing else; their column is the background's, 0.
+    """
+    labels = max(0, int(of.max()) if of.numel() else 0) + 1
+    overlap = of == OVERLAP
+    rows = counts.shape[1] + bool(overlap.any())
+    merged = counts.new_zeros(len(counts), rows, labels + 1)
+    column = of.where(of >= 0, labels)
+    merged[:, : counts.shape[1]].scatter_add_(2, column[:, None].expand(-1, counts.shape[1], -1), counts)
+    if rows > counts.shape[1]:
+        merged[:, -1, 0] = (counts.sum(1) * overlap).sum(1)
+    return merged[:, :, :labels]
+
+
+def _check_pred(pred: Tensor, num_pred: int, truth: Tensor) -> None:
+    _check_map("pred", pred, pred.shape)
+    _check_map("truth", truth, pred.shape)
+    if pred.numel():
+        low, high = (int(v) for v in pred.aminmax())
+        if low < 0 or high >= num_pred:
+            raise ValueError(f"pred has labels {low} to {high}, but num_pred is {num_pred}: expected 0 to num_pred - 1")
+
+
+def _check_map(name: str, labels: Tensor, shape: torch.Size) -> None:
+    if labels.ndim != 3 or labels.shape != shape:
+        raise ValueError(f"{name} has shape {list(labels.shape)}: expected [B, H, W], as pred, {list(shape)}")
+    if labels.is_floating_point():
+        raise ValueError(f"{name} is {labels.dtype}: expected an integer label map")
+
+
+def pairwise_iou(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU of every predicted with every ground-truth mask: float64 [B, K, J], and which of these have pixels: [B, J].
+
+    counts [B, K, J] from `count_overlaps`; column 0 is the background's.
+    """
+    area = counts.sum(1)
+    union = counts.sum(2)[:, :, None] + area[:, None] - counts
+    return counts.double() / union.clamp(min=1), area > 0
+
+
+def best_overlap(iou: Tensor, present: Tensor) -> Tensor:
+    """mBO of each image: float64 [B], NaN where no mask is present. iou [B, K, J], present [B, J]."""
+    best = iou.amax(1) if iou.shape[2] else iou.new_zeros(present.shape)
+    return (best * present).sum(1) / present.sum(1)
+
+
+def matched_iou(iou: Tensor, present: Tensor) -> Tensor:
+    """mIoU of each image: float64 [B], NaN where no mask is present. iou [B, K, J], present [B, J]."""
+    # Absent masks have IoU 0 with everything: matching them as well changes no sum.
+    return _matched(iou, linear_assignment(1 - iou)).sum(1) / present.sum(1)
+
+
+def _matched(values: Tensor, columns: Tensor) -> Tensor:
+    """values [B, K, J] at the column of each row, columns [B, K], 0 for a row without one: [B, K]."""
+    if not values.shape[2]:
+        return values.new_zeros(columns.shape)
+    return values.gather(2, columns.clamp(min=0)[..., None])[..., 0] * (columns >= 0)
+
+
+def foreground_ari(counts: Tensor) -> Tensor:
+    """Adjusted Rand index over foreground pixels of each image: float64 [B], 1 where its denominator is 0.
+
+    counts [B, K, J] from `count_overlaps`. The last steps are Python integers: at 320 x 320 the products of pair
+    counts exceed 64 bits.
+    """
+    objects = counts[:, :, 1:]
+    both = _pairs(objects).sum((1, 2)).tolist()
+    in_pred = _pairs(objects.sum(2)).sum(1).tolist()
+    in_truth = _pairs(objects.sum(1)).sum(1).tolist()
+    total = _pairs(objects.sum((1, 2))).tolist()
+    scores = []
+    for s, a, b, t in zip(both, in_pred, in_truth, total, strict=True):
+        # (s - ab/t) / ((a + b)/2 - ab/t), both sides times 2t.
+        denominator = t * (a + b) - 2 * a * b
+        scores.append(2 * (s * t - a * b) / denominator if denominator else 1.0)
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def _pairs(count: Tensor) -> Tensor:
+    return count * (count - 1) // 2
+
+
+def scores_of_counts(counts: Tensor, truth: Pairs, rules: Rules = SPOT_RULES) -> dict[str, Tensor]:
+    """Each metric of each image as a fraction, float64 [B], NaN where it is not counted, from `count_pairs` on the CPU.
+
+    Also "objects" int64 [B]: how many masks mBO_i is a mean over; "size_counts" int64 and "size_sums" float64
+    [B, bins]: instances of each of SIZE_BINS (larger than its lower end, at most its upper; their counted pixels as a
+    fraction of the label map), and the sum of their best IoU.
+    """
+    pixels = truth.labels[0].numel() if len(truth) else 0
+    table = merge_columns(counts, truth.instances)
+    iou, present = pairwise_iou(table)
+    first = 0 if rules.mbo_background else 1  # column of the first mask that has to be found
+    scores = {
+        "mbo_i": best_overlap(iou[:, :, first:], present[:, first:]),
+        "mbo_c": torch.full((len(counts),), math.nan, dtype=torch.float64),
+        "fg_ari": foreground_ari(table),
+        "objects": present[:, first:].sum(1),
+    }
+    if rules.cosine:
+        scores["mbo_i"], scores["miou"], scores["objects"] = _cosine_matched(table, iou, present)
+    else:
+        matched = 0 if rules.miou_background else 1
+        scores["miou"] = matched_iou(iou[:, :, matched:], present[:, matched:])
+    if rules.classes and bool((truth.classes >= 0).any()):
+        of_classes = pairwise_iou(merge_columns(counts, truth.classes))
+        scores["mbo_c"] = best_overlap(*(part[..., first:] for part in of_classes))
+    if not rules.empty_ari:
+        scores["fg_ari"] = scores["fg_ari"].where(present[:, 1:].any(1), math.nan)
+    scores["size_sums"], scores["size_counts"] = _by_size(iou, table.sum(1), pixels)
+    return scores
+
+
+def _cosine_matched(table: Tensor, iou: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """mBO and mIoU over the objects that have a partner, and their number, each [B]."""
+    areas = table.sum(2)[:, :, None].double(), table.sum(1)[:, None, 1:].double()
+    cosine = table[:, :, 1:] / ((areas[0] * areas[1]).sqrt() + 1e-6)
+    columns = linear_assignment((1 - cosine).masked_fill(~present[:, None, 1:], 1e4))
+    found = _matched(present[:, None, 1:].expand_as(cosine).long(), columns)
+    best = _matched(iou[:, :, 1:].amax(1, keepdim=True).expand_as(cosine), columns) if cosine.shape[2] else found
+    number = found.sum(1)
+    return (best * found).sum(1) / number, (_matched(iou[:, :, 1:], columns) * found).sum(1) / number, number
+
+
+def _by_size(iou: Tensor, area: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+    """Sum of best IoU float64 [B, bins] and number int64 [B, bins] of the instances of each size."""
+    bins = len(SIZE_BINS) - 1
+    sums, numbers = iou.new_zeros(len(iou), bins), area.new_zeros(len(iou), bins)
+    area = area[:, 1:]
+    if area.shape[1]:
+        place = torch.bucketize(area.double() / pixels, torch.tensor(SIZE_BINS[1:-1], dtype=torch.float64))
+        sums.scatter_add_(1, place, iou[:, :, 1:].amax(1) * (area > 0))
+        numbers.scatter_add_(1, place, (area > 0).long())
+    return sums, numbers
+
+
+def image_scores(
+    pred: Tensor,
+    num_pred: int,
+    instances: Tensor,
+    classes: Tensor | None = None,
+    ignore: Tensor | None = None,
+    rules: Rules = SPOT_RULES,
+) -> dict[str, Tensor]:
+    """`scores_of_counts` of label maps.
+
+    pred [B, H, W] in 0…num_pred-1; instances, classes and ignore [B, H, W] as in `data.base.Masks`. An image without
+    masks (nothing but background, or everything ignored) has no mBO and no mIoU, but an FG-ARI of 1. mbo_c is NaN
+    throughout where classes is None.
+    """
+    _check_pred(pred, num_pred, instances)
+    truth = pair_labels(instances, classes, ignore)
+    return scores_of_counts(count_pairs(pred, num_pred, truth).cpu(), truth, rules)
+
+
+class Scores:
+    """Collects `scores_of_counts` batch by batch."""
+
+    def __init__(self, rules: Rules = SPOT_RULES) -> None:
+        self.rules = rules
+        self._batches: list[dict[str, Tensor]] = []
+
+    def add(
+        self,
+        pred: Tensor,
+        num_pred: int,
+        instances: Tensor,
+        classes: Tensor | None = None,
+        ignore: Tensor | None = None,
+    ) -> None:
+        """Scores a batch of label maps; arguments and errors as `image_scores`."""
+        self._batches.append(image_scores(pred, num_pred, instances, classes, ignore, self.rules))
+
+    def add_counts(self, counts: Tensor, truth: Pairs) -> None:
+        """Scores a batch whose pixels have been counted; counts [B, K, J] on the CPU."""
+        self._batches.append(scores_of_counts(counts, truth, self.rules))
+
+    def _all(self, name: str, empty: Tensor) -> Tensor:
+        return torch.cat([empty, *(batch[name] for batch in self._batches)])
+
+    def per_image(self) -> dict[str, Tensor]:
+        """Each metric of every image in the order they were added: float64 [n], NaN where it is not counted."""
+        return {name: self._all(name, torch.empty(0, dtype=torch.float64)) for name in METRICS}
+
+    def objects(self) -> Tensor:
+        """How many masks each image's mBO_i is a mean over: int64 [n]."""
+        return self._all("objects", torch.empty(0, dtype=torch.int64))
+
+    def counted(self) -> dict[str, int]:
+        """How many images each metric counts."""
+        return {name: int((~values.isnan()).sum()) for name, values in self.per_image().items()}
+
+    def result(self) -> dict[str, float | None]:
+        """Each metric's mean over the images that count, or over all objects where the rules say so, a fraction; None
+        where there are none (mbo_c: no classes)."""
+        weights = dict.fromkeys(("mbo_i", "miou"), self.objects()) if self.rules.per_object else {}
+        means = {}
+        for name, values in self.per_image().items():
+            weight = weights.get(name, (~values.isnan()).long())
+            means[name] = ((values.nan_to_num() * weight).sum() / weight.sum()).item() if weight.any() else None
+        return means
+
+    def by_size(self) -> list[tuple[float | None, int]]:
+        """mBO_i over the instances of each of SIZE_BINS, a fraction, None where there are none, and their number."""
+        bins = len(SIZE_BINS) - 1
+        numbers = self._all("size_counts", torch.empty(0, bins, dtype=torch.int64)).sum(0).tolist()
+        sums = self._all("size_sums", torch.empty(0, bins, dtype=torch.float64)).sum(0).tolist()
+        return [(total / number if number else None, number) for total, number in zip(sums, numbers, strict=True)]

@@ -1,0 +1,372 @@
+"""The tables of a model on a validation set: decoder and slot masks, beside block masks and k-means.
+
+Everything is measured in one pass over the pictures, under every protocol that is asked for (protocols.py). Slot noise
+and k-means starts are functions of (seed, picture), so a table does not depend on the batch size.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import chain, islice
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from spot_fast.data.base import FullLabels, ImageSet, Masks
+from spot_fast.data.loading.loader import MAX_CORRUPT
+from spot_fast.errors import UserError
+from spot_fast.evaluation.baselines import block_mask_candidates, block_masks, kmeans_labels
+from spot_fast.evaluation.metrics import Pairs, Scores, count_pairs, labels_from_soft, pair_labels
+from spot_fast.evaluation.protocols import GroundTruth, Protocol, chosen
+from spot_fast.model.encoder import normalise
+from spot_fast.model.spot import Spot, mean_of_orders
+from spot_fast.precision import autocast, float32_products, resolve
+from spot_fast.system.devices import send
+
+WORKERS = min(8, os.cpu_count() or 1)
+_AHEAD = 64  # pictures that are read beyond the one in use
+_NOISE_STREAM = 0  # keeps these draws apart from other draws of the same (seed, picture)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of masks: `scores` are fractions (None: nothing to count), `counted` how many pictures each is over.
+
+    masks: decoder, slots, blocks (the best of several layouts), layout (a certain one) or kmeans. orders: patch orders
+    averaged, for decoder masks. columns: of block masks. sizes: mBO_i and number of the instances in each of
+    metrics.SIZE_BINS. per_image: the metrics, NaN where not counted, and "objects", of each picture of
+    `Evaluation.labels`.
+    """
+
+    masks: str
+    scores: dict[str, float | None]
+    counted: dict[str, int]
+    num_masks: int
+    orders: int | None = None
+    columns: int | None = None
+    sizes: list[tuple[float | None, int]] = field(default_factory=list)
+    per_image: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def title(self) -> str:
+        if self.masks == "decoder":
+            return "decoder masks, order 0" if self.orders == 1 else f"decoder masks, all {self.orders} orders"
+        columns = f"{self.columns} column{'s' * (self.columns != 1)}"
+        if self.masks == "blocks":
+            return f"block masks, {columns} [2]"
+        if self.masks == "layout":
+            return "1 block mask [4]" if self.num_masks == 1 else f"{self.num_masks} block masks, {columns} [4]"
+        return "slot masks [1]" if self.masks == "slots" else f"k-means, k = {self.num_masks} [3]"
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows under one protocol. unlabelled: pictures in which there is no object to be found."""
+
+    protocol: str
+    mask_size: int
+    rows: list[Row]
+    unlabelled: list[str] = field(default_factory=list)
+
+    def row(self, masks: str, orders: int | None = None) -> Row:
+        """The row of `masks`; for "decoder", of so many patch orders."""
+        return next(r for r in self.rows if r.masks == masks and r.orders == orders)
+
+
+@dataclass
+class Evaluation:
+    """What `evaluate` measured, a table for each protocol. labels, indices: of the pictures, in order. skipped: label
+    of each picture that cannot be scored → reason; notes: what else of the data is left out. reconstruction: mean
+    squared error of the prediction by the number of patch orders averaged. Seconds are per picture: everything, and
+    metrics alone (all rows and protocols, with upsampling)."""
+
+    tables: list[Table]
+    images: int
+    data: str
+    reconstruction: dict[int, float]
+    labels: list[str] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    seconds_per_image: float = 0.0
+    metric_seconds_per_image: float = 0.0
+
+    def table(self, protocol: str) -> Table:
+        return next(t for t in self.tables if t.protocol == protocol)
+
+    def row(self, masks: str, orders: int | None = None) -> Row:
+        """A row of the first protocol's table."""
+        return self.tables[0].row(masks, orders)
+
+
+def slot_noise(seed: int, indices: Sequence[int], num_slots: int, slot_dim: int) -> Tensor:
+    """Standard-normal draws [B, K, U] for the initial slots of pictures `indices`; each a function of (seed, index)."""
+    draws = np.empty((len(indices), num_slots, slot_dim), np.float32)
+    for draw, index in zip(draws, indices, strict=True):
+        np.random.default_rng((seed, int(index), _NOISE_STREAM)).standard_normal(dtype=np.float32, out=draw)
+    return torch.from_numpy(draws)
+
+
+@torch.no_grad()
+def evaluate(
+    model: Spot,
+    val_set: ImageSet,
+    *,
+    protocols: str | Sequence[str] = "spot",
+    layouts: Sequence[tuple[int, int]] = (),
+    batch_size: int = 32,
+    seed: int = 0,
+    limit: int = 0,
+    workers: int = WORKERS,
+    precision: str = "float32",
+    progress: bool = True,
+    between_batches: Callable[[], object] = lambda: None,
+) -> Evaluation:
+    """Scores `model`, on its device, on the first `limit` (0 = all) pictures of `val_set`.
+
+    The decoder is given the slots of one slot-attention pass, in patch order 0 and in all orders averaged; k-means runs
+    on the frozen target features with as many clusters as slots; block masks are the best by mBO_i of 1 to 4 columns
+    with as many masks as slots, and each of `layouts` (columns, masks). `workers` threads read ahead (0: none).
+    precision: float32, tf32, bf16 or auto, of the model alone. Pictures that cannot be read, or whose masks cannot, are
+    skipped and named in `skipped`.
+
+    UserError where the set has no masks, where no picture can be read or more than one and 1 % of them cannot, or where
+    a protocol is unknown.
+    """
+    if not val_set.has_masks:
+        raise UserError(
+            f"{val_set.name} has no masks to compare with: evaluate on a validation set that has them "
+            "(a folder of images can be looked at with python -m spot_fast.segment)"
+        )
+    if batch_size < 1 or limit < 0 or seed < 0 or workers < 0:
+        raise UserError(
+            f"batch size {batch_size}, limit {limit}, seed {seed} or workers {workers} is out of range: "
+            "use a batch size of at least 1, a limit, a seed and workers of at least 0"
+        )
+    count = min(len(val_set), limit or len(val_set))
+    if not count:
+        raise UserError(f"{val_set.name} has no validation pictures: set val_images or the data folder")
+    start = time.perf_counter()
+    truths = [GroundTruth(protocol, val_set) for protocol in chosen(protocols)]
+    run = _Pass(model, seed, [truth.protocol for truth in truths], layouts, precision)
+
+    def load(index: int) -> tuple[int, Tensor, list[Masks]]:
+        read: dict[bool, FullLabels] = {}
+        # Small integers: what is stacked and copied to the device is a quarter as large.
+        return index, val_set.val_image(index), [_small(truth.masks(index, read)) for truth in truths]
+
+    skipped: dict[str, str] = {}
+    with tqdm(total=count, desc="evaluate", unit="image", disable=None if progress else True) as bar:
+        readable = read_ahead(load, val_set, range(count), workers, skipped, bar.update)
+        while batch := list(islice(readable, batch_size)):
+            between_batches()
+            _require_few(skipped, count, val_set)
+            run.add([val_set.label(index) for index, _, _ in batch], *zip(*batch, strict=True))
+    if not run.labels:
+        raise UserError(
+            f"none of the {count} pictures of {val_set.name} can be read; the first: {next(iter(skipped.values()))}"
+        )
+    _require_few(skipped, count, val_set)
+    images = len(run.labels)
+    return Evaluation(
+        tables=run.tables(),
+        images=images,
+        data=val_set.name,
+        labels=run.labels,
+        indices=run.indices,
+        skipped=skipped,
+        notes=list(val_set.notes),
+        reconstruction={
+            orders: total / images for orders, total in zip(run.orders, run.squared_error.tolist(), strict=True)
+        },
+        seconds_per_image=(time.perf_counter() - start) / images,
+        metric_seconds_per_image=run.metric_seconds / images,
+    )
+
+
+def read_ahead(
+    load: Callable[[int], tuple],
+    image_set: ImageSet,
+    indices: Sequence[int],
+    workers: int,
+    skipped: dict[str, str],
+    done: Callable[[], object] = lambda: None,
+) -> Iterator[tuple]:
+    """`load` of each index, in order, by threads that are ahead; a picture's error goes to `skipped` by its label.
+
+    Errors are UserError and what odd files make libraries raise; others are raised here. done is called after every
+    picture. Pillow and NumPy release the interpreter lock where the time goes.
+    """
+
+    def settle(index: int, result: Callable[[], tuple]) -> tuple | None:
+        try:
+            return result()
+        except (ValueError, ArithmeticError, OSError, MemoryError) as error:
+            label = image_set.label(index)
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            skipped[f"{label} ({index})" if label in skipped else label] = reason
+            return None
+
+    if not workers:
+        results = (settle(index, lambda index=index: load(index)) for index in indices)
+        for item in results:
+            if item is not None:
+                yield item
+            done()
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="evaluate")
+    try:
+        waiting, ahead = iter(indices), deque()
+        while True:
+            while len(ahead) <= _AHEAD and (index := next(waiting, None)) is not None:
+                ahead.append((index, pool.submit(load, index)))
+            if not ahead:
+                return
+            index, future = ahead.popleft()
+            item = settle(index, future.result)
+            if item is not None:
+                yield item
+            done()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _require_few(skipped: dict[str, str], count: int, val_set: ImageSet) -> None:
+    """UserError where scores of the others would not be scores of the set."""
+    if len(skipped) > max(1, MAX_CORRUPT * count):
+        first = "; ".join(f"{label}: {reason}" for label, reason in list(skipped.items())[:3])
+        raise UserError(
+            f"{len(skipped)} of the {count} pictures of {val_set.name} cannot be scored, more than "
+            f"{MAX_CORRUPT:.0%}: {first}; python -m spot_fast.data check PATH --decode finds all"
+        )
+
+
+def _small(masks: Masks) -> Masks:
+    """The maps in the smallest type that holds all pictures' labels, or nearly all pictures'."""
+    return Masks(*(m if m is None or m.max() >= 2**15 else m.to(torch.int16) for m in (masks.instances, masks.classes)))
+
+
+class _Pass:
+    """One pass over a validation set: the model's outputs batch by batch, scored as they come."""
+
+    def __init__(
+        self, model: Spot, seed: int, protocols: Sequence[Protocol], layouts: Sequence[tuple[int, int]], precision: str
+    ) -> None:
+        self.model, self.seed, self.protocols = model, seed, protocols
+        self.device = next(model.slot_encoder.parameters()).device
+        self.precision = resolve(precision, self.device)
+        self.num_slots = model.slot_encoder.num_slots
+        self.orders = [1] if model.num_orders == 1 else [1, model.num_orders]
+        self.squared_error = torch.zeros(len(self.orders), dtype=torch.float64, device=self.device)
+        self.labels: list[str] = []
+        self.indices: list[int] = []
+        self.metric_seconds = 0.0
+        # The soft masks of a batch in this order; the k-means labels count as such, as one-hot vectors.
+        self.soft = [*(("decoder", orders) for orders in self.orders), ("slots", None), ("kmeans", None)]
+        self.layouts = list(layouts)
+        self.blocks: dict[int, list[tuple[tuple, int, Tensor]]] = {}  # mask size → key, masks, label map
+        self.scores: list[dict[tuple, Scores]] = [{} for _ in protocols]
+        self.sizes = [0] * len(protocols)
+        self.unlabelled: list[list[str]] = [[] for _ in protocols]
+
+    def add(
+        self, labels: Sequence[str], indices: Sequence[int], images: Sequence[Tensor], masks: Sequence[Sequence[Masks]]
+    ) -> None:
+        model = self.model
+        noise = None
+        if model.slot_encoder.init == "gaussian":
+            noise = send(slot_noise(self.seed, indices, self.num_slots, model.slot_encoder.slot_dim), self.device)
+        with float32_products(self.precision), autocast(self.precision, self.device):
+            features, target = model.encode(normalise(send(torch.stack(images), self.device)))
+            slots, slot_attn, _ = model.slot_encoder(features, noise)
+            orders = model.decode_orders(slots, target)
+            first = next(orders)
+            decoded = {1: first}
+            if model.num_orders > 1:
+                decoded[model.num_orders] = mean_of_orders(chain([first], orders))
+        clusters = kmeans_labels(target, self.num_slots, self.seed, indices=torch.tensor(indices))
+        errors = [F.mse_loss(decoded[orders][0].float(), target.float()) for orders in self.orders]
+        self.squared_error += torch.stack(errors).double() * len(indices)  # read at the end: nothing waits for it here
+
+        start = time.perf_counter()
+        soft = [*(decoded[orders][1] for orders in self.orders), slot_attn, F.one_hot(clusters, self.num_slots)]
+        soft = torch.stack([m.float() for m in soft])
+        predicted: dict[int, Tensor] = {}  # label maps of all kinds by mask size: protocols share them
+        for place, protocol in enumerate(self.protocols):
+            truth = stack_truth([m[place] for m in masks], self.device)
+            self.unlabelled[place] += [
+                name for name, found in zip(labels, (truth.instances > 0).any(1).tolist(), strict=True) if not found
+            ]
+            size = self.sizes[place] = truth.labels.shape[-1]
+            if size not in predicted:
+                predicted[size] = labels_from_soft(soft.flatten(0, 1), size).unflatten(0, soft.shape[:2])
+            counts = [
+                (key, count_pairs(p, self.num_slots, truth)) for key, p in zip(self.soft, predicted[size], strict=True)
+            ]
+            counts += [
+                (key, count_pairs(block.expand(len(indices), -1, -1), number, truth))
+                for key, number, block in self._blocks(size)
+            ]
+            # All counts in one copy, so that the device is waited for once.
+            flat = torch.cat([c.flatten() for _, c in counts]).cpu().split([c.numel() for _, c in counts])
+            for (key, c), part in zip(counts, flat, strict=True):
+                self.scores[place].setdefault(key, Scores(protocol.rules)).add_counts(part.view(c.shape), truth)
+        self.metric_seconds += time.perf_counter() - start
+        self.labels += labels
+        self.indices += indices
+
+    def _blocks(self, size: int) -> list[tuple[tuple, int, Tensor]]:
+        if size not in self.blocks:
+            best = [
+                (("blocks", columns), self.num_slots, labels)
+                for columns, labels in block_mask_candidates(self.num_slots, size).items()
+            ]
+            fixed = [
+                (("layout", columns, masks), masks, block_masks(columns, masks, size))
+                for columns, masks in self.layouts
+            ]
+            self.blocks[size] = [
+                (key, masks, send(labels.to(torch.uint8), self.device)) for key, masks, labels in best + fixed
+            ]
+        return self.blocks[size]
+
+    def tables(self) -> list[Table]:
+        return [
+            Table(protocol.name, size, self._rows(scores), unlabelled)
+            for protocol, size, scores, unlabelled in zip(
+                self.protocols, self.sizes, self.scores, self.unlabelled, strict=True
+            )
+        ]
+
+    def _rows(self, scores: dict[tuple, Scores]) -> list[Row]:
+        candidates = [key for key in scores if key[0] == "blocks"]
+        best = max(candidates, key=lambda key: scores[key].result()["mbo_i"] or 0.0)
+
+        def row(key: tuple, masks: int = self.num_slots, **extra: int | None) -> Row:
+            found = scores[key]
+            per_image = found.per_image() | {"objects": found.objects()}
+            return Row(
+                key[0], found.result(), found.counted(), masks, sizes=found.by_size(), per_image=per_image, **extra
+            )
+
+        return [
+            *(row(("decoder", orders), orders=orders) for orders in self.orders),
+            row(("slots", None)),
+            row(best, columns=best[1]),
+            row(("kmeans", None)),
+            *(row(("layout", columns, masks), masks, columns=columns) for columns, masks in self.layouts),
+        ]
+
+
+def stack_truth(masks: Sequence[Masks], device: torch.device) -> Pairs:
+    """The ground truth of a batch, each picture's from `GroundTruth.masks`, on the device."""
+    classes = None if masks[0].classes is None else send(torch.stack([m.classes for m in masks]), device)
+    return pair_labels(send(torch.stack([m.instances for m in masks]), device), classes)

@@ -1,0 +1,1 @@
+"""What the machine and the terminal are like: devices, threads, signals, optional packages."""

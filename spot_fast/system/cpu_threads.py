@@ -1,0 +1,147 @@
+"""As many CPU threads as other programs leave cores to.
+
+PyTorch's threads meet some thousand times in a step and wait for each other by spinning. Where another program takes
+one of their cores, those that spin hold the others while the one that they wait for stands in a queue: on two cores a
+step takes longer than twice what one thread needs (`bench/busy_machine.py`). So commands look now and then how much
+of their cores others use, and compute with fewer threads for as long as that lasts. The number of threads decides in
+which sequence numbers are added, hence the last bits of a result: --threads N never changes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from spot_fast.errors import UserError
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_EVERY = 0.5  # seconds from look to look; the system counts in hundredths
+_TAKEN, _FREE = 0.25, 0.1  # of a core: others take it if they use more, and have left it if they use less
+_CALM = 3  # looks in a row that find a core free before it is used again
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, and the quota of its container."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(allowed, _quota())))
+
+
+class CpuThreads:
+    """Keeps PyTorch's threads, `most` of them, off cores that other programs use.
+
+    say: is told once, in a sentence, that there are fewer threads. busy_seconds: what all programs have used of the
+    `cores` cores together so far, None where the system does not tell.
+    """
+
+    def __init__(
+        self,
+        most: int,
+        say: Callable[[str], None],
+        *,
+        cores: int | None = None,
+        busy_seconds: Callable[[], float | None] | None = None,
+        own_seconds: Callable[[], float] = time.process_time,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.most, self.threads, self._say, self._said = most, most, say, False
+        self._cores = cores or available_cores()
+        self._busy, self._own, self._clock = busy_seconds or _busy_seconds, own_seconds, clock
+        self._calm, self._last = 0, self._measure()
+        torch.set_num_threads(most)
+
+    def adapt(self) -> None:
+        """Between two steps: looks if it is time to, and changes the number of threads where it should be another."""
+        if self._clock() - self._last[0] < _EVERY:
+            return
+        now, busy, own = self._measure()
+        (then, busy_then, own_then), self._last = self._last, (now, busy, own)
+        if busy is None or busy_then is None:
+            return
+        others = (busy - busy_then - (own - own_then)) / (now - then)
+        at_most, at_least = (
+            max(1, min(self.most, self._cores - math.ceil(max(0.0, others - share)))) for share in (_TAKEN, _FREE)
+        )
+        self._calm = self._calm + 1 if at_least > self.threads else 0
+        if at_most < self.threads:
+            self._use(at_most)
+            if not self._said:
+                self._said = True
+                self._say(
+                    f"note: other programs use {others:.1f} of {self._cores} cores: {at_most} of {self.most} "
+                    f"threads compute while they do (--threads {self.most}: always as many)"
+                )
+        elif self._calm >= _CALM:
+            self._use(at_least)
+
+    def _use(self, threads: int) -> None:
+        self.threads, self._calm = threads, 0
+        torch.set_num_threads(threads)
+
+    def _measure(self) -> tuple[float, float | None, float]:
+        return self._clock(), self._busy(), self._own()
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """--threads, for `computing`."""
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads that compute (default: one a core, fewer while other programs use it)",
+    )
+
+
+@contextmanager
+def computing(threads: int | None, device: torch.device) -> Iterator[Callable[[], None]]:
+    """Inside, PyTorch computes with so many threads; None: with one a core at most, and fewer on a CPU that others use.
+
+    What it yields is to be called between batches. UserError for --threads below 1.
+    """
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads {threads}: use 1 or more")
+    before = torch.get_num_threads()
+    try:
+        if threads is not None or device.type != "cpu":
+            torch.set_num_threads(threads or before)
+            yield lambda: None
+        else:
+            yield CpuThreads(min(before, available_cores()), lambda line: print(line, file=sys.stderr)).adapt
+    finally:
+        torch.set_num_threads(before)
+
+
+def _busy_seconds() -> float | None:
+    """Of the cores of this process's affinity, since the machine was started; time that a hypervisor took counts."""
+    try:
+        cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines() if line.startswith("cpu")]
+        times = [list(map(int, words[1:9])) for words in lines if words[0] in cores]
+        ticks = os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, AttributeError):  # no Linux, or one that keeps it to itself
+        return None
+    if not any(map(any, times)):
+        return None
+    return sum(sum(fields) - fields[3] - fields[4] for fields in times) / ticks  # all but idle and waiting for a disk
+
+
+def _quota() -> float:
+    """Cores' worth of time that a container may use; infinite without a limit."""
+    for path, period_path in (("cpu.max", None), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            words = (_CGROUPS / path).read_text().split()
+            if period_path:
+                words += (_CGROUPS / period_path).read_text().split()
+            quota, period = map(float, words)
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+        if quota > 0 and period > 0:
+            return quota / period
+    return math.inf

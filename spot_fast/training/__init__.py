@@ -1,0 +1,1 @@
+"""One step (`step`), the loop around it (`trainer`), and what the two stand on."""

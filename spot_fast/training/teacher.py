@@ -1,0 +1,122 @@
+"""Stage 2's teacher: which run it is, what the student takes over from it, and whether the two fit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from spot_fast.checkpoints.runs import MODEL, find_folder, find_run, is_finished, load_run, read_config
+from spot_fast.config import Config
+from spot_fast.errors import UserError
+from spot_fast.model.encoder import Encoder
+from spot_fast.model.spot import Spot
+from spot_fast.recipes import METHODS
+
+# Where student and teacher have to agree, and where a user who changed stage 1 expects the same of stage 2. Initial
+# slots, gradient rule, heads of slot attention and optimisation are the stage's own.
+INHERITED = (
+    "data",
+    "train_images",
+    "val_images",
+    "image_size",
+    "mask_size",
+    "crop",
+    "flip",
+    "encoder",
+    "encoder_weights",
+    "pos_resize",
+    "feature_norm",
+    "num_slots",
+    "slot_dim",
+    "slot_mlp",
+    "slot_iterations",
+    "implementation",
+    "decoder",
+    "dec_blocks",
+    "dec_heads",
+    "dec_cross_heads",
+    "dec_mlp_hidden",
+    "mlp_slot_proj",
+    "orders",
+    "cappa",
+    "batch_size",
+)
+
+
+def find_teacher(name: str | None, root: Path, preset: str, method: str = "spot", encoder: str | None = None) -> Path:
+    """The teacher's run folder: the one named, or the newest finished stage-1 run that can teach preset and method.
+
+    Of several kinds, one with the encoder that was asked for; whether it fits, `check_teacher` says.
+    """
+    if name is not None:
+        folder = find_folder(name, root)
+        read_config(folder)
+        if not is_finished(folder):
+            raise UserError(
+                f"--teacher {folder} is not finished: finish it with python -m spot_fast.train --resume {folder}"
+            )
+        return folder
+    try:
+        return find_run(root, preset=preset, stage=1, methods=METHODS[method].teachers, encoder=encoder)
+    except UserError as error:
+        raise UserError(f"stage 2 needs a teacher, but {error}") from None
+
+
+def student_method(given: str | None, folder: Path, teacher: Config) -> str:
+    """The method of a student: the one `given`, or what follows from its teacher's; UserError where they do not fit."""
+    if given is None:
+        if METHODS[teacher.method].stage2 is not None:
+            return teacher.method
+        return "spot_mlp" if teacher.decoder == "mlp" else "spot"
+    if teacher.method not in METHODS[given].teachers:
+        raise UserError(
+            f"the teacher {folder} was trained with method {teacher.method} but --method {given} needs "
+            f"{' or '.join(METHODS[given].teachers)}: choose another --teacher, or name no method for a "
+            "student with the teacher's decoder and orders"
+        )
+    return given
+
+
+def inherit(config: Config, teacher: Config, given: Iterable[str]) -> tuple[Config, list[str]]:
+    """`config` with the teacher's values of the fields that the user has not `given`, and the names that changed."""
+    taken = {
+        name: getattr(teacher, name)
+        for name in INHERITED
+        if name not in set(given) and getattr(teacher, name) != getattr(config, name)
+    }
+    return replace(config, **taken), sorted(taken)
+
+
+def check_teacher(folder: Path, teacher: Config, config: Config) -> None:
+    """UserError that names both values where the teacher cannot teach a student of `config`."""
+    if teacher.stage != 1:
+        raise UserError(f"--teacher {folder} is a stage-{teacher.stage} run: a teacher is a stage-1 run")
+    for name, what in (
+        ("num_slots", "number of slots"),
+        ("encoder", "encoder"),
+        ("image_size", "image size, which makes the token grid"),
+        ("feature_norm", "feature_norm"),
+        ("pos_resize", "resampling of positions"),
+    ):
+        theirs, ours = getattr(teacher, name), getattr(config, name)
+        if theirs != ours:
+            raise UserError(
+                f"the teacher {folder} has {name} {theirs} but --{name.replace('_', '-')} is {ours}: both need the "
+                f"same {what}, drop the option or choose another --teacher"
+            )
+
+
+def load_teacher(folder: Path, config: Config, encoder: Encoder, device: torch.device) -> Spot:
+    """The teacher around the student's frozen `encoder`, in eval mode, without gradients."""
+    check_teacher(folder, read_config(folder, like=config), config)
+    return load_run(folder, device, encoder=encoder, like=config).model.requires_grad_(False)
+
+
+def teacher_hash(folder: Path) -> str:
+    """sha256 of the teacher's model file."""
+    with open(folder if folder.is_file() else folder / MODEL, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,224 @@
+"""The arithmetic of the benchmark tables, the engine that runs them (with stand-ins for training), the shell script."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import photo_table
+import pytest
+import runs
+import scenes_table
+import tables
+import torch
+from runs import Plan, Runner
+from tables import BenchError, Result, Row, Scores, spread
+
+from paths import BENCH
+
+
+def result(stage: int, seed: int, *, variant: str = "scenes", settings: str = "one", **mbo_i: float) -> Result:
+    """Scores of every kind of masks; keywords such as slots=0.5, decoder_1=0.4 set mBO_i."""
+    about = dict.fromkeys(tables.ABOUT, "1") | {
+        "variant": variant,
+        "stage": str(stage),
+        "seed": str(seed),
+        "settings": settings,
+        "train_seconds": "90.0",
+    }
+    scores = {}
+    for name, value in mbo_i.items():
+        masks, _, orders = name.partition("_")
+        scores[masks, int(orders or 0)] = Scores({"mbo_i": value, "mbo_c": None, "miou": 0.25, "fg_ari": -0.01})
+    return Result(about, scores)
+
+
+def three_seeds(*, gain: float = 0.02, decoder: float = 0.45) -> list[Result]:
+    first = [
+        result(1, s, blocks=0.33, kmeans=0.4, decoder_1=decoder + s / 100, decoder_9=0.5, slots=0.5) for s in range(3)
+    ]
+    return first + [result(2, s, decoder_1=0.5, decoder_9=0.5, slots=0.5 + gain * (s + 1)) for s in range(3)]
+
+
+def test_mean_and_standard_deviation():
+    assert spread([0.2, 0.4, 0.6]) == pytest.approx((0.4, 0.2))
+    assert spread([0.3]) == (0.3, None)
+    with pytest.raises(ValueError, match="at least one"):
+        spread([])
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [([0.2, 0.4, 0.6], "40.0 ± 20.0"), ([0.333], "33.3"), ([0.3, 0.3], "30.0"), ([], "–"), ([0.1, None], "–")],
+)
+def test_cells(values, text):
+    assert tables.cell(values) == text
+
+
+def test_table_of_scenes():
+    lines = tables.markdown(scenes_table.ROWS, three_seeds()).splitlines()
+    assert len(lines) == 2 + len(scenes_table.ROWS)
+    assert lines[2] == "| block masks (best of 1 to 4 columns) | 33.0 | – | 25.0 | -1.0 |"
+    assert lines[4] == "| stage 1, decoder, order 0 | 46.0 ± 1.0 | – | 25.0 | -1.0 |"
+    assert lines[-1].startswith("| stage 2, slots | 54.0 ± 2.0 |")
+    assert {line.count("|") for line in lines} == {6}
+
+
+def test_targets():
+    assert [t.passed for t in scenes_table.targets(three_seeds())] == [True, True, True]
+    # one seed is enough to miss one
+    assert [t.passed for t in scenes_table.targets(three_seeds(decoder=0.425))] == [False, True, True]
+    assert [t.passed for t in scenes_table.targets(three_seeds(gain=0.0))] == [True, True, False]
+    assert [t.passed for t in scenes_table.targets(three_seeds()[:3])] == [True, True, None]
+    found = scenes_table.targets(three_seeds())[0]
+    assert "+13.0 points on average; +12.0 (seed 0), +13.0 (seed 1), +14.0 (seed 2)" in found.detail
+
+
+def test_runs_of_different_settings_are_not_averaged():
+    row = [Row("slots", "scenes", 1, "slots")]
+    with pytest.raises(BenchError, match="different settings"):
+        tables.markdown(row, [result(1, 0, slots=0.1), result(1, 1, settings="other", slots=0.2)])
+    with pytest.raises(BenchError, match="seed 3 twice"):
+        tables.markdown(row, [result(1, 3, slots=0.1), result(1, 3, slots=0.2)])
+
+
+def test_csv_there_and_back(tmp_path, capsys):
+    path = tmp_path / "results" / "scenes.csv"
+    tables.write_csv(path, three_seeds())
+    assert [p.name for p in path.parent.iterdir()] == ["scenes.csv"]
+    back = tables.read_csv([path])
+    assert tables.markdown(scenes_table.ROWS, back) == tables.markdown(scenes_table.ROWS, three_seeds())
+    assert scenes_table.main(["--plain-table", str(path)]) == 0
+    assert capsys.readouterr().out.count("PASS") == 3
+    tables.write_csv(path, three_seeds(gain=-0.1))
+    assert scenes_table.main(["--plain-table", str(path)]) == 1
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    for name in ("other.csv", "missing.csv"):
+        with pytest.raises(BenchError, match=name):
+            tables.read_csv([tmp_path / name])
+
+
+def test_photo_table_has_the_four_methods():
+    results = [
+        result(
+            stage,
+            0,
+            variant=variant,
+            blocks=0.2,
+            kmeans=0.4,
+            decoder_1=0.3,
+            slots=0.3,
+            **({"decoder_9": 0.35} if variant == "spot9" else {}),
+        )
+        for variant in ("standard", "spot9")
+        for stage in (1, 2)
+    ]
+    text = photo_table.report(results)
+    for title in ("plain, decoder |", "+ orders, decoder, nine orders |", "+ self-training, slots |", "both, slots |"):
+        assert title in text
+    table = text.split("\n\n")[0]
+    assert table.count("\n") == 13 and "| – | – | – | – |" not in table
+    assert photo_table.epochs(10_000, 8000, 64) == 80 and photo_table.epochs(1, 64, 64) == 1
+    with pytest.raises(BenchError, match="do not fill a batch"):
+        photo_table.epochs(10, 63, 64)
+
+
+def test_photo_plans_teach_their_own_kind(tmp_path):
+    folder = tmp_path / "annotations"
+    folder.mkdir()
+    (folder / "instances_train2017.json").write_text(json.dumps({"images": [{}] * 100}))
+    args = type(
+        "Args",
+        (),
+        dict(
+            photos=tmp_path,
+            encoder_weights="f",
+            seeds=[0, 1],
+            steps=50,
+            batch_size=10,
+            train_images=40,
+            val_images=0,
+            short=False,
+        ),
+    )
+    made = photo_table.plans(args, ["--lr", "1e-3"])
+    assert len(made) == 8 and [p.stage for p in made] == [1] * 4 + [2] * 4
+    for plan in made:
+        assert plan.options[plan.options.index("--epochs") + 1] == "13"
+        assert plan.options[plan.options.index("--lr") + 1] == "1e-3"
+        if plan.teacher:
+            assert (plan.teacher.variant, plan.teacher.seed) == (plan.variant, plan.seed)
+
+
+# Trains and evaluates in no time: makes the files that the engine looks for.
+STAND_IN = """
+import json, sys, time
+from pathlib import Path
+import numpy as np
+from safetensors.numpy import save_file
+words = sys.argv[1:]
+def after(name): return words[words.index(name) + 1]
+if words[0] == "train":
+    config = {"lr": float(after("--lr")), "seed": int(after("--seed")), "batch_size": 4}
+    config["loader"] = "auto" if "--print-config" in words else "torch"  # a run keeps what auto became
+    if "--print-config" in words:
+        print(json.dumps(config)); sys.exit()
+    folder = Path(after("--out")); folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if config["lr"] > 1: sys.exit("error: the loss is not finite")
+    if config["lr"] == 1: time.sleep(60)
+    about = {"step": "8", "seconds": "60", "torch": "2", "threads": "1", "device": "cpu", "images": "32"}
+    save_file({"a": np.zeros(1)}, folder / "training_state.safetensors", about)
+    save_file({"a": np.zeros(1)}, folder / "model.safetensors", about)
+else:
+    row = {"masks": "slots", "orders": None, "columns": None, "mbo_i": 0.5, "mbo_c": 0.5, "miou": 0.5, "fg_ari": 0.5}
+    Path(after("--json")).write_text(json.dumps({"runs": [{"images": 3, "rows": [row]}]}))
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nname=${{2#spot_fast.}}\nshift 2\nexec {sys.executable} {script} "$name" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(runs.sys, "executable", str(python))
+    return tmp_path / "out"
+
+
+def test_engine_trains_once_and_knows_a_recipe_by_its_settings(stand_in, capsys):
+    made = [Plan("scenes", 1, seed, ("--lr", "0.5")) for seed in (0, 1)]
+    for jobs in (2, 1):
+        Runner(stand_in, {"bench": "scenes", "date": "d"}, jobs=jobs).run(made)
+    assert capsys.readouterr().err.count("trained already") == 2
+    results = Runner(stand_in, {}).collect(made)
+    assert [r.seed for r in results] == [0, 1] and len({r.about["settings"] for r in results}) == 1
+    assert results[0].about["date"] == "d" and results[0].minutes == 1
+    with pytest.raises(BenchError, match="trained with lr 0.5 and now it is 0.25"):
+        Runner(stand_in, {}).run([Plan("scenes", 1, 0, ("--lr", "0.25"))])
+
+
+def test_engine_tells_of_a_failure_and_keeps_to_its_time(stand_in):
+    with pytest.raises(BenchError, match="exit code 1: error: the loss is not finite"):
+        Runner(stand_in, {}).run([Plan("bad", 1, 0, ("--lr", "2"))])
+    assert not Runner(stand_in, {}, minutes=0.005).run([Plan("slow", 1, 0, ("--lr", "1"))])
+
+
+def test_packed_weights_are_float16(tmp_path):
+    prepare = pytest.importorskip("prepare_gpu")
+    source = tmp_path / "weights.safetensors"
+    values = {"w": torch.linspace(-3, 3, 50), "count": torch.tensor([3])}
+    prepare.save_file(values, source)
+    assert prepare.pack_weights(source, tmp_path / "base" / "encoder.safetensors") < 2**-10
+    packed = prepare.load_file(tmp_path / "base" / "encoder.safetensors")
+    assert packed["w"].dtype == torch.float16 and packed["count"].dtype == torch.int64
+    prepare.save_file({"w": torch.tensor([1e6])}, source)
+    with pytest.raises(BenchError, match="does not fit float16"):
+        prepare.pack_weights(source, tmp_path / "again.safetensors")
+
+
+def test_gpu_script():
+    script = str(BENCH / "gpu_check.sh")
+    subprocess.run(["bash", "-n", script], check=True)

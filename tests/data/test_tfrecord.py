@@ -1,0 +1,196 @@
+"""TFRecord: checksums, framing and messages, and what is said about damaged files."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tfrecord_files as files
+from spot_fast.data.datasets import tfrecord
+from spot_fast.errors import CorruptImage, UserError
+
+
+def test_checksum_has_the_published_values():
+    """RFC 3720, B.4, and the check value of the Castagnoli polynomial."""
+    known = {b"123456789": 0xE3069283, bytes(32): 0x8A9136AA, b"\xff" * 32: 0x62A8AB43, bytes(range(32)): 0x46DD794E}
+    assert {data: tfrecord.crc32c(data) for data in known} == known
+
+
+@pytest.mark.parametrize("size", [0, 131_071, 131_072, 139_265])
+def test_long_and_short_messages_have_the_same_checksum(size):
+    """From 131,072 bytes on, parts are divided side by side and put together."""
+    data = random.Random(size).randbytes(size)
+    assert tfrecord.crc32c(data) == files.crc32c(data)
+
+
+@pytest.fixture
+def shard(tmp_path):
+    path = tmp_path / "x-train.tfrecord-00000-of-00001"
+    path.write_bytes(b"".join(map(files.frame, [b"first", b"", b"third" * 100])))
+    return path
+
+
+def test_records(shard):
+    found = list(tfrecord.records(shard))
+    assert [tfrecord.verified(record) for record in found] == [b"first", b"", b"third" * 100]
+    assert [record.number for record in found] == [0, 1, 2]
+
+
+def test_indexing_reads_headers_only(tmp_path):
+    """The data may lie in a hole of the file: nothing of it is needed."""
+    path = tmp_path / "sparse"
+    with open(path, "wb") as file:
+        length = (1 << 40).to_bytes(8, "little")
+        file.write(length + files.masked(length))
+        file.truncate(12 + (1 << 40) + 4)
+    assert [record.length for record in tfrecord.records(path)] == [1 << 40]
+
+
+@pytest.mark.parametrize("keep, number", [(5, 0), (14, 0), (12 + 5 + 4 + 11, 1), (-1, 2)])
+def test_cut_off_file(shard, keep, number):
+    shard.write_bytes(shard.read_bytes()[:keep])
+    with pytest.raises(UserError, match=rf"x-train.tfrecord-00000-of-00001 is cut off in record {number}: download"):
+        list(tfrecord.records(shard))
+
+
+def test_damaged_length_and_data(shard):
+    content = bytearray(shard.read_bytes())
+    content[12 + 5 + 4 + 12 + 4 + 12 + 100] ^= 1
+    shard.write_bytes(content)
+    found = list(tfrecord.records(shard))
+    tfrecord.verified(found[0])
+    with pytest.raises(CorruptImage, match="record 2 of .*00001 is damaged: its data does not have its checksum"):
+        tfrecord.verified(found[2])
+    content[12 + 5 + 4] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged: the length of record 1 does not have its checksum"):
+        list(tfrecord.records(shard))
+
+
+def test_vanished_file(shard):
+    record = next(tfrecord.records(shard))
+    shard.unlink()
+    for act in (lambda: tfrecord.verified(record), lambda: tfrecord.Example(record)):
+        with pytest.raises(CorruptImage, match="record 0 of .* cannot be read: No such file"):
+            act()
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        list(tfrecord.records(shard))
+
+
+def read_example(path, message):
+    path.write_bytes(files.frame(message))
+    return tfrecord.Example(next(tfrecord.records(path)))
+
+
+def values_of(example, name):
+    return [tfrecord.read(example.record, *place) for place in example.bytes_list(name)]
+
+
+def test_features_of_every_type(tmp_path):
+    numbers = [0, 1, 127, 128, -1, 2**63 - 1, -(2**63)]
+    example = read_example(
+        tmp_path / "x",
+        files.example(
+            {
+                "a": files.bytes_feature([b"", b"x" * 1000, b"y"]),
+                "b": files.float_feature([1.5, 2.5]),
+                "c": files.int_feature(numbers),
+                "d": files.int_feature(numbers, packed=False),
+                "e": b"",
+            }
+        ),
+    )
+    assert values_of(example, "a") == [b"", b"x" * 1000, b"y"]
+    assert example.int64_list("c") == example.int64_list("d") == numbers
+    assert example.bytes_list("b") == example.bytes_list("e") == example.bytes_list("nowhere") == []
+    assert "a" in example and "nowhere" not in example
+
+
+def test_unknown_fields_are_passed_over(tmp_path):
+    unknown = (
+        files.varint(9 << 3)
+        + files.varint(7)
+        + files.varint(10 << 3 | 1)
+        + bytes(8)
+        + files.varint(11 << 3 | 5)
+        + bytes(4)
+        + files.delimited(12, b"more")
+    )
+    example = read_example(tmp_path / "x", unknown + files.example({"a": files.bytes_feature([b"x"])}) + unknown)
+    assert values_of(example, "a") == [b"x"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(damage=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4))
+def test_damaged_messages_give_values_or_a_sentence(tmp_path_factory, damage):
+    """Nothing but CorruptImage may come out of a message with wrong bytes in it, and no endless loop."""
+    message = bytearray(
+        files.example({"video": files.bytes_feature([b"x" * 20, b"y" * 300]), "n": files.int_feature([24, 7])})
+    )
+    for place, value in damage:
+        message[place % len(message)] = value
+    try:
+        example = read_example(tmp_path_factory.getbasetemp() / "damaged", bytes(message))
+        values_of(example, "video"), example.int64_list("n")
+    except CorruptImage as error:
+        assert "record 0 of" in str(error)
+
+
+def test_files_of_other_writers_are_read(tmp_path):
+    """TensorBoard frames the records, the protobuf library encodes the message."""
+    record_writer = pytest.importorskip("tensorboard.summary.writer.record_writer")
+    with open(tmp_path / "x", "wb") as file:
+        writer = record_writer.RecordWriter(file)
+        numbers = [5, -1, 1 << 40]
+        writer.write(_protobuf_example({"video": [b"frame", b"other" * 99]}, {"n": numbers}))
+        writer.write(b"more")
+    first, second = tfrecord.records(tmp_path / "x")
+    assert tfrecord.verified(second) == b"more" and tfrecord.verified(first)
+    example = tfrecord.Example(first)
+    assert values_of(example, "video") == [b"frame", b"other" * 99] and example.int64_list("n") == numbers
+
+
+def _protobuf_example(of_bytes, of_integers):
+    """A serialised tf.train.Example; the message type is declared here, as TensorFlow documents it."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="t", syntax="proto3")
+    kinds = {"BytesList": field.TYPE_BYTES, "FloatList": field.TYPE_FLOAT, "Int64List": field.TYPE_INT64}
+    for name, kind in kinds.items():
+        file.message_type.add(name=name).field.add(name="value", number=1, type=kind, label=field.LABEL_REPEATED)
+    feature = file.message_type.add(name="Feature")
+    feature.oneof_decl.add(name="kind")
+    for number, name in enumerate(kinds, start=1):
+        feature.field.add(
+            name=name.lower(),
+            number=number,
+            type=field.TYPE_MESSAGE,
+            type_name=f".t.{name}",
+            label=field.LABEL_OPTIONAL,
+            oneof_index=0,
+        )
+    features = file.message_type.add(name="Features")
+    entry = features.nested_type.add(name="FeatureEntry")
+    entry.options.map_entry = True
+    entry.field.add(name="key", number=1, type=field.TYPE_STRING, label=field.LABEL_OPTIONAL)
+    entry.field.add(name="value", number=2, type=field.TYPE_MESSAGE, type_name=".t.Feature", label=field.LABEL_OPTIONAL)
+    features.field.add(
+        name="feature",
+        number=1,
+        type=field.TYPE_MESSAGE,
+        type_name=".t.Features.FeatureEntry",
+        label=field.LABEL_REPEATED,
+    )
+    file.message_type.add(name="Example").field.add(
+        name="features", number=1, type=field.TYPE_MESSAGE, type_name=".t.Features", label=field.LABEL_OPTIONAL
+    )
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    message = message_factory.GetMessageClass(pool.FindMessageTypeByName("t.Example"))()
+    for name, values in of_bytes.items():
+        message.features.feature[name].byteslist.value.extend(values)
+    for name, values in of_integers.items():
+        message.features.feature[name].int64list.value.extend(values)
+    return message.SerializeToString()

@@ -1,0 +1,485 @@
+"""`patch` on modules rebuilt from published formulas: same numbers, same everything else; what it leaves, and why."""
+
+import copy
+import functools
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import published_frameworks as frameworks
+import published_modules as published
+from kernel_tier import DEVICE, needs_triton
+from published_modules import SLOT_WIDTH, SLOTS, WIDTH
+from spot_kernels import PatchReport, SlotAttention, dispatch, patch, unpatch, use_backend
+from spot_kernels.patching.implementations import IMPLEMENTATIONS
+
+INPUTS = {
+    "alone": ((3, 25, SLOT_WIDTH),),
+    "video": ((3, 2, 25, WIDTH),),
+    "maps": ((3, 2, WIDTH, 4, 4),),
+    "slots": ((3, 25, WIDTH), (3, SLOTS, SLOT_WIDTH)),
+    "slots first": ((3, SLOTS, SLOT_WIDTH), (3, 25, WIDTH)),
+    "as wide as slots": ((3, 25, SLOT_WIDTH), (3, SLOTS, SLOT_WIDTH)),
+}
+# Implementation as reports name it → class, the options of each variant, the inputs it takes.
+MODULES = {
+    "Slot Attention (evelinehong)": (published.Evelinehong, [{}], "alone"),
+    "Slot Attention (evelinehong, 2021)": (published.Evelinehong2021, [{}], "alone"),
+    "Slot Attention (untitled-ai)": (published.Untitled, [{}], "alone"),
+    "lucidrains": (published.LucidrainsSlots, [{}], "alone"),
+    "lucidrains, heads": (published.LucidrainsHeads, [{}], "alone"),
+    "SLATE": (published.Slate, [{}, {"heads": 4}], "slots"),
+    "STEVE": (published.Steve, [{}], "video"),
+    "BO-QSA": (
+        published.BoQsa,
+        [{}, {"truncate": "fixed-point", "drop_path": 0}, {"truncate": "none"}],
+        "as wide as slots",
+    ),
+    "BO-QSA, its Slot Attention": (published.BoQsaPlain, [{}], "as wide as slots"),
+    "SPOT": (published.Spot, [{}, {"truncate": "bi-level"}, {"truncate": "fixed-point", "heads": 2}], "slots"),
+    "OCLF (DINOSAUR)": (
+        frameworks.Oclf,
+        [{}, {"n_heads": 2, "kvq_dim": 24, "bias": True}, {"implicit": True}, {"with_mlp": False}],
+        "slots",
+    ),
+    "VideoSAUR, SlotContrast": (
+        frameworks.Videosaur,
+        [{}, {"kvq_dim": 24, "use_mlp": False}, {"use_gru": False}],
+        "slots first",
+    ),
+    "OCBench": (frameworks.OcBench, [{}, {"trunc_bp": "bi-level", "dropout": 0.0}], "slots"),
+    "OCBench, attention of every iteration": (
+        frameworks.OcBenchWithAllAttention,
+        [{}, {"trunc_bp": "bi-level", "dropout": 0.0}],
+        "slots",
+    ),
+    "LSD": (published.Lsd, [{}, {"heads": 4}], "maps"),
+    "LSD, learned slots": (published.Lsd, [{"learned": True}], "maps"),
+    "SlotDiffusion, SlotFormer": (frameworks.SlotFormer, [{}], "slots"),
+    "SlotDiffusion, SlotFormer, with masks": (frameworks.SlotFormerWithMask, [{}], "slots"),
+}
+VARIANTS = [(name, i) for name, (_, options, _) in MODULES.items() for i in range(len(options))]
+NAMES = [f"{name} {i}" if i else name for name, i in VARIANTS]
+every_variant = pytest.mark.parametrize(("name", "variant"), VARIANTS, ids=NAMES)
+
+
+def build(name, variant=0):
+    """A module with parameters of trained size: no layer is idle."""
+    torch.manual_seed(variant)
+    cls, options, _ = MODULES[name]
+    module = cls(**options[variant])
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.3 * torch.randn_like(parameter)
+    return module
+
+
+def inputs_of(name, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(5)
+    shapes = INPUTS[MODULES[name][2]]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+def run(module, inputs, *, seed=7, **kwargs):
+    """All results, and the gradients of all inputs and parameters, from one state of the random generator."""
+    torch.manual_seed(seed)
+    results = tree_leaves(module(*inputs, **kwargs))
+    weights = torch.Generator().manual_seed(6)
+    loss = sum((x * torch.randn(x.shape, generator=weights).to(x)).sum() for x in results if x.requires_grad)
+    leaves = [*inputs, *(p for p in module.parameters() if p.requires_grad)]
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return results, [torch.zeros(()) if g is None else g for g in gradients]
+
+
+def assert_equal_to_rounding(found, expected, units=100.0):
+    """Same shapes, dtypes and layouts; no difference above `units` roundings of the largest value."""
+    for a, b in zip(found, expected, strict=True):
+        assert len(a) == len(b)
+        largest = max(x.abs().max().item() for x in b)
+        for x, y in zip(a, b, strict=True):
+            assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
+            assert (x - y).abs().max().item() <= units * torch.finfo(y.dtype).eps * largest
+
+
+def assert_identical(found, expected):
+    assert all(torch.equal(x, y) for a, b in zip(found, expected, strict=True) for x, y in zip(a, b, strict=True))
+
+
+def only(report):
+    (module,) = report.modules
+    return module
+
+
+def test_every_known_implementation_is_rebuilt():
+    assert set(MODULES) == {known.name for known in IMPLEMENTATIONS if not known.default_noise}
+
+
+def run_everywhere(name, module):
+    """In float64 and float32, training and evaluation; and evaluation under autocast."""
+    runs = [
+        run(module.to(dtype).train(training), inputs_of(name, dtype))
+        for dtype in (torch.float64, torch.float32)
+        for training in (True, False)
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        return runs, run(module, inputs_of(name))
+
+
+@every_variant
+def test_outputs_and_gradients_stay(name, variant):
+    """In both precisions to rounding, under autocast to bfloat16's, and with the original's dtypes. The module keeps
+    parameters, keys and name of its class; unpatching brings the very same numbers back.
+    """
+    module, kind = build(name, variant), MODULES[name][0]
+    (before, half_before), keys = run_everywhere(name, module), list(module.state_dict())
+    parameters = [id(parameter) for parameter in module.parameters()]
+    assert only(patch(module)).implementation == name
+    assert type(module) is not kind and isinstance(module, kind) and type(module).__name__ == kind.__name__
+    after, half = run_everywhere(name, module)
+    for found, expected in zip(after, before, strict=True):
+        assert_equal_to_rounding(found, expected)
+    for a, b in zip(half, half_before, strict=True):
+        assert [x.dtype for x in a] == [x.dtype for x in b]
+        difference = sum((x.float() - y.float()).square().sum() for x, y in zip(a, b, strict=True))
+        assert difference.sqrt() <= 0.05 * sum(y.float().square().sum() for y in b).sqrt()
+    assert list(module.state_dict()) == keys and [id(parameter) for parameter in module.parameters()] == parameters
+    assert unpatch(module) == [""] and type(module) is kind and unpatch(module) == []
+    assert_identical(run(module, inputs_of(name)), before[-1])
+
+
+@pytest.mark.skipif(not dispatch.NATIVE, reason="needs the native library")
+@pytest.mark.parametrize("name", ["SLATE", "BO-QSA", "OCLF (DINOSAUR)", "lucidrains, heads", "LSD"])
+def test_outputs_and_gradients_stay_with_the_native_library(name):
+    module, inputs = build(name), inputs_of(name)
+    before = run(module, inputs)
+    patch(module)
+    with use_backend("native"):
+        assert_equal_to_rounding(run(module, inputs), before)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["SLATE", "STEVE", "SlotDiffusion, SlotFormer"])
+def test_outputs_and_gradients_stay_with_the_gpu_kernels(name):
+    """GRU and LayerNorm are one kernel there."""
+    module, inputs = build(name).to(DEVICE).eval(), [x.detach()[:1].to(DEVICE) for x in inputs_of(name)]
+    inputs = [x.requires_grad_() for x in inputs]
+    before = run(module, inputs)
+    patch(module)
+    with use_backend("triton"):
+        assert_equal_to_rounding(run(module, inputs), before)
+
+
+def test_a_module_in_bfloat16_gives_bfloat16():
+    module = build("SLATE").bfloat16()
+    inputs = inputs_of("SLATE", torch.bfloat16)
+    before = run(module, inputs)
+    assert patch(module).replaced
+    assert [x.dtype for x in run(module, inputs)[0]] == [x.dtype for x in before[0]] == [torch.bfloat16] * 2
+
+
+@pytest.mark.parametrize("name", ["SLATE", "OCLF (DINOSAUR)", "VideoSAUR, SlotContrast"])
+def test_a_patched_module_compiles_to_one_graph(name):
+    module, inputs = build(name).eval(), inputs_of(name)
+    patch(module)
+    expected = run(module, inputs)
+    torch._dynamo.reset()
+    found = run(torch.compile(module, backend="eager", fullgraph=True), inputs)
+    assert_equal_to_rounding(found, expected)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(WIDTH, WIDTH)
+        self.grouping = nn.ModuleDict({"slots": published.Slate(), "others": published.Slate(heads=2)})
+
+    def forward(self, inputs, slots):
+        return [module(self.encoder(inputs), slots) for module in self.grouping.values()]
+
+
+def through_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def through_a_file(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_a_file])
+def test_copies_are_patched_modules_of_their_own(duplicate):
+    model = Model()
+    patch(model)
+    twin, inputs = duplicate(model), inputs_of("SLATE")
+    assert type(twin.grouping["slots"]) is type(model.grouping["slots"])
+    with torch.no_grad():
+        expected = model(*inputs)
+        for parameter in model.parameters():
+            parameter.zero_()
+        found = twin(*inputs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert unpatch(twin) == ["grouping.slots", "grouping.others"] and type(twin.grouping["slots"]) is published.Slate
+    assert type(model.grouping["slots"]) is not published.Slate
+
+
+def test_a_replica_looks_at_its_own_parameters():
+    """nn.DataParallel copies the attributes of a module: a function bound to it would look at the first device's."""
+    module = build("SLATE")
+    patch(module)
+    replica = module._replicate_for_data_parallel()
+    assert replica.forward.__self__ is replica
+
+
+class SlotAttentionModel(Model):
+    """A name that speaks of slot attention, of what holds it."""
+
+
+def test_a_model_named_after_slot_attention_is_not_reported_for_it():
+    assert [module.path for module in patch(SlotAttentionModel()).modules] == ["grouping.slots", "grouping.others"]
+
+
+@pytest.mark.parametrize("name", ["SLATE", "SPOT", "BO-QSA", "OCLF (DINOSAUR)"])
+def test_a_single_slot(name):
+    module, (inputs, slots) = build(name), inputs_of(name)
+    module.num_slots = 1
+    inputs = [inputs, slots.detach()[:, :1].requires_grad_()]
+    before = run(module, inputs)
+    assert patch(module).replaced
+    for a, b in zip(run(module, inputs), before, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_report_names_every_module_and_a_second_call_changes_nothing():
+    model = Model()
+    model.mine = SlotAttention(WIDTH, SLOT_WIDTH, mlp_hidden=None)
+    report = patch(model)
+    kind = type(model.grouping["slots"])
+    assert isinstance(report, PatchReport) and len(report.replaced) == 2
+    assert str(report).splitlines() == [
+        "module           class          implementation  replaced              note",
+        "grouping.slots   SlotAttention  SLATE           attention and update",
+        "grouping.others  SlotAttention  SLATE           attention and update",
+        "mine             SlotAttention  spot_kernels    nothing               runs on our operators as it is",
+    ]
+    again = patch(model)
+    assert [x.note for x in again.replaced] == ["was patched before"] * 2
+    assert type(model.grouping["slots"]) is kind
+    said = str(patch(nn.Linear(2, 2)))
+    assert said.startswith("no slot attention found: nothing was replaced (looked for the layers of ")
+    assert "SLATE, STEVE, BO-QSA" in said and "slot_attention_step" in said
+
+
+def test_patch_leaves_gradients_modes_buffers_and_random_states():
+    module = build("Slot Attention (untitled-ai)").eval()
+    module.gru.train()
+    gradient = module.project_q.weight.grad = torch.ones_like(module.project_q.weight)
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    with torch.inference_mode():
+        assert patch(module).replaced
+    assert torch.equal(torch.get_rng_state(), before)
+    assert module.project_q.weight.grad is gradient and bool((gradient == 1).all())
+    assert not module.training and module.gru.training
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+
+
+def test_numbers_of_a_module_may_change_after_patching():
+    module, plain = build("SPOT"), build("SPOT")
+    patch(module)
+    for each in (module, plain):
+        each.num_iter, each.truncate, each.epsilon = 5, "bi-level", 1e-3
+    inputs = inputs_of("SPOT")
+    assert_equal_to_rounding(run(module, inputs), run(plain, inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("BO-QSA", {"num_iter": 1}),
+        ("lucidrains", {"num_slots": 7}),
+        ("VideoSAUR, SlotContrast", {"n_iters": 2}),
+        ("OCLF (DINOSAUR)", {"masks": torch.arange(SLOTS).expand(3, -1) > 2}),
+        ("OCBench", {"smask": torch.arange(SLOTS).expand(3, -1) < 3, "num_iter": 2}),
+    ],
+)
+def test_optional_arguments_mean_the_same(name, kwargs):
+    """Slot masks as well: those calls run the original."""
+    module, inputs = build(name), inputs_of(name)
+    before = run(module, inputs, **kwargs)
+    patch(module)
+    assert_equal_to_rounding(run(module, inputs, **kwargs), before)
+
+
+def test_steps_that_a_model_calls_itself_stay():
+    """OCLF's and VideoSAUR's `step` are public: video models call them."""
+    k, v = torch.randn(2, 3, 25, 1, SLOT_WIDTH)
+    slots = torch.randn(3, SLOTS, SLOT_WIDTH)
+    oclf, videosaur = build("OCLF (DINOSAUR)"), build("VideoSAUR, SlotContrast")
+    before = oclf.step(slots, k, v), oclf.iterate(slots, k, v), videosaur.step(slots, k[:, :, 0], v[:, :, 0])
+    patch(nn.ModuleList([oclf, videosaur]))
+    found = oclf.step(slots, k, v), oclf.iterate(slots, k, v), videosaur.step(slots, k[:, :, 0], v[:, :, 0])
+    assert_equal_to_rounding(found, before)
+
+
+def test_hooks_of_the_module_itself_are_called_and_not_by_the_comparison():
+    module, seen = build("SLATE"), []
+    module.register_forward_hook(lambda module, inputs, results: seen.append(results[1].shape))
+    assert patch(module).replaced and not seen
+    module(*inputs_of("SLATE"))
+    assert seen == [(3, 25, SLOTS)]
+
+
+# What has the shape of a known module and is another one. Each is left as it was, for its own reason.
+@published.published_as("SlotAttention")
+class OtherFormula(published.Slate):
+    """Softmax over tokens."""
+
+    def forward(self, inputs, slots):
+        k, v = self.keys_values(inputs)
+        attn = (k @ self.queries(slots).mT).softmax(1)
+        return published.gru_step(self.gru, attn.mT @ v, slots), attn
+
+
+@published.published_as("SlotAttention")
+class AlmostSame(published.Slate):
+    """Another eps, which float32 hardly sees."""
+
+    def forward(self, inputs, slots):
+        self.epsilon, epsilon = 2e-8, self.epsilon
+        try:
+            return published.Slate.forward(self, inputs, slots)
+        finally:
+            self.epsilon = epsilon
+
+
+@published.published_as("SlotAttention")
+class Remembers(published.Slate):
+    def forward(self, inputs, slots):
+        slots, self.last_attention = published.Slate.forward(self, inputs, slots)
+        return slots, self.last_attention
+
+
+@published.published_as("SlotAttention")
+class DrawsMore(published.Slate):
+    def forward(self, inputs, slots):
+        torch.rand(1)
+        return published.Slate.forward(self, inputs, slots)
+
+
+@published.published_as("SlotAttention")
+class Detached(published.Slate):
+    """Right values, other gradients."""
+
+    def forward(self, inputs, slots):
+        slots, attn = published.Slate.forward(self, inputs, slots)
+        return slots, attn.detach() + 0 * slots.sum()
+
+
+@published.published_as("SlotAttention")
+class Fails(published.Slate):
+    def forward(self, inputs, slots):
+        raise RuntimeError("only on Tuesdays")
+
+
+@published.published_as("SlotAttention")
+class OtherArguments(published.Slate):
+    def forward(self, inputs, slots, mask=None):
+        return published.Slate.forward(self, inputs, slots)
+
+
+class Derived(published.Slate):
+    def forward(self, inputs, slots):
+        return super().forward(inputs, slots)
+
+
+class Adapted(nn.Linear):
+    pass
+
+
+class GroupedSlotAttention(nn.Module):
+    """Of another name."""
+
+
+def changed(change):
+    module = published.Slate()
+    change(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("build_it", "implementation", "note"),
+    [
+        (OtherFormula, "SLATE", "its forward computes something else: results differ by"),
+        (AlmostSame, "SLATE", "its forward computes something else: results differ by"),
+        (Remembers, "SLATE", "its forward computes something else: it sets last_attention"),
+        (DrawsMore, "SLATE", "its forward computes something else: it draws other random numbers"),
+        (Detached, "SLATE", "its forward computes something else: gradients differ by"),
+        (Fails, "SLATE", "it could not be compared: RuntimeError: only on Tuesdays"),
+        (OtherArguments, "", "closest to SLATE, but its forward takes (self, inputs, slots, mask=None)"),
+        (Derived, "", "closest to SLATE, but Derived has a forward of its own"),
+        (
+            lambda: changed(lambda m: setattr(m, "project_q", Adapted(SLOT_WIDTH, SLOT_WIDTH, bias=False))),
+            "",
+            "closest to SLATE, but project_q is a Adapted",
+        ),
+        (
+            lambda: changed(lambda m: setattr(m, "gate", nn.Linear(2, 2))),
+            "",
+            "closest to SLATE, but it has a layer gate",
+        ),
+        (
+            lambda: changed(lambda m: m.register_buffer("table", torch.zeros(1))),
+            "",
+            "closest to SLATE, but it has a buffer table",
+        ),
+        (
+            lambda: changed(lambda m: setattr(m, "project_k", nn.Linear(WIDTH, 8, bias=False))),
+            "",
+            "closest to SLATE, but project_k has the size (12, 8), which does not fit the other layers",
+        ),
+        (lambda: changed(lambda m: delattr(m, "epsilon")), "", "closest to SLATE, but its epsilon is 'missing'"),
+        (lambda: changed(lambda m: m.gru.register_forward_hook(print)), "SLATE", "its layer gru has hooks"),
+        (
+            lambda: changed(lambda m: setattr(m, "forward", functools.partial(print))),
+            "SLATE",
+            "its forward was replaced on the instance",
+        ),
+        (lambda: changed(lambda m: m.compile(backend="eager")), "SLATE", "is compiled: patch before torch.compile"),
+        (lambda: published.Slate().to("meta"), "SLATE", "its parameters are on the meta device: move them first"),
+        (GroupedSlotAttention, "", "fits no known form (closest is "),
+    ],
+)
+def test_what_is_not_known_is_left_alone_with_a_reason(build_it, implementation, note):
+    module = build_it()
+    kind, attributes = type(module), dict(vars(module))
+    found = only(patch(module))
+    assert (found.implementation, found.replaced) == (implementation, "") and found.note.startswith(note), found
+    assert type(module) is kind and vars(module) == attributes
+    assert note in str(patch(module))
+
+
+def test_a_compiled_model_is_left_alone():
+    assert only(patch(torch.compile(published.Slate(), backend="eager"))).note.startswith("is compiled")
+
+
+def test_a_class_derived_without_changing_methods_is_known():
+    class Larger(published.Slate):
+        def __init__(self):
+            super().__init__(heads=2)
+
+    module = Larger()
+    assert patch(module).replaced and isinstance(module, Larger)
+
+
+def test_another_thing_than_a_module_is_one_sentence():
+    for function in (patch, unpatch):
+        with pytest.raises(ValueError, match=f"{function.__name__}: model is a dict: pass a torch.nn.Module"):
+            function({})

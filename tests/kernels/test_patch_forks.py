@@ -1,0 +1,246 @@
+"""What `patch` makes of forks: switches of their own, other names, default dtypes, and what it says of the rest."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from test_patch import assert_equal_to_rounding, build, inputs_of, only, run
+from torch import nn
+
+import published_frameworks as frameworks
+import published_modules as published
+from patch_forks import FORKS, Fork, Harmless
+from spot_kernels import patch, unpatch
+from spot_kernels.patching.implementations import IMPLEMENTATIONS
+
+
+@pytest.mark.parametrize("fork", FORKS, ids=lambda fork: fork.__name__)
+def test_a_fork_that_reads_a_switch_of_its_own_is_left_alone(fork):
+    """At its default it computes what the known form does: only reading its code tells them apart."""
+    module = fork()
+    kind = type(module)
+    found = only(patch(module))
+    assert found.implementation == "SLATE" and not found.replaced and type(module) is kind
+    assert found.note.startswith("its forward reads ") and "spot_kernels.slot_attention_step" in found.note
+
+
+@pytest.mark.parametrize("fork", [Fork, Harmless])
+def test_a_class_of_another_name_is_known_by_its_structure(fork):
+    module, inputs = fork(), inputs_of("SLATE")
+    before = run(module, inputs)
+    found = only(patch(module))
+    assert (found.implementation, found.replaced, found.class_name) == ("SLATE", "attention and update", fork.__name__)
+    assert_equal_to_rounding(run(module, inputs), before)
+    assert unpatch(module) == [""] and type(module) is fork
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (frameworks.SlotFormer, "SlotDiffusion, SlotFormer"),
+        (frameworks.SlotFormerWithMask, "SlotDiffusion, SlotFormer, with masks"),
+        (frameworks.OcBench, "OCBench"),
+        (frameworks.OcBenchWithAllAttention, "OCBench, attention of every iteration"),
+    ],
+)
+def test_of_forms_with_the_same_layers_the_one_that_agrees_is_taken(kind, name):
+    module = kind()
+    kind.__name__, before = "Grouping", kind.__name__
+    try:
+        assert only(patch(module)).implementation == name
+    finally:
+        kind.__name__ = before
+        sys.modules["spot_kernels.patching.patch"]._patched_class.cache_clear()
+
+
+class OtherFormula(Fork):
+    def divisor(self):
+        return 2.0
+
+
+class Refiner(nn.Module):
+    """Slot attention of no known form, of a name that does not say so."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+        self.cell, self.norm = nn.GRUCell(8, 8), nn.LayerNorm(8)
+
+
+def test_slot_attention_of_no_known_form_is_reported_with_a_way_out():
+    (found,) = patch(nn.Sequential(nn.Linear(8, 8), Refiner())).modules
+    assert (found.path, found.implementation, found.replaced) == ("1", "", "")
+    assert found.note.startswith("fits no known form (closest is ")
+    assert found.note.endswith(" more): its forward can call spot_kernels.slot_attention_step")
+
+
+def test_another_formula_in_known_layers_is_told_by_its_numbers():
+    found = only(patch(OtherFormula()))
+    assert found.implementation == "SLATE"
+    assert found.note.startswith("its forward computes something else: results differ by")
+
+
+def test_a_note_names_a_few_differences_and_counts_the_rest():
+    class SlotAttention(nn.Module):
+        pass
+
+    note = only(patch(SlotAttention())).note
+    assert note.startswith("closest to ") and note.count(";") == 2 and note.endswith(" more") and len(note) < 160
+
+
+@published.published_as("SlotAttention")
+class DefaultNoise(published.LucidrainsSlots):
+    """Draws without naming a dtype."""
+
+    def initial(self, inputs, num_slots):
+        count = self.num_slots if num_slots is None else num_slots
+        mu = self.slots_mu.expand(inputs.shape[0], count, -1)
+        return mu + self.slots_logsigma.exp() * torch.randn(mu.shape, device=inputs.device)
+
+    def forward(self, inputs, num_slots=None):
+        return self.refined(inputs, num_slots)
+
+
+@published.published_as("SlotAttentionVideo")
+class DefaultNoiseVideo(published.Steve):
+    def forward(self, inputs):
+        noise = torch.randn(len(inputs), self.num_slots, self.slot_size, device=inputs.device)
+        slots = self.slot_mu + torch.exp(self.slot_log_sigma) * noise
+        k, v = self.keys_values(inputs)
+        k, all_slots, all_attn = self.slot_size**-0.5 * k, [], []
+        for t in range(inputs.shape[1]):
+            for i in range(self.num_iterations):
+                slots, attn = self.step(slots, k[:, t], v[:, t], with_mlp=i < self.num_iterations - 1)
+            all_slots.append(slots)
+            all_attn.append(attn)
+            slots = self.predictor(slots)
+        return torch.stack(all_slots, 1), torch.stack(all_attn, 1)
+
+
+class DefaultConstant(Fork):
+    """Makes a constant without naming a dtype."""
+
+    def divisor(self):
+        return torch.full((), 0.1) * 10
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "inputs"),
+    [
+        (DefaultNoise, "lucidrains", "lucidrains"),
+        (DefaultNoiseVideo, "STEVE", "STEVE"),
+    ],
+)
+def test_noise_in_the_default_dtype_is_drawn_as_it_was(kind, base, inputs):
+    """In float32, in float64, and where the inputs have another dtype than the default."""
+    module = kind().eval()
+    plain = copy.deepcopy(module)
+    assert only(patch(module)).implementation == f"{base}, noise in the default dtype"
+    for dtype in (torch.float32, torch.float64):
+        arguments = inputs_of(inputs, dtype)
+        assert_equal_to_rounding(run(module.to(dtype), arguments), run(plain.to(dtype), arguments))
+    half = [x.bfloat16() for x in inputs_of(inputs)]
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        torch.manual_seed(1)
+        found = module.float()(*half)
+        torch.manual_seed(1)
+        expected = plain.float()(*half)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_constants_in_the_default_dtype_are_no_other_formula():
+    assert only(patch(DefaultConstant())).replaced
+
+
+class Fails(Fork):
+    def divisor(self):
+        raise RuntimeError("only on Tuesdays")
+
+
+@pytest.mark.parametrize("kind", [Fork, Fails, DefaultNoise])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_default_dtype_is_as_before(kind, dtype):
+    module = kind()
+    torch.set_default_dtype(dtype)
+    try:
+        patch(module)
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("width", [64, 224, 256])
+def test_bi_level_gradients_in_bfloat16_are_judged_by_float64(width):
+    """At 256 the sign of what a ReLU gets is changed by rounding in the published module as well as in ours, at 224 in
+    ours alone, and with it a whole gradient.
+    """
+    assert only(patch(published.BoQsa(drop_path=0, width=width).bfloat16())).replaced
+
+
+@pytest.mark.parametrize("known", [known.name for known in IMPLEMENTATIONS if not known.default_noise])
+def test_every_form_is_known_in_bfloat16(known):
+    assert only(patch(build(known).bfloat16())).implementation == known
+
+
+@pytest.mark.parametrize("known", ["SLATE", "BO-QSA", "lucidrains"])
+def test_forms_are_known_in_float16(known):
+    assert only(patch(build(known).half())).replaced
+
+
+def test_operators_that_do_not_work_in_a_dtype_are_found(monkeypatch):
+    """About as far from float64 as the original is, not as far as one likes."""
+    from spot_kernels.patching import published as ours
+
+    right = ours._attend
+    monkeypatch.setattr(
+        ours, "_attend", lambda q, *rest, **kwargs: right(q if q.dtype == torch.float64 else -q, *rest, **kwargs)
+    )
+    assert only(patch(published.BoQsa().bfloat16())).note.startswith("its operators differ here: ")
+    assert only(patch(published.BoQsa(width=256).bfloat16())).note.startswith("its operators differ here: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "attribute"),
+    [("SPOT", "truncate"), ("OCBench", "trunc_bp"), ("OCBench, attention of every iteration", "trunc_bp")],
+)
+@pytest.mark.parametrize("truncation", ["bi-level", "nothing known"])
+def test_a_truncation_chosen_after_patching_is_that_of_the_published_forward(name, attribute, truncation):
+    """Gradients through attention of earlier iterations included; what is no truncation there is none here."""
+    module, inputs = build(name).eval(), inputs_of(name)
+    plain = copy.deepcopy(module)
+    assert patch(module).replaced
+    for each in (module, plain):
+        setattr(each, attribute, truncation)
+    assert_equal_to_rounding(run(module, inputs), run(plain, inputs))
+
+
+def test_torch_jit_script_says_what_to_do():
+    model = nn.Sequential(Fork())
+    assert patch(model).replaced
+    with pytest.raises(ValueError, match="torch.jit.script cannot compile the operators in Fork: unpatch first"):
+        torch.jit.script(model)
+
+
+def test_a_model_that_holds_a_module_twice_has_it_patched_once():
+    module = Fork()
+    model = nn.ModuleDict({"one": module, "other": module})
+    assert [found.path for found in patch(model).replaced] == ["one"]
+    assert model["one"] is model["other"] and unpatch(model) == ["one"] and type(module) is Fork
+
+
+def test_a_parametrisation_registered_after_patching_stays_when_unpatched():
+    module = build("lucidrains")
+    assert patch(module).replaced
+
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    nn.utils.parametrize.register_parametrization(module, "slots_mu", Doubled())
+    mean = module.slots_mu.detach().clone()
+    assert [found.note for found in patch(module).modules] == ["was patched before"]
+    assert unpatch(module) == [""] and not hasattr(type(module), "_published_class")
+    assert isinstance(module, published.LucidrainsSlots) and torch.equal(module.slots_mu, mean)
+    nn.utils.parametrize.remove_parametrizations(module, "slots_mu")
+    assert type(module) is published.LucidrainsSlots

@@ -1,0 +1,291 @@
+"""The kernels of permuted_causal_attention, forward and backward, against float64; the operator around them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kernel_tier import DEVICE, GRADIENT, OUTPUT, assert_as_exact, needs_triton
+from spot_fast.model.patch_orders import patch_orders
+from spot_kernels import chosen_backend, permuted_causal_attention, use_backend
+from spot_kernels import permuted_attention as operator
+from spot_kernels.reference import permuted_attention as reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Batch, heads, tokens, head width: one token; less than a tile; padded widths; rows that end just after a tile.
+SHAPES = [(2, 2, 1, 16), (2, 4, 15, 20), (1, 2, 49, 96), (1, 1, 65, 32), (1, 1, 196, 64), (1, 1, 257, 128)]
+
+pytestmark = needs_triton
+
+
+def random_order(tokens, batch=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    orders = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(batch or 1)])
+    return (orders if batch else orders[0]).to(DEVICE)
+
+
+def inputs(batch, heads, tokens, width, dtype=torch.float32, grad=False):
+    """q, k, v and the gradient of the result."""
+    generator = torch.Generator().manual_seed(1000 * tokens + width)
+    return [
+        torch.randn(batch, heads, tokens, width, generator=generator).to(DEVICE, dtype).requires_grad_(grad)
+        for _ in range(4)
+    ]
+
+
+def results(function, tensors, grad, order):
+    """out, dq, dk, dv."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    out = function(*leaves, order)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))
+
+
+def kernels(q, k, v, order):
+    with use_backend("triton"):
+        return permuted_causal_attention(q, k, v, order)
+
+
+def check(q, k, v, grad, order):
+    found = results(kernels, (q, k, v), grad, order)
+    exact = results(reference.permuted_causal_attention, [x.double() for x in (q, k, v)], grad.double(), order)
+    plain = results(reference.permuted_causal_attention, (q, k, v), grad, order)
+    for name, *values in zip(("out", "dq", "dk", "dv"), found, exact, plain, strict=True):
+        assert_as_exact(name, *values, OUTPUT if name == "out" else GRADIENT)
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_exact_as_pytorch(shape, dtype):
+    check(*inputs(*shape, dtype), random_order(shape[2], seed=shape[2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_order_for_each_sample(dtype):
+    check(*inputs(3, 2, 40, 16, dtype), random_order(40, 3))
+
+
+def test_all_nine_orders():
+    """Each sample in its own order, and in it alone, which must be the same to the last bit."""
+    orders = patch_orders(6).to(DEVICE)
+    tensors = inputs(9, 1, 36, 16)
+    together = check(*tensors, orders)
+    for i, order in enumerate(orders):
+        *alone, grad = (x[i : i + 1] for x in tensors)
+        for one, all_of_them in zip(results(kernels, alone, grad, order), together, strict=True):
+            assert torch.equal(one[0], all_of_them[i])
+
+
+@pytest.mark.parametrize("which", [4, 8])
+def test_equals_moving_the_tokens(which):
+    """Gather into the sequence, PyTorch's causal attention, scatter back: an oracle that knows no ranks."""
+
+    def moved(q, k, v, order):
+        out = F.scaled_dot_product_attention(*(x.index_select(2, order) for x in (q, k, v)), is_causal=True)
+        return torch.zeros_like(out).index_copy(2, order, out)
+
+    order = patch_orders(14)[which].to(DEVICE)
+    *tensors, grad = inputs(1, 1, 196, 32)
+    found = results(kernels, tensors, grad, order)
+    exact = results(moved, [x.double() for x in tensors], grad.double(), order)
+    plain = results(reference.permuted_causal_attention, tensors, grad, order)
+    for name, *values in zip(("out", "dq", "dk", "dv"), found, exact, plain, strict=True):
+        assert_as_exact(name, *values, OUTPUT if name == "out" else GRADIENT)
+
+
+def test_a_token_sees_its_predecessors_and_itself_alone():
+    q, k, v, _ = inputs(1, 2, 70, 16)
+    order = random_order(70)
+    before = kernels(q, k, v, order)
+    assert torch.equal(before[:, :, order[0]], v[:, :, order[0]])
+    for place in (1, 31, 32, 33, 63, 64, 69):
+        later = order[place:]
+        changed_k, changed_v = (x.index_fill(2, later, 100.0) for x in (k, v))
+        after = kernels(q, changed_k, changed_v, order)
+        assert torch.equal(before[:, :, order[:place]], after[:, :, order[:place]])
+        assert (before[:, :, later] != after[:, :, later]).any(-1).all()
+
+
+def layouts():
+    q, k, v, grad = inputs(2, 3, 33, 16)
+    yield "thirds of a projection", torch.stack([q, k, v], 2).permute(2, 0, 1, 3, 4).unbind(), grad
+    packed = torch.randn(2, 33, 3, 3, 16, device=DEVICE).permute(2, 0, 3, 1, 4)
+    yield "heads side by side", packed.unbind(), grad.transpose(1, 2).contiguous().transpose(1, 2)
+    yield "width not last", [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)], grad
+    yield "every other row", [x.repeat_interleave(2, 2)[:, :, ::2] for x in (q, k, v)], grad
+    yield "one head for all", [x[:, :1].expand_as(x) for x in (q, k, v)], grad
+    yield "one sample for all", [x[:1].expand_as(x) for x in (q, k, v)], grad
+    yield "one gradient for all", (q, k, v), torch.full((1, 1, 1, 1), 0.5, device=DEVICE).expand_as(grad)
+
+
+@pytest.mark.parametrize("layout", range(7))
+def test_any_layout(layout):
+    _, tensors, grad = list(layouts())[layout]
+    check(*tensors, grad, random_order(33))
+
+
+def test_orders_in_any_layout():
+    *tensors, grad = inputs(3, 1, 20, 16)
+    orders = random_order(20, 3)
+    expected = results(kernels, tensors, grad, orders)
+    for order in (orders.t().contiguous().t(), torch.stack([orders, orders], 2)[..., 0]):
+        assert not order.is_contiguous()
+        assert all(map(torch.equal, results(kernels, tensors, grad, order), expected))
+    one = results(kernels, tensors, grad, orders[0])
+    assert all(map(torch.equal, results(kernels, tensors, grad, orders[:1].expand(3, -1)), one))
+
+
+def test_the_output_lies_as_heads_are_merged():
+    *tensors, grad = inputs(2, 3, 9, 16)
+    for tensor in results(kernels, tensors, grad, random_order(9)):
+        assert tensor.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_extreme_logits(dtype):
+    """Logits of ±10,000: most weights are 0, tokens with the same key share the rest. Every other row is tame."""
+    q, k, v, grad = inputs(1, 2, 50, 16)
+    k = torch.where(k > 0, 50.0, -50.0)[:, :, torch.arange(50, device=DEVICE) % 5]
+    q = torch.where(q > 0, 50.0, -50.0)
+    q[:, :, 0], q[:, :, 2] = k[:, :, 0], -k[:, :, 0]
+    q[:, :, 1::2] /= 4096
+    assert (q @ k.transpose(2, 3) / 4).aminmax() == (-10_000, 10_000)
+    check(*(x.to(dtype) for x in (q, k, v, grad)), random_order(50))
+
+
+def test_the_same_vector_added_to_every_key_changes_nothing():
+    q, k, v, grad = inputs(1, 2, 40, 16)
+    order, moved = random_order(40), k + 30
+    exact = results(reference.permuted_causal_attention, [x.double() for x in (q, k, v)], grad.double(), order)
+    found = results(kernels, (q, moved, v), grad, order)
+    plain = results(reference.permuted_causal_attention, (q, moved, v), grad, order)
+    for name, *values in zip(("out", "dq", "dk", "dv"), found, exact, plain, strict=True):
+        # the gradient of q is Σ ds (k + 30) = Σ ds k, by cancellation that costs both the same
+        assert_as_exact(name, *values, OUTPUT if name == "out" else GRADIENT)
+
+
+def test_gradients_where_only_some_are_asked_for():
+    q, k, v, grad = inputs(1, 2, 20, 16)
+    order = random_order(20)
+    _, *expected = results(kernels, (q, k, v), grad, order)
+    for i in range(3):
+        tensors = [x.detach().requires_grad_(j == i) for j, x in enumerate((q, k, v))]
+        (found,) = torch.autograd.grad(kernels(*tensors, order), tensors[i], grad)
+        assert torch.equal(found, expected[i])
+
+
+def test_repeats_to_the_last_bit():
+    *tensors, grad = inputs(2, 2, 70, 16, torch.bfloat16)
+    order = random_order(70)
+    first = results(kernels, tensors, grad, order)
+    for _ in range(2):
+        assert all(map(torch.equal, results(kernels, tensors, grad, order), first))
+
+
+def test_empty_batch():
+    *tensors, grad = inputs(0, 2, 20, 16)
+    found = results(kernels, tensors, grad, random_order(20))
+    assert all(tensor.shape == (0, 2, 20, 16) for tensor in found)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("layout", ["compact", "permuted"])
+def test_opcheck(layout, backend):
+    q, k, v, grad = inputs(2, 2, 17, 16, grad=True)
+    if layout == "permuted":
+        q, k, v, grad = (
+            x.detach().permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0).requires_grad_() for x in (q, k, v, grad)
+        )
+    order = random_order(17, 2 if layout == "permuted" else None)
+    torch.library.opcheck(operator._attend, (q, k, v, order, backend))
+    saved = [x.detach() for x in operator._attend(q, k, v, order, backend)]
+    arguments = [x.detach() for x in (grad, q, k, v)]
+    torch.library.opcheck(operator._attend_backward, (*arguments, order, *saved, backend))
+
+
+def test_the_operator_on_pytorch_is_the_reference():
+    *tensors, grad = inputs(2, 2, 17, 16)
+    order = random_order(17)
+    found = results(lambda *a: operator._attend(*a, "torch")[0], tensors, grad, order)
+    for one, other in zip(found, results(reference.permuted_causal_attention, tensors, grad, order), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_compiled_gives_the_same_and_takes_a_new_order_as_it_is():
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(permuted_causal_attention, fullgraph=True, backend=graphs)
+    *tensors, grad = inputs(2, 2, 20, 16)
+    with use_backend("triton"):
+        for seed in range(3):
+            order = random_order(20, seed=seed)
+            expected = results(permuted_causal_attention, tensors, grad, order)
+            assert all(map(torch.equal, results(compiled, tensors, grad, order), expected))
+    assert graphs.frame_count == 1
+
+
+def test_nothing_is_read_on_the_host():
+    """Fake tensors have no values."""
+    with FakeTensorMode(), use_backend("triton"):
+        q = torch.randn(2, 3, 9, 16, device=DEVICE, requires_grad=True)
+        out = permuted_causal_attention(q, q, q, torch.zeros(9, dtype=torch.int64, device=DEVICE))
+        assert torch.autograd.grad(out.sum(), q)[0].shape == q.shape
+
+
+def test_autocast():
+    *tensors, grad = inputs(1, 2, 20, 16)
+    order = random_order(20)
+    low = [x.bfloat16() for x in tensors]
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        found = results(kernels, tensors, grad, order)
+        mixed = kernels(tensors[0], *low[1:], order)
+    expected = results(kernels, low, grad.bfloat16(), order)
+    assert [x.dtype for x in found] == [torch.bfloat16] + 3 * [torch.float32]
+    assert all(map(torch.equal, found, [expected[0], *(x.float() for x in expected[1:])]))
+    assert torch.equal(mixed, expected[0])
+
+
+def test_second_gradients_are_refused():
+    q, k, v, _ = inputs(1, 1, 9, 16, grad=True)
+    (first,) = torch.autograd.grad(kernels(q, k, v, random_order(9)).sum(), q, create_graph=True)
+    with pytest.raises(ValueError, match="permuted_causal_attention: gradients of gradients .* use backend torch"):
+        first.sum().backward()
+    with use_backend("torch"):
+        out = permuted_causal_attention(q, k, v, random_order(9))
+    torch.autograd.grad(out.sum(), q, create_graph=True)[0].sum().backward()
+
+
+def test_what_the_kernels_do_not_take():
+    q, k, v, _ = inputs(1, 1, 9, 129)
+    order = random_order(9)
+    with pytest.raises(ValueError, match=r"triton was asked for, but q \(1, 1, 9, 129\) is wider than 128 a head"):
+        kernels(q, k, v, order)
+    with pytest.raises(ValueError, match=r"do not take torch.float64: use float32, bfloat16, float16"):
+        kernels(q.double(), k.double(), v.double(), order)
+    wide = permuted_causal_attention(q, k, v, order)
+    assert torch.equal(wide, reference.permuted_causal_attention(q, k, v, order))
+    assert chosen_backend("permuted_causal_attention", q) == ("triton" if DEVICE.type == "cuda" else "torch")
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+def test_captured_in_a_graph_and_without_waiting():
+    *tensors, grad = inputs(2, 2, 70, 64, torch.bfloat16)
+    order = random_order(70)
+    expected = results(permuted_causal_attention, tensors, grad, order)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results(permuted_causal_attention, tensors, grad, order)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results(permuted_causal_attention, tensors, grad, order)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(permuted_causal_attention, tensors, grad, order)
+    for seed in (0, 1):
+        order.copy_(random_order(70, seed=seed))
+        graph.replay()
+        expected = results(permuted_causal_attention, tensors, grad, order)
+        assert all(map(torch.equal, captured, expected))

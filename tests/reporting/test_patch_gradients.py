@@ -1,0 +1,72 @@
+"""Gradient norm per patch: against differences of the loss, block by block, and against plain autograd."""
+
+import pytest
+import torch
+
+from spot_fast.checkpoints.runs import frozen_encoder
+from spot_fast.model.spot import Spot
+from spot_fast.reporting.patch_gradients import patch_gradient_norms
+from tiny_runs import tiny
+
+PICTURES, SLOTS, WIDTH = 2, 2, 4
+
+
+def make(**changes) -> tuple[Spot, torch.Tensor, torch.Tensor]:
+    """A float64 model of 2 x 2 patches with slots and target features."""
+    config = tiny(image_size=16, num_slots=SLOTS, slot_dim=WIDTH, dec_heads=2, dec_mlp_hidden=8, **changes)
+    torch.manual_seed(0)
+    model = Spot(config, frozen_encoder(config)).double()
+    slots = torch.randn(PICTURES, SLOTS, WIDTH, dtype=torch.float64)
+    return model, slots, torch.randn(PICTURES, 4, model.encoder.dim, dtype=torch.float64)
+
+
+def losses(model: Spot, copies: list[torch.Tensor], target: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """[B, N]: squared error of each patch when decoder block b reads copies[b]."""
+    decoder = model.decoder
+    tokens = decoder.input_proj(decoder.inputs(target, order))
+    for block, slots in zip(decoder.transformer.blocks, copies, strict=True):
+        tokens, _ = block(tokens, decoder.slot_proj(slots), decoder.orders[order])
+    return (decoder.transformer.norm(tokens) - target).square().mean(-1)
+
+
+@pytest.mark.parametrize("order", [0, 3, 8])
+@torch.no_grad()
+def test_norms_are_those_of_finite_differences_through_every_block(order):
+    model, slots, target = make(dec_blocks=2)
+    order = torch.tensor(order)
+    expected = torch.zeros(PICTURES, 4, dtype=torch.float64)
+    step = 1e-5
+    for block in range(2):
+        for slot in range(SLOTS):
+            for channel in range(WIDTH):
+                ends = []
+                for sign in (1, -1):
+                    copies = [slots.clone(), slots.clone()]
+                    copies[block][:, slot, channel] += sign * step
+                    ends.append(losses(model, copies, target, order))
+                expected += ((ends[0] - ends[1]) / (2 * step)).abs()
+    norms = patch_gradient_norms(model, slots, target, order)
+    torch.testing.assert_close(norms, expected, rtol=1e-6, atol=1e-9)
+    assert norms.min() > 0
+
+
+@pytest.mark.parametrize("changes", [dict(dec_blocks=1), dict(decoder="mlp", orders="standard")])
+def test_where_slots_are_read_once_it_is_the_plain_gradient(changes):
+    model, slots, target = make(**changes)
+
+    def loss(slots):
+        return (model.decoder(slots, target)[0] - target).square().mean(-1)
+
+    jacobian = torch.autograd.functional.jacobian(loss, slots)  # [B, N, B, K, U]
+    expected = torch.stack([jacobian[b, :, b].abs().sum((1, 2)) for b in range(PICTURES)])
+    torch.testing.assert_close(patch_gradient_norms(model, slots, target), expected)
+
+
+def test_a_model_is_left_as_it_was():
+    model, slots, target = make(dec_blocks=2)
+    before = model.decoder(slots, target)[0]
+    calls = []
+    patch_gradient_norms(model, slots, target, None, lambda: calls.append(1))
+    assert len(calls) == 4
+    assert all(p.grad is None for p in model.parameters()) and not slots.requires_grad
+    assert torch.equal(model.decoder(slots, target)[0], before)

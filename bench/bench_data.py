@@ -101,21 +101,21 @@ def rows(images: int, rounds: int, device: torch.device, encoder: str) -> tuple[
         if row["difference"]
     ]
     torch.set_num_threads(1)
-    scored = evaluation_speed.measure(evaluation_speed.pictures(64, size=320, masks=7, grid=14), rounds)
+    scored = evaluation_speed.measure(evaluation_speed.generated(64, size=320, masks=7, grid=14), rounds)
     found.append(
         dict(
             part="metrics",
             name="decoder and slot masks",
             cores=1,
             value=scored.ours_ms,
-            unit="ms a picture",
+            unit="ms an image",
             reference="one-hot maps",
             times=scored.ratio,
             difference=scored.difference,
         )
     )
     wrong += [f"metrics: scores differ by {scored.difference:.1e}"] * (scored.difference > SCORES)
-    wrong += [f"metrics take {scored.ours_ms:.1f} ms a picture, more than {METRICS_MS:g}"] * (
+    wrong += [f"metrics take {scored.ours_ms:.1f} ms an image, more than {METRICS_MS:g}"] * (
         scored.ours_ms > METRICS_MS
     )
     text = [
@@ -124,12 +124,12 @@ def rows(images: int, rounds: int, device: torch.device, encoder: str) -> tuple[
         *_appetite(loaded),
         cache_speed.table(cached),
         "",
-        f"metrics of 64 pictures, 320 x 320, 7 masks, both kinds, one core: {scored.ours_ms:.2f} ms a picture; "
+        f"metrics of 64 images, 320 x 320, 7 masks, both kinds, one core: {scored.ours_ms:.2f} ms an image; "
         f"one-hot maps {scored.per_mask_ms:.1f} ms, {scored.ratio:.0f} times as long; scores differ by "
         f"{scored.difference:.1e}",
     ]
     if device.type == "cuda":
-        there = evaluation_speed.on_device(evaluation_speed.pictures(256, size=320, masks=7, grid=14), device, rounds)
+        there = evaluation_speed.on_device(evaluation_speed.generated(256, size=320, masks=7, grid=14), device, rounds)
         seconds = COCO_VAL * there.ours_ms / 1000
         found.append(
             dict(
@@ -137,17 +137,17 @@ def rows(images: int, rounds: int, device: torch.device, encoder: str) -> tuple[
                 name="the same on the GPU",
                 cores=1,
                 value=there.ours_ms,
-                unit="ms a picture",
+                unit="ms an image",
                 reference="a CPU core",
                 difference=there.difference,
             )
         )
         text.append(
-            f"on the GPU {there.ours_ms:.2f} ms a picture, {seconds:.1f} s for COCO's {COCO_VAL:,}; scores "
+            f"on the GPU {there.ours_ms:.2f} ms an image, {seconds:.1f} s for COCO's {COCO_VAL:,}; scores "
             f"differ by {there.difference:.1e}"
         )
         wrong += [f"metrics on the GPU: scores differ by {there.difference:.1e}"] * (there.difference > GPU_SCORES)
-        wrong += [f"COCO's {COCO_VAL:,} pictures take {seconds:.0f} s, more than {COCO_SECONDS:g}"] * (
+        wrong += [f"COCO's {COCO_VAL:,} images take {seconds:.0f} s, more than {COCO_SECONDS:g}"] * (
             seconds > COCO_SECONDS
         )
     return found, "\n".join(text), wrong
@@ -254,10 +254,10 @@ def test_caches(benchmark, sources, name):
 
 @pytest.mark.parametrize("name", ["ours", "per_mask"])
 def test_metrics(benchmark, name):
-    given = evaluation_speed.pictures(8, size=320, masks=7, grid=14)
+    given = evaluation_speed.generated(8, size=320, masks=7, grid=14)
     difference = (evaluation_speed.ours(given) - evaluation_speed.per_mask(given)).nan_to_num().abs().max()
     assert difference <= SCORES
-    benchmark.group = "metrics of 8 pictures, both kinds of masks"
+    benchmark.group = "metrics of 8 images, both kinds of masks"
     benchmark.pedantic(lambda: getattr(evaluation_speed, name)(given), rounds=3)
 
 

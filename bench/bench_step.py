@@ -38,7 +38,7 @@ _BATCH = 8
 
 
 def pair(stage: int, folder: Path) -> tuple[ReferenceSteps, TrainerSteps]:
-    """Both kinds of step in float32, from pictures, their first one taken; AssertionError where its losses differ.
+    """Both kinds of step in float32, from images, their first one taken; AssertionError where its losses differ.
 
     folder: an empty one, for the teacher of stage 2.
     """

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.files < 1:
         parser.error(f"--files {args.files}: use 1 or more")
     if args.folder is not None and not (args.folder.is_dir() and any(path.is_file() for path in args.folder.iterdir())):
-        parser.error(f"--folder {args.folder} is no folder with files in it: name that of a set's pictures")
+        parser.error(f"--folder {args.folder} is no folder with files in it: name that of a set's images")
     with tempfile.TemporaryDirectory() as made:
         if args.folder is None:
             for number in range(args.files):

@@ -126,7 +126,7 @@ def table(rows: list[dict]) -> str:
 
 
 def run(count: int, rounds: int, encoder: str, device: torch.device) -> list[dict]:
-    """Rows for `count` generated pictures in a folder that is removed afterwards."""
+    """Rows for `count` generated images in a folder that is removed afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         photos = Path(folder) / "photos"
         photos.mkdir()

@@ -1,11 +1,11 @@
-"""What the metrics cost beside a per-mask implementation, on the same pictures, and that both give the same scores.
+"""What the metrics cost beside a per-mask implementation, on the same images, and that both give the same scores.
 
     python bench/evaluation_speed.py [--images 64] [--size 320] [--masks 7] [--grid 14] [--rounds 5] [--threads 1]
 
 Both start from soft masks on the patch grid, for decoder and slot masks, and end with mBO_i, mBO_c, mIoU and FG-ARI of
-every picture. Ours is what `spot_fast.evaluate` runs: label maps in one pass, one table of counts for instances and
+every image. Ours is what `spot_fast.evaluate` runs: label maps in one pass, one table of counts for instances and
 classes. The other one does what published code does: every mask resized to a full map of floats, argmax, one-hot maps
-of predictions and of ground truth, and an IoU for each pair of maps, picture by picture.
+of predictions and of ground truth, and an IoU for each pair of maps, image by image.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MOST_OBJECTS = 15
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Images:
     """soft: of each kind of masks [B, N, K]; instances, classes and ignore uint8 [B, size, size]."""
 
     soft: tuple[Tensor, Tensor]
@@ -43,7 +43,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Result:
-    """Milliseconds a picture for both kinds of masks, medians; difference: the largest of any score of any picture."""
+    """Milliseconds an image for both kinds of masks, medians; difference: the largest of any score of any image."""
 
     ours_ms: float
     per_mask_ms: float
@@ -54,8 +54,8 @@ class Result:
         return self.per_mask_ms / self.ours_ms
 
 
-def pictures(images: int, *, size: int, masks: int, grid: int, seed: int = 0) -> Pictures:
-    """Blobs in place of objects, 1 to 15 a picture with a background, of 80 classes; 3 % of the pixels are ignored."""
+def generated(images: int, *, size: int, masks: int, grid: int, seed: int = 0) -> Images:
+    """Blobs in place of objects, 1 to 15 an image with a background, of 80 classes; 3 % of the pixels are ignored."""
     rng = np.random.default_rng(seed)
     soft = tuple(
         torch.from_numpy(rng.standard_normal((images, grid * grid, masks), np.float32)).mul(3).softmax(-1)
@@ -68,10 +68,10 @@ def pictures(images: int, *, size: int, masks: int, grid: int, seed: int = 0) ->
         of = torch.tensor([0, *rng.integers(1, 81, objects)], dtype=torch.uint8)
         maps.append((instances, of[instances.long()]))
     hidden = labels_from_soft(torch.from_numpy(rng.random((images, 256, 30), np.float32)), size) == 0
-    return Pictures(soft, *(torch.stack(m) for m in zip(*maps, strict=True)), hidden.to(torch.uint8))
+    return Images(soft, *(torch.stack(m) for m in zip(*maps, strict=True)), hidden.to(torch.uint8))
 
 
-def ours(given: Pictures, batch_size: int = 32) -> Tensor:
+def ours(given: Images, batch_size: int = 32) -> Tensor:
     """float64 [kinds, B, metrics], NaN where a metric does not count."""
     batches = []
     for start in range(0, len(given.instances), batch_size):
@@ -86,8 +86,8 @@ def ours(given: Pictures, batch_size: int = 32) -> Tensor:
     return torch.cat(batches, 1)
 
 
-def per_mask(given: Pictures) -> Tensor:
-    """The same by one-hot maps, mask by mask and picture by picture."""
+def per_mask(given: Images) -> Tensor:
+    """The same by one-hot maps, mask by mask and image by image."""
     kinds = []
     for soft in given.soft:
         scores = []
@@ -133,13 +133,13 @@ def _one_hot_ari(pred: Sequence[Tensor], instances: Tensor, keep: Tensor) -> flo
     return ((s - expected) / denominator).item() if denominator else 1.0
 
 
-def measure(given: Pictures, rounds: int = 5) -> Result:
+def measure(given: Images, rounds: int = 5) -> Result:
     """Medians of calls in turn; what slows the machine down slows down both."""
     images = len(given.instances)
     difference = (ours(given) - per_mask(given)).nan_to_num().abs().max().item()
     if not torch.equal(ours(given).isnan(), per_mask(given).isnan()):
         difference = math.inf
-    calls: list[Callable[[Pictures], Tensor]] = [ours, per_mask]
+    calls: list[Callable[[Images], Tensor]] = [ours, per_mask]
     times: list[list[float]] = [[], []]
     for _ in range(rounds):
         for call, taken in zip(calls, times, strict=True):
@@ -149,9 +149,9 @@ def measure(given: Pictures, rounds: int = 5) -> Result:
     return Result(*(statistics.median(taken) for taken in times), difference)
 
 
-def on_device(given: Pictures, device: torch.device, rounds: int = 5) -> Result:
+def on_device(given: Images, device: torch.device, rounds: int = 5) -> Result:
     """`measure` with ours on `device`, the whole of it: from soft masks there to scores here."""
-    moved = Pictures(
+    moved = Images(
         tuple(soft.to(device) for soft in given.soft),
         *(maps.to(device) for maps in (given.instances, given.classes, given.ignore)),
     )
@@ -175,19 +175,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    given = pictures(args.images, size=args.size, masks=args.masks, grid=args.grid)
+    given = generated(args.images, size=args.size, masks=args.masks, grid=args.grid)
     result = measure(given, args.rounds)
     backend = chosen_backend("mask_labels", given.soft[0])
     threads = f"{args.threads} thread{'s' * (args.threads != 1)}"
     print(f"{cpu_name()}, {threads}; torch {torch.__version__}; commit {commit()}")
     print(
-        f"{args.images} pictures, {args.grid} × {args.grid} tokens, {args.masks} masks, label maps {args.size} × "
+        f"{args.images} images, {args.grid} × {args.grid} tokens, {args.masks} masks, label maps {args.size} × "
         f"{args.size}; decoder and slot masks together, upsampling included"
     )
-    print(f"ours ({backend})  {result.ours_ms:8.2f} ms a picture")
-    print(f"per mask       {result.per_mask_ms:8.2f} ms a picture")
+    print(f"ours ({backend})  {result.ours_ms:8.2f} ms an image")
+    print(f"per mask       {result.per_mask_ms:8.2f} ms an image")
     print(f"ratio          {result.ratio:8.1f}")
-    print(f"largest difference of any score of any picture {result.difference:.1e}")
+    print(f"largest difference of any score of any image {result.difference:.1e}")
     return 0 if result.difference < 1e-9 else 1
 
 

@@ -2,7 +2,7 @@
 
     python bench/exchange_speed.py [--stage 1] [--batch-size B] [--rounds N] [--csv FILE] [--tiny]
 
-Each process trains on `--batch-size` pictures of its own (ViT-B/16, COCO's settings, frozen features cached, float32),
+Each process trains on `--batch-size` images of its own (ViT-B/16, COCO's settings, frozen features cached, float32),
 four trainers of it taking turns step by step, all processes together:
 
     none        every process for itself: the step without communication
@@ -100,7 +100,7 @@ def measure(rank: int, size: int, port: int, args: argparse.Namespace, teacher: 
     for way in (NONE, AT_THE_END, IN_PIECES, ONE_PIECE):
         steps = TrainerSteps(config, torch.device("cpu"), teacher, cached=True)
         trainer = steps.trainer
-        # seeds differ, so that processes have other pictures; the weights have to be the same
+        # seeds differ, so that processes have other images; the weights have to be the same
         for parameter in trainer.parameters:
             dist.broadcast(parameter.data, src=0)
         trainer.gradients = ways(trainer.parameters, size, way)
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stage", type=int, default=1, choices=(1, 2))
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="processes of one thread (default: 2)")
-    parser.add_argument("--batch-size", type=int, default=2, metavar="B", help="pictures of a process (default: 2)")
+    parser.add_argument("--batch-size", type=int, default=2, metavar="B", help="images of a process (default: 2)")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="steps of each way (default: 15)")
     parser.add_argument("--csv", type=target_file, metavar="FILE", help="write the rows to this file")
     parser.add_argument("--tiny", action="store_true", help="a small model, to see that everything works")

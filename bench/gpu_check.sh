@@ -9,7 +9,7 @@
 #               minutes that COCO would take
 #   tiles       whether other tiles, warps and stages are faster than those in the kernels' tables, and all iterations in
 #               one kernel than a launch a step
-#   growth      how a step's time and memory grow with pictures, tokens and slots
+#   growth      how a step's time and memory grow with images, tokens and slots
 #   decoding    whether DALI decodes as fast as a step trains, caches and evaluation beside it; once all pieces of
 #               `prepare_gpu.py --dali` have come
 #   scenes      whether the README's results hold on a GPU, three seeds

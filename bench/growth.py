@@ -1,4 +1,4 @@
-"""How the time and the memory of a training step grow with pictures a batch, tokens and slots.
+"""How the time and the memory of a training step grow with images a batch, tokens and slots.
 
     python bench/growth.py [--csv FILE] [--plot FILE.png] [--tiny] [--device NAME]
 
@@ -37,7 +37,7 @@ BATCHES = {"cuda": (16, 32, 64, 128, 256), "cpu": (2, 4, 8, 16)}
 FIXED_BATCH = {"cuda": 16, "cpu": 2}
 SIDES = (224, 448, 672)  # 196, 784, 1764 tokens of 16 × 16 pixels
 SLOTS = (7, 11, 16, 24)
-AXES = ("pictures", "tokens", "slots")
+AXES = ("images", "tokens", "slots")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Point:
 
     @property
     def size(self) -> int:
-        return {"pictures": self.batch, "tokens": self.tokens, "slots": self.slots}[self.grows]
+        return {"images": self.batch, "tokens": self.tokens, "slots": self.slots}[self.grows]
 
 
 def points(device: str, tiny: bool) -> Iterator[tuple[Point, dict]]:
@@ -64,7 +64,7 @@ def points(device: str, tiny: bool) -> Iterator[tuple[Point, dict]]:
     for stage in (1, 2):
         base = Point(stage, "", fixed, (sides[0] // patch) ** 2, SLOTS[0])
         for batch in batches:
-            yield replace(base, grows="pictures", batch=batch), {}
+            yield replace(base, grows="images", batch=batch), {}
         for side in sides:
             sizes = {"image_size": side, "mask_size": side}
             yield replace(base, grows="tokens", tokens=(side // patch) ** 2), sizes
@@ -107,7 +107,7 @@ def last_step(measured: Sequence[Point]) -> str:
 
 
 def table(measured: Sequence[Point]) -> str:
-    lines = ["| stage | pictures | tokens | slots | ms/step | ms/picture | MiB |", "|---" * 7 + "|"]
+    lines = ["| stage | images | tokens | slots | ms/step | ms/image | MiB |", "|---" * 7 + "|"]
     for p in measured:
         lines.append(
             f"| {p.stage} | {p.batch} | {p.tokens} | {p.slots} | {p.ms:,.0f} | {p.ms / p.batch:,.1f} | {p.mib:,.0f} |"
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             measured += known[:1]
             continue
         print(
-            f"stage {point.stage}: {point.batch} pictures, {point.tokens} tokens, {point.slots} slots",
+            f"stage {point.stage}: {point.batch} images, {point.tokens} tokens, {point.slots} slots",
             file=sys.stderr,
             flush=True,
         )

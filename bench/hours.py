@@ -2,7 +2,7 @@
 
     python bench/hours.py --share 0.4
 
-Steps × pictures a step × operations a picture (`step_flops.py`), at a share of the card's data-sheet bfloat16 rate
+Steps × images a step × operations an image (`step_flops.py`), at a share of the card's data-sheet bfloat16 rate
 (`spot_fast.training.throughput`). Frozen features are computed in every step: COCO's do not fit a card's memory, and
 reading them from disk takes longer there. Decoding, validation and start are left out.
 """

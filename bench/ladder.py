@@ -4,7 +4,7 @@
     python bench/ladder.py --table FILE.csv
 
 Rows are cumulative, each in a fresh process. Its first step is compared with the reference step in float64 on the same
-weights, pictures and draws: a row whose loss or gradients are further off than they may be has no speed. On a CPU the
+weights, images and draws: a row whose loss or gradients are further off than they may be has no speed. On a CPU the
 processes then take turns, step by step, so that a change of load meets all of them; on a GPU they follow one another.
 A step is one batch with what it takes to get it. Memory is the process's peak over the timed steps: resident on a CPU,
 allocated on a GPU.

@@ -1,8 +1,8 @@
-"""Where threads that decode pictures end: images/s by their number, with as many cores as there are threads.
+"""Where threads that decode images end: images/s by their number, with as many cores as there are threads.
 
     python bench/loader_lock.py [--threads 1 4 8 16 32] [--images 256] [--rounds 3]
 
-Pillow releases the interpreter lock while it decodes and resizes; everything else of a picture happens under it, one
+Pillow releases the interpreter lock while it decodes and resizes; everything else of an image happens under it, one
 thread at a time. Here what releases the lock is replaced by a pause of the length that it has alone on one core, so
 that a machine of few cores shows what one of many would give. "cores could" is what that many decode without a lock.
 """
@@ -33,7 +33,7 @@ SIZE, BATCH = 224, 32
 
 
 def alone(images: Folder) -> tuple[float, float, float]:
-    """Seconds of a picture on one core: all of it, decoding, resizing."""
+    """Seconds of an image on one core: all of it, decoding, resizing."""
     begin = time.perf_counter()
     for index in range(len(images)):
         images.prepared(index)
@@ -50,7 +50,7 @@ def alone(images: Folder) -> tuple[float, float, float]:
 
 
 class Paused:
-    """Inside, decoding and resizing are pauses of the given seconds; one picture's pixels stand for all."""
+    """Inside, decoding and resizing are pauses of the given seconds; one image's pixels stand for all."""
 
     def __init__(self, images: Folder, decoding: float, resizing: float) -> None:
         self.decoding, self.resizing = decoding, resizing
@@ -87,7 +87,7 @@ def main() -> None:
         cores = pin(10**6)
         whole, decoding, resizing = alone(images)
         print(
-            f"{cpu_name()}, {cores} cores: a picture takes {1e3 * whole:.2f} ms alone, "
+            f"{cpu_name()}, {cores} cores: an image takes {1e3 * whole:.2f} ms alone, "
             f"{1e3 * (whole - decoding - resizing):.2f} of them under the lock\n"
         )
         print("| threads | images/s | cores could |\n|---|---|---|")

@@ -1,11 +1,11 @@
-"""Decoded training pictures a second: Pillow in threads, Pillow in processes, DALI; with the pixels' difference.
+"""Decoded training images a second: Pillow in threads, Pillow in processes, DALI; with the pixels' difference.
 
     python bench/loader_speed.py [--images 256] [--threads 1 2] [--rounds 5] [--photos FOLDER] [--crop center|stretch]
     python bench/loader_speed.py --photos FOLDER --encoder NAME --encoder-weights FILE
                                  [--crop center]
 
 Each number of threads is measured in a process of its own that may use as many cores and no others, so "a core" means
-what it says. What is compared takes turns; the median round counts. Pictures are JPEGs of 640 x 480 with a photo's
+what it says. What is compared takes turns; the median round counts. Images are JPEGs of 640 x 480 with a photo's
 spectrum, resized to 224, centre-cropped (or stretched, bicubically) and mirrored. DALI on a GPU has all cores that
 this process has.
 """
@@ -109,7 +109,7 @@ def difference(loader: Loader, reference: Loader) -> tuple[int, float]:
     largest, means = 0, []
     for one, other in zip(loader.epoch(0), reference.epoch(0), strict=True):
         if not torch.equal(one.indices, other.indices):
-            raise AssertionError("the loaders do not agree on the order of pictures")
+            raise AssertionError("the loaders do not agree on the order of images")
         apart = (one.images.cpu().int() - other.images.int()).abs()
         largest, means = max(largest, int(apart.max())), [*means, float(apart.float().mean())]
     return largest, statistics.fmean(means)
@@ -131,7 +131,7 @@ def measure(compared: dict[str, Loader], images: Folder, rounds: int, cores: int
 
 @torch.no_grad()
 def feature_errors(images: Folder, encoder: Encoder) -> list[float]:
-    """Relative differences of a picture's features, DALI's against Pillow's, as norms, by picture."""
+    """Relative differences of an image's features, DALI's against Pillow's, as norms, by image."""
     errors = []
     loaded = (DaliLoader(images, BATCH, workers=1, device="cpu"), Loader(images, BATCH))
     for one, other in zip(*(loader.epoch(0) for loader in loaded), strict=True):
@@ -154,7 +154,7 @@ def table(rows: list[dict]) -> str:
 def run(
     count: int, threads: Sequence[int], rounds: int, photos: Path | None = None, crop: str = "center"
 ) -> list[dict]:
-    """Rows for `count` generated pictures, or the first of `photos`: a process for each number of threads, and one for
+    """Rows for `count` generated images, or the first of `photos`: a process for each number of threads, and one for
     the GPU where DALI runs on one."""
     with tempfile.TemporaryDirectory() as made:
         if photos is None:
@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256, help="how many JPEGs to make, or to use of --photos")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="cores, and threads or processes")
     parser.add_argument("--rounds", type=int, default=5, help="epochs measured of each")
-    parser.add_argument("--photos", type=Path, help="a folder of pictures to use instead of generated ones")
+    parser.add_argument("--photos", type=Path, help="a folder of images to use instead of generated ones")
     parser.add_argument("--crop", choices=("center", "stretch"), default="center", help="stretch is bicubic, as MOVi's")
     parser.add_argument(
         "--encoder",

@@ -2,10 +2,10 @@
 
     python bench/memory.py [--card GB] [--presets coco …]
 
-Counted, not measured: the bytes that tensors hold at once (`live_bytes`) in a step of four and of eight pictures, on
+Counted, not measured: the bytes that tensors hold at once (`live_bytes`) in a step of four and of eight images, on
 the CPU, and on the straight line through both at the preset's batch of 64; weights, gradients and Adam's moments
-included. (With fewer pictures the most is held at the end, when all gradients are there, and does not grow with them.)
-The frozen ViT's pass over the pictures is in it, as without a cache. A GPU adds its context (about 0.5 GB) and what the
+included. (With fewer images the most is held at the end, when all gradients are there, and does not grow with them.)
+The frozen ViT's pass over the images is in it, as without a cache. A GPU adds its context (about 0.5 GB) and what the
 allocator keeps; its fused attention needs less than the plain one that stage 2's last blocks have on a CPU.
 """
 
@@ -32,7 +32,7 @@ SPARE = 1.5e9  # bytes of a card that are left to the context and to fragments
 
 
 def bytes_of(name: str, stage: int, batch_size: int, tiny: bool = False) -> int:
-    """Peak bytes of a step of the preset with so many pictures."""
+    """Peak bytes of a step of the preset with so many images."""
     slots = {} if tiny else {"num_slots": preset(name, stage).num_slots}
     config = settings(stage, precision="bf16", batch_size=batch_size, tiny=tiny, **slots)
     with tempfile.TemporaryDirectory() as folder:
@@ -41,7 +41,7 @@ def bytes_of(name: str, stage: int, batch_size: int, tiny: bool = False) -> int:
 
 
 def line(name: str, stage: int, card: float, tiny: bool = False) -> tuple[float, float, int | None]:
-    """Bytes without pictures, bytes a picture, and the least --accumulate with which a batch of 64 fits, if any."""
+    """Bytes without images, bytes an image, and the least --accumulate with which a batch of 64 fits, if any."""
     few, many = (bytes_of(name, stage, size, tiny) for size in COUNTED)
     each = (many - few) / (COUNTED[1] - COUNTED[0])
     fixed = few - COUNTED[0] * each
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--presets", nargs="+", default=PRESETS, choices=PRESETS)
     parser.add_argument("--tiny", action="store_true", help="a small model, to see that everything works")
     args = parser.parse_args(argv)
-    print(f"| preset | stage | slots | without pictures, GB | a picture, MB | batch of 64, GB | on {args.card:g} GB |")
+    print(f"| preset | stage | slots | without images, GB | an image, MB | batch of 64, GB | on {args.card:g} GB |")
     print("|---" * 7 + "|")
     for name in args.presets:
         for stage in (1, 2):

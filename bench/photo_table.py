@@ -4,7 +4,7 @@
 
 DINOv2-S/14 at 224 px (16 x 16 tokens), 7 slots, 4 decoder blocks. plain and + orders are stage 1 with the standard and
 with the nine patch orders; + self-training and both are students of teachers of the same kind. Unlike the paper's COCO
-protocol, pictures are not mirrored (--no-flip): they are then the same in every epoch and frozen features are computed
+protocol, images are not mirrored (--no-flip): they are then the same in every epoch and frozen features are computed
 once. Exit codes and resuming as in scenes_table.py. --short fits a CPU and is far too short to compare with anything.
 """
 
@@ -65,7 +65,7 @@ def rows() -> list[Row]:
 
 
 def count_images(root: Path) -> int:
-    """Training pictures listed in a COCO folder."""
+    """Training images listed in a COCO folder."""
     path = root / "annotations" / "instances_train2017.json"
     try:
         return len(json.loads(path.read_text(encoding="utf-8"))["images"])
@@ -77,9 +77,9 @@ def count_images(root: Path) -> int:
 
 
 def epochs(steps: int, images: int, batch_size: int) -> int:
-    """Whole epochs with at least so many steps; BenchError where the pictures do not fill a batch."""
+    """Whole epochs with at least so many steps; BenchError where the images do not fill a batch."""
     if images < batch_size:
-        raise BenchError(f"{images} training pictures do not fill a batch of {batch_size}: use more --train-images")
+        raise BenchError(f"{images} training images do not fill a batch of {batch_size}: use more --train-images")
     return max(1, math.ceil(steps / (images // batch_size)))
 
 
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--short",
         action="store_true",
         help="a quarter of an hour on two cores: {steps} steps of {batch_size}, {train_images} + "
-        "{val_images} pictures, seed 0, a smaller decoder; comparable to nothing".format(**_SHORT),
+        "{val_images} images, seed 0, a smaller decoder; comparable to nothing".format(**_SHORT),
     )
     short = "--short" in words
     bench = "photos-short" if short else "photos"
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(r.about["bench"] == "photos-short" for r in results):
         print(
             f"**Too short to compare with anything**: {results[0].about['steps']} steps, a smaller decoder, few "
-            "pictures. It shows that the command works.\n"
+            "images. It shows that the command works.\n"
         )
     print(report(results))
     return 0

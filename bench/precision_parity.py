@@ -2,7 +2,7 @@
 
     python bench/precision_parity.py [--seeds 0 1 2] [--csv FILE] [--plot FILE.png] [-- options of spot_fast.train]
 
-Stage 1 on generated scenes in both precisions; a seed has the same pictures, orders and noise in both. A line holds
+Stage 1 on generated scenes in both precisions; a seed has the same images, orders and noise in both. A line holds
 where the two means differ by no more than the larger of their standard deviations over the seeds. Exit code 0, 1 where
 a line does not hold, 2 on an error, 3 where --minutes are over. Started again with the same line it goes on.
 """

@@ -6,12 +6,12 @@
 Parts, because a transfer to such a machine has a size limit; each is meant for one transfer:
 
     .gpu/base    encoder.safetensors in float16, wheels of what that machine lacks (pycocotools)
-    .gpu/photos  COCO layout: pictures as the encoder sees them, 224 x 224 after resizing and centre crop, WebP; the
-                 masks of the validation pictures unchanged
+    .gpu/photos  COCO layout: images as the encoder sees them, 224 x 224 after resizing and centre crop, WebP; the
+                 masks of the validation images unchanged
     .gpu/dali-*  the wheels of DALI and what it needs, one archive cut into pieces
 
 Masks stay at the size of the original photos: they are compared on their own square, so label maps are bit for bit
-those of ROOT (checked), while pictures differ by their compression alone. The folder ignores itself in git. For
+those of ROOT (checked), while images differ by their compression alone. The folder ignores itself in git. For
 measuring only: do not publish it.
 """
 
@@ -68,8 +68,8 @@ def pack_weights(source: Path, target: Path) -> float:
 
 
 def pack_photos(root: Path, target: Path, *, train: int, val: int, quality: int, limit: int) -> dict[str, int]:
-    """Pictures of both splits below `target`, validation first, then as much training as `limit` bytes hold (at most
-    `train`; 0 = all). Returns how many of each; BenchError where not even the validation pictures fit."""
+    """Images of both splits below `target`, validation first, then as much training as `limit` bytes hold (at most
+    `train`; 0 = all). Returns how many of each; BenchError where not even the validation images fit."""
     taken, used = {}, 0
     (target / "annotations").mkdir(parents=True)
     for split, wanted in (("val", val), ("train", train)):
@@ -80,15 +80,15 @@ def pack_photos(root: Path, target: Path, *, train: int, val: int, quality: int,
         images = []
         for index, entry in zip(range(len(photos)), content["images"], strict=False):
             file = folder / f"{Path(entry['file_name']).stem}.webp"
-            picture = Image.fromarray(photos.val_image(index).permute(1, 2, 0).numpy())
-            picture.save(file, quality=quality, method=6)
+            photo = Image.fromarray(photos.val_image(index).permute(1, 2, 0).numpy())
+            photo.save(file, quality=quality, method=6)
             used += file.stat().st_size
             if used > limit:
                 file.unlink()
                 break
             images.append({**entry, "file_name": file.name})
         if not images or (split == "val" and len(images) < len(photos)):
-            raise BenchError(f"the {split} pictures need more than --limit {limit / _MIB:g}: lower --val or --quality")
+            raise BenchError(f"the {split} images need more than --limit {limit / _MIB:g}: lower --val or --quality")
         ids = {image["id"] for image in images}
         # Training needs no masks.
         masks = [a for a in content["annotations"] if a["image_id"] in ids] if split == "val" else []
@@ -101,7 +101,7 @@ def pack_photos(root: Path, target: Path, *, train: int, val: int, quality: int,
 
 
 def check_photos(root: Path, target: Path) -> float:
-    """Compares the packed validation set with the original: maps have to be equal; returns the pictures' mean
+    """Compares the packed validation set with the original: maps have to be equal; returns the images' mean
     absolute difference in grey levels."""
     packed = Coco(target, "val", image_size=_SIZE)
     photos = Coco(root, "val", image_size=_SIZE, limit=len(packed))
@@ -182,7 +182,7 @@ def _base_and_photos(args: argparse.Namespace) -> list[Path]:
     )
     difference = check_photos(args.photos, partial)
     partial.rename(photos)
-    print(f"{photos}: {taken['train']} + {taken['val']} pictures, {difference:.2f} grey levels off; maps are equal")
+    print(f"{photos}: {taken['train']} + {taken['val']} images, {difference:.2f} grey levels off; maps are equal")
     print(
         f"on the GPU machine, each in a call of its own that carries the folder named:\n"
         f"  {base}:  bash bench/gpu_check.sh scenes\n  {photos}:  bash bench/gpu_check.sh photos\n"

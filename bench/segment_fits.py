@@ -1,11 +1,11 @@
-"""What it costs and brings to see pictures in their own shape: `python -m spot_fast.segment --fit` in numbers.
+"""What it costs and brings to see images in their own shape: `python -m spot_fast.segment --fit` in numbers.
 
-    python bench/segment_fits.py [--run RUN] [--pictures 200] [--scenes 100] [--threads 1]
+    python bench/segment_fits.py [--run RUN] [--images 200] [--scenes 100] [--threads 1]
 
-Speed: generated pictures of 640 x 480 as JPEG files, read, segmented, drawn and written as the command does, without
+Speed: generated images of 640 x 480 as JPEG files, read, segmented, drawn and written as the command does, without
 the start of Python and the loading of the model; CPU time is that of all threads. Quality: generated scenes of 3 : 2
 (the middle 64 rows of 96 x 96 pixels), the label map at their own size against exact masks: mBO_i and FG-ARI of the
-first kind of masks in percent, and how many segments a picture has. Without --run the masks are k-means clusters of the
+first kind of masks in percent, and how many segments an image has. Without --run the masks are k-means clusters of the
 packaged encoder's features.
 """
 
@@ -29,7 +29,7 @@ from machine import cores, cpu_name
 from spot_fast.data.datasets.scenes import draw_scenes
 from spot_fast.evaluation.metrics import image_scores
 from spot_fast.evaluation.scoring import WORKERS
-from spot_fast.segmentation.batch import Wanted, pictures_of, segment_all
+from spot_fast.segmentation.batch import Wanted, images_of, segment_all
 from spot_fast.segmentation.layouts import Fit, fit_of, windows_of
 from spot_fast.segmentation.overlays import labels_at
 from spot_fast.segmentation.segmenter import Masker, cluster_masker, run_masker
@@ -46,8 +46,8 @@ def scenes(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def speed(masker: Masker, fit: Fit, paths: list[Path], out: Path, overlay: bool) -> tuple[float, float]:
-    """Images a second, and milliseconds of CPU time a picture."""
-    sources = pictures_of(paths, 0, masker.size, masker.identity)
+    """Images a second, and milliseconds of CPU time an image."""
+    sources = images_of(paths, 0, masker.size, masker.identity)
     wanted = Wanted(out, masker.kinds, overlay)
     start, cpu = time.perf_counter(), time.process_time()
     segment_all(
@@ -57,7 +57,7 @@ def speed(masker: Masker, fit: Fit, paths: list[Path], out: Path, overlay: bool)
 
 
 def quality(masker: Masker, fit: Fit, images: np.ndarray, instances: np.ndarray) -> tuple[float, float, float]:
-    """mBO_i and FG-ARI in percent, segments a picture."""
+    """mBO_i and FG-ARI in percent, segments an image."""
     kind, rows = masker.kinds[0], []
     for pixels, truth in zip(images, instances, strict=True):
         image = Image.fromarray(pixels)
@@ -73,7 +73,7 @@ def quality(masker: Masker, fit: Fit, images: np.ndarray, instances: np.ndarray)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", help="a run of preset scenes (default: clusters of the packaged encoder)")
-    parser.add_argument("--pictures", type=int, default=200, help="for speed (default: 200)")
+    parser.add_argument("--images", type=int, default=200, help="for speed (default: 200)")
     parser.add_argument("--scenes", type=int, default=100, help="for quality (default: 100)")
     parser.add_argument("--threads", type=int, default=cores(), help="of the model (default: one a core)")
     args = parser.parse_args()
@@ -85,14 +85,14 @@ def main() -> None:
     images, instances = scenes(args.scenes, WIDE)
     rows = slice((WIDE - HIGH) // 2, (WIDE + HIGH) // 2)
     print(
-        f"{what}; {args.pictures} JPEGs of 640 x 480, {args.scenes} scenes of {WIDE} x {HIGH}; {cpu_name()}, "
+        f"{what}; {args.images} JPEGs of 640 x 480, {args.scenes} scenes of {WIDE} x {HIGH}; {cpu_name()}, "
         f"{cores()} cores, {args.threads} threads and {WORKERS} workers, torch {torch.__version__}\n"
     )
-    print("| --fit, --size | images/s | CPU ms/picture | labels alone: images/s | CPU ms | mBO_i | FG-ARI | segments |")
+    print("| --fit, --size | images/s | CPU ms/image | labels alone: images/s | CPU ms | mBO_i | FG-ARI | segments |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{i:04d}.jpg" for i in range(args.pictures)]
-        for path, pixels in zip(paths, scenes(args.pictures, 640)[0], strict=True):
+        paths = [Path(folder) / f"{i:04d}.jpg" for i in range(args.images)]
+        for path, pixels in zip(paths, scenes(args.images, 640)[0], strict=True):
             Image.fromarray(pixels[80:560]).save(path, quality=90)
         masker.find(torch.zeros(1, 3, masker.size, masker.size, dtype=torch.uint8))  # the first call takes longer
         for name, size in FITS:

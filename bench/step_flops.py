@@ -16,7 +16,7 @@ from spot_fast.model.spot import Spot
 
 
 class Product(NamedTuple):
-    """A linear layer over the tokens of a batch: rows of each picture, width in and out; which of its three products.
+    """A linear layer over the tokens of a batch: rows of each image, width in and out; which of its three products.
 
     kind: `forward` (x Wᵀ), `input` (its gradient by x, g W) or `weight` (by W, gᵀ x).
     """
@@ -76,7 +76,7 @@ def products(model: Spot, teacher: Spot | None) -> Counter[Product]:
 
 
 def encoder(model: Spot, blocks: int, *, embed: bool = False) -> float:
-    """Forward of `blocks` ViT blocks for one picture, with `embed` also of the patch embedding."""
+    """Forward of `blocks` ViT blocks for one image, with `embed` also of the patch embedding."""
     one = model.encoder
     tokens, dim = one.num_tokens + one.num_prefix, one.dim
     block = one.vit.blocks[0]
@@ -86,7 +86,7 @@ def encoder(model: Spot, blocks: int, *, embed: bool = False) -> float:
 
 
 def slots(model: Spot) -> tuple[float, float, float]:
-    """Forward of the slot encoder for one picture: its products over tokens, the earlier iterations, the last one."""
+    """Forward of the slot encoder for one image: its products over tokens, the earlier iterations, the last one."""
     one, module = model.slot_encoder, model.slot_encoder.attention
     tokens, dim, count, width = model.encoder.num_tokens, model.encoder.dim, one.num_slots, one.slot_dim
     hidden = module.mlp[0].out_features
@@ -96,7 +96,7 @@ def slots(model: Spot) -> tuple[float, float, float]:
 
 
 def decoder(model: Spot, *, masks_only: bool = False) -> float:
-    """Forward of the decoder for one picture; masks_only: up to the last cross-attention's weights."""
+    """Forward of the decoder for one image; masks_only: up to the last cross-attention's weights."""
     one, count, width = model.decoder, model.slot_encoder.num_slots, model.slot_encoder.slot_dim
     tokens, dim = model.encoder.num_tokens, model.encoder.dim
     ffn = 2 * tokens * dim * one.transformer.blocks[0].ffn[0].out_features
@@ -108,7 +108,7 @@ def decoder(model: Spot, *, masks_only: bool = False) -> float:
 
 
 def step(model: Spot, teacher: Spot | None, *, cached: bool) -> float:
-    """A training step for one picture; cached: its frozen features are given."""
+    """A training step for one image; cached: its frozen features are given."""
     depth, first = len(model.encoder.vit.blocks), model.encoder.first_last_block
     over_tokens, earlier, last = slots(model)
     through = 3 if model.slot_encoder.attention.truncation == "none" else 1

@@ -1,8 +1,8 @@
-"""Training steps to measure: the reference's and the trainer's own, on the same pictures with the same draws.
+"""Training steps to measure: the reference's and the trainer's own, on the same images with the same draws.
 
-Pictures are generated scenes held in memory, encoders have random weights, and the teacher of stage 2 is an untrained
+Images are generated scenes held in memory, encoders have random weights, and the teacher of stage 2 is an untrained
 stage-1 model, written as the run that a trainer asks for. Settings are those of COCO but for two: features are
-layer-normalised, because a random ViT's are so small that the loss would not notice a wrong target, and pictures are
+layer-normalised, because a random ViT's are so small that the loss would not notice a wrong target, and images are
 not mirrored, which would only make the cache twice as large.
 """
 
@@ -110,7 +110,7 @@ class Outcome:
 
 
 class TrainerSteps:
-    """Steps of the project's own trainer; cached: frozen features come from memory instead of pictures."""
+    """Steps of the project's own trainer; cached: frozen features come from memory instead of images."""
 
     def __init__(
         self, config: Config, device: torch.device, teacher: Path | None = None, *, cached: bool = False
@@ -142,7 +142,7 @@ class TrainerSteps:
 
 
 class ReferenceSteps:
-    """Steps of the reference with the trainer's weights, pictures and draws.
+    """Steps of the reference with the trainer's weights, images and draws.
 
     dtype: of weights and arithmetic; autocast: bfloat16 products as PyTorch chooses them, to know their error.
     """

@@ -182,7 +182,7 @@ def training(results: Sequence[Result], groups: Sequence[tuple[str, str, int]]) 
         seeds = ", ".join(str(r.seed) for r in runs)
         lines.append(
             f"- {title}: {about['steps']} steps of {about['batch_size']} in {minutes} minutes, "
-            f"seed{'s' * (len(runs) > 1)} {seeds}, scored on {about['val_images']} pictures"
+            f"seed{'s' * (len(runs) > 1)} {seeds}, scored on {about['val_images']} images"
         )
     return "\n".join(lines)
 

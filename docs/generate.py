@@ -1,4 +1,4 @@
-"""Writes what is generated in docs/: the tables of reproducing.md and the messages of troubleshooting.md.
+"""Writes what is generated in docs/: the tables of reproducing.md.
 
 python docs/generate.py            # writes; --check says whether all is current
 """
@@ -12,9 +12,8 @@ from functools import partial
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
-sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "kernels"), str(DOCS.parent / "bench"), str(DOCS)]
+sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "kernels"), str(DOCS.parent / "bench")]
 
-import error_sentences
 import hours
 
 from spot_fast.files import atomic_write
@@ -29,7 +28,6 @@ def scores() -> str:
 
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "reproducing.md": {"scores": scores, "hours": lambda: hours.table(hours.SHARE)},
-    "troubleshooting.md": {"messages": error_sentences.listing},
 }
 
 

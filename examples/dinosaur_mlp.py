@@ -1,6 +1,6 @@
 """DINOSAUR with an MLP decoder (Seitzer et al., 2023) in small, on generated scenes.
 
-A frozen self-supervised ViT turns a picture of 128 × 128 into 16 × 16 features; slot attention groups them; an MLP
+A frozen self-supervised ViT turns an image of 128 × 128 into 16 × 16 features; slot attention groups them; an MLP
 decodes every slot at every position to a feature and a weight, and the weighted sum over slots has to rebuild the
 features.
 

@@ -27,7 +27,7 @@ def main(build: Callable[[], nn.Module], size: int, description: str, argv: Sequ
     """build() makes the model; model(images uint8 [B, 3, size, size]) gives the loss of a batch."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--steps", type=int, default=40, help="training steps (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures a step (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="images a step (default: %(default)s)")
     parser.add_argument("--no-patch", action="store_true", help="train the model as it is, and nothing else")
     options = parser.parse_args(argv)
     if options.steps < 1 or options.batch_size < 1:

@@ -1,6 +1,6 @@
 """SLATE (Singh et al., 2021) in small, on generated scenes: a dVAE's tokens, slots of them, a transformer back to them.
 
-A picture of 64 × 64 becomes 16 × 16 discrete tokens; slot attention groups their embeddings; an autoregressive
+An image of 64 × 64 becomes 16 × 16 discrete tokens; slot attention groups their embeddings; an autoregressive
 transformer that sees nothing but the slots and the tokens so far predicts each next token. Both parts train together:
 squared error of the dVAE's reconstruction, cross-entropy of the tokens.
 
@@ -99,7 +99,7 @@ class Slate(nn.Module):
         self.register_buffer("future", nn.Transformer.generate_square_subsequent_mask(TOKENS), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, 64, 64] → loss: a picture's squared error and the cross-entropy of its tokens."""
+        """uint8 [B, 3, 64, 64] → loss: an image's squared error and the cross-entropy of its tokens."""
         images = images.to(self.positions.dtype) / 255
         logits = F.log_softmax(self.dvae.encoder(images), dim=1)
         soft = F.gumbel_softmax(logits, TEMPERATURE, dim=1)

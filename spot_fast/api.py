@@ -1,4 +1,4 @@
-"""The library in a few lines: load a model, segment pictures, get masks and slots.
+"""The library in a few lines: load a model, segment images, get masks and slots.
 
 model = spot_fast.load("runs/coco-stage2-001")      # a folder, the authors' .pt.tar, or owner/name on the hub
 result = model.segment_images([Image.open("photo.jpg"), array])
@@ -30,10 +30,10 @@ MASKS = ("decoder", "slots")
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What a model makes of B pictures, on the CPU. Indexing and `len` are those of the pictures.
+    """What a model makes of B images, on the CPU. Indexing and `len` are those of the images.
 
     slots [B, K, U]; decoder_masks and slot_masks [B, N, K], soft masks of the N = G·G patches in raster layout, summing
-    to 1 over slots; sizes: (H, W) of each picture; kind: which of the two `masks` and `labels` are made of.
+    to 1 over slots; sizes: (H, W) of each image; kind: which of the two `masks` and `labels` are made of.
     """
 
     slots: Tensor
@@ -49,14 +49,14 @@ class Segmentation:
 
     @property
     def masks(self) -> list[Tensor]:
-        """Soft masks [K, H, W] of each picture at its own size, float32, bilinear; made anew at each access."""
+        """Soft masks [K, H, W] of each image at its own size, float32, bilinear; made anew at each access."""
         return [
             _mask_at(masks, height, width) for masks, (height, width) in zip(self.token_masks, self.sizes, strict=True)
         ]
 
     @property
     def labels(self) -> list[Tensor]:
-        """Label maps [H, W] of each picture at its own size, uint8: the slot whose mask is largest."""
+        """Label maps [H, W] of each image at its own size, uint8: the slot whose mask is largest."""
         return [
             torch.from_numpy(labels_at(masks, height, width))
             for masks, (height, width) in zip(self.token_masks, self.sizes, strict=True)
@@ -85,39 +85,39 @@ def load(path: str | os.PathLike | None = None, device: str | torch.device | Non
 def segment_images(
     model: Spot, images: Any, *, orders: str = "0", masks: str = "decoder", batch_size: int = 32, seed: int = 0
 ) -> Segmentation:
-    """Segments pictures of any sizes, each resized as a whole to the model's square, as `spot_fast.segment` does.
+    """Segments images of any sizes, each resized as a whole to the model's square, as `spot_fast.segment` does.
 
     Args:
-        images: a picture or a sequence of pictures. A picture is a PIL image (taken as it stands, whatever EXIF says
+        images: an image or a sequence of images. An image is a PIL image (taken as it stands, whatever EXIF says
             of turning it), a uint8 array [H, W, 3] or [H, W], or a uint8 tensor [3, H, W]; a uint8 tensor
             [B, 3, H, W] or array [B, H, W, 3] is B of them.
         orders: patch order "0", or "all" averaged.
         masks: what `masks` and `labels` of the result are made of, the "decoder"'s or the "slots"' masks.
-        batch_size: pictures at a time.
-        seed: of the initial slots' noise, the same for every picture, where slots are gaussian.
+        batch_size: images at a time.
+        seed: of the initial slots' noise, the same for every image, where slots are gaussian.
 
     Raises:
-        ValueError: naming the picture and what is wrong with it.
+        ValueError: naming the image and what is wrong with it.
     """
     if masks not in MASKS:
         raise ValueError(f"masks={masks!r} is unknown: use {' or '.join(map(repr, MASKS))}")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: use 1 or more")
-    pictures = [_picture(image, number) for number, image in enumerate(_each(images))]
-    if not pictures:
-        raise ValueError("images is empty: pass at least one picture")
+    rgb = [_rgb(image, number) for number, image in enumerate(_each(images))]
+    if not rgb:
+        raise ValueError("images is empty: pass at least one image")
     masker = model_masker(model, "", orders=orders, seed=seed)
     found: list[Found] = []
-    for start in range(0, len(pictures), batch_size):
-        batch = pictures[start : start + batch_size]
+    for start in range(0, len(rgb), batch_size):
+        batch = rgb[start : start + batch_size]
         found.append(masker.find(torch.stack([square(image, masker.size) for image in batch])))
     slots = torch.cat([part.slots for part in found])
     decoder_masks, slot_masks = (torch.cat([part.masks[kind] for part in found]) for kind in MASKS)
-    return Segmentation(slots, decoder_masks, slot_masks, [(image.height, image.width) for image in pictures], masks)
+    return Segmentation(slots, decoder_masks, slot_masks, [(image.height, image.width) for image in rgb], masks)
 
 
 def square(image: Image.Image, size: int) -> Tensor:
-    """An RGB picture as a uint8 square [3, S, S], all of it: nothing is cut off."""
+    """An RGB image as a uint8 square [3, S, S], all of it: nothing is cut off."""
     return to_tensor(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
@@ -129,8 +129,8 @@ def _each(images: Any) -> Iterable[Any]:
     return images
 
 
-def _picture(image: Any, number: int) -> Image.Image:
-    """One picture as an RGB image."""
+def _rgb(image: Any, number: int) -> Image.Image:
+    """One image as an RGB image."""
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if isinstance(image, str | Path):

@@ -95,7 +95,7 @@ class Config:
     )
     cache: str = _option(
         "auto",
-        "what is kept of the training pictures: nothing, decoded pixels, frozen features, or "
+        "what is kept of the training images: nothing, decoded pixels, frozen features, or "
         "auto, which says what it chose and why",
         "data",
         ("auto", "none", "pixels", "features"),

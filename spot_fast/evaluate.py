@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m spot_fast.evaluate",
         description=_wrapped(
-            "Scores the decoder masks and slot masks of trained runs on their validation pictures, "
+            "Scores the decoder masks and slot masks of trained runs on their validation images, "
             "beside block masks and k-means on the same features. Several runs that differ in their "
             "seed only also get a table of mean ± standard deviation."
         ),
@@ -97,20 +97,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--size-plot",
         metavar="FILE",
-        help="the same as a picture, .png or .svg, of the first protocol: of one run or of runs that "
+        help="the same as an image, .png or .svg, of the first protocol: of one run or of runs that "
         "differ in their seed only every kind of masks, otherwise the decoder masks of each "
         "run",
     )
-    parser.add_argument("--csv", metavar="FILE", help="also write a line for each picture, kind of masks and protocol")
+    parser.add_argument("--csv", metavar="FILE", help="also write a line for each image, kind of masks and protocol")
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON; scores as fractions")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N pictures (default: all)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at a time (default: 32)")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N images (default: all)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
     parser.add_argument(
         "--workers",
         type=int,
         default=WORKERS,
         metavar="N",
-        help="threads that read pictures and masks ahead, 0 = none (default: one a processor, at most "
+        help="threads that read images and masks ahead, 0 = none (default: one a processor, at most "
         f"8; here {WORKERS})",
     )
     add_option(parser)
@@ -233,7 +233,7 @@ def writable_target(option: str, name: str | None) -> Path | None:
 
 
 def open_val_set(run: Run, data: str | None, opened: dict[str, ImageSet]) -> ImageSet:
-    """The run's validation pictures; runs on the same pictures share them."""
+    """The run's validation images; runs on the same images share them."""
     config = replace(run.config, data=data) if data else run.config
     keys = ("preset", "data", "val_images", "image_size", "mask_size", "crop")
     key = json.dumps([getattr(config, name) for name in keys])
@@ -261,7 +261,7 @@ def _report(run: Run, result: Evaluation, sizes: bool) -> str:
         f"{loss:.4f} ({'order 0' if orders == 1 else f'{orders} orders'})"
         for orders, loss in result.reconstruction.items()
     )
-    count = f"{result.images} picture{'s' * (result.images != 1)}"
+    count = f"{result.images} image{'s' * (result.images != 1)}"
     lines = []
     for scored in result.tables:
         lines += [
@@ -276,7 +276,7 @@ def _report(run: Run, result: Evaluation, sizes: bool) -> str:
         if line := unlabelled_line(scored):
             lines += [line, ""]
     lines += [
-        f"reconstruction loss {losses} · {1000 * result.seconds_per_image:.1f} ms a picture, "
+        f"reconstruction loss {losses} · {1000 * result.seconds_per_image:.1f} ms an image, "
         f"{1000 * result.metric_seconds_per_image:.1f} of them metrics",
     ]
     if result.skipped:

@@ -30,7 +30,7 @@ def _from(source: str, **values: Any) -> dict[str, Value]:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Pictures and what they need in both stages; stage2 holds what its second stage changes."""
+    """Images and what they need in both stages; stage2 holds what its second stage changes."""
 
     about: str
     title: str
@@ -105,7 +105,7 @@ _MOVI2 = {**_from("4.1, D.2", epochs=30), **_from("D.2", lr_low=1.5e-4)}
 
 DATA_SETS: dict[str, DataSet] = {
     "scenes": DataSet(
-        "generated pictures and a packaged encoder: needs no data",
+        "generated images and a packaged encoder: needs no data",
         "generated scenes",
         _from(
             "ours",
@@ -133,7 +133,7 @@ DATA_SETS: dict[str, DataSet] = {
         _from("ours", epochs=6),
     ),
     "coco": DataSet(
-        "COCO 2017, 118,287 pictures to train, 5,000 to evaluate",
+        "COCO 2017, 118,287 images to train, 5,000 to evaluate",
         "COCO",
         {
             **_from("4.1, D.2", num_slots=7, epochs=50),
@@ -163,8 +163,8 @@ DATA_SETS: dict[str, DataSet] = {
         _MOVI2,
     ),
     "folder": DataSet(
-        "your pictures, with masks or without; settings as coco",
-        "a folder of pictures",
+        "your images, with masks or without; settings as coco",
+        "a folder of images",
         _from("as coco", num_slots=7, epochs=50, lr=4e-4, lr_low=4e-7, crop="center", flip=True, mask_size=320),
     ),
 }

@@ -21,14 +21,14 @@ from spot_fast.evaluation.baselines import published_layouts
 from spot_fast.evaluation.protocols import PROTOCOLS, chosen
 from spot_fast.evaluation.scoring import WORKERS, evaluate
 from spot_fast.precision import PRECISIONS, resolve
-from spot_fast.reporting.introspection import gradients, look, read_picture
+from spot_fast.reporting.introspection import gradients, look, read_image
 from spot_fast.reporting.page import page
 from spot_fast.reporting.records import (
-    PictureRecord,
+    ImageRecord,
     Report,
     RunRecord,
     SetRecord,
-    choose_pictures,
+    choose_images,
     read_log,
     state_metadata,
 )
@@ -36,9 +36,9 @@ from spot_fast.system import terminal
 from spot_fast.system.cpu_threads import add_option, computing
 from spot_fast.system.devices import usable_device
 
-_GRADIENT_PICTURES = 16
-# A backward pass for each patch and order: more than this many patches take minutes a picture on a CPU.
-_FEW_PATCHES, _FEW_PICTURES = 100, 2
+_GRADIENT_IMAGES = 16
+# A backward pass for each patch and order: more than this many patches take minutes an image on a CPU.
+_FEW_PATCHES, _FEW_IMAGES = 100, 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,33 +65,33 @@ def _parser() -> argparse.ArgumentParser:
         default="all",
         metavar="NAME[,NAME]",
         help=f"{', '.join(PROTOCOLS)}, several with commas, or all; spot is among them in any case, "
-        "pictures are chosen by it (default: all)",
+        "images are chosen by it (default: all)",
     )
     parser.add_argument(
         "--images",
         type=int,
         default=3,
         metavar="N",
-        help="pictures of each part of the gallery: best, median, worst, random (default: 3)",
+        help="images of each part of the gallery: best, median, worst, random (default: 3)",
     )
     parser.add_argument(
         "--gradient-images",
         type=int,
         metavar="N",
-        help="pictures that the gradient norm is a mean over, 0 = leave it out (default: "
-        f"{_GRADIENT_PICTURES}; {_FEW_PICTURES} on a CPU with more than {_FEW_PATCHES} patches a "
-        "picture)",
+        help="images that the gradient norm is a mean over, 0 = leave it out (default: "
+        f"{_GRADIENT_IMAGES}; {_FEW_IMAGES} on a CPU with more than {_FEW_PATCHES} patches a "
+        "image)",
     )
     parser.add_argument(
-        "--limit", type=int, default=0, metavar="N", help="evaluate only the first N pictures (default: all)"
+        "--limit", type=int, default=0, metavar="N", help="evaluate only the first N images (default: all)"
     )
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at a time (default: 32)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
     parser.add_argument(
         "--workers",
         type=int,
         default=WORKERS,
         metavar="N",
-        help=f"threads that read pictures and masks ahead, 0 = none (default: {WORKERS})",
+        help=f"threads that read images and masks ahead, 0 = none (default: {WORKERS})",
     )
     add_option(parser)
     parser.add_argument(
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of the model, but for gradients, which are float32 (default: float32)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of slot noise, k-means and the random pictures (default: 0)"
+        "--seed", type=int, default=0, help="seed of slot noise, k-means and the random images (default: 0)"
     )
     parser.add_argument(
         "--device",
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(args: argparse.Namespace, command: str) -> None:
     _check(args)
-    # Pictures are chosen by their scores under SPOT's.
+    # Images are chosen by their scores under SPOT's.
     args.protocols = list(dict.fromkeys(["spot", *(protocol.name for protocol in chosen(args.protocol))]))
     out = writable_target("out", args.out)
     device = usable_device(args.device)
@@ -189,7 +189,7 @@ def _about(device: torch.device) -> dict[str, str]:
 
 
 def _measure(report: Report, shown: SetRecord, args: argparse.Namespace, device: torch.device) -> None:
-    """Scores of the runs on one set, the pictures to show with what the runs make of them, gradient norms."""
+    """Scores of the runs on one set, the images to show with what the runs make of them, gradient norms."""
     image_set = shown.image_set
     records = [report.runs[place] for place in shown.places]
     if image_set.has_masks:
@@ -210,20 +210,20 @@ def _measure(report: Report, shown: SetRecord, args: argparse.Namespace, device:
             record.run.model.to("cpu")
     if not len(image_set):
         return
-    picks = choose_pictures(
+    picks = choose_images(
         image_set, [r.evaluation for r in records if r.evaluation], each=args.images, seed=args.seed, limit=args.limit
     )
-    read = [(pick, found) for pick in picks if (found := read_picture(image_set, pick.index)) is not None]
-    shown.pictures = [PictureRecord(pick, pixels, truth, []) for pick, (pixels, truth) in read]
+    read = [(pick, found) for pick in picks if (found := read_image(image_set, pick.index)) is not None]
+    shown.images = [ImageRecord(pick, pixels, truth, []) for pick, (pixels, truth) in read]
     for record in records:
         model = record.run.model.to(device)
-        for picture in tqdm(shown.pictures, desc=f"pictures of {record.name}", unit="image", disable=None):
-            picture.looks.append(
+        for image in tqdm(shown.images, desc=f"images of {record.name}", unit="image", disable=None):
+            image.looks.append(
                 look(
                     model,
-                    picture.pixels,
-                    picture.truth,
-                    index=picture.chosen.index,
+                    image.pixels,
+                    image.truth,
+                    index=image.chosen.index,
                     seed=args.seed,
                     precision=args.precision,
                 )
@@ -236,19 +236,19 @@ def _measure(report: Report, shown: SetRecord, args: argparse.Namespace, device:
 
 def _gradients(run: Run, image_set: ImageSet, args: argparse.Namespace, device: torch.device):
     patches = run.model.encoder.num_tokens
-    pictures = args.gradient_images
-    if pictures is None:
+    images = args.gradient_images
+    if images is None:
         few = device.type == "cpu" and patches > _FEW_PATCHES
-        pictures = _FEW_PICTURES if few else _GRADIENT_PICTURES
-    pictures = min(pictures, args.limit or pictures, len(image_set))
-    if not pictures:
+        images = _FEW_IMAGES if few else _GRADIENT_IMAGES
+    images = min(images, args.limit or images, len(image_set))
+    if not images:
         return None
     model = run.model.to(device)
-    batches = -(-pictures // args.batch_size)
+    batches = -(-images // args.batch_size)
     with tqdm(
         total=batches * patches * model.num_orders, desc=f"gradients of {run_name(run)}", unit="patch", disable=None
     ) as bar:
-        found = gradients(model, image_set, pictures=pictures, seed=args.seed, batch=args.batch_size, done=bar.update)
+        found = gradients(model, image_set, images=images, seed=args.seed, batch=args.batch_size, done=bar.update)
     model.to("cpu")
     return found
 

@@ -1,8 +1,8 @@
-"""What a trained model sees in pictures, or what k-means makes of an encoder's features.
+"""What a trained model sees in images, or what k-means makes of an encoder's features.
 
-For each picture, in the folder of --out:
-  NAME_overlay.png        the picture, its decoder masks, its slot masks
-  NAME_labels.png         the decoder masks as an indexed PNG of the picture's size: a pixel's value is its slot
+For each image, in the folder of --out:
+  NAME_overlay.png        the image, its decoder masks, its slot masks
+  NAME_labels.png         the decoder masks as an indexed PNG of the image's size: a pixel's value is its slot
   NAME_slot_labels.png    the slot masks likewise
   NAME_soft.safetensors   with --soft: "decoder" and "slots" [K, h, w], float16, on the grid of patches; resized
                           bilinearly (corners not aligned) to "height" and "width" of the metadata, the largest gives
@@ -11,19 +11,19 @@ For each picture, in the folder of --out:
 Without --run the newest finished run is taken. With --encoder instead of a run, the masks are k-means clusters of
 that encoder's features.
 
-Pictures may have any size and shape. --fit says how the model sees them:
-  stretch      The whole picture is resized to the square that the model was trained on. Fast; shapes are squeezed and
+Images may have any size and shape. --fit says how the model sees them:
+  stretch      The whole image is resized to the square that the model was trained on. Fast; shapes are squeezed and
                small things are lost.
-  interpolate  The whole picture in its own shape at once, the ViT's positions interpolated to its grid of patches. A
-               square picture without --size is seen as by stretch, to the bit; the model has not seen other grids.
+  interpolate  The whole image in its own shape at once, the ViT's positions interpolated to its grid of patches. A
+               square image without --size is seen as by stretch, to the bit; the model has not seen other grids.
   tiles        Overlapping squares, each seen as in training; their slots are joined where they cover the same patches.
                For details, with a larger --size. What is larger than a square may come out in pieces. Pixel values are
                numbers of segments, the largest 0; --slots gives "slots" [W, K, U] of the W squares, "windows" [W, 4]
                (left, top, right, bottom in pixels) and "segments" [W, K] (the slot's pixel value, -1: none).
 
-The segment along most of the border is grey, every other one has the colour whose fixed place in the picture is
+The segment along most of the border is grey, every other one has the colour whose fixed place in the image is
 nearest: colours depend on where segments are, not on how slots are numbered. A file in --out is overwritten if it is of
-the same picture and model, else only with --overwrite.
+the same image and model, else only with --overwrite.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from spot_fast.errors import UserError
 from spot_fast.evaluation.scoring import WORKERS
 from spot_fast.model.encoder import SCENES_ENCODER
 from spot_fast.precision import PRECISIONS
-from spot_fast.segmentation.batch import MAX_GRID, Wanted, pictures_of, segment_all
-from spot_fast.segmentation.files import check_overwriting, find_pictures, output_names, save
+from spot_fast.segmentation.batch import MAX_GRID, Wanted, images_of, segment_all
+from spot_fast.segmentation.files import check_overwriting, find_images, output_names, save
 from spot_fast.segmentation.layouts import FITS, Fit, fit_of
 from spot_fast.segmentation.overlays import contact_sheet
 from spot_fast.segmentation.segmenter import CLUSTER_SIZE, Masker, cluster_masker, run_masker
@@ -48,7 +48,7 @@ from spot_fast.system import terminal
 from spot_fast.system.cpu_threads import add_option, computing
 from spot_fast.system.devices import usable_device
 
-_NAMED = 10  # so many pictures get a line each
+_NAMED = 10  # so many images get a line each
 _MASKS = {"decoder": ("decoder",), "slots": ("slots",), "both": ("decoder", "slots")}
 
 
@@ -72,14 +72,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--out", type=Path, default=Path("segments"), metavar="DIR", help="where to write (default: segments)"
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="also overwrite files that are not of the same picture and model"
+        "--overwrite", action="store_true", help="also overwrite files that are not of the same image and model"
     )
     parser.add_argument("--fit", choices=FITS, default="stretch", help="see above (default: stretch)")
     parser.add_argument(
         "--size",
         type=int,
         metavar="S",
-        help="shorter side in pixels at which the model sees a picture, for interpolate and tiles, "
+        help="shorter side in pixels at which the model sees an image, for interpolate and tiles, "
         "rounded to patches (default: the side of its square); with --encoder also the side of the "
         f"square for stretch (default: {CLUSTER_SIZE}, {SCENES_ENCODER}: 64)",
     )
@@ -94,14 +94,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--grid",
         type=Path,
         metavar="FILE.png",
-        help=f"also write a contact sheet of the first {MAX_GRID} pictures and their masks, captioned",
+        help=f"also write a contact sheet of the first {MAX_GRID} images and their masks, captioned",
     )
     parser.add_argument(
         "--scenes",
         type=int,
         default=0,
         metavar="N",
-        help="also segment N generated validation scenes; needs no picture",
+        help="also segment N generated validation scenes; needs no image",
     )
     parser.add_argument("--encoder", metavar="NAME", help="without a run: cluster the features of this timm ViT")
     parser.add_argument("--encoder-weights", metavar="FILE", help="its weights (default: timm's own, from the hub)")
@@ -118,7 +118,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=WORKERS,
         metavar="N",
-        help=f"threads that read and write pictures (default: one a processor, at most 8; here {WORKERS})",
+        help=f"threads that read and write images (default: one a processor, at most 8; here {WORKERS})",
     )
     add_option(parser)
     parser.add_argument(
@@ -136,7 +136,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--scenes {args.scenes}: use 0 or more")
     if not args.images and not args.scenes:
         raise UserError(
-            "nothing to segment: name images, folders or lists, or ask for generated pictures with --scenes N"
+            "nothing to segment: name images, folders or lists, or ask for generated images with --scenes N"
         )
     for option in ("batch-size", "workers"):
         if (value := getattr(args, option.replace("-", "_"))) < 1:
@@ -185,10 +185,10 @@ def _fit(args: argparse.Namespace, masker: Masker) -> Fit:
 def run(args: argparse.Namespace) -> int:
     """Segments what `args` name and says so; the exit code."""
     _check(args)
-    files = find_pictures(args.images, args.out, lambda note: print(f"note: {note}", file=sys.stderr))
+    files = find_images(args.images, args.out, lambda note: print(f"note: {note}", file=sys.stderr))
     paths = [path for path, _ in files]
     if args.grid and args.grid.resolve() in {path.resolve() for path in paths}:
-        raise UserError(f"--grid {args.grid} is one of the pictures: choose another name")
+        raise UserError(f"--grid {args.grid} is one of the images: choose another name")
     where = usable_device(args.device)
     device = str(where)
     masker, size, what = _masker(args, device)
@@ -196,15 +196,15 @@ def run(args: argparse.Namespace) -> int:
     kinds = _MASKS[args.masks or "both"] if "slots" in masker.kinds else masker.kinds
     metadata = {"fit": args.fit, "model": what, **({} if args.encoder else {"orders": args.orders})}
     wanted = Wanted(args.out, kinds, args.overlay, args.soft, args.slots, metadata)
-    pictures = pictures_of(paths, args.scenes, size, masker.identity)
+    images = images_of(paths, args.scenes, size, masker.identity)
     names = output_names([stem for _, stem in files] + [f"scene_{i:03d}" for i in range(args.scenes)], paths, args.out)
     if not args.overwrite:
-        check_overwriting(args.out, names, [picture.origin for picture in pictures], wanted.endings)
+        check_overwriting(args.out, names, [image.origin for image in images], wanted.endings)
     print(f"{what}, {size} px, {device}", flush=True)
     start = time.perf_counter()
     with computing(args.threads, where) as adapt:
         results = segment_all(
-            pictures,
+            images,
             names,
             masker,
             fit,
@@ -218,17 +218,17 @@ def run(args: argparse.Namespace) -> int:
     if results.rows:
         rows = [row for _, row in sorted(results.rows.items())]
         save(contact_sheet(rows, columns=1 if len(rows) < 4 else 2 if len(rows) <= 24 else 4), args.grid)
-    if len(pictures) <= _NAMED:
+    if len(images) <= _NAMED:
         for index, (width, height) in sorted(results.sizes.items()):
             print(f"{args.out / names[index]}_*  {width} x {height}")
     if results.rows:
-        print(args.grid, f"(the first {MAX_GRID} of {len(pictures)} pictures)" if len(pictures) > MAX_GRID else "")
+        print(args.grid, f"(the first {MAX_GRID} of {len(images)} images)" if len(images) > MAX_GRID else "")
     if results.skipped:
-        print(f"{results.skipped} of {len(pictures)} could not be read and were skipped", file=sys.stderr)
+        print(f"{results.skipped} of {len(images)} could not be read and were skipped", file=sys.stderr)
     if not (done := len(results.sizes)):
-        raise UserError("no picture could be read: nothing was written")
+        raise UserError("no image could be read: nothing was written")
     print(
-        f"{done} picture{'s' * (done != 1)} in {seconds:.1f} s, {done / seconds:.1f} images/s: "
+        f"{done} image{'s' * (done != 1)} in {seconds:.1f} s, {done / seconds:.1f} images/s: "
         f"{args.out}/NAME_{{{','.join(wanted.endings)}}}"
     )
     return 0

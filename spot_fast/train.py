@@ -131,7 +131,7 @@ def _train(world: World, argv: Sequence[str] | None) -> int:
         )
         if len(kinds := set(world.gather(trainer.loader.kind))) > 1:
             raise UserError(
-                f"pictures are decoded by {' and '.join(sorted(kinds))} in different processes: add --loader torch"
+                f"images are decoded by {' and '.join(sorted(kinds))} in different processes: add --loader torch"
             )
         trainer.choose_cache()  # before there is a run folder: it is told if it cannot be
         path = world.first(folder)

@@ -1,4 +1,4 @@
-"""The Python interface: kinds of pictures in, masks at their own sizes out, the same as the command's."""
+"""The Python interface: kinds of images in, masks at their own sizes out, the same as the command's."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def array(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def test_masks_have_each_pictures_size(model):
+def test_masks_have_each_images_size(model):
     photo, wide = Image.fromarray(array(40, 70)), torch.from_numpy(array(20, 90, 1)).permute(2, 0, 1)
     result = model.segment_images([photo, wide, array(33, 31)[..., 0], array(32, 32)], batch_size=3)
     sizes = [(40, 70), (20, 90), (33, 31), (32, 32)]
@@ -42,7 +42,7 @@ def test_masks_have_each_pictures_size(model):
         assert torch.equal(labels.long(), masks.argmax(0))
 
 
-def test_every_kind_of_picture_means_the_same(model):
+def test_every_kind_of_image_means_the_same(model):
     pixels = array(48, 36)
     chw = torch.from_numpy(pixels).permute(2, 0, 1)
     expected = model.segment_images([pixels])
@@ -69,11 +69,11 @@ def test_labels_are_those_of_the_segment_command(run, model, tmp_path):
 
 
 def test_slot_masks_and_seeds_are_a_choice(model):
-    picture = array(32, 32)
-    decoder, slots = model.segment_images(picture), model.segment_images(picture, masks="slots")
+    image = array(32, 32)
+    decoder, slots = model.segment_images(image), model.segment_images(image, masks="slots")
     assert torch.equal(decoder.slots, slots.slots) and torch.equal(slots.token_masks, slots.slot_masks)
     assert not torch.equal(decoder.masks[0], slots.masks[0])
-    assert not torch.equal(model.segment_images(picture, seed=1).slots, decoder.slots)
+    assert not torch.equal(model.segment_images(image, seed=1).slots, decoder.slots)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_slot_masks_and_seeds_are_a_choice(model):
         ([3], r"images\[0\] is a int"),
     ],
 )
-def test_wrong_pictures_are_named(model, images, words):
+def test_wrong_images_are_named(model, images, words):
     with pytest.raises(ValueError, match=words):
         model.segment_images(images)
 

@@ -8,7 +8,7 @@ import pytest
 from paths import ROOT
 
 EXAMPLES = ROOT / "examples"
-# example → its model, its picture size, how its slot attention is known
+# example → its model, its image size, how its slot attention is known
 MODELS = {"slate": ("Slate", 64, "SLATE"), "dinosaur_mlp": ("DinosaurMlp", 128, "OCLF (DINOSAUR)")}
 
 

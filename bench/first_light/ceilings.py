@@ -2,7 +2,7 @@
 
     python bench/first_light/ceilings.py [--rehearse]
 
-The step's products (`step_flops.products`) have 64 pictures of 196 tokens, so 12,544 rows. Each is timed alone,
+The step's products (`step_flops.products`) have 64 images of 196 tokens, so 12,544 rows. Each is timed alone,
 forward, input gradient and weight gradient, in a replayed graph over several sets of inputs; a stage's floor is the sum
 of their times, as often as a step makes them, and what is left (attention, slots) at the large product's rate.
 """

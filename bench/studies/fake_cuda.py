@@ -208,7 +208,7 @@ class Study:
         features = weight = draws = None
         with self.mode:  # what a prefetcher has brought to the GPU
             images = torch.empty(self.images.shape, dtype=torch.uint8, device=CUDA)
-        with self.section("frozen features of pictures on the GPU"):
+        with self.section("frozen features of images on the GPU"):
             features = trainer.frozen_features(images)
         with self.section("cached features held on the GPU"):
             rows = len(trainer.train_set)

@@ -3,7 +3,7 @@
     labels[y, x] = the first k with the largest  Σ_ij  wy[y, i] wx[x, j] masks[i, j, k]
 
 On the CPU the native library does it in one pass without maps of floats in between, with the same arithmetic as
-PyTorch, so that near-ties fall the same way; elsewhere, and for small maps, PyTorch resizes a few pictures at a time.
+PyTorch, so that near-ties fall the same way; elsewhere, and for small maps, PyTorch resizes a few images at a time.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ _SIGNATURES = (
     (b"\x93NUMPY", "is a NumPy array (.npy)"),
     (b"\x89HDF\r\n\x1a\n", "is an HDF5 file, as Keras and TensorFlow write them"),
     (b"GGUF", "is a GGUF file of quantised weights"),
-    (b"\x89PNG\r\n", "is a PNG picture"),
-    (b"\xff\xd8\xff", "is a JPEG picture"),
+    (b"\x89PNG\r\n", "is a PNG image"),
+    (b"\xff\xd8\xff", "is a JPEG image"),
     (b"%PDF", "is a PDF document"),
 )
 

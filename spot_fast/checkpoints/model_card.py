@@ -53,7 +53,7 @@ def card(config: Config, scores: Mapping[str, float], sha256: str, *, included: 
         "",
         f"# SPOT, stage {config.stage}, {config.preset}",
         "",
-        f"Takes pictures apart into {config.num_slots} slots without labels ({_PAPER}): frozen ViT `{config.encoder}` "
+        f"Takes images apart into {config.num_slots} slots without labels ({_PAPER}): frozen ViT `{config.encoder}` "
         f"at {config.image_size} px, {config.slot_init} slots of width {config.slot_dim}, {decoder}.",
         *([f"Converted from {source}."] if source else []),
         *(
@@ -78,7 +78,7 @@ def card(config: Config, scores: Mapping[str, float], sha256: str, *, included: 
     ]
     if scores:
         parts += [
-            f"Last validation of the run (preset {config.preset}, its first pictures; "
+            f"Last validation of the run (preset {config.preset}, its first images; "
             "`python -m spot_fast.evaluate` gives the whole table):",
             "",
             "| | |",

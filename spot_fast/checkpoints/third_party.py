@@ -233,7 +233,7 @@ def _ocbench(rest: _Rest) -> _Read:
         learned,
         vit,
         [
-            "OCBench brings pictures to 256 px and scales them by 0.875, bicubic; here they are resized at once to "
+            "OCBench brings images to 256 px and scales them by 0.875, bicubic; here they are resized at once to "
             f"{grid * patch} px",
             "its metrics differ, too: python -m spot_fast.evaluate --protocol ocbench",
         ],

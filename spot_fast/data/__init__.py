@@ -26,7 +26,7 @@ READERS: dict[str, tuple[Callable[..., ImageFiles], str]] = {
 
 
 def open_set(config: Config, split: str) -> ImageSet:
-    """The "train" or the "val" pictures of `config.preset`, read from `config.data`.
+    """The "train" or the "val" images of `config.preset`, read from `config.data`.
 
     `train_images` and `val_images` limit them to the first so many, 0 takes all. UserError says what is missing and
     where it is expected.

@@ -37,15 +37,15 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         help="say what a folder holds, what is wrong with it and how to train on it",
         description="Says what PATH holds (COCO, VOC, MOVi as PNG clips or TFRecord, a folder or a list of images), "
-        "how many pictures and masks, what is missing or damaged, and the command to train with.",
+        "how many images and masks, what is missing or damaged, and the command to train with.",
     )
     command.add_argument("path", metavar="PATH", type=Path, help="folder of a data set, or a text file listing images")
     command.add_argument("--sbd", metavar="DIR", help="folder of SBD, for VOC without trainaug.txt")
     command.add_argument(
         "--decode",
         action="store_true",
-        help="decode every picture and mask, instead of looking at both ends of the files: finds "
-        "pictures that were damaged inside, which decoders fill with grey or garbage",
+        help="decode every image and mask, instead of looking at both ends of the files: finds "
+        "images that were damaged inside, which decoders fill with grey or garbage",
     )
     command.add_argument(
         "--jobs",

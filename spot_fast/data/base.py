@@ -1,6 +1,6 @@
-"""What a data set is to the rest of the package: numbered pictures, with masks where there are any.
+"""What a data set is to the rest of the package: numbered images, with masks where there are any.
 
-An `ImageSet` is one split (training or validation). Pictures come out as uint8 squares [3, S, S], masks as label maps
+An `ImageSet` is one split (training or validation). Images come out as uint8 squares [3, S, S], masks as label maps
 [M, M]; S is `Config.image_size`, M is `Config.mask_size`. Nothing here knows about encoders, batches or epochs.
 """
 
@@ -25,7 +25,7 @@ from spot_fast.errors import CorruptImage, UserError
 
 @dataclass(frozen=True)
 class Masks:
-    """Ground truth of one picture, int64 label maps [M, M]; 0 is background.
+    """Ground truth of one image, int64 label maps [M, M]; 0 is background.
 
     classes is None where the data set has no classes, ignore (1 = pixel counts nowhere) where nothing is ignored.
     """
@@ -37,7 +37,7 @@ class Masks:
 
 @dataclass(frozen=True)
 class FullLabels:
-    """Ground truth of one picture at its own size, [height, width], for protocols that crop or count differently.
+    """Ground truth of one image at its own size, [height, width], for protocols that crop or count differently.
 
     instances    int32, 0 is background; where instances overlap, the earlier one's
     classes      int32, of the earlier instance
@@ -59,11 +59,11 @@ class ImageSet(ABC):
     name         for messages and tables
     has_masks    `val_masks` works
     has_classes  those masks have class maps
-    flip         training pictures are mirrored with probability 1/2; the loader does it, `train_image` does not
+    flip         training images are mirrored with probability 1/2; the loader does it, `train_image` does not
     random_crop  `finish` and `train_image` depend on their rng
     notes        lines for the user about what was found, such as files or annotations that are left out
-    images       optional: all training pictures at once, uint8 [n, 3, S, S]; the loader then indexes it directly
-    corrupt      optional, with `images`: the indices of pictures that are none, others stand in for them
+    images       optional: all training images at once, uint8 [n, 3, S, S]; the loader then indexes it directly
+    corrupt      optional, with `images`: the indices of images that are none, others stand in for them
     """
 
     name: str = "images"
@@ -75,15 +75,15 @@ class ImageSet(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many pictures it has."""
+        """How many images it has."""
 
     @abstractmethod
     def label(self, index: int) -> str:
-        """What to call the picture in a message: its file name, where it has one."""
+        """What to call the image in a message: its file name, where it has one."""
 
     @abstractmethod
     def prepared(self, index: int) -> torch.Tensor:
-        """The training picture as far as no chance is involved: uint8 [3, h, w], decoded and resized, and cropped
+        """The training image as far as no chance is involved: uint8 [3, h, w], decoded and resized, and cropped
         unless the crop is random; CorruptImage names the file and the reason."""
 
     def finish(self, prepared: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
@@ -95,7 +95,7 @@ class ImageSet(ABC):
         return self.finish(self.prepared(index), rng)
 
     def content_key(self) -> str:
-        """Names what `prepared` gives for all pictures: another key, other pixels. Empty: not worth storing on disk."""
+        """Names what `prepared` gives for all images: another key, other pixels. Empty: not worth storing on disk."""
         return ""
 
     def sample(self) -> list[str]:
@@ -103,7 +103,7 @@ class ImageSet(ABC):
         return []
 
     def changed(self, indices: Iterable[int]) -> list[int]:
-        """Those of the pictures that are no longer what `content_key` names."""
+        """Those of the images that are no longer what `content_key` names."""
         return []
 
     @abstractmethod
@@ -111,7 +111,7 @@ class ImageSet(ABC):
         """uint8 [3, S, S], cropped as in evaluation; CorruptImage names the file and the reason."""
 
     def val_masks(self, index: int) -> Masks:
-        """Label maps that cover the same part of the picture as `val_image`; UserError where they cannot be read.
+        """Label maps that cover the same part of the image as `val_image`; UserError where they cannot be read.
 
         A set without masks has no more than this.
         """
@@ -120,7 +120,7 @@ class ImageSet(ABC):
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a picture becomes a square: resized to width x height, then the square whose corner is at (left, top)."""
+    """How an image becomes a square: resized to width x height, then the square whose corner is at (left, top)."""
 
     width: int
     height: int
@@ -131,10 +131,10 @@ class Geometry:
 class ImageFiles(ImageSet):
     """An ImageSet over image files: SPOT's crops (section 6) of `paths[index]`.
 
-    crop: "center" or "random" after resizing the minor side to S (bilinear; of a picture more than 16 times as long as
-    wide crops come from the middle 16 squares), or "stretch" to S x S (bicubic, MOVi). Validation pictures are
-    centre-cropped unless they are stretched. upright: obey EXIF orientation; in validation the picture that the masks
-    were drawn on counts, whichever of the two has their size (`fitting`). A set whose pictures are not files of their
+    crop: "center" or "random" after resizing the minor side to S (bilinear; of an image more than 16 times as long as
+    wide crops come from the middle 16 squares), or "stretch" to S x S (bicubic, MOVi). Validation images are
+    centre-cropped unless they are stretched. upright: obey EXIF orientation; in validation the image that the masks
+    were drawn on counts, whichever of the two has their size (`fitting`). A set whose images are not files of their
     own overrides `encoded`, `sources` and `source`, and says in `drawn` what it takes of those files.
     """
 
@@ -169,7 +169,7 @@ class ImageFiles(ImageSet):
         return self.paths[index].name
 
     def encoded(self, index: int) -> bytes:
-        """The picture's file as it is stored; CorruptImage where there is none."""
+        """The image's file as it is stored; CorruptImage where there is none."""
         try:
             return self.paths[index].read_bytes()
         except FileNotFoundError:
@@ -181,12 +181,12 @@ class ImageFiles(ImageSet):
             raise CorruptImage(f"image {self.paths[index]} cannot be read: {reason}") from None
 
     def rgb(self, index: int, upright: bool | None = None) -> Image.Image:
-        """The decoded picture, upright if asked for, or if the set is; CorruptImage names the file and the reason."""
+        """The decoded image, upright if asked for, or if the set is; CorruptImage names the file and the reason."""
         upright = self.upright if upright is None else upright
         return transforms.open_rgb(self.paths[index], self.encoded(index), upright=upright)
 
     def geometry(self, width: int, height: int, rng: np.random.Generator) -> Geometry:
-        """What training does to a picture of that size; draws from `rng` where the crop is random."""
+        """What training does to an image of that size; draws from `rng` where the crop is random."""
         size = self.image_size
         if self.crop == "stretch":
             return Geometry(size, size, 0, 0)
@@ -214,13 +214,13 @@ class ImageFiles(ImageSet):
         return transforms.to_tensor(self._resized(index, "stretch" if self.crop == "stretch" else "center", upright))
 
     def drawn_size(self, index: int) -> fit.Size | None:
-        """(width, height) of the masks of a validation picture; None where the set has none, or they decide nothing."""
+        """(width, height) of the masks of a validation image; None where the set has none, or they decide nothing."""
         return None
 
     def fitting(self, index: int, size: fit.Size, source: Path | str) -> bool:
-        """Whether masks of `size` (width, height) lie on the picture that EXIF turns upright, not on the stored one.
+        """Whether masks of `size` (width, height) lie on the image that EXIF turns upright, not on the stored one.
 
-        They have the size of one of the two, or are a scaled copy; UserError names the file `source`, the picture and
+        They have the size of one of the two, or are a scaled copy; UserError names the file `source`, the image and
         both sizes where they fit neither. Where they fit both, as with squares, `upright_alike` decides.
         """
         if (index, size) not in self._turned:
@@ -233,17 +233,17 @@ class ImageFiles(ImageSet):
                 also = f" ({upright[0]} x {upright[1]} upright)" if upright != stored else ""
                 raise UserError(
                     f"{source} gives {self.paths[index].name} masks of {size[0]} x {size[1]}, but it is "
-                    f"{stored[0]} x {stored[1]}{also}: masks need the picture's size or shape"
+                    f"{stored[0]} x {stored[1]}{also}: masks need the image's size or shape"
                 )
             self._turned[index, size] = answer
         return self._turned[index, size]
 
     def upright_alike(self, index: int) -> bool:
-        """Whether masks are of the upright picture where their size does not tell."""
+        """Whether masks are of the upright image where their size does not tell."""
         return self.upright
 
     def mask_files(self, index: int) -> list[Path]:
-        """The files that `val_masks` reads for the picture; none where masks are not files of their own."""
+        """The files that `val_masks` reads for the image; none where masks are not files of their own."""
         return []
 
     def _resized(self, index: int, crop: str, upright: bool | None = None) -> Image.Image:
@@ -287,15 +287,15 @@ class ImageFiles(ImageSet):
         return [index for index, place in zip(indices, places, strict=True) if place in found]
 
     def sources(self) -> Sequence[Path]:
-        """The files that the pictures come from."""
+        """The files that the images come from."""
         return self.paths
 
     def source(self, index: int) -> int:
-        """The place in `sources` of the file that the picture comes from."""
+        """The place in `sources` of the file that the image comes from."""
         return index
 
     def square_labels(self, labels: np.ndarray) -> torch.Tensor:
-        """A label map [height, width] as int64 [M, M]: nearest, cropped or stretched as validation pictures are."""
+        """A label map [height, width] as int64 [M, M]: nearest, cropped or stretched as validation images are."""
         if self.crop == "stretch":
             return transforms.stretch_labels(labels, self.mask_size)
         return transforms.center_crop_labels(labels, self.mask_size)

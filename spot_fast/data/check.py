@@ -26,7 +26,7 @@ from spot_fast.training.schedule import learning_rate
 SHOWN = 10  # damaged files that are printed
 _BATCH = 64  # files a thread takes at a time
 
-# Looks at one picture or clip: (file, what is wrong with it) of all that is wrong.
+# Looks at one image or clip: (file, what is wrong with it) of all that is wrong.
 Inspection = Callable[[], list[tuple[str, str]]]
 
 
@@ -38,8 +38,8 @@ class Split:
     summary: str = ""
     inspections: list[Inspection] = field(default_factory=list)
     trouble: str = ""
-    unit: str = "pictures"
-    pictures: int = 0
+    unit: str = "images"
+    images: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)
     bad_inspections: int = 0
 
@@ -92,9 +92,9 @@ def find(path: Path, *, sbd: str | None = None, decode: bool = False) -> Found:
 
 
 def _is_voc(folder: Path) -> bool:
-    """Whether it has VOC's pictures; those of DAVIS and YouTube-VOS lie in folders of their own."""
-    pictures = folder / "JPEGImages"
-    return pictures.is_dir() and ((folder / "ImageSets" / "Segmentation").is_dir() or any(pictures.glob("*.*")))
+    """Whether it has VOC's images; those of DAVIS and YouTube-VOS lie in folders of their own."""
+    images = folder / "JPEGImages"
+    return images.is_dir() and ((folder / "ImageSets" / "Segmentation").is_dir() or any(images.glob("*.*")))
 
 
 def _movi_preset(path: Path) -> str:
@@ -115,7 +115,7 @@ def _of_files(title: str, name: str, reader: Callable[..., ImageFiles], decode: 
         except UserError as error:
             found.splits.append(Split(split, trouble=str(error)))
             continue
-        summary = _count(len(image_set), "picture")
+        summary = _count(len(image_set), "image")
         if isinstance(image_set, movi.Movi):
             clips = len({path.parent for path in image_set.paths})
             summary = f"{_count(clips, 'clip')}, {_count(len(image_set), 'frame')}"
@@ -134,7 +134,7 @@ def _of_files(title: str, name: str, reader: Callable[..., ImageFiles], decode: 
         ]
         seen.update(image_set.paths)
         found.notes += [note for note in image_set.notes if note not in found.notes]
-        found.splits.append(Split(split, summary, inspections, pictures=len(image_set)))
+        found.splits.append(Split(split, summary, inspections, images=len(image_set)))
     if name.startswith("movi"):
         found.notes.append("the files do not tell MOVi-C from MOVi-E: take the preset, movi_c or movi_e, that fits")
     return found
@@ -150,10 +150,10 @@ def _masks(image_set: ImageFiles) -> str:
     return _count(sum(len(image_set.mask_files(index)) for index in range(len(image_set))), "mask file")
 
 
-def _inspect(image_set: ImageFiles, index: int, picture: bool, decode: bool) -> list[tuple[str, str]]:
-    """A picture (unless it has been inspected already) and its masks."""
+def _inspect(image_set: ImageFiles, index: int, image: bool, decode: bool) -> list[tuple[str, str]]:
+    """An image (unless it has been inspected already) and its masks."""
     path = image_set.paths[index]
-    bad = [(str(path), reason)] if picture and (reason := file_damage(path, decode=decode)) else []
+    bad = [(str(path), reason)] if image and (reason := file_damage(path, decode=decode)) else []
     if not image_set.has_masks or bad and bad[0][1] == "missing":
         return bad
     try:
@@ -187,7 +187,7 @@ def _of_shards(path: Path, split: str, release: str, decode: bool) -> Split:
         f"{_count(count, 'clip')} in {_count(len(shards), 'shard')}",
         inspections,
         unit="clips",
-        pictures=movi.TRAIN_FRAMES * count,
+        images=movi.TRAIN_FRAMES * count,
         bad=troubles,
     )
     if not count:
@@ -266,13 +266,13 @@ def _command(path: Path, found: Found, sbd: str | None) -> Iterator[str]:
         yield f"--sbd {shlex.quote(sbd)}"
     train, val = found.splits
     config = preset(found.preset)
-    if train.pictures < config.batch_size:
-        config = replace(config, batch_size=1 << train.pictures.bit_length() - 1)
+    if train.images < config.batch_size:
+        config = replace(config, batch_size=1 << train.images.bit_length() - 1)
         yield f"--batch-size {config.batch_size}"
     try:
-        learning_rate(config, train.pictures)
+        learning_rate(config, train.images)
     except UserError:  # the warm-up of a large set is longer than all training on a small one
-        yield f"--warmup-steps {config.epochs * (train.pictures // config.batch_size) // 10}"
+        yield f"--warmup-steps {config.epochs * (train.images // config.batch_size) // 10}"
     if val.trouble:
         yield "--eval-images 0"
 

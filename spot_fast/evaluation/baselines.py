@@ -1,4 +1,4 @@
-"""Masks that need no model: blocks of the picture, and k-means of its features. A model has to beat both.
+"""Masks that need no model: blocks of the image, and k-means of its features. A model has to beat both.
 
 Block masks are those of SPOT's Table 6: columns of equal width, each cut into blocks of equal height. k-means runs per
 image on the features that the decoder reconstructs.
@@ -16,7 +16,7 @@ from torch import Tensor
 from spot_fast.system.devices import send
 
 MAX_COLUMNS = 4
-# Columns and masks that the paper chose for each data set; and the whole picture as one mask, to set FG-ARI against.
+# Columns and masks that the paper chose for each data set; and the whole image as one mask, to set FG-ARI against.
 PUBLISHED_BLOCKS = {"coco": (2, 7), "voc": (2, 6), "movi_c": (3, 11), "movi_e": (4, 24)}
 ONE_BLOCK = (1, 1)
 STARTS = 4

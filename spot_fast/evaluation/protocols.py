@@ -1,8 +1,8 @@
 """Protocols: how the code bases whose numbers are published turn masks into scores. They differ, and so do the numbers.
 
 A protocol is a size of label maps, a way from the annotations to a label map, and `metrics.Rules`. All of them see the
-centred square of a picture (MOVi frames: all of it), so the masks of one forward pass serve every one, and what is
-compared is the counting: the picture the model sees is always the run's own, whatever size and filter the code base
+centred square of an image (MOVi frames: all of it), so the masks of one forward pass serve every one, and what is
+compared is the counting: the image the model sees is always the run's own, whatever size and filter the code base
 uses. Facts were taken from the sources named, at the commits named, not their text.
 
 Annotations differ as well, and where a data set lacks what a code base reads, its own are used: OCBench reads COCO's
@@ -170,7 +170,7 @@ def chosen(names: str | Sequence[str]) -> list[Protocol]:
 
 
 class GroundTruth:
-    """Label maps of the pictures of `image_set` under one protocol."""
+    """Label maps of the images of `image_set` under one protocol."""
 
     def __init__(self, protocol: Protocol, image_set: ImageSet) -> None:
         self.protocol = protocol
@@ -184,7 +184,7 @@ class GroundTruth:
     def masks(self, index: int, read: dict[bool, FullLabels] | None = None) -> Masks:
         """int label maps, all of one size, with IGNORED and OVERLAP; UserError where they cannot be read.
 
-        read: what has been read of this picture for other protocols, with and without crowd regions; completed here.
+        read: what has been read of this image for other protocols, with and without crowd regions; completed here.
         """
         full_labels = getattr(self._set, "full_labels", None)
         if self.protocol.truth is not None and full_labels is not None:

@@ -1,7 +1,7 @@
 """The tables of a model on a validation set: decoder and slot masks, beside block masks and k-means.
 
-Everything is measured in one pass over the pictures, under every protocol that is asked for (protocols.py). Slot noise
-and k-means starts are functions of (seed, picture), so a table does not depend on the batch size.
+Everything is measured in one pass over the images, under every protocol that is asked for (protocols.py). Slot noise
+and k-means starts are functions of (seed, image), so a table does not depend on the batch size.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from spot_fast.precision import autocast, float32_products, resolve
 from spot_fast.system.devices import send
 
 WORKERS = min(8, os.cpu_count() or 1)
-_AHEAD = 64  # pictures that are read beyond the one in use
-_NOISE_STREAM = 0  # keeps these draws apart from other draws of the same (seed, picture)
+_AHEAD = 64  # images that are read beyond the one in use
+_NOISE_STREAM = 0  # keeps these draws apart from other draws of the same (seed, image)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of masks: `scores` are fractions (None: nothing to count), `counted` how many pictures each is over.
+    """One kind of masks: `scores` are fractions (None: nothing to count), `counted` how many images each is over.
 
     masks: decoder, slots, blocks (the best of several layouts), layout (a certain one) or kmeans. orders: patch orders
     averaged, for decoder masks. columns: of block masks. sizes: mBO_i and number of the instances in each of
-    metrics.SIZE_BINS. per_image: the metrics, NaN where not counted, and "objects", of each picture of
+    metrics.SIZE_BINS. per_image: the metrics, NaN where not counted, and "objects", of each image of
     `Evaluation.labels`.
     """
 
@@ -69,7 +69,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows under one protocol. unlabelled: pictures in which there is no object to be found."""
+    """All rows under one protocol. unlabelled: images in which there is no object to be found."""
 
     protocol: str
     mask_size: int
@@ -83,9 +83,9 @@ class Table:
 
 @dataclass
 class Evaluation:
-    """What `evaluate` measured, a table for each protocol. labels, indices: of the pictures, in order. skipped: label
-    of each picture that cannot be scored → reason; notes: what else of the data is left out. reconstruction: mean
-    squared error of the prediction by the number of patch orders averaged. Seconds are per picture: everything, and
+    """What `evaluate` measured, a table for each protocol. labels, indices: of the images, in order. skipped: label
+    of each image that cannot be scored → reason; notes: what else of the data is left out. reconstruction: mean
+    squared error of the prediction by the number of patch orders averaged. Seconds are per image: everything, and
     metrics alone (all rows and protocols, with upsampling)."""
 
     tables: list[Table]
@@ -108,7 +108,7 @@ class Evaluation:
 
 
 def slot_noise(seed: int, indices: Sequence[int], num_slots: int, slot_dim: int) -> Tensor:
-    """Standard-normal draws [B, K, U] for the initial slots of pictures `indices`; each a function of (seed, index)."""
+    """Standard-normal draws [B, K, U] for the initial slots of images `indices`; each a function of (seed, index)."""
     draws = np.empty((len(indices), num_slots, slot_dim), np.float32)
     for draw, index in zip(draws, indices, strict=True):
         np.random.default_rng((seed, int(index), _NOISE_STREAM)).standard_normal(dtype=np.float32, out=draw)
@@ -130,15 +130,15 @@ def evaluate(
     progress: bool = True,
     between_batches: Callable[[], object] = lambda: None,
 ) -> Evaluation:
-    """Scores `model`, on its device, on the first `limit` (0 = all) pictures of `val_set`.
+    """Scores `model`, on its device, on the first `limit` (0 = all) images of `val_set`.
 
     The decoder is given the slots of one slot-attention pass, in patch order 0 and in all orders averaged; k-means runs
     on the frozen target features with as many clusters as slots; block masks are the best by mBO_i of 1 to 4 columns
     with as many masks as slots, and each of `layouts` (columns, masks). `workers` threads read ahead (0: none).
-    precision: float32, tf32, bf16 or auto, of the model alone. Pictures that cannot be read, or whose masks cannot, are
+    precision: float32, tf32, bf16 or auto, of the model alone. Images that cannot be read, or whose masks cannot, are
     skipped and named in `skipped`.
 
-    UserError where the set has no masks, where no picture can be read or more than one and 1 % of them cannot, or where
+    UserError where the set has no masks, where no image can be read or more than one and 1 % of them cannot, or where
     a protocol is unknown.
     """
     if not val_set.has_masks:
@@ -153,7 +153,7 @@ def evaluate(
         )
     count = min(len(val_set), limit or len(val_set))
     if not count:
-        raise UserError(f"{val_set.name} has no validation pictures: set val_images or the data folder")
+        raise UserError(f"{val_set.name} has no validation images: set val_images or the data folder")
     start = time.perf_counter()
     truths = [GroundTruth(protocol, val_set) for protocol in chosen(protocols)]
     run = _Pass(model, seed, [truth.protocol for truth in truths], layouts, precision)
@@ -172,7 +172,7 @@ def evaluate(
             run.add([val_set.label(index) for index, _, _ in batch], *zip(*batch, strict=True))
     if not run.labels:
         raise UserError(
-            f"none of the {count} pictures of {val_set.name} can be read; the first: {next(iter(skipped.values()))}"
+            f"none of the {count} images of {val_set.name} can be read; the first: {next(iter(skipped.values()))}"
         )
     _require_few(skipped, count, val_set)
     images = len(run.labels)
@@ -200,10 +200,10 @@ def read_ahead(
     skipped: dict[str, str],
     done: Callable[[], object] = lambda: None,
 ) -> Iterator[tuple]:
-    """`load` of each index, in order, by threads that are ahead; a picture's error goes to `skipped` by its label.
+    """`load` of each index, in order, by threads that are ahead; an image's error goes to `skipped` by its label.
 
     Errors are UserError and what odd files make libraries raise; others are raised here. done is called after every
-    picture. Pillow and NumPy release the interpreter lock where the time goes.
+    image. Pillow and NumPy release the interpreter lock where the time goes.
     """
 
     def settle(index: int, result: Callable[[], tuple]) -> tuple | None:
@@ -244,13 +244,13 @@ def _require_few(skipped: dict[str, str], count: int, val_set: ImageSet) -> None
     if len(skipped) > max(1, MAX_CORRUPT * count):
         first = "; ".join(f"{label}: {reason}" for label, reason in list(skipped.items())[:3])
         raise UserError(
-            f"{len(skipped)} of the {count} pictures of {val_set.name} cannot be scored, more than "
+            f"{len(skipped)} of the {count} images of {val_set.name} cannot be scored, more than "
             f"{MAX_CORRUPT:.0%}: {first}; python -m spot_fast.data check PATH --decode finds all"
         )
 
 
 def _small(masks: Masks) -> Masks:
-    """The maps in the smallest type that holds all pictures' labels, or nearly all pictures'."""
+    """The maps in the smallest type that holds all images' labels, or nearly all images'."""
     return Masks(*(m if m is None or m.max() >= 2**15 else m.to(torch.int16) for m in (masks.instances, masks.classes)))
 
 
@@ -367,6 +367,6 @@ class _Pass:
 
 
 def stack_truth(masks: Sequence[Masks], device: torch.device) -> Pairs:
-    """The ground truth of a batch, each picture's from `GroundTruth.masks`, on the device."""
+    """The ground truth of a batch, each image's from `GroundTruth.masks`, on the device."""
     classes = None if masks[0].classes is None else send(torch.stack([m.classes for m in masks]), device)
     return pair_labels(send(torch.stack([m.instances for m in masks]), device), classes)

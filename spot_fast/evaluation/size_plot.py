@@ -1,4 +1,4 @@
-"""mBO_i by the size of instances as a picture (SPOT, Fig. 7). matplotlib is imported when a plot is asked for."""
+"""mBO_i by the size of instances as an image (SPOT, Fig. 7). matplotlib is imported when a plot is asked for."""
 
 from __future__ import annotations
 

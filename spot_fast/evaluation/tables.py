@@ -1,4 +1,4 @@
-"""What is written about an evaluation: tables as text, and a CSV line for each picture and kind of masks."""
+"""What is written about an evaluation: tables as text, and a CSV line for each image and kind of masks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from spot_fast.evaluation.scoring import Evaluation, Row, Table
 
 TITLES = {"mbo_i": "mBO_i", "mbo_c": "mBO_c", "miou": "mIoU", "fg_ari": "FG-ARI"}
 BINS = [f"{100 * low:g}–{100 * high:g}" for low, high in zip(SIZE_BINS, SIZE_BINS[1:], strict=False)]
-_CSV = ("run", "picture", "protocol", "masks", "orders", "columns", "num_masks", *METRICS, "objects", "note")
-_NAMED = 10  # pictures named in a line of text; all of them are in the JSON and CSV files
+_CSV = ("run", "image", "protocol", "masks", "orders", "columns", "num_masks", *METRICS, "objects", "note")
+_NAMED = 10  # images named in a line of text; all of them are in the JSON and CSV files
 NO_OBJECT = "no object"
 
 NOTES = (
     "[1] the slot-attention map, from before the decoder: the same for every patch order",
     f"[2] as many masks as slots, in 1 to {MAX_COLUMNS} columns, whichever has the best mBO_i",
-    f"[3] per picture on the frozen features that the decoder reconstructs, at unit length; best of {STARTS} starts",
+    f"[3] per image on the frozen features that the decoder reconstructs, at unit length; best of {STARTS} starts",
     "[4] the layout of SPOT's Table 6",
 )
 
@@ -61,7 +61,7 @@ def size_table(scored: Table) -> str:
 
 
 def unlabelled_line(scored: Table) -> str:
-    """Names the pictures without an object; empty where there are none."""
+    """Names the images without an object; empty where there are none."""
     names = scored.unlabelled
     if not names:
         return ""
@@ -109,10 +109,10 @@ def mean_size_table(tables: Sequence[Table]) -> str:
 
 
 def write_csv(path: Path, evaluations: Sequence[tuple[str, Evaluation]]) -> None:
-    """One line for each run, picture, protocol and kind of masks; a picture that cannot be read has one line a run.
+    """One line for each run, image, protocol and kind of masks; an image that cannot be read has one line a run.
 
-    Scores are fractions, empty where a picture is not counted; objects is how many masks its mBO_i is a mean over; note
-    says why a picture was skipped or that it has no object. The file appears whole or not at all.
+    Scores are fractions, empty where an image is not counted; objects is how many masks its mBO_i is a mean over; note
+    says why an image was skipped or that it has no object. The file appears whole or not at all.
     """
 
     def write(partial: Path) -> None:
@@ -129,19 +129,19 @@ def _lines(evaluation: Evaluation) -> Iterator[dict[str, object]]:
     for scored in evaluation.tables:
         empty = set(scored.unlabelled)
         columns = [(row, {name: values.tolist() for name, values in row.per_image.items()}) for row in scored.rows]
-        for place, picture in enumerate(evaluation.labels):
+        for place, image in enumerate(evaluation.labels):
             for row, values in columns:
                 scores = {name: values[name][place] for name in METRICS}
                 yield {
-                    "picture": picture,
+                    "image": image,
                     "protocol": scored.protocol,
                     "masks": row.masks,
                     "orders": row.orders,
                     "columns": row.columns,
                     "num_masks": row.num_masks,
                     "objects": values["objects"][place],
-                    "note": NO_OBJECT if picture in empty else "",
+                    "note": NO_OBJECT if image in empty else "",
                     **{name: "" if math.isnan(score) else f"{score:.6f}" for name, score in scores.items()},
                 }
-    for picture, reason in evaluation.skipped.items():
-        yield {"picture": picture, "note": reason}
+    for image, reason in evaluation.skipped.items():
+        yield {"image": image, "note": reason}

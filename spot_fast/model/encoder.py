@@ -98,7 +98,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def set_grid(self, height: int, width: int, pos_resize: str) -> None:
-        """From now on pictures have height × width patches, which need not be as many: positions are resampled.
+        """From now on images have height × width patches, which need not be as many: positions are resampled.
 
         From the table as it is, which has to be square; going to a coarser grid and back is not exact. `grid` and
         `image_size` are those of the rows. UserError where the ViT's positions cannot be moved.

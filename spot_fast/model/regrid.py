@@ -1,4 +1,4 @@
-"""A trained model for pictures of other shapes: the same weights on another grid of patches.
+"""A trained model for images of other shapes: the same weights on another grid of patches.
 
 Nothing in SPOT but positions is tied to the grid it was trained on. The ViT's position table is resampled as for a
 ViT of another image size, a rotary table is computed anew; slots have no positions; the transformer decoder has none
@@ -27,7 +27,7 @@ def sharing_copy(module: Module) -> Module:
 
 
 def at_grid(model: Spot, height: int, width: int) -> Spot:
-    """`model` for pictures of height × width patches, in its precision and on its device; weights are shared.
+    """`model` for images of height × width patches, in its precision and on its device; weights are shared.
 
     `segment` of the result takes [B, 3, height · patch, width · patch]; N = height · width tokens in raster order.
     """

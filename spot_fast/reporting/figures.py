@@ -115,13 +115,13 @@ def training_curves(runs: Sequence[tuple[str, int, Log]]) -> list[Markup]:
             "Validation loss",
             lines("validation", "val_loss"),
             "L_REC",
-            "Reconstruction loss in patch order 0 on the pictures of the quick validations in training.",
+            "Reconstruction loss in patch order 0 on the images of the quick validations in training.",
         ),
         curves(
             "Validation mBO_i",
             scores,
             "mBO_i, percent",
-            "The quick validations in training: patch order 0, fewer pictures than the table of scores has.",
+            "The quick validations in training: patch order 0, fewer images than the table of scores has.",
         ),
     ]
     return [part for part in made if part]
@@ -158,7 +158,7 @@ def sizes_chart(rows: Sequence[SizeRow], instances: Sequence[int], source: str) 
     chart = line_chart(
         "mBO_i by size of the instance",
         lines,
-        x_label="size of the instance, percent of the picture",
+        x_label="size of the instance, percent of the image",
         y_label="mBO_i, percent",
         zero=True,
         names=names,
@@ -171,25 +171,25 @@ def sizes_chart(rows: Sequence[SizeRow], instances: Sequence[int], source: str) 
     return figure([chart, legend(lines)], caption, source=source)
 
 
-# ---- pictures
+# ---- images
 
 
-def image(picture: Image.Image, alt: str, *, lossless: bool = False, class_: str | None = None) -> Markup:
+def inline_image(image: Image.Image, alt: str, *, lossless: bool = False, class_: str | None = None) -> Markup:
     """An <img> that carries its own bytes: WebP, or PNG where every pixel counts."""
     buffer = io.BytesIO()
     if lossless:
-        picture.save(buffer, "PNG", optimize=True)
+        image.save(buffer, "PNG", optimize=True)
     else:
-        picture.save(buffer, "WEBP", quality=_QUALITY, method=4)
+        image.save(buffer, "WEBP", quality=_QUALITY, method=4)
     kind = "png" if lossless else "webp"
     data = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
     # A click gives it the focus, with which the style sheet shows it large; the tab key passes it by.
-    return tag("img", src=data, alt=alt, width=picture.width, height=picture.height, class_=class_, tabindex=-1)
+    return tag("img", src=data, alt=alt, width=image.width, height=image.height, class_=class_, tabindex=-1)
 
 
-def panel(picture: Markup, *caption: object) -> Markup:
-    """A picture with a line below it; `panels` puts them side by side."""
-    return tag("div", tag("div", picture, class_="shot"), tag("span", *caption), class_="panel")
+def panel(image: Markup, *caption: object) -> Markup:
+    """An image with a line below it; `panels` puts them side by side."""
+    return tag("div", tag("div", image, class_="shot"), tag("span", *caption), class_="panel")
 
 
 def panels(*parts: Markup | None) -> Markup:
@@ -206,18 +206,18 @@ def _colours(numbers: Sequence[int]) -> np.ndarray:
     return np.array([_GREY if n == BACKGROUND else table[n] for n in numbers], np.uint8)
 
 
-def photo(picture: Image.Image, alt: str) -> Markup:
-    return image(picture.resize((PANEL, PANEL), Image.Resampling.LANCZOS), alt)
+def photo(image: Image.Image, alt: str) -> Markup:
+    return inline_image(image.resize((PANEL, PANEL), Image.Resampling.LANCZOS), alt)
 
 
-def mask_image(picture: Image.Image, masks: Tensor, colours: Sequence[int], alt: str) -> Markup:
-    """The picture tinted by soft masks [N, K]."""
+def mask_image(image: Image.Image, masks: Tensor, colours: Sequence[int], alt: str) -> Markup:
+    """The image tinted by soft masks [N, K]."""
     labels = labels_at(masks, 2 * PANEL, 2 * PANEL)
-    return image(tinted(picture, labels, _colours(colours)).resize((PANEL, PANEL), Image.Resampling.BOX), alt)
+    return inline_image(tinted(image, labels, _colours(colours)).resize((PANEL, PANEL), Image.Resampling.BOX), alt)
 
 
-def truth_image(picture: Image.Image, instances: Tensor, alt: str) -> Markup:
-    """The picture tinted by a label map [M, M]: background grey, pixels that are not counted black. Of more than 254
+def truth_image(image: Image.Image, instances: Tensor, alt: str) -> Markup:
+    """The image tinted by a label map [M, M]: background grey, pixels that are not counted black. Of more than 254
     objects some share a colour."""
     of_label = truth_colours(instances)
     numbers = sorted(of_label)
@@ -229,7 +229,7 @@ def truth_image(picture: Image.Image, instances: Tensor, alt: str) -> Markup:
     colours = np.concatenate([_colours([of_label[n] for n in numbers]), np.array([_BLACK], np.uint8)])
     at = (np.arange(2 * PANEL) + 0.5) * len(instances) / (2 * PANEL)
     labels = labels.numpy().astype(np.uint8)[np.ix_(at.astype(int), at.astype(int))]
-    return image(tinted(picture, labels, colours).resize((PANEL, PANEL), Image.Resampling.BOX), alt)
+    return inline_image(tinted(image, labels, colours).resize((PANEL, PANEL), Image.Resampling.BOX), alt)
 
 
 def soft_image(mask: Tensor, most: float, colour: int, alt: str) -> Markup:
@@ -240,10 +240,10 @@ def soft_image(mask: Tensor, most: float, colour: int, alt: str) -> Markup:
     bright, dark = np.array(_colours([colour])[0], float), np.array(_BLACK, float)
     shades = [dark + (bright - dark) * i / (_LEVELS - 1) for i in range(_LEVELS)]
     indexed.putpalette(np.array(shades).round().astype(np.uint8).flatten().tolist())
-    return image(indexed, alt, lossless=True, class_="pixels")
+    return inline_image(indexed, alt, lossless=True, class_="pixels")
 
 
-def gallery_picture(
+def gallery_image(
     why: str,
     label: str,
     score: float | None,
@@ -251,12 +251,12 @@ def gallery_picture(
     instances: Tensor | None,
     looks: Sequence[tuple[str, Look]],
 ) -> Markup:
-    """Image, truth, and of every run decoder and slot masks. score is what the picture was chosen by."""
-    picture = to_image(pixels)
+    """Image, truth, and of every run decoder and slot masks. score is what the image was chosen by."""
+    image = to_image(pixels)
     many = len(looks) > 1
-    shown = [panel(photo(picture, f"{label}: the picture"), "image")]
+    shown = [panel(photo(image, f"{label}: the image"), "image")]
     if instances is not None:
-        shown.append(panel(truth_image(picture, instances, f"{label}: annotated objects"), "truth"))
+        shown.append(panel(truth_image(image, instances, f"{label}: annotated objects"), "truth"))
     for name, found in looks:
         for what, masks, value in (
             ("decoder", found.decoder, found.decoder_score),
@@ -265,27 +265,27 @@ def gallery_picture(
             alt = f"{label}: {what} masks of {name}"
             shown.append(
                 panel(
-                    mask_image(picture, masks, found.colours, alt),
+                    mask_image(image, masks, found.colours, alt),
                     many and f"{name}: ",
                     what,
                     value is not None and f" {percent(value)}",
                 )
             )
     chosen = f"{why}, mBO_i {percent(score)}" if score is not None else why
-    return tag("figure", tag("figcaption", tag("strong", chosen), " · ", label), panels(*shown), class_="picture")
+    return tag("figure", tag("figcaption", tag("strong", chosen), " · ", label), panels(*shown), class_="image")
 
 
 def order_masks(label: str, pixels: Tensor, found: Look) -> Markup | None:
-    """Decoder masks of one picture in every patch order, and their average."""
+    """Decoder masks of one image in every patch order, and their average."""
     if len(found.by_order) < 2:
         return None
-    picture = to_image(pixels)
+    image = to_image(pixels)
     shown = []
     for order, (masks, score) in enumerate(zip(found.by_order, found.order_scores, strict=True)):
         alt = f"{label}: decoder masks in patch order {order}, {ORDER_NAMES[order]}"
         shown.append(
             panel(
-                mask_image(picture, masks, found.colours, alt),
+                mask_image(image, masks, found.colours, alt),
                 f"{order}: {ORDER_NAMES[order]}",
                 score is not None and f" · {percent(score)}",
             )
@@ -293,24 +293,24 @@ def order_masks(label: str, pixels: Tensor, found: Look) -> Markup | None:
     alt = f"{label}: decoder masks averaged over all patch orders"
     shown.append(
         panel(
-            mask_image(picture, found.decoder, found.colours, alt),
+            mask_image(image, found.decoder, found.colours, alt),
             tag("strong", "average"),
             found.decoder_score is not None and f" · {percent(found.decoder_score)}",
         )
     )
-    return tag("figure", tag("figcaption", label), panels(*shown), class_="picture orders")
+    return tag("figure", tag("figcaption", label), panels(*shown), class_="image orders")
 
 
 def attention_iterations(label: str, pixels: Tensor, found: Look) -> Markup:
-    """Slot attention after each iteration: its label map on the picture, and every slot's soft map."""
-    picture = to_image(pixels)
+    """Slot attention after each iteration: its label map on the image, and every slot's soft map."""
+    image = to_image(pixels)
     most = found.iterations.max().item()
     rows = []
     for count, (masks, score) in enumerate(zip(found.iterations, found.iteration_scores, strict=True), 1):
         alt = f"{label}: slot attention in iteration {count}"
         shown = [
             panel(
-                mask_image(picture, masks, found.colours, alt),
+                mask_image(image, masks, found.colours, alt),
                 f"iteration {count}",
                 score is not None and f" · {percent(score)}",
             )
@@ -319,16 +319,14 @@ def attention_iterations(label: str, pixels: Tensor, found: Look) -> Markup:
             soft = soft_image(masks[:, slot], most, found.colours[slot], f"{label}: iteration {count}, slot {slot + 1}")
             shown.append(panel(soft, f"slot {slot + 1} · {percent(masks[:, slot].mean().item())} %"))
         rows.append(panels(*shown))
-    return tag(
-        "figure", tag("figcaption", label, f" · full colour is {number(most)}"), rows, class_="picture iterations"
-    )
+    return tag("figure", tag("figcaption", label, f" · full colour is {number(most)}"), rows, class_="image iterations")
 
 
 # ---- gradients
 
 GRADIENTS_EXPLAINED = (
     "L1 norm of the gradient of each patch's reconstruction loss with respect to the slots that the decoder reads, "
-    "summed over slots, channels and decoder blocks, mean over pictures (the paper's Fig. 3). Bright patches teach the "
+    "summed over slots, channels and decoder blocks, mean over images (the paper's Fig. 3). Bright patches teach the "
     "slots most. One would expect them where an order begins, where there is little else to go by, and an even map "
     "over all orders. Variation is the standard deviation over the mean; every run has a scale of its own."
 )
@@ -370,7 +368,7 @@ def gradient_figure(name: str, found: Gradients, source: str) -> Markup:
     bar = tag(
         "div",
         "0 ",
-        image(scale, "colour scale from 0 to the largest norm", lossless=True, class_="scale"),
+        inline_image(scale, "colour scale from 0 to the largest norm", lossless=True, class_="scale"),
         f" {number(most)}",
         class_="scale-line",
     )
@@ -387,4 +385,4 @@ def _rgb(value: float) -> tuple[int, int, int]:
 def _heat_image(norms: Tensor, most: float, alt: str) -> Markup:
     shown = Image.new("RGB", (norms.shape[1], norms.shape[0]))
     shown.putdata([_rgb(value / most if most > 0 else 0.0) for value in norms.flatten().tolist()])
-    return image(shown, alt, lossless=True, class_="pixels")
+    return inline_image(shown, alt, lossless=True, class_="pixels")

@@ -1,5 +1,5 @@
-"""The inside of a model on one picture: masks in every patch order, slot attention in every iteration, colours that
-follow the annotations; and the gradient norm per patch over several pictures."""
+"""The inside of a model on one image: masks in every patch order, slot attention in every iteration, colours that
+follow the annotations; and the gradient norm per patch over several images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BACKGROUND = -1  # in place of the number of a colour
 
 @dataclass(frozen=True)
 class Look:
-    """A run's masks of one picture, each [N, K] on the CPU, and their mBO_i (fractions; None without a truth).
+    """A run's masks of one image, each [N, K] on the CPU, and their mBO_i (fractions; None without a truth).
 
     decoder is the average over all orders, by_order [P, N, K] one by one; iterations [T, N, K] is slot attention after
     1, 2, … iterations, the last of which is the run's. colours [K]: of each slot, see `slot_colours`.
@@ -45,8 +45,8 @@ class Look:
         return self.iterations[-1]
 
 
-def read_picture(image_set: ImageSet, index: int) -> tuple[Tensor, Masks | None] | None:
-    """A validation picture uint8 [3, S, S] and, where the set has them, its masks under SPOT's protocol.
+def read_image(image_set: ImageSet, index: int) -> tuple[Tensor, Masks | None] | None:
+    """A validation image uint8 [3, S, S] and, where the set has them, its masks under SPOT's protocol.
 
     None where it cannot be read.
     """
@@ -58,15 +58,13 @@ def read_picture(image_set: ImageSet, index: int) -> tuple[Tensor, Masks | None]
 
 
 @torch.no_grad()
-def look(
-    model: Spot, picture: Tensor, truth: Masks | None, *, index: int, seed: int, precision: str = "float32"
-) -> Look:
-    """What `model` makes of one picture, with the slot noise that `evaluate` gives to picture `index` under `seed`."""
+def look(model: Spot, image: Tensor, truth: Masks | None, *, index: int, seed: int, precision: str = "float32") -> Look:
+    """What `model` makes of one image, with the slot noise that `evaluate` gives to image `index` under `seed`."""
     encoder, device = model.slot_encoder, next(model.slot_encoder.parameters()).device
     precision = resolve(precision, device)
     noise = _noise(model, seed, [index], device)
     with float32_products(precision), autocast(precision, device):
-        features, target = model.encode(normalise(picture[None].to(device)))
+        features, target = model.encode(normalise(image[None].to(device)))
         slots, attn, _ = encoder(features, noise)
         by_order = [model.decode_masks(slots, target, order) for order in orders_of(model, device)]
         iterations = [*attention_by_iteration(model, features, noise)[:-1], attn]
@@ -134,7 +132,7 @@ def slot_colours(labels: Tensor, num_slots: int, instances: Tensor) -> list[int]
 
 
 def _noise(model: Spot, seed: int, indices: Sequence[int], device: torch.device) -> Tensor | None:
-    """The slot noise that `evaluate` gives to pictures `indices` under `seed`; None where slots are learned."""
+    """The slot noise that `evaluate` gives to images `indices` under `seed`; None where slots are learned."""
     encoder = model.slot_encoder
     if encoder.init != "gaussian":
         return None
@@ -143,10 +141,10 @@ def _noise(model: Spot, seed: int, indices: Sequence[int], device: torch.device)
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradient norm per patch (patch_gradients.py) of each patch order [P, N], a mean over `pictures` pictures."""
+    """Gradient norm per patch (patch_gradients.py) of each patch order [P, N], a mean over `images` images."""
 
     by_order: Tensor
-    pictures: int
+    images: int
 
     @property
     def grid(self) -> int:
@@ -162,19 +160,19 @@ def gradients(
     model: Spot,
     image_set: ImageSet,
     *,
-    pictures: int,
+    images: int,
     seed: int,
     batch: int = 16,
     done: Callable[[], object] = lambda: None,
 ) -> Gradients | None:
-    """Norms of `model` on the first `pictures` readable pictures, in float32; None where there are none.
+    """Norms of `model` on the first `images` readable images, in float32; None where there are none.
 
     `done` is called after each backward pass, of which there are one per patch, order and batch.
     """
     encoder, device = model.slot_encoder, next(model.slot_encoder.parameters()).device
     found: list[tuple[int, Tensor]] = []
     for index in range(len(image_set)):
-        if len(found) >= pictures:
+        if len(found) >= images:
             break
         try:
             found.append((index, image_set.val_image(index)))
@@ -184,9 +182,9 @@ def gradients(
         return None
     total = 0
     for start in range(0, len(found), batch):
-        indices, images = zip(*found[start : start + batch], strict=True)
+        indices, pixels = zip(*found[start : start + batch], strict=True)
         with torch.no_grad():
-            features, target = model.encode(normalise(torch.stack(images).to(device)))
+            features, target = model.encode(normalise(torch.stack(pixels).to(device)))
             slots = encoder(features, _noise(model, seed, indices, device))[0]
         norms = [patch_gradient_norms(model, slots, target, order, done).sum(0) for order in orders_of(model, device)]
         total = total + torch.stack(norms).cpu()

@@ -16,7 +16,7 @@ from spot_fast.evaluation.tables import percent
 from spot_fast.reporting import figures as figures
 from spot_fast.reporting.markup import Markup, tag
 from spot_fast.reporting.parts import count_of, missing, orders_words, set_line, source_of, table
-from spot_fast.reporting.records import PictureRecord, Report, RunRecord, SetRecord
+from spot_fast.reporting.records import ImageRecord, Report, RunRecord, SetRecord
 from spot_fast.reporting.svg_chart import number
 from spot_fast.reporting.tables import scores, sizes
 from spot_fast.training.console import duration
@@ -24,7 +24,7 @@ from spot_fast.training.console import duration
 _STYLE = Path(__file__).with_name("report.css")
 # No script runs and nothing is fetched, whatever a name in the page may say.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_EXAMPLES = ("best", "median", "worst")  # of each the first picture is looked into
+_EXAMPLES = ("best", "median", "worst")  # of each the first image is looked into
 
 
 def page(report: Report) -> str:
@@ -126,8 +126,8 @@ def _facts(report: Report) -> Markup:
         "with": report.about["versions"],
         "on": report.about["device"],
         "precision": f"{report.settings['precision']}; gradients float32",
-        "seed": f"{report.settings['seed']}, of slot noise, k-means and the random pictures",
-        "pictures": "; ".join(set_line(report, shown) for shown in report.sets),
+        "seed": f"{report.settings['seed']}, of slot noise, k-means and the random images",
+        "images": "; ".join(set_line(report, shown) for shown in report.sets),
     }
     return tag("dl", [[tag("dt", name), tag("dd", value)] for name, value in facts.items()], class_="facts")
 
@@ -172,7 +172,7 @@ def _described(record: RunRecord) -> dict[str, str | None]:
     last = (record.log.train or record.log.epoch or [{}])[-1]
     finished = datetime.fromtimestamp((record.run.path / MODEL).stat().st_mtime).astimezone()
     return {
-        "data": config.preset + (f", {int(state['images']):,} pictures" if state.get("images", "").isdigit() else ""),
+        "data": config.preset + (f", {int(state['images']):,} images" if state.get("images", "").isdigit() else ""),
         "stage": str(config.stage),
         "teacher": metadata.get("teacher"),
         "seed": str(config.seed),
@@ -238,15 +238,15 @@ def _settings(report: Report) -> object:
     )
 
 
-# ---- pictures
+# ---- images
 
 
 def _gallery(report: Report, shown: SetRecord) -> object:
-    if not shown.pictures:
-        return missing(f"No picture of {shown.image_set.name} can be read.")
+    if not shown.images:
+        return missing(f"No image of {shown.image_set.name} can be read.")
     names = [report.runs[place].name for place in shown.places]
-    shown_pictures = [
-        figures.gallery_picture(
+    shown_images = [
+        figures.gallery_image(
             p.chosen.why,
             p.chosen.label,
             p.chosen.score,
@@ -254,9 +254,9 @@ def _gallery(report: Report, shown: SetRecord) -> object:
             p.truth and p.truth.instances,
             list(zip(names, p.looks, strict=True)),
         )
-        for p in shown.pictures
+        for p in shown.images
     ]
-    if shown.pictures[0].truth is None:
+    if shown.images[0].truth is None:
         how = "Drawn at random. Each slot has a colour, the same in decoder and slot masks."
     else:
         mean = ", a mean over the runs" if len(names) > 1 else ""
@@ -267,43 +267,43 @@ def _gallery(report: Report, shown: SetRecord) -> object:
             "counted."
         )
     return [
-        tag("p", how, " ", tag("small", source_of(report, len(shown.pictures), shown), class_="source")),
-        tag("div", shown_pictures, class_="gallery many" if len(names) > 1 else "gallery"),
+        tag("p", how, " ", tag("small", source_of(report, len(shown.images), shown), class_="source")),
+        tag("div", shown_images, class_="gallery many" if len(names) > 1 else "gallery"),
     ]
 
 
-def _examples(shown: SetRecord) -> list[PictureRecord]:
-    """The pictures that are looked into: the first best, median and worst, or two of any."""
+def _examples(shown: SetRecord) -> list[ImageRecord]:
+    """The images that are looked into: the first best, median and worst, or two of any."""
     first = {}
-    for picture in shown.pictures:
-        first.setdefault(picture.chosen.why, picture)
-    return [first[why] for why in _EXAMPLES if why in first] or shown.pictures[:2]
+    for image in shown.images:
+        first.setdefault(image.chosen.why, image)
+    return [first[why] for why in _EXAMPLES if why in first] or shown.images[:2]
 
 
-def _looked_into(report: Report, shown: SetRecord, draw: Callable[[PictureRecord, int, str], Markup | None]) -> list:
+def _looked_into(report: Report, shown: SetRecord, draw: Callable[[ImageRecord, int, str], Markup | None]) -> list:
     """`draw` of the examples for one run of each kind, under its name where there are several."""
     parts: list[object] = []
     for place in shown.kinds:
         drawn = []
-        for picture in _examples(shown):
-            score = picture.chosen.score
-            label = f"{picture.chosen.why}: {picture.chosen.label}" if score is not None else picture.chosen.label
-            drawn.append(draw(picture, shown.places.index(place), label))
+        for image in _examples(shown):
+            score = image.chosen.score
+            label = f"{image.chosen.why}: {image.chosen.label}" if score is not None else image.chosen.label
+            drawn.append(draw(image, shown.places.index(place), label))
         if any(drawn):
             parts += [len(shown.places) > 1 and tag("h3", report.runs[place].name), drawn]
     return parts
 
 
 def _orders(report: Report, shown: SetRecord) -> object:
-    if not shown.pictures:
-        return missing(f"No picture of {shown.image_set.name} can be read.")
+    if not shown.images:
+        return missing(f"No image of {shown.image_set.name} can be read.")
     with_orders = [place for place in shown.kinds if report.runs[place].run.model.num_orders > 1]
     without = [report.runs[place].name for place in shown.kinds if place not in with_orders]
     alone = without and missing(
         f"{', '.join(without)}: the decoder has one patch order, so there is nothing to average."
     )
     drawn = _looked_into(
-        report, shown, lambda picture, run, label: figures.order_masks(label, picture.pixels, picture.looks[run])
+        report, shown, lambda image, run, label: figures.order_masks(label, image.pixels, image.looks[run])
     )
     how = tag(
         "p",
@@ -316,17 +316,17 @@ def _orders(report: Report, shown: SetRecord) -> object:
 
 
 def _iterations(report: Report, shown: SetRecord) -> object:
-    if not shown.pictures:
-        return missing(f"No picture of {shown.image_set.name} can be read.")
+    if not shown.images:
+        return missing(f"No image of {shown.image_set.name} can be read.")
     drawn = _looked_into(
         report,
         shown,
-        lambda picture, run, label: figures.attention_iterations(label, picture.pixels, picture.looks[run]),
+        lambda image, run, label: figures.attention_iterations(label, image.pixels, image.looks[run]),
     )
     how = tag(
         "p",
         "Slot attention in each iteration: left which slot has most of each patch, then every slot's soft "
-        "map at the resolution of the patches, black is 0, with its share of the picture. The last "
+        "map at the resolution of the patches, black is 0, with its share of the image. The last "
         "iteration gives the slot masks.",
         " ",
         tag("small", source_of(report, len(_examples(shown)), shown), class_="source"),
@@ -339,8 +339,8 @@ def _gradients(report: Report, shown: SetRecord) -> object:
     for place in shown.kinds:
         record = report.runs[place]
         if record.gradients is not None:
-            source = source_of(report, record.gradients.pictures, shown, "float32")
+            source = source_of(report, record.gradients.images, shown, "float32")
             drawn.append(figures.gradient_figure(record.name, record.gradients, source))
     if drawn:
         return [tag("p", figures.GRADIENTS_EXPLAINED), drawn]
-    return missing("Left out: --gradient-images is 0, or no picture can be read.")
+    return missing("Left out: --gradient-images is 0, or no image can be read.")

@@ -26,26 +26,26 @@ def orders_words(orders: int | None) -> str:
 
 
 def count_of(count: int) -> str:
-    return f"{count:,} picture{'s' * (count != 1)}"
+    return f"{count:,} image{'s' * (count != 1)}"
 
 
 def set_line(report: Report, shown: SetRecord) -> str:
-    """How many pictures of which set were scored."""
+    """How many images of which set were scored."""
     evaluation = report.runs[shown.places[0]].evaluation
     if evaluation is None:
         return f"{shown.image_set.name}, without masks"
     count = len(shown.image_set)
     if evaluation.images == count:
         return f"{count_of(count)} of {shown.image_set.name}"
-    what = f"{count:,} pictures of {shown.image_set.name}"
+    what = f"{count:,} images of {shown.image_set.name}"
     first = f"the first {min(report.limit, count):,} of " if report.limit else ""
     return first + what + (f", {evaluation.images:,} of them readable" if evaluation.skipped else "")
 
 
-def source_of(report: Report, pictures: int, shown: SetRecord, precision: str | None = None) -> str:
-    """The small print below a figure: how many pictures, and all that its numbers depend on."""
+def source_of(report: Report, images: int, shown: SetRecord, precision: str | None = None) -> str:
+    """The small print below a figure: how many images, and all that its numbers depend on."""
     precision = precision or report.settings["precision"]
     return (
-        f"{count_of(pictures)} of {shown.image_set.name} · seed {report.settings['seed']} · {precision} · "
+        f"{count_of(images)} of {shown.image_set.name} · seed {report.settings['seed']} · {precision} · "
         f"{report.about['versions']} · {report.about['date']}"
     )

@@ -49,7 +49,7 @@ def patch_gradient_norms(
             for hook in hooks:
                 hook.remove()
         dtype = torch.promote_types(prediction.dtype, torch.float32)
-        # A sum over pictures: no picture's loss depends on another's slots.
+        # A sum over images: no image's loss depends on another's slots.
         losses = (prediction.to(dtype) - target.detach().to(dtype)).square().mean(-1).sum(0)
         norms = torch.zeros(target.shape[:2], dtype=dtype, device=target.device)
         for patch, loss in enumerate(losses):

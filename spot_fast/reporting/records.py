@@ -1,4 +1,4 @@
-"""What a report knows of runs: their settings and logs, how they score, and the pictures it shows of a set."""
+"""What a report knows of runs: their settings and logs, how they score, and the images it shows of a set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spot_fast.errors import UserError
 from spot_fast.evaluation.scoring import Evaluation
 from spot_fast.reporting.introspection import Gradients, Look
 
-_CHOICE_STREAM = 3  # keeps the draw of pictures apart from other draws of the same seed
+_CHOICE_STREAM = 3  # keeps the draw of images apart from other draws of the same seed
 CHOICES = ("best", "median", "worst", "random")
 
 
@@ -75,7 +75,7 @@ def state_metadata(folder: Path) -> dict[str, str]:
 @dataclass
 class RunRecord:
     """A run of the report. name: its folder's. state: see `state_metadata`. evaluation: None where its validation
-    pictures have no masks. gradients: None where they were not asked for, or are another run's of the same settings."""
+    images have no masks. gradients: None where they were not asked for, or are another run's of the same settings."""
 
     name: str
     run: Run
@@ -94,12 +94,12 @@ class RunRecord:
 @dataclass
 class SetRecord:
     """A validation set with the places, in the report's list, of the runs on it. alike: places of runs that differ in
-    their seed only, two or more each. pictures: what is shown, with a Look of each run; None: cannot be read."""
+    their seed only, two or more each. images: what is shown, with a Look of each run; None: cannot be read."""
 
     image_set: ImageSet
     places: list[int]
     alike: list[list[int]] = field(default_factory=list)
-    pictures: list[PictureRecord] = field(default_factory=list)
+    images: list[ImageRecord] = field(default_factory=list)
 
     @property
     def kinds(self) -> list[int]:
@@ -109,8 +109,8 @@ class SetRecord:
 
 
 @dataclass
-class PictureRecord:
-    """A chosen picture: uint8 [3, S, S], masks where there are any, and a Look for each of the set's runs."""
+class ImageRecord:
+    """A chosen image: uint8 [3, S, S], masks where there are any, and a Look for each of the set's runs."""
 
     chosen: Chosen
     pixels: Tensor
@@ -134,7 +134,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A picture of the gallery: why it is in there (one of CHOICES), its index in the set, its name, and its mBO_i (a
+    """An image of the gallery: why it is in there (one of CHOICES), its index in the set, its name, and its mBO_i (a
     fraction, mean over the runs), None without masks."""
 
     why: str
@@ -143,19 +143,19 @@ class Chosen:
     score: float | None
 
 
-def picture_scores(evaluation: Evaluation) -> Tensor:
-    """mBO_i of each picture, NaN where it is not counted: decoder masks of as many patch orders as there are."""
+def image_scores(evaluation: Evaluation) -> Tensor:
+    """mBO_i of each image, NaN where it is not counted: decoder masks of as many patch orders as there are."""
     decoder = [row for row in evaluation.table("spot").rows if row.masks == "decoder"]
     return decoder[-1].per_image["mbo_i"]
 
 
-def choose_pictures(
+def choose_images(
     image_set: ImageSet, evaluations: Sequence[Evaluation], *, each: int, seed: int, limit: int = 0
 ) -> list[Chosen]:
-    """`each` best, median, worst and random pictures by the mean of their mBO_i over `evaluations` of `image_set`.
+    """`each` best, median, worst and random images by the mean of their mBO_i over `evaluations` of `image_set`.
 
-    No picture is chosen twice, so of a small set there are fewer. Without evaluations random ones alone; limit: of the
-    first so many pictures, 0 = all.
+    No image is chosen twice, so of a small set there are fewer. Without evaluations random ones alone; limit: of the
+    first so many images, 0 = all.
     """
     count = min(len(image_set), limit or len(image_set))
     generator = np.random.default_rng((seed, _CHOICE_STREAM))
@@ -163,7 +163,7 @@ def choose_pictures(
         drawn = sorted(generator.choice(count, min(2 * each, count), replace=False).tolist())
         return [Chosen("random", index, image_set.label(index), None) for index in drawn]
     indices = evaluations[0].indices
-    scores = torch.stack([picture_scores(e) for e in evaluations]).mean(0)
+    scores = torch.stack([image_scores(e) for e in evaluations]).mean(0)
     counted = [place for place, score in enumerate(scores.tolist()) if not math.isnan(score)]
     ranked = sorted(counted, key=lambda place: (-scores[place].item(), place))
     each = min(each, max(1, len(ranked) // len(CHOICES)))

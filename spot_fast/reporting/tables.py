@@ -72,7 +72,7 @@ def scores(report: Report, shown: SetRecord) -> object:
         tag(
             "p",
             f"Reconstruction loss: {losses}. Evaluation took "
-            f"{1000 * records[0].evaluation.seconds_per_image:.1f} ms a picture, "
+            f"{1000 * records[0].evaluation.seconds_per_image:.1f} ms an image, "
             f"{1000 * records[0].evaluation.metric_seconds_per_image:.1f} of them metrics.",
             class_="notes",
         ),

@@ -1,4 +1,4 @@
-"""Many pictures through a masker: threads read ahead, the model works in batches, threads write what it found."""
+"""Many images through a masker: threads read ahead, the model works in batches, threads write what it found."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from spot_fast.data.decoding import transforms
 from spot_fast.data.masks.fit import stored_size
 from spot_fast.errors import CorruptImage
 from spot_fast.segmentation import files as segment_files
-from spot_fast.segmentation import overlays as pictures
+from spot_fast.segmentation import overlays as images
 from spot_fast.segmentation.colours import segment_colours
 from spot_fast.segmentation.layouts import Fit, Layout, windows_of
 from spot_fast.segmentation.segmenter import CAPTIONS, Found, Masker
 from spot_fast.segmentation.stitching import stitch
 
-MAX_GRID = 96  # pictures on a contact sheet
+MAX_GRID = 96  # images on a contact sheet
 _GRID_PANEL = 400, 200  # largest width and height there
-_LARGE = 1 << 24  # pixels; one picture beyond that is worked on at a time, so that memory does not follow the threads
+_LARGE = 1 << 24  # pixels; one image beyond that is worked on at a time, so that memory does not follow the threads
 _AHEAD = 2  # batches read ahead, and batches whose masks are being written
 
 Row = list[tuple[str, Image.Image]]  # captioned panels
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture to come: a file, or pixels uint8 [3, S, S] in memory."""
+class Source:
+    """An image to come: a file, or pixels uint8 [3, S, S] in memory."""
 
     origin: segment_files.Origin
     path: Path | None = None
@@ -61,7 +61,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to write of each picture. kinds: of masks, in CAPTIONS; metadata: for safetensors files."""
+    """What to write of each image. kinds: of masks, in CAPTIONS; metadata: for safetensors files."""
 
     out: Path
     kinds: Sequence[str]
@@ -72,14 +72,14 @@ class Wanted:
 
     @property
     def endings(self) -> list[str]:
-        """Of the files of a picture, after NAME_."""
+        """Of the files of an image, after NAME_."""
         asked = {segment_files.OVERLAY: self.overlay, segment_files.SOFT: self.soft, segment_files.SLOTS: self.slots}
         return [segment_files.LABELS[kind] for kind in self.kinds] + [ending for ending in asked if asked[ending]]
 
 
 @dataclass
 class Results:
-    """(width, height) of the pictures that were segmented, by index; how many could not be read; the contact sheet's
+    """(width, height) of the images that were segmented, by index; how many could not be read; the contact sheet's
     rows by index."""
 
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class Results:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A picture that was read: what the model sees, and small copies to draw on. The picture itself is not kept."""
+    """An image that was read: what the model sees, and small copies to draw on. The image itself is not kept."""
 
     index: int
     size: tuple[int, int]
@@ -99,17 +99,17 @@ class _Prepared:
     grid_panel: Image.Image | None
 
 
-def pictures_of(paths: Sequence[Path], scenes: int, size: int, model: str) -> list[Picture]:
+def images_of(paths: Sequence[Path], scenes: int, size: int, model: str) -> list[Source]:
     """The files, then as many validation scenes of side `size`; model: the masker's identity."""
-    found = [Picture(segment_files.Origin(str(path), str(path.resolve()), model), path) for path in paths]
+    found = [Source(segment_files.Origin(str(path), str(path.resolve()), model), path) for path in paths]
     for index, pixels in enumerate(Scenes(scenes, "val", size=size).images if scenes else ()):
         name = f"generated scene {index}, {size} px"
-        found.append(Picture(segment_files.Origin(name, name, model), pixels=pixels))
+        found.append(Source(segment_files.Origin(name, name, model), pixels=pixels))
     return found
 
 
 def segment_all(
-    sources: Sequence[Picture],
+    sources: Sequence[Source],
     names: Sequence[str],
     masker: Masker,
     fit: Fit,
@@ -123,8 +123,8 @@ def segment_all(
 ) -> Results:
     """Segments `sources` and writes what is `wanted` of each under its name.
 
-    A picture that cannot be read is named on stderr and skipped. `workers` threads decode, draw and write while this
-    one runs the model on `batch_size` windows at a time; of pictures with larger grids than the model's own fewer, so
+    An image that cannot be read is named on stderr and skipped. `workers` threads decode, draw and write while this
+    one runs the model on `batch_size` windows at a time; of images with larger grids than the model's own fewer, so
     that the patches are no more. grid: keep the rows of a contact sheet. UserError where a file cannot be written.
     """
     results = Results()
@@ -142,7 +142,7 @@ def segment_all(
 
     def prepare(index: int) -> _Prepared:
         source = sources[index]
-        with transforms.memory_of(source.origin.picture):
+        with transforms.memory_of(source.origin.image):
             return in_turn(
                 source.size,
                 lambda: _prepare(index, source.open(), fit, masker.patch, wanted.overlay, grid and index < MAX_GRID),
@@ -199,7 +199,7 @@ def segment_all(
 def _read_ahead(
     pool: ThreadPoolExecutor, prepare: Callable[[int], _Prepared], count: int, depth: int
 ) -> Iterator[Future]:
-    """`prepare` of each index in order, begun so many pictures ahead."""
+    """`prepare` of each index in order, begun so many images ahead."""
     ahead: deque[Future] = deque()
     for index in range(count):
         ahead.append(pool.submit(prepare, index))
@@ -210,7 +210,7 @@ def _read_ahead(
 
 def _prepare(index: int, image: Image.Image, fit: Fit, patch: int, panel: bool, on_grid: bool) -> _Prepared:
     layout = fit(*image.size)
-    small = pictures.picture_panel(image, pictures.panel_size(*image.size)) if panel else None
+    small = images.image_panel(image, images.panel_size(*image.size)) if panel else None
     scale = min(_GRID_PANEL[0] / image.width, _GRID_PANEL[1] / image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     return _Prepared(
@@ -219,7 +219,7 @@ def _prepare(index: int, image: Image.Image, fit: Fit, patch: int, panel: bool, 
         layout,
         windows_of(image, layout, patch),
         small,
-        pictures.picture_panel(image, size) if on_grid else None,
+        images.image_panel(image, size) if on_grid else None,
     )
 
 
@@ -228,7 +228,7 @@ def _windows(batch: Sequence[_Prepared]) -> int:
 
 
 def _find(batch: Sequence[_Prepared], masker: Masker, at_once: int) -> Iterator[Found]:
-    """What the masker finds in each picture's windows."""
+    """What the masker finds in each image's windows."""
     windows = torch.cat([prepared.windows for prepared in batch])
     parts = [masker.find(part) for part in windows.split(at_once)]
     masks = {kind: torch.cat([part.masks[kind] for part in parts]) for kind in parts[0].masks}
@@ -243,7 +243,7 @@ def _find(batch: Sequence[_Prepared], masker: Masker, at_once: int) -> Iterator[
 def _finish(
     prepared: _Prepared, found: Found, name: str, origin: segment_files.Origin, first: str, wanted: Wanted
 ) -> Row | None:
-    """Writes a picture's outputs; its row of the contact sheet if it has one."""
+    """Writes an image's outputs; its row of the contact sheet if it has one."""
     layout, (width, height) = prepared.layout, prepared.size
     segments = None
     if layout.tiled:
@@ -259,18 +259,18 @@ def _finish(
 
     row, panels = [("image", prepared.grid_panel)], [("image", prepared.panel)]
     for kind in wanted.kinds:
-        labels = pictures.labels_at(masks[kind], height, width, layout.grid)
-        segment_files.save(pictures.indexed_png(labels, colours), path(segment_files.LABELS[kind]), metadata)
+        labels = images.labels_at(masks[kind], height, width, layout.grid)
+        segment_files.save(images.indexed_png(labels, colours), path(segment_files.LABELS[kind]), metadata)
         for strip in (row, panels):
             if (panel := strip[0][1]) is not None:
                 of_panel = (
                     labels
                     if panel.size == prepared.size
-                    else pictures.labels_at(masks[kind], panel.height, panel.width, layout.grid)
+                    else images.labels_at(masks[kind], panel.height, panel.width, layout.grid)
                 )
-                strip.append((CAPTIONS[kind], pictures.tinted(panel, of_panel, colours)))
+                strip.append((CAPTIONS[kind], images.tinted(panel, of_panel, colours)))
     if prepared.panel is not None:
-        segment_files.save(pictures.panel_row(panels), path(segment_files.OVERLAY), metadata, fast=True)
+        segment_files.save(images.panel_row(panels), path(segment_files.OVERLAY), metadata, fast=True)
     metadata |= {**wanted.metadata, "width": str(width), "height": str(height)}
     if wanted.soft:
         soft = {kind: masks[kind].T.reshape(-1, *layout.grid).half() for kind in wanted.kinds}

@@ -1,7 +1,7 @@
 """Which colour each segment gets.
 
-The segment along more than half of the picture's border is grey: it is what lies around the others. Every other one has
-the colour whose fixed place in the picture is nearest to its centre, no colour twice, so that the sum of squared
+The segment along more than half of the image's border is grey: it is what lies around the others. Every other one has
+the colour whose fixed place in the image is nearest to its centre, no colour twice, so that the sum of squared
 distances times areas is least. So colours depend on nothing but where the segments are and how large: not on how slots
 are numbered, nor on batch, run or seed as long as these find about the same segments.
 """
@@ -30,7 +30,7 @@ _HAND_PICKED = (
     (190, 190, 190),
 )
 GREY = _HAND_PICKED[-1]
-_AROUND, _DISTANCE = 6, 0.36  # places around the middle, and how far from it, in sides of the picture
+_AROUND, _DISTANCE = 6, 0.36  # places around the middle, and how far from it, in sides of the image
 _STEPS = 0.7548776662466927, 0.5698402909980532  # 1 / p and 1 / p², p³ = p + 1: spreads points evenly in a square
 
 

@@ -1,8 +1,8 @@
-"""Which files the segment command reads and writes: pictures of folders and lists, names of outputs, PNG, safetensors.
+"""Which files the segment command reads and writes: images of folders and lists, names of outputs, PNG, safetensors.
 
-A picture's outputs are OUT/NAME_*.png and .safetensors. NAME is the picture's path without its ending, relative to the
+An image's outputs are OUT/NAME_*.png and .safetensors. NAME is the image's path without its ending, relative to the
 folder or the list it was found through, or its bare name where it was named itself; of several folders or lists each
-has a folder of its own name. Every output says within itself of which picture and model it is, and is overwritten for
+has a folder of its own name. Every output says within itself of which image and model it is, and is overwritten for
 these only.
 """
 
@@ -31,9 +31,9 @@ _FAST = 1  # zlib's level: a third of the usual time for a quarter more bytes
 
 @dataclass(frozen=True)
 class Origin:
-    """What an output is made of: the picture as the user named it, its full path, and the model."""
+    """What an output is made of: the image as the user named it, its full path, and the model."""
 
-    picture: str
+    image: str
     path: str
     model: str
 
@@ -42,13 +42,13 @@ class Origin:
         return hashlib.sha256(f"{self.path}\n{self.model}".encode(errors="surrogateescape")).hexdigest()[:32]
 
     def metadata(self) -> dict[str, str]:
-        return {"picture": self.picture, _OF: self.key}
+        return {"image": self.image, _OF: self.key}
 
 
-def find_pictures(
+def find_images(
     sources: Sequence[str | Path], out: Path, say: Callable[[str], object] = lambda note: None
 ) -> list[tuple[Path, str]]:
-    """(file, NAME) of every picture in `sources`: image files, folders, and text files that list images.
+    """(file, NAME) of every image in `sources`: image files, folders, and text files that list images.
 
     A file without the ending of an image is one if Pillow knows it, and a list otherwise. Outputs of earlier calls that
     lie in a folder are left out, and so is what is named twice. `say` is told what else was left out of folders.
@@ -92,7 +92,7 @@ def _is_output(path: Path, out: Path) -> bool:
 def output_names(
     stems: Sequence[str], inputs: Sequence[Path], out: Path, endings: Iterable[str] = ENDINGS
 ) -> list[str]:
-    """A name for each picture's outputs: its stem, with -2, -3... where another picture has it.
+    """A name for each image's outputs: its stem, with -2, -3... where another image has it.
 
     No output takes the place of one of the `inputs`, the files that are read. Case does not tell names apart, as on
     some file systems.
@@ -112,7 +112,7 @@ def output_names(
 
 
 def check_overwriting(out: Path, names: Sequence[str], origins: Sequence[Origin], endings: Sequence[str]) -> None:
-    """UserError where an output would take the place of a file that is not of the same picture and model."""
+    """UserError where an output would take the place of a file that is not of the same image and model."""
     foreign = [
         path
         for name, origin in zip(names, origins, strict=True)
@@ -125,7 +125,7 @@ def check_overwriting(out: Path, names: Sequence[str], origins: Sequence[Origin]
             if len(foreign) == 1
             else (f"{foreign[0]} and {len(foreign) - 1} more exist and are")
         )
-        raise UserError(f"{what} not of the same picture and model: choose another --out, or add --overwrite")
+        raise UserError(f"{what} not of the same image and model: choose another --out, or add --overwrite")
 
 
 def _outputs(out: Path, name: str, endings: Iterable[str]) -> Iterator[Path]:

@@ -1,9 +1,9 @@
-"""How a picture of any size and shape becomes what a model takes: its grid of patches, and the windows on that grid.
+"""How an image of any size and shape becomes what a model takes: its grid of patches, and the windows on that grid.
 
-stretch       the whole picture as the square that the model was trained on; shapes are squeezed
-tiles         overlapping squares of the trained size from the picture in its own shape, each seen as in training;
+stretch       the whole image as the square that the model was trained on; shapes are squeezed
+tiles         overlapping squares of the trained size from the image in its own shape, each seen as in training;
               what no square holds whole is found in pieces, which `stitching` joins
-interpolate   the whole picture in its own shape at once, on another grid than the model has seen (`regrid`)
+interpolate   the whole image in its own shape at once, on another grid than the model has seen (`regrid`)
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from spot_fast.data.decoding import transforms
 from spot_fast.errors import UserError
 
 FITS = ("stretch", "tiles", "interpolate")
-MAX_WINDOWS = 64  # of a picture in tiles
-MAX_TOKENS = 4096  # of a picture whose positions are interpolated: attention takes the square of it
+MAX_WINDOWS = 64  # of an image in tiles
+MAX_TOKENS = 4096  # of an image whose positions are interpolated: attention takes the square of it
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A picture resized to `grid` (height, width) patches and seen through windows of `window` patches each.
+    """An image resized to `grid` (height, width) patches and seen through windows of `window` patches each.
 
     corners: (top, left) of each window, in patches; together the windows cover the grid. tiled: what the windows show
     is to be stitched, even where there is one only.
@@ -39,19 +39,19 @@ class Layout:
     tiled: bool = False
 
 
-# (width, height) of a picture → its layout
+# (width, height) of an image → its layout
 Fit = Callable[[int, int], Layout]
 
 
 def fit_of(name: str, model_size: int, patch: int, size: int | None = None) -> Fit:
-    """The layout of any picture under `name`, one of FITS.
+    """The layout of any image under `name`, one of FITS.
 
     Args:
         model_size, patch: the side of the model's square and of a patch, pixels.
-        size: the shorter side of a resized picture in pixels, rounded to patches (default: model_size); not for
+        size: the shorter side of a resized image in pixels, rounded to patches (default: model_size); not for
             stretch.
 
-    The longer side follows, rounded to patches, and is shortened where a picture is so long that it would need more
+    The longer side follows, rounded to patches, and is shortened where an image is so long that it would need more
     than MAX_WINDOWS or MAX_TOKENS. UserError where `size` does not fit.
     """
     own = model_size // patch
@@ -100,7 +100,7 @@ def _starts(side: int, window: int) -> list[int]:
 
 
 def windows_of(image: Image.Image, layout: Layout, patch: int) -> Tensor:
-    """An RGB picture → its windows, uint8 [W, 3, h, w]; resized bilinearly, as for training."""
+    """An RGB image → its windows, uint8 [W, 3, h, w]; resized bilinearly, as for training."""
     height, width = (side * patch for side in layout.grid)
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
     tall, wide = (side * patch for side in layout.window)

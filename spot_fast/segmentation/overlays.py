@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spot_fast.segmentation.colours import MAX_LABELS, palette
 
-PANEL_SIDES = (320, 640)  # the longer side of a panel is the picture's, kept between these, pixels
+PANEL_SIDES = (320, 640)  # the longer side of a panel is the image's, kept between these, pixels
 _BAND = 1 << 20  # pixels of a label map made at a time
 _GAP, _MARGIN, _CAPTION = 8, 10, 22
 _INK, _PAPER = (70, 70, 70), (255, 255, 255)
@@ -21,7 +21,7 @@ _SOFTEN = ImageFilter.Kernel((3, 3), (1, 2, 1, 2, 8, 2, 1, 2, 1))
 
 
 def labels_at(masks: Tensor, height: int, width: int, grid: tuple[int, int] | None = None) -> np.ndarray:
-    """Soft masks of one picture [N, K] on a grid of (height, width) patches → uint8 label map [height, width].
+    """Soft masks of one image [N, K] on a grid of (height, width) patches → uint8 label map [height, width].
 
     Without `grid` the N patches are a square. Bilinear (no align-corners) and argmax, the lower slot where two are
     equal; a band of rows and a slot at a time, so that a large photo needs little more memory than its label map.
@@ -64,13 +64,13 @@ def indexed_png(labels: np.ndarray, colours: np.ndarray | None = None) -> Image.
 
 
 def panel_size(width: int, height: int) -> tuple[int, int]:
-    """(width, height) of a panel for a picture of that size, of the same shape up to a pixel."""
+    """(width, height) of a panel for an image of that size, of the same shape up to a pixel."""
     low, high = PANEL_SIDES
     scale = min(max(max(width, height), low), high) / max(width, height)
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def picture_panel(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def image_panel(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
@@ -92,9 +92,9 @@ def overlay(
 def tinted(image: Image.Image, labels: np.ndarray, colours: np.ndarray | None = None) -> Image.Image:
     """`image` at the size of a label map [height, width], each label in its row of `colours`, with outlines."""
     size = labels.shape[::-1]
-    panel = image if image.size == size else picture_panel(image, size)
+    panel = image if image.size == size else image_panel(image, size)
     tint = indexed_png(labels, colours).convert("RGB")
-    # Half of the picture's colour goes, all of its light and shade stays.
+    # Half of the image's colour goes, all of its light and shade stays.
     mixed = Image.blend(ImageEnhance.Color(panel).enhance(_SATURATION), tint, _TINT)
     mixed.paste(_PAPER, mask=_outlines(labels))
     return mixed

@@ -1,4 +1,4 @@
-"""What segments pictures: a trained run, or k-means on an encoder's features, in batches and at any grid of patches."""
+"""What segments images: a trained run, or k-means on an encoder's features, in batches and at any grid of patches."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _MOST_GRIDS = 16  # other grids whose models are kept
 
 @dataclass(frozen=True)
 class Found:
-    """Of B pictures of one size: soft masks [B, N, K] float32 by kind, and the slots [B, K, U] of a run."""
+    """Of B images of one size: soft masks [B, N, K] float32 by kind, and the slots [B, K, U] of a run."""
 
     masks: dict[str, Tensor]
     slots: Tensor | None = None
 
 
 class Masker:
-    """Segments batches of pictures.
+    """Segments batches of images.
 
     size, patch: the side of the square that the model was made for and of its patches, in pixels. kinds: which masks
     it finds, in CAPTIONS; the first makes the label map. identity: names the model, for files made by it.
@@ -58,24 +58,24 @@ class Masker:
         self._grids = {(size // patch, size // patch): see}
 
     @torch.no_grad()
-    def find(self, pictures: Tensor) -> Found:
+    def find(self, images: Tensor) -> Found:
         """uint8 [B, 3, H, W] of sides that are multiples of the patch → what is in them, on the CPU."""
-        grid = pictures.shape[2] // self.patch, pictures.shape[3] // self.patch
+        grid = images.shape[2] // self.patch, images.shape[3] // self.patch
         if grid not in self._grids:
             if len(self._grids) > _MOST_GRIDS:
                 del self._grids[next(islice(self._grids, 1, None))]  # the oldest but the model's own
             self._grids[grid] = self._see_at(*grid)
-        found = self._grids[grid](normalise(send(pictures, torch.device(self._device))))
+        found = self._grids[grid](normalise(send(images, torch.device(self._device))))
         masks = {kind: soft.float().cpu() for kind, soft in found.masks.items()}
         return Found(masks, None if found.slots is None else found.slots.float().cpu())
 
-    def __call__(self, picture: Tensor) -> list[tuple[str, Tensor]]:
-        """A single picture [1, 3, H, W] → (caption, soft masks [N, K]) of each kind."""
-        return [(CAPTIONS[kind], soft[0]) for kind, soft in self.find(picture).masks.items()]
+    def __call__(self, image: Tensor) -> list[tuple[str, Tensor]]:
+        """A single image [1, 3, H, W] → (caption, soft masks [N, K]) of each kind."""
+        return [(CAPTIONS[kind], soft[0]) for kind, soft in self.find(image).masks.items()]
 
 
 def model_masker(model: Spot, identity: str, *, orders: str = "0", seed: int = 0, precision: str = "float32") -> Masker:
-    """Masks and slots of a trained model, on its device. Gaussian slots start from the same noise for every picture."""
+    """Masks and slots of a trained model, on its device. Gaussian slots start from the same noise for every image."""
     config, device = model.config, next(model.parameters()).device
     precision = resolve(precision, device)
     noise = None
@@ -127,7 +127,7 @@ def cluster_masker(
     def see(encoder: Encoder, images: Tensor) -> Found:
         with float32_products(precision), autocast(precision, torch.device(device)):
             features = encoder(images)
-        # Every picture is the first of its batch to k-means: the same draws, whatever else is in the batch.
+        # Every image is the first of its batch to k-means: the same draws, whatever else is in the batch.
         first = torch.zeros(len(images), dtype=torch.int64)
         members = F.one_hot(kmeans_labels(features, clusters, 0, indices=first), clusters).float()
         # Soft masks by how near each token is to each centre, rather than the labels: their outlines are smooth.

@@ -1,4 +1,4 @@
-"""Masks of overlapping windows → segments of the whole picture.
+"""Masks of overlapping windows → segments of the whole image.
 
 Every window numbers its slots as it likes. Where two windows overlap they look at the very same patches, so slots that
 mean the same thing cover the same patches there. Of each pair of overlapping windows the slots are matched one to one
@@ -34,7 +34,7 @@ class Stitched:
 
 
 def stitch(masks: dict[str, Tensor], layout: Layout) -> Stitched:
-    """Soft masks [W, N, K] of a picture's windows, by kind → its segments, the largest first.
+    """Soft masks [W, N, K] of an image's windows, by kind → its segments, the largest first.
 
     Slots are matched by the first kind, and all kinds have the same segments. Soft masks are at least 0; they sum to 1
     over the segments of a patch but for slots that are largest nowhere, and but for the smallest beyond MAX_LABELS.

@@ -90,10 +90,10 @@ class BadSteps:
         return news
 
 
-def skipped_line(news: list[BadStep], total: int, pictures: str) -> str:
-    """Such as: update left out: step 14 (loss nan, before it 0.41 on average); its pictures: … (3 so far)."""
-    of = "its pictures" if len(news) == 1 else "the first one's pictures"
-    return f"update left out: {', '.join(map(str, news))}; {of}: {pictures} ({total} so far)"
+def skipped_line(news: list[BadStep], total: int, images: str) -> str:
+    """Such as: update left out: step 14 (loss nan, before it 0.41 on average); its images: … (3 so far)."""
+    of = "its images" if len(news) == 1 else "the first one's images"
+    return f"update left out: {', '.join(map(str, news))}; {of}: {images} ({total} so far)"
 
 
 def too_many(step: int, kept: str) -> UserError:

@@ -78,7 +78,7 @@ class Compiled:
             torch.autograd.grad(loss, self._parameters, allow_unused=True)
 
     def _give_up(self, error: Exception, arguments: tuple) -> None:
-        # What is wrong with the pictures or the memory is not the compiler's fault.
+        # What is wrong with the images or the memory is not the compiler's fault.
         if isinstance(error, UserError | torch.OutOfMemoryError):
             raise error
         reason = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:200]

@@ -151,7 +151,7 @@ class World:
     # ---- steps
 
     def agree(self, stop: bool, corrupt: dict[str, str]) -> bool:
-        """Whether any process wants to stop: the same answer in all. Also tells rank 0 of `corrupt` pictures."""
+        """Whether any process wants to stop: the same answer in all. Also tells rank 0 of `corrupt` images."""
         if self.size == 1:
             return stop
         if not self.main and len(corrupt) > self._told_corrupt:
@@ -169,7 +169,7 @@ class World:
         return SharedGradients(parameters, self.size, self._gradients, self._exchange)
 
     def corrupt_elsewhere(self) -> dict[str, str]:
-        """{label: reason} of the pictures that the other processes could not read."""
+        """{label: reason} of the images that the other processes could not read."""
         found: dict[str, str] = {}
         for rank in range(1, self.size):
             if self._store.check([f"corrupt/{rank}"]):

@@ -79,7 +79,7 @@ def save(trainer: Trainer, folder: RunFolder) -> None:
             "device": trainer.device.type,
             "torch": torch.__version__,
             "processes": str(trainer.world.size),
-            "pictures": json.dumps(trainer.train_set.sample()),
+            "sample": json.dumps(trainer.train_set.sample()),
         },
     )
 
@@ -119,7 +119,7 @@ def restore(trainer: Trainer, folder: RunFolder) -> None:
                 f"{folder.path} cannot be resumed: it began with other {what} "
                 f"({about.get(name, '')[:12]}, now {ours[:12]}): restore them or train again"
             )
-    _require_pictures(folder, json.loads(about.get("pictures", "[]")), trainer.train_set.sample())
+    _require_images(folder, json.loads(about.get("sample", "[]")), trainer.train_set.sample())
     model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     trainer.model.load_learned_state_dict(model)
     load_optimiser_tensors(trainer.optimiser, trainer.names, tensors)
@@ -132,8 +132,8 @@ def restore(trainer: Trainer, folder: RunFolder) -> None:
     trainer.seconds = float(about["seconds"])
 
 
-def _require_pictures(folder: RunFolder, before: list[str], now: list[str]) -> None:
-    """UserError where most of the training pictures that are compared hold something else than when the run began.
+def _require_images(folder: RunFolder, before: list[str], now: list[str]) -> None:
+    """UserError where most of the training images that are compared hold something else than when the run began.
 
     They may lie elsewhere, and single ones may have been mended.
     """

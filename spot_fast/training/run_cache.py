@@ -1,4 +1,4 @@
-"""What a run caches of its training pictures, and from where it reads them afterwards (`data.cache` chooses)."""
+"""What a run caches of its training images, and from where it reads them afterwards (`data.cache` chooses)."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def choose(
     device: torch.device,
     world: World,
 ) -> Chosen:
-    """What pays for a run whose pictures `loader` gives; fields: what is known of its features, asked for if needed.
+    """What pays for a run whose images `loader` gives; fields: what is known of its features, asked for if needed.
 
     UserError where what --cache or --cache-dir asks for cannot be. Nothing is written.
     """
     kept = fields() if config.cache in ("auto", "features") else []
     if world.size > 1 and config.cache != "none" and isinstance(loader.image_set, ImageFiles):
-        # Other machines have copies of the pictures, with inodes of their own.
+        # Other machines have copies of the images, with inodes of their own.
         loader.image_set.take_key(world.first(loader.image_set.content_key))
     plan = world.first(
         lambda: cache.plan(
@@ -79,8 +79,8 @@ def open_source(
 ) -> Source:
     """Caches what was chosen; rank 0 builds what is on disk, then all read it.
 
-    function: gives the fields of a batch of pictures. decoding: the sentence about who decodes. UserError where a cache
-    cannot be written, or more pictures are corrupt than the loader puts up with.
+    function: gives the fields of a batch of images. decoding: the sentence about who decodes. UserError where a cache
+    cannot be written, or more images are corrupt than the loader puts up with.
     """
     image_set, plan, kept = loader.image_set, chosen.plan, chosen.fields
     # Each process holds all rows of what is held in memory, on its own device.

@@ -60,7 +60,7 @@ class RunFolder:
             self._metrics.write((json.dumps(finite(record), allow_nan=False) + "\n").encode())
 
     def write_corrupt(self, corrupt: dict[str, str]) -> None:
-        """corrupt.txt: a line with label and reason for each picture that could not be read; no file without any."""
+        """corrupt.txt: a line with label and reason for each image that could not be read; no file without any."""
         if not corrupt:
             return
         file = self.path / CORRUPT

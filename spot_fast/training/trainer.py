@@ -1,6 +1,6 @@
 """Training of both stages: one loop, from which a killed run continues bit for bit.
 
-Nothing random is carried from step to step: patch orders, slot noise, the sequence of pictures, the schedules are all
+Nothing random is carried from step to step: patch orders, slot noise, the sequence of images, the schedules are all
 functions of (seed, step). So the state of a run is its weights, Adam's moments and the step.
 """
 
@@ -45,7 +45,7 @@ from spot_fast.training.run_folder import RunFolder
 from spot_fast.training.schedule import attention_weight, learning_rate
 from spot_fast.training.teacher import load_teacher, teacher_hash
 from spot_fast.training.throughput import Profile, Throughput, count_flops
-from spot_fast.training.validation import quick_validation, skipped_pictures_line
+from spot_fast.training.validation import quick_validation, skipped_images_line
 
 # Streams of random numbers: the first word after the seed.
 _WEIGHTS, _STEP, _PARALLEL = range(100, 103)
@@ -105,7 +105,7 @@ class Trainer:
         self.val_set = open_set(config, "val") if config.eval_images else None
         loader = config.loader
         if loader == "auto" and self.train_set.random_crop and config.cache in ("auto", "pixels"):
-            loader = "torch"  # whole pictures are decoded once, by Pillow
+            loader = "torch"  # whole images are decoded once, by Pillow
         self.loader, self.decoding = open_loader(
             loader,
             self.train_set,
@@ -122,7 +122,7 @@ class Trainer:
         share = config.batch_size // self.world.size
         if share % config.accumulate:
             raise UserError(
-                f"--accumulate {config.accumulate} does not divide the {share} pictures of a process: use "
+                f"--accumulate {config.accumulate} does not divide the {share} images of a process: use "
                 f"a divisor of {share}"
             )
         self.rate = learning_rate(config, len(self.train_set))
@@ -189,14 +189,14 @@ class Trainer:
         slots = model.slot_encoder
         if slots.init == "gaussian":
             shape = (self.config.batch_size, slots.num_slots, slots.slot_dim)
-            # Of the whole batch, whatever the share: pictures get the noise that they would get in one process.
+            # Of the whole batch, whatever the share: images get the noise that they would get in one process.
             noise = torch.randn(shape, generator=self.generator, dtype=torch.float32, device=self.device)
             noise = noise[self.loader.mine]
         return order, noise
 
     @torch.no_grad()
     def frozen_features(self, images: Tensor) -> tuple[Tensor, ...]:
-        """uint8 pictures [B, 3, S, S] → what never changes: target [B, N, D], in stage 2 also the trunk's output.
+        """uint8 images [B, 3, S, S] → what never changes: target [B, N, D], in stage 2 also the trunk's output.
 
         In bfloat16 in a bf16 run, so that cached features and those computed anew are the same.
         """
@@ -207,7 +207,7 @@ class Trainer:
         return tuple(t.bfloat16() for t in frozen) if self.precision == "bf16" else frozen
 
     def frozen_fields(self) -> list[feature_cache.Field]:
-        """What `frozen_features` gives for a picture, and what that depends on besides the picture."""
+        """What `frozen_features` gives for an image, and what that depends on besides the image."""
         config = self.config
         one = torch.zeros(1, 3, config.image_size, config.image_size, dtype=torch.uint8)
         # The name too: tensors do not show how many heads there are, nor activations or epsilons.
@@ -227,7 +227,7 @@ class Trainer:
         ]
 
     def features_of(self, batch: Batch | tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Features for the slots and target features, both [B, N, D], of a batch of pictures or of cached features."""
+        """Features for the slots and target features, both [B, N, D], of a batch of images or of cached features."""
         frozen = batch if isinstance(batch, tuple) else self.frozen_features(batch.images)
         target, *hidden = (features.float() for features in frozen)
         return (self.model.encoder.finish(hidden[0], self.model.last_blocks) if hidden else target), target
@@ -301,7 +301,7 @@ class Trainer:
         return verdict, *losses, norm
 
     def flops(self, batch: Batch | tuple[Tensor, ...]) -> int:
-        """FLOPs of a step of this process, counted on the first picture of its batch; nothing changes by it."""
+        """FLOPs of a step of this process, counted on the first image of its batch; nothing changes by it."""
         one, weight = slice(0, 1), torch.zeros((), dtype=torch.float32, device=self.device)
         batch, draws = map_tensors(batch, lambda tensor: tensor[one]), self.draw(0)
         draws = replace(
@@ -398,18 +398,18 @@ class Trainer:
             self.save(folder)
 
     def batches(self) -> Iterator[Batch | tuple[Tensor, ...]]:
-        """What is left of the current epoch: batches of pictures, or their frozen features where those are cached."""
+        """What is left of the current epoch: batches of images, or their frozen features where those are cached."""
         epoch, start = divmod(self.step, self.loader.steps_per_epoch)
         if self.cache is not None:
             return self.cache.epoch(self.loader, epoch, start, self.device)
         batches = self.loader.epoch(epoch, start)
-        # DALI's are on the device already, pictures in memory need no time on a CPU.
+        # DALI's are on the device already, images in memory need no time on a CPU.
         if self.loader.kind == "torch" and (self.device.type == "cuda" or self.loader.image_set is not self.train_set):
             return prefetch.to_device(batches, self.device)
         return batches
 
     def choose_cache(self) -> None:
-        """Decides what of the pictures is cached; UserError where what --cache asks for cannot be. Writes nothing."""
+        """Decides what of the images is cached; UserError where what --cache asks for cannot be. Writes nothing."""
         with float32_products(self.precision):
             self.chosen = choose(self.config, self.loader, self.frozen_fields, device=self.device, world=self.world)
 
@@ -447,8 +447,8 @@ class Trainer:
         if epoch == config.epochs or (config.eval_every and epoch % config.eval_every == 0):
             self.scores = scores = self.validate(skipped := {})
             if skipped:
-                folder.log(kind="unreadable", step=self.step, pictures=skipped)
-                display.line(skipped_pictures_line(skipped))
+                folder.log(kind="unreadable", step=self.step, images=skipped)
+                display.line(skipped_images_line(skipped))
             folder.log(kind="validation", step=self.step, epoch=epoch, **scores)
             display.numbers("validation", scores)
             for pace in self.paces.values():
@@ -471,19 +471,19 @@ class Trainer:
 
     def _tell_skipped(self, folder: RunFolder, display: Display) -> None:
         if news := self.bad_steps.news():
-            pictures = {each.step: self._pictures(each.step) for each in news}
-            folder.log(kind="skipped", step=self.step, steps=list(pictures), pictures=list(pictures.values()))
-            display.line(skipped_line(news, len(self.bad_steps.found), _some(pictures[news[0].step])))
+            images = {each.step: self._images(each.step) for each in news}
+            folder.log(kind="skipped", step=self.step, steps=list(images), images=list(images.values()))
+            display.line(skipped_line(news, len(self.bad_steps.found), _some(images[news[0].step])))
 
-    def _pictures(self, step: int) -> list[str]:
-        """Names of the pictures of the whole batch of a step, counted from 1."""
+    def _images(self, step: int) -> list[str]:
+        """Names of the images of the whole batch of a step, counted from 1."""
         epoch, index = divmod(step - 1, self.loader.steps_per_epoch)
         indices = self.loader.order(epoch).split(self.config.batch_size)[index]
         return [self.train_set.label(i) for i in indices.tolist()]
 
     def validate(self, skipped: dict[str, str] | None = None) -> dict[str, float]:
         """Quick scores of the model as it is; empty where there is nothing to validate on. skipped: gets the label of
-        each picture that cannot be read and the reason."""
+        each image that cannot be read and the reason."""
         if self.val_set is None:
             return {}
         with float32_products(self.precision), self.autocast():
@@ -502,7 +502,7 @@ class Trainer:
             raise too_many(last, self.kept())
         if self.config.on_bad_step == "stop" and self.bad_steps.found:
             bad = self.bad_steps.found[0]
-            where = f"{bad}, pictures {_some(self._pictures(bad.step))}: {self.kept()}"
+            where = f"{bad}, images {_some(self._images(bad.step))}: {self.kept()}"
             if math.isfinite(bad.loss) and bad.loss > self.config.spike * bad.mean > 0:
                 raise UserError(f"the loss leapt at {where}, or go on with --on-bad-step skip")
             raise UserError(f"the loss or its gradient is not finite at {where}, or go on with --on-bad-step skip")

@@ -1,4 +1,4 @@
-"""A quick look at a model in training: reconstruction loss and mBO_i on a few validation pictures."""
+"""A quick look at a model in training: reconstruction loss and mBO_i on a few validation images."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def quick_validation(
     device: torch.device,
     skipped: dict[str, str] | None = None,
 ) -> dict[str, float]:
-    """Scores of those of the first `images` pictures that can be read, in patch order 0; the same noise every time.
+    """Scores of those of the first `images` images that can be read, in patch order 0; the same noise every time.
 
-    skipped: gets the label of each other picture and the reason. It never ends a training, not even where all are.
+    skipped: gets the label of each other image and the reason. It never ends a training, not even where all are.
     val_loss is the reconstruction loss; mbo_i_decoder and mbo_i_slots are fractions, missing without masks. Draws
     nothing from PyTorch's generators.
     """
@@ -42,8 +42,8 @@ def quick_validation(
     skipped = {} if skipped is None else skipped
     readable = read_ahead(load, val_set, range(min(images, len(val_set))), WORKERS, skipped)
     while batch := list(islice(readable, batch_size)):
-        numbers, pictures, masks = zip(*batch, strict=True)
-        features, target = model.encode(normalise(send(torch.stack(pictures), device)))
+        numbers, squares, masks = zip(*batch, strict=True)
+        features, target = model.encode(normalise(send(torch.stack(squares), device)))
         slots = model.slot_encoder
         noise = None
         if slots.init == "gaussian":
@@ -62,8 +62,8 @@ def quick_validation(
     return {"val_loss": error / seen, **{name: value for name, value in mbo.items() if value is not None}}
 
 
-def skipped_pictures_line(skipped: dict[str, str]) -> str:
-    """What training says about pictures that its validation could not read."""
+def skipped_images_line(skipped: dict[str, str]) -> str:
+    """What training says about images that its validation could not read."""
     label, reason = next(iter(skipped.items()))
     others = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
     return f"validation leaves out {label}{others}: {reason}"

@@ -1,4 +1,4 @@
-"""The data benchmark: its rows, its verdict and its CSV, on a few pictures."""
+"""The data benchmark: its rows, its verdict and its CSV, on a few images."""
 
 import csv
 
@@ -12,7 +12,7 @@ import torch
 
 @pytest.fixture
 def in_small(monkeypatch):
-    """Loaders are not measured in processes of their own, metrics on few pictures, and a busy machine may be slow."""
+    """Loaders are not measured in processes of their own, metrics on few images, and a busy machine may be slow."""
     monkeypatch.setattr(bench_data, "METRICS_MS", 1e6)
     loaded = [
         dict(name="Pillow, threads", cores=1, images_s=250.0, max=0, mean=0.0),
@@ -21,8 +21,8 @@ def in_small(monkeypatch):
     monkeypatch.setattr(loader_speed, "run", lambda *arguments: loaded)
     measured = evaluation_speed.measure
     monkeypatch.setattr(evaluation_speed, "measure", lambda given, rounds: measured(given, 1))
-    pictures = evaluation_speed.pictures
-    monkeypatch.setattr(evaluation_speed, "pictures", lambda images, **options: pictures(2, **options))
+    generated = evaluation_speed.generated
+    monkeypatch.setattr(evaluation_speed, "generated", lambda images, **options: generated(2, **options))
     make = loader_speed.make_photos
     monkeypatch.setattr(cache_speed, "make_photos", lambda folder, count: make(folder, count, 64, 48))
     return loaded
@@ -51,4 +51,4 @@ def test_a_difference_is_told(in_small, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "WRONG  DALI, GPU: pixels differ by 40 levels" in printed
     assert "WRONG  pixel cache: differs from files by 3" in printed
-    assert "WRONG  metrics: scores differ by 1.0e-03" in printed and "ms a picture, more than 0" in printed
+    assert "WRONG  metrics: scores differ by 1.0e-03" in printed and "ms an image, more than 0" in printed

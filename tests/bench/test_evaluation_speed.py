@@ -7,7 +7,7 @@ import torch
 
 @pytest.mark.parametrize("size, masks, grid", [(96, 7, 14), (40, 3, 5)])
 def test_both_implementations_agree(size, masks, grid):
-    given = evaluation_speed.pictures(5, size=size, masks=masks, grid=grid)
+    given = evaluation_speed.generated(5, size=size, masks=masks, grid=grid)
     found, expected = evaluation_speed.ours(given, batch_size=2), evaluation_speed.per_mask(given)
     assert found.shape == (2, 5, 4) and torch.allclose(found, expected, atol=1e-12, rtol=0, equal_nan=True)
 
@@ -15,7 +15,7 @@ def test_both_implementations_agree(size, masks, grid):
 def test_what_it_prints(capsys):
     assert evaluation_speed.main(["--images", "2", "--size", "72", "--rounds", "1"]) == 0
     out = capsys.readouterr().out
-    assert "2 pictures, 14 × 14 tokens, 7 masks, label maps 72 × 72" in out and "ratio" in out
+    assert "2 images, 14 × 14 tokens, 7 masks, label maps 72 × 72" in out and "ratio" in out
 
 
 def test_a_difference_fails(monkeypatch):

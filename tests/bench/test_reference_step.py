@@ -50,7 +50,7 @@ def teacher(tmp_path_factory):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_trainer_takes_the_same_steps(stage, teacher):
-    """Losses, clipped gradients and weights after three steps, from pictures."""
+    """Losses, clipped gradients and weights after three steps, from images."""
     config = tiny(stage, eval_images=0, clip=0.05)
     trainer, other = (Trainer(config, device=CPU, teacher=teacher if stage == 2 else None) for _ in range(2))
     reference = ReferenceStep(other.model, other.teacher, att_weight=config.att_weight, clip=config.clip)

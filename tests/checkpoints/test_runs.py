@@ -95,7 +95,7 @@ def test_what_a_clone_or_a_browser_left_instead_of_a_file_is_named(run, data, wo
 
 
 def test_weights_that_are_not_finite_are_named(run):
-    """A file of another machine, or one that was changed on disk: every picture would be NaN."""
+    """A file of another machine, or one that was changed on disk: every image would be NaN."""
     tensors, metadata = checkpoint.read_tensors(run / MODEL)
     name = next(iter(sorted(tensors)))
     tensors[name].view(-1)[0] = float("nan")

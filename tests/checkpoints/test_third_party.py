@@ -168,7 +168,7 @@ def test_ocbenchs_student_becomes_stage_2(encoder, tmp_path, capsys):
     both |= {f"m.teacher.{name}": value for name, value in teacher.items()}
     model = load("ocbench", both, tmp_path)
     assert model.config.stage == 2 and model.config.slot_init == "learned" and model.config.num_slots == SLOTS
-    assert "OCBench brings pictures to 256 px" in capsys.readouterr().out
+    assert "OCBench brings images to 256 px" in capsys.readouterr().out
     close(model.slot_encoder.slot_embedding.detach(), student["initializ.mean"][0].float())
     close(model.last_blocks[3].norm1.weight.detach(), student[moved])
     close(model.encoder.vit.blocks[4].norm1.weight.detach(), teacher[moved])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from picture_files import folder, make_pictures
+from image_files import folder, make_images
 from spot_fast.data import Scenes
 from spot_fast.data.__main__ import main
 from spot_fast.data.caching import feature_cache, pixel_cache
@@ -21,8 +21,8 @@ FIELD = [Field("target", (250,), torch.float32, "")]  # 1 kB a row
 
 @pytest.fixture
 def planned(tmp_path, monkeypatch):
-    """Plans for ten pictures: (mode, options of the set, room in bytes by place) → Plan."""
-    make_pictures(tmp_path, 10)
+    """Plans for ten images: (mode, options of the set, room in bytes by place) → Plan."""
+    make_images(tmp_path, 10)
 
     def plan(mode="auto", *, scenes=False, epochs=10, device=CPU, cpu=10**6, gpu=10**6, disk=10**6, **options):
         free = {"cpu": cpu, "cuda": gpu}
@@ -47,10 +47,10 @@ def where(plan):
         (
             {"scenes": True},
             ("features", "cpu", False),
-            "features of 10 pictures, 10 kB in float32, are cached: 1 MB free",
+            "features of 10 images, 10 kB in float32, are cached: 1 MB free",
         ),
         ({"scenes": True, "flip": True, "epochs": 3}, ("features", "cpu", False), "mirrored and not, 20 kB"),
-        ({"scenes": True, "epochs": 1}, ("none", None, False), "every picture is needed once"),
+        ({"scenes": True, "epochs": 1}, ("none", None, False), "every image is needed once"),
         ({"scenes": True, "cpu": 15_000}, ("none", None, False), "do not fit the memory: 15 kB are free"),
         ({"scenes": True, "device": GPU, "gpu": 15_000}, ("features", "cpu", False), "free on cpu"),
         ({}, ("features", None, True), "are built once in"),
@@ -63,7 +63,7 @@ def where(plan):
         (
             {"disk": 10_000, "cpu": 18_000},
             ("none", None, False),
-            "decoded pixels of 10 pictures, 8 kB, are more than half",
+            "decoded pixels of 10 images, 8 kB, are more than half",
         ),
         ({"mode": "none"}, ("none", None, False), "--cache none"),
         ({"mode": "pixels"}, ("pixels", None, True), "8 kB"),
@@ -91,10 +91,10 @@ def test_plan(planned, options, place, says):
         ({"mode": "features", "crop": "random"}, "--cache features: a random crop .* use --cache pixels"),
         (
             {"mode": "features", "disk": 9_000, "cpu": 9_000},
-            "--cache features: features of 10 pictures, 10 kB in float32, cannot be kept: .* use --cache pixels",
+            "--cache features: features of 10 images, 10 kB in float32, cannot be kept: .* use --cache pixels",
         ),
         ({"mode": "features", "scenes": True, "cpu": 9_000}, "do not fit the memory: 9 kB are free"),
-        ({"mode": "pixels", "disk": 7_000}, "--cache pixels: decoded pixels of 10 pictures, 8 kB, cannot be kept"),
+        ({"mode": "pixels", "disk": 7_000}, "--cache pixels: decoded pixels of 10 images, 8 kB, cannot be kept"),
     ],
 )
 def test_what_cannot_be_is_refused(planned, options, message):
@@ -105,7 +105,7 @@ def test_what_cannot_be_is_refused(planned, options, message):
 @pytest.mark.parametrize("mode", ["features", "pixels", "auto"])
 def test_what_is_complete_is_read_whatever_the_disk_has_left(tmp_path, monkeypatch, mode):
     """On a full disk, and where one may only read."""
-    make_pictures(tmp_path, 10)
+    make_images(tmp_path, 10)
     image_set, where = folder(tmp_path, crop="random" if mode == "auto" else "center"), tmp_path / "cache"
     store = pixel_cache.store_of(image_set, where)
     if mode == "features":
@@ -122,7 +122,7 @@ def test_what_is_complete_is_read_whatever_the_disk_has_left(tmp_path, monkeypat
 
 @pytest.mark.parametrize("unusable", ["no home", "a file", "read only"])
 def test_without_a_folder_features_are_held_in_memory_or_nothing_is_kept(tmp_path, monkeypatch, unusable):
-    make_pictures(tmp_path, 10)
+    make_images(tmp_path, 10)
     image_set, where = folder(tmp_path), tmp_path / "cache"
     says = "cache is not a folder that can be made and written to"
     if unusable == "no home":

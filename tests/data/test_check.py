@@ -87,31 +87,31 @@ def make_masks(root):
 
 
 KINDS = {
-    make_coco: ("COCO 2017", "train  3 pictures", "val    2 pictures, 2 annotations", "coco", 3),
-    make_voc: ("PASCAL VOC 2012", "train  3 pictures", "val    2 pictures, 4 mask files", "voc", 3),
+    make_coco: ("COCO 2017", "train  3 images", "val    2 images, 2 annotations", "coco", 3),
+    make_voc: ("PASCAL VOC 2012", "train  3 images", "val    2 images, 4 mask files", "voc", 3),
     make_clips: ("MOVi as PNG clips", "train  2 clips, 20 frames", "val    1 clip, 10 frames, masks", "movi_c", 18),
     make_shards: ("MOVi as TFRecord (movi_e)", "train  3 clips in 2 shards", "val    1 clip in 1 shard", "movi_e", 27),
-    make_folder: ("image folder", "train  3 pictures", "val    3 pictures\n", "folder", 3),
-    make_masks: ("image folder", "train  3 pictures", "val    2 pictures, 2 mask files", "folder", 3),
+    make_folder: ("image folder", "train  3 images", "val    3 images\n", "folder", 3),
+    make_masks: ("image folder", "train  3 images", "val    2 images, 2 mask files", "folder", 3),
 }
 
 
 @pytest.mark.parametrize("decode", [[], ["--decode", "--jobs", "3"]])
 @pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
 def test_whole_sets(tmp_path, check, make, decode):
-    """The printed command opens as many pictures, which fill a batch, and has a warm-up that fits."""
+    """The printed command opens as many images, which fill a batch, and has a warm-up that fits."""
     root = tmp_path / "a set"
     make(root)
     code, out, _ = check(root, *decode)
-    title, train, val, preset, pictures = KINDS[make]
+    title, train, val, preset, images = KINDS[make]
     assert code == 0 and out.startswith(f"{root}: {title}\n") and train in out and val in out
     assert "nothing is missing or damaged" in out
     words = shlex.split(out.splitlines()[-1])
     assert words[:5] == ["python", "-m", "spot_fast.train", "--preset", preset]
     config = arguments.parse(words[3:]).config()
     train_set, val_set = open_sets(config)
-    assert len(train_set) == pictures >= config.batch_size and len(val_set) > 0
-    assert learning_rate(config, pictures).total_steps > 0
+    assert len(train_set) == images >= config.batch_size and len(val_set) > 0
+    assert learning_rate(config, images).total_steps > 0
 
 
 def damage(path, content=None):
@@ -128,7 +128,7 @@ def test_damaged_files_are_listed(tmp_path, check):
     assert code == 2 and "missing or damaged: 3" in out
     for line in ("train2017/0.jpg: missing", "train2017/1.jpg: truncated: no end of the JPEG", "val2017/1.jpg: empty"):
         assert f"{tmp_path}/{line}" in out
-    assert "error: 2 of 3 pictures of train are missing or damaged, more than 1%: get them again, beginning with" in err
+    assert "error: 2 of 3 images of train are missing or damaged, more than 1%: get them again, beginning with" in err
     assert (tmp_path / "bad.txt").read_text().splitlines() == [
         f"{tmp_path}/{name}" for name in ("train2017/0.jpg", "train2017/1.jpg", "val2017/1.jpg")
     ]
@@ -144,7 +144,7 @@ def test_as_many_damaged_files_as_the_loader_tolerates(tmp_path, check):
     damage(tmp_path / "b.jpg", b"text")
     assert check(tmp_path)[0] == 0  # 2 of 203
     damage(tmp_path / "c.jpg", b"text")
-    assert "3 of 203 pictures" in check(tmp_path)[2]
+    assert "3 of 203 images" in check(tmp_path)[2]
 
 
 def test_a_long_list_is_cut(tmp_path, check):
@@ -201,7 +201,7 @@ def test_damaged_shards(tmp_path, check):
     assert code == 2 and f"{shard} is cut off in record 1: download the file again" in err
     shard.unlink()
     assert f"error: {shard} is missing: download all shards of the split" in check(tmp_path)[2]
-    shard.write_bytes(files.frame(files.example({"video": files.bytes_feature([b"no picture", b""])})))
+    shard.write_bytes(files.frame(files.example({"video": files.bytes_feature([b"no image", b""])})))
     out = check(tmp_path)[1]
     assert f"record 0 of {shard}: video 0: cannot be read: not an image of a known format; video 1: empty" in out
 
@@ -216,7 +216,7 @@ def test_sbd_is_passed_on(tmp_path, check):
     (sbd / "train.txt").write_text("a\nf\nd\n")
     (sbd / "val.txt").write_text("b\n")
     code, out, _ = check(tmp_path, "--sbd", str(sbd))
-    assert code == 0 and "train  4 pictures" in out and f"--sbd {sbd}" in out.splitlines()[-1]
+    assert code == 0 and "train  4 images" in out and f"--sbd {sbd}" in out.splitlines()[-1]
     assert "trainaug has 4 names here and 10,582 in published results" in out
 
 
@@ -269,7 +269,7 @@ def test_annotations_that_cannot_be_drawn_are_found_by_decoding(tmp_path, check)
     )
     assert "nothing is missing" in check(tmp_path)[1]
     code, out, err = check(tmp_path, "--decode")
-    assert code == 2 and "annotation 5 of image a.jpg cannot be decoded" in out and "2 of 3 pictures of val" in err
+    assert code == 2 and "annotation 5 of image a.jpg cannot be decoded" in out and "2 of 3 images of val" in err
 
 
 def test_what_is_no_data_set(tmp_path, check, capsys):
@@ -304,12 +304,12 @@ def test_movi_in_another_format_of_tfds(tmp_path, check, kind):
 
 
 def test_davis_is_no_voc(tmp_path, check):
-    """Its pictures lie in JPEGImages/ too, in a folder for each video; it is a folder of pictures."""
+    """Its images lie in JPEGImages/ too, in a folder for each video; it is a folder of images."""
     for t in range(3):
         save(tmp_path / "JPEGImages/480p/bear" / f"{t:05d}.jpg", Image.effect_noise((20, 20), 90).convert("RGB"))
         save(tmp_path / "Annotations/480p/bear" / f"{t:05d}.png", labels())
     code, out, _ = check(tmp_path)
-    assert code == 0 and "image folder" in out and "train  3 pictures" in out
+    assert code == 0 and "image folder" in out and "train  3 images" in out
     assert f"note: 3 label maps left out: {tmp_path / 'Annotations'} 3" in out
 
 

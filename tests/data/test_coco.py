@@ -1,4 +1,4 @@
-"""COCO: maps and pictures equal the official ones; every region format; clear sentences for what is missing."""
+"""COCO: maps and images equal the official ones; every region format; clear sentences for what is missing."""
 
 import json
 
@@ -47,14 +47,14 @@ def test_cropped_maps(index, image_id, mask_size):
 
 
 @pytest.mark.parametrize("index, image_id", list(enumerate(IDS)))
-def test_pictures(mini, index, image_id):
+def test_images(mini, index, image_id):
     """Exact with the JPEG decoder the golden files were made with, two levels with another."""
     image = mini.val_image(index)
     assert image.dtype == torch.uint8
     golden_tensors.assert_close(f"coco.image_{image_id}.val_image_224_uint8", image, atol=2)
 
 
-def test_normalised_picture():
+def test_normalised_image():
     image = Coco(MINI, "val", image_size=96).val_image(0).double() / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     normalised = (image - mean.view(3, 1, 1)) / std.view(3, 1, 1)
@@ -108,7 +108,7 @@ def test_region_formats_agree():
 
 @pytest.fixture
 def layout(tmp_path):
-    """Two training pictures and one validation picture, image folders under images/."""
+    """Two training images and one validation image, image folders under images/."""
     (tmp_path / "annotations").mkdir()
     for split, names in (("train2017", ["a.jpg", "b.jpg"]), ("val2017", ["c.jpg"])):
         folder = tmp_path / "images" / split
@@ -166,8 +166,8 @@ def test_missing_things_are_named(layout):
         Coco(layout, "train")
 
 
-def test_corrupt_picture_is_named(layout):
-    picture = layout / "images" / "val2017" / "c.jpg"
-    picture.write_bytes(picture.read_bytes()[:300])
+def test_corrupt_image_is_named(layout):
+    image = layout / "images" / "val2017" / "c.jpg"
+    image.write_bytes(image.read_bytes()[:300])
     with pytest.raises(CorruptImage, match=r"c\.jpg cannot be read"):
         Coco(layout, "val").val_image(0)

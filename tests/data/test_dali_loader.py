@@ -1,6 +1,6 @@
-"""The DALI loader on the CPU: the pictures of Loader in the order of Loader, with pixels within a stated distance.
+"""The DALI loader on the CPU: the images of Loader in the order of Loader, with pixels within a stated distance.
 
-The distance comes from rounding (Pillow rounds between its two passes, DALI does not) and from the picture's border,
+The distance comes from rounding (Pillow rounds between its two passes, DALI does not) and from the image's border,
 where the filter reaches beyond it: Pillow weighs what is there anew, DALI repeats the last pixel.
 """
 
@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from spot_fast.config import preset
 from spot_fast.data import Folder, Loader, open_set
-from spot_fast.data.loading.dali_pipeline import Picture, Pipeline, Request, unavailable
+from spot_fast.data.loading.dali_pipeline import EncodedImage, Pipeline, Request, unavailable
 from spot_fast.errors import UserError
 from spot_fast.model.encoder import build_encoder, normalise
 
@@ -89,7 +89,7 @@ def kinds(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """23 small JPEGs, some upright and some wide."""
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     for i in range(COUNT):
         photo(i, *((60, 44) if i % 3 else (44, 60))).save(root / f"{i:03d}.jpg", quality=92)
     return root
@@ -107,7 +107,7 @@ def assert_same(batches, others):
 
 
 def assert_close(batches, others, most=12):
-    """The other loader's: the same pictures."""
+    """The other loader's: the same images."""
     for a, b in itertools.zip_longest(batches, others):
         assert torch.equal(a.indices, b.indices) and torch.equal(a.flipped, b.flipped)
         assert a.images.dtype == b.images.dtype == torch.uint8
@@ -116,7 +116,7 @@ def assert_close(batches, others, most=12):
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("crop", ["center", "random", "stretch"])
-def test_pixels_of_every_kind_of_picture(kinds, crop, flip):
+def test_pixels_of_every_kind_of_image(kinds, crop, flip):
     """Bilinear: 1 level and, where the filter reaches over the border, 8; bicubic: 9, and 18 for black and white,
     because Pillow cuts overshoot off between its passes. On average 0.35 of a level at most."""
     images = Folder(kinds, image_size=SIZE, crop=crop, flip=flip)
@@ -137,7 +137,7 @@ def test_pixels_of_every_kind_of_picture(kinds, crop, flip):
 
 
 def test_features_of_the_packaged_encoder(kinds):
-    """What the pixels' distance does to what the model sees: half a percent of a picture's features."""
+    """What the pixels' distance does to what the model sees: half a percent of an image's features."""
     encoder = build_encoder(preset("scenes"))
     images = Folder(kinds, image_size=64)
     (ours,), (pillows,) = DaliLoader(images, len(kinds)).epoch(0), Loader(images, len(kinds)).epoch(0)
@@ -146,7 +146,7 @@ def test_features_of_the_packaged_encoder(kinds):
     assert apart.mean() < 0.01 and apart.max() < 0.02
 
 
-def test_pictures_left_as_they_are_stored(kinds):
+def test_images_left_as_they_are_stored(kinds):
     images = Folder(kinds, image_size=SIZE)
     images.upright = False
     assert_close(DaliLoader(images, len(kinds)).epoch(0), Loader(images, len(kinds)).epoch(0))
@@ -202,7 +202,7 @@ def damage(path, how):
     elif how == "end":
         path.write_bytes(whole[:-2])
     elif how == "text":
-        path.write_text("this is not a picture")
+        path.write_text("this is not an image")
     elif how == "png":
         file = io.BytesIO()
         photo(0, 60, 44).save(file, "PNG")
@@ -214,7 +214,7 @@ def damage(path, how):
 
 @pytest.fixture
 def many(folder, tmp_path):
-    """Copies of the pictures, 250 in all."""
+    """Copies of the images, 250 in all."""
     for i in range(250):
         (tmp_path / f"{i:03d}.jpg").write_bytes((folder / f"{i % COUNT:03d}.jpg").read_bytes())
     return tmp_path
@@ -222,7 +222,7 @@ def many(folder, tmp_path):
 
 @pytest.mark.parametrize("hows", [("cut", "text"), ("end", "missing"), ("png", "tables"), ("tables", "tables")])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_corrupt_pictures_are_replaced_as_loader_does(many, hows, workers):
+def test_corrupt_images_are_replaced_as_loader_does(many, hows, workers):
     images = random_crops(many)
     for number, how in zip((10, 31), hows, strict=True):
         damage(many / f"{number:03d}.jpg", how)
@@ -265,7 +265,7 @@ def test_more_than_one_percent_corrupt_stops(many, how):
         list(DaliLoader(images, 50, workers=2).epoch(0))
 
 
-def test_pictures_larger_than_pillow_opens_are_corrupt(folder, monkeypatch):
+def test_images_larger_than_pillow_opens_are_corrupt(folder, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 44 // 2 - 1)
     with pytest.raises(UserError, match="exceeds the limit"):
         next(DaliLoader(random_crops(folder), 4).epoch(0))
@@ -273,7 +273,7 @@ def test_pictures_larger_than_pillow_opens_are_corrupt(folder, monkeypatch):
 
 @pytest.fixture
 def with_gifs(folder, tmp_path, monkeypatch):
-    """Twelve pictures; three are GIF, which DALI cannot decode, and are passed off as something it can."""
+    """Twelve images; three are GIF, which DALI cannot decode, and are passed off as something it can."""
     for i in range(12):
         source = Image.open(folder / f"{i:03d}.jpg")
         if i in (3, 4, 9):
@@ -289,7 +289,7 @@ def with_gifs(folder, tmp_path, monkeypatch):
     return random_crops(tmp_path)
 
 
-def test_a_picture_at_which_dali_fails_is_pillows(with_gifs):
+def test_an_image_at_which_dali_fails_is_pillows(with_gifs):
     """No step is lost and nothing counts as corrupt."""
     dali = DaliLoader(with_gifs, 3, seed=1, workers=2)
     first = list(dali.epoch(0))
@@ -299,7 +299,7 @@ def test_a_picture_at_which_dali_fails_is_pillows(with_gifs):
 
 
 def break_at(images, index, monkeypatch):
-    """Reading picture `index` fails for a reason that is not its own."""
+    """Reading image `index` fails for a reason that is not its own."""
     encoded = images.encoded
 
     def fails(asked):
@@ -388,6 +388,6 @@ def test_on_a_gpu_the_host_waits_neither_for_dali_nor_for_the_copy(monkeypatch):
     monkeypatch.setattr(Pipeline, "_build", lambda self, *arguments: Dali())
     monkeypatch.setattr(Pipeline, "_stream", lambda self: SimpleNamespace(cuda_stream=7))
     pipeline = Pipeline(2, 4, device=torch.device("cpu"))
-    picture = Picture(np.zeros(3, np.uint8), np.zeros(2, np.float32), np.ones(2, np.float32))
-    assert len(list(pipeline.run(iter([Request([picture] * 2, np.zeros(2, bool))] * 3)))) == 3
+    image = EncodedImage(np.zeros(3, np.uint8), np.zeros(2, np.float32), np.ones(2, np.float32))
+    assert len(list(pipeline.run(iter([Request([image] * 2, np.zeros(2, bool))] * 3)))) == 3
     assert asked == [("outputs", 7), ("copy", 7, True), "release"] * 3

@@ -35,7 +35,7 @@ def test_whole_jpeg_and_png_are_not_decoded(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_photo_with_something_appended_is_whole(tmp_path, kind):
-    """Phones append previews and films to their pictures."""
+    """Phones append previews and films to their images."""
     assert data_damage(tmp_path, encoded(kind) + b"film" * 5000) is None
 
 
@@ -46,12 +46,12 @@ def test_damage_in_the_middle_needs_decoding(tmp_path):
     assert data_damage(tmp_path, bytes(content), decode=True).startswith("cannot be read: ")
 
 
-def test_what_is_no_picture(tmp_path):
+def test_what_is_no_image(tmp_path):
     path = tmp_path / "a.jpg"
     assert file_damage(path) == "missing"
     path.write_bytes(b"")
     assert file_damage(path) == "empty"
-    path.write_text("this is not a picture")
+    path.write_text("this is not an image")
     assert file_damage(path) == "cannot be read: not an image of a known format"
     assert file_damage(tmp_path) == "cannot be read: Is a directory"
     assert file_damage(tmp_path / "x\0y") == "cannot be read: embedded null byte"

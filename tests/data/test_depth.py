@@ -1,4 +1,4 @@
-"""Pictures of more than 8 bits a channel are never black for having fewer than 16; PNG's text decides nothing."""
+"""Images of more than 8 bits a channel are never black for having fewer than 16; PNG's text decides nothing."""
 
 import struct
 import zlib
@@ -90,7 +90,7 @@ def test_tiff_of_colours(tmp_path, order):
     assert np.array_equal(transforms.open_rgb(tmp_path / "a.tif"), VALUES[..., :3] >> 4)
 
 
-def test_dark_pictures_keep_their_orientation(tmp_path):
+def test_dark_images_keep_their_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     (tmp_path / "a.png").write_bytes(png(VALUES[..., :3], more=chunk(b"eXIf", exif.tobytes()[6:])))
@@ -119,7 +119,7 @@ LONG = b"text\0\0" + zlib.compress(b"a" * 3_000_000)
     ids=["zTXt", "iTXt", "iCCP", "much", "damaged", "unknown"],
 )
 @pytest.mark.parametrize("where", ["more", "after"])
-def test_text_that_pillow_refuses_costs_no_picture(tmp_path, text, where):
+def test_text_that_pillow_refuses_costs_no_image(tmp_path, text, where):
     path = tmp_path / "a.png"
     path.write_bytes(png(VALUES[..., :3] >> 4, bits=8, **{where: text}))
     images = Folder(tmp_path, image_size=16)

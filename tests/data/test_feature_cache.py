@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from picture_files import folder, make_pictures, truncate, unreadable
+from image_files import folder, make_images, truncate, unreadable
 from spot_fast.data import Loader, Scenes
 from spot_fast.data.caching import feature_cache
 from spot_fast.data.caching.feature_cache import Field
@@ -37,8 +37,8 @@ def assert_same_epoch(cache, loader, epoch, start=0):
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("place", ["disk", "memory", "held"])
-def test_batches_are_those_of_the_pictures(tmp_path, flip, place):
-    make_pictures(tmp_path, 11)
+def test_batches_are_those_of_the_images(tmp_path, flip, place):
+    make_images(tmp_path, 11)
     loader = Loader(folder(tmp_path, flip=flip), 4, seed=2, workers=2)
     cache = in_memory(loader) if place == "memory" else on_disk(loader, tmp_path / "cache")
     if place == "held":
@@ -82,8 +82,8 @@ def test_the_function_always_sees_full_batches(count, batch):
 
 
 @pytest.mark.parametrize("place", ["disk", "memory"])
-def test_corrupt_pictures_have_the_same_stand_ins(tmp_path, place):
-    make_pictures(tmp_path, 11)
+def test_corrupt_images_have_the_same_stand_ins(tmp_path, place):
+    make_images(tmp_path, 11)
     truncate(tmp_path / "004.png")
     loader = Loader(folder(tmp_path, flip=True), 4, seed=2)
     for _ in range(2):  # computed, then read
@@ -94,9 +94,9 @@ def test_corrupt_pictures_have_the_same_stand_ins(tmp_path, place):
         loader = Loader(loader.image_set, 4, seed=2)
 
 
-def test_a_picture_that_could_not_be_read_once_is_computed_alone(tmp_path, monkeypatch):
+def test_an_image_that_could_not_be_read_once_is_computed_alone(tmp_path, monkeypatch):
     """A disk or a server may fail for a while."""
-    make_pictures(tmp_path, 12)
+    make_images(tmp_path, 12)
     images = folder(tmp_path, flip=True)
     with monkeypatch.context() as patch:
         unreadable(patch, "004.png")
@@ -115,8 +115,8 @@ def test_a_picture_that_could_not_be_read_once_is_computed_alone(tmp_path, monke
     assert_same_epoch(cache, loader, 1)
 
 
-def test_a_picture_is_left_out_where_any_field_lacks_it(tmp_path, monkeypatch):
-    make_pictures(tmp_path, 8)
+def test_an_image_is_left_out_where_any_field_lacks_it(tmp_path, monkeypatch):
+    make_images(tmp_path, 8)
     images = folder(tmp_path)
     on_disk(Loader(images, 4), tmp_path / "cache", lambda images: mean_and_corner(images)[:1], FIELDS[:1])
     unreadable(monkeypatch, "003.png")
@@ -124,7 +124,7 @@ def test_a_picture_is_left_out_where_any_field_lacks_it(tmp_path, monkeypatch):
 
 
 def test_what_may_only_be_read_is_left_out_with_a_note(tmp_path, monkeypatch):
-    make_pictures(tmp_path, 8)
+    make_images(tmp_path, 8)
     images, said = folder(tmp_path), []
     with monkeypatch.context() as patch:
         unreadable(patch, "003.png")
@@ -140,15 +140,15 @@ def test_what_may_only_be_read_is_left_out_with_a_note(tmp_path, monkeypatch):
     assert list(feature_cache.opened(Loader(images, 4), FIELDS, stores).corrupt) == [3]
 
 
-def test_a_picture_that_changes_while_the_cache_is_built_stops_it(tmp_path):
-    """Its row would be found under the key of the picture that was there before."""
-    make_pictures(tmp_path, 12)
+def test_an_image_that_changes_while_the_cache_is_built_stops_it(tmp_path):
+    """Its row would be found under the key of the image that was there before."""
+    make_images(tmp_path, 12)
     images, calls = folder(tmp_path), []
 
     def function(squares):
         calls.append(None)
         if len(calls) == 2:
-            make_pictures(tmp_path, 6, seed=1)
+            make_images(tmp_path, 6, seed=1)
         return mean_and_corner(squares)
 
     with pytest.raises(NotBuilt, match=r"image .*004\.png has changed since the run began: .*--cache none"):
@@ -159,15 +159,15 @@ def test_a_picture_that_changes_while_the_cache_is_built_stops_it(tmp_path):
 
 
 def test_a_store_that_another_process_does_not_see_is_named(tmp_path):
-    make_pictures(tmp_path, 4)
+    make_images(tmp_path, 4)
     loader = Loader(folder(tmp_path), 4)
     stores = feature_cache.stores_of(loader.image_set, FIELDS, tmp_path / "cache")
     with pytest.raises(UserError, match="is not complete here although it was built: use a --cache-dir"):
         feature_cache.opened(loader, FIELDS, stores)
 
 
-def test_too_many_corrupt_pictures_are_an_error(tmp_path):
-    make_pictures(tmp_path, 11)
+def test_too_many_corrupt_images_are_an_error(tmp_path):
+    make_images(tmp_path, 11)
     for name in ("004.png", "009.png"):
         truncate(tmp_path / name)
     with pytest.raises(UserError, match="2 of 11 images .* more than 1%"):
@@ -180,7 +180,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("calls", [1, 4])
 def test_an_interrupted_build_goes_on(tmp_path, calls):
-    make_pictures(tmp_path, 11)
+    make_images(tmp_path, 11)
     loader = Loader(folder(tmp_path, flip=True), 4, seed=2)
     left, seen = [calls], []
 
@@ -203,7 +203,7 @@ def test_an_interrupted_build_goes_on(tmp_path, calls):
 
 
 def test_a_field_that_is_there_is_not_computed_again(tmp_path):
-    make_pictures(tmp_path, 8)
+    make_images(tmp_path, 8)
     loader = Loader(folder(tmp_path), 4)
     target = on_disk(loader, tmp_path / "cache", lambda images: mean_and_corner(images)[:1], FIELDS[:1])
     file = target.stores[0].folder / "rows.bin"
@@ -214,11 +214,11 @@ def test_a_field_that_is_there_is_not_computed_again(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["key", "dtype", "flip", "files"])
-def test_other_weights_precision_or_pictures_have_another_store(tmp_path, change):
-    make_pictures(tmp_path, 4)
+def test_other_weights_precision_or_images_have_another_store(tmp_path, change):
+    make_images(tmp_path, 4)
     (before,) = feature_cache.stores_of(folder(tmp_path), FIELDS[:1], tmp_path)
     if change == "files":
-        make_pictures(tmp_path, 4, seed=1)
+        make_images(tmp_path, 4, seed=1)
     field = Field("mean", (3,), torch.bfloat16 if change == "dtype" else torch.float32, "c" if change == "key" else "a")
     (after,) = feature_cache.stores_of(folder(tmp_path, flip=change == "flip"), [field], tmp_path)
     assert before.folder != after.folder

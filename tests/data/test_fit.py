@@ -1,4 +1,4 @@
-"""Pictures and masks meet in every data set: turned by EXIF or not, scaled copies; other sizes are refused."""
+"""Images and masks meet in every data set: turned by EXIF or not, scaled copies; other sizes are refused."""
 
 import json
 from functools import partial
@@ -23,7 +23,7 @@ NAME = "holiday"
 
 
 def photo(path, size=(60, 90), orientation=1, square=None):
-    """A picture that is of `size` when upright, with a red square in its upper left corner; stored turned."""
+    """An image that is of `size` when upright, with a red square in its upper left corner; stored turned."""
     path.parent.mkdir(parents=True, exist_ok=True)
     upright = Image.new("RGB", size, "blue")
     upright.paste("red", (0, 0, *(square or (min(size) // 2,) * 2)))
@@ -92,7 +92,7 @@ OPENERS = [open_coco, open_json, open_folder, open_voc]
 
 
 def overlap(image_set):
-    """IoU of what is red in the picture and of the mask, the least of all protocols."""
+    """IoU of what is red in the image and of the mask, the least of all protocols."""
     image = image_set.val_image(0).int()
     red = image[0] > image[2] + 60
     found = []
@@ -106,7 +106,7 @@ def overlap(image_set):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("open_set", OPENERS)
-def test_masks_of_the_upright_picture(tmp_path, open_set, orientation):
+def test_masks_of_the_upright_image(tmp_path, open_set, orientation):
     """As annotation tools show photos of a phone, half turns and mirrors too; squares and scaled copies alike."""
     for number, (size, masks) in enumerate([((60, 90), (60, 90)), ((90, 90), (90, 90)), ((60, 90), (120, 180))]):
         square = min(masks) // 2
@@ -116,8 +116,8 @@ def test_masks_of_the_upright_picture(tmp_path, open_set, orientation):
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 @pytest.mark.parametrize("open_set", OPENERS)
-def test_masks_of_the_stored_picture(tmp_path, open_set, orientation):
-    """As tools without EXIF show it: whichever picture has the masks' size is the one that they are laid over."""
+def test_masks_of_the_stored_image(tmp_path, open_set, orientation):
+    """As tools without EXIF show it: whichever image has the masks' size is the one that they are laid over."""
     size = (60, 90)
 
     def write(path):
@@ -136,7 +136,7 @@ def test_masks_of_the_stored_picture(tmp_path, open_set, orientation):
 @pytest.mark.parametrize(
     "open_set, name", [(open_coco, "000000000007"), (open_coco, "COCO_val2014_000000000007"), (open_voc, "2007_000032")]
 )
-def test_published_pictures_stay_as_they_are_stored(tmp_path, open_set, name, orientation):
+def test_published_images_stay_as_they_are_stored(tmp_path, open_set, name, orientation):
     """Where sizes do not tell: COCO's and VOC's masks are on the stored pixels, and SPOT reads those."""
     image_set = open_set(tmp_path, (60, 90), 30, lambda path: photo(path, (60, 90), orientation), name)
     image_set.crop = "stretch"
@@ -148,7 +148,7 @@ def test_published_pictures_stay_as_they_are_stored(tmp_path, open_set, name, or
 @pytest.mark.parametrize("masks", [(64, 64), (90, 60), (60, 80), (1, 1), (6000, 90)])
 @pytest.mark.parametrize("open_set", OPENERS)
 def test_other_shapes_are_refused(tmp_path, open_set, masks):
-    """Another picture, or a crop: the file and both sizes are named, under every protocol; the picture can be seen."""
+    """Another image, or a crop: the file and both sizes are named, under every protocol; the image can be seen."""
     image_set = open_set(tmp_path, masks, 1, photo)
     for protocol in PROTOCOLS.values():
         with pytest.raises(UserError, match=rf"gives {NAME}.jpg masks of {masks[0]} x {masks[1]}, but it is 60 x 90: "):
@@ -156,7 +156,7 @@ def test_other_shapes_are_refused(tmp_path, open_set, masks):
     assert image_set.val_image(0).shape == (3, SIZE, SIZE)
 
 
-def test_both_sizes_of_a_turned_picture_are_named(tmp_path):
+def test_both_sizes_of_a_turned_image_are_named(tmp_path):
     image_set = open_folder(tmp_path, (64, 64), 1, lambda path: photo(path, orientation=6))
     with pytest.raises(UserError, match=r"but it is 90 x 60 \(60 x 90 upright\)"):
         image_set.val_masks(0)
@@ -217,7 +217,7 @@ def test_scaled_copies(one, other, same):
 
 
 def test_the_exact_size_goes_before_a_scaled_copy():
-    """Nearly square pictures are scaled copies of themselves turned."""
+    """Nearly square images are scaled copies of themselves turned."""
     assert turned((100, 101), (101, 100), (100, 101), False) is True
     assert turned((101, 100), (101, 100), (100, 101), True) is False
     assert turned((50, 50), (101, 100), (100, 101), True) is True
@@ -225,7 +225,7 @@ def test_the_exact_size_goes_before_a_scaled_copy():
 
 
 def test_training_does_not_look_at_masks(tmp_path):
-    """Nor at headers: what training sees of a picture is what it saw."""
+    """Nor at headers: what training sees of an image is what it saw."""
     coco(tmp_path, (64, 64), 8)
     (tmp_path / "annotations/instances_val2017.json").rename(tmp_path / "annotations/instances_train2017.json")
     photo(tmp_path / "train2017" / f"{NAME}.jpg", orientation=6)

@@ -1,4 +1,4 @@
-"""Folders and lists of images: what is a picture, what is a mask, and which split has which."""
+"""Folders and lists of images: what is an image, what is a mask, and which split has which."""
 
 import json
 
@@ -19,7 +19,7 @@ def save(path, image):
     image.save(path)
 
 
-def picture(path, size=(30, 20)):
+def image(path, size=(30, 20)):
     save(path, Image.new("RGB", size, "red"))
 
 
@@ -33,7 +33,7 @@ def half(value=3, size=(30, 20)):
 @pytest.fixture
 def tree(tmp_path):
     for name in ("b/two.PNG", "b/c/three.jpeg", "one.jpg", ".hidden/four.jpg", "b/.five.png"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     (tmp_path / "notes.txt").write_text("not an image")
     return tmp_path
 
@@ -52,33 +52,33 @@ def test_recursive_sorted_without_hidden_files(tree):
     assert list_images([tree / "one.jpg", str(tree / "b")])[0] == tree / "one.jpg"
 
 
-def test_pictures(tree):
+def test_images(tree):
     images = Folder(tree, image_size=16, limit=2)
     assert len(images) == 2 and not images.has_masks
     assert images.label(0) == str(tree / "b/c/three.jpeg")
     assert images.val_image(0).shape == images.train_image(1, np.random.default_rng(0)).shape == (3, 16, 16)
 
 
-def test_preset_uses_all_pictures_for_both_splits(tree):
+def test_preset_uses_all_images_for_both_splits(tree):
     """The recipe is COCO's; without masks there is nothing to compare with."""
     train, val = open_sets(preset("folder", data=str(tree), train_images=2))
     assert names(train, tree) == ["b/c/three.jpeg", "b/two.PNG"] and len(val) == 3
     assert train.flip and not val.flip and not train.has_masks and not val.has_masks
-    with pytest.raises(UserError, match="read without masks: they belong beside the pictures, as photo_mask.png"):
+    with pytest.raises(UserError, match="read without masks: they belong beside the images, as photo_mask.png"):
         val.val_masks(0)
 
 
 @pytest.mark.parametrize("validation", ["val", "validation", "valid"])
 @pytest.mark.parametrize("inside", ["", "images/"])
 def test_subfolders_are_splits(tmp_path, inside, validation):
-    picture(tmp_path / inside / "train" / "a.jpg")
+    image(tmp_path / inside / "train" / "a.jpg")
     assert names(open_folder(tmp_path, "val"), tmp_path) == [f"{inside}train/a.jpg"]
-    picture(tmp_path / inside / validation / "b.jpg")
+    image(tmp_path / inside / validation / "b.jpg")
     assert names(open_folder(tmp_path, "train"), tmp_path) == [f"{inside}train/a.jpg"]
     assert names(open_folder(tmp_path, "val"), tmp_path) == [f"{inside}{validation}/b.jpg"]
 
 
-def test_text_file_lists_pictures(tree):
+def test_text_file_lists_images(tree):
     file = tree / "b" / "list.txt"
     file.write_text(f"two.PNG\n\n../one.jpg\n{tree}/b/c/three.jpeg\n")
     assert [path.resolve() for path in open_folder(file, "train").paths] == [
@@ -100,18 +100,18 @@ def test_text_file_lists_pictures(tree):
         ("val/images/photo.jpg", "val/masks/photo.png"),
     ],
 )
-def test_masks_beside_pictures(tmp_path, photo, mask):
-    """The mask is no picture of its own, and only pictures with masks are validated on."""
-    picture(tmp_path / photo)
+def test_masks_beside_images(tmp_path, photo, mask):
+    """The mask is no image of its own, and only images with masks are validated on."""
+    image(tmp_path / photo)
     save(tmp_path / mask, Image.fromarray(half()))
-    picture(tmp_path / photo.replace("photo", "zebra"))
-    (tmp_path / "val").is_dir() and picture(tmp_path / "train/images/x.jpg")
-    (tmp_path / "images/val").is_dir() and picture(tmp_path / "images/train/x.jpg")
+    image(tmp_path / photo.replace("photo", "zebra"))
+    (tmp_path / "val").is_dir() and image(tmp_path / "train/images/x.jpg")
+    (tmp_path / "images/val").is_dir() and image(tmp_path / "images/train/x.jpg")
     train, val = open_folder(tmp_path, "train"), open_folder(tmp_path, "val")
     assert names(val, tmp_path) == [photo] and val.has_masks and not val.has_classes
     assert mask not in names(train, tmp_path) and not train.has_masks
     expected = torch.zeros(20, 20, dtype=torch.int64)
-    expected[:, :10] = 3  # columns 5 to 25 of the picture
+    expected[:, :10] = 3  # columns 5 to 25 of the image
     masks = val.val_masks(0)
     assert torch.equal(masks.instances, expected) and masks.classes is None and masks.ignore is None
 
@@ -128,8 +128,8 @@ def test_masks_beside_pictures(tmp_path, photo, mask):
     ],
 )
 def test_other_endings_and_capitals_of_masks(tmp_path, ending, photo, mask):
-    """A mask of another ending is neither lost nor taken for a picture."""
-    picture(tmp_path / photo)
+    """A mask of another ending is neither lost nor taken for an image."""
+    image(tmp_path / photo)
     save(tmp_path / f"{mask}{ending}", Image.fromarray(half()))
     train, val = open_folder(tmp_path, "train"), open_folder(tmp_path, "val")
     assert names(train, tmp_path) == names(val, tmp_path) == [photo] and val.has_masks
@@ -140,7 +140,7 @@ def test_other_endings_and_capitals_of_masks(tmp_path, ending, photo, mask):
 
 def test_png_goes_before_other_masks(tmp_path):
     """And small letters before capitals."""
-    picture(tmp_path / "a.jpg")
+    image(tmp_path / "a.jpg")
     files = [tmp_path / f"a_mask.{ending}" for ending in ("jpg", "gif", "TIF", "tif", "PNG", "png")]
     for file in files:
         file.write_bytes(b"")
@@ -148,17 +148,17 @@ def test_png_goes_before_other_masks(tmp_path):
 
 
 def test_a_lossy_mask_is_refused_and_not_left_out(tmp_path):
-    picture(tmp_path / "a.jpg")
-    picture(tmp_path / "a_mask.jpg")
+    image(tmp_path / "a.jpg")
+    image(tmp_path / "a_mask.jpg")
     val = open_folder(tmp_path, "val")
     assert names(val, tmp_path) == ["a.jpg"] and val.has_masks
     with pytest.raises(UserError, match="a_mask.jpg is a JPEG"):
         val.val_masks(0)
 
 
-def test_what_only_looks_like_a_mask_is_a_picture(tmp_path):
+def test_what_only_looks_like_a_mask_is_an_image(tmp_path):
     for name in ("gas_mask.png", "masks/venice.jpg", "b/photo.jpg", "b/photo_mask.png"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     assert [path.name for path in list_images(tmp_path)] == ["photo.jpg", "gas_mask.png", "venice.jpg"]
     (tmp_path / "images").mkdir()
     assert [path.name for path in list_images(tmp_path)] == ["photo.jpg", "gas_mask.png"]
@@ -168,8 +168,8 @@ def test_what_only_looks_like_a_mask_is_a_picture(tmp_path):
     "mode, value, seen", [("P", 7, 7), ("P", 255, 0), ("L", 255, 255), ("I;16", 1000, 1000), ("1", 1, 1)]
 )
 def test_formats_of_masks(tmp_path, mode, value, seen):
-    """255 is a rim in a palette, as in VOC, and an instance in a grey picture, such as a black and white mask."""
-    picture(tmp_path / "a.jpg")
+    """255 is a rim in a palette, as in VOC, and an instance in a grey image, such as a black and white mask."""
+    image(tmp_path / "a.jpg")
     labels = half(1).astype(np.uint16 if mode == "I;16" else np.uint8) * value
     mask = Image.fromarray(labels.astype(bool)) if mode == "1" else Image.fromarray(labels)
     if mode == "P":
@@ -181,7 +181,7 @@ def test_formats_of_masks(tmp_path, mode, value, seen):
 
 
 def test_masks_that_do_not_fit(tmp_path):
-    picture(tmp_path / "a.jpg")
+    image(tmp_path / "a.jpg")
     save(tmp_path / "a_mask.png", Image.fromarray(half(size=(20, 30))))
     with pytest.raises(UserError, match="a_mask.png gives a.jpg masks of 20 x 30, but it is 30 x 20"):
         open_folder(tmp_path, "val").val_masks(0)
@@ -190,7 +190,7 @@ def test_masks_that_do_not_fit(tmp_path):
         open_folder(tmp_path, "val").val_masks(0)
 
 
-def test_masks_belong_to_the_upright_picture(tmp_path):
+def test_masks_belong_to_the_upright_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg", exif=exif)
@@ -233,8 +233,8 @@ def coco_file(path, file_names, categories=(40, 7)):
 )
 def test_coco_file(tmp_path, photo, file, name):
     """Any categories, numbered in their order; the earlier instance has the overlap, which is ignored."""
-    picture(tmp_path / photo)
-    picture(tmp_path / "train/other.jpg")
+    image(tmp_path / photo)
+    image(tmp_path / "train/other.jpg")
     coco_file(tmp_path / file, [name, "missing.jpg"])
     coco_file(tmp_path / "train" / "train.json", ["other.jpg"])
     (tmp_path / "notes.json").write_text('{"images": 3}')
@@ -242,15 +242,15 @@ def test_coco_file(tmp_path, photo, file, name):
     assert val.paths[0] == tmp_path / photo and len(val) == 2 and val.has_masks and val.has_classes
     assert not train.has_masks and tmp_path / "train/other.jpg" in train.paths
     masks = val.val_masks(0)
-    assert masks.instances[0].tolist() == [1] * 5 + [2] * 15  # columns 5 to 25 of the picture
+    assert masks.instances[0].tolist() == [1] * 5 + [2] * 15  # columns 5 to 25 of the image
     assert masks.classes[0].tolist() == [2] * 5 + [1] * 15
     assert masks.ignore[0].tolist() == [1] * 5 + [0] * 15
 
 
 def test_coco_file_of_both_splits(tmp_path):
-    """Each picture belongs to the split whose folder it lies in."""
+    """Each image belongs to the split whose folder it lies in."""
     for name in ("train/a.jpg", "val/b.jpg"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     for listed in (["val/b.jpg", "train/a.jpg"], ["b.jpg", "a.jpg"]):
         coco_file(tmp_path / "all.json", listed)
         val = open_folder(tmp_path, "val")
@@ -261,7 +261,7 @@ def test_coco_file_of_both_splits(tmp_path):
 
 
 def test_coco_file_without_categories(tmp_path):
-    picture(tmp_path / "a.jpg")
+    image(tmp_path / "a.jpg")
     coco_file(tmp_path / "x.json", ["a.jpg"], categories=())
     val = open_folder(tmp_path, "val")
     assert val.has_masks and not val.has_classes
@@ -270,7 +270,7 @@ def test_coco_file_without_categories(tmp_path):
 
 
 def test_one_coco_file_or_one_for_validation(tmp_path):
-    picture(tmp_path / "a.jpg")
+    image(tmp_path / "a.jpg")
     (tmp_path / "a.json").write_text('{"images": [1], "annotations": [1]}')  # what an annotation tool wrote for a.jpg
     coco_file(tmp_path / "x.json", ["a.jpg"])
     coco_file(tmp_path / "y.json", ["a.jpg"])
@@ -286,7 +286,7 @@ def test_one_coco_file_or_one_for_validation(tmp_path):
 
 
 def test_training_with_and_without_masks(tmp_path):
-    """Quick validation tells the loss in any case, and the overlap of those pictures that have masks."""
+    """Quick validation tells the loss in any case, and the overlap of those images that have masks."""
     changes = {"encoder": "spot_scenes", "dec_heads": 4, "epochs": 2, "warmup_steps": 1, "train_images": 0}
     config = preset("folder", **{**tiny_runs.CHANGES, **changes}, data=str(tmp_path / "data"))
     for n in range(5):
@@ -308,7 +308,7 @@ def test_training_goes_on_where_no_mask_can_be_read(tmp_path, capsys):
     folder, outcome = tiny_runs.train(tmp_path / "runs", config)
     assert outcome.finished and outcome.scores == {}
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    (left_out,) = [line["pictures"] for line in log if line["kind"] == "unreadable"][-1:]
+    (left_out,) = [line["images"] for line in log if line["kind"] == "unreadable"][-1:]
     assert len(left_out) == 5 and "masks of 30 x 40, but it is 40 x 30" in left_out[str(tmp_path / "data" / "0.jpg")]
 
 
@@ -320,7 +320,7 @@ def test_missing_things_are_named(tree):
         list_images([tree / "one.jpg", tree / "empty"])
     with pytest.raises(UserError, match="no images given"):
         Folder([])
-    with pytest.raises(UserError, match="--preset folder needs --data PATH, a folder of pictures, or a text file"):
+    with pytest.raises(UserError, match="--preset folder needs --data PATH, a folder of images, or a text file"):
         open_set(preset("folder"), "train")
     with pytest.raises(UserError, match="notes.txt lists no image that exists"):
         open_folder(tree / "notes.txt", "train")

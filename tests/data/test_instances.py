@@ -181,7 +181,7 @@ def test_byte_order_marks(file, mark, encoding):
 
 @pytest.fixture
 def crowded(tmp_path):
-    """A picture with 300 objects of 300 categories."""
+    """An image with 300 objects of 300 categories."""
     (tmp_path / "annotations").mkdir()
     (tmp_path / "val2017").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "val2017" / "a.jpg")
@@ -220,8 +220,8 @@ def test_the_highest_class_is_told_beyond_255(crowded):
     assert np.array_equal(full.top_classes >= full.classes, np.ones((64, 64), bool)) and full.covered.any()
 
 
-def test_label_of_a_picture_is_its_listed_name(tmp_path):
-    """Pictures of one name in several folders are told apart."""
+def test_label_of_an_image_is_its_listed_name(tmp_path):
+    """Images of one name in several folders are told apart."""
     (tmp_path / "annotations").mkdir()
     (tmp_path / "val2017").mkdir()
     write(

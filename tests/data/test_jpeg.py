@@ -1,4 +1,4 @@
-"""What a JPEG's header decides: who may decode the picture, its size, and how it is turned."""
+"""What a JPEG's header decides: who may decode the image, its size, and how it is turned."""
 
 import io
 
@@ -8,10 +8,10 @@ from PIL import Image, ImageOps
 
 from spot_fast.data.decoding import jpeg
 
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8))
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8))
 
 
-def encoded(image=PICTURE, kind="JPEG", **options):
+def encoded(image=IMAGE, kind="JPEG", **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
@@ -23,7 +23,7 @@ def exif(orientation):
     return found.tobytes()
 
 
-CMYK = encoded(PICTURE.convert("CMYK"))
+CMYK = encoded(IMAGE.convert("CMYK"))
 TRANSFORM = CMYK.index(b"Adobe") + 11
 YCCK = CMYK[:TRANSFORM] + b"\2" + CMYK[TRANSFORM + 1 :]
 
@@ -34,7 +34,7 @@ YCCK = CMYK[:TRANSFORM] + b"\2" + CMYK[TRANSFORM + 1 :]
         encoded(),
         encoded(progressive=True),
         encoded(subsampling=0),
-        encoded(PICTURE.convert("L")),
+        encoded(IMAGE.convert("L")),
         encoded(exif=exif(6)),
         encoded(comment=b"a comment"),
         encoded(icc_profile=b"a profile " * 9000),
@@ -55,7 +55,7 @@ def test_plain_jpegs(data):
         YCCK,
         encoded(keep_rgb=True),
         encoded(kind="PNG"),
-        encoded(PICTURE.convert("P"), "GIF"),
+        encoded(IMAGE.convert("P"), "GIF"),
         encoded()[:-2],
         encoded() + b"more",
         encoded()[:300] + b"\xff\xd9",
@@ -87,6 +87,6 @@ def test_orientation_and_nothing_else_is_kept(turn):
         assert dict(image.getexif()) == ({} if turn == 1 else {0x0112: turn}) and "xmp" not in image.info
 
 
-def test_orientation_of_what_is_no_picture():
-    assert jpeg.orientation(b"this is not a picture") is None
+def test_orientation_of_what_is_no_image():
+    assert jpeg.orientation(b"this is not an image") is None
     assert jpeg.orientation(encoded(exif=exif(0))) == jpeg.orientation(encoded(exif=exif(9))) == 1

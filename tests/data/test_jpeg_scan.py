@@ -43,12 +43,12 @@ KINDS = {
 }
 
 
-def test_whole_pictures_of_every_kind():
+def test_whole_images_of_every_kind():
     """Sizes that end within a block, all codes, subsamplings, modes and qualities; flat ones, whose bits are zeros."""
     plain = Image.new("RGB", (200, 150), "white")
-    pictures = [photo(*size) for size in ((64, 48), (83, 57), (17, 9), (1, 1), (160, 16))] + [plain, photo(3, 500)]
+    images = [photo(*size) for size in ((64, 48), (83, 57), (17, 9), (1, 1), (160, 16))] + [plain, photo(3, 500)]
     for image, mode, (quality, options) in itertools.product(
-        pictures, ("RGB", "L", "CMYK"), itertools.product((5, 75, 100), KINDS.values())
+        images, ("RGB", "L", "CMYK"), itertools.product((5, 75, 100), KINDS.values())
     ):
         data = encoded(image.convert(mode), quality=quality, **options)
         assert broken(data) is None and data_damage("a.jpg", data, decode=True) is None, (image.size, mode, options)
@@ -99,7 +99,7 @@ def test_a_few_lost_bytes():
 
 
 def test_scans_that_are_missing():
-    """A progressive picture that was cut and closed again is a blurred one."""
+    """A progressive image that was cut and closed again is a blurred one."""
     data = encoded(photo(160, 120), progressive=True)
     scans = [place for place in range(len(data)) if data.startswith(b"\xff\xda", place)]
     for scan in scans[1:]:

@@ -1,4 +1,4 @@
-"""Which files of a folder are pictures: what is left out is counted and named, by the check and by the run."""
+"""Which files of a folder are images: what is left out is counted and named, by the check and by the run."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ from spot_fast.errors import UserError
 from spot_fast.segmentation import files as segment_files
 
 
-def picture(path, mode="RGB", size=(30, 20), seed=0):
+def image(path, mode="RGB", size=(30, 20), seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(noise).convert(mode).save(path)
@@ -68,13 +68,13 @@ def test_every_ending_that_pillow_reads(tmp_path, ending):
     assert abs(images.val_image(0)[0].float().mean() - 255) < 3
 
 
-def test_documents_icons_and_films_are_no_pictures():
+def test_documents_icons_and_films_are_no_images():
     assert not {".pdf", ".eps", ".ico", ".fits", ".h5", ".ttf", ".mpg", ".wmf"} & extensions()
 
 
 def test_what_is_not_read_is_counted(tmp_path):
-    """Files of unknown kinds, archives apart; not what lies beside pictures in any set, nor what systems leave."""
-    picture(tmp_path / "a.jpg")
+    """Files of unknown kinds, archives apart; not what lies beside images in any set, nor what systems leave."""
+    image(tmp_path / "a.jpg")
     for name in (
         "b.heic",
         "c.HEIC",
@@ -103,10 +103,10 @@ def test_what_is_not_read_is_counted(tmp_path):
 
 
 def test_linked_folders_are_followed_each_once(tmp_path):
-    """Also around in circles; a picture has the path without a link where it has one."""
+    """Also around in circles; an image has the path without a link where it has one."""
     root, other = tmp_path / "photos", tmp_path / "disk2" / "b"
     for path in (root / "a" / "0.jpg", other / "1.jpg", other / "sub" / "2.jpg"):
-        picture(path)
+        image(path)
     for link, target in (
         (root / "b", other),
         (root / "again", other),
@@ -122,7 +122,7 @@ def test_linked_folders_are_followed_each_once(tmp_path):
 
 
 def test_links_that_lead_nowhere_are_named(tmp_path):
-    picture(tmp_path / "a.jpg")
+    image(tmp_path / "a.jpg")
     for name, target in (("gone.jpg", "nowhere.jpg"), ("folder", "unmounted/disk"), ("self.jpg", "self.jpg")):
         (tmp_path / name).symlink_to(target)
     paths, (note,) = list_noted(tmp_path)
@@ -132,8 +132,8 @@ def test_links_that_lead_nowhere_are_named(tmp_path):
 
 def test_links_that_became_text_are_named(tmp_path):
     """As git leaves them where it may not make links, and some archives; other files without ending are none."""
-    picture(tmp_path / "disk2" / "1.jpg")
-    picture(tmp_path / "photos" / "a.jpg")
+    image(tmp_path / "disk2" / "1.jpg")
+    image(tmp_path / "photos" / "a.jpg")
     for name, text in (("b", "../disk2"), ("c", "../disk2/1.jpg"), ("README", "two photos"), ("d", "no/folder")):
         (tmp_path / "photos" / name).write_text(text)
     paths, (note,) = list_noted(tmp_path / "photos")
@@ -143,8 +143,8 @@ def test_links_that_became_text_are_named(tmp_path):
 
 def test_folders_that_may_not_be_read_are_named(tmp_path, monkeypatch):
     """One of them; the folder itself is an error."""
-    picture(tmp_path / "a.jpg")
-    picture(tmp_path / "private" / "b.jpg")
+    image(tmp_path / "a.jpg")
+    image(tmp_path / "private" / "b.jpg")
     scandir = os.scandir
 
     def refusing(folder):
@@ -181,10 +181,10 @@ def test_folders_that_may_not_be_read_are_named(tmp_path, monkeypatch):
         ("images/{}.png", ["images_gt/{}.png"]),
     ],
 )
-def test_label_maps_of_known_layouts_are_no_pictures(tmp_path, photo, beside):
+def test_label_maps_of_known_layouts_are_no_images(tmp_path, photo, beside):
     """Grey ones, and coloured ones where a name says so."""
     for number in range(3):
-        picture(tmp_path / photo.format(number), seed=number)
+        image(tmp_path / photo.format(number), seed=number)
         for name in beside:
             labels(tmp_path / name.format(number), colours="color" in name or "panoptic" in name or "seg" in name)
     paths, (note,) = list_noted(tmp_path)
@@ -205,18 +205,18 @@ def test_label_maps_of_known_layouts_are_no_pictures(tmp_path, photo, beside):
         [("masks/{}.png", "1")],
     ],
 )
-def test_pictures_are_not_taken_for_label_maps(tmp_path, files):
+def test_images_are_not_taken_for_label_maps(tmp_path, files):
     for name, mode in files:
         for number in range(4):
-            picture(tmp_path / name.format(number), mode, seed=number)
+            image(tmp_path / name.format(number), mode, seed=number)
     paths, notes = list_noted(tmp_path)
     assert len(paths) == 4 * len(files) and not notes
 
 
 def test_masks_that_are_used_are_not_noted(tmp_path):
-    picture(tmp_path / "images" / "a.jpg")
+    image(tmp_path / "images" / "a.jpg")
     labels(tmp_path / "masks" / "a.png")
-    picture(tmp_path / "images" / "b.jpg")
+    image(tmp_path / "images" / "b.jpg")
     labels(tmp_path / "images" / "b_mask.png")
     images = Folder(tmp_path, "val")
     assert len(images) == len(images.masks) == 2 and not images.notes
@@ -224,7 +224,7 @@ def test_masks_that_are_used_are_not_noted(tmp_path):
 
 def test_the_check_the_run_and_segment_say_what_is_left_out(tmp_path, capsys, monkeypatch):
     for number in range(4):
-        picture(tmp_path / "data" / f"{number}.jpg", seed=number)
+        image(tmp_path / "data" / f"{number}.jpg", seed=number)
     (tmp_path / "data" / "x.heic").write_bytes(b"x")
     note = "note: 1 file of other endings left out: .heic 1"
     assert main(["check", str(tmp_path / "data")]) == 0
@@ -236,5 +236,5 @@ def test_the_check_the_run_and_segment_say_what_is_left_out(tmp_path, capsys, mo
     assert train.main(["--preset", "folder", "--data", "data", "--cache", "none", "--no-tensorboard", *options]) == 0
     assert capsys.readouterr().out.count(note) == 1
     said = []
-    segment_files.find_pictures([tmp_path / "data"], tmp_path / "out", said.append)
+    segment_files.find_images([tmp_path / "data"], tmp_path / "out", said.append)
     assert [f"note: {line}" for line in said] == [note]

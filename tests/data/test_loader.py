@@ -1,4 +1,4 @@
-"""The loader: what a batch holds depends on seed, epoch and index alone; corrupt pictures are replaced and counted."""
+"""The loader: what a batch holds depends on seed, epoch and index alone; corrupt images are replaced and counted."""
 
 import gc
 import itertools
@@ -25,8 +25,8 @@ COUNT = 23
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """23 pictures of noise, 40 x 24."""
-    root = tmp_path_factory.mktemp("pictures")
+    """23 images of noise, 40 x 24."""
+    root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for i in range(COUNT):
         Image.fromarray(rng.integers(0, 255, (24, 40, 3), dtype=np.uint8)).save(root / f"{i:03d}.png")
@@ -65,7 +65,7 @@ def test_an_epoch_is_a_shuffle_without_the_rest(folder):
         assert not torch.equal(other, loader.order(0))
 
 
-def test_flips_belong_to_the_picture_not_to_the_batch(folder):
+def test_flips_belong_to_the_image_not_to_the_batch(folder):
     plain = Folder(folder, image_size=16)
     mirrored = Loader(Folder(folder, image_size=16, flip=True), 4, seed=3)
     flips = mirrored.flips(0)
@@ -78,7 +78,7 @@ def test_flips_belong_to_the_picture_not_to_the_batch(folder):
     assert not Loader(plain, 4, seed=3).flips(0).any()
 
 
-def test_pictures_in_memory_are_indexed():
+def test_images_in_memory_are_indexed():
     scenes = open_set(preset("scenes", train_images=12), "train")
     loader = Loader(scenes, 5, seed=0, workers=2)
     for batch in loader.epoch(0):
@@ -95,24 +95,24 @@ def test_pictures_in_memory_are_indexed():
 
 @pytest.fixture
 def damaged(folder, tmp_path):
-    """Links to the pictures, with room for broken ones among 250."""
+    """Links to the images, with room for broken ones among 250."""
     for i in range(250):
         (tmp_path / f"{i:03d}.png").symlink_to(folder / f"{i % COUNT:03d}.png")
     return tmp_path
 
 
 def damage(root, number):
-    """A truncated JPEG under the name of a picture, or a text file where number is odd."""
+    """A truncated JPEG under the name of an image, or a text file where number is odd."""
     path = root / f"{number:03d}.png"
     path.unlink()
     if number % 2:
-        path.write_text("this is not a picture")
+        path.write_text("this is not an image")
         return
     Image.effect_noise((64, 64), 90).save(path, format="JPEG")
     path.write_bytes(path.read_bytes()[:700])
 
 
-def test_corrupt_pictures_are_replaced_deterministically(damaged):
+def test_corrupt_images_are_replaced_deterministically(damaged):
     damage(damaged, 10)
     damage(damaged, 31)
     loaders = [Loader(random_crops(damaged), 50, seed=5, workers=w) for w in (0, 0, 3)]
@@ -136,7 +136,7 @@ def test_more_than_one_percent_corrupt_stops(damaged, workers):
         list(Loader(random_crops(damaged), 50, workers=workers).epoch(0))
 
 
-def test_nothing_but_missing_pictures(damaged):
+def test_nothing_but_missing_images(damaged):
     images = random_crops(damaged)
     for path in damaged.iterdir():
         path.unlink()
@@ -144,7 +144,7 @@ def test_nothing_but_missing_pictures(damaged):
         next(Loader(images, 50, workers=2).epoch(0))
 
 
-def test_a_single_corrupt_picture_of_few_is_tolerated(folder, tmp_path):
+def test_a_single_corrupt_image_of_few_is_tolerated(folder, tmp_path):
     for i in range(8):
         (tmp_path / f"{i:03d}.png").symlink_to(folder / f"{i:03d}.png")
     damage(tmp_path, 3)
@@ -176,7 +176,7 @@ def children_end(seconds=3.0):
 
 
 def test_processes_change_nothing(processes, folder, damaged):
-    """Order, crops, resuming, corrupt pictures and the too many of them are those of one thread; they stay for the
+    """Order, crops, resuming, corrupt images and the too many of them are those of one thread; they stay for the
     next epoch, end when an epoch is left early, and draw nothing from torch's generator."""
     for number in (10, 31):
         damage(damaged, number)
@@ -214,7 +214,7 @@ def test_a_process_that_dies_is_reported(processes, folder):
 
 
 class Broken(Folder):
-    """Reading fails for a reason that is not the picture's; defined here because processes import it."""
+    """Reading fails for a reason that is not the image's; defined here because processes import it."""
 
     error = OSError
 

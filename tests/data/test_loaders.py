@@ -85,7 +85,7 @@ def test_a_gpu_that_dali_cannot_use(images, monkeypatch):
         open_loader("dali", images, 4, 0, 2, CUDA)
 
 
-def test_pictures_in_memory_are_not_decoded():
+def test_images_in_memory_are_not_decoded():
     scenes = open_set(preset("scenes", train_images=12), "train")
     for choice in ("auto", "dali", "torch"):
         loader, reason = open_loader(choice, scenes, 4, 0, 2, CUDA)

@@ -1,4 +1,4 @@
-"""MOVi's release gives what a conversion of it to PNG clips gives: pictures, masks, names and drawn frames."""
+"""MOVi's release gives what a conversion of it to PNG clips gives: images, masks, names and drawn frames."""
 
 import shutil
 
@@ -52,7 +52,7 @@ def test_found_in_any_folder_above(both, inside):
     assert isinstance(open_set(preset("movi_c", data=str(both[0] / inside)), "train"), MoviRecords)
 
 
-def test_training_pictures_are_those_of_the_png_clips(both):
+def test_training_images_are_those_of_the_png_clips(both):
     shards, clips = (open_set(preset("movi_c", data=str(root), image_size=16), "train") for root in both)
     assert len(shards) == 5 * 9 and not shards.has_masks and not shards.flip and not shards.random_crop
     assert [shards.label(i) for i in range(len(shards))] == [clips.label(i) for i in range(len(clips))]
@@ -61,7 +61,7 @@ def test_training_pictures_are_those_of_the_png_clips(both):
         assert torch.equal(shards.train_image(i, rng), clips.train_image(i, rng))
 
 
-def test_validation_pictures_and_masks_are_those_of_the_png_clips(both):
+def test_validation_images_and_masks_are_those_of_the_png_clips(both):
     shards, clips = (open_set(preset("movi_c", data=str(root), image_size=16, mask_size=12), "val") for root in both)
     assert len(shards) == 3 * FRAMES and shards.has_masks and not shards.has_classes
     assert [shards.label(i) for i in range(len(shards))] == [clips.label(i) for i in range(len(clips))]
@@ -86,7 +86,7 @@ def test_threads_read_the_same_batches(both):
 
 
 def test_limit_needs_only_the_first_shards(both, tmp_path):
-    """A part of the download is enough for a part of the pictures."""
+    """A part of the download is enough for a part of the images."""
     folder = tmp_path / "part"
     folder.mkdir()
     name = "movi_c-train.tfrecord-00000-of-00003"
@@ -164,7 +164,7 @@ def test_missing_things_are_named(tmp_path):
         MoviRecords(tmp_path, "train").val_masks(0)
 
 
-def test_damaged_frame_is_a_corrupt_picture(tmp_path):
+def test_damaged_frame_is_a_corrupt_image(tmp_path):
     """Like a damaged file: the loader replaces it."""
     frames, masks = random_clip(2)
     [path] = files.write_shards(tmp_path, "movi_c-train.tfrecord", [[files.clip(frames, masks)]])

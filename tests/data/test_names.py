@@ -1,4 +1,4 @@
-"""Names of pictures as lists, annotations and disks have them: marks, quotes, accents, and bytes that are not UTF-8."""
+"""Names of images as lists, annotations and disks have them: marks, quotes, accents, and bytes that are not UTF-8."""
 
 import csv
 import os
@@ -25,7 +25,7 @@ NFC, NFD = (unicodedata.normalize(form, "café.jpg") for form in ("NFC", "NFD"))
 LATIN = os.fsdecode(b"caf\xe9.jpg")
 
 
-def picture(path):
+def image(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (30, 20), "red").save(path)
     return path
@@ -35,7 +35,7 @@ def picture(path):
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_lists_in_every_encoding_that_editors_write(tmp_path, encoding, end):
     for name in ("a.jpg", NFC):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     (tmp_path / "list.txt").write_bytes(f"a.jpg{end}{NFC}{end}".encode(encoding))
     assert read_list(tmp_path / "list.txt") == [tmp_path / "a.jpg", tmp_path / NFC]
     assert read_names(tmp_path / "list.txt") == ["a", NFC.removesuffix(".jpg")]
@@ -43,7 +43,7 @@ def test_lists_in_every_encoding_that_editors_write(tmp_path, encoding, end):
 
 def test_lists_without_a_mark_that_are_not_utf8(tmp_path):
     """The bytes of the line are those of the file's name."""
-    picture(tmp_path / LATIN)
+    image(tmp_path / LATIN)
     (tmp_path / "list.txt").write_bytes(b"caf\xe9.jpg\n")
     assert read_list(tmp_path / "list.txt") == [tmp_path / LATIN]
 
@@ -69,16 +69,16 @@ def test_lists_without_a_mark_that_are_not_utf8(tmp_path):
 )
 def test_a_line_of_a_list(tmp_path, line, name):
     if name != "gone.jpg":
-        picture(tmp_path / "x.jpg").rename(tmp_path / "x")
+        image(tmp_path / "x.jpg").rename(tmp_path / "x")
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / "x").rename(tmp_path / name)
     assert listed(line, tmp_path) == tmp_path / name
 
 
 def test_notes_in_lists_and_paths_of_windows(tmp_path):
-    picture(tmp_path / "a.jpg")
+    image(tmp_path / "a.jpg")
     file = tmp_path / "list.txt"
-    file.write_text("# my pictures\na.jpg\n\ngone.jpg\n")
+    file.write_text("# my images\na.jpg\n\ngone.jpg\n")
     assert [path.name for path in read_list(file)] == ["a.jpg", "gone.jpg"]
     for line in ("C:\\photos\\a.jpg", '"d:/photos/a.jpg"', "\\\\server\\share\\a.jpg"):
         file.write_text(f"{line}\n")
@@ -96,17 +96,17 @@ def test_notes_in_lists_and_paths_of_windows(tmp_path):
 def test_accents_may_be_written_in_another_way(tmp_path, written, stored):
     """In lists, COCO files and their folders; the file of the very name comes first."""
     folder = tmp_path / stored
-    picture(folder / stored)
+    image(folder / stored)
     assert located(tmp_path / written / written) == folder / stored
     coco_file(tmp_path / "x.json", [f"{written}/{written}"])
     assert Folder(tmp_path, "val").paths == [folder / stored]
     root = tmp_path / "coco"
     for split in ("train", "val"):
         coco_file(root / "annotations" / f"instances_{split}2017.json", [written, "gone.jpg"])
-        picture(root / f"{split}2017" / stored)
+        image(root / f"{split}2017" / stored)
         images = open_set(preset("coco", data=str(root), image_size=16), split)
         assert images.paths == [root / f"{split}2017" / name for name in (stored, "gone.jpg")]
-    picture(folder / written)
+    image(folder / written)
     assert located(folder / written) == folder / written and located(folder / stored) == folder / stored
 
 
@@ -114,7 +114,7 @@ def test_accents_in_voc(tmp_path):
     inside = tmp_path / "VOC2012"
     (inside / "ImageSets/Segmentation").mkdir(parents=True)
     (inside / "ImageSets/Segmentation/val.txt").write_text(NFC.removesuffix(".jpg"))
-    picture(inside / "JPEGImages" / NFD)
+    image(inside / "JPEGImages" / NFD)
     for folder, form in (("SegmentationObject", NFC), ("SegmentationClass", NFD)):
         (inside / folder).mkdir()
         Image.fromarray(np.ones((20, 30), np.uint8)).save(inside / folder / form.replace("jpg", "png"))
@@ -123,7 +123,7 @@ def test_accents_in_voc(tmp_path):
 
 
 def test_a_name_that_differs_in_case_is_told(tmp_path):
-    picture(tmp_path / "IMG.JPG")
+    image(tmp_path / "IMG.JPG")
     images = Folder([tmp_path / "IMG.JPG"], image_size=16)
     images.paths = [tmp_path / "img.jpg", tmp_path / "other.jpg"]
     with pytest.raises(CorruptImage, match=r"img\.jpg does not exist, but IMG\.JPG is there: names have to agree in"):
@@ -134,7 +134,7 @@ def test_a_name_that_differs_in_case_is_told(tmp_path):
 
 def test_a_folder_is_listed_once_however_many_of_its_files_are_missing(tmp_path, monkeypatch):
     """Of a large set each list takes a tenth of a second, and a hundredth of a set may be missing."""
-    picture(tmp_path / "a.jpg")
+    image(tmp_path / "a.jpg")
     seen, listdir = [], os.listdir
     monkeypatch.setattr(os, "listdir", lambda folder: seen.append(folder) or listdir(folder))
     assert [alike(tmp_path / f"{number}.jpg") for number in range(5)] == [""] * 5 and len(seen) == 1
@@ -144,7 +144,7 @@ def test_a_folder_is_listed_once_however_many_of_its_files_are_missing(tmp_path,
 def test_names_that_no_file_can_have_are_replaced(tmp_path, name):
     """As annotations may give them; a run goes on."""
     for number in range(4):
-        picture(tmp_path / f"{number}.jpg")
+        image(tmp_path / f"{number}.jpg")
     images = Folder(tmp_path, image_size=16)
     images.paths.append(tmp_path / name)
     loader = Loader(images, 5)
@@ -179,7 +179,7 @@ def test_tables_name_files_that_are_not_utf8(tmp_path):
     )
     write_csv(tmp_path / "x.csv", [("run", evaluation)])
     with open(tmp_path / "x.csv", encoding="utf-8") as file:
-        assert [line["picture"] for line in csv.DictReader(file)] == ["caf\\udce9.jpg"]
+        assert [line["image"] for line in csv.DictReader(file)] == ["caf\\udce9.jpg"]
 
 
 def test_outputs_of_segment_name_files_that_are_not_utf8(tmp_path):
@@ -187,4 +187,4 @@ def test_outputs_of_segment_name_files_that_are_not_utf8(tmp_path):
     save(Image.new("RGB", (2, 2)), tmp_path / f"{LATIN}.png", metadata)
     save_tensors({}, tmp_path / f"{LATIN}.safetensors", metadata)
     with Image.open(tmp_path / f"{LATIN}.png") as image:
-        assert image.info["picture"] == "caf?.jpg"
+        assert image.info["image"] == "caf?.jpg"

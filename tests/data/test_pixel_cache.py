@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from picture_files import folder, make_pictures, truncate, unreadable
+from image_files import folder, make_images, truncate, unreadable
 from spot_fast.data import Loader
 from spot_fast.data.caching import pixel_cache
 from spot_fast.data.caching.store import NotBuilt
@@ -21,7 +21,7 @@ def cached(image_set, root, workers=0):
 
 
 def assert_same_batches(image_set, from_cache, epochs=(0, 3)):
-    loaders = [Loader(pictures, 4, seed=3) for pictures in (image_set, from_cache)]
+    loaders = [Loader(images, 4, seed=3) for images in (image_set, from_cache)]
     for epoch in epochs:
         for a, b in zip(*(loader.epoch(epoch) for loader in loaders), strict=True):
             assert torch.equal(a.images, b.images)
@@ -30,7 +30,7 @@ def assert_same_batches(image_set, from_cache, epochs=(0, 3)):
 
 @pytest.mark.parametrize("crop, workers", [("center", 0), ("random", 3), ("stretch", 2)])
 def test_batches_are_those_of_the_files(tmp_path, crop, workers):
-    make_pictures(tmp_path, 11)
+    make_images(tmp_path, 11)
     image_set = folder(tmp_path, crop=crop, flip=True)
     from_cache = cached(image_set, tmp_path / "cache", workers)
     assert hasattr(from_cache, "images") == (crop != "random")
@@ -40,7 +40,7 @@ def test_batches_are_those_of_the_files(tmp_path, crop, workers):
 
 
 def test_files_are_decoded_once(tmp_path):
-    make_pictures(tmp_path, 9)
+    make_images(tmp_path, 9)
     image_set = folder(tmp_path)
     cached(image_set, tmp_path / "cache")
     stamps = [(path.stat().st_size, path.stat().st_mtime_ns) for path in image_set.paths]
@@ -53,20 +53,20 @@ def test_files_are_decoded_once(tmp_path):
 
 @pytest.mark.parametrize("change", ["a file's content", "one file more", "image_size", "crop"])
 def test_a_changed_set_has_another_cache(tmp_path, change):
-    make_pictures(tmp_path, 5)
+    make_images(tmp_path, 5)
     before = folder(tmp_path).content_key()
     assert folder(tmp_path).content_key() == before
     if change == "a file's content":
-        make_pictures(tmp_path, 1, seed=1)
+        make_images(tmp_path, 1, seed=1)
     elif change == "one file more":
-        make_pictures(tmp_path, 6)
+        make_images(tmp_path, 6)
     options = {"image_size": {"image_size": 8}, "crop": {"crop": "random"}}.get(change, {})
     assert folder(tmp_path, **options).content_key() != before
 
 
 @pytest.mark.parametrize("crop", ["center", "random"])
-def test_corrupt_pictures_have_the_same_stand_ins(tmp_path, crop):
-    make_pictures(tmp_path, 11)
+def test_corrupt_images_have_the_same_stand_ins(tmp_path, crop):
+    make_images(tmp_path, 11)
     truncate(tmp_path / "004.png")
     image_set = folder(tmp_path, crop=crop, flip=True)
     from_cache = cached(image_set, tmp_path / "cache")
@@ -77,8 +77,8 @@ def test_corrupt_pictures_have_the_same_stand_ins(tmp_path, crop):
 
 
 @pytest.mark.parametrize("crop, workers", [("center", 0), ("random", 2)])
-def test_a_picture_that_could_not_be_read_once_is_decoded_alone(tmp_path, monkeypatch, crop, workers):
-    make_pictures(tmp_path, 11)
+def test_an_image_that_could_not_be_read_once_is_decoded_alone(tmp_path, monkeypatch, crop, workers):
+    make_images(tmp_path, 11)
     image_set = folder(tmp_path, crop=crop)
     with monkeypatch.context() as patch:
         unreadable(patch, "004.png")
@@ -91,18 +91,18 @@ def test_a_picture_that_could_not_be_read_once_is_decoded_alone(tmp_path, monkey
 
 
 @pytest.mark.parametrize("crop", ["center", "random"])
-def test_a_picture_that_changes_while_the_cache_is_built_stops_it(tmp_path, crop):
-    make_pictures(tmp_path, 8)
+def test_an_image_that_changes_while_the_cache_is_built_stops_it(tmp_path, crop):
+    make_images(tmp_path, 8)
     image_set = folder(tmp_path, crop=crop)
     image_set.content_key()
-    make_pictures(tmp_path, 3, seed=1)
+    make_images(tmp_path, 3, seed=1)
     with pytest.raises(NotBuilt, match="000.png has changed since the run began"):
         cached(image_set, tmp_path / "cache")
 
 
 def test_pixels_of_another_decoder_are_others(tmp_path):
     """nvJPEG rounds in its own way: a run on a CPU does not read what a GPU has decoded."""
-    make_pictures(tmp_path, 2)
+    make_images(tmp_path, 2)
     names = {
         pixel_cache.store_of(folder(tmp_path), tmp_path, decoder).folder
         for decoder in ("torch", "dali on cpu", "dali on cuda")
@@ -110,8 +110,8 @@ def test_pixels_of_another_decoder_are_others(tmp_path):
     assert len(names) == 3
 
 
-def test_too_many_corrupt_pictures_stop_the_build_and_the_rest_is_kept(tmp_path):
-    make_pictures(tmp_path, 11)
+def test_too_many_corrupt_images_stop_the_build_and_the_rest_is_kept(tmp_path):
+    make_images(tmp_path, 11)
     for name in ("004.png", "007.png"):
         truncate(tmp_path / name)
     image_set = folder(tmp_path)
@@ -121,7 +121,7 @@ def test_too_many_corrupt_pictures_stop_the_build_and_the_rest_is_kept(tmp_path)
 
 
 def test_an_interrupted_build_goes_on(tmp_path):
-    make_pictures(tmp_path, 11)
+    make_images(tmp_path, 11)
     image_set = folder(tmp_path, crop="random")
     store = pixel_cache.store_of(image_set, tmp_path / "cache")
     with store.building() as writer:

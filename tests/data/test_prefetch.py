@@ -79,8 +79,8 @@ def test_a_copy_to_a_gpu_is_from_pinned_memory_and_waits_for_nothing():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_copies_to_a_gpu():
     device = torch.device("cuda")
-    pictures = [torch.full((4, 3, 64, 64), i, dtype=torch.uint8) for i in range(8)]
-    batches = [Batch(p, torch.arange(4) + i, torch.zeros(4, dtype=torch.bool)) for i, p in enumerate(pictures)]
-    for batch, picture in zip(to_device(iter(batches), device), pictures, strict=True):
+    images = [torch.full((4, 3, 64, 64), i, dtype=torch.uint8) for i in range(8)]
+    batches = [Batch(p, torch.arange(4) + i, torch.zeros(4, dtype=torch.bool)) for i, p in enumerate(images)]
+    for batch, image in zip(to_device(iter(batches), device), images, strict=True):
         assert batch.images.device.type == batch.indices.device.type == "cuda"
-        assert torch.equal(batch.images.cpu(), picture)
+        assert torch.equal(batch.images.cpu(), image)

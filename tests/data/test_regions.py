@@ -128,7 +128,7 @@ PIXELS = HEIGHT * WIDTH
         (of_size("\u0660\u0661"), "not COCO's compressed form"),
         (of_size("a b"), "not COCO's compressed form"),
         (of_size("hT"), "not COCO's compressed form"),
-        (of_size("o" * 40 + "0"), "larger than any picture"),
+        (of_size("o" * 40 + "0"), "larger than any image"),
         (of_size("0"), "add up to 0 of 600"),
         (of_size("O"), "a run length is -1"),
         (of_size(None), "expected a list or a string"),
@@ -143,7 +143,7 @@ PIXELS = HEIGHT * WIDTH
         (True, "expected polygons or run lengths"),
     ],
 )
-def test_run_lengths_that_do_not_fill_the_picture(region, message):
+def test_run_lengths_that_do_not_fill_the_image(region, message):
     """They would leave the rest of the mask to whatever lies in memory."""
     if message is None:
         assert decode_segmentation(region, HEIGHT, WIDTH).sum() == 599
@@ -152,7 +152,7 @@ def test_run_lengths_that_do_not_fill_the_picture(region, message):
         decode_segmentation(region, HEIGHT, WIDTH)
 
 
-def test_garbage_is_refused_or_fills_the_picture():
+def test_garbage_is_refused_or_fills_the_image():
     """Any text at all, and a valid one with a character changed."""
     rng = np.random.default_rng(1)
     valid = rle.encode(np.asfortranarray(rng.integers(0, 2, (HEIGHT, WIDTH)).astype(np.uint8)))["counts"].decode()

@@ -1,4 +1,4 @@
-"""Protects the generated data set: same pictures for a seed and index, exact masks, disjoint splits, speed."""
+"""Protects the generated data set: same images for a seed and index, exact masks, disjoint splits, speed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spot_fast.config import preset
 from spot_fast.data.datasets.scenes import CLASSES, MAX_HIDDEN, MAX_OBJECTS, MIN_AREA, MIN_OBJECTS, Scenes, draw_scenes
 
 
-def test_a_picture_depends_on_seed_and_index_only():
+def test_an_image_depends_on_seed_and_index_only():
     together = draw_scenes(0, np.arange(150), 64)
     for one in (3, 64, 149):
         alone = draw_scenes(0, np.array([one]), 64)
@@ -43,18 +43,18 @@ def test_no_object_is_mostly_hidden():
     instances, layers = scenes._place_objects(0, np.arange(60), 64)
     axis = (np.arange(64, dtype=np.float32) + 0.5) / 64
     x, y = np.tile(axis, 64), np.repeat(axis, 64)
-    for picture, draws in zip(instances, layers, strict=True):
-        for k in range(1, picture.max() + 1):
+    for image, draws in zip(instances, layers, strict=True):
+        for k in range(1, image.max() + 1):
             d = draws[k]
             radius = scenes.RADIUS[0] + (scenes.RADIUS[1] - scenes.RADIUS[0]) * d[2]
             centre = radius * 0.6 + d[:2] * (1 - 1.2 * radius)
             turn = (np.arctan2(y - centre[1], x - centre[0]) / (2 * np.pi) + d[4]) % 1.0
             table = scenes._OUTLINES[int(d[3] * len(CLASSES))]
             whole = (np.hypot(x - centre[0], y - centre[1]) < radius * table[(turn * 512).astype(int)]).sum()
-            assert (picture == k).sum() >= (1 - MAX_HIDDEN) * whole - 3  # a few pixels of float rounding on the rim
+            assert (image == k).sum() >= (1 - MAX_HIDDEN) * whole - 3  # a few pixels of float rounding on the rim
 
 
-def test_train_and_val_share_no_picture():
+def test_train_and_val_share_no_image():
     train, val = Scenes(500, "train"), Scenes(500, "val")
     seen = {bytes(image.numpy().tobytes()) for image in train.images}
     assert len(seen) == 500
@@ -62,7 +62,7 @@ def test_train_and_val_share_no_picture():
 
 
 def test_objects_differ_from_what_is_around_them():
-    """Every object must be visible: its colours differ from the ground's by more than the picture's rounding."""
+    """Every object must be visible: its colours differ from the ground's by more than the image's rounding."""
     images, instances, _ = draw_scenes(0, np.arange(200), 64)
     distance = [
         np.abs(image[m == k].mean(0) - image[m == 0].mean(0)).max()
@@ -90,11 +90,11 @@ def test_wrong_arguments_are_named(arguments):
         Scenes(1, **arguments)
 
 
-def test_speed_is_at_least_300_pictures_a_second_on_one_core():
+def test_speed_is_at_least_300_images_a_second_on_one_core():
     draw_scenes(0, np.arange(64), 64)
     best = 0.0
     for _ in range(3):
         start = time.process_time()
         draw_scenes(0, np.arange(256), 64)
         best = max(best, 256 / (time.process_time() - start))
-    assert best >= 300, f"{best:.0f} pictures/s"
+    assert best >= 300, f"{best:.0f} images/s"

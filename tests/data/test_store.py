@@ -92,7 +92,7 @@ def test_damage_is_an_error_that_names_the_folder(tmp_path):
         Store(tmp_path / "s", 9, {})
 
 
-def test_corrupt_pictures_keep_label_and_reason(tmp_path):
+def test_corrupt_images_keep_label_and_reason(tmp_path):
     store = Store(tmp_path / "s", 3, {})
     with store.building() as writer:
         writer.append(rows(1)[0])
@@ -112,7 +112,7 @@ def test_names_that_are_not_utf_8_are_kept(tmp_path):
 
 
 def with_corrupt(folder, data, row, size):
-    """A complete store in which `row` is a corrupt picture's, of so many bytes."""
+    """A complete store in which `row` is a corrupt image's, of so many bytes."""
     store = Store(folder, len(data), {})
     with store.building() as writer:
         for number, content in enumerate(data):
@@ -160,7 +160,7 @@ def test_a_replacement_that_fails_leaves_a_store_that_is_read(tmp_path, monkeypa
     again = Store(tmp_path / "s", 9, {})
     assert list(again.corrupt) == ([] if place == "the words" else [3]) and again.complete
     assert np.array_equal(again.take(np.array([0, 4, 8])), data[[0, 4, 8]])
-    again.check(np.arange(9))  # the row of a corrupt picture has no checksum to keep
+    again.check(np.arange(9))  # the row of a corrupt image has no checksum to keep
 
 
 class Others:

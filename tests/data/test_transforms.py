@@ -32,8 +32,8 @@ def test_center_crop_rounds_half_to_even():
         assert torch.equal(transforms.center_crop_labels(columns[:, :width], 8), torch.tensor(crop).long())
 
 
-def test_labels_follow_the_picture():
-    """A label map resized by nearest neighbour and one painted as a picture have the same squares."""
+def test_labels_follow_the_image():
+    """A label map resized by nearest neighbour and one painted as an image have the same squares."""
     labels = np.random.default_rng(0).integers(0, 70_000, (37, 61))  # beyond 16 bits
     square = transforms.center_crop_labels(labels, 74)
     assert square.shape == (74, 74)
@@ -132,7 +132,7 @@ def test_the_kept_part_of_a_strip_is_that_of_the_whole(size):
     assert np.array_equal(square, whole_map[top : top + 24, left : left + 24])
 
 
-def test_ordinary_pictures_are_resized_as_a_whole():
+def test_ordinary_images_are_resized_as_a_whole():
     """To the bit as torchvision does, up to sixteen times as long as wide."""
     image = Image.effect_noise((640, 40), 90).convert("RGB")
     expected = image.resize(transforms.minor_size(640, 40, 24), Image.Resampling.BILINEAR)
@@ -164,7 +164,7 @@ def test_both_loaders_crop_a_strip_at_the_same_place(tmp_path):
         assert np.abs(square[0].numpy().astype(int) - expected).max() <= 1
 
 
-def test_a_picture_that_needs_too_much_memory_is_named(tmp_path, monkeypatch):
+def test_an_image_that_needs_too_much_memory_is_named(tmp_path, monkeypatch):
     """So that the loader replaces it, instead of ending a run with a MemoryError."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
 

@@ -39,7 +39,7 @@ def test_rim_is_background(voc):
     val = open_set(preset("voc", data=str(voc), mask_size=40), "val")
     masks = val.val_masks(0)
     expected = torch.zeros(40, 40, dtype=torch.int64)
-    expected[0:10, 5:15], expected[20:40, 20:40] = 1, 2  # rows 10 to 50 of the picture
+    expected[0:10, 5:15], expected[20:40, 20:40] = 1, 2  # rows 10 to 50 of the image
     assert torch.equal(masks.instances, expected)
     assert torch.equal(masks.classes, (expected > 0) * 15)
     assert masks.ignore is None
@@ -75,7 +75,7 @@ def test_missing_things_are_named(voc):
 
 @pytest.fixture
 def sbd(voc):
-    """SBD beside a VOC without trainaug.txt: one picture of its own, one of VOC's val, one that VOC has too."""
+    """SBD beside a VOC without trainaug.txt: one image of its own, one of VOC's val, one that VOC has too."""
     root = voc / "VOCdevkit" / "VOC2012"
     (root / "ImageSets/Segmentation/trainaug.txt").unlink()
     (root / "ImageSets/Segmentation/train.txt").write_text("2009_000005\n")
@@ -99,7 +99,7 @@ def test_trainaug_is_made_from_sbd(voc, sbd, above):
 
 
 def test_list_of_voc_goes_before_sbd(voc, sbd):
-    """Its pictures may still come from SBD."""
+    """Its images may still come from SBD."""
     file = voc / "VOCdevkit/VOC2012/ImageSets/Segmentation/trainaug.txt"
     file.write_text("2011_000001\n2009_000005\n")
     train = open_set(preset("voc", data=str(voc), sbd=str(sbd)), "train")
@@ -107,9 +107,9 @@ def test_list_of_voc_goes_before_sbd(voc, sbd):
     assert train.paths[0].parent == sbd / "img"
 
 
-def test_sbd_without_pictures_gives_the_list(voc, sbd):
-    for picture in (sbd / "img").iterdir():
-        picture.unlink()
+def test_sbd_without_images_gives_the_list(voc, sbd):
+    for image in (sbd / "img").iterdir():
+        image.unlink()
     (sbd / "img").rmdir()
     assert len(open_set(preset("voc", data=str(voc), sbd=str(sbd)), "train")) == 3
 
@@ -128,7 +128,7 @@ def test_what_is_missing_of_sbd_is_named(voc, sbd):
         open_set(preset("voc", data=str(voc), sbd=str(sbd)), "train")
 
 
-PICTURES = {"site.v1.0": 1, "my photo 0": 1, "my photo": 1, "2007_000032": 1, "a.png": 1}
+IMAGES = {"site.v1.0": 1, "my photo 0": 1, "my photo": 1, "2007_000032": 1, "a.png": 1}
 
 
 @pytest.mark.parametrize(
@@ -159,18 +159,18 @@ PICTURES = {"site.v1.0": 1, "my photo 0": 1, "my photo": 1, "2007_000032": 1, "a
     ],
 )
 def test_names_in_lists(tmp_path, line, name):
-    """Only a picture's ending is one; of spaces those pictures decide that there are."""
+    """Only an image's ending is one; of spaces those images decide that there are."""
     (tmp_path / "val.txt").write_text(f"\n{line}\n\n")
-    assert read_names(tmp_path / "val.txt", PICTURES) == [name]
+    assert read_names(tmp_path / "val.txt", IMAGES) == [name]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_lists_with_a_byte_order_mark(tmp_path, encoding):
     (tmp_path / "val.txt").write_bytes("2007_000032\r\nmy photo 0\r\n".encode(encoding))
-    assert read_names(tmp_path / "val.txt", PICTURES) == ["2007_000032", "my photo 0"]
+    assert read_names(tmp_path / "val.txt", IMAGES) == ["2007_000032", "my photo 0"]
 
 
-def test_other_endings_of_pictures_and_masks(voc):
+def test_other_endings_of_images_and_masks(voc):
     """In capitals, TIFF for masks; .jpg goes before other endings."""
     root = voc / "VOCdevkit" / "VOC2012"
     photos = root / "JPEGImages"

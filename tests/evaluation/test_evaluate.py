@@ -67,7 +67,7 @@ def test_newest_finished_run_without_arguments(here, call):
     code, out, _ = call()
     assert code == 0
     heading, _, columns, *rows = out.splitlines()
-    assert heading.startswith("scenes-stage2-001 · preset scenes · stage 2 · 6 pictures of scenes, masks 32 × 32")
+    assert heading.startswith("scenes-stage2-001 · preset scenes · stage 2 · 6 images of scenes, masks 32 × 32")
     assert "protocol spot" in heading
     assert columns.split() == ["masks", "mBO_i", "mBO_c", "mIoU", "FG-ARI"]
     titles = ["decoder masks, order 0", "decoder masks, all 9 orders", "slot masks [1]", "block masks, ", "k-means, "]
@@ -117,11 +117,11 @@ def test_runs_alike_but_for_their_seed_are_averaged(here, call):
 
 
 def coco_folder(root):
-    """Two validation pictures in COCO layout; the second is no image."""
+    """Two validation images in COCO layout; the second is no image."""
     (root / "annotations").mkdir(parents=True)
     (root / "val2017").mkdir()
     Image.new("RGB", (48, 40), (200, 30, 60)).save(root / "val2017" / "good.jpg")
-    (root / "val2017" / "bad.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
+    (root / "val2017" / "bad.jpg").write_bytes(b"\xff\xd8\xff\xe0 not an image")
     square = {"segmentation": [[5, 5, 30, 5, 30, 30, 5, 30]], "iscrowd": 0, "category_id": 1, "area": 625}
     content = {
         "images": [
@@ -141,11 +141,11 @@ def coco_run(folder, **changes):
     return folder
 
 
-def test_corrupt_picture_is_named(here, call):
+def test_corrupt_image_is_named(here, call):
     coco_folder(here / "coco")
     run = coco_run(here / "runs" / "c")
     code, out, _ = call(run, "--data", "coco", "--json", "t.json")
-    assert code == 0 and "1 picture of COCO val2017" in out and "skipped 1 that cannot be read:\n  bad.jpg: " in out
+    assert code == 0 and "1 image of COCO val2017" in out and "skipped 1 that cannot be read:\n  bad.jpg: " in out
     content = json.loads((here / "t.json").read_text(encoding="utf-8"))
     assert list(content["runs"][0]["skipped"]) == ["bad.jpg"]
 
@@ -314,7 +314,7 @@ def test_csv_and_plots(here, call):
         code, out, _ = call(*names, "--csv", "s.csv", "--size-plot", "p.svg", "--limit", 2)
         assert code == 0 and "wrote s.csv" in out and "wrote p.svg" in out
         lines = (here / "s.csv").read_text(encoding="utf-8").splitlines()
-        assert len(lines) == 1 + len(names) * 2 * 6 and lines[0].startswith("run,picture,protocol,masks")
+        assert len(lines) == 1 + len(names) * 2 * 6 and lines[0].startswith("run,image,protocol,masks")
         plot = (here / "p.svg").read_text(encoding="utf-8")
         assert all(f"<!-- {word}" in plot or word in plot for word in [*words, "80–100 %", "protocol spot"])
     code, out, _ = call("one-0", "--size-plot", "p.png", "--limit", 2)
@@ -351,7 +351,7 @@ def test_a_matplotlib_that_is_broken_is_told_before_and_costs_no_scores(here, ca
     assert json.loads((here / "t.json").read_text())["runs"]
 
 
-def test_corrupt_and_empty_pictures_are_in_the_csv(here, call):
+def test_corrupt_and_empty_images_are_in_the_csv(here, call):
     coco_folder(here / "coco")
     run = coco_run(here / "runs" / "c")
     code, out, _ = call(run, "--data", "coco", "--csv", "t.csv", "--protocol", "all")

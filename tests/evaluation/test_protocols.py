@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.metrics import adjusted_rand_score
 from test_coco import MINI
 from test_movi import MINI as MOVI
-from test_scoring import SIZE, Pictures, small_model
+from test_scoring import SIZE, Images, small_model
 from test_voc import voc  # noqa: F401 - a fixture
 
 from spot_fast.config import preset
@@ -202,7 +202,7 @@ def test_coco_without_crowd_regions_and_with_the_highest_class():
         without = coco.full_labels(index, crowd=False)
         assert np.array_equal(without.instances, instances) == (not crowds)
     first = coco.instances._annotations[coco.listed[0].id]
-    assert any(a.get("iscrowd") for a in first), "the mini set should have a crowd region in its first picture"
+    assert any(a.get("iscrowd") for a in first), "the mini set should have a crowd region in its first image"
 
 
 def test_annotations_read_once_serve_every_protocol():
@@ -266,18 +266,18 @@ def test_frames_are_read_at_their_own_size():
     "name, label", [("spot", IGNORED), ("oclf", IGNORED), ("slotdiffusion", OVERLAP), ("ocbench", 1), ("lsd", 1)]
 )
 def test_ignored_pixels_of_any_other_set(name, label):
-    pictures = Pictures(1, ignore=(0,))
-    found = GroundTruth(PROTOCOLS[name], pictures).masks(0).instances
-    hidden = _crop_first(pictures.val_masks(0).ignore.numpy(), len(found)) != 0
+    images = Images(1, ignore=(0,))
+    found = GroundTruth(PROTOCOLS[name], images).masks(0).instances
+    hidden = _crop_first(images.val_masks(0).ignore.numpy(), len(found)) != 0
     assert hidden.any() and (found[hidden] == label).all() and (found[~hidden] != label).all()
 
 
 def test_all_in_one_pass_equal_each_alone():
-    model, pictures = small_model(), Pictures(5, ignore=(1,), broken=(3,))
-    together = evaluate(model, pictures, protocols="all", batch_size=2, progress=False)
+    model, images = small_model(), Images(5, ignore=(1,), broken=(3,))
+    together = evaluate(model, images, protocols="all", batch_size=2, progress=False)
     assert [t.protocol for t in together.tables] == list(PROTOCOLS)
     for name in PROTOCOLS:
-        alone = evaluate(model, pictures, protocols=[name], batch_size=2, progress=False)
+        alone = evaluate(model, images, protocols=[name], batch_size=2, progress=False)
         assert alone.tables == [together.table(name)] and alone.labels == together.labels
     scores = [tuple(t.row("slots").scores[m] for m in METRICS) for t in together.tables]
     assert len(set(scores)) >= 4, "protocols that count differently should give different numbers"
@@ -307,8 +307,8 @@ def test_every_protocol_says_what_it_does_in_a_line():
         assert "\n" not in protocol.about and "\n" not in protocol.source and "/" in protocol.source
 
 
-def test_a_coco_picture_with_a_crowd_scores_as_told(tmp_path):
-    """A crowd over half of the picture: an instance for SPOT and OCBench, nothing for the others."""
+def test_a_coco_image_with_a_crowd_scores_as_told(tmp_path):
+    """A crowd over half of the image: an instance for SPOT and OCBench, nothing for the others."""
     (tmp_path / "annotations").mkdir()
     (tmp_path / "val2017").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "val2017" / "a.jpg")

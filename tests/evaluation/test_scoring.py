@@ -55,10 +55,10 @@ def small_model(seed=0, **changes):
     return Spot(config, build_encoder(config)).eval()
 
 
-class Pictures(ImageSet):
+class Images(ImageSet):
     """Scenes of which some cannot be read, or with other masks."""
 
-    name = "pictures"
+    name = "images"
     has_masks = True
 
     def __init__(self, count, *, broken=(), classes=True, ignore=()):
@@ -136,7 +136,7 @@ def test_block_masks_are_the_best_columns(model, scenes):
     assert row.scores["mbo_i"] == pytest.approx(max(by_columns.values()), abs=1e-12)
 
 
-def test_noise_belongs_to_the_picture():
+def test_noise_belongs_to_the_image():
     noise = slot_noise(1, range(6), 3, 8)
     assert torch.equal(noise[[4, 2]], slot_noise(1, [4, 2], 3, 8))
     assert not torch.equal(noise, slot_noise(2, range(6), 3, 8))
@@ -189,29 +189,29 @@ def test_student_of_stage_2(scenes):
     assert result.row("kmeans").scores["mbo_i"] == pytest.approx(expected, abs=1e-12)
 
 
-def test_unreadable_pictures_are_named_and_the_rest_is_scored(model, monkeypatch):
+def test_unreadable_images_are_named_and_the_rest_is_scored(model, monkeypatch):
     monkeypatch.setattr(evaluation, "MAX_CORRUPT", 1.0)
-    result = evaluate(model, Pictures(8, broken=(0, 3, 7)), batch_size=2, progress=False)
+    result = evaluate(model, Images(8, broken=(0, 3, 7)), batch_size=2, progress=False)
     assert result.images == 5 and result.indices == [1, 2, 4, 5, 6]
     assert result.labels == [f"{i}.jpg" for i in result.indices]
     assert result.skipped == {f"{i}.jpg": f"image {i}.jpg cannot be read: truncated" for i in (0, 3, 7)}
     assert result.row("slots").counted["fg_ari"] == 5
     # The others keep their own noise: the mean over all is the mean over both parts.
-    whole = evaluate(model, Pictures(8), batch_size=2, progress=False)
-    rest = evaluate(model, Pictures(8, broken=(1, 2, 4, 5, 6)), batch_size=2, progress=False)
+    whole = evaluate(model, Images(8), batch_size=2, progress=False)
+    rest = evaluate(model, Images(8, broken=(1, 2, 4, 5, 6)), batch_size=2, progress=False)
     mean = (5 * result.row("slots").scores["mbo_i"] + 3 * rest.row("slots").scores["mbo_i"]) / 8
     assert whole.row("slots").scores["mbo_i"] == pytest.approx(mean, abs=5e-3)
 
 
-def test_few_pictures_may_be_unreadable(model):
-    """Scores of a part of the set must not pass for the set's: one picture or 1 %, as in training."""
-    assert evaluate(model, Pictures(8, broken=(3,)), progress=False).images == 7
-    with pytest.raises(UserError, match="2 of the 8 pictures of pictures cannot be scored, more than 1%: 3.jpg: image"):
-        evaluate(model, Pictures(8, broken=(3, 7)), progress=False)
+def test_few_images_may_be_unreadable(model):
+    """Scores of a part of the set must not pass for the set's: one image or 1 %, as in training."""
+    assert evaluate(model, Images(8, broken=(3,)), progress=False).images == 7
+    with pytest.raises(UserError, match="2 of the 8 images of images cannot be scored, more than 1%: 3.jpg: image"):
+        evaluate(model, Images(8, broken=(3, 7)), progress=False)
 
 
-class Odd(Pictures):
-    """Instances far beyond 255 in the first picture, which odd files may have; the second has an error of its own."""
+class Odd(Images):
+    """Instances far beyond 255 in the first image, which odd files may have; the second has an error of its own."""
 
     def label(self, index):
         return "same.jpg"
@@ -223,31 +223,31 @@ class Odd(Pictures):
         return Masks(masks.instances * 40_000, masks.classes) if index == 0 else masks
 
 
-def test_one_odd_picture_does_not_end_an_evaluation(model):
-    """Large labels are renumbered, not wrapped; an error of NumPy or Pillow skips the picture that it is of."""
-    result, plain = (evaluate(model, s, progress=False) for s in (Odd(4), Pictures(4, broken=(1,))))
+def test_one_odd_image_does_not_end_an_evaluation(model):
+    """Large labels are renumbered, not wrapped; an error of NumPy or Pillow skips the image that it is of."""
+    result, plain = (evaluate(model, s, progress=False) for s in (Odd(4), Images(4, broken=(1,))))
     assert result.skipped == {"same.jpg": "ValueError: of some library"}
     assert [r.scores for r in result.tables[0].rows] == [r.scores for r in plain.tables[0].rows]
     skipped = {}
     list(read_ahead(lambda i: Odd(4).val_masks(1), Odd(4), range(3), 0, skipped))
-    assert len(skipped) == 3  # pictures of one name are counted each
+    assert len(skipped) == 3  # images of one name are counted each
 
 
 def test_limit(model):
-    limited, short = (evaluate(model, s, limit=n, progress=False) for s, n in ((Pictures(6), 3), (Pictures(3), 99)))
+    limited, short = (evaluate(model, s, limit=n, progress=False) for s, n in ((Images(6), 3), (Images(3), 99)))
     assert limited.images == short.images == 3
     assert [r.scores for r in limited.tables[0].rows] == [r.scores for r in short.tables[0].rows]
 
 
 def test_without_classes(model):
-    result = evaluate(model, Pictures(4, classes=False), progress=False)
+    result = evaluate(model, Images(4, classes=False), progress=False)
     assert all(r.scores["mbo_c"] is None and r.counted["mbo_c"] == 0 for r in result.tables[0].rows)
     assert all(line.split()[-3] == "–" for line in evaluation_table(result.tables[0]).splitlines()[1:])
 
 
-def test_ignore_of_some_pictures(model):
-    plain, partly = (evaluate(model, Pictures(4, ignore=i), batch_size=4, progress=False) for i in ((), (1, 2)))
-    masks = [Pictures(4, ignore=(1, 2)).val_masks(i) for i in range(4)]
+def test_ignore_of_some_images(model):
+    plain, partly = (evaluate(model, Images(4, ignore=i), batch_size=4, progress=False) for i in ((), (1, 2)))
+    masks = [Images(4, ignore=(1, 2)).val_masks(i) for i in range(4)]
     ignore = torch.stack([torch.zeros(SIZE, SIZE) if m.ignore is None else m.ignore for m in masks]).long()
     labels = block_masks(partly.row("blocks").columns, 4, SIZE).expand(4, -1, -1)
     expected = image_scores(labels, 4, torch.stack([m.instances for m in masks]), None, ignore)["mbo_i"].mean().item()
@@ -255,26 +255,26 @@ def test_ignore_of_some_pictures(model):
     assert partly.row("blocks").scores != plain.row("blocks").scores
 
 
-class Unmasked(Pictures):
+class Unmasked(Images):
     has_masks = False
 
 
 @pytest.mark.parametrize(
-    "pictures, settings, message",
+    "images, settings, message",
     [
-        (lambda: Unmasked(2), {}, "pictures has no masks to compare with: evaluate on"),
-        (lambda: Pictures(0), {}, "no validation pictures"),
-        (lambda: Pictures(2, broken=(0, 1)), {}, "none of the 2 pictures of pictures can be read; the first: image 0"),
-        (lambda: Pictures(2), {"batch_size": 0}, "batch size 0"),
-        (lambda: Pictures(2), {"limit": -1}, "limit -1"),
-        (lambda: Pictures(2), {"seed": -1}, "seed -1"),
-        (lambda: Pictures(2), {"workers": -1}, "workers -1"),
-        (lambda: Pictures(2), {"protocols": "mine"}, "--protocol mine is unknown"),
+        (lambda: Unmasked(2), {}, "images has no masks to compare with: evaluate on"),
+        (lambda: Images(0), {}, "no validation images"),
+        (lambda: Images(2, broken=(0, 1)), {}, "none of the 2 images of images can be read; the first: image 0"),
+        (lambda: Images(2), {"batch_size": 0}, "batch size 0"),
+        (lambda: Images(2), {"limit": -1}, "limit -1"),
+        (lambda: Images(2), {"seed": -1}, "seed -1"),
+        (lambda: Images(2), {"workers": -1}, "workers -1"),
+        (lambda: Images(2), {"protocols": "mine"}, "--protocol mine is unknown"),
     ],
 )
-def test_bad_input(model, pictures, settings, message):
+def test_bad_input(model, images, settings, message):
     with pytest.raises(UserError, match=message):
-        evaluate(model, pictures(), progress=False, **settings)
+        evaluate(model, images(), progress=False, **settings)
 
 
 def fixed(mbo_i, columns=2):
@@ -303,9 +303,9 @@ def test_mean_and_sample_deviation_over_runs():
 
 
 def test_slots_of_another_size_are_scored_at_their_masks_size(model):
-    """Masks larger than the picture: the soft masks are resized to them."""
+    """Masks larger than the image: the soft masks are resized to them."""
 
-    class Large(Pictures):
+    class Large(Images):
         def val_masks(self, index):
             masks = super().val_masks(index)
             return replace(
@@ -331,8 +331,8 @@ def test_published_layouts_are_scored_beside_the_best_columns(model, scenes):
     assert published_layouts("movi_e") == [(4, 24), (1, 1)] and published_layouts("scenes") == [(1, 1)]
 
 
-class Slow(Pictures):
-    """The first picture of every four is the last to be read."""
+class Slow(Images):
+    """The first image of every four is the last to be read."""
 
     def val_image(self, index):
         time.sleep(0.02 if index % 4 == 0 else 0)
@@ -342,21 +342,21 @@ class Slow(Pictures):
 
 def test_threads_read_ahead_in_order(model, monkeypatch):
     monkeypatch.setattr(evaluation, "MAX_CORRUPT", 1.0)
-    pictures = Slow(9, broken=(0, 5))
+    images = Slow(9, broken=(0, 5))
     skipped, finished = {}, []
     found = list(
         read_ahead(
-            lambda i: (i, pictures.val_image(i)), pictures, range(9), 3, skipped, lambda: finished.append(len(finished))
+            lambda i: (i, images.val_image(i)), images, range(9), 3, skipped, lambda: finished.append(len(finished))
         )
     )
     assert [index for index, _ in found] == [1, 2, 3, 4, 6, 7, 8] and list(skipped) == ["0.jpg", "5.jpg"]
-    assert len(finished) == 9 and len(pictures.threads) > 1 and "MainThread" not in pictures.threads
+    assert len(finished) == 9 and len(images.threads) > 1 and "MainThread" not in images.threads
     alone, together = (evaluate(model, Slow(9, broken=(0, 5)), workers=n, progress=False) for n in (0, 3))
     assert alone.tables == together.tables and alone.skipped == together.skipped and alone.labels == together.labels
 
 
 def test_other_errors_of_a_thread_are_raised(model):
-    class Wrong(Pictures):
+    class Wrong(Images):
         def val_image(self, index):
             raise RuntimeError("a bug")
 
@@ -365,15 +365,15 @@ def test_other_errors_of_a_thread_are_raised(model):
             evaluate(model, Wrong(3), workers=workers, progress=False)
 
 
-class Empty(Pictures):
-    """The first picture has no object."""
+class Empty(Images):
+    """The first image has no object."""
 
     def val_masks(self, index):
         masks = super().val_masks(index)
         return Masks(masks.instances * (index > 0), masks.classes * (index > 0))
 
 
-def test_pictures_without_an_object_are_named(model):
+def test_images_without_an_object_are_named(model):
     result = evaluate(model, Empty(4), progress=False)
     assert result.tables[0].unlabelled == ["0.jpg"] and result.row("slots").counted["mbo_i"] == 3
     assert unlabelled_line(result.tables[0]) == "1 without an object, which no mBO counts: 0.jpg"
@@ -381,27 +381,27 @@ def test_pictures_without_an_object_are_named(model):
     assert unlabelled_line(many).startswith("12 without") and unlabelled_line(many).endswith(" 9, …")
 
 
-def test_csv_has_every_picture(model, tmp_path):
+def test_csv_has_every_image(model, tmp_path):
     result = evaluate(model, Empty(5, broken=(3,)), protocols="spot,ocbench", layouts=[(1, 1)], progress=False)
     write_csv(tmp_path / "scores.csv", [("a", result), ("b", result)])
     with open(tmp_path / "scores.csv", encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 2 * (2 * 6 * 4 + 1)  # runs · (protocols · kinds of masks · pictures + the broken one)
+    assert len(lines) == 2 * (2 * 6 * 4 + 1)  # runs · (protocols · kinds of masks · images + the broken one)
     for protocol in ("spot", "ocbench"):
         for row in result.table(protocol).rows:
             key = {"run": "a", "protocol": protocol, "masks": row.masks, "orders": str(row.orders or "")}
             own = [line for line in lines if all(line[name] == value for name, value in key.items())]
-            assert [line["picture"] for line in own] == ["0.jpg", "1.jpg", "2.jpg", "4.jpg"]
+            assert [line["image"] for line in own] == ["0.jpg", "1.jpg", "2.jpg", "4.jpg"]
             for name in METRICS:
                 values = [float(line[name]) for line in own if line[name]]
                 assert len(values) == row.counted[name]
                 if values:
                     assert sum(values) / len(values) == pytest.approx(row.scores[name], abs=1e-6)
-            objects = [int(Pictures(5).val_masks(i).instances.unique().numel()) for i in (1, 2, 4)]
+            objects = [int(Images(5).val_masks(i).instances.unique().numel()) for i in (1, 2, 4)]
             extra = protocol == "ocbench"  # counts the background
             assert [int(line["objects"]) for line in own] == [extra, *(n - 1 + extra for n in objects)]
             assert [line["note"] for line in own] == ["no object", "", "", ""]
-    broken = [line for line in lines if line["picture"] == "3.jpg"]
+    broken = [line for line in lines if line["image"] == "3.jpg"]
     assert len(broken) == 2 and broken[0]["note"] == "image 3.jpg cannot be read: truncated" and not broken[0]["mbo_i"]
 
 

@@ -117,7 +117,7 @@ def test_modules_are_the_same_under_any_default_dtype_and_device():
                 assert_same(run(), expected)
 
 
-def test_pictures_and_their_masks_are_the_same_under_any_default_dtype():
+def test_images_and_their_masks_are_the_same_under_any_default_dtype():
     """What a process that has a default of its own may call of spot_fast: the encoder's input, stitching, scores."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (2, 3, 8, 8), generator=generator, dtype=torch.uint8)

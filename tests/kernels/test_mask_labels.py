@@ -91,7 +91,7 @@ def test_other_dtypes_and_views(dtype):
     assert torch.equal(mask_labels(spread, 128), expected)
 
 
-def test_no_picture():
+def test_no_image():
     for size in (8, 320):
         assert mask_labels(torch.empty(0, 16, 3), size).shape == (0, size, size)
 

@@ -32,7 +32,7 @@ def pair(name):
     return module, plain
 
 
-def one_picture(name):
+def one_image(name):
     return [x.detach()[:1].requires_grad_() for x in inputs_of(name)]
 
 
@@ -51,8 +51,8 @@ def test_every_layer_is_called_as_often_as_in_the_published_forward(name, backen
     module, plain = pair(name)
     calls, expected = listen(module), listen(plain)
     with use_backend(backend):
-        found = run(module, one_picture(name))
-    assert_equal_to_rounding(found, run(plain, one_picture(name)))
+        found = run(module, one_image(name))
+    assert_equal_to_rounding(found, run(plain, one_image(name)))
     assert calls == expected
 
 
@@ -141,8 +141,8 @@ def test_a_layer_changed_after_patching_computes_what_it_computes_in_the_publish
     change(module)
     change(plain)
     with use_backend(backend):
-        found = run(module, one_picture("SLATE"))
-    assert_equal_to_rounding(found, run(plain, one_picture("SLATE")))
+        found = run(module, one_image("SLATE"))
+    assert_equal_to_rounding(found, run(plain, one_image("SLATE")))
 
 
 @every_backend
@@ -152,11 +152,11 @@ def test_our_own_module_calls_changed_layers(change, backend):
     module, plain = SlotAttention(12, SLOT_WIDTH, mlp_hidden=20), SlotAttention(12, SLOT_WIDTH, mlp_hidden=20)
     plain.load_state_dict(module.state_dict())
     change(module)
-    before = run(plain, one_picture("SLATE"))
+    before = run(plain, one_image("SLATE"))
     with use_backend(backend):
-        found = run(module, one_picture("SLATE"))
+        found = run(module, one_image("SLATE"))
     with use_backend("torch"):
-        assert_equal_to_rounding(found, run(module, one_picture("SLATE")))
+        assert_equal_to_rounding(found, run(module, one_image("SLATE")))
     assert not torch.allclose(found[0][0], before[0][0], atol=1e-3)
 
 
@@ -168,7 +168,7 @@ def test_a_hook_of_all_modules_is_called_for_gru_and_norm():
     handle = register_module_forward_hook(lambda layer, inputs, result: seen.update([type(layer).__name__]))
     try:
         with use_backend("triton"):
-            module(*one_picture("SLATE"))
+            module(*one_image("SLATE"))
     finally:
         handle.remove()
     assert (seen["GRUCell"], seen["LayerNorm"]) == (3, 7)
@@ -180,7 +180,7 @@ def test_plain_gru_and_norm_are_one_kernel(monkeypatch):
     count = []
     monkeypatch.setattr(layers, "gru_norm", lambda *arguments: count.append(1) or gru_norm(*arguments))
     with use_backend("triton"):
-        module(*one_picture("SLATE"))
+        module(*one_image("SLATE"))
     assert len(count) == 3
 
 

@@ -1,4 +1,4 @@
-"""The inside of a model on a picture: the masks that evaluation scores, and colours that follow the annotations."""
+"""The inside of a model on an image: the masks that evaluation scores, and colours that follow the annotations."""
 
 import math
 from dataclasses import replace
@@ -17,7 +17,7 @@ from spot_fast.reporting.introspection import (
     attention_by_iteration,
     gradients,
     look,
-    read_picture,
+    read_image,
     slot_colours,
     truth_colours,
     unevenness,
@@ -42,7 +42,7 @@ def scenes():
 def test_masks_are_those_that_evaluate_scores(model, scenes):
     table = evaluate(model, scenes, seed=5, progress=False, workers=0).table("spot")
     for index in range(len(scenes)):
-        found = look(model, *read_picture(scenes, index), index=index, seed=5)
+        found = look(model, *read_image(scenes, index), index=index, seed=5)
         assert found.decoder_score == pytest.approx(table.row("decoder", 9).per_image["mbo_i"][index].item())
         assert found.order_scores[0] == pytest.approx(table.row("decoder", 1).per_image["mbo_i"][index].item())
         assert found.iteration_scores[-1] == pytest.approx(table.row("slots").per_image["mbo_i"][index].item())
@@ -81,10 +81,10 @@ def test_more_objects_than_slots_and_no_object_at_all():
     assert slot_colours(labels, 2, torch.zeros_like(truth)) == [BACKGROUND, 0]
 
 
-def test_gradients_are_the_mean_over_pictures_whatever_the_batch(model, scenes):
+def test_gradients_are_the_mean_over_images_whatever_the_batch(model, scenes):
     steps = []
-    found = gradients(model, scenes, pictures=3, seed=5, batch=2, done=lambda: steps.append(1))
-    assert found.pictures == 3 and found.grid == 4 and len(steps) == 2 * 9 * 16
+    found = gradients(model, scenes, images=3, seed=5, batch=2, done=lambda: steps.append(1))
+    assert found.images == 3 and found.grid == 4 and len(steps) == 2 * 9 * 16
     alone = []
     for index in range(3):
         with torch.no_grad():
@@ -94,7 +94,7 @@ def test_gradients_are_the_mean_over_pictures_whatever_the_batch(model, scenes):
     torch.testing.assert_close(found.by_order[8], torch.stack(alone).mean(0), rtol=1e-4, atol=1e-7)
 
 
-def test_pictures_that_cannot_be_read_are_passed_over(model, scenes, monkeypatch):
+def test_images_that_cannot_be_read_are_passed_over(model, scenes, monkeypatch):
     val_image = scenes.val_image
 
     def damaged(index):
@@ -103,8 +103,8 @@ def test_pictures_that_cannot_be_read_are_passed_over(model, scenes, monkeypatch
         return val_image(index)
 
     monkeypatch.setattr(scenes, "val_image", damaged)
-    assert read_picture(scenes, 0) is None and read_picture(scenes, 1) is not None
-    assert gradients(model, scenes, pictures=1, seed=0).pictures == 1
+    assert read_image(scenes, 0) is None and read_image(scenes, 1) is not None
+    assert gradients(model, scenes, images=1, seed=0).images == 1
 
 
 def test_unevenness_of_known_norms():

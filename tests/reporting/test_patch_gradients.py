@@ -8,7 +8,7 @@ from spot_fast.model.spot import Spot
 from spot_fast.reporting.patch_gradients import patch_gradient_norms
 from tiny_runs import tiny
 
-PICTURES, SLOTS, WIDTH = 2, 2, 4
+IMAGES, SLOTS, WIDTH = 2, 2, 4
 
 
 def make(**changes) -> tuple[Spot, torch.Tensor, torch.Tensor]:
@@ -16,8 +16,8 @@ def make(**changes) -> tuple[Spot, torch.Tensor, torch.Tensor]:
     config = tiny(image_size=16, num_slots=SLOTS, slot_dim=WIDTH, dec_heads=2, dec_mlp_hidden=8, **changes)
     torch.manual_seed(0)
     model = Spot(config, frozen_encoder(config)).double()
-    slots = torch.randn(PICTURES, SLOTS, WIDTH, dtype=torch.float64)
-    return model, slots, torch.randn(PICTURES, 4, model.encoder.dim, dtype=torch.float64)
+    slots = torch.randn(IMAGES, SLOTS, WIDTH, dtype=torch.float64)
+    return model, slots, torch.randn(IMAGES, 4, model.encoder.dim, dtype=torch.float64)
 
 
 def losses(model: Spot, copies: list[torch.Tensor], target: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ def losses(model: Spot, copies: list[torch.Tensor], target: torch.Tensor, order:
 def test_norms_are_those_of_finite_differences_through_every_block(order):
     model, slots, target = make(dec_blocks=2)
     order = torch.tensor(order)
-    expected = torch.zeros(PICTURES, 4, dtype=torch.float64)
+    expected = torch.zeros(IMAGES, 4, dtype=torch.float64)
     step = 1e-5
     for block in range(2):
         for slot in range(SLOTS):
@@ -58,7 +58,7 @@ def test_where_slots_are_read_once_it_is_the_plain_gradient(changes):
         return (model.decoder(slots, target)[0] - target).square().mean(-1)
 
     jacobian = torch.autograd.functional.jacobian(loss, slots)  # [B, N, B, K, U]
-    expected = torch.stack([jacobian[b, :, b].abs().sum((1, 2)) for b in range(PICTURES)])
+    expected = torch.stack([jacobian[b, :, b].abs().sum((1, 2)) for b in range(IMAGES)])
     torch.testing.assert_close(patch_gradient_norms(model, slots, target), expected)
 
 

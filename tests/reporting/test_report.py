@@ -37,7 +37,7 @@ def cells_of(page):
     return [[unescape(cell) for cell in row] for row in rows]
 
 
-def test_the_newest_run_becomes_a_file_whose_pictures_have_the_scores_of_the_csv(here, call):
+def test_the_newest_run_becomes_a_file_whose_images_have_the_scores_of_the_csv(here, call):
     make_run(here / "runs" / "scenes-stage1-001")
     code, out, err = call("--protocol", "spot")
     assert code == 0 and "Traceback" not in err
@@ -47,7 +47,7 @@ def test_the_newest_run_becomes_a_file_whose_pictures_have_the_scores_of_the_csv
     page = unescape(file.read_text(encoding="utf-8"))
     facts = (
         "python -m spot_fast.report --protocol spot --device cpu",
-        "the first 4 of 10 pictures of scenes",
+        "the first 4 of 10 images of scenes",
         "stage 1 on scenes, seed 0, 4 epochs, 24 steps of 4 in 75 s (114 images/s)",
         "cpu, 1 thread",
     )
@@ -57,13 +57,13 @@ def test_the_newest_run_becomes_a_file_whose_pictures_have_the_scores_of_the_csv
     scores: dict = {}
     with open("s.csv", newline="") as lines:
         for line in csv.DictReader(lines):
-            scores.setdefault((line["masks"], line["orders"]), {})[line["picture"]] = float(line["mbo_i"])
+            scores.setdefault((line["masks"], line["orders"]), {})[line["image"]] = float(line["mbo_i"])
     decoder, slots = scores["decoder", "9"], scores["slots", ""]
     for why, choose in (("best", max), ("worst", min)):
-        picture = choose(decoder, key=decoder.get)
-        score = f"{100 * decoder[picture]:.1f}"
-        assert f"<strong>{why}, mBO_i {score}</strong> · {picture}" in page
-        assert f"<strong>average</strong> · {score}" in page and f"iteration 3 · {100 * slots[picture]:.1f}" in page
+        image = choose(decoder, key=decoder.get)
+        score = f"{100 * decoder[image]:.1f}"
+        assert f"<strong>{why}, mBO_i {score}</strong> · {image}" in page
+        assert f"<strong>average</strong> · {score}" in page and f"iteration 3 · {100 * slots[image]:.1f}" in page
 
 
 def test_numbers_are_those_that_the_named_command_prints(here, capsys):

@@ -1,4 +1,4 @@
-"""Figures of a report: pictures that carry their bytes, colours, names of the patch orders, what curves there are."""
+"""Figures of a report: images that carry their bytes, colours, names of the patch orders, what curves there are."""
 
 import base64
 import io

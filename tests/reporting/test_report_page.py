@@ -67,7 +67,7 @@ def test_a_browser_shows_all_of_it_without_an_error(chromium, two_stages):
 
 
 def test_the_browser_checks_can_fail(chromium, tmp_path):
-    """A page with a missing picture, an exception and something to load is told apart from a good one."""
+    """A page with a missing image, an exception and something to load is told apart from a good one."""
     bad = tmp_path / "bad.html"
     bad.write_text(
         "<!DOCTYPE html><title>bad</title><img alt=missing src=missing.png><div style='width:3000px'>-</div>"
@@ -126,11 +126,11 @@ def test_every_kind_of_run_has_its_figures(two_stages):
     assert "plain: the decoder has one patch order, so there is nothing to average." in text
     assert "the-teacher" in text and "Attention loss" in text and "Shaded rows differ" in text
     # best, median and worst, of the two runs with nine orders; of all three runs
-    assert text.count("<strong>average</strong>") == 6 and text.count('class="picture iterations"') == 9
+    assert text.count("<strong>average</strong>") == 6 and text.count('class="image iterations"') == 9
     assert text.count('<figure class="gradients">') == 3
     assert "without training, the same for every run" in text and "All metrics under lsd" in text
     for source in re.findall(r'<small class="source">(.*?)</small>', text):
-        assert re.search(r"pictures? of scenes · seed 0 · float32 · spot_fast .*, torch .* · 20\d\d-", source)
+        assert re.search(r"images? of scenes · seed 0 · float32 · spot_fast .*, torch .* · 20\d\d-", source)
 
 
 def test_a_set_without_masks_a_run_without_log_and_an_mlp_decoder(tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def test_a_set_without_masks_a_run_without_log_and_an_mlp_decoder(tmp_path, monk
         "Left out: --gradient-images is 0",
     ):
         assert sentence in text, sentence
-    assert "MLP, hidden width" in text and text.count('class="picture iterations"') == 2 and "truth" not in text
+    assert "MLP, hidden width" in text and text.count('class="image iterations"') == 2 and "truth" not in text
     page = Checked()
     page.feed(text.replace("'none'", ""))
     assert page.open == []

@@ -1,4 +1,4 @@
-"""What a report knows of runs: logs that a crash has cut, the choice of pictures, paces."""
+"""What a report knows of runs: logs that a crash has cut, the choice of images, paces."""
 
 import json
 import math
@@ -8,10 +8,10 @@ import torch
 
 from spot_fast.checkpoints.runs import METRICS
 from spot_fast.evaluation.scoring import Evaluation, Row, Table
-from spot_fast.reporting.records import RunRecord, SetRecord, choose_pictures, read_log, state_metadata, values_of
+from spot_fast.reporting.records import RunRecord, SetRecord, choose_images, read_log, state_metadata, values_of
 
 
-class Pictures:
+class Images:
     """An image set of which only numbers and names are asked."""
 
     def __init__(self, count):
@@ -21,7 +21,7 @@ class Pictures:
         return self.count
 
     def label(self, index):
-        return f"picture {index}"
+        return f"image {index}"
 
 
 def evaluation(scores, indices=None):
@@ -29,7 +29,7 @@ def evaluation(scores, indices=None):
     worse = Row("decoder", {}, {}, 3, orders=1, per_image={"mbo_i": -values})
     row = Row("decoder", {}, {}, 3, orders=9, per_image={"mbo_i": values})
     indices = list(range(len(scores))) if indices is None else indices
-    return Evaluation([Table("spot", 32, [worse, row])], len(scores), "pictures", {}, indices=indices)
+    return Evaluation([Table("spot", 32, [worse, row])], len(scores), "images", {}, indices=indices)
 
 
 def places(chosen):
@@ -38,36 +38,36 @@ def places(chosen):
 
 def test_best_median_worst_and_random_by_the_decoder_masks_of_all_orders():
     scores = [math.nan, *(i / 20 for i in range(20))]
-    chosen = choose_pictures(Pictures(21), [evaluation(scores)], each=3, seed=0)
+    chosen = choose_images(Images(21), [evaluation(scores)], each=3, seed=0)
     found = places(chosen)
     assert found["best"] == [20, 19, 18] and found["worst"] == [1, 2, 3]
     assert sorted(found["median"]) == [10, 11, 12]
     assert len(found["random"]) == 3 and len({c.index for c in chosen}) == 12 and 0 not in {c.index for c in chosen}
-    assert chosen[0].score == pytest.approx(0.95) and chosen[0].label == "picture 20"
-    assert places(choose_pictures(Pictures(21), [evaluation(scores)], each=3, seed=1))["random"] != found["random"]
+    assert chosen[0].score == pytest.approx(0.95) and chosen[0].label == "image 20"
+    assert places(choose_images(Images(21), [evaluation(scores)], each=3, seed=1))["random"] != found["random"]
 
 
 def test_several_runs_choose_by_their_mean():
     one, other = [0.9, 0.0, 0.5, 0.1], [0.0, 0.0, 0.6, 0.1]
-    chosen = choose_pictures(Pictures(4), [evaluation(one), evaluation(other)], each=1, seed=0)
+    chosen = choose_images(Images(4), [evaluation(one), evaluation(other)], each=1, seed=0)
     assert places(chosen) == {"best": [2], "median": [0], "worst": [1], "random": [3]}
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_no_picture_is_shown_twice_in_a_small_set(count):
-    chosen = choose_pictures(Pictures(count), [evaluation([i / 10 for i in range(count)])], each=3, seed=0)
+def test_no_image_is_shown_twice_in_a_small_set(count):
+    chosen = choose_images(Images(count), [evaluation([i / 10 for i in range(count)])], each=3, seed=0)
     assert len(chosen) == len({c.index for c in chosen}) == min(count, 4)
 
 
-def test_unreadable_pictures_shift_no_score():
-    chosen = choose_pictures(Pictures(6), [evaluation([0.1, 0.9, 0.5], indices=[1, 3, 5])], each=1, seed=0)
+def test_unreadable_images_shift_no_score():
+    chosen = choose_images(Images(6), [evaluation([0.1, 0.9, 0.5], indices=[1, 3, 5])], each=1, seed=0)
     assert places(chosen)["best"] == [3] and places(chosen)["worst"] == [1]
 
 
-def test_without_scores_pictures_are_drawn():
-    chosen = choose_pictures(Pictures(50), [], each=2, seed=0, limit=10)
+def test_without_scores_images_are_drawn():
+    chosen = choose_images(Images(50), [], each=2, seed=0, limit=10)
     assert len(chosen) == 4 and all(c.why == "random" and c.score is None and c.index < 10 for c in chosen)
-    assert len(choose_pictures(Pictures(3), [], each=2, seed=0)) == 3
+    assert len(choose_images(Images(3), [], each=2, seed=0)) == 3
 
 
 def test_a_log_cut_by_a_crash_is_read_as_far_as_it_goes(tmp_path):

@@ -38,7 +38,7 @@ def test_what_lies_around_is_grey():
     assert tuple(colours[0]) == GREY and tuple(colours[1]) != GREY != tuple(colours[2])
 
 
-def test_places_lie_in_the_picture_and_differ():
+def test_places_lie_in_the_image_and_differ():
     for count in (7, 12, 255):
         assert len(np.unique(places(count).round(4), axis=0)) == count
         assert places(count).min() > 0 and places(count).max() < 1

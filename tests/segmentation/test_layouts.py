@@ -1,4 +1,4 @@
-"""Grids and windows of pictures: everything is covered, nothing is larger than allowed."""
+"""Grids and windows of images: everything is covered, nothing is larger than allowed."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ SHAPES = [(64, 64), (640, 480), (100, 333), (1, 1), (5000, 1), (1, 5000)]
 
 @pytest.mark.parametrize("size", [None, 64, 100, 224])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tiles_cover_the_picture_and_overlap_by_half(shape, size):
+def test_tiles_cover_the_image_and_overlap_by_half(shape, size):
     layout = fit_of("tiles", 64, 8, size)(*shape)
     seen = np.zeros(layout.grid, int)
     for top, left in layout.corners:
@@ -26,18 +26,18 @@ def test_tiles_cover_the_picture_and_overlap_by_half(shape, size):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_grid_of_the_pictures_own_shape(shape):
+def test_a_grid_of_the_images_own_shape(shape):
     layout = fit_of("interpolate", 224, 16, 448)(*shape)
     assert min(layout.grid) == 28 and layout.grid[0] * layout.grid[1] <= MAX_TOKENS
     if shape == (640, 480):
         assert layout.grid == (28, 37) == layout.window and layout.corners == ((0, 0),)
 
 
-def test_stretched_pictures_are_the_models_square():
+def test_stretched_images_are_the_models_square():
     assert {fit_of("stretch", 64, 8)(*shape).grid for shape in SHAPES} == {(8, 8)}
 
 
-def test_windows_are_parts_of_the_resized_picture():
+def test_windows_are_parts_of_the_resized_image():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 90, 3), dtype=np.uint8))
     layout = fit_of("tiles", 64, 8, 96)(*image.size)
     windows = windows_of(image, layout, 8)

@@ -1,4 +1,4 @@
-"""The segment command: pictures of any size and shape in; overlays, label maps, soft masks and slots out."""
+"""The segment command: images of any size and shape in; overlays, label maps, soft masks and slots out."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from spot_fast.config import preset
 from spot_fast.model.encoder import encoder_identity, normalise
 from spot_fast.model.spot import Spot
 from spot_fast.segmentation import batch as segment_batch
-from spot_fast.segmentation import overlays as pictures
+from spot_fast.segmentation import overlays
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def run(untrained, monkeypatch, tmp_path):
     return lambda *argv: segment.main([str(a) for a in argv])
 
 
-def picture(path, size=(90, 50), **options):
+def photo(path, size=(90, 50), **options):
     rng = np.random.default_rng(sum(size))
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(path, **options)
@@ -57,7 +57,7 @@ def labels_of(path):
 
 @pytest.mark.parametrize("size", [(90, 50), (31, 200), (64, 64), (1, 1), (4000, 1)])
 def test_any_size_and_shape_stretched(run, untrained, tmp_path, size):
-    source = picture(tmp_path / "photo.png", size)
+    source = photo(tmp_path / "photo.png", size)
     assert run(source, "--precision", "float32") == 0
     square = Image.open(source).resize((64, 64), Image.Resampling.BILINEAR)
     noise = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(0))
@@ -65,8 +65,8 @@ def test_any_size_and_shape_stretched(run, untrained, tmp_path, size):
     output = untrained.model.segment(normalise(image), noise=noise)
     for ending, masks in (("labels", output.masks), ("slot_labels", output.slot_attn)):
         labels = labels_of(tmp_path / "segments" / f"photo_{ending}.png")
-        assert np.array_equal(labels, pictures.labels_at(masks[0], size[1], size[0]))
-    panel = pictures.panel_size(*size)
+        assert np.array_equal(labels, overlays.labels_at(masks[0], size[1], size[0]))
+    panel = overlays.panel_size(*size)
     with Image.open(tmp_path / "segments" / "photo_overlay.png") as overlay:
         assert overlay.width > 3 * panel[0] and overlay.height > panel[1]
 
@@ -75,7 +75,7 @@ def test_any_size_and_shape_stretched(run, untrained, tmp_path, size):
 def test_any_size_and_shape_in_its_own_shape(run, tmp_path, fit):
     sizes = [(90, 50), (31, 200), (64, 64), (1, 1), *([(4000, 1)] if fit == "tiles" else [])]
     for size in sizes:
-        picture(tmp_path / "in" / f"{size[0]}.png", size)
+        photo(tmp_path / "in" / f"{size[0]}.png", size)
     assert run(tmp_path / "in", "--fit", fit, "--soft", "--slots", "--no-overlay") == 0
     for width, height in sizes:
         assert labels_of(tmp_path / "segments" / f"{width}_labels.png").shape == (height, width)
@@ -94,8 +94,8 @@ def test_any_size_and_shape_in_its_own_shape(run, tmp_path, fit):
     assert not list((tmp_path / "segments").glob("*_overlay.png"))
 
 
-def test_a_square_picture_is_the_same_stretched_and_interpolated(run, tmp_path):
-    source = picture(tmp_path / "photo.png", (80, 80))
+def test_a_square_image_is_the_same_stretched_and_interpolated(run, tmp_path):
+    source = photo(tmp_path / "photo.png", (80, 80))
     for fit in ("stretch", "interpolate"):
         assert run(source, "--fit", fit, "--soft", "--out", tmp_path / fit) == 0
     one, other = (load_file(tmp_path / fit / "photo_soft.safetensors") for fit in ("stretch", "interpolate"))
@@ -105,7 +105,7 @@ def test_a_square_picture_is_the_same_stretched_and_interpolated(run, tmp_path):
 @pytest.mark.parametrize("fit", ["stretch", "tiles", "interpolate"])
 def test_batch_size_and_workers_change_no_label(run, tmp_path, fit):
     for i in range(9):
-        picture(tmp_path / "in" / f"{i}.png", (40 + 5 * (i // 2), 60))
+        photo(tmp_path / "in" / f"{i}.png", (40 + 5 * (i // 2), 60))
     for batch, workers in ((1, 1), (8, 3)):
         assert (
             run(
@@ -131,7 +131,7 @@ def test_batch_size_and_workers_change_no_label(run, tmp_path, fit):
 
 
 def test_repeats_are_equal_and_leave_nothing_else(run, tmp_path):
-    source = picture(tmp_path / "photo.png")
+    source = photo(tmp_path / "photo.png")
     names = {
         f"photo_{kind}"
         for kind in ("overlay.png", "labels.png", "slot_labels.png", "soft.safetensors", "slots.safetensors")
@@ -153,7 +153,7 @@ def _contents(path):
 
 
 def test_masks_that_were_not_asked_for_are_not_written(run, tmp_path):
-    source = picture(tmp_path / "photo.png")
+    source = photo(tmp_path / "photo.png")
     for masks, name in (("decoder", "photo_labels.png"), ("slots", "photo_slot_labels.png")):
         out = tmp_path / masks
         assert run(source, "--masks", masks, "--soft", "--out", out) == 0
@@ -162,12 +162,12 @@ def test_masks_that_were_not_asked_for_are_not_written(run, tmp_path):
 
 
 def test_tensors_say_what_they_are_of(run, tmp_path):
-    source = picture(tmp_path / "photo.png", (90, 50))
+    source = photo(tmp_path / "photo.png", (90, 50))
     assert run(source, "--slots", "--fit", "tiles") == 0
     with safe_open(tmp_path / "segments" / "photo_slots.safetensors", framework="pt") as file:
         about = file.metadata()
     expected = {
-        "picture": str(source),
+        "image": str(source),
         "model": "run runs/untrained",
         "fit": "tiles",
         "orders": "0",
@@ -178,8 +178,8 @@ def test_tensors_say_what_they_are_of(run, tmp_path):
 
 
 def test_folders_lists_scenes_and_grid(run, tmp_path):
-    picture(tmp_path / "in" / "sub" / "one.jpg")
-    picture(tmp_path / "in" / "turned.jpg", exif=_turned())
+    photo(tmp_path / "in" / "sub" / "one.jpg")
+    photo(tmp_path / "in" / "turned.jpg", exif=_turned())
     (tmp_path / "in" / "list.txt").write_text("turned.jpg\nmissing.jpg\n")
     assert run(tmp_path / "in", "--scenes", 2, "--grid", tmp_path / "new" / "grid.png") == 0
     root = tmp_path / "segments"
@@ -198,20 +198,20 @@ def _turned():
     return exif
 
 
-def test_another_picture_or_model_is_not_overwritten(run, tmp_path, capsys):
-    one, other = picture(tmp_path / "a" / "x.png", (9, 9)), picture(tmp_path / "b" / "x.png", (8, 7))
+def test_another_image_or_model_is_not_overwritten(run, tmp_path, capsys):
+    one, other = photo(tmp_path / "a" / "x.png", (9, 9)), photo(tmp_path / "b" / "x.png", (8, 7))
     labels = tmp_path / "segments" / "x_labels.png"
     assert run(one) == 0 and run(one, "--orders", "all") == 0
     before = labels.read_bytes()
     assert run(other) == 2 and run(one, "--encoder", "spot_scenes", "--encoder-weights", "none") == 2
-    assert "x_labels.png and 2 more exist and are not of the same picture and model" in capsys.readouterr().err
+    assert "x_labels.png and 2 more exist and are not of the same image and model" in capsys.readouterr().err
     assert labels.read_bytes() == before
     assert run(other, "--overwrite") == 0 and labels_of(labels).shape == (7, 8)
 
 
-def test_outputs_are_not_taken_for_pictures(run, tmp_path):
-    source = picture(tmp_path / "in" / "photo.png")
-    mine = picture(tmp_path / "in" / "my_overlay.png")
+def test_outputs_are_not_taken_for_images(run, tmp_path):
+    source = photo(tmp_path / "in" / "photo.png")
+    mine = photo(tmp_path / "in" / "my_overlay.png")
     for _ in range(2):
         assert run(source.parent, "--out", source.parent) == 0
     assert len(list(mine.parent.iterdir())) == 2 + 2 * 3
@@ -239,7 +239,7 @@ def test_any_mode(run, tmp_path, mode, ending):
 
 
 def test_the_first_frame_of_an_animation(run, tmp_path):
-    frames = [Image.open(picture(tmp_path / f"{i}.png", (40 + i, 40))).resize((40, 40)) for i in range(2)]
+    frames = [Image.open(photo(tmp_path / f"{i}.png", (40 + i, 40))).resize((40, 40)) for i in range(2)]
     frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:], lossless=True)
     frames[0].save(tmp_path / "still.webp", lossless=True)
     assert run(tmp_path / "moving.webp", tmp_path / "still.webp") == 0
@@ -247,20 +247,20 @@ def test_the_first_frame_of_an_animation(run, tmp_path):
     assert np.array_equal(moving, still)
 
 
-def test_corrupt_picture_is_named_and_the_others_done(run, tmp_path, capsys):
-    good, bad = picture(tmp_path / "good.png"), tmp_path / "bad.jpg"
-    bad.write_text("no picture")
+def test_corrupt_image_is_named_and_the_others_done(run, tmp_path, capsys):
+    good, bad = photo(tmp_path / "good.png"), tmp_path / "bad.jpg"
+    bad.write_text("no image")
     assert run(bad, good) == 0
     printed = capsys.readouterr()
     assert f"skipped: image {bad} cannot be read: not an image of a known format" in printed.err
-    assert "1 of 2 could not be read" in printed.err and "1 picture in " in printed.out
+    assert "1 of 2 could not be read" in printed.err and "1 image in " in printed.out
     assert {path.name for path in (tmp_path / "segments").iterdir()} == {
         "good_overlay.png",
         "good_labels.png",
         "good_slot_labels.png",
     }
     assert run(bad) == 2
-    assert "error: no picture could be read" in capsys.readouterr().err
+    assert "error: no image could be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -302,11 +302,11 @@ def test_bad_arguments_are_one_sentence(run, capsys, argv, message):
     assert errors.startswith("error: ") and message in errors and errors.count("\n") == 1
 
 
-def test_grid_is_not_written_over_a_picture(run, tmp_path, capsys):
-    source = picture(tmp_path / "photo.png")
+def test_grid_is_not_written_over_an_image(run, tmp_path, capsys):
+    source = photo(tmp_path / "photo.png")
     before = source.read_bytes()
     assert run(source, "--grid", source) == 2 and source.read_bytes() == before
-    assert "is one of the pictures" in capsys.readouterr().err
+    assert "is one of the images" in capsys.readouterr().err
 
 
 def test_folder_that_cannot_be_written(run, tmp_path, capsys):
@@ -327,11 +327,11 @@ def test_clusters_of_an_encoder(run, tmp_path):
     assert max((left == k).mean() - (right == k).mean() for k in (0, 1)) > 0.9
 
 
-def test_large_pictures_are_worked_on_one_at_a_time(run, tmp_path, monkeypatch):
+def test_large_images_are_worked_on_one_at_a_time(run, tmp_path, monkeypatch):
     """Whatever the number of threads, memory is for one; labels, skipping and names are as for small ones."""
     for i in range(4):
-        picture(tmp_path / "in" / f"{i}.png", (40, 40 + i))
-    (tmp_path / "in" / "bad.png").write_text("no picture")
+        photo(tmp_path / "in" / f"{i}.png", (40, 40 + i))
+    (tmp_path / "in" / "bad.png").write_text("no image")
     assert run(tmp_path / "in", "--workers", 3, "--out", tmp_path / "small") == 0
     at_once, most, prepare = [], [], segment_batch._prepare
 

@@ -1,4 +1,4 @@
-"""Which pictures a command line means, what their outputs are called, and that none takes another file's place."""
+"""Which images a command line means, what their outputs are called, and that none takes another file's place."""
 
 from pathlib import Path
 
@@ -8,22 +8,22 @@ from PIL import Image
 
 from spot_fast.errors import UserError
 from spot_fast.segmentation import files as segment_files
-from spot_fast.segmentation.files import Origin, check_overwriting, find_pictures, output_names, save, save_tensors
+from spot_fast.segmentation.files import Origin, check_overwriting, find_images, output_names, save, save_tensors
 
 
-def picture(path):
+def image(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (3, 2)).save(path)
     return path
 
 
 def names(sources, out="out"):
-    return [name for _, name in find_pictures(sources, Path(out))]
+    return [name for _, name in find_images(sources, Path(out))]
 
 
-def test_names_follow_the_folder_or_list_a_picture_was_found_through(tmp_path):
+def test_names_follow_the_folder_or_list_an_image_was_found_through(tmp_path):
     for name in ("a/x.jpg", "a/sub/y.v2.png", "b/x.jpg"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     (tmp_path / "b" / "some.txt").write_text("x.jpg\n../a/x.jpg\n")
     assert names([tmp_path / "a"]) == ["sub/y.v2", "x"]
     assert names([tmp_path / "a" / "x.jpg"]) == ["x"]
@@ -31,13 +31,13 @@ def test_names_follow_the_folder_or_list_a_picture_was_found_through(tmp_path):
     assert names([tmp_path / "a", tmp_path / "b"]) == ["a/sub/y.v2", "a/x", "b/x"]
 
 
-def test_a_picture_named_twice_is_one(tmp_path):
-    one = picture(tmp_path / "a" / "x.jpg")
-    assert [path for path, _ in find_pictures([one, tmp_path / "a", one], tmp_path / "out")] == [one]
+def test_an_image_named_twice_is_one(tmp_path):
+    one = image(tmp_path / "a" / "x.jpg")
+    assert [path for path, _ in find_images([one, tmp_path / "a", one], tmp_path / "out")] == [one]
 
 
-def test_a_file_without_an_ending_may_be_a_picture_or_a_list(tmp_path):
-    picture(tmp_path / "x.png").rename(tmp_path / "photo")
+def test_a_file_without_an_ending_may_be_an_image_or_a_list(tmp_path):
+    image(tmp_path / "x.png").rename(tmp_path / "photo")
     (tmp_path / "list").write_text("photo\n")
     assert names([tmp_path / "photo"]) == ["photo"] and names([tmp_path / "list"]) == ["photo"]
     (tmp_path / "nothing").write_bytes(b"\xff\xfe\x00")
@@ -51,8 +51,8 @@ def test_equal_stems_and_inputs_get_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["png", "safetensors"])
-def test_outputs_are_overwritten_for_the_same_picture_and_model_only(tmp_path, kind):
-    origin = Origin("x.jpg", "/pictures/x.jpg", "run a")
+def test_outputs_are_overwritten_for_the_same_image_and_model_only(tmp_path, kind):
+    origin = Origin("x.jpg", "/images/x.jpg", "run a")
     ending = segment_files.OVERLAY if kind == "png" else segment_files.SLOTS
     path = tmp_path / f"sub/x_{ending}"
     if kind == "png":
@@ -60,15 +60,15 @@ def test_outputs_are_overwritten_for_the_same_picture_and_model_only(tmp_path, k
     else:
         save_tensors({"slots": torch.zeros(2)}, path, origin.metadata())
     check_overwriting(tmp_path, ["sub/x"], [origin], [ending])
-    for other in (Origin("x.jpg", "/others/x.jpg", "run a"), Origin("x.jpg", "/pictures/x.jpg", "run b")):
-        with pytest.raises(UserError, match="not of the same picture and model: choose another --out, or add"):
+    for other in (Origin("x.jpg", "/others/x.jpg", "run a"), Origin("x.jpg", "/images/x.jpg", "run b")):
+        with pytest.raises(UserError, match="not of the same image and model: choose another --out, or add"):
             check_overwriting(tmp_path, ["sub/x"], [other], [ending])
     path.write_bytes(b"mine")
-    with pytest.raises(UserError, match="not of the same picture"):
+    with pytest.raises(UserError, match="not of the same image"):
         check_overwriting(tmp_path, ["sub/x"], [origin], [ending])
 
 
-def test_outputs_do_not_tell_where_the_picture_lies(tmp_path):
+def test_outputs_do_not_tell_where_the_image_lies(tmp_path):
     save(Image.new("RGB", (2, 2)), tmp_path / "x.png", Origin("x.jpg", "/secret/x.jpg", "run /secret/a").metadata())
     assert b"secret" not in (tmp_path / "x.png").read_bytes()
 

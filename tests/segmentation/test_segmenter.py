@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def pictures(count=5, height=64, width=64):
+def images(count=5, height=64, width=64):
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 255, (count, 3, height, width), generator=generator, dtype=torch.uint8)
 
@@ -38,11 +38,11 @@ def maskers(folder, **options):
     yield cluster_masker("spot_scenes", None, clusters=4, size=None, device="cpu", **options)[0]
 
 
-def test_pictures_of_a_batch_are_seen_as_alone(folder):
+def test_images_of_a_batch_are_seen_as_alone(folder):
     for masker in maskers(folder):
-        together = masker.find(pictures())
-        for number, picture in enumerate(pictures()):
-            alone = masker.find(picture[None])
+        together = masker.find(images())
+        for number, image in enumerate(images()):
+            alone = masker.find(image[None])
             for kind in masker.kinds:
                 torch.testing.assert_close(alone.masks[kind][0], together.masks[kind][number], rtol=1e-4, atol=1e-5)
             if together.slots is not None:
@@ -53,15 +53,15 @@ def test_pictures_of_a_batch_are_seen_as_alone(folder):
 def test_soft_masks_sum_to_one_on_any_grid(folder, precision):
     for masker in maskers(folder, precision=precision):
         for height, width in ((64, 64), (40, 96)):
-            found = masker.find(pictures(2, height, width))
+            found = masker.find(images(2, height, width))
             for soft in found.masks.values():
                 assert soft.dtype == torch.float32 and soft.shape[1] == height * width // 64
                 torch.testing.assert_close(soft.sum(-1), torch.ones(soft.shape[:2]), atol=1e-2, rtol=0)
 
 
-def test_a_single_picture_comes_with_captions(folder):
+def test_a_single_image_comes_with_captions(folder):
     masker, size, what = run_masker(folder, orders="all", device="cpu")
-    (first, decoder), (second, slots) = masker(pictures(1))
+    (first, decoder), (second, slots) = masker(images(1))
     assert (first, second, size, what) == ("decoder masks", "slot masks", 64, f"run {folder}")
     assert decoder.shape == slots.shape == (64, 6)
 
@@ -70,5 +70,5 @@ def test_few_grids_are_kept(folder, monkeypatch):
     monkeypatch.setattr(maskers_module, "_MOST_GRIDS", 2)
     masker = run_masker(folder, orders="0", device="cpu")[0]
     for width in (8, 16, 24, 32):
-        masker.find(pictures(1, 8, width))
+        masker.find(images(1, 8, width))
     assert list(masker._grids) == [(8, 8), (1, 3), (1, 4)]

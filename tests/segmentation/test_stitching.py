@@ -1,4 +1,4 @@
-"""Masks of windows become segments of the picture, whatever the windows call their slots."""
+"""Masks of windows become segments of the image, whatever the windows call their slots."""
 
 import pytest
 import torch

@@ -69,7 +69,7 @@ def python_blocks() -> list[tuple[str, int, str]]:
 
 
 def furnish(place: Path) -> None:
-    """Everything that the commands name, a few small pictures each."""
+    """Everything that the commands name, a few small images each."""
     (place / "COCO").mkdir()
     make_coco(place / "COCO")
     make_voc(place)

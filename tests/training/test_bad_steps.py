@@ -152,12 +152,12 @@ def test_a_loss_leaps_beside_the_mean_of_those_before_it(spike):
 
 
 @pytest.mark.parametrize("on_bad_step", ["skip", "stop"])
-def test_a_leap_is_told_with_its_pictures(on_bad_step, tmp_path, broken, capsys):
+def test_a_leap_is_told_with_its_images(on_bad_step, tmp_path, broken, capsys):
     broken(22, value=50.0)
     config = tiny(on_bad_step=on_bad_step, eval_images=0)
     if on_bad_step == "stop":
         told_of = (
-            r"the loss leapt at step 22 \(loss .*, before it .* on average\), pictures train scene \d+, .*: the "
+            r"the loss leapt at step 22 \(loss .*, before it .* on average\), images train scene \d+, .*: the "
             "state of step 0 is kept.*--on-bad-step skip"
         )
         with pytest.raises(UserError, match=told_of):
@@ -168,7 +168,7 @@ def test_a_leap_is_told_with_its_pictures(on_bad_step, tmp_path, broken, capsys)
     (line,) = [line for line in metrics(path) if line["kind"] == "skipped"]
     trainer = Trainer(config, device=CPU)
     epoch, step = divmod(21, trainer.loader.steps_per_epoch)
-    assert line["pictures"] == [[trainer.train_set.label(i) for i in trainer.loader.steps(epoch)[step].tolist()]]
+    assert line["images"] == [[trainer.train_set.label(i) for i in trainer.loader.steps(epoch)[step].tolist()]]
     assert "update left out: step 22 (loss" in capsys.readouterr().out
 
 

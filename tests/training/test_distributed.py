@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 import two_processes
+from image_files import make_images, truncate
 from paths import ROOT
-from picture_files import make_pictures, truncate
 from spot_fast import train
 from spot_fast.checkpoints.runs import MODEL, STATE, read_metadata
 from spot_fast.errors import UserError
@@ -67,7 +67,7 @@ def assert_same_but_rounding(one: Path, other: Path) -> None:
 
 
 def save_gradients(rank: int) -> None:
-    """Every process writes the gradients of its first step, as Adam gets them, and the pictures that it saw."""
+    """Every process writes the gradients of its first step, as Adam gets them, and the images that it saw."""
     train_step = Trainer.train_step
 
     def recorded(self, batch):
@@ -80,7 +80,7 @@ def save_gradients(rank: int) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"accumulate": 2}, {"orders": "standard", "cappa": 0.5, "seed": 3}])
-def test_first_gradients_and_pictures(changes, workplace, monkeypatch):
+def test_first_gradients_and_images(changes, workplace, monkeypatch):
     words = options(epochs=2, eval_images=0, cache="none", flip=True, log_every=3, **changes)
     ending = two_processes.train(workplace, [*words, "--out", "two"], prepare="test_distributed.save_gradients")
     assert ending.codes == [0, 0], ending.err
@@ -122,15 +122,15 @@ def test_both_stages_and_one_process_that_writes(workplace, whole):
 
 
 @pytest.mark.parametrize("cache", ["none", "pixels", "features"])
-def test_files_caches_and_a_corrupt_picture(cache, workplace):
-    (workplace / "pictures").mkdir()
-    pictures = make_pictures(workplace / "pictures", 22, size=(48, 32))
-    truncate(pictures / "013.png")
+def test_files_caches_and_a_corrupt_image(cache, workplace):
+    (workplace / "images").mkdir()
+    images = make_images(workplace / "images", 22, size=(48, 32))
+    truncate(images / "013.png")
     words = [
         "--preset",
         "folder",
         "--data",
-        str(pictures),
+        str(images),
         "--workers",
         "1",
         "--feature-norm",
@@ -175,7 +175,7 @@ def stop_in_rank_1(rank: int) -> None:
 
 def fail_in_rank_1(rank: int) -> None:
     def fail():
-        raise UserError("picture 7 is missing")
+        raise UserError("image 7 is missing")
 
     _at_step_9(rank, fail)
 
@@ -213,12 +213,12 @@ def _at_step_9(rank: int, action) -> None:
         (
             "fail_in_rank_1",
             [2, 2],
-            "error: another process of the run has ended (process 1: picture 7 is missing)",
+            "error: another process of the run has ended (process 1: image 7 is missing)",
             "9",
         ),
         ("break_in_rank_1", [2, 1], "has ended (process 1: RuntimeError: a defect)", "9"),
         ("die_in_rank_1", [2, -9], "has ended (it left no reason)", "9"),
-        ("fail_in_rank_0", [2, 2], "error: picture 7 is missing", "0"),
+        ("fail_in_rank_0", [2, 2], "error: image 7 is missing", "0"),
     ],
 )
 def test_an_error_in_one_ends_all(fault, codes, sentence, saved, workplace):

@@ -20,7 +20,7 @@ def test_hidden_patches_become_predictable():
 
 
 def test_the_decoder_is_not_told_where_the_visible_patches_are():
-    """Of one picture's 64 patches, only the 48 hidden ones hand a gradient to the decoder's positions."""
+    """Of one image's 64 patches, only the 48 hidden ones hand a gradient to the decoder's positions."""
     model = MaskedAutoencoder(build_vit(preset("scenes")))
     loss = model(torch.randn(1, 3, 64, 64), torch.Generator().manual_seed(0))
     (gradient,) = torch.autograd.grad(loss, model.positions)

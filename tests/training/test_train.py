@@ -13,7 +13,7 @@ from dataclasses import asdict, fields
 import pytest
 import torch
 
-from picture_files import make_pictures
+from image_files import make_images
 from spot_fast import train
 from spot_fast.checkpoints.runs import CONFIG, METRICS, MODEL, STATE, load_run, read_config, read_metadata
 from spot_fast.config import Config, preset, preset_names
@@ -176,16 +176,16 @@ def test_help_shows_the_defaults_of_preset_and_stage(capsys):
         ("--float8 --precision bf16 --device cpu", "--float8 needs an NVIDIA GPU of compute capability 8.9 or more"),
         ("--float8 --precision float32", "--float8 belongs to --precision bf16, not float32: leave one out"),
         ("--method dino", "--method dino is unknown: use one of spot, spot_ens"),
-        ("--accumulate 3", "--accumulate 3 does not divide the 8 pictures of a process"),
+        ("--accumulate 3", "--accumulate 3 does not divide the 8 images of a process"),
         ("--precision tf32 --device cpu", "--precision tf32 needs an NVIDIA GPU"),
         ("--profile -1", "--profile -1: use the number of steps to profile"),
         ("--cache-dir /dev/null/x", "--cache-dir /dev/null/x is not a folder that can be made and written to"),
         (
-            "--preset folder --data {pictures} --encoder spot_scenes --image-size 16 --mask-size 16 --dec-heads 4 "
+            "--preset folder --data {images} --encoder spot_scenes --image-size 16 --mask-size 16 --dec-heads 4 "
             "--crop random --cache features",
             "--cache features: a random crop of image folder train has no end of outcomes",
         ),
-        ("--preset folder --data {pictures} --sbd x --cache none --loader tape", "argument --loader: invalid choice"),
+        ("--preset folder --data {images} --sbd x --cache none --loader tape", "argument --loader: invalid choice"),
         (
             "--stage 2",
             "stage 2 needs a teacher, but there is no finished stage 1 run of preset scenes in runs: train one "
@@ -195,9 +195,9 @@ def test_help_shows_the_defaults_of_preset_and_stage(capsys):
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(words, sentence, tmp_path, tmp_path_factory, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    pictures = make_pictures(tmp_path_factory.mktemp("pictures"), 8)
+    images = make_images(tmp_path_factory.mktemp("images"), 8)
     small = ["--train-images", "64", "--val-images", "2", "--batch-size", "8", "--warmup-steps", "8"]
-    assert sentence in refused(capsys, *small, *words.format(pictures=pictures).split())
+    assert sentence in refused(capsys, *small, *words.format(images=images).split())
     assert os.listdir(tmp_path) == []
 
 

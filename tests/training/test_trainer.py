@@ -54,7 +54,7 @@ def test_losses_fall_and_are_means(tmp_path):
 
 
 @pytest.mark.parametrize("stage, precision", [(1, "float32"), (2, "float32"), (1, "bf16"), (2, "bf16")])
-def test_cached_features_and_decoded_pictures_train_the_same(stage, precision, tmp_path, teacher):
+def test_cached_features_and_decoded_images_train_the_same(stage, precision, tmp_path, teacher):
     config = tiny(stage, precision=precision, feature_norm=True, epochs=2)
     paths = [
         train(tmp_path, replace(config, cache=mode), teacher if stage == 2 else None)[0]
@@ -143,7 +143,7 @@ def test_accumulated_parts_are_the_whole_batch(stage, cache, tmp_path, teacher):
     )
     losses = [[line["loss"] for line in metrics(run) if line["kind"] != "validation"] for run in (whole, parts)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    with pytest.raises(UserError, match="--accumulate 3 does not divide the 4 pictures of a process"):
+    with pytest.raises(UserError, match="--accumulate 3 does not divide the 4 images of a process"):
         Trainer(replace(config, accumulate=3), device=CPU)
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from picture_files import make_pictures, truncate
+from image_files import make_images, truncate
 from spot_fast.checkpoints.runs import save_tensors
 from spot_fast.data.datasets import folder as folder_module
 from spot_fast.errors import UserError
@@ -16,9 +16,9 @@ from tiny_runs import CPU, assert_same_run, go_on, metrics, tiny, train
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """22 pictures, one of them cut off."""
-    root = make_pictures(tmp_path_factory.mktemp("pictures"), 22, size=(48, 32))
+def images(tmp_path_factory):
+    """22 images, one of them cut off."""
+    root = make_images(tmp_path_factory.mktemp("images"), 22, size=(48, 32))
     truncate(root / "013.png")
     return root
 
@@ -29,11 +29,11 @@ def teacher(tmp_path_factory):
 
 
 @pytest.fixture
-def on_files(monkeypatch, pictures, tmp_path):
-    """Runs on the pictures, with a cache folder of their own: (mode, config) → run folder."""
+def on_files(monkeypatch, images, tmp_path):
+    """Runs on the images, with a cache folder of their own: (mode, config) → run folder."""
 
     def open_files(config, split):
-        return folder_module.Folder(pictures, image_size=config.image_size, crop=config.crop, flip=config.flip)
+        return folder_module.Folder(images, image_size=config.image_size, crop=config.crop, flip=config.flip)
 
     monkeypatch.setattr(trainer_module, "open_set", open_files)
 
@@ -58,9 +58,9 @@ def test_features_on_disk(on_files, stage, precision, teacher):
     assert len(metrics(runs[0])) > 5
 
 
-def test_dali_with_and_without_cache(on_files, tmp_path_factory, pictures, monkeypatch):
+def test_dali_with_and_without_cache(on_files, tmp_path_factory, images, monkeypatch):
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    jpegs = make_pictures(tmp_path_factory.mktemp("jpegs"), 22, size=(60, 45), ending="jpg")
+    jpegs = make_images(tmp_path_factory.mktemp("jpegs"), 22, size=(60, 45), ending="jpg")
     truncate(jpegs / "013.jpg")
     monkeypatch.setattr(
         trainer_module,
@@ -112,9 +112,9 @@ def test_pixels_on_disk(on_files, crop, tmp_path):
     assert len(list((tmp_path / "cache").glob("pixels-*"))) == 1
 
 
-def test_whole_pictures_are_decoded_by_pillow(on_files):
+def test_whole_images_are_decoded_by_pillow(on_files):
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    with pytest.raises(UserError, match="--cache pixels keeps whole pictures, as Pillow .*--loader torch"):
+    with pytest.raises(UserError, match="--cache pixels keeps whole images, as Pillow .*--loader torch"):
         on_files("pixels", small(crop="random", loader="dali"))
 
 
@@ -122,7 +122,7 @@ def test_auto_says_what_it_chose(on_files, capsys):
     on_files("auto", small(crop="random"))
     assert "a random crop of image folder has no end of outcomes" in capsys.readouterr().out
     on_files("auto", small())
-    assert "features of 22 pictures, mirrored and not" in capsys.readouterr().out
+    assert "features of 22 images, mirrored and not" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("crop", ["center", "random"])
@@ -140,12 +140,12 @@ def test_a_cache_that_fails_costs_a_note_where_nobody_asked_for_it(on_files, mon
         on_files("pixels", small(crop=crop))
 
 
-def test_a_run_goes_on_with_its_own_pictures_wherever_they_lie(tmp_path, monkeypatch):
-    """As many other pictures of the same names would be trained on without a word."""
+def test_a_run_goes_on_with_its_own_images_wherever_they_lie(tmp_path, monkeypatch):
+    """As many other images of the same names would be trained on without a word."""
     roots = {name: tmp_path / name for name in ("own", "copy", "other")}
     for root in roots.values():
         root.mkdir()
-        make_pictures(root, 22, size=(48, 32), seed=root.name == "other")
+        make_images(root, 22, size=(48, 32), seed=root.name == "other")
     (roots["copy"] / "000.png").write_bytes((roots["other"] / "000.png").read_bytes())
     given = ["own"]
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Plain version of mask_labels: PyTorch's bilinear resize, a few pictures at a time, and the first largest mask."""
+"""Plain version of mask_labels: PyTorch's bilinear resize, a few images at a time, and the first largest mask."""
 
 from __future__ import annotations
 

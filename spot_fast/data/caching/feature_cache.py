@@ -1,6 +1,6 @@
-"""What a frozen function makes of every training picture, computed once: in memory, on the device or on disk.
+"""What a frozen function makes of every training image, computed once: in memory, on the device or on disk.
 
-Pays where a picture has few outcomes: one if nothing is augmented, two if it is mirrored or not. Row
+Pays where an image has few outcomes: one if nothing is augmented, two if it is mirrored or not. Row
 `index * outcomes + mirrored` holds an outcome. A run that reads the rows sees what it would have computed.
 """
 
@@ -24,14 +24,14 @@ from spot_fast.data.loading.loader import Loader
 from spot_fast.data.loading.prefetch import to_device
 from spot_fast.system.devices import send
 
-# uint8 pictures [B, 3, S, S] → one tensor a field, its first axis the picture's.
+# uint8 images [B, 3, S, S] → one tensor a field, its first axis the image's.
 Function = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Field:
-    """One result of the function: shape and dtype of a picture's, and `key`, everything its values depend on but the
-    pictures (weights, precision)."""
+    """One result of the function: shape and dtype of an image's, and `key`, everything its values depend on but the
+    images (weights, precision)."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Field:
 
 
 def outcomes(image_set: ImageSet) -> int:
-    """How many different training squares a picture gives: 1, or 2 with mirroring; 0 stands for no end of them."""
+    """How many different training squares an image gives: 1, or 2 with mirroring; 0 stands for no end of them."""
     return 0 if image_set.random_crop else 1 + image_set.flip
 
 
@@ -61,7 +61,7 @@ def stores_of(image_set: ImageSet, fields: Sequence[Field], folder: Path) -> lis
             "field": field.name,
             "shape": list(field.shape),
             "dtype": str(field.dtype).removeprefix("torch."),
-            "rows_per_picture": outcomes(image_set),
+            "rows_per_image": outcomes(image_set),
         }
         stores.append(located(folder, f"features-{field.name}-{key[:20]}", len(image_set) * outcomes(image_set), about))
     return stores
@@ -71,19 +71,19 @@ class FeatureCache:
     """The function's results for every outcome; rows are numbered as above.
 
     tensors: one a field, [rows, *shape], where they are held in memory; else they are read from `stores`.
-    corrupt: label and reason of pictures that have no row of their own, by index.
+    corrupt: label and reason of images that have no row of their own, by index.
     """
 
     def __init__(
         self,
         fields: Sequence[Field],
-        per_picture: int,
+        per_image: int,
         *,
         tensors: Sequence[Tensor] | None = None,
         stores: Sequence[Store] | None = None,
         corrupt: dict[int, tuple[str, str]] | None = None,
     ) -> None:
-        self.fields, self.outcomes, self.tensors, self.stores = fields, per_picture, tensors, stores
+        self.fields, self.outcomes, self.tensors, self.stores = fields, per_image, tensors, stores
         self.corrupt = corrupt or {}
 
     def take(self, rows: Tensor) -> tuple[Tensor, ...]:
@@ -131,20 +131,20 @@ def _typed(rows: np.ndarray, field: Field) -> Tensor:
 def in_memory(
     loader: Loader, function: Function, fields: Sequence[Field], device: torch.device, progress: bool | None = None
 ) -> FeatureCache:
-    """Runs `function` on every outcome of the loader's pictures and keeps the results on `device`."""
+    """Runs `function` on every outcome of the loader's images and keeps the results on `device`."""
     image_set = loader.image_set
-    per_picture, count = outcomes(image_set), len(image_set)
-    held = [torch.zeros(count * per_picture, *field.shape, dtype=field.dtype, device=device) for field in fields]
+    per_image, count = outcomes(image_set), len(image_set)
+    held = [torch.zeros(count * per_image, *field.shape, dtype=field.dtype, device=device) for field in fields]
     corrupt: dict[int, tuple[str, str]] = {}
     with _bar(count, 0, progress) as bar:
         for indices, good, results in _compute(loader, function, torch.arange(count)):
             for mirrored, fields_of in enumerate(results):
-                rows = (indices * per_picture + mirrored)[good].to(device)
+                rows = (indices * per_image + mirrored)[good].to(device)
                 for tensor, result in zip(held, fields_of, strict=True):
                     tensor[rows] = result[good.to(result.device)].to(device)
             corrupt |= _told(loader, indices[~good].tolist())
             bar.update(len(indices))
-    return FeatureCache(fields, per_picture, tensors=held, corrupt=corrupt)
+    return FeatureCache(fields, per_image, tensors=held, corrupt=corrupt)
 
 
 def build(
@@ -154,20 +154,20 @@ def build(
     progress: bool | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Completes `stores`, one a field, with what `function` makes of the loader's pictures.
+    """Completes `stores`, one a field, with what `function` makes of the loader's images.
 
-    Pictures that could not be read when an earlier build came to them are tried again. UserError where more are corrupt
-    than the loader puts up with, NotBuilt where a store cannot be written or pictures change meanwhile.
+    Images that could not be read when an earlier build came to them are tried again. UserError where more are corrupt
+    than the loader puts up with, NotBuilt where a store cannot be written or images change meanwhile.
     """
-    per_picture, count = outcomes(loader.image_set), len(loader.image_set)
-    if readable := readable_again(loader.image_set, sorted(_corrupt(stores, per_picture))):
+    per_image, count = outcomes(loader.image_set), len(loader.image_set)
+    if readable := readable_again(loader.image_set, sorted(_corrupt(stores, per_image))):
         _refill(loader, function, stores, readable, say)
     with ExitStack() as stack:
         writers = [stack.enter_context(store.building(say)) for store in stores]
         missing = [writer for writer in writers if writer is not None]
         if missing:
-            # Both outcomes of a picture are written together, but a kill may have come between them.
-            start = min(writer.written for writer in missing) // per_picture
+            # Both outcomes of an image are written together, but a kill may have come between them.
+            start = min(writer.written for writer in missing) // per_image
             with _bar(count, start, progress) as bar:
                 for indices, good, results in _compute(loader, function, torch.arange(start, count)):
                     require_unchanged(loader.image_set, indices.tolist())
@@ -176,7 +176,7 @@ def build(
 
 
 def opened(loader: Loader, fields: Sequence[Field], stores: Sequence[Store]) -> FeatureCache:
-    """Reads from complete `stores`; UserError where one is not, or more pictures were corrupt than the loader puts up
+    """Reads from complete `stores`; UserError where one is not, or more images were corrupt than the loader puts up
     with."""
     require_complete(stores)
     corrupt = _corrupt(stores, outcomes(loader.image_set))
@@ -185,21 +185,21 @@ def opened(loader: Loader, fields: Sequence[Field], stores: Sequence[Store]) -> 
     return FeatureCache(fields, outcomes(loader.image_set), stores=stores, corrupt=corrupt)
 
 
-def _corrupt(stores: Sequence[Store], per_picture: int) -> dict[int, tuple[str, str]]:
-    """Label and reason, by index, of the pictures that lack a row in any store."""
-    return {row // per_picture: found for store in stores for row, found in store.corrupt.items()}
+def _corrupt(stores: Sequence[Store], per_image: int) -> dict[int, tuple[str, str]]:
+    """Label and reason, by index, of the images that lack a row in any store."""
+    return {row // per_image: found for store in stores for row, found in store.corrupt.items()}
 
 
 def _refill(
     loader: Loader, function: Function, stores: Sequence[Store], indices: Sequence[int], say: Callable[[str], None]
 ) -> None:
-    per_picture = outcomes(loader.image_set)
+    per_image = outcomes(loader.image_set)
     for some, good, results in _compute(loader, function, torch.tensor(indices)):
         require_unchanged(loader.image_set, some.tolist())
         for field, store in enumerate(stores):
             batches = [result[field].cpu().contiguous().view(torch.uint8).flatten(1).numpy() for result in results]
             rows = [
-                (index * per_picture + mirrored, rows[place], 0, 0)
+                (index * per_image + mirrored, rows[place], 0, 0)
                 for mirrored, rows in enumerate(batches)
                 for place, index in enumerate(some.tolist())
                 if good[place]
@@ -209,14 +209,14 @@ def _refill(
 
 def _append(loader: Loader, writers, indices: Tensor, good: Tensor, results: list[tuple[Tensor, ...]]) -> None:
     told = _told(loader, indices[~good].tolist())
-    per_picture = len(results)
+    per_image = len(results)
     for field, writer in enumerate(writers):
         if writer is None:
             continue
         batches = [result[field].cpu().contiguous().view(torch.uint8).flatten(1).numpy() for result in results]
         for place, index in enumerate(indices.tolist()):
             for mirrored, rows in enumerate(batches):
-                if index * per_picture + mirrored >= writer.written:
+                if index * per_image + mirrored >= writer.written:
                     writer.append(rows[place], corrupt=told.get(index))
 
 
@@ -228,7 +228,7 @@ def _told(loader: Loader, corrupt: list[int]) -> dict[int, tuple[str, str]]:
 def _compute(
     loader: Loader, function: Function, indices: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]]:
-    """(indices int64 [b], which of them are pictures bool [b], results of each outcome) of the pictures asked for.
+    """(indices int64 [b], which of them are images bool [b], results of each outcome) of the images asked for.
 
     `function` always sees a full batch (of several processes: a process's share of one), because the last bits of its
     results may depend on how many there are.
@@ -236,7 +236,7 @@ def _compute(
     size = loader.batch_size // loader.world
     wanted = list(indices.split(size))
     full = [torch.cat([indices, indices[:1].expand(size - len(indices))]) for indices in wanted]
-    with closing(loader.pictures(full)) as batches:
+    with closing(loader.batches_of(full)) as batches:
         for indices, batch in zip(wanted, batches, strict=True):
             squares = [batch.images, batch.images.flip(-1)][: outcomes(loader.image_set)]
             results = [tuple(field[: len(indices)] for field in function(square)) for square in squares]

@@ -1,6 +1,6 @@
 """Whether files are the ones they were: the part of a cache's key that comes from the file system.
 
-Name, size and modification time do not tell: archives and copies restore times, and uncompressed pictures of one kind
+Name, size and modification time do not tell: archives and copies restore times, and uncompressed images of one kind
 have equal sizes. So the key holds of every file also what only the kernel writes, the time of its last change (ctime,
 in nanoseconds) and its inode number, and of `SAMPLE` files, evenly spread, the contents: there are file systems without
 such a time, as FAT and images that were made reproducibly. The device's number is not in it, since most are given anew

@@ -1,4 +1,4 @@
-"""Training pictures decoded and resized once, kept as uint8 in one memory-mapped file."""
+"""Training images decoded and resized once, kept as uint8 in one memory-mapped file."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from spot_fast.data.loading.loader import Loader
 from spot_fast.errors import CorruptImage
 from spot_fast.system.devices import send
 
-_SAMPLE = 64  # pictures by which the size of a cache of random crops is estimated
+_SAMPLE = 64  # images by which the size of a cache of random crops is estimated
 
 
 class CachedPixels(ImageSet):
-    """`image_set` with its training pictures from a store; everything else, validation too, is the set's own.
+    """`image_set` with its training images from a store; everything else, validation too, is the set's own.
 
-    images is there where all pictures are squares: indexed with int64 [B] it gives uint8 [B, 3, S, S].
+    images is there where all images are squares: indexed with int64 [B] it gives uint8 [B, 3, S, S].
     """
 
     def __init__(self, image_set: ImageFiles, store: Store, device: torch.device | None = None) -> None:
@@ -39,7 +39,7 @@ class CachedPixels(ImageSet):
 
     @property
     def corrupt(self) -> dict[int, tuple[str, str]]:
-        """Label and reason of corrupt pictures, by index."""
+        """Label and reason of corrupt images, by index."""
         return self.store.corrupt
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class CachedPixels(ImageSet):
 
 
 class _Squares:
-    """All pictures of a store of squares, indexed by int64 [B]; on `device` if that is given."""
+    """All images of a store of squares, indexed by int64 [B]; on `device` if that is given."""
 
     def __init__(self, store: Store, device: torch.device | None) -> None:
         self.store = store
@@ -94,7 +94,7 @@ def store_of(image_set: ImageFiles, folder: Path, decoder: str = Loader.kind) ->
 
 
 def expected_bytes(image_set: ImageFiles) -> int:
-    """Size of the pixel store: exact where pictures are squares, else by the first pictures that can be read."""
+    """Size of the pixel store: exact where images are squares, else by the first images that can be read."""
     if not image_set.random_crop:
         return 3 * image_set.image_size**2 * len(image_set)
     sizes = []
@@ -109,19 +109,19 @@ def expected_bytes(image_set: ImageFiles) -> int:
 
 
 def build(loader: Loader, store: Store, *, progress: bool | None = None, say: Callable[[str], None] = print) -> None:
-    """Writes the pictures that `store` lacks, as `loader` decodes them; UserError where too many are corrupt.
+    """Writes the images that `store` lacks, as `loader` decodes them; UserError where too many are corrupt.
 
     Those that could not be read when an earlier build came to them are tried again. NotBuilt where the store cannot be
-    written or pictures change meanwhile.
+    written or images change meanwhile.
     """
     image_set = loader.image_set
     decode = _uncropped if image_set.random_crop else _squares
     if readable := readable_again(image_set, sorted(store.corrupt)):
-        with closing(decode(loader, readable)) as pictures:
+        with closing(decode(loader, readable)) as images:
             found = [
-                (index, picture.numpy(), *picture.shape[1:])
-                for index, picture in zip(readable, pictures, strict=True)
-                if picture is not None
+                (index, image.numpy(), *image.shape[1:])
+                for index, image in zip(readable, images, strict=True)
+                if image is not None
             ]
         require_unchanged(image_set, readable)
         refill(store, found, say)
@@ -129,7 +129,7 @@ def build(loader: Loader, store: Store, *, progress: bool | None = None, say: Ca
         if writer is None:
             return
         loader.note_corrupt(dict(store.corrupt.values()))
-        pictures = decode(loader, range(writer.written, store.count))
+        images = decode(loader, range(writer.written, store.count))
         with (
             tqdm(
                 total=store.count,
@@ -139,32 +139,32 @@ def build(loader: Loader, store: Store, *, progress: bool | None = None, say: Ca
                 leave=False,
                 disable=None if progress is None else not progress,
             ) as bar,
-            closing(pictures),
+            closing(images),
         ):
-            for index, picture in enumerate(pictures, writer.written):
+            for index, image in enumerate(images, writer.written):
                 require_unchanged(image_set, [index])
-                _append(loader, writer, index, picture)
+                _append(loader, writer, index, image)
                 bar.update()
 
 
-def _append(loader: Loader, writer: Writer, index: int, picture: Tensor | None) -> None:
-    if picture is not None:
-        writer.append(picture.numpy(), height=picture.shape[1], width=picture.shape[2])
+def _append(loader: Loader, writer: Writer, index: int, image: Tensor | None) -> None:
+    if image is not None:
+        writer.append(image.numpy(), height=image.shape[1], width=image.shape[2])
         return
     side, label = 0 if loader.image_set.random_crop else loader.image_set.image_size, loader.image_set.label(index)
     writer.append(np.zeros((3, side, side), np.uint8), height=side, width=side, corrupt=(label, loader.corrupt[label]))
 
 
 def _squares(loader: Loader, indices: Sequence[int]) -> Iterator[Tensor | None]:
-    """The pictures asked for, None for a corrupt one."""
+    """The images asked for, None for a corrupt one."""
     size = loader.batch_size // loader.world
     wanted = [part for part in torch.tensor(indices, dtype=torch.int64).split(size) if len(part)]
     # Full batches: what decodes may be built for so many.
     full = [torch.cat([indices, indices[:1].expand(size - len(indices))]) for indices in wanted]
-    with closing(loader.pictures(full)) as batches:
+    with closing(loader.batches_of(full)) as batches:
         for indices, batch in zip(wanted, batches, strict=True):
             good = (batch.indices[: len(indices)] == indices).tolist()
-            yield from (picture if right else None for picture, right in zip(batch.images.cpu(), good, strict=False))
+            yield from (image if right else None for image, right in zip(batch.images.cpu(), good, strict=False))
 
 
 def _uncropped(loader: Loader, indices: Sequence[int]) -> Iterator[Tensor | None]:

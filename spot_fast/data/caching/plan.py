@@ -1,6 +1,6 @@
-"""What is kept of the training pictures between epochs and between runs, and where: features, pixels or nothing.
+"""What is kept of the training images between epochs and between runs, and where: features, pixels or nothing.
 
-Frozen features are best, where a picture has one outcome or two and their size allows; a random crop has no end of
+Frozen features are best, where an image has one outcome or two and their size allows; a random crop has no end of
 outcomes, so there decoded pixels are kept. Features live in the device's memory, in the machine's, or on disk.
 """
 
@@ -89,7 +89,7 @@ def plan(
 ) -> Plan:
     """What to keep of `image_set` for so many epochs on `device`; mode is none, pixels, features or auto.
 
-    fields: the frozen features of a picture; folder: of caches, None where there is none; decoder: the loader's;
+    fields: the frozen features of an image; folder: of caches, None where there is none; decoder: the loader's;
     processes: how many train together, each with a copy of what is held in memory. UserError where what was asked for
     is impossible, or too large for memory and disk.
     """
@@ -107,7 +107,7 @@ def plan(
         return found
     if found.kind == "features":
         times = "once" if epochs == 1 else f"in {epochs} epochs about once mirrored and once not"
-        found = Plan("none", f"every picture is needed {times}, so features are not cached")
+        found = Plan("none", f"every image is needed {times}, so features are not cached")
     return _pixels(image_set, folder, device, decoder, asked=False, why=found.reason, epochs=epochs)
 
 
@@ -122,7 +122,7 @@ def _features(
 ) -> Plan:
     size = sum(field.nbytes for field in fields) * len(image_set) * outcomes(image_set)
     sides = ", mirrored and not" if outcomes(image_set) == 2 else ""
-    what = f"features of {len(image_set)} pictures{sides}, {text(size)} in {_dtype(fields)}"
+    what = f"features of {len(image_set)} images{sides}, {text(size)} in {_dtype(fields)}"
     share = 1.0 if asked else _SHARE
     # A GPU also has to hold the training itself, whatever was asked for.
     holder = next(
@@ -188,15 +188,15 @@ def _pixels(
     if image_set.random_crop and decoder != "torch":
         if asked:
             raise UserError(
-                "--cache pixels keeps whole pictures, as Pillow decodes them, where a crop is random: use "
+                "--cache pixels keeps whole images, as Pillow decodes them, where a crop is random: use "
                 "--loader torch, or --cache none with --loader dali"
             )
-        return Plan("none", f"{why}, and --loader dali gives no whole pictures to keep")
+        return Plan("none", f"{why}, and --loader dali gives no whole images to keep")
     stores = [] if folder is None else [pixel_cache.store_of(image_set, folder, decoder)]
     complete, built = _complete(stores), sum(store.nbytes for store in stores)
     size = built if complete else pixel_cache.expected_bytes(image_set)
     free = 0 if folder is None else free_disk(folder)
-    what = f"decoded pixels of {len(image_set)} pictures, {text(size)}"
+    what = f"decoded pixels of {len(image_set)} images, {text(size)}"
     if not complete and size - built > (1.0 if asked else _SHARE) * (free - _DISK_MARGIN):
         if asked:
             raise UserError(

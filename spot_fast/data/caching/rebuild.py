@@ -1,4 +1,4 @@
-"""What may happen to pictures between two looks at them: unreadable ones come back, files change under a build."""
+"""What may happen to images between two looks at them: unreadable ones come back, files change under a build."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def refill(store: Store, rows: Sequence[tuple[int, np.ndarray, int, int]], say: 
     try:
         store.refill(rows, say)
     except NotBuilt as error:
-        say(f"{len(rows)} rows of pictures that can be read again stay left out: {error}")
+        say(f"{len(rows)} rows of images that can be read again stay left out: {error}")
 
 
 def require_unchanged(image_set: ImageSet, indices: Iterable[int]) -> None:
-    """NotBuilt where one of the pictures is not what the set's key says: its row would be found under that key."""
+    """NotBuilt where one of the images is not what the set's key says: its row would be found under that key."""
     if changed := image_set.changed(indices):
         raise NotBuilt(
             f"image {image_set.label(changed[0])} has changed since the run began: {image_set.name} cannot "

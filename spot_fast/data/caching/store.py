@@ -4,8 +4,8 @@ A store is a folder:
 
     about.json    what the rows are, for people; the folder's name holds the key
     rows.bin      the rows, in order, without gaps
-    index.bin     for each row its offset, length, height, width, CRC-32 and whether the picture was corrupt
-    corrupt.json  label and reason of corrupt pictures, by row
+    index.bin     for each row its offset, length, height, width, CRC-32 and whether the image was corrupt
+    corrupt.json  label and reason of corrupt images, by row
 
 A row counts once its line is in the index, which is written after the row itself: a killed build goes on behind the
 last counted row. One process builds at a time, the others wait for it. To read a complete store takes no more than
@@ -65,7 +65,7 @@ class Store:
         except OSError as error:
             self._unreadable = error
             self.written, self.lines, self.corrupt = 0, np.empty(0, _LINE), {}
-        # The rows of corrupt pictures are never used, and may be half replaced.
+        # The rows of corrupt images are never used, and may be half replaced.
         self._checked = self.lines["corrupt"].astype(bool)
 
     def _read_index(self) -> None:
@@ -159,7 +159,7 @@ class Store:
             os.close(lock)
 
     def refill(self, rows: Iterable[tuple[int, np.ndarray, int, int]], say: Callable[[str], None] = print) -> None:
-        """Puts (row, data, height, width) in the place of corrupt pictures that can be read now.
+        """Puts (row, data, height, width) in the place of corrupt images that can be read now.
 
         What has the complete store open goes on without them. NotBuilt where it cannot be written.
         """
@@ -374,7 +374,7 @@ class Writer:
     def append(
         self, row: np.ndarray, *, height: int = 0, width: int = 0, corrupt: tuple[str, str] | None = None
     ) -> None:
-        """One more row of any dtype and shape; for a corrupt picture also its label and reason."""
+        """One more row of any dtype and shape; for a corrupt image also its label and reason."""
         data = _content(row)
         line = np.array((self._end, len(data), height, width, zlib.crc32(data), corrupt is not None), _LINE)
         if corrupt is not None:

@@ -29,8 +29,8 @@ EXPECTED = (
 class Coco(ImageFiles):
     """One split ("train" or "val") of COCO under `root`; the image folders may also lie in `root`/images.
 
-    Pictures are in the order of the annotation file, at most `limit` of them (0 = all). Only "val" has masks. Training
-    takes pictures as they are stored, evaluation those that have the size the file tells, stored or turned upright.
+    Images are in the order of the annotation file, at most `limit` of them (0 = all). Only "val" has masks. Training
+    takes images as they are stored, evaluation those that have the size the file tells, stored or turned upright.
     """
 
     has_classes = True

@@ -1,16 +1,16 @@
 """Any folder of images, or any list of image files, with or without masks.
 
-Splits: train/ and val/ (or validation/, valid/) in the folder or in its images/ are training and validation pictures;
+Splits: train/ and val/ (or validation/, valid/) in the folder or in its images/ are training and validation images;
 a folder without both, or a list, is used for either. Masks are looked for in this order:
 
 - a COCO instances file: a .json with "images", "annotations" and segmentations in the validation folder, the folder
-  itself or its annotations/. The pictures are those it lists; names are relative to where it lies, to the validation
+  itself or its annotations/. The images are those it lists; names are relative to where it lies, to the validation
   folder, to the folder or to its images/. Classes are numbered from 1 in the order of its categories.
-- an indexed PNG for a picture, palette or grey, whose values are instances and 0 background: photo_mask.png beside
+- an indexed PNG for an image, palette or grey, whose values are instances and 0 background: photo_mask.png beside
   photo.jpg, or masks/…/photo.png for images/…/photo.jpg. In a palette PNG 255 is a rim, as in VOC, and background.
   TIFF, GIF and BMP will do too; of several PNG goes first. These names may be in capitals.
 
-Where some pictures have masks, those are the validation pictures. Masks are never taken as pictures. Training reads no
+Where some images have masks, those are the validation images. Masks are never taken as images. Training reads no
 masks. What else of a folder is taken or left out: `listing` and `label_maps`; how a list may be written: `names`.
 """
 
@@ -32,17 +32,17 @@ from spot_fast.data.masks.labels import open_labels
 from spot_fast.data.masks.mask_names import MASK, masks_in, without_ending
 from spot_fast.errors import UserError
 
-EXPECTED = "pictures, or a text file that lists pictures"
+EXPECTED = "images, or a text file that lists images"
 _VALIDATION = ("val", "validation", "valid")
 
 Sources = str | Path | Iterable[str | Path]
 
 
 class Folder(ImageFiles):
-    """Pictures of folders or files, cropped as COCO's; `limit` 0 = all. Turned upright by EXIF, unless masks are not.
+    """Images of folders or files, cropped as COCO's; `limit` 0 = all. Turned upright by EXIF, unless masks are not.
 
-    split: "train" or "val"; None for all pictures, without masks. A file among `sources` is a picture, but a single
-    source that is no picture by its name is a text file that lists some, one a line, relative to where it lies.
+    split: "train" or "val"; None for all images, without masks. A file among `sources` is an image, but a single
+    source that is no image by its name is a text file that lists some, one a line, relative to where it lies.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class Folder(ImageFiles):
         limit: int = 0,
     ) -> None:
         self.name = "image folder" if split is None else f"image folder {split}"
-        self.masks: list[Path] = []  # of each picture, where they are files
+        self.masks: list[Path] = []  # of each image, where they are files
         self.instances: Instances | None = None
-        self.listed: list[Listed] = []  # each picture, where they are in a COCO instances file
+        self.listed: list[Listed] = []  # each image, where they are in a COCO instances file
         root = Path(sources) if isinstance(sources, str | Path) else None
         if root is not None and root.is_dir():
             paths = self._of_folder(root, split)
@@ -87,7 +87,7 @@ class Folder(ImageFiles):
             found = [(_locate(image.file_name, folder, others), image) for image in self.instances.images]
             found = [(path, image) for path, image in found if path.is_relative_to(folder)]
             if not found:
-                raise UserError(f"{file} lists no images in {folder}: put the annotations of these pictures there")
+                raise UserError(f"{file} lists no images in {folder}: put the annotations of these images there")
             self.listed, self.notes = [image for _, image in found], self.instances.notes
             return [path for path, _ in found]
         paths, self.notes = list_noted(folder)
@@ -114,7 +114,7 @@ class Folder(ImageFiles):
             return instances, classes if self.has_classes else None, ignore
         if not self.masks:
             raise UserError(
-                f"{self.name} is read without masks: they belong beside the pictures, as photo_mask.png "
+                f"{self.name} is read without masks: they belong beside the images, as photo_mask.png "
                 "beside photo.jpg, or masks/photo.png for images/photo.jpg"
             )
         instances = open_labels(self.masks[index], rim=("P",))
@@ -133,7 +133,7 @@ class Folder(ImageFiles):
 def list_images(sources: Sources) -> list[Path]:
     """Image files of folders (recursively, by extension, sorted) and files (as they are, whatever their name).
 
-    Of folders, hidden files and folders, the masks of pictures and label maps are left out. UserError names a source
+    Of folders, hidden files and folders, the masks of images and label maps are left out. UserError names a source
     that does not exist or a folder without images.
     """
     return list_noted(sources)[0]
@@ -196,7 +196,7 @@ def _folders(base: Path, name: str) -> list[Path]:
 
 
 def _mask_of(path: Path, root: Path | None, places: dict[Path, list[dict[str, Path]]]) -> Path | None:
-    """The mask file of a picture. places: `_mask_places` of each folder; what is looked up is added."""
+    """The mask file of an image. places: `_mask_places` of each folder; what is looked up is added."""
     folder = path.parent
     if folder not in places:
         places[folder] = _mask_places(folder, root)
@@ -228,11 +228,11 @@ def _split_folder(root: Path, split: str | None) -> Path:
 
 
 def _instances_file(folder: Path, root: Path) -> Path | None:
-    """The COCO instances file for the validation pictures in `folder`; UserError where it is not clear which."""
+    """The COCO instances file for the validation images in `folder`; UserError where it is not clear which."""
     for place in dict.fromkeys([folder, root, root / "annotations"]):
-        pictures = {path.stem for path in place.glob("*") if path.suffix.lower() in extensions()}
-        # Annotation tools write a file for each picture, with the picture in it: those are not read.
-        files = [file for file in sorted(place.glob("*.json")) if file.stem not in pictures and is_instances_file(file)]
+        images = {path.stem for path in place.glob("*") if path.suffix.lower() in extensions()}
+        # Annotation tools write a file for each image, with the image in it: those are not read.
+        files = [file for file in sorted(place.glob("*.json")) if file.stem not in images and is_instances_file(file)]
         chosen = [file for file in files if "val" in file.stem.lower()] or files
         if len(chosen) > 1:
             raise UserError(

@@ -1,11 +1,11 @@
-"""Label maps among the pictures of a folder: what a data set ships beside its pictures and nobody wants to train on.
+"""Label maps among the images of a folder: what a data set ships beside its images and nobody wants to train on.
 
-A label map has the stem of a picture elsewhere, or nearly (aachen_000019_gtFine_labelIds.png for
+A label map has the stem of an image elsewhere, or nearly (aachen_000019_gtFine_labelIds.png for
 aachen_000019_leftImg8bit.png), and shows in one of three ways what it is:
 
 - a folder is named for label maps, as in ADE20K, Cityscapes, DAVIS, VOC and COCO panoptic, and what lies in it has few
-  colours, or is grey where the picture is coloured
-- its own name says so, beside the picture: photo_seg.png, with few colours or grey
+  colours, or is grey where the image is coloured
+- its own name says so, beside the image: photo_seg.png, with few colours or grey
 - it is indexed or grey, with few values, of the size of a JPEG or WebP with the same stem
 
 A name alone decides nothing: photos of people with_mask/ and without_mask/ are photos.
@@ -28,7 +28,7 @@ _FOLDER = re.compile(
     rf"(.*[-_. ])?({_WORDS})([-_. ].*)?|.*(labels|annot|masks)|segmentation.*|segments|gt(fine|coarse)|"
     r"ground[-_ ]?truths?|parsing|stuffthingmaps|pixelmaps"
 )
-# What is added to the stem of a picture beside it, and what more is in folders of label maps.
+# What is added to the stem of an image beside it, and what more is in folders of label maps.
 _ENDING = re.compile(rf"([-_. ]({_WORDS}|parts?_\d+|labelids|instanceids|labeltrainids))+$")
 _WIDE_ENDING = re.compile(
     rf"([-_. ]({_WORDS}|parts?_\d+|labelids|instanceids|labeltrainids|trainids|gtfine|gtcoarse|color|colour|l|slot|"
@@ -46,19 +46,19 @@ def without_labels(paths: list[Path], root: Path) -> tuple[list[Path], Counter[P
     by_stem: dict[str, list[int]] = defaultdict(list)
     for place, path in enumerate(paths):
         by_stem[_stem(path)].append(place)
-    # Files whose stem no other has are looked at no further, in a large folder of pictures all.
+    # Files whose stem no other has are looked at no further, in a large folder of images all.
     shared = [place for places in by_stem.values() if len(places) > 1 for place in places]
     if not shared:
         return paths, Counter()
     found: dict[int, Path] = {}
     for ways, among in (
         (_in_named_folders, range(len(paths))),
-        (_beside_pictures, shared),
-        (_of_lossy_pictures, shared),
+        (_beside_images, shared),
+        (_of_lossy_images, shared),
     ):
         for folder, places in ways(paths, among, root):
             places = [place for place in places if place not in found]
-            if _sampled(places, paths, by_stem, found, grey_only=ways is _of_lossy_pictures):
+            if _sampled(places, paths, by_stem, found, grey_only=ways is _of_lossy_images):
                 found.update((place, folder) for place in places)
     if len(found) == len(paths):
         return paths, Counter()
@@ -66,7 +66,7 @@ def without_labels(paths: list[Path], root: Path) -> tuple[list[Path], Counter[P
 
 
 def _stem(path: Path) -> str:
-    """What a picture and its label map have in common of their names."""
+    """What an image and its label map have in common of their names."""
     stem = path.stem.lower()
     return (_WIDE_ENDING.sub("", stem) or stem) if _JOINT.search(stem) else stem
 
@@ -97,7 +97,7 @@ def _in_named_folders(paths: list[Path], among: Iterable[int], root: Path) -> Gr
     return _grouped(paths, among, outermost)
 
 
-def _beside_pictures(paths: list[Path], among: list[int], root: Path) -> Groups:
+def _beside_images(paths: list[Path], among: list[int], root: Path) -> Groups:
     """Lossless files by their folder that are named as a label map of another file there."""
     there = {(paths[place].parent, paths[place].stem.lower()) for place in among}
 
@@ -109,7 +109,7 @@ def _beside_pictures(paths: list[Path], among: list[int], root: Path) -> Groups:
     return _grouped(paths, among, folder)
 
 
-def _of_lossy_pictures(paths: list[Path], among: list[int], root: Path) -> Groups:
+def _of_lossy_images(paths: list[Path], among: list[int], root: Path) -> Groups:
     """Lossless files by their folder that have the stem of a JPEG or WebP."""
     lossy = {paths[place].stem.lower() for place in among if paths[place].suffix.lower() in _LOSSY}
     return _grouped(
@@ -122,7 +122,7 @@ def _of_lossy_pictures(paths: list[Path], among: list[int], root: Path) -> Group
 def _sampled(
     places: list[int], paths: list[Path], by_stem: dict[str, list[int]], found: dict[int, Path], *, grey_only: bool
 ) -> bool:
-    """Whether most of these files have pictures of their stem elsewhere, and most of a sample are their label maps."""
+    """Whether most of these files have images of their stem elsewhere, and most of a sample are their label maps."""
     own = set(places)
     partners = {}
     for place in places:
@@ -140,10 +140,10 @@ def _sampled(
     return 2 * like > len(chosen)
 
 
-def _is_label_map(path: Path, picture: Path, *, grey_only: bool) -> bool:
+def _is_label_map(path: Path, photo: Path, *, grey_only: bool) -> bool:
     """Whether an image looks like a label map of another one; grey_only: indexed or grey, and of the same size."""
     try:
-        with Image.open(path) as image, Image.open(picture) as other:
+        with Image.open(path) as image, Image.open(photo) as other:
             grey = _is_grey(image)
             if grey_only:
                 return (grey or image.mode == "P") and image.size == other.size and _few(image, _FEW_GREY)

@@ -1,9 +1,9 @@
-"""Which files of a folder are pictures, and what of it is left out, for the user to be told.
+"""Which files of a folder are images, and what of it is left out, for the user to be told.
 
 A folder is searched with all below it, also through links to other folders, each folder once however many links lead to
 it. Hidden files and folders, and what systems leave behind (__MACOSX, @eaDir, Thumbs.db), are passed over in silence;
 what else is not taken is counted in notes: folders that may not be read, links that lead nowhere or have become text,
-other endings, and label maps that lie beside the pictures they are of.
+other endings, and label maps that lie beside the images they are of.
 
 Masks that a set uses are not listed here (`folder`).
 """
@@ -20,7 +20,7 @@ from PIL import Image
 
 from spot_fast.errors import UserError
 
-# Pillow's formats that hold pictures; it also reads documents, icons and scientific data.
+# Pillow's formats that hold images; it also reads documents, icons and scientific data.
 _FORMATS = (
     "AVIF",
     "BMP",
@@ -40,7 +40,7 @@ _FORMATS = (
     "WEBP",
 )
 _LEFT_BEHIND = {"__macosx", "@eadir", "thumbs.db", "desktop.ini"}
-# Files that lie beside pictures and are none.
+# Files that lie beside images and are none.
 _ASIDE = frozenset(
     (
         "",
@@ -85,14 +85,14 @@ _SHOWN = 4  # endings and folders that a note names
 
 @cache
 def extensions() -> frozenset[str]:
-    """Endings of pictures, in lower case: those that Pillow reads here."""
+    """Endings of images, in lower case: those that Pillow reads here."""
     known = Image.registered_extensions()
     return frozenset({".mpo", *(ending for ending, name in known.items() if name in _FORMATS and name in Image.OPEN)})
 
 
 @dataclass
 class Listing:
-    """Pictures below `root`, sorted, and what was left out."""
+    """Images below `root`, sorted, and what was left out."""
 
     root: Path
     paths: list[Path] = field(default_factory=list)
@@ -137,9 +137,9 @@ def _some(names: list[str]) -> str:
 
 
 def list_folder(root: Path) -> Listing:
-    """The pictures in a folder and below it, label maps among them; UserError where the folder cannot be read."""
+    """The images in a folder and below it, label maps among them; UserError where the folder cannot be read."""
     found = Listing(root)
-    # Folders proper come before links, so that a picture has the path without a link where it has one.
+    # Folders proper come before links, so that an image has the path without a link where it has one.
     waiting, links, seen = [root], [], set()
     while waiting or links:
         folder = waiting.pop() if waiting else links.pop(0)
@@ -183,7 +183,7 @@ def _sort_in(found: Listing, entry: os.DirEntry, path: Path, folders: list[Path]
 
 
 def _leads_somewhere(path: Path) -> bool:
-    """Whether a file holds the path of a folder or of a picture and nothing else."""
+    """Whether a file holds the path of a folder or of an image and nothing else."""
     try:
         if not 0 < path.stat().st_size <= _LONGEST_LINK:
             return False

@@ -1,7 +1,7 @@
 """MOVi-C and MOVi-E as PNG clips: train/<clip>/NNNNNNNN_image.png, validation/<clip>/ with NNNNNNNN_mask_MM.png too.
 
 Frames are stretched to the square, bicubically (SPOT, section 6). Evaluation uses every frame of a clip, training nine
-drawn at random, the same nine whatever the run's seed, so that both stages see the same pictures. Mask 00 is the
+drawn at random, the same nine whatever the run's seed, so that both stages see the same images. Mask 00 is the
 background; there are no classes. `movi_tfrecord` reads the same clips from the release itself.
 """
 

@@ -3,7 +3,7 @@
 A record is a clip. Its feature "video" is a list of encoded RGB frames, "segmentations" a list of encoded maps of
 instance numbers, 0 for the background (Kubric, challenges/movi). Clips are named by their running number in the split,
 00000000 and so on, in the order in which TensorFlow Datasets reads them unshuffled: that names the folders of a
-conversion to PNG clips, so both give the same pictures and the same nine frames a clip (`movi.draw_frames`).
+conversion to PNG clips, so both give the same images and the same nine frames a clip (`movi.draw_frames`).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class MoviRecords(ImageFiles):
         self.shards = find_shards(Path(root), movi.SPLITS[split], release)
         self._places: dict[tuple[int, str], list[tuple[int, int]]] = {}
         self.records: list[tfrecord.Record] = []
-        self.frames: list[tuple[int, int]] = []  # clip and frame of each picture
+        self.frames: list[tuple[int, int]] = []  # clip and frame of each image
         count = 0
         for clip, record in enumerate(read_order(map(shard_records, self.shards))):
             self.records.append(record)
@@ -89,7 +89,7 @@ class MoviRecords(ImageFiles):
         return Masks(self.square_labels(labels))
 
     def encoded_masks(self, index: int) -> bytes:
-        """The stored map of instance numbers of the picture."""
+        """The stored map of instance numbers of the image."""
         return self._stored(index, MASKS)
 
     def sources(self) -> list[Path]:
@@ -108,7 +108,7 @@ class MoviRecords(ImageFiles):
         return tfrecord.read(self.records[clip], *places[frame])
 
     def _places_of(self, clip: int, feature: str) -> list[tuple[int, int]]:
-        """Where the frames of a clip lie; found once, so that later pictures of the clip cost one read each."""
+        """Where the frames of a clip lie; found once, so that later images of the clip cost one read each."""
         places = self._places.get((clip, feature))
         if places is None:
             places = tfrecord.Example(self.records[clip]).bytes_list(feature)

@@ -1,8 +1,8 @@
-"""Generated pictures: several textured objects on a textured ground, with exact masks. The data set that needs no data.
+"""Generated images: several textured objects on a textured ground, with exact masks. The data set that needs no data.
 
-A picture is a pure function of (seed, index): every random number is a hash of the seed, the index and a counter, so
-pictures are the same whatever the batch they are drawn in, on any machine up to one grey level. Training pictures have
-even hash keys and validation pictures odd ones, so the two never share a picture.
+An image is a pure function of (seed, index): every random number is a hash of the seed, the index and a counter, so
+images are the same whatever the batch they are drawn in, on any machine up to one grey level. Training images have
+even hash keys and validation images odd ones, so the two never share an image.
 
 How one is drawn: candidates for objects are placed one after another, each in front of the earlier ones; a candidate
 stays if its size is in range and it hides at most `MAX_HIDDEN` of every object behind it. Outlines are radius tables
@@ -21,10 +21,10 @@ from spot_fast.errors import UserError
 
 CLASSES = ("disc", "square", "triangle", "star", "cross", "ellipse", "flower", "drop")
 MIN_OBJECTS, MAX_OBJECTS = 2, 5
-MIN_AREA = 0.05  # visible part of an object, as a fraction of the picture
+MIN_AREA = 0.05  # visible part of an object, as a fraction of the image
 MAX_HIDDEN = 0.4  # of an object, by the objects in front of it
-RADIUS = (0.17, 0.36)  # of the outline's bounding circle, in picture sides
-TRIES = 14  # candidates a picture gets before it is taken with what it has, once it has MIN_OBJECTS
+RADIUS = (0.17, 0.36)  # of the outline's bounding circle, in image sides
+TRIES = 14  # candidates an image gets before it is taken with what it has, once it has MIN_OBJECTS
 _CHUNK = 64
 
 # Draws of a layer, in this order; each is uniform in [0, 1).
@@ -85,7 +85,7 @@ def _texture_value(kind: np.ndarray, u: np.ndarray, v: np.ndarray, warp: np.ndar
 
 
 def draw_scenes(seed: int, index: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pictures by their indices.
+    """Images by their indices.
 
     index [n] int64 → images uint8 [n, size, size, 3], instances uint8 [n, size, size] (0 = ground, 1… by depth, back to
     front) and classes uint8 [n, size, size] (0 = ground, else 1 + place in `CLASSES`).
@@ -106,7 +106,7 @@ def _draw_chunk(seed: int, index: np.ndarray, size: int) -> tuple[np.ndarray, np
     classes = np.where(instances > 0, 1 + (per_object[:, 3] * len(CLASSES)).astype(np.int64)[owner], 0)
     image = _paint(per_object, owner, size)
     noise = _uniform(seed, index, 997, 2)
-    # Light falls off across the picture: one object's colour is not one value.
+    # Light falls off across the image: one object's colour is not one value.
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
     angle = 2 * np.pi * noise[:, :1]
     light = (np.cos(angle) * axis)[:, None, :] + (np.sin(angle) * axis)[:, :, None]
@@ -177,7 +177,7 @@ def _paint(draws: np.ndarray, owner: np.ndarray, size: int) -> np.ndarray:
 class Scenes(ImageSet):
     """`count` generated scenes of one split, in memory: 64 × 64 pixels take 12 kB each.
 
-    Pictures [count, 3, S, S] uint8 in `images`, instance and class maps [count, S, S] uint8 in `instances`, `classes`.
+    Images [count, 3, S, S] uint8 in `images`, instance and class maps [count, S, S] uint8 in `instances`, `classes`.
     """
 
     name = "scenes"

@@ -3,7 +3,7 @@
 A record is its length (uint64), the masked CRC-32C of those eight bytes, the data, and the masked CRC-32C of the
 data; numbers are little-endian. An Example is the protobuf message {1: Features}, Features the map
 {1: {1: name, 2: Feature}}, and a Feature is one of {1: list of bytes}, {2: list of float}, {3: list of int64}. Only
-what is asked for is read: a picture in a record of megabytes costs its own bytes and a few headers.
+what is asked for is read: an image in a record of megabytes costs its own bytes and a few headers.
 """
 
 from __future__ import annotations

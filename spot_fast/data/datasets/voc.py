@@ -40,8 +40,8 @@ _OWN_NAME = re.compile(r"\d{4}_\d{6}")
 class Voc(ImageFiles):
     """One split ("train" or "val") of VOC 2012; `root` is VOC2012, VOCdevkit or the folder that holds it.
 
-    Pictures are in the order of the list, at most `limit` (0 = all). Only "val" has masks. sbd: benchmark_RELEASE, its
-    dataset/ or another folder with SBD's train.txt and val.txt; pictures that JPEGImages/ lacks come from its img/.
+    Images are in the order of the list, at most `limit` (0 = all). Only "val" has masks. sbd: benchmark_RELEASE, its
+    dataset/ or another folder with SBD's train.txt and val.txt; images that JPEGImages/ lacks come from its img/.
     """
 
     has_classes = True
@@ -62,8 +62,8 @@ class Voc(ImageFiles):
         self.has_masks = split == "val"
         self.root = _find(Path(root))
         self.sbd = None if sbd is None or self.has_masks else _find_sbd(Path(sbd))
-        own = _pictures_in(self.root / "JPEGImages")
-        self._found = own if self.sbd is None else _pictures_in(self.sbd / "img") | own
+        own = _images_in(self.root / "JPEGImages")
+        self._found = own if self.sbd is None else _images_in(self.sbd / "img") | own
         names = self._list("val") if self.has_masks else self._trainaug()
         paths = [
             self._found.get(name, self.root / "JPEGImages" / f"{name}.jpg")
@@ -131,9 +131,9 @@ class Voc(ImageFiles):
 
 
 def read_names(file: Path, known: Container[str] = ()) -> list[str]:
-    """Names in a list, one a line, without folder and picture's ending; UserError where there are none.
+    """Names in a list, one a line, without folder and image's ending; UserError where there are none.
 
-    known: names of pictures that there are. They tell a name with spaces from one with something behind it, such as
+    known: names of images that there are. They tell a name with spaces from one with something behind it, such as
     1, 0 or -1 in ImageSets/Main, or the name of a mask.
     """
     names = [_name(line, known) for line in map(str.strip, read_lines(file)) if line]
@@ -152,7 +152,7 @@ def _name(line: str, known: Container[str]) -> str:
         for name in (text, _without_ending(text)):
             if name in known:
                 return name
-    # There is no such picture: the likeliest name, to be told as missing.
+    # There is no such image: the likeliest name, to be told as missing.
     first = flagged and len(words) == 2 or _without_ending(words[0]) != words[0]
     return _without_ending((words[0] if first else line).replace("\\", "/").rpartition("/")[2])
 
@@ -162,8 +162,8 @@ def _without_ending(name: str) -> str:
     return stem if stem and f"{dot}{ending}".lower() in _ENDINGS else name
 
 
-def _pictures_in(folder: Path) -> dict[str, Path]:
-    """The pictures of a folder by their names without ending; of several with one name the .jpg."""
+def _images_in(folder: Path) -> dict[str, Path]:
+    """The images of a folder by their names without ending; of several with one name the .jpg."""
     names = os.listdir(folder) if folder.is_dir() else []
     found = [(_ENDINGS.index(ending), name) for name in names if (ending := Path(name).suffix.lower()) in _ENDINGS]
     found.sort(key=lambda each: (-each[0], each[1]))

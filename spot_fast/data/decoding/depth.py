@@ -1,4 +1,4 @@
-"""Pictures with more than 8 bits a channel, as cameras, microscopes and scanners write them, as 8 bits.
+"""Images with more than 8 bits a channel, as cameras, microscopes and scanners write them, as 8 bits.
 
 A file of 16 bits seldom says how many its camera has: the values of one of 12 bits end at 4095, and without their low
 byte they are black. So as many bits count as the largest value needs, 8, 10, 12, 14 or 16, and of these the upper eight

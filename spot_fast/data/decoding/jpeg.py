@@ -73,7 +73,7 @@ def _frame(segment: bytes) -> tuple[int, int] | None:
 
 
 def orientation(data: bytes) -> int | None:
-    """As `transforms.orientation`; None where Pillow cannot open the picture."""
+    """As `transforms.orientation`; None where Pillow cannot open the image."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return transforms.orientation(image)

@@ -26,7 +26,7 @@ _END_OF_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _RESTART = re.compile(rb"\xff+([\xd0-\xd7])")
 _PAD = bytes(4096)  # more than an MCU has, so that it may be looked for beyond the end
 _SLACK = 2  # bytes that a scan may have too few or too many, for the sake of encoders that do not end it well
-_MOST_DC, _MOST_AC = 11, 10  # bits of a coefficient of 8-bit pictures
+_MOST_DC, _MOST_AC = 11, 10  # bits of a coefficient of 8-bit images
 # In a table's entry: the bits to go on, and above them by how many coefficients.
 _BITS, _STEP = 31, 5
 _EOB, _BAD = 128, 1024
@@ -402,10 +402,10 @@ def _last_bytes_decide(data: bytes) -> bool:
         return False  # zeros may happen to make as many blocks as were there
     last = bytes(byte if byte in (0x00, 0xAA, 0xFF) else byte ^ 0x55 for byte in data[stop - 2 : stop])
     changed = data[: stop - 2] + last + b"\x55\xaa" * 32 + data[stop:]
-    with Image.open(io.BytesIO(data)) as picture, Image.open(io.BytesIO(changed)) as other:
-        box = ImageChops.difference(picture, other).getbbox(alpha_only=False)
+    with Image.open(io.BytesIO(data)) as image, Image.open(io.BytesIO(changed)) as other:
+        box = ImageChops.difference(image, other).getbbox(alpha_only=False)
         # The last two units of 16 x 16, and what smoothed chroma adds.
-        return box is not None and box[0] >= picture.width - 34 and box[1] >= picture.height - 18
+        return box is not None and box[0] >= image.width - 34 and box[1] >= image.height - 18
 
 
 def _single_scan(data: bytes) -> tuple[int, int]:

@@ -22,9 +22,9 @@ from spot_fast.data.decoding import depth, png
 from spot_fast.errors import CorruptImage
 
 VERSION = 2  # to be raised when the same file gives other pixels: caches of the old ones are then not used
-WHOLE = 16  # times as long as wide: of a longer picture only the middle is resized
+WHOLE = 16  # times as long as wide: of a longer image only the middle is resized
 _TURN = Image.Transpose
-# How a picture of that EXIF orientation becomes upright.
+# How an image of that EXIF orientation becomes upright.
 _TURNS = {
     2: _TURN.FLIP_LEFT_RIGHT,
     3: _TURN.ROTATE_180,
@@ -35,13 +35,13 @@ _TURNS = {
     8: _TURN.ROTATE_90,
 }
 
-# Between one and two times Pillow's limit it warns, for every picture, and reads it.
+# Between one and two times Pillow's limit it warns, for every image, and reads it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @contextmanager
 def memory_of(path: str | Path) -> Iterator[None]:
-    """CorruptImage in place of a MemoryError, so that a picture too large for the machine is named and replaced."""
+    """CorruptImage in place of a MemoryError, so that an image too large for the machine is named and replaced."""
     try:
         yield
     except MemoryError:
@@ -143,7 +143,7 @@ def minor_size(width: int, height: int, size: int) -> tuple[int, int]:
 
 
 def kept_part(width: int, height: int, size: int) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of what crops are taken from, in a picture whose resized size is `width` x `height`:
+    """(left, top, width, height) of what crops are taken from, in an image whose resized size is `width` x `height`:
     all of it, or of a strip longer than WHOLE squares the middle ones. So memory follows the square."""
     kept = min(width, WHOLE * size), min(height, WHOLE * size)
     return *((side - part) // 2 for side, part in zip((width, height), kept, strict=True)), *kept

@@ -1,19 +1,19 @@
-"""The loader whose pictures DALI decodes: the same pictures in the same order as `Loader`'s, on the device.
+"""The loader whose images DALI decodes: the same images in the same order as `Loader`'s, on the device.
 
-Order, mirroring, crops, the replacement of corrupt pictures, each process's share and resuming are `Loader`'s own
+Order, mirroring, crops, the replacement of corrupt images, each process's share and resuming are `Loader`'s own
 functions of (seed, epoch, index). Threads read the files and work out which region becomes the square; DALI does the
 rest (`dali_pipeline`).
 
 DALI decodes whole JPEGs of 8 bits, grey or YCbCr. Everything else is decoded by Pillow in the reading threads and
 handed over as plain pixels: DALI has no GPU decoder for PNG and most others, draws transparent parts over another
 colour, and knows no GIF. A JPEG without its last bytes goes the same way, so a damaged file is what it is for
-`Loader`. Should DALI fail at a picture nevertheless, then that picture is Pillow's from then on, and the batch is made
+`Loader`. Should DALI fail at an image nevertheless, then that image is Pillow's from then on, and the batch is made
 once more.
 
 How far pixels are from Pillow's, with DALI on the CPU: the decoders agree bit for bit. Resized bilinearly, pixels
 differ by one level at most, by rounding; in the outermost two by more, because Pillow weighs the filter anew where it
 reaches over the border and DALI repeats the last pixel there. Of 128 photos of 480 x 360 at 224 pixels: 8 levels at
-most, 0.16 on average; bicubic 7 and 0.17. DINOv2 ViT-S/14 makes features of them that differ by 0.45 % of a picture's
+most, 0.16 on average; bicubic 7 and 0.17. DINOv2 ViT-S/14 makes features of them that differ by 0.45 % of an image's
 norm, 1.55 % at most; the packaged encoder, at 64 pixels, by 0.35 % and 0.73 % (`bench/loader_speed.py --photos`, with
 `--crop` and `--encoder`). On a GPU nvJPEG decodes, with its own rounding.
 """
@@ -31,7 +31,7 @@ from PIL import Image
 
 from spot_fast.data.base import ImageFiles
 from spot_fast.data.decoding import jpeg, transforms
-from spot_fast.data.loading.dali_pipeline import DaliError, Picture, Pipeline, Request, require
+from spot_fast.data.loading.dali_pipeline import DaliError, EncodedImage, Pipeline, Request, require
 from spot_fast.data.loading.loader import Batch, Loaded, Loader
 
 
@@ -61,7 +61,7 @@ class DaliLoader(Loader):
         super().__init__(image_set, batch_size, seed, workers, rank=rank, world=world)
         self.device, self.dtype = torch.device(device), dtype
         require(self.device)
-        self._by_pillow: set[int] = set()  # pictures at which DALI failed
+        self._by_pillow: set[int] = set()  # images at which DALI failed
         self._idle: list[Pipeline] = [self._pipeline()]
 
     @property
@@ -80,7 +80,7 @@ class DaliLoader(Loader):
             threads=max(1, self.workers),
         )
 
-    def fetch(self, index: int, rng: np.random.Generator) -> Picture:
+    def fetch(self, index: int, rng: np.random.Generator) -> EncodedImage:
         images = self.image_set
         encoded = images.encoded(index)
         plain = None if index in self._by_pillow else _plain(encoded, images.upright)
@@ -93,7 +93,7 @@ class DaliLoader(Loader):
         scale = np.array([height / place.height, width / place.width])
         corner = np.array([place.top, place.left])
         start, end = corner * scale, (corner + images.image_size) * scale
-        return Picture(np.frombuffer(encoded, np.uint8), start.astype(np.float32), end.astype(np.float32))
+        return EncodedImage(np.frombuffer(encoded, np.uint8), start.astype(np.float32), end.astype(np.float32))
 
     def _batches(self, epoch: int, steps: list[torch.Tensor], flips: torch.Tensor) -> Iterator[Batch]:
         with closing(self._ahead(epoch, steps)) as ahead:
@@ -119,8 +119,8 @@ class DaliLoader(Loader):
         return Request([each.item for each in loaded], flips[[each.index for each in loaded]].numpy(), loaded)
 
     def _repaired(self, epoch: int, requests: Iterable[Request], error: DaliError) -> list[list[Loaded]]:
-        """What was loaded for `requests`, with Pillow's version of every picture at which DALI fails, and with others
-        for corrupt ones; the error itself where no picture is to blame."""
+        """What was loaded for `requests`, with Pillow's version of every image at which DALI fails, and with others
+        for corrupt ones; the error itself where no image is to blame."""
         blamed, probe, result = False, self._pipeline(1), []
         for request in requests:
             batch = []
@@ -139,9 +139,9 @@ class DaliLoader(Loader):
 
 
 def _plain(encoded: bytes, upright: bool) -> tuple[bytes, int, int] | None:
-    """(encoded, width, height) of a picture that DALI decodes as Pillow does; None for any other.
+    """(encoded, width, height) of an image that DALI decodes as Pillow does; None for any other.
 
-    Where `upright`, the size is that of the turned picture, and DALI finds the orientation that Pillow found.
+    Where `upright`, the size is that of the turned image, and DALI finds the orientation that Pillow found.
     """
     header = jpeg.plain_header(encoded)
     if header is None or header.width * header.height > (Image.MAX_IMAGE_PIXELS or math.inf):

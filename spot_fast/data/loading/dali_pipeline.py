@@ -1,6 +1,6 @@
-"""NVIDIA DALI's part of the work: from encoded pictures to squares on the device, several batches ahead.
+"""NVIDIA DALI's part of the work: from encoded images to squares on the device, several batches ahead.
 
-A picture is decoded, the region that becomes the square is resized with an antialiased filter, and it is mirrored,
+An image is decoded, the region that becomes the square is resized with an antialiased filter, and it is mirrored,
 normalised and laid out as [3, S, S]. On a GPU decoding and all that follows runs there, without one on the CPU.
 
 This is the only file that imports DALI, and it does so when a pipeline is built.
@@ -27,10 +27,10 @@ _DEPTH = 2  # batches that DALI works on or has ready
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What DALI gets of a picture.
+class EncodedImage:
+    """What DALI gets of an image.
 
-    encoded uint8 [bytes]; start and end float32 [2], (y, x) of the region of the upright picture that becomes the
+    encoded uint8 [bytes]; start and end float32 [2], (y, x) of the region of the upright image that becomes the
     square, in pixels.
     """
 
@@ -41,9 +41,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Request:
-    """A batch: its pictures, which of them are to be mirrored (bool [B]), and whatever the caller keeps with it."""
+    """A batch: its images, which of them are to be mirrored (bool [B]), and whatever the caller keeps with it."""
 
-    pictures: list[Picture]
+    images: list[EncodedImage]
     mirrored: np.ndarray
     about: Any = None
 
@@ -62,7 +62,7 @@ def import_dali() -> ModuleType:
 
 
 class Pipeline:
-    """Turns batches of at most `batch_size` pictures into tensors [B, 3, size, size] on `device`, in their order.
+    """Turns batches of at most `batch_size` images into tensors [B, 3, size, size] on `device`, in their order.
 
     dtype: uint8, or float32 or bfloat16 without ImageNet's mean and standard deviation. bicubic: else bilinear.
     upright: obey EXIF orientation. threads: of the CPU. Raises whatever DALI raises where it cannot be built.
@@ -175,11 +175,11 @@ class Pipeline:
             self.feed_error = error
             raise StopIteration from None
         self.pending.append(request)
-        pictures = request.pictures
+        images = request.images
         arrays = (
-            [p.encoded for p in pictures],
-            np.stack([p.start for p in pictures]),
-            np.stack([p.end for p in pictures]),
+            [p.encoded for p in images],
+            np.stack([p.start for p in images]),
+            np.stack([p.end for p in images]),
             request.mirrored.astype(np.int32),
         )
         self._held.append(arrays)

@@ -1,10 +1,10 @@
-"""Batches of training pictures in an order that depends on nothing but the seed and the epoch.
+"""Batches of training images in an order that depends on nothing but the seed and the epoch.
 
-Order, mirroring and crop are pure functions of (seed, epoch, index of the picture). So a run that resumes at any step
-sees the pictures it would have seen, whatever the number of workers.
+Order, mirroring and crop are pure functions of (seed, epoch, index of the image). So a run that resumes at any step
+sees the images it would have seen, whatever the number of workers.
 
 Up to `MAX_THREADS` workers are threads: Pillow releases the interpreter lock while it decodes and resizes, and
-threads need no start, no pickling and no second copy of the file list. But an eighth of a picture's time is spent
+threads need no start, no pickling and no second copy of the file list. But an eighth of an image's time is spent
 under the lock, so threads end at some 2,100 images/s however many there are, and whoever trains waits for the lock too:
 of JPEGs of 640 x 480 1, 4, 8, 16 and 32 threads give 238, 928, 1,703, 2,018 and 2,147 images/s, where 16 cores could
 decode 4,013 (`bench/loader_lock.py`, on two cores). So more workers are processes (`processes`).
@@ -30,7 +30,7 @@ from spot_fast.errors import CorruptImage, UserError
 
 # Streams of random numbers: the first word after the seed.
 _ORDER, _FLIP, _CROP, _REPLACE = range(4)
-MAX_CORRUPT = 0.01  # of the set; a single corrupt picture is always tolerated
+MAX_CORRUPT = 0.01  # of the set; a single corrupt image is always tolerated
 MAX_THREADS = 4  # more workers are processes
 _AHEAD = 2  # batches decoded beyond the one in use
 _ATTEMPTS = 1000
@@ -38,9 +38,9 @@ _ATTEMPTS = 1000
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a worker made of the picture `wanted`, or of the one in its place, `index`.
+    """What a worker made of the image `wanted`, or of the one in its place, `index`.
 
-    item is None where no picture could be found; corrupt {label: reason} are those that were tried.
+    item is None where no image could be found; corrupt {label: reason} are those that were tried.
     """
 
     wanted: int
@@ -51,7 +51,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Batch:
-    """images uint8 [B, 3, S, S]; indices int64 [B], the pictures in it; flipped bool [B], which are mirrored."""
+    """images uint8 [B, 3, S, S]; indices int64 [B], the images in it; flipped bool [B], which are mirrored."""
 
     images: torch.Tensor
     indices: torch.Tensor
@@ -62,11 +62,11 @@ class Batch:
 
 
 class Loader:
-    """Batches of `image_set`'s training pictures; an incomplete last batch is dropped.
+    """Batches of `image_set`'s training images; an incomplete last batch is dropped.
 
     Of several processes each gets its share, `rank` of `world`, of the same batches: together they see what one would.
 
-    A corrupt picture is replaced by another one, drawn deterministically, and is counted in `corrupt`
+    A corrupt image is replaced by another one, drawn deterministically, and is counted in `corrupt`
     {label: reason}; more than 1 % of the set corrupt is a UserError that names the first of them.
 
     kind: what decodes, as --loader calls it; decoder: with everything else that decides about pixels, for keys.
@@ -99,7 +99,7 @@ class Loader:
         self.rank, self.world = rank, world
         self.corrupt: dict[str, str] = {}
         self._unused = self._rng(_CROP)
-        self._idle: list[Any] = []  # what decodes pictures and is kept from epoch to epoch
+        self._idle: list[Any] = []  # what decodes images and is kept from epoch to epoch
 
     @property
     def decoder(self) -> str:
@@ -120,18 +120,18 @@ class Loader:
         return max(1.0, MAX_CORRUPT * len(self.image_set))
 
     def order(self, epoch: int) -> torch.Tensor:
-        """int64 [n]: the pictures in the sequence of this epoch; the last n mod batch_size are not used."""
+        """int64 [n]: the images in the sequence of this epoch; the last n mod batch_size are not used."""
         return torch.from_numpy(self._rng(_ORDER, epoch).permutation(len(self.image_set)))
 
     def flips(self, epoch: int) -> torch.Tensor:
-        """bool [n]: which pictures, by index, are mirrored in this epoch."""
+        """bool [n]: which images, by index, are mirrored in this epoch."""
         count = len(self.image_set)
         if not self.image_set.flip:
             return torch.zeros(count, dtype=torch.bool)
         return torch.from_numpy(self._rng(_FLIP, epoch).random(count) < 0.5)
 
     def steps(self, epoch: int, start_step: int = 0) -> list[torch.Tensor]:
-        """This process's share of the pictures of each step from `start_step` on: int64 [batch_size / world]."""
+        """This process's share of the images of each step from `start_step` on: int64 [batch_size / world]."""
         whole = self.order(epoch).split(self.batch_size)[start_step : self.steps_per_epoch]
         return [indices[self.mine] for indices in whole]
 
@@ -139,8 +139,8 @@ class Loader:
         """The batches of an epoch from `start_step` on."""
         return self._batches(epoch, self.steps(epoch, start_step), self.flips(epoch))
 
-    def pictures(self, steps: list[torch.Tensor]) -> Iterator[Batch]:
-        """Batches of pictures asked for by index, int64 [B] each, not mirrored and not part of any epoch.
+    def batches_of(self, steps: list[torch.Tensor]) -> Iterator[Batch]:
+        """Batches of images asked for by index, int64 [B] each, not mirrored and not part of any epoch.
 
         In the place of a corrupt one stands another; `Batch.indices` then differs from what was asked for.
         """
@@ -163,11 +163,11 @@ class Loader:
             raise self._too_many(self.corrupt)
 
     def fetch(self, index: int, rng: np.random.Generator) -> Any:
-        """What a worker makes of one picture; CorruptImage where it cannot be read."""
+        """What a worker makes of one image; CorruptImage where it cannot be read."""
         return self.image_set.train_image(index, rng)
 
     def load(self, epoch: int, wanted: int) -> Loaded:
-        """The picture asked for, or another one in its place, always the same."""
+        """The image asked for, or another one in its place, always the same."""
         corrupt: dict[str, str] = {}
         index, substitutes = wanted, None
         for _ in range(_ATTEMPTS):
@@ -220,14 +220,14 @@ class Loader:
         return Processes(alone.load_all, self.workers)
 
     def load_all(self, epoch: int, wanted: list[int]) -> tuple[tuple[torch.Tensor, torch.Tensor], list[Loaded]]:
-        """A batch as processes make it: (images, indices), and what `load` says of each, without the pictures."""
+        """A batch as processes make it: (images, indices), and what `load` says of each, without the images."""
         loaded = [self.load(epoch, index) for index in wanted]
         complete = all(each.item is not None for each in loaded)
         stacked = _stack(loaded) if complete else (torch.empty(0), torch.empty(0))
         return stacked, [replace(each, item=None if each.item is None else True) for each in loaded]
 
     def _ahead(self, epoch: int, steps: list[torch.Tensor]) -> Iterator[list[Loaded]]:
-        """The loaded pictures of each step, in threads and ahead of time where there are workers."""
+        """The loaded images of each step, in threads and ahead of time where there are workers."""
         if not self.workers:
             for indices in steps:
                 yield self._counted([self.load(epoch, index) for index in indices.tolist()])
@@ -248,7 +248,7 @@ class Loader:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _counted(self, loaded: list[Loaded]) -> list[Loaded]:
-        """The same, with its corrupt pictures counted; UserError where there are too many or none could be read."""
+        """The same, with its corrupt images counted; UserError where there are too many or none could be read."""
         for each in loaded:
             self.note_corrupt(each.corrupt)
             if each.item is None:

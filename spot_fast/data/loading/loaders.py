@@ -30,7 +30,7 @@ def open_loader(
 
     auto is DALI where it works and `device` is a GPU. On a CPU it is Pillow, whose pixels are the reference, though
     DALI decodes 335 images/s a core there to Pillow's 242 (JPEGs of 640 x 480; photos of 480 x 360, 550 to 413, but
-    stretched 225 to 353: `bench/loader_speed.py`). Nothing decodes pictures in memory. UserError where dali is asked
+    stretched 225 to 353: `bench/loader_speed.py`). Nothing decodes images in memory. UserError where dali is asked
     for and cannot be had.
     """
     if config_loader not in ("auto", "dali", "torch"):

@@ -1,7 +1,7 @@
 """Worker processes that load whole batches, for more workers than threads are good for (see `loader`).
 
 They are started by a fork server, which has neither CUDA nor threads in it, stay for the epochs to come, and hand
-pictures over in shared memory.
+images over in shared memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which picture masks were drawn on: the one that is stored, or the one that EXIF turns upright."""
+"""Which image masks were drawn on: the one that is stored, or the one that EXIF turns upright."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def scaled_copy(one: Size, other: Size) -> bool:
 
 
 def turned(masks: Size, stored: Size, upright: Size, otherwise: bool) -> bool | None:
-    """Whether masks of that size were drawn on the upright picture; None where they fit neither.
+    """Whether masks of that size were drawn on the upright image; None where they fit neither.
 
-    The same size goes before a scaled copy. otherwise: the answer where both pictures fit alike, such as squares.
+    The same size goes before a scaled copy. otherwise: the answer where both images fit alike, such as squares.
     """
     for alike in (tuple.__eq__, scaled_copy):
         fits = alike(masks, stored), alike(masks, upright)

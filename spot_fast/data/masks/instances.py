@@ -24,7 +24,7 @@ from spot_fast.data.masks.regions import decode_segmentation
 from spot_fast.errors import UserError
 
 _MAX_SIDE = 1 << 16  # pixels; no image format that is read here has more
-_MOST_PIXELS = 179_000_000  # as many as a picture may have
+_MOST_PIXELS = 179_000_000  # as many as an image may have
 _UNLISTED = object()
 
 

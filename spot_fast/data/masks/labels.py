@@ -1,4 +1,4 @@
-"""Label images: files whose values are the instances or classes of a picture's pixels."""
+"""Label images: files whose values are the instances or classes of an image's pixels."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def open_lossless(path: str | Path, encoded: bytes | None = None) -> Image.Image
     if image.format in ("TIFF", "GIF"):
         with Image.open(path if encoded is None else io.BytesIO(encoded)) as pages:
             if pages.n_frames > 1:
-                raise UserError(f"{path} has {pages.n_frames} pages: save one label image for each picture")
+                raise UserError(f"{path} has {pages.n_frames} pages: save one label image for each image")
     return image
 
 

@@ -1,4 +1,4 @@
-"""Which file of a folder is the mask of a picture, by its name."""
+"""Which file of a folder is the mask of an image, by its name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ENDINGS = (
 
 
 def without_ending(name: str) -> str:
-    """The name of a picture's or mask's file without its ending, in NFC and with _mask in small letters."""
+    """The name of an image's or mask's file without its ending, in NFC and with _mask in small letters."""
     stem = composed(Path(name).stem)
     return stem[: -len(MASK)] + MASK if stem.lower().endswith(MASK) else stem
 

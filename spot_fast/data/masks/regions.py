@@ -1,7 +1,7 @@
 """COCO's regions, polygons and run lengths, as masks.
 
 pycocotools reads what it is given without a look: coordinates that are not finite or far away take all memory, and runs
-that do not fill the picture leave the rest of the mask as the memory was. So a region is checked before it is drawn.
+that do not fill the image leave the rest of the mask as the memory was. So a region is checked before it is drawn.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from spot_fast.system.optional import required
 
-_REACH = 100  # of a polygon, in coordinates and in length: times the sum of the picture's sides
+_REACH = 100  # of a polygon, in coordinates and in length: times the sum of the image's sides
 _MOST_DIGITS = 6  # of a run length in COCO's compressed form, five bits each: 2**30 pixels and their sign
 
 
@@ -58,7 +58,7 @@ def _points(polygon: Any, reach: float) -> np.ndarray | None:
     largest = np.abs(points).max()  # NaN where one is NaN
     if not largest <= reach:
         wrong = points[~(np.abs(points) <= reach)][0]
-        raise ValueError(f"a polygon has the coordinate {wrong:g}: expected pixels of the picture")
+        raise ValueError(f"a polygon has the coordinate {wrong:g}: expected pixels of the image")
     # pycocotools keeps five points for each pixel of the outline.
     corners = points.reshape(-1, 2)
     if np.abs(np.diff(corners, axis=0, append=corners[:1])).max(axis=1).sum() > reach:
@@ -107,7 +107,7 @@ def _compressed_runs(counts: Any) -> np.ndarray:
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
     if lengths.max() > _MOST_DIGITS:
-        raise ValueError("a run length is larger than any picture")
+        raise ValueError("a run length is larger than any image")
     place = np.arange(len(digits)) - np.repeat(starts, lengths)
     runs = np.add.reduceat((digits & 31) << 5 * place, starts) - ((digits[ends] & 16) << 5 * lengths - 4)
     runs[1::2] = runs[1::2].cumsum()

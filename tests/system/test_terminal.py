@@ -14,7 +14,7 @@ from spot_fast import presets
 ROOT = Path(spot_fast.__file__).parent
 PROGRAM = """
 import sys
-from spot_fast import terminal
+from spot_fast.system import terminal
 def main():
     for number in range({lines}):
         print("mBO_i – 3 ± 1 · 64 × 64 … café", "caf\\udce9.jpg", flush={flush})

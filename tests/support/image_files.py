@@ -1,4 +1,4 @@
-"""Small picture files for tests of loaders and caches."""
+"""Small image files for tests of loaders and caches."""
 
 import numpy as np
 from PIL import Image
@@ -7,8 +7,8 @@ from spot_fast.data import Folder
 from spot_fast.errors import CorruptImage
 
 
-def make_pictures(root, count, size=(40, 24), seed=0, ending="png"):
-    """`count` pictures of noise, named 000.png and so on."""
+def make_images(root, count, size=(40, 24), seed=0, ending="png"):
+    """`count` images of noise, named 000.png and so on."""
     rng = np.random.default_rng(seed)
     for i in range(count):
         Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(root / f"{i:03d}.{ending}")
@@ -24,7 +24,7 @@ def folder(root, **options):
 
 
 def unreadable(monkeypatch, name):
-    """Reading the picture of that name fails as on a server that does not answer, until the patch is undone."""
+    """Reading the image of that name fails as on a server that does not answer, until the patch is undone."""
     real = Folder.encoded
 
     def fails(images, index):

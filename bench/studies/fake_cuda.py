@@ -42,7 +42,7 @@ from spot_fast.data import open_set
 from spot_fast.data.caching.feature_cache import FeatureCache
 from spot_fast.evaluation.protocols import GroundTruth, chosen
 from spot_fast.evaluation.scoring import _Pass
-from spot_fast.segmentation.segmenter import model_masker
+from spot_fast.segmentation.segmenter import model_segmenter
 from spot_fast.training import bad_steps
 from spot_fast.training import console as progress
 from spot_fast.training.optimiser import adam, clip_by_infinity_norm, set_learning_rate, update
@@ -233,9 +233,9 @@ class Study:
             self.evaluation()
         with self.section("segmentation, results to the host"):
             for orders in ("0", "all"):
-                masker = model_masker(trainer.model.eval(), "", orders=orders, precision="bf16")
-                masker._device = str(CUDA)
-                masker.find(self.images)
+                segmenter = model_segmenter(trainer.model.eval(), orders=orders, precision="bf16")
+                segmenter._device = str(CUDA)
+                segmenter.segment(self.images)
         return self.sections
 
     def compiled(self, section: Section, *arguments: object) -> None:

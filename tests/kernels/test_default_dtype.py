@@ -12,8 +12,7 @@ from kernel_tier import needs_triton
 from operator_calls import calls, with_gradients
 from spot_fast.evaluation.metrics import image_scores, labels_from_soft
 from spot_fast.model.encoder import normalise
-from spot_fast.segmentation.layouts import Layout
-from spot_fast.segmentation.stitching import stitch
+from spot_fast.segmentation.overlays import labels_at
 from spot_kernels import SlotAttention, native, use_backend
 from spot_kernels.modules.slot_attention import PermutedDecoder
 
@@ -118,16 +117,16 @@ def test_modules_are_the_same_under_any_default_dtype_and_device():
 
 
 def test_images_and_their_masks_are_the_same_under_any_default_dtype():
-    """What a process that has a default of its own may call of spot_fast: the encoder's input, stitching, scores."""
+    """What a process that has a default of its own may call of spot_fast: the encoder's input, label maps, scores."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (2, 3, 8, 8), generator=generator, dtype=torch.uint8)
     masks = torch.rand(2, 64, 3, generator=generator).softmax(-1)
-    layout = Layout((8, 12), (8, 8), ((0, 0), (0, 4)), tiled=True)
     truth = torch.randint(3, (2, 80, 80), generator=generator)
 
     def run():
         scores = image_scores(labels_from_soft(masks, 80), 3, truth).values()
-        return [normalise(images), stitch({"masks": masks}, layout).masks["masks"], *map(torch.nan_to_num, scores)]
+        labels = torch.from_numpy(labels_at(masks[0], 80, 60))
+        return [normalise(images), labels, *map(torch.nan_to_num, scores)]
 
     expected = run()
     for dtype in DEFAULTS[1:]:

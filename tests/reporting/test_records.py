@@ -1,4 +1,4 @@
-"""What a report knows of runs: logs that a crash has cut, the choice of images, paces."""
+"""Data of a report: logs cut by a crash, the choice of images, pace."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from spot_fast.reporting.records import RunRecord, SetRecord, choose_images, rea
 
 
 class Images:
-    """An image set of which only numbers and names are asked."""
+    """An image set with a length and labels alone."""
 
     def __init__(self, count):
         self.count = count
@@ -32,25 +32,25 @@ def evaluation(scores, indices=None):
     return Evaluation([Table("spot", 32, [worse, row])], len(scores), "images", {}, indices=indices)
 
 
-def places(chosen):
+def by_reason(chosen):
     return {why: [c.index for c in chosen if c.why == why] for why in ("best", "median", "worst", "random")}
 
 
 def test_best_median_worst_and_random_by_the_decoder_masks_of_all_orders():
     scores = [math.nan, *(i / 20 for i in range(20))]
     chosen = choose_images(Images(21), [evaluation(scores)], each=3, seed=0)
-    found = places(chosen)
-    assert found["best"] == [20, 19, 18] and found["worst"] == [1, 2, 3]
-    assert sorted(found["median"]) == [10, 11, 12]
-    assert len(found["random"]) == 3 and len({c.index for c in chosen}) == 12 and 0 not in {c.index for c in chosen}
+    indices = by_reason(chosen)
+    assert indices["best"] == [20, 19, 18] and indices["worst"] == [1, 2, 3]
+    assert sorted(indices["median"]) == [10, 11, 12]
+    assert len(indices["random"]) == 3 and len({c.index for c in chosen}) == 12 and 0 not in {c.index for c in chosen}
     assert chosen[0].score == pytest.approx(0.95) and chosen[0].label == "image 20"
-    assert places(choose_images(Images(21), [evaluation(scores)], each=3, seed=1))["random"] != found["random"]
+    assert by_reason(choose_images(Images(21), [evaluation(scores)], each=3, seed=1))["random"] != indices["random"]
 
 
 def test_several_runs_choose_by_their_mean():
     one, other = [0.9, 0.0, 0.5, 0.1], [0.0, 0.0, 0.6, 0.1]
     chosen = choose_images(Images(4), [evaluation(one), evaluation(other)], each=1, seed=0)
-    assert places(chosen) == {"best": [2], "median": [0], "worst": [1], "random": [3]}
+    assert by_reason(chosen) == {"best": [2], "median": [0], "worst": [1], "random": [3]}
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -61,7 +61,7 @@ def test_no_image_is_shown_twice_in_a_small_set(count):
 
 def test_unreadable_images_shift_no_score():
     chosen = choose_images(Images(6), [evaluation([0.1, 0.9, 0.5], indices=[1, 3, 5])], each=1, seed=0)
-    assert places(chosen)["best"] == [3] and places(chosen)["worst"] == [1]
+    assert by_reason(chosen)["best"] == [3] and by_reason(chosen)["worst"] == [1]
 
 
 def test_without_scores_images_are_drawn():
@@ -95,5 +95,5 @@ def test_pace_is_the_median_of_the_log(tmp_path):
     assert RunRecord("a", None, read_log(tmp_path / "nowhere"), {}).pace is None
 
 
-def test_of_runs_that_differ_in_their_seed_only_one_is_looked_into():
-    assert SetRecord(None, [0, 1, 2, 4, 5], [[0, 2], [1, 5]]).kinds == [0, 1, 4]
+def test_of_runs_that_differ_only_in_their_seed_one_is_distinct():
+    assert SetRecord(None, [0, 1, 2, 4, 5], [[0, 2], [1, 5]]).distinct == [0, 1, 4]

@@ -11,9 +11,9 @@ exactly: by the total cost of the assignment, and by the IoU that the renamed la
 from __future__ import annotations
 
 import torch
-from kernel_bench import Case, Problem, Results, Setting
-from kernel_clock import Work
-from kernel_rows import EAGER, OURS
+from harness.kernel_bench import Case, Problem, Results, Setting
+from harness.kernel_clock import Work
+from harness.kernel_rows import EAGER, OURS
 
 import spot_kernels
 from spot_kernels.reference import mask_matching as reference

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from kernel_bench import Case, Problem, Results, Setting, compiled, name_of, randn, sizes
-from kernel_clock import Work
-from kernel_rows import COMPILE, EAGER
+from harness.kernel_bench import Case, Problem, Results, Setting, compiled, name_of, randn, sizes
+from harness.kernel_clock import Work
+from harness.kernel_rows import COMPILE, EAGER
 
 
 def work(batch: int, tokens: int, width: int, size: int) -> tuple[Work, Work]:

@@ -23,8 +23,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
+from harness.machine import cpu_name
 from loader_speed import make_photos
-from machine import cpu_name
 
 from spot_fast.config import preset
 from spot_fast.data import Folder, Loader

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-import kernel_rows
 import pytest
 import torch
-from kernel_bench import Bench, Case, Setting
-from machine import ROOT, commit, cores, cpu_name
-from tables import slug
-from targets import target_csv
+from harness import kernel_rows
+from harness.kernel_bench import Bench, Case, Setting
+from harness.machine import ROOT, commit, cores, cpu_name
+from harness.tables import slug
+from harness.targets import target_csv
 
 from spot_kernels import dispatch
 

@@ -22,8 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 import torch
-from machine import commit, cores, cpu_name
-from targets import target_file
+from harness.machine import commit, cores, cpu_name
+from harness.targets import target_file
 
 from spot_kernels import (
     native,

@@ -12,8 +12,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from runs import Plan, add_arguments, command_line, results_of, split_options
-from tables import Result, Row, Target, above, machines, markdown, select, targets_table, training
+from harness.runs import Plan, add_arguments, command_line, results_of, split_options
+from harness.tables import Result, Row, Target, above, machines, markdown, select, targets_table, training
 
 _POINTS = 0.10  # by which the decoder has to beat block masks
 BLOCKS = Row("block masks (best of 1 to 4 columns)", "scenes", 1, "blocks")

@@ -27,9 +27,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from kernel_bench import Case, Setting, all_cases, doubled, evaluate
-from kernel_clock import clock_of, interleaved
-from kernel_rows import BOTH, COMPILE, EAGER, FORWARD, OURS, duration
+from harness.kernel_bench import Case, Setting, all_cases, doubled, evaluate
+from harness.kernel_clock import clock_of, interleaved
+from harness.kernel_rows import BOTH, COMPILE, EAGER, FORWARD, OURS, duration
 
 from spot_kernels import dispatch
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from record import ABSENT, GO, NO_GO, Options, Recorder, Row, reason
 
 import torch  # isort: skip
-from kernel_bench import Function, Problem, doubled, evaluate, gradients_of, input_sets, outputs_of
-from kernel_clock import Call, DeviceClock, captured, clock_of, samples, spread
-from kernel_rows import EAGER
+from harness.kernel_bench import Function, Problem, doubled, evaluate, gradients_of, input_sets, outputs_of
+from harness.kernel_clock import Call, DeviceClock, captured, clock_of, samples, spread
+from harness.kernel_rows import EAGER
 
 
 def compare(

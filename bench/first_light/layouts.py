@@ -25,8 +25,8 @@ from record import NO_GO, Options, Recorder, Time, best_of, parser, run
 import torch  # isort: skip
 import torch.nn.functional as F
 from bench_permuted_attention import columns, flex, gathered
-from kernel_bench import Function, Problem, randn
-from kernel_rows import EAGER, FLEX, OURS, SDPA
+from harness.kernel_bench import Function, Problem, randn
+from harness.kernel_rows import EAGER, FLEX, OURS, SDPA
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import spot_kernels

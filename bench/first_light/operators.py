@@ -23,8 +23,8 @@ from dataclasses import asdict
 from record import ABSENT, GO, LATE, NO_GO, Options, Recorder, Row, Time, options, parser, reason, run
 
 import torch  # isort: skip
-from kernel_bench import Case, Results, Setting, all_cases, doubled, evaluate, gradients_of, outputs_of
-from kernel_rows import EAGER, OURS
+from harness.kernel_bench import Case, Results, Setting, all_cases, doubled, evaluate, gradients_of, outputs_of
+from harness.kernel_rows import EAGER, OURS
 
 import spot_kernels
 

@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench"), str(ROOT / "tests" / "support")]
 
 import torch
-from machine import commit, cpu_name, nvidia_smi
-from tables import slug
+from harness.machine import commit, cpu_name, nvidia_smi
+from harness.tables import slug
 
 PARTS = ("ceilings", "operators", "steps", "layouts", "rivals")
 GO, NO_GO, ABSENT, LATE = "go", "NO GO", "not here", "out of time"

@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-from step_runs import settings, write_teacher
+from harness.step_runs import settings, write_teacher
 
 from spot_fast.data import open_set
 from spot_fast.data.caching.feature_cache import FeatureCache

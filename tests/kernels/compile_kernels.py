@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-from targets import target_file
+from harness.targets import target_file
 
 from spot_kernels.gpu.launch import ARCHITECTURES, Call, recording
 

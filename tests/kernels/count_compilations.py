@@ -22,7 +22,7 @@ sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")
 
 import torch
 from compile_kernels import specialise
-from step_runs import TrainerSteps, settings, write_teacher
+from harness.step_runs import TrainerSteps, settings, write_teacher
 
 from spot_fast.training import losses as self_training
 from spot_kernels import dispatch, match_masks, use_backend

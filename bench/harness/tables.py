@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from machine import gpu_name
 from safetensors import safe_open
+
+from harness.machine import gpu_name
 
 METRICS = ("mbo_i", "mbo_c", "miou", "fg_ari")
 _TITLES = ("mBO_i", "mBO_c", "mIoU", "FG-ARI")

@@ -1,8 +1,6 @@
 """What the operators' benchmarks share: a case, how it is checked and timed, and the floors it cannot beat.
 
-    pytest bench/ --benchmark-only                     every technique at every shape, and a table at the end
-    python bench/kernel_bench.py --floors              least time of each GPU shape, from its bytes and operations
-    python bench/kernel_bench.py --table FILE.csv      the table and the aims of committed results
+`pytest bench/ --benchmark-only` times every technique at every shape and prints a table at the end.
 
 A `bench_<operator>.py` has `cases(setting)`, the shapes with their formulas. All techniques of a case are compared
 with float64 first: ours by the rule of tests/support/kernel_tier.py, others of PyTorch with ten times its room, as they
@@ -12,7 +10,6 @@ timed in turns in one process.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib
 import math
@@ -24,17 +21,14 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(_HERE), str(_HERE.parent / "kernels"), str(_HERE.parent / "tests" / "support")]
-
-from kernel_clock import Call, Ceilings, Work, clock_of, graph_seconds, interleaved, measure_ceilings
-from kernel_rows import COMPILE, EAGER, FLEX, OURS, Row, aims_text, ceilings_of, duration, read_csv, table
+_ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(_ROOT / part) for part in ("bench", "kernels", "tests/support")]
 
 import kernel_tier
+from harness.kernel_clock import Call, Ceilings, Work, clock_of, graph_seconds, interleaved, measure_ceilings
+from harness.kernel_rows import COMPILE, EAGER, FLEX, OURS, Row
 from spot_kernels import dispatch
 
-# Measured on an H200: a large copy, a large product.
-H200 = Ceilings(4.3e12, {"float32": 50e12, "bfloat16": 790e12})
 # How much more error than ours other implementations of PyTorch may have.
 _ROOM = 10.0
 
@@ -369,53 +363,7 @@ def _peak(call: Call) -> float:
     return float(torch.cuda.max_memory_allocated() - before)
 
 
-# ---- command line
-
-
 def all_cases(setting: Setting) -> list[Case]:
     """The cases of every bench_<operator>.py."""
-    modules = [importlib.import_module(path.stem) for path in sorted(_HERE.glob("bench_*.py"))]
+    modules = [importlib.import_module(path.stem) for path in sorted((_ROOT / "bench").glob("bench_*.py"))]
     return [case for module in modules if hasattr(module, "cases") for case in module.cases(setting)]
-
-
-def floors(cases: Iterable[Case], ceilings: Ceilings) -> str:
-    """Markdown: the least time of each case, and what sets it."""
-    lines = [
-        "| operator | shape | dtype | forward: MB | GFLOP | floor | fwd+bwd: MB | GFLOP | floor | set by |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for case in cases:
-        cells = [case.operator, case.shape, case.dtype]
-        works = [case.forward] + ([case.forward + case.backward] if case.backward else [])
-        for work in works:
-            floor, _ = ceilings.floor(work, case.dtype)
-            cells += [f"{work.bytes / 1e6:.4g}", f"{work.flops / 1e9:.4g}", duration(floor)]
-        cells += ["–"] * (9 - len(cells)) + [ceilings.floor(works[-1], case.dtype)[1]]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--floors", action="store_true", help="least time of each GPU shape")
-    what.add_argument("--table", type=Path, metavar="CSV", help="table and aims of committed results")
-    parser.add_argument("--gbps", type=float, default=H200.bytes / 1e9, help="copy, GB/s (H200: %(default).0f)")
-    parser.add_argument("--tflops", type=float, default=H200.flops["bfloat16"] / 1e12, help="bfloat16 product (H200)")
-    parser.add_argument("--tflops32", type=float, default=H200.flops["float32"] / 1e12, help="float32 product (H200)")
-    args = parser.parse_args(argv)
-    if args.floors:
-        ceilings = Ceilings(args.gbps * 1e9, {"float32": args.tflops32 * 1e12, "bfloat16": args.tflops * 1e12})
-        print(floors(all_cases(Setting(gpu=True)), ceilings))
-        return 0
-    try:
-        about, rows = read_csv(args.table)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table(rows, ceilings_of(about)), aims_text(rows, gpu=about["device"] != "cpu"), sep="\n\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

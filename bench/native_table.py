@@ -121,11 +121,11 @@ def matching_cases() -> Iterator[Case]:
         yield Case("mask labels", f"32 × {grid * grid}, {slots} masks, {size} × {size}", "float32", *calls, calls[1]())
 
 
-def error(found: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...]) -> float:
+def error(computed: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...]) -> float:
     if not exact[0].is_floating_point():
-        return float(sum((a != b).sum().item() for a, b in zip(found, exact, strict=True)))
+        return float(sum((a != b).sum().item() for a, b in zip(computed, exact, strict=True)))
     return max(
-        ((a.detach().double() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact, strict=True)
+        ((a.detach().double() - b).abs().max() / b.abs().max()).item() for a, b in zip(computed, exact, strict=True)
     )
 
 

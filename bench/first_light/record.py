@@ -29,7 +29,7 @@ from harness.tables import slug
 
 PARTS = ("ceilings", "operators", "steps", "layouts", "rivals")
 GO, NO_GO, ABSENT, LATE = "go", "NO GO", "not here", "out of time"
-# The exit code of a part that ran out of its time, as of `timeout`.
+# The exit code of a part that ran out of its time, as `timeout` has it.
 OUT_OF_TIME = 124
 
 
@@ -193,7 +193,7 @@ class Time:
 
 @dataclass(frozen=True)
 class Options:
-    """What every part is told. gpu: whether it runs on one; a rehearsal has small shapes and few repetitions."""
+    """What every part is given. gpu: whether it runs on one; a rehearsal has small shapes and few repetitions."""
 
     gpu: bool
     rehearse: bool

@@ -4,8 +4,8 @@
 
 A `bench_<operator>.py` has `cases(setting)`, the shapes with their formulas. All techniques of a case are compared
 with float64 first: ours by the rule of tests/support/kernel_tier.py, others of PyTorch with ten times its room, as they
-may add up in another order (the error stands beside their time) but not compute something else. Those that pass are
-timed in turns in one process.
+may add up in another order (the error is printed beside their time) but not compute something else. Those that pass
+are timed in turns in one process.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Problem:
 
     inputs: seed → arguments; those to differentiate by require gradients. techniques: name → maker of a function of the
     arguments; making it may compile. exact: the plain function in float64. parameters and exact_parameters: what is
-    differentiated by besides the arguments. check: (found, exact, plain results) → largest relative errors of outputs
+    differentiated by besides the arguments. check: (ours, exact, plain results) → largest relative errors of outputs
     and gradients, AssertionError where they are too large; None: `relative_errors`, which judges the gradients of a
     long chain of products together (`joint`), as the tests do: alone each would pass or fail by PyTorch's luck with it.
     """
@@ -76,7 +76,7 @@ class Problem:
     joint: bool = False
 
     def errors(self, technique: str, *results: Results) -> tuple[float | None, float | None]:
-        """What `check` says of found, exact and plain results."""
+        """What `check` says of computed, exact and plain results."""
         if self.check is not None:
             return self.check(*results)
         room = 1.0 if technique.startswith(OURS) else _ROOM
@@ -163,9 +163,9 @@ class Backends(TorchDispatchMode):
 # ---- right or wrong
 
 
-def outputs_of(found: object) -> Tensors:
+def outputs_of(computed: object) -> Tensors:
     """What a function gave, as a tuple of tensors; what it left out is not in it."""
-    return (found,) if isinstance(found, torch.Tensor) else tuple(t for t in found if t is not None)
+    return (computed,) if isinstance(computed, torch.Tensor) else tuple(t for t in computed if t is not None)
 
 
 def gradients_of(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -192,7 +192,7 @@ def evaluate(
 
 
 def _joined(results: Sequence[Results]) -> list[Results]:
-    """Found, exact and plain results with each one's gradients as a single vector."""
+    """Computed, exact and plain results with each one's gradients as a single vector."""
     named = [dict(enumerate(one.gradients)) for one in results]
     exact = {name: value.cpu() for name, value in named[1].items()}
     return [
@@ -201,22 +201,24 @@ def _joined(results: Sequence[Results]) -> list[Results]:
     ]
 
 
-def relative_errors(found: Results, exact: Results, plain: Results, *, room: float = 1.0) -> tuple[float, float | None]:
+def relative_errors(
+    computed: Results, exact: Results, plain: Results, *, room: float = 1.0
+) -> tuple[float, float | None]:
     """Largest differences from float64 by the largest value.
 
     AssertionError where they are beyond the plain reference's own by more than 2 (outputs) or 3 (gradients) × `room`.
     """
     kinds = (
-        ("output", room * kernel_tier.OUTPUT, found.outputs, exact.outputs, plain.outputs),
-        ("gradient", room * kernel_tier.GRADIENT, found.gradients, exact.gradients, plain.gradients),
+        ("output", room * kernel_tier.OUTPUT, computed.outputs, exact.outputs, plain.outputs),
+        ("gradient", room * kernel_tier.GRADIENT, computed.gradients, exact.gradients, plain.gradients),
     )
     errors: list[float | None] = []
     for kind, factor, *triples in kinds:
         worst = None
-        for i, (mine, true, other) in enumerate(zip(*triples, strict=True)):
-            kernel_tier.assert_as_exact(f"{kind} {i}", mine, true, other, factor)
+        for i, (ours, true, other) in enumerate(zip(*triples, strict=True)):
+            kernel_tier.assert_as_exact(f"{kind} {i}", ours, true, other, factor)
             scale = true.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-            worst = max(worst or 0.0, ((mine.double() - true).abs().max() / scale).item())
+            worst = max(worst or 0.0, ((ours.double() - true).abs().max() / scale).item())
         errors.append(worst)
     return errors[0] or 0.0, errors[1]
 
@@ -305,12 +307,12 @@ class Bench:
             row = replace(blank, technique=name)
             try:
                 function = problem.techniques[name]()
-                found = evaluate(function, inputs, problem.parameters, grads)
+                computed = evaluate(function, inputs, problem.parameters, grads)
                 if name == OURS:
                     with Backends() as backends:
                         function(*inputs)
                     row = replace(row, backend=backends.found.get(case.backend_of or case.operator, "torch"))
-                errors = problem.errors(name, found, exact, plain)
+                errors = problem.errors(name, computed, exact, plain)
                 row = replace(row, output_error=errors[0], gradient_error=errors[1])
                 functions[name] = function
             except AssertionError as wrong:

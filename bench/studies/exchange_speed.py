@@ -130,10 +130,10 @@ def measure(rank: int, size: int, port: int, args: argparse.Namespace, teacher: 
     dist.destroy_process_group()
 
 
-def _apart(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
-    if found is None or expected is None:
-        return 0.0 if found is expected else float("inf")
-    return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+def _apart(computed: torch.Tensor | None, expected: torch.Tensor | None) -> float:
+    if computed is None or expected is None:
+        return 0.0 if computed is expected else float("inf")
+    return ((computed - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
 def table(rows: Sequence[Row]) -> str:

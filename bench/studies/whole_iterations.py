@@ -246,8 +246,8 @@ def error(
         module.float()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             plain = step_by_step(module, k, v, slots)
-    found = slot_iterations(module, k, v, slots)
-    return tuple(float((x.double() - exact).norm() / exact.norm()) for x in (found, plain))
+    slots_of = slot_iterations(module, k, v, slots)
+    return tuple(float((x.double() - exact).norm() / exact.norm()) for x in (slots_of, plain))
 
 
 def main() -> None:

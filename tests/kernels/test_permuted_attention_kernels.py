@@ -197,16 +197,16 @@ def test_opcheck(layout, backend):
             x.detach().permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0).requires_grad_() for x in (q, k, v, grad)
         )
     order = random_order(17, 2 if layout == "permuted" else None)
-    torch.library.opcheck(operator._attend, (q, k, v, order, backend))
-    saved = [x.detach() for x in operator._attend(q, k, v, order, backend)]
+    torch.library.opcheck(operator._forward, (q, k, v, order, backend))
+    saved = [x.detach() for x in operator._forward(q, k, v, order, backend)]
     arguments = [x.detach() for x in (grad, q, k, v)]
-    torch.library.opcheck(operator._attend_backward, (*arguments, order, *saved, backend))
+    torch.library.opcheck(operator._backward, (*arguments, order, *saved, backend))
 
 
 def test_the_operator_on_pytorch_is_the_reference():
     *tensors, grad = inputs(2, 2, 17, 16)
     order = random_order(17)
-    found = results(lambda *a: operator._attend(*a, "torch")[0], tensors, grad, order)
+    found = results(lambda *a: operator._forward(*a, "torch")[0], tensors, grad, order)
     for one, other in zip(found, results(reference.permuted_causal_attention, tensors, grad, order), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -257,7 +257,7 @@ def test_second_gradients_are_refused():
 def test_what_the_kernels_do_not_take():
     q, k, v, _ = inputs(1, 1, 9, 129)
     order = random_order(9)
-    with pytest.raises(ValueError, match=r"triton was asked for, but q \(1, 1, 9, 129\) is wider than 128 a head"):
+    with pytest.raises(ValueError, match=r"triton was requested, but q \(1, 1, 9, 129\) is wider than 128 a head"):
         kernels(q, k, v, order)
     with pytest.raises(ValueError, match=r"do not take torch.float64: use float32, bfloat16, float16"):
         kernels(q.double(), k.double(), v.double(), order)

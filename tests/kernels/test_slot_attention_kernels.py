@@ -88,7 +88,7 @@ def check(tensors, grads, eps=EPS):
 @pytest.fixture
 def plans(monkeypatch):
     """Plans of the launches of a test, with the number of programs over which each splits the tokens."""
-    from spot_kernels.gpu import slot_attention as module
+    from spot_kernels.gpu import slot_attention_plan as module
 
     made, plan, splits = [], module.plan, module.splits
     monkeypatch.setattr(module, "plan", lambda *args, **kw: made.append([plan(*args, **kw)]) or made[-1][0])
@@ -149,7 +149,7 @@ def test_rows_wider_than_a_tile(heads, dtype, monkeypatch, plans, split):
 
 def test_weights_rounded_to_tf32(monkeypatch):
     """What tensor cores get for fp16 and, where tf32 is allowed, float32: to nearest, half a unit of 2^-10 at most."""
-    from spot_kernels.gpu import slot_attention as module
+    from spot_kernels.gpu import slot_attention_plan as module
 
     tensors, grads = inputs(2, 2, 49, 7, 24)
     exact = results(kernels, tensors, grads, EPS)

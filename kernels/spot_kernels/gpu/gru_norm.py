@@ -34,7 +34,6 @@ import triton
 import triton.language as tl
 
 from spot_kernels.gpu import launch
-from spot_kernels.gru_norm import empty_gradients, empty_outputs
 
 _SUM_PARTS, _SUM_UNITS = 128, 32
 
@@ -225,11 +224,14 @@ def forward(
     weight: torch.Tensor,
     bias: torch.Tensor,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """gates [M, 3U], hidden [M, U], weight and bias [U] → h' in hidden's dtype, normed in the gates', both [M, U]."""
+    new: torch.Tensor,
+    normed: torch.Tensor,
+) -> None:
+    """Fills new = h' in hidden's dtype and normed in the gates', both [M, U]; gates [M, 3U], hidden [M, U]."""
     gates_input, gates_hidden, hidden = (launch.rows_last(t) for t in (gates_input, gates_hidden, hidden))
-    new, normed = empty_outputs(gates_input, hidden)
     rows, units = hidden.shape
+    launch.written("new", new, hidden.dtype, (rows, units), hidden.device)
+    launch.written("normed", normed, gates_input.dtype, (rows, units), hidden.device)
     block_u = launch.power_of_2(units)
     config = _forward_config(block_u)
     launch.launch(
@@ -253,7 +255,6 @@ def forward(
         ROWS=config.rows,
         BLOCK_U=block_u,
     )
-    return new, normed
 
 
 def backward(
@@ -264,12 +265,24 @@ def backward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of gates_input, gates_hidden, hidden, weight and bias; grad_new, grad_normed [M, U] or None."""
+    grad_input: torch.Tensor,
+    grad_hidden: torch.Tensor,
+    grad_h: torch.Tensor,
+    grad_weight: torch.Tensor,
+    grad_bias: torch.Tensor,
+) -> None:
+    """Fills the gradients of the gates, hidden, weight and bias from those of new and normed (None: zero)."""
     gates_input, gates_hidden, hidden = (launch.rows_last(t) for t in (gates_input, gates_hidden, hidden))
     grad_new, grad_normed = (None if g is None else launch.rows_last(g) for g in (grad_new, grad_normed))
-    grad_input, grad_hidden, grad_h, grad_weight, grad_bias = empty_gradients(gates_input, gates_hidden, hidden, weight)
     rows, units = hidden.shape
+    for name, grad, like, shape in (
+        ("grad_input", grad_input, gates_input, (rows, 3 * units)),
+        ("grad_hidden", grad_hidden, gates_hidden, (rows, 3 * units)),
+        ("grad_h", grad_h, hidden, (rows, units)),
+        ("grad_weight", grad_weight, weight, (units,)),
+        ("grad_bias", grad_bias, weight, (units,)),
+    ):
+        launch.written(name, grad, like.dtype, shape, hidden.device)
     block_u = launch.power_of_2(units)
     config = _backward_config(block_u)
     blocks = triton.cdiv(rows, config.rows)
@@ -309,7 +322,9 @@ def backward(
         WITH_NORMED=grad_normed is not None,
     )
     if parts is None:
-        return grad_input, grad_hidden, grad_h, grad_weight.zero_(), grad_bias.zero_()
+        grad_weight.zero_()
+        grad_bias.zero_()
+        return
     launch.launch(
         _sum_parts,
         (triton.cdiv(units, _SUM_UNITS),),
@@ -323,4 +338,3 @@ def backward(
         BLOCK_P=_SUM_PARTS,
         BLOCK_U=_SUM_UNITS,
     )
-    return grad_input, grad_hidden, grad_h, grad_weight, grad_bias

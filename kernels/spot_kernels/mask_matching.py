@@ -176,7 +176,7 @@ def linear_assignment(cost: torch.Tensor) -> torch.Tensor:
 def assign_masks(
     student: torch.Tensor, teacher: torch.Tensor, num_slots: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The student slot that stands for each teacher slot.
+    """The student slot that matches each teacher slot.
 
     Args:
         student, teacher: label maps [B, N] of an integer dtype, labels in 0…num_slots-1.

@@ -70,7 +70,7 @@ def _forward(
         computed = reference.step_for_backward(q, k, v, eps)
     updates.copy_(computed[0])
     for result, value in zip((exact, attn, logits, sums), computed, strict=True):
-        if result.numel():  # attn and logits are empty where nobody asked for them
+        if result.numel():  # attn and logits are empty unless asked for
             result.copy_(value)
     return results
 

@@ -26,8 +26,8 @@ def _weights(q: torch.Tensor, k: torch.Tensor, order: torch.Tensor) -> torch.Ten
     visible = rank.unsqueeze(-2) <= rank.unsqueeze(-1)
     if order.dim() == 2:
         visible = visible.unsqueeze(1)
-    # Written out: on a CPU, PyTorch's fused attention is four times slower in its bfloat16 backward, and no faster in
-    # float32 at these sizes.
+    # Written out, because PyTorch's fused attention on a CPU is four times slower in its bfloat16 backward pass, and no
+    # faster in float32 at these sizes.
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     hidden = torch.zeros_like(visible, dtype=logits.dtype).masked_fill_(~visible, float("-inf"))
     return (logits + hidden).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))

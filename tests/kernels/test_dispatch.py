@@ -1,4 +1,4 @@
-"""The choice of a backend: the default, a block of code, the environment, and what is said when it cannot run."""
+"""The choice of a backend: the default, a block of code, the environment, and the message when it cannot run."""
 
 import os
 import subprocess
@@ -45,7 +45,7 @@ def test_on_a_cpu_auto_takes_the_library_where_it_has_the_operator(monkeypatch):
 
 
 def test_on_a_gpu_auto_takes_the_kernels_within_their_limits(monkeypatch):
-    """Asked of a stand-in with a GPU tensor's device: only device and dtype are looked at."""
+    """With a stand-in for a GPU tensor: only device and dtype matter."""
 
     class OnGpu:
         device, dtype = torch.device("cuda", 0), torch.bfloat16
@@ -69,7 +69,7 @@ def test_on_a_gpu_auto_takes_the_kernels_within_their_limits(monkeypatch):
         chosen_backend("slot_attention_step", OnGpu)
 
 
-def test_blocks_nest_and_end_with_an_error_too():
+def test_blocks_nest_and_end_with_an_error():
     with use_backend("torch"):
         with pytest.raises(RuntimeError, match="inside"), use_backend("auto"):
             raise RuntimeError("inside")
@@ -77,7 +77,7 @@ def test_blocks_nest_and_end_with_an_error_too():
 
 
 def in_a_thread(function):
-    """What `function` returns in a thread of its own."""
+    """The result of `function` in a thread of its own."""
     found = []
     thread = threading.Thread(target=lambda: found.append(function()))
     thread.start()
@@ -85,7 +85,7 @@ def in_a_thread(function):
     return found[0]
 
 
-def test_a_block_concerns_its_own_thread_alone():
+def test_a_block_holds_for_its_own_thread_alone():
     """Two models in two threads, one of them compared on backend torch: neither changes what the other runs."""
     inside, leave = threading.Event(), threading.Event()
 
@@ -108,7 +108,7 @@ def test_a_block_concerns_its_own_thread_alone():
 
 
 def test_a_compiled_function_follows_the_choice_of_the_thread_that_calls_it():
-    """The choice is guarded: neither a block nor another thread gets what was traced for someone else."""
+    """The choice is guarded: neither a block nor another thread gets a graph traced for another choice."""
     traced = []
 
     def backend(graph, inputs):
@@ -138,7 +138,7 @@ def test_a_compiled_function_follows_the_choice_of_the_thread_that_calls_it():
     torch._dynamo.reset()
 
 
-def test_what_cannot_run_is_said(monkeypatch):
+def test_a_backend_that_cannot_run_is_named(monkeypatch):
     with pytest.raises(ValueError, match="use_backend: 'cuda' is unknown: use one of auto, triton, native, torch"):
         with use_backend("cuda"):
             pass

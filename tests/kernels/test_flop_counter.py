@@ -18,7 +18,7 @@ BACKENDS = [
 
 
 def counted(function, tensors, through=slice(None)):
-    """Of forward, and of forward and backward through some of the results."""
+    """FLOPs of forward, and of forward and backward through some of the results."""
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     with FlopCounterMode(display=False) as counter:
         results = results_of(function(*leaves))

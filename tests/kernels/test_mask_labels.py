@@ -91,13 +91,13 @@ def test_other_dtypes_and_views(dtype):
     assert torch.equal(mask_labels(spread, 128), expected)
 
 
-def test_no_image():
+def test_empty_batch():
     for size in (8, 320):
         assert mask_labels(torch.empty(0, 16, 3), size).shape == (0, size, size)
 
 
-def test_operator_checks():
-    """Schema, fake and the rest of torch.library's rules; and that compiled code may call it."""
+def test_opcheck():
+    """Schema, fake tensors and the other rules of torch.library."""
     torch.library.opcheck(torch.ops.spot_kernels.mask_labels, (torch.rand(2, 16, 3), 80, "torch"))
 
 

@@ -73,7 +73,7 @@ def _total(cost: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def _assert_same_choice(cost: torch.Tensor) -> None:
-    """scipy's least total cost, and the choice that the library makes among assignments of that cost."""
+    """Requires scipy's least total cost, and the native library's choice among assignments of that cost."""
     found, best = _solve(cost), reference.linear_assignment(cost)
     assert torch.equal(_total(cost, found), _total(cost, best))
     assert torch.equal(found, native.linear_assignment(cost) if native.available() else best)
@@ -100,7 +100,7 @@ def test_assignment_equals_the_native_library(kind):
     ],
 )
 def test_assignment_of_many_slots(kind, rows, columns):
-    """All widths that the kernel is compiled for, up to the largest problem it takes."""
+    """All widths that the kernel is compiled for, up to its largest problem."""
     _assert_same_choice(_problems(kind, 1, rows, columns, torch.Generator().manual_seed(7)))
 
 
@@ -144,11 +144,11 @@ def test_a_search_ends_whatever_it_reads(rows, columns, bad, where):
         assert bool((held == -1).all())
 
 
-def test_matching_of_broken_costs_assigns_nobody(monkeypatch):
+def test_matching_of_broken_costs_assigns_no_slot(monkeypatch):
     """The fused kernel ends with NaN among the costs: -1 and 0 for that image, other images are not affected."""
     student, teacher = _maps(3, 20, 5)
-    student, teacher = student.clamp(max=3), teacher.clamp(max=3)  # nobody has the last slot
-    teacher[1, :5] = torch.arange(5)  # but in one image
+    student, teacher = student.clamp(max=3), teacher.clamp(max=3)  # the last slot is empty
+    teacher[1, :5] = torch.arange(5)  # except in one image
     expected = _match_on_cpu(student, teacher, 5)
     monkeypatch.setattr(spot_kernels.mask_matching, "EMPTY_TEACHER_COST", float("nan"))
     assignment, iou, cost, renamed = _match(student, teacher, 5)
@@ -212,7 +212,7 @@ def _assert_identical(found: tuple[torch.Tensor, ...], expected: tuple[torch.Ten
     ],
 )
 def test_matching_equals_the_cpu(batch, tokens, slots, labels):
-    """Costs to the last bit, hence the same assignment among equals: slots without a token make many of those."""
+    """Costs equal to the last bit, hence the same assignment among equals, which empty slots make common."""
     student, teacher = _maps(batch, tokens, labels, seed=slots)
     _assert_identical(_match(student, teacher, slots), _match_on_cpu(student, teacher, slots))
 
@@ -234,7 +234,7 @@ def test_matching_of_strided_labels():
 
 
 @pytest.mark.parametrize("batch,tokens", [(0, 20), (0, 0), (2, 0)])
-def test_matching_of_nothing(batch, tokens):
+def test_matching_of_empty_maps(batch, tokens):
     labels = torch.zeros(batch, tokens, dtype=torch.int64)
     _assert_identical(_match(labels, labels, 7), _match_on_cpu(labels, labels, 7))
 
@@ -265,7 +265,7 @@ def test_labels_out_of_range_are_left_out(wrong):
     "batch,tokens,num_a,num_b", [(2, 100, 5, 9), (1, 5000, 3, 2), (2, 30, 70, 65), (0, 9, 2, 2), (2, 0, 2, 3)]
 )
 def test_overlap_counts_equal_the_reference(masked, batch, tokens, num_a, num_b):
-    """Tokens split over programs (5000 of them), several tiles of labels; where masked out labels may be anything."""
+    """Tokens split over programs (5000 of them), several tiles of labels; labels of invalid tokens may be anything."""
     generator = torch.Generator().manual_seed(tokens)
     a = torch.randint(0, num_a, (batch, tokens), generator=generator)
     b = torch.randint(0, num_b, (batch, tokens), generator=generator).int()
@@ -313,7 +313,7 @@ def test_compiled_in_one_graph():
 
 
 def test_autocast_changes_nothing():
-    """Costs that bfloat16 cannot tell apart."""
+    """The costs are equal in bfloat16."""
     cost = torch.tensor([[[1.0, 1.0001], [1.0, 1.0]]])
     with torch.autocast(DEVICE.type, torch.bfloat16):
         assert _solve(cost).tolist() == [[0, 1]]

@@ -22,7 +22,7 @@ BATCH = 25
 
 @pytest.mark.skipif("CI" not in os.environ or not shutil.which("c++"), reason="not CI's installation with a compiler")
 def test_an_installation_with_a_compiler_has_the_library():
-    """Otherwise every test of it would be skipped, and nobody would notice."""
+    """Otherwise all its tests would be skipped silently."""
     assert native.available(), native.describe()
 
 
@@ -43,7 +43,7 @@ def _problems(kind: str, rows: int, columns: int, generator: torch.Generator) ->
 
 
 def _assert_optimal(cost: torch.Tensor, assignment: torch.Tensor) -> None:
-    """Valid, of the least total cost, and (both searches being the same) scipy's choice among the optimal ones."""
+    """Requires a valid assignment of least cost and, since both search alike, scipy's choice among the optimal ones."""
     _, rows, columns = cost.shape
     for problem, found in zip(cost.double().numpy(), assignment.numpy(), strict=True):
         row, column = linear_sum_assignment(problem)
@@ -157,7 +157,7 @@ def test_label_out_of_range_is_refused(label):
 
 @pytest.fixture
 def fresh_load(monkeypatch):
-    """Loads again in the test, and forgets that load after it."""
+    """Loads the library again in the test and after it."""
     monkeypatch.setattr(native, "_NAMED", "")
     native._load.cache_clear()
     yield monkeypatch
@@ -230,7 +230,7 @@ def test_freed_memory_is_refused():
 
 @needs_library
 def test_empty_batches_of_any_size_need_no_memory():
-    """Nothing is allocated for sizes that no problem has, and no product of them overflows."""
+    """Nothing is allocated for the sizes of an empty batch, and no product of them overflows."""
     huge = 2**31
     assert native.linear_assignment(torch.empty(0, huge, huge)).shape == (0, huge)
     empty = torch.empty(0, 8, dtype=torch.int64)
@@ -241,7 +241,7 @@ def test_empty_batches_of_any_size_need_no_memory():
 @needs_library
 @pytest.mark.parametrize("sizes", [(1, -1, 3), (-1, 3, 3), (2**40, 2**40, 2**40), (2**62, 3, 3)])
 def test_sizes_that_no_memory_has_are_refused(sizes):
-    """Asked of the library itself, as from C: no product of sizes overflows."""
+    """Calls the library directly, as from C: no product of sizes overflows."""
     library, cost = native._library(), torch.zeros(1, 3, 3)
     assignment = torch.zeros(1, 3, dtype=torch.int64)
     assert library.spot_linear_assignment_f32(cost.data_ptr(), *sizes, assignment.data_ptr()) == 1

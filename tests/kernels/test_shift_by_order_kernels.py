@@ -75,7 +75,7 @@ def test_all_nine_orders():
 
 
 def test_a_shared_bos_gets_the_sum_over_samples():
-    """More samples than a tile has; in bfloat16, where adding them one to another would lose the small ones."""
+    """More samples than a tile has; in bfloat16, in which a running sum would lose the small ones."""
     tokens, bos, grad = inputs(70, 3, 20, dtype=torch.bfloat16)
     grad[0] = 256
     order = random_order(3, 70)
@@ -98,7 +98,7 @@ def test_any_layout():
         check(one, bos[:1].expand(3, -1), spread, order[:1].expand(3, -1))
 
 
-def test_only_the_gradient_that_is_asked_for():
+def test_only_the_gradient_that_is_needed():
     tokens, bos, grad = inputs(2, 9, 20)
     order = random_order(9)
     _, *expected = results(kernels, tokens, bos, grad, order)
@@ -163,7 +163,7 @@ def test_second_gradients_are_refused():
         first.sum().backward()
 
 
-def test_what_the_kernels_do_not_take():
+def test_inputs_beyond_the_kernels_limits():
     tokens, bos, _ = inputs(1, 9, 20)
     order = random_order(9)
     with pytest.raises(ValueError, match="triton was requested, but bos is torch.float64: use backend torch"):

@@ -64,14 +64,14 @@ def test_gradients_of_all_three_results(heads):
     assert gradcheck(all_results, inputs(heads=heads, tokens=5, slots=3, width=2, grad=True))
 
 
-def test_attention_and_logits_only_when_asked():
+def test_attention_and_logits_only_on_request():
     q, k, v = inputs()
     updates, attn, logits = slot_attention_step(q, k, v)
     assert attn is None and logits is None
     assert torch.equal(updates, slot_attention_step(q, k, v, return_attn=True)[0])
 
 
-def test_a_slot_that_no_token_wants_averages_all_tokens():
+def test_a_slot_without_tokens_averages_all_tokens():
     """eps after the softmax keeps an empty slot's update finite: the plain mean of v."""
     q, k, v = inputs(slots=2, dtype=torch.float32)
     k = torch.full_like(k, 30.0)
@@ -121,7 +121,7 @@ def test_bad_arguments_are_named():
 
 
 def on(device, layout, heads=2, dtype=torch.float32):
-    """q, k, v that want gradients, as leaves: dense, or with the heads of a token side by side."""
+    """q, k, v as leaves that need gradients: dense, or with the heads of a token side by side."""
     tensors = [x.to(device) for x in inputs(heads=heads, dtype=dtype)]
     if layout == "permuted":
         tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
@@ -131,7 +131,7 @@ def on(device, layout, heads=2, dtype=torch.float32):
 @pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("layout", ["dense", "permuted"])
 @pytest.mark.parametrize("asked", [(False, False), (True, False), (True, True)])
-def test_operators_keep_their_promises(backend, device, layout, asked):
+def test_opcheck(backend, device, layout, asked):
     """Schema, fake tensors (shapes, dtypes, strides), autograd registration and tracing, of forward and backward."""
     q, k, v = on(device, layout)
     torch.library.opcheck(OPERATORS.slot_attention_step.default, (q, k, v, 1e-3, *asked, backend))
@@ -158,7 +158,7 @@ def test_compiled_forward_and_backward_give_the_same_numbers(backend, device, he
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
-def test_autocast_casts_as_it_does_for_attention(backend, device):
+def test_autocast_casts_the_inputs_and_keeps_float32_weights(backend, device):
     q, k, v = on(device, "permuted")
     with use_backend(backend), torch.autocast(device.type, dtype=torch.bfloat16):
         updates, attn, _ = slot_attention_step(q, k, v, return_attn=True)
@@ -200,7 +200,7 @@ def test_torch_backend_gives_gradients_of_gradients():
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
-def test_results_that_were_not_asked_for_get_no_gradient_and_no_memory(backend, device):
+def test_results_that_are_not_requested_get_no_gradient_and_no_memory(backend, device):
     q, k, v = on(device, "permuted")
     raw = OPERATORS.slot_attention_step(q, k, v, 1e-8, False, False, backend)
     assert raw[1].numel() == raw[2].numel() == 0
@@ -211,7 +211,7 @@ def test_results_that_were_not_asked_for_get_no_gradient_and_no_memory(backend, 
 
 
 @needs_triton
-def test_what_the_kernels_do_not_take():
+def test_inputs_beyond_the_kernels_limits():
     """More than 64 slots or 256 channels, and float64: an error where they were requested, PyTorch otherwise."""
     big = [(65, 8, "more than 64 slots"), (3, 257, "more than 256 channels")]
     for slots, width, words in big:

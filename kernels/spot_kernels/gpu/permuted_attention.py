@@ -59,7 +59,7 @@ def _forward_tile(
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     if DIAGONAL:
         b_s = tl.where(o_column[None, :] <= o_row[:, None], b_s, float("-inf"))
-    # finite, since every row sees a column of its first tile: column 0, or itself
+    # finite, since every row sees column 0, which is in its first tile
     b_new = tl.maximum(b_peak, tl.max(b_s, 1))
     # exp2 is one instruction; log2 e is in the scale
     b_p = tl.exp2((b_s - b_new[:, None]) * scale_log2)

@@ -89,7 +89,7 @@ def test_gradients_of_gradients_are_torchs_or_refused(operator, backend):
         return torch.autograd.grad(sum(gradient.sin().sum() for gradient in first), leaves)
 
     with use_backend(backend):
-        if backend == "triton" or operator == "slot_attention_step":
+        if backend == "triton":
             with pytest.raises(ValueError, match=f"{operator}: gradients of gradients are not implemented"):
                 twice()
         else:

@@ -15,7 +15,7 @@ from harness.kernel_clock import Work
 from harness.kernel_rows import COMPILE, EAGER, OURS
 
 import spot_kernels
-from spot_kernels.reference import permuted_attention as reference
+from spot_kernels.reference import shift_by_order as reference
 
 
 def work(batch: int, tokens: int, width: int, size: int) -> tuple[Work, Work]:

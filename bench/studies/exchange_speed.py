@@ -1,6 +1,6 @@
 """What the exchange of gradients costs a training step of several processes: three ways beside none, in turns.
 
-    python bench/exchange_speed.py [--stage 1] [--batch-size B] [--rounds N] [--csv FILE] [--tiny]
+    python bench/studies/exchange_speed.py [--stage 1] [--batch-size B] [--rounds N] [--csv FILE] [--tiny]
 
 Each process trains on `--batch-size` images of its own (ViT-B/16, COCO's settings, frozen features cached, float32),
 four trainers of it taking turns step by step, all processes together:
@@ -34,13 +34,13 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
+from harness.machine import commit, cores, cpu_name
+from harness.step_runs import TrainerSteps, settings, write_teacher
+from harness.targets import target_file
 from ladder import write_csv
-from machine import commit, cores, cpu_name
-from step_runs import TrainerSteps, settings, write_teacher
-from targets import target_file
 
 from spot_fast.training.shared_gradients import LocalGradients, SharedGradients
 
@@ -130,10 +130,10 @@ def measure(rank: int, size: int, port: int, args: argparse.Namespace, teacher: 
     dist.destroy_process_group()
 
 
-def _apart(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
-    if found is None or expected is None:
-        return 0.0 if found is expected else float("inf")
-    return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+def _apart(computed: torch.Tensor | None, expected: torch.Tensor | None) -> float:
+    if computed is None or expected is None:
+        return 0.0 if computed is expected else float("inf")
+    return ((computed - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -1,6 +1,6 @@
 """Seconds that it takes to know whether a large set's files are those that were cached (`data/caching/identity.py`).
 
-    python bench/cache_key.py [--files 118287] [--folder DIR]
+    python bench/studies/cache_key.py [--files 118287] [--folder DIR]
 
 Without a folder, files of 200 random bytes are made in a temporary one: COCO train2017 has 118,287. Compared are name,
 size and modification time, which identify no file; what is in the key; and the first 4 kB of every file. The median of
@@ -19,10 +19,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-from machine import cpu_name
+from harness.machine import cpu_name
 
 from spot_fast.data.caching.identity import Files
 

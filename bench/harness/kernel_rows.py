@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from kernel_clock import Ceilings, Work
+from harness.kernel_clock import Ceilings, Work
 
 OURS, EAGER, COMPILE, SDPA, FLEX = "ours", "eager", "torch.compile", "SDPA", "FlexAttention"
 FORWARD, BOTH = "forward", "both"

@@ -1,6 +1,6 @@
 """An experiment: all T iterations of slot attention in one kernel, against one launch for each step. Forward only.
 
-    python bench/whole_iterations.py             # check and resources anywhere, times on a GPU
+    python bench/studies/whole_iterations.py             # check and resources anywhere, times on a GPU
 
 One program per image keeps the slots on the chip through LayerNorm, q projection, attention, GRU and MLP, T times over.
 T = 1 is the kernel for one iteration. It would serve where no gradient is needed: evaluation, teachers, and all but
@@ -32,7 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "kernels")]
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / part) for part in ("kernels", "bench")]
 
 from spot_kernels import SlotAttention, use_backend
 from spot_kernels.gpu.launch import float32_precision, launch, power_of_2, widen
@@ -246,8 +246,8 @@ def error(
         module.float()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             plain = step_by_step(module, k, v, slots)
-    found = slot_iterations(module, k, v, slots)
-    return tuple(float((x.double() - exact).norm() / exact.norm()) for x in (found, plain))
+    slots_of = slot_iterations(module, k, v, slots)
+    return tuple(float((x.double() - exact).norm() / exact.norm()) for x in (slots_of, plain))
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
-from machine import ROOT, commit, cores, cpu_name
-from tables import (
+from harness.machine import ROOT, commit, cores, cpu_name
+from harness.tables import (
     CONFIG,
     EVALUATION,
     FREE,
@@ -36,7 +36,7 @@ from tables import (
     slug,
     write_csv,
 )
-from targets import target_file
+from harness.targets import target_file
 
 OUT_OF_TIME = 3
 TRAINER = ("-m", "spot_fast.train")  # what Python is given to train a run

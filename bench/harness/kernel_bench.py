@@ -1,18 +1,15 @@
 """What the operators' benchmarks share: a case, how it is checked and timed, and the floors it cannot beat.
 
-    pytest bench/ --benchmark-only                     every technique at every shape, and a table at the end
-    python bench/kernel_bench.py --floors              least time of each GPU shape, from its bytes and operations
-    python bench/kernel_bench.py --table FILE.csv      the table and the aims of committed results
+`pytest bench/ --benchmark-only` times every technique at every shape and prints a table at the end.
 
 A `bench_<operator>.py` has `cases(setting)`, the shapes with their formulas. All techniques of a case are compared
 with float64 first: ours by the rule of tests/support/kernel_tier.py, others of PyTorch with ten times its room, as they
-may add up in another order (the error stands beside their time) but not compute something else. Those that pass are
-timed in turns in one process.
+may add up in another order (the error is printed beside their time) but not compute something else. Those that pass
+are timed in turns in one process.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib
 import math
@@ -24,17 +21,14 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(_HERE), str(_HERE.parent / "kernels"), str(_HERE.parent / "tests" / "support")]
-
-from kernel_clock import Call, Ceilings, Work, clock_of, graph_seconds, interleaved, measure_ceilings
-from kernel_rows import COMPILE, EAGER, FLEX, OURS, Row, aims_text, ceilings_of, duration, read_csv, table
+_ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(_ROOT / part) for part in ("bench", "kernels", "tests/support")]
 
 import kernel_tier
+from harness.kernel_clock import Call, Ceilings, Work, clock_of, graph_seconds, interleaved, measure_ceilings
+from harness.kernel_rows import COMPILE, EAGER, FLEX, OURS, Row
 from spot_kernels import dispatch
 
-# Measured on an H200: a large copy, a large product.
-H200 = Ceilings(4.3e12, {"float32": 50e12, "bfloat16": 790e12})
 # How much more error than ours other implementations of PyTorch may have.
 _ROOM = 10.0
 
@@ -68,7 +62,7 @@ class Problem:
 
     inputs: seed → arguments; those to differentiate by require gradients. techniques: name → maker of a function of the
     arguments; making it may compile. exact: the plain function in float64. parameters and exact_parameters: what is
-    differentiated by besides the arguments. check: (found, exact, plain results) → largest relative errors of outputs
+    differentiated by besides the arguments. check: (ours, exact, plain results) → largest relative errors of outputs
     and gradients, AssertionError where they are too large; None: `relative_errors`, which judges the gradients of a
     long chain of products together (`joint`), as the tests do: alone each would pass or fail by PyTorch's luck with it.
     """
@@ -82,7 +76,7 @@ class Problem:
     joint: bool = False
 
     def errors(self, technique: str, *results: Results) -> tuple[float | None, float | None]:
-        """What `check` says of found, exact and plain results."""
+        """What `check` says of computed, exact and plain results."""
         if self.check is not None:
             return self.check(*results)
         room = 1.0 if technique.startswith(OURS) else _ROOM
@@ -169,9 +163,9 @@ class Backends(TorchDispatchMode):
 # ---- right or wrong
 
 
-def outputs_of(found: object) -> Tensors:
+def outputs_of(computed: object) -> Tensors:
     """What a function gave, as a tuple of tensors; what it left out is not in it."""
-    return (found,) if isinstance(found, torch.Tensor) else tuple(t for t in found if t is not None)
+    return (computed,) if isinstance(computed, torch.Tensor) else tuple(t for t in computed if t is not None)
 
 
 def gradients_of(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -198,7 +192,7 @@ def evaluate(
 
 
 def _joined(results: Sequence[Results]) -> list[Results]:
-    """Found, exact and plain results with each one's gradients as a single vector."""
+    """Computed, exact and plain results with each one's gradients as a single vector."""
     named = [dict(enumerate(one.gradients)) for one in results]
     exact = {name: value.cpu() for name, value in named[1].items()}
     return [
@@ -207,22 +201,24 @@ def _joined(results: Sequence[Results]) -> list[Results]:
     ]
 
 
-def relative_errors(found: Results, exact: Results, plain: Results, *, room: float = 1.0) -> tuple[float, float | None]:
+def relative_errors(
+    computed: Results, exact: Results, plain: Results, *, room: float = 1.0
+) -> tuple[float, float | None]:
     """Largest differences from float64 by the largest value.
 
     AssertionError where they are beyond the plain reference's own by more than 2 (outputs) or 3 (gradients) × `room`.
     """
     kinds = (
-        ("output", room * kernel_tier.OUTPUT, found.outputs, exact.outputs, plain.outputs),
-        ("gradient", room * kernel_tier.GRADIENT, found.gradients, exact.gradients, plain.gradients),
+        ("output", room * kernel_tier.OUTPUT, computed.outputs, exact.outputs, plain.outputs),
+        ("gradient", room * kernel_tier.GRADIENT, computed.gradients, exact.gradients, plain.gradients),
     )
     errors: list[float | None] = []
     for kind, factor, *triples in kinds:
         worst = None
-        for i, (mine, true, other) in enumerate(zip(*triples, strict=True)):
-            kernel_tier.assert_as_exact(f"{kind} {i}", mine, true, other, factor)
+        for i, (ours, true, other) in enumerate(zip(*triples, strict=True)):
+            kernel_tier.assert_as_exact(f"{kind} {i}", ours, true, other, factor)
             scale = true.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-            worst = max(worst or 0.0, ((mine.double() - true).abs().max() / scale).item())
+            worst = max(worst or 0.0, ((ours.double() - true).abs().max() / scale).item())
         errors.append(worst)
     return errors[0] or 0.0, errors[1]
 
@@ -311,12 +307,12 @@ class Bench:
             row = replace(blank, technique=name)
             try:
                 function = problem.techniques[name]()
-                found = evaluate(function, inputs, problem.parameters, grads)
+                computed = evaluate(function, inputs, problem.parameters, grads)
                 if name == OURS:
                     with Backends() as backends:
                         function(*inputs)
                     row = replace(row, backend=backends.found.get(case.backend_of or case.operator, "torch"))
-                errors = problem.errors(name, found, exact, plain)
+                errors = problem.errors(name, computed, exact, plain)
                 row = replace(row, output_error=errors[0], gradient_error=errors[1])
                 functions[name] = function
             except AssertionError as wrong:
@@ -369,53 +365,7 @@ def _peak(call: Call) -> float:
     return float(torch.cuda.max_memory_allocated() - before)
 
 
-# ---- command line
-
-
 def all_cases(setting: Setting) -> list[Case]:
     """The cases of every bench_<operator>.py."""
-    modules = [importlib.import_module(path.stem) for path in sorted(_HERE.glob("bench_*.py"))]
+    modules = [importlib.import_module(path.stem) for path in sorted((_ROOT / "bench").glob("bench_*.py"))]
     return [case for module in modules if hasattr(module, "cases") for case in module.cases(setting)]
-
-
-def floors(cases: Iterable[Case], ceilings: Ceilings) -> str:
-    """Markdown: the least time of each case, and what sets it."""
-    lines = [
-        "| operator | shape | dtype | forward: MB | GFLOP | floor | fwd+bwd: MB | GFLOP | floor | set by |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for case in cases:
-        cells = [case.operator, case.shape, case.dtype]
-        works = [case.forward] + ([case.forward + case.backward] if case.backward else [])
-        for work in works:
-            floor, _ = ceilings.floor(work, case.dtype)
-            cells += [f"{work.bytes / 1e6:.4g}", f"{work.flops / 1e9:.4g}", duration(floor)]
-        cells += ["–"] * (9 - len(cells)) + [ceilings.floor(works[-1], case.dtype)[1]]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--floors", action="store_true", help="least time of each GPU shape")
-    what.add_argument("--table", type=Path, metavar="CSV", help="table and aims of committed results")
-    parser.add_argument("--gbps", type=float, default=H200.bytes / 1e9, help="copy, GB/s (H200: %(default).0f)")
-    parser.add_argument("--tflops", type=float, default=H200.flops["bfloat16"] / 1e12, help="bfloat16 product (H200)")
-    parser.add_argument("--tflops32", type=float, default=H200.flops["float32"] / 1e12, help="float32 product (H200)")
-    args = parser.parse_args(argv)
-    if args.floors:
-        ceilings = Ceilings(args.gbps * 1e9, {"float32": args.tflops32 * 1e12, "bfloat16": args.tflops * 1e12})
-        print(floors(all_cases(Setting(gpu=True)), ceilings))
-        return 0
-    try:
-        about, rows = read_csv(args.table)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table(rows, ceilings_of(about)), aims_text(rows, gpu=about["device"] != "cpu"), sep="\n\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

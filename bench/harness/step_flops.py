@@ -38,12 +38,12 @@ def products(model: Spot, teacher: Spot | None) -> Counter[Product]:
 
     All that is large in a step but attention; what has a row for each slot only is left out.
     """
-    found: Counter[Product] = Counter()
+    products_of: Counter[Product] = Counter()
     tokens, dim = model.encoder.num_tokens, model.encoder.dim
 
     def layer(inputs: int, outputs: int, kinds: tuple[str, ...], times: int = 1, rows: int = tokens) -> None:
         for kind in kinds:
-            found[Product(rows, inputs, outputs, kind)] += times
+            products_of[Product(rows, inputs, outputs, kind)] += times
 
     def slots(kinds: tuple[str, ...], first: tuple[str, ...]) -> None:
         width = model.slot_encoder.slot_dim
@@ -72,7 +72,7 @@ def products(model: Spot, teacher: Spot | None) -> Counter[Product]:
     if teacher is not None:
         slots(FROZEN, FROZEN)
         decode(teacher, FROZEN, masks_only=True)
-    return found
+    return products_of
 
 
 def encoder(model: Spot, blocks: int, *, embed: bool = False) -> float:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _MARK = "ladder "
 _EXACT = "exact.safetensors"
 
@@ -120,8 +120,8 @@ def _answer(**values) -> None:
 
 def _exact(job: Job) -> None:
     """The reference in float64; the errors of plain float32 and of plain bfloat16 autocast."""
-    import step_flops
-    from step_runs import Outcome, ReferenceSteps
+    from harness import step_flops
+    from harness.step_runs import Outcome, ReferenceSteps
 
     device, config, teacher = _setting(job, None)
     found = {}
@@ -144,7 +144,7 @@ def _exact(job: Job) -> None:
 
 
 def _row(job: Job, technique: Technique) -> None:
-    from step_runs import Outcome, ReferenceSteps, TrainerSteps
+    from harness.step_runs import Outcome, ReferenceSteps, TrainerSteps
 
     device, config, teacher = _setting(job, technique)
     if technique.reference:
@@ -169,7 +169,7 @@ def _row(job: Job, technique: Technique) -> None:
 
 
 def _setting(job: Job, technique: Technique | None):
-    from step_runs import settings
+    from harness.step_runs import settings
 
     changes = technique.changes if technique else {}
     precision = technique.precision if technique else "float32"

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from machine import gpu_name
 from safetensors import safe_open
+
+from harness.machine import gpu_name
 
 METRICS = ("mbo_i", "mbo_c", "miou", "fg_ari")
 _TITLES = ("mBO_i", "mBO_c", "mIoU", "FG-ARI")
@@ -222,12 +223,12 @@ def above(
     strict: bool = True,
 ) -> Target:
     """Whether mBO_i of `ours` is more than `theirs` + `by` (a fraction; strict=False: at least) for every seed."""
-    mine = {r.seed: column([r], ours[1], "mbo_i") for r in ours[0]}
+    ours_by_seed = {r.seed: column([r], ours[1], "mbo_i") for r in ours[0]}
     other = {r.seed: column([r], theirs[1], "mbo_i") for r in theirs[0]}
-    seeds = [s for s in mine if mine[s] and other.get(s) and None not in (*mine[s], *other[s])]
+    seeds = [s for s in ours_by_seed if ours_by_seed[s] and other.get(s) and None not in (*ours_by_seed[s], *other[s])]
     if not seeds:
         return Target(text, None, "no finished runs to compare")
-    gaps = [mine[s][0] - other[s][0] for s in seeds]
+    gaps = [ours_by_seed[s][0] - other[s][0] for s in seeds]
     passed = all(gap > by or (not strict and gap >= by) for gap in gaps)
     each = ", ".join(f"{100 * gap:+.1f} (seed {seed})" for seed, gap in zip(seeds, gaps, strict=True))
     return Target(text, passed, f"{100 * mean(gaps):+.1f} points on average; {each}")
@@ -243,7 +244,7 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 
 def read_run(folder: Path, about: dict[str, str]) -> Result:
-    """The result in a run folder that is trained and evaluated; `about` has what the folder does not tell."""
+    """The result in a run folder that is trained and evaluated; `about` has what the folder does not say."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     (run,) = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))["runs"]
     state = read_metadata(folder / STATE)

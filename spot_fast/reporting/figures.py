@@ -270,8 +270,7 @@ def number(value: float) -> str:
 
 
 def _style(more: dict | None = None):
-    from cycler import cycler
-    from matplotlib import rc_context
+    from matplotlib import cycler, rc_context
 
     colours = cycler(color=[f"#0000c{i}" for i in range(COLOURS)])
     return rc_context(_STYLE | {"axes.prop_cycle": colours} | (more or {}))

@@ -21,7 +21,7 @@ from kernel_clock import DeviceClock, captured, clock_of, measure_ceilings, samp
 from step_flops import Product
 from step_runs import settings
 
-from spot_fast.checkpoints.runs import frozen_encoder
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.model.spot import Spot
 
 BATCH = 64

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spot_fast.checkpoints import runs as checkpoint
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.config import preset
 from spot_fast.errors import UserError
 from spot_fast.evaluation.baselines import kmeans_labels
-from spot_fast.model.encoder import SCENES_ENCODER, Encoder, normalise
+from spot_fast.model.encoder import Encoder, normalise
 from spot_fast.model.regrid import at_grid, sharing_copy
 from spot_fast.model.spot import Spot
+from spot_fast.model.vits import SCENES_ENCODER
 from spot_fast.precision import autocast, float32_products, resolve
 from spot_fast.segmentation.colours import MAX_LABELS
 from spot_fast.system.devices import send
@@ -119,7 +121,7 @@ def cluster_masker(
     """(masker, S, what it is) of k-means on an encoder's features, the ones that SPOT reconstructs."""
     config = preset("scenes") if encoder_name == SCENES_ENCODER else preset("coco", image_size=CLUSTER_SIZE)
     config = replace(config, encoder=encoder_name, encoder_weights=weights, image_size=size or config.image_size)
-    encoder = checkpoint.frozen_encoder(config).to(device)
+    encoder = frozen_encoder(config).to(device)
     precision = resolve(precision, torch.device(device))
     if not 1 <= clusters <= min(encoder.num_tokens, MAX_LABELS):
         raise UserError(f"--clusters {clusters}: use 1 to {min(encoder.num_tokens, MAX_LABELS)}")

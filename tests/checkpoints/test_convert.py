@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 import golden_tensors
 from golden_tensors import ROOT, assert_close, load
 from spot_fast import convert, evaluate, segment, train
-from spot_fast.checkpoints import runs as checkpoint
-from spot_fast.checkpoints.official import load_official, official_weights
+from spot_fast.checkpoints.official import build_model, load_official, official_weights
+from spot_fast.checkpoints.runs import CONFIG, MODEL, load_run, read_config
 from spot_fast.checkpoints.unpickle import read_checkpoint
 from spot_fast.config import preset
 from tiny_runs import tiny
@@ -42,7 +42,7 @@ def converted(tmp_path_factory):
 
 
 def test_a_converted_checkpoint_gives_the_authors_outputs(converted):
-    model = checkpoint.load_run(converted).model
+    model = load_run(converted).model
     reference = load_official(FILE, num_slots=4, encoder_heads=3)
     images, noise = load("checkpoints/images"), load("checkpoints/stage1_checkpoint_numpy1.slot_noise")
     found, expected = model.segment(images, noise=noise), reference.segment(images, noise=noise)
@@ -69,13 +69,13 @@ def test_what_is_found_and_what_is_assumed_is_printed(tmp_path, capsys):
         f"--stage 2 --preset voc --data DATA --teacher {tmp_path / 'out'}",
     ):
         assert words in printed, words
-    config = checkpoint.read_config(tmp_path / "out")
+    config = read_config(tmp_path / "out")
     assert (config.preset, config.num_slots, config.crop, config.epochs) == ("voc", 4, "random", 560)
 
 
 def test_a_folder_names_its_encoder_by_a_path_inside(converted):
-    assert '"encoder_weights": "encoder.safetensors"' in (converted / checkpoint.CONFIG).read_text()
-    assert checkpoint.read_config(converted).encoder_weights == str(converted / "encoder.safetensors")
+    assert '"encoder_weights": "encoder.safetensors"' in (converted / CONFIG).read_text()
+    assert read_config(converted).encoder_weights == str(converted / "encoder.safetensors")
 
 
 def test_the_way_back_is_bit_equal(converted, tmp_path):
@@ -95,9 +95,9 @@ def test_there_and_back_from_our_side_is_bit_equal(tmp_path):
     student = untrained(tmp_path / "student", config)
     run(student.path, tmp_path / "student.pt.tar")
     run(tmp_path / "student.pt.tar", tmp_path / "again", "--encoder-heads", 3)
-    own, again = (load_file(tmp_path / name / checkpoint.MODEL) for name in ("student", "again"))
+    own, again = (load_file(tmp_path / name / MODEL) for name in ("student", "again"))
     assert own.keys() == again.keys() and all(torch.equal(own[name], again[name]) for name in own)
-    found = checkpoint.load_run(tmp_path / "again").model.encoder
+    found = load_run(tmp_path / "again").model.encoder
     assert found.weights_hash() == student.model.encoder.weights_hash()
 
 
@@ -121,7 +121,7 @@ def test_a_run_becomes_one_folder_to_share(tmp_path):
     config = tiny(data="/home/me/data", cache_dir="/scratch")
     source = untrained(tmp_path / "run", config)
     run(source.path, tmp_path / "shared")
-    shared = checkpoint.load_run(tmp_path / "shared")
+    shared = load_run(tmp_path / "shared")
     assert sorted(os.listdir(tmp_path / "shared")) == [
         "README.md",
         "config.json",
@@ -138,7 +138,7 @@ def test_every_command_takes_the_authors_file_itself(tmp_path, monkeypatch, caps
     assert evaluate.main([str(FILE), "--data", str(ROOT / "coco_mini"), "--limit", "1", "--workers", "0"]) == 0
     captured = capsys.readouterr()
     assert "stage1_checkpoint_numpy1.pt.tar · preset coco · stage 1" in captured.out
-    assert "do not tell everything, assumed is --preset coco, --num-slots 7" in captured.err
+    assert "do not show all settings, assumed are --preset coco, --num-slots 7" in captured.err
     assert segment.main(["--run", str(FILE), "--scenes", "1"]) == 0
     assert (tmp_path / "segments" / "scene_000_labels.png").is_file()
     options = [
@@ -167,7 +167,7 @@ def test_every_command_takes_the_authors_file_itself(tmp_path, monkeypatch, caps
         "float32",
     ]
     assert train.main(options) == 0
-    student = checkpoint.load_run("runs/scenes-stage2-001")
+    student = load_run("runs/scenes-stage2-001")
     assert student.config.num_slots == 5 and student.config.encoder_weights == str(FILE)
 
 
@@ -230,6 +230,6 @@ def test_official_weights_of_a_converted_student_have_both_encoders():
     state = official_weights(golden_tensors.stage2_state_dict())
     config, learned, vit, unused = convert._authors(state, {"encoder_heads": 3})
     assert config.stage == 2 and not unused
-    model = convert.build(config, learned, vit)
+    model = build_model(config, learned, vit)
     assert torch.equal(model.last_blocks[0].attn.qkv.weight, state["encoder.blocks.8.attn.qkv.weight"])
     assert preset("coco", 2).epochs == config.epochs

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from spot_fast.checkpoints.encoder_weights import frozen_encoder, load_vit_weights
 from spot_fast.config import preset
 from spot_fast.errors import UserError
-from spot_fast.model.encoder import build_encoder, build_vit, load_vit_weights
+from spot_fast.model.vits import build_vit
 
 NAME = "vit:patch=8,width=16,depth=2,heads=2,hidden=16"
 
@@ -40,7 +41,7 @@ def below(prefix, weights=WEIGHTS):
 def loads(tmp_path, contents, expected=WEIGHTS, name="w.pth", encoder=NAME):
     """The file loads, as the ViT of `expected`."""
     (save_file if name.endswith(".safetensors") else torch.save)(contents, tmp_path / name)
-    found = build_encoder(config(tmp_path / name, encoder)).vit.state_dict()
+    found = frozen_encoder(config(tmp_path / name, encoder)).vit.state_dict()
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
     return found
@@ -49,7 +50,7 @@ def loads(tmp_path, contents, expected=WEIGHTS, name="w.pth", encoder=NAME):
 def refuses(tmp_path, contents, words, encoder=NAME):
     torch.save(contents, tmp_path / "w.pth")
     with pytest.raises(UserError, match=words):
-        build_encoder(config(tmp_path / "w.pth", encoder))
+        frozen_encoder(config(tmp_path / "w.pth", encoder))
 
 
 HEADS = {
@@ -140,7 +141,7 @@ def test_which_of_several_vits_is_taken_is_said_once(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["w.safetensors", "named_wrongly.pth"])
 def test_safetensors_are_recognised_by_their_contents(tmp_path, name):
     save_file(below("vit."), tmp_path / name)
-    assert torch.equal(build_encoder(config(tmp_path / name)).vit.cls_token, WEIGHTS["cls_token"])
+    assert torch.equal(frozen_encoder(config(tmp_path / name)).vit.cls_token, WEIGHTS["cls_token"])
 
 
 def test_halves_become_float32(tmp_path):
@@ -256,7 +257,7 @@ def test_what_no_other_encoder_takes_gets_no_suggestion(tmp_path):
         ({"visual.conv1.weight": torch.ones(2)}, "names its tensors as CLIP does: pass the model's weights in timm's"),
         (
             {"model": {"layer1.0.conv1.weight": torch.ones(2), "fc.bias": torch.ones(2)}},
-            r"lacks all tensors of a ViT .*what it has begins with model.layer1\*, model.fc\*",
+            r"lacks all tensors of a ViT .*its names begin with model.layer1\*, model.fc\*",
         ),
         ({"epoch": 3, "args": argparse.Namespace()}, "holds no tensors"),
         ({"model": nn.Linear(2, 2)}, "holds no tensors"),
@@ -311,6 +312,6 @@ def test_a_stand_in_for_the_file_is_called_what_it_is(tmp_path, name):
     for data, words in ((pointer, "is a Git LFS pointer.*git lfs pull"), (page, "is a web page, not weights")):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=f"--encoder-weights: .*{name} {words}"):
-            build_encoder(config(tmp_path / name))
+            frozen_encoder(config(tmp_path / name))
     with pytest.raises(UserError, match="is a folder: pass the file of weights in it, such as .*w."):
-        build_encoder(config(tmp_path))
+        frozen_encoder(config(tmp_path))

@@ -6,6 +6,7 @@ import torch
 import golden_models
 import golden_tensors
 from golden_tensors import ROOT, assert_close, load
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.checkpoints.official import (
     authors_state_dict,
     infer_config,
@@ -13,7 +14,6 @@ from spot_fast.checkpoints.official import (
     official_state_dict,
     official_weights,
 )
-from spot_fast.checkpoints.runs import frozen_encoder
 from spot_fast.errors import UserError
 from spot_fast.model.spot import Spot, reconstruction_loss
 from tiny_runs import tiny

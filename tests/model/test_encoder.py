@@ -10,20 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from spot_fast.checkpoints.encoder_weights import frozen_encoder, load_vit_weights, packaged_weights
 from spot_fast.config import preset
 from spot_fast.errors import UserError
-from spot_fast.model.encoder import (
-    Encoder,
-    build_encoder,
-    build_vit,
-    encoder_identity,
-    load_vit_weights,
-    normalise,
-    packaged_weights,
-    resample_positions,
-    vit_name,
-)
+from spot_fast.model.encoder import Encoder, encoder_identity, normalise, resample_positions
 from spot_fast.model.timm_import import import_timm
+from spot_fast.model.vits import build_vit, vit_name
 
 SCENES = preset("scenes")
 
@@ -73,12 +65,12 @@ def test_normalise_is_imagenets():
 
 def test_packaged_encoder_is_small_and_loads():
     assert packaged_weights().stat().st_size <= 3_000_000
-    encoder = build_encoder(SCENES)
+    encoder = frozen_encoder(SCENES)
     side = SCENES.image_size
     assert encoder(torch.zeros(1, 3, side, side)).shape == (1, encoder.num_tokens, encoder.dim)
     identity = encoder_identity(encoder, SCENES)
     assert identity["name"] == "spot_scenes" and len(identity["sha256"]) == 64
-    assert identity == encoder_identity(build_encoder(SCENES), SCENES)
+    assert identity == encoder_identity(frozen_encoder(SCENES), SCENES)
     encoder.vit.norm.weight[0] += 1
     assert identity["sha256"] != encoder.weights_hash()
 
@@ -123,14 +115,14 @@ def test_weight_files_of_any_wrapping_load(tmp_path, wrap):
     vit = build_vit(SCENES)
     torch.nn.init.normal_(vit.cls_token)
     torch.save(wrap(vit.state_dict()), tmp_path / "w.pth")
-    loaded = build_encoder(preset("scenes", encoder_weights=str(tmp_path / "w.pth")))
+    loaded = frozen_encoder(preset("scenes", encoder_weights=str(tmp_path / "w.pth")))
     assert torch.equal(loaded.vit.cls_token, vit.cls_token)
 
 
 def test_weight_files_that_do_not_fit_are_refused(tmp_path):
     def refuse(match, **changes):
         with pytest.raises(UserError, match=match):
-            build_encoder(preset("scenes", **changes))
+            frozen_encoder(preset("scenes", **changes))
 
     refuse("is not a file", encoder_weights=str(tmp_path / "none.safetensors"))
     (tmp_path / "broken.safetensors").write_bytes(b"\0not tensors")
@@ -200,7 +192,7 @@ def test_the_encoder_of_a_whole_spot_of_the_authors_is_the_frozen_one(tmp_path):
     student = {name.removeprefix("second_"): value + 1 for name, value in frozen.items()}
     rest = {"slot_attn.slot_attention.project_q.weight": torch.zeros(2, 2), "pos_embed": torch.zeros(1, 64, 128)}
     torch.save({"model": frozen | student | rest, "epoch": 3}, tmp_path / "spot.pt.tar")
-    found = build_encoder(preset("scenes", encoder_weights=str(tmp_path / "spot.pt.tar"))).vit.state_dict()
+    found = frozen_encoder(preset("scenes", encoder_weights=str(tmp_path / "spot.pt.tar"))).vit.state_dict()
     assert all(torch.equal(found[name], value) for name, value in vit.state_dict().items())
 
 
@@ -211,7 +203,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 
     torch.save({"cls_token": Malicious()}, tmp_path / "w.pth")
     with pytest.raises(UserError, match=r"--encoder-weights: checkpoint .*w.pth was not loaded: it calls \w+.open"):
-        build_encoder(preset("scenes", encoder_weights=str(tmp_path / "w.pth")))
+        frozen_encoder(preset("scenes", encoder_weights=str(tmp_path / "w.pth")))
     assert not (tmp_path / "executed").exists()
 
 
@@ -220,7 +212,7 @@ def test_without_a_hub_it_fails_within_seconds_and_says_which_file_to_pass(monke
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     start = time.monotonic()
     with pytest.raises(UserError, match="--encoder-weights FILE .*timm/vit_small_patch16_224.dino"):
-        build_encoder(preset("coco", encoder="vit_small_patch16_224.dino"))
+        frozen_encoder(preset("coco", encoder="vit_small_patch16_224.dino"))
     assert time.monotonic() - start < 20
 
 

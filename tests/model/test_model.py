@@ -11,7 +11,8 @@ from golden_tensors import assert_close, load
 from spot_fast.config import Config
 from spot_fast.errors import UserError
 from spot_fast.model.encoder import Encoder
-from spot_fast.model.spot import SlotEncoder, Spot, reconstruction_loss
+from spot_fast.model.slot_encoder import SlotEncoder
+from spot_fast.model.spot import Spot, reconstruction_loss
 from spot_fast.model.timm_import import import_timm
 from spot_fast.training.losses import attention_loss, teacher_labels
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spot_fast.checkpoints import runs as checkpoint
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.config import preset
 from spot_fast.model.encoder import Encoder, normalise, resample_positions
 from spot_fast.model.regrid import at_grid, sharing_copy
@@ -23,7 +23,7 @@ def model(**changes):
     config = preset(
         "scenes", changes.pop("stage", 1), encoder_weights="none", dec_blocks=1, slot_dim=16, slot_mlp=16, **changes
     )
-    return Spot(config, checkpoint.frozen_encoder(config)).eval()
+    return Spot(config, frozen_encoder(config)).eval()
 
 
 def images(height, width):

@@ -8,9 +8,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from spot_fast import segment
-from spot_fast.checkpoints import runs as checkpoint
+from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder
+from spot_fast.checkpoints.runs import MODEL, load_run, save_tensors, write_config
 from spot_fast.config import preset
-from spot_fast.model.encoder import encoder_identity, normalise
+from spot_fast.model.encoder import normalise
 from spot_fast.model.spot import Spot
 from spot_fast.segmentation import batch as segment_batch
 from spot_fast.segmentation import overlays
@@ -21,17 +22,16 @@ def untrained(tmp_path_factory):
     """A finished run whose model knows nothing."""
     torch.manual_seed(0)
     config = preset("scenes", encoder_weights="none", dec_blocks=1, slot_dim=16, slot_mlp=16)
-    encoder = checkpoint.frozen_encoder(config)
+    encoder = frozen_encoder(config)
     folder = tmp_path_factory.mktemp("work") / "runs" / "untrained"
     folder.mkdir(parents=True)
-    checkpoint.write_config(folder, config)
-    identity = encoder_identity(encoder, config)
-    checkpoint.save_tensors(
-        folder / checkpoint.MODEL,
+    write_config(folder, config)
+    save_tensors(
+        folder / MODEL,
         Spot(config, encoder).learned_state_dict(),
-        {"encoder": identity["name"], "encoder_sha256": identity["sha256"]},
+        encoder_metadata(encoder, config),
     )
-    return checkpoint.load_run(folder)
+    return load_run(folder)
 
 
 @pytest.fixture

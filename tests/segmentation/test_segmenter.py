@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from spot_fast.checkpoints import runs as checkpoint
+from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder
+from spot_fast.checkpoints.runs import MODEL, save_tensors, write_config
 from spot_fast.config import preset
-from spot_fast.model.encoder import encoder_identity
 from spot_fast.model.spot import Spot
 from spot_fast.segmentation import segmenter as maskers_module
 from spot_fast.segmentation.segmenter import cluster_masker, run_masker
@@ -16,14 +16,13 @@ def folder(tmp_path_factory):
     """A finished run whose model knows nothing."""
     torch.manual_seed(0)
     config = preset("scenes", encoder_weights="none", dec_blocks=1, slot_dim=16, slot_mlp=16)
-    encoder = checkpoint.frozen_encoder(config)
+    encoder = frozen_encoder(config)
     path = tmp_path_factory.mktemp("run")
-    checkpoint.write_config(path, config)
-    identity = encoder_identity(encoder, config)
-    checkpoint.save_tensors(
-        path / checkpoint.MODEL,
+    write_config(path, config)
+    save_tensors(
+        path / MODEL,
         Spot(config, encoder).learned_state_dict(),
-        {"encoder": identity["name"], "encoder_sha256": identity["sha256"]},
+        encoder_metadata(encoder, config),
     )
     return path
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.config import preset
-from spot_fast.model.encoder import build_encoder, build_vit
+from spot_fast.model.vits import build_vit
 from spot_fast.pretrain import MaskedAutoencoder, main, pretrain
 
 TINY = ["--steps", "4", "--batch", "8", "--images", "16"]
@@ -31,7 +32,7 @@ def test_written_weights_load(tmp_path):
     out = tmp_path / "vit.safetensors"
     assert main([*TINY, "--out", str(out)]) == 0
     assert out.stat().st_size <= 3_000_000
-    encoder = build_encoder(preset("scenes", encoder_weights=str(out)))
+    encoder = frozen_encoder(preset("scenes", encoder_weights=str(out)))
     assert torch.isfinite(encoder(torch.zeros(1, 3, 64, 64))).all()
 
 

@@ -1,16 +1,19 @@
-"""Weight files as their authors save them: the ViT in them is found, and what it needs is never left over silently."""
+"""Protects encoder weights: the ViT in any file is found, nothing that it needs is dropped, and no code runs."""
 
 import argparse
+import time
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from spot_fast.checkpoints.encoder_weights import frozen_encoder, load_vit_weights
+from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder, load_vit_weights, packaged_weights
 from spot_fast.config import preset
 from spot_fast.errors import UserError
+from spot_fast.model.encoder import Encoder
 from spot_fast.model.vits import build_vit
+from tiny_runs import tiny
 
 NAME = "vit:patch=8,width=16,depth=2,heads=2,hidden=16"
 
@@ -315,3 +318,68 @@ def test_a_stand_in_for_the_file_is_called_what_it_is(tmp_path, name):
             frozen_encoder(config(tmp_path / name))
     with pytest.raises(UserError, match="is a folder: pass the file of weights in it, such as .*w."):
         frozen_encoder(config(tmp_path))
+
+
+def test_the_packaged_encoder_is_small_and_its_metadata_names_its_weights():
+    assert packaged_weights().stat().st_size <= 3_000_000
+    scenes = preset("scenes")
+    encoder = frozen_encoder(scenes)
+    side = scenes.image_size
+    assert encoder(torch.zeros(1, 3, side, side)).shape == (1, encoder.num_tokens, encoder.dim)
+    metadata = encoder_metadata(encoder, scenes)
+    assert metadata == {"encoder": "spot_scenes", "encoder_sha256": frozen_encoder(scenes).weights_hash()}
+    encoder.vit.norm.weight[0] += 1
+    assert metadata["encoder_sha256"] != encoder.weights_hash()
+
+
+def test_random_weights_are_always_the_same():
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    one, other = (frozen_encoder(tiny(seed=seed)).weights_hash() for seed in (0, 1))
+    assert one == other and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_missing_and_a_damaged_file_are_named(tmp_path):
+    (tmp_path / "broken.safetensors").write_bytes(b"\0not tensors")
+    for name, words in (("none.safetensors", "is not a file"), ("broken.safetensors", "cannot be read")):
+        with pytest.raises(UserError, match=f"--encoder-weights: .*{name} {words}"):
+            frozen_encoder(config(tmp_path / name))
+
+
+def test_dinov2s_own_weights_with_registers_mean_the_same():
+    """Its source adds the class token's position when it runs, timm has added it; features are equal."""
+    shape = f"{NAME},registers=2"
+    vit, again = (build_vit(config(encoder=shape)) for _ in range(2))
+    torch.nn.init.normal_(vit.cls_token)
+    source, position = dict(vit.state_dict()), torch.randn(1, 1, 16)
+    source |= {"cls_token": vit.cls_token.data - position, "pos_embed": torch.cat([position, vit.pos_embed.data], 1)}
+    load_vit_weights(again, source, pos_resize="dino", source="x")
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(Encoder(again, last_blocks=1)(images), Encoder(vit, last_blocks=1)(images))
+
+
+def test_the_encoder_of_a_whole_spot_of_the_authors_is_the_frozen_one(tmp_path):
+    frozen = {f"second_encoder.{name}": value for name, value in WEIGHTS.items()}
+    student = {name.removeprefix("second_"): value + 1 for name, value in frozen.items()}
+    others = {"slot_attn.slot_attention.project_q.weight": torch.zeros(2, 2), "pos_embed": torch.zeros(1, 64, 128)}
+    loads(tmp_path, {"model": frozen | student | others, "epoch": 3}, name="spot.pt.tar")
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    refuses(
+        tmp_path, {"cls_token": Malicious()}, r"--encoder-weights: checkpoint .*w.pth was not loaded: it calls \w+.open"
+    )
+    assert not (tmp_path / "executed").exists()
+
+
+def test_without_a_hub_it_fails_within_seconds_and_says_which_file_to_pass(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    start = time.monotonic()
+    with pytest.raises(UserError, match="--encoder-weights FILE .*timm/vit_small_patch16_224.dino"):
+        frozen_encoder(preset("coco", encoder="vit_small_patch16_224.dino"))
+    assert time.monotonic() - start < 20

@@ -133,12 +133,12 @@ def segment_images(
     if not rgb:
         raise ValueError("images is empty: pass at least one image")
     masker = model_masker(model, "", orders=orders, seed=seed)
-    found: list[Found] = []
+    parts: list[Found] = []
     for start in range(0, len(rgb), batch_size):
         batch = rgb[start : start + batch_size]
-        found.append(masker.find(torch.stack([square(image, masker.size) for image in batch])))
-    slots = torch.cat([part.slots for part in found])
-    decoder_masks, slot_masks = (torch.cat([part.masks[kind] for part in found]) for kind in MASKS)
+        parts.append(masker.find(torch.stack([square(image, masker.size) for image in batch])))
+    slots = torch.cat([part.slots for part in parts])
+    decoder_masks, slot_masks = (torch.cat([part.masks[kind] for part in parts]) for kind in MASKS)
     return Segmentation(slots, decoder_masks, slot_masks, [(image.height, image.width) for image in rgb], masks)
 
 

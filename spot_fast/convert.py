@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from spot_fast.checkpoints import official, third_party
 from spot_fast.checkpoints.encoder_weights import stored_weights
-from spot_fast.checkpoints.official_names import frozen_vit, official_tensors
 from spot_fast.checkpoints.runs import CONFIG, find_folder, load_run
 from spot_fast.checkpoints.shared_folder import check_free, save_pretrained, unused_of
 from spot_fast.checkpoints.unpickle import read_checkpoint
@@ -154,41 +152,23 @@ def _from_file(source: Path, out: Path, kind: str, given: Mapping[str, Any]) -> 
     recognised = third_party.recognise(contents) or "authors"
     if kind not in ("auto", recognised):
         raise UserError(f"--from {kind}: {source} looks like a checkpoint of {recognised}, drop the option")
-    unused: dict[str, Tensor] = {}
-    notes: list[str] = []
     if recognised == "authors":
-        config, learned, vit, unused = _authors(contents, given)
+        converted, owner, title = official.convert(contents, **given), "the authors", "the authors' SPOT"
     else:
-        converted = third_party.convert(recognised, contents, **given)
-        config, learned, vit, notes = converted.config, converted.learned, converted.vit, converted.notes
-    model = official.build_model(check_config(config), learned, vit)
+        converted, owner, title = third_party.convert(recognised, contents, **given), recognised, recognised
+    config = check_config(converted.config)
     save_pretrained(
-        model,
+        converted.model(),
         out,
-        vit=vit,
-        unused=unused,
-        source=f"`{source.name}`, a checkpoint of {'the authors' if recognised == 'authors' else recognised}",
+        vit=converted.vit,
+        unused=converted.unused,
+        source=f"`{source.name}`, a checkpoint of {owner}",
         scores={},
     )
-    whose = "the authors' SPOT" if recognised == "authors" else recognised
-    lines = [f"{source}: {whose}, {describe(config)}", "not shown by the tensors, so assumed unless given:"]
+    lines = [f"{source}: {title}, {describe(config)}", "not shown by the tensors, so assumed unless given:"]
     lines += [f"  {line}" for line in official.assumptions(config)]
-    lines += [f"note: {note}" for note in notes]
+    lines += [f"note: {note}" for note in converted.notes]
     return [*lines, *_written(out), *_next(out, config)]
-
-
-def _authors(contents: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Config, dict, dict, dict]:
-    """Config, learned tensors, the frozen ViT's, and the tensors that converting back would lose."""
-    state = official.official_weights(contents)
-    config = official.infer_config(state, **given)
-    learned, vit = official.learned_tensors(state, config), frozen_vit(state)
-    original = {
-        name.replace("tf_dec.", "dec.", 1) if name.startswith("tf_dec.") else name: value
-        for name, value in state.items()
-    }
-    tokens = (config.image_size // state["encoder.patch_embed.proj.weight"].shape[-1]) ** 2
-    back = official_tensors(learned, vit, tokens=tokens, mlp=config.decoder == "mlp")
-    return config, learned, vit, official.unused_tensors(original, back)
 
 
 def describe(config: Config) -> str:

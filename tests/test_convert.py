@@ -1,4 +1,4 @@
-"""The convert command: others' checkpoints in, run folders out, and back; refused files leave nothing behind."""
+"""Protects the convert command: third-party checkpoints in, run folders out, and back; refused files write nothing."""
 
 import os
 import re
@@ -11,10 +11,13 @@ from safetensors.torch import load_file
 import golden_tensors
 from golden_tensors import ROOT, assert_close, load
 from spot_fast import convert, evaluate, segment, train
-from spot_fast.checkpoints.official import build_model, load_official, official_weights
+from spot_fast.checkpoints.official import convert as convert_official
+from spot_fast.checkpoints.official import load_official, official_weights
 from spot_fast.checkpoints.runs import CONFIG, MODEL, load_run, read_config
 from spot_fast.checkpoints.unpickle import read_checkpoint
 from spot_fast.config import preset
+from spot_fast.errors import UserError
+from spot_fast.model.decoders import DECODERS, MlpDecoder
 from tiny_runs import tiny
 from untrained_runs import untrained
 
@@ -225,11 +228,28 @@ def test_refusals_write_nothing(tmp_path, capsys):
         assert sorted(tmp_path.rglob("*")) == before, words
 
 
-def test_official_weights_of_a_converted_student_have_both_encoders():
+def test_a_registered_decoder_goes_by_its_own_name_and_is_no_checkpoint_of_the_authors(tmp_path, monkeypatch, capsys):
+    """A decoder is neither labelled nor exported as another, and its run loads only where it is registered."""
+    with monkeypatch.context() as patch:
+        patch.setitem(DECODERS, "dot", lambda _, encoder: MlpDecoder(encoder.dim, 16, encoder.num_tokens, hidden=8))
+        source = untrained(tmp_path / "run", tiny(decoder="dot", orders="standard", feature_norm=False)).path
+        run(source, tmp_path / "back.pt.tar", code=2)
+        error = capsys.readouterr().err
+        assert "cannot become a checkpoint of the authors' implementation: its decoder is dot" in error
+        assert error.count("\n") == 1 and not (tmp_path / "back.pt.tar").exists()
+        run(source, tmp_path / "shared")
+        card = (tmp_path / "shared" / "README.md").read_text(encoding="utf-8")
+        for text in (capsys.readouterr().out, card):
+            assert "dot decoder" in text and "transformer" not in text and "MLP" not in text
+    with pytest.raises(UserError, match="--decoder dot is unknown: use one of transformer, mlp, or call the command"):
+        load_run(source)
+
+
+def test_a_converted_student_has_both_encoders():
     """A trained block is the student's, everything else is in both."""
     state = official_weights(golden_tensors.stage2_state_dict())
-    config, learned, vit, unused = convert._authors(state, {"encoder_heads": 3})
-    assert config.stage == 2 and not unused
-    model = build_model(config, learned, vit)
-    assert torch.equal(model.last_blocks[0].attn.qkv.weight, state["encoder.blocks.8.attn.qkv.weight"])
-    assert preset("coco", 2).epochs == config.epochs
+    converted = convert_official(state, encoder_heads=3)
+    assert converted.config.stage == 2 and not converted.unused
+    trained = converted.model().last_blocks[0].attn.qkv.weight
+    assert torch.equal(trained, state["encoder.blocks.8.attn.qkv.weight"])
+    assert preset("coco", 2).epochs == converted.config.epochs

@@ -1,4 +1,4 @@
-"""Weights of the frozen encoder: found (file, hub, package), read, checked and loaded into the ViT.
+"""Weights of the frozen encoder: finds them (file, hub, package), reads, checks and loads them.
 
 A file may be a whole training's: the tensors alone, or below `model`, `state_dict`, `teacher` and the like beside an
 optimiser and settings, with names that begin with the modules around the ViT. The ViT is found by its patch embedding.
@@ -31,7 +31,7 @@ from spot_fast.system.optional import required, said
 
 _PATCHES = "patch_embed.proj.weight"
 _SPOT = "slot_attn.slot_attention.project_q.weight"
-# Of several ViTs in a file the one that its authors evaluate, by the module in front of its tensors.
+# Modules that hold the ViT which a file's authors evaluate, if the file has several.
 _EVALUATED = (
     "teacher",  # DINO, iBOT, DINOv2
     "target_encoder",  # I-JEPA
@@ -46,7 +46,7 @@ _OTHER_NAMES = {
     "conv_proj.weight": "torchvision",
     "visual.conv1.weight": "CLIP",
 }
-# Tensors beside or behind the blocks that no feature depends on: heads, losses, decoders and their like.
+# Tensors beside or after the blocks that no feature depends on: heads, losses, decoders and their like.
 _HEAD = re.compile(
     r"(head|heads|\w+_head|head_dist|aux_head|fc|fc_norm|classifier|pre_logits|attn_pool|projector|projection|predictor"
     r"|prototypes|last_layer|decoder|decoder_\w+|mask_token|masked_embed|center|\w+_loss|queue|queue_ptr)(\..*)?"
@@ -57,7 +57,7 @@ _PART = re.compile(r"(.*\.)?(blocks\.\d+\.|reg_token|register_tokens|cls_token|p
 _OWN_BLOCKS = re.compile(
     r"(.*[._])?(dec|decoder|decode|predictor|head|projector|student|teacher|last_blocks|optim\w*|opt)[._].*"
 )
-# Features are taken in front of the final LayerNorm.
+# Features are taken before the final LayerNorm.
 _FINAL_NORM = re.compile(r"(norm|fc_norm)\.(weight|bias)")
 
 _announced: set[Path] = set()  # files whose choice of a ViT has been printed

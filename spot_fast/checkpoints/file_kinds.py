@@ -1,6 +1,6 @@
 """Recognises files that are not what was expected: a Git LFS pointer, a saved web page, an archive.
 
-Readers that fail ask here, because the libraries' own messages about such files ("header too large") help nobody.
+Readers that fail ask this module: the libraries' own messages about such files ("header too large") help nobody.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SIGNATURES = (
 )
 
 
-def stand_in(path: Path, wanted: str = "weights", *, text: bool = False) -> str | None:
+def file_problem(path: Path, wanted: str = "weights", *, text: bool = False) -> str | None:
     """What the file `path` is instead of a complete file of `wanted`: a predicate with its remedy; None if unknown.
 
     Reads a few kilobytes, whatever the name's suffix. text: `wanted` is text itself.

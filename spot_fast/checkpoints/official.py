@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spot_fast.checkpoints.encoder_weights import load_vit_weights, unwrapped
+from spot_fast.checkpoints.converted import Converted
+from spot_fast.checkpoints.encoder_weights import unwrapped
 from spot_fast.checkpoints.official_names import frozen_vit, official_tensors, spot_name
 from spot_fast.checkpoints.unpickle import read_checkpoint
 from spot_fast.config import Config, preset
 from spot_fast.errors import UserError
-from spot_fast.model.encoder import Encoder
 from spot_fast.model.spot import Spot
 from spot_fast.model.tensor_checks import require_plain
-from spot_fast.model.vits import build_vit, vit_name
+from spot_fast.model.vits import vit_name
 
 # The data set by the number of learned slots, which the file shows.
 _PRESETS = {7: "coco", 6: "voc", 11: "movi_c", 24: "movi_e"}
@@ -86,7 +86,7 @@ def _trained_blocks(state: Mapping[str, Tensor]) -> int:
         match = re.match(r"second_encoder\.blocks\.(\d+)\.", name)
         if match is None:
             if name.startswith("second_encoder.norm."):
-                continue  # features are taken in front of it
+                continue  # features are taken before it
             raise UserError(
                 f"the checkpoint's student and frozen encoder differ in {name.removeprefix('second_')}, before the "
                 "blocks: spot_fast trains the last blocks only"
@@ -177,7 +177,7 @@ def official_state_dict(
         config: of the model to convert to, by default `infer_config(source)`.
 
     Raises:
-        UserError: for a file that is unsafe, damaged or of another method.
+        UserError: for a file that is unsafe, damaged or from another method.
     """
     state = official_weights(source)
     config = config or infer_config(state)
@@ -229,7 +229,14 @@ def _reshape(name: str, value: Tensor) -> Tensor:
 def load_official(
     source: str | os.PathLike | Mapping[str, Any], *, encoder_heads: int | None = None, **changes: Any
 ) -> Spot:
-    """A Spot in eval mode with a checkpoint's weights, encoder included.
+    """A Spot in eval mode with a checkpoint's weights, encoder included; arguments as in `convert`."""
+    return convert(source, encoder_heads=encoder_heads, **changes).model()
+
+
+def convert(
+    source: str | os.PathLike | Mapping[str, Any], *, encoder_heads: int | None = None, **changes: Any
+) -> Converted:
+    """Converts a checkpoint of the authors.
 
     Args:
         source: as in `official_state_dict`.
@@ -239,16 +246,15 @@ def load_official(
     """
     state = official_weights(source)
     config = infer_config(state, encoder_heads=encoder_heads, **changes)
-    return build_model(config, learned_tensors(state, config), frozen_vit(state))
-
-
-def build_model(config: Config, learned: Mapping[str, Tensor], vit: Mapping[str, Tensor]) -> Spot:
-    """A Spot in eval mode from converted tensors: learned ones by `Spot`'s names, the frozen ViT's by timm's."""
-    trunk = build_vit(config)
-    load_vit_weights(trunk, vit, pos_resize=config.pos_resize, source="the checkpoint")
-    model = Spot(config, Encoder(trunk, last_blocks=config.train_blocks, feature_norm=config.feature_norm))
-    model.load_learned_state_dict(learned)
-    return model.eval()
+    learned, vit = learned_tensors(state, config), frozen_vit(state)
+    tokens = (config.image_size // state["encoder.patch_embed.proj.weight"].shape[-1]) ** 2
+    back = official_tensors(learned, vit, tokens=tokens, mlp=config.decoder == "mlp")
+    unused = {}
+    for name, value in state.items():
+        name = "dec." + name.removeprefix("tf_dec.") if name.startswith("tf_dec.") else name
+        if name not in back or not torch.equal(back[name].to(value.dtype), value):
+            unused[name] = value
+    return Converted(config, learned, vit, unused)
 
 
 def learned_tensors(source: str | os.PathLike | Mapping[str, Any], config: Config) -> dict[str, Tensor]:
@@ -282,12 +288,3 @@ def authors_state_dict(model: Spot, vit: Mapping[str, Tensor] | None = None) -> 
     learned = {name: value.detach().cpu() for name, value in model.learned_state_dict().items()}
     vit = {name: value.detach().cpu() for name, value in (vit or model.encoder.vit.state_dict()).items()}
     return official_tensors(learned, vit, tokens=model.encoder.num_tokens, mlp=config.decoder == "mlp")
-
-
-def unused_tensors(original: Mapping[str, Tensor], back: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that converting it `back` does not restore: the authors' code never uses them."""
-    return {
-        name: value
-        for name, value in original.items()
-        if name not in back or not torch.equal(back[name].to(value.dtype), value)
-    }

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder
-from spot_fast.checkpoints.file_kinds import stand_in
+from spot_fast.checkpoints.file_kinds import file_problem
 from spot_fast.checkpoints.hub import hub_folder
 from spot_fast.checkpoints.official import assumptions, infer_config, learned_tensors
 from spot_fast.checkpoints.third_party import recognise
@@ -77,7 +77,7 @@ def _reading(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        if problem := stand_in(path):
+        if problem := file_problem(path):
             raise UserError(f"{path} {problem}") from error
         raise UserError(f"{path} cannot be read ({reason(error)}): it is damaged, use another run") from error
 
@@ -116,7 +116,7 @@ def read_config(folder: Path, *, like: Config | None = None) -> Config:
     except (ValueError, TypeError, AttributeError) as error:
         problem = str(error)
         if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-            problem = stand_in(path, "JSON", text=True) or "not JSON"
+            problem = file_problem(path, "JSON", text=True) or "not JSON"
         raise UserError(f"{path} cannot be used ({problem}): restore it or train again") from error
     weights = folder / (config.encoder_weights or "")
     return replace(config, encoder_weights=os.path.abspath(weights)) if weights.is_file() else config

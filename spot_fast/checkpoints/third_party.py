@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spot_fast.config import Config, preset
+from spot_fast.checkpoints.converted import Converted
+from spot_fast.config import preset
 from spot_fast.errors import UserError
 from spot_fast.model.tensor_checks import require_plain
 from spot_fast.model.vits import vit_name
@@ -33,16 +33,6 @@ _SIGNATURES = {
     "videosaur": re.compile(r"(.*\.)?corrector\.norm_features\.weight"),
     "dinosaur": re.compile(r"(.*\.)?perceptual_grouping\.slot_attention\.norm_input\.weight"),
 }
-
-
-@dataclass(frozen=True)
-class Converted:
-    """A converted checkpoint: learned tensors by `Spot`'s names, the frozen ViT's by timm's, and notes for the user."""
-
-    config: Config
-    learned: dict[str, Tensor]
-    vit: dict[str, Tensor]
-    notes: list[str]
 
 
 def recognise(contents: Mapping[str, Any]) -> str | None:
@@ -77,7 +67,7 @@ def convert(kind: str, contents: Mapping[str, Any], *, encoder_heads: int | None
         slot_mlp=learned["slot_encoder.attention.mlp.0.weight"].shape[0],
     )
     stage = values.pop("stage", 1)
-    return Converted(preset(changes.pop("preset", "coco"), stage, **values | changes), learned, vit, notes)
+    return Converted(preset(changes.pop("preset", "coco"), stage, **values | changes), learned, vit, notes=notes)
 
 
 def _state(contents: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from spot_fast.checkpoints.file_kinds import stand_in
+from spot_fast.checkpoints.file_kinds import file_problem
 from spot_fast.errors import UserError
 
 
@@ -110,7 +110,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        problem = stand_in(path) or "is not a file: pass a .pt, .pth, .pt.tar or .safetensors file"
+        problem = file_problem(path) or "is not a file: pass a .pt, .pth, .pt.tar or .safetensors file"
         raise UserError(f"checkpoint {path} {problem}")
     try:
         contents = load_file(path) if _is_safetensors(path) else _unpickled(path)
@@ -231,7 +231,7 @@ def _refusal(path: Path, error: Exception) -> str:
             f"checkpoint {path} was not loaded: it calls {name}, which a file of weights has no need for; get it "
             f"from its authors again, or if you trust it, save its tensors alone: {_SAVE_ALONE}"
         )
-    if not stand_in(path) and (names := _unknown(path)):
+    if not file_problem(path) and (names := _unknown(path)):
         return (
             f"checkpoint {path} was not loaded: it holds objects beside its tensors that cannot be read, such as "
             f"{sorted(names)[0]}; if you trust it, save its tensors alone: {_SAVE_ALONE}"
@@ -242,7 +242,7 @@ def _refusal(path: Path, error: Exception) -> str:
 def _unreadable(path: Path, error: Exception) -> str:
     if isinstance(error, PermissionError):
         return f"checkpoint {path} cannot be read ({error.strerror}): make it readable for you"
-    if problem := stand_in(path):
+    if problem := file_problem(path):
         return f"checkpoint {path} {problem}"
     return f"checkpoint {path} cannot be read ({_first_line(error)}): it is damaged or no checkpoint, download it again"
 

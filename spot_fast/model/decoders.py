@@ -80,7 +80,7 @@ class AutoregressiveDecoder(nn.Module):
         return self.orders.shape[0]
 
     def _pick(self, order_index: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[BOS] and order: [D] and [N] where all samples share one order, [B, D] and [B, N] where each has its own."""
+        """[BOS] and order: [D] and [N] if all samples share one order, [B, D] and [B, N] if each has its own."""
         if order_index is None:
             return self.bos[0], self.orders[0]
         # index_select, because indexing with a scalar tensor would read it on the host: a synchronisation, and a

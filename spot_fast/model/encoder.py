@@ -162,9 +162,9 @@ def resample_positions(table: Tensor, grid: int | tuple[int, int], prefix: int, 
     patches = table.shape[1] - prefix if table.ndim == 3 else 0
     old = round(max(patches, 0) ** 0.5)
     if old < 1 or old * old != patches:
-        behind = f" after {prefix} other token{'s' * (prefix > 1)}" if prefix else ""
+        others = f" after {prefix} other token{'s' * (prefix > 1)}" if prefix else ""
         raise UserError(
-            f"the position table of shape {list(table.shape)} has no square grid of patches{behind}: it "
+            f"the position table of shape {list(table.shape)} has no square grid of patches{others}: it "
             "belongs to another ViT"
         )
     height, width = (grid, grid) if isinstance(grid, int) else grid

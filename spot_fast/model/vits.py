@@ -37,7 +37,7 @@ _NAMES_BY_TENSOR = {
 }
 _SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
 # A ViT that timm has no name for, described by its shape: vit:patch=16,width=96,depth=12,heads=3,hidden=384, with
-# registers=N and scale=1 (LayerScale) where it has them.
+# registers=N and scale=1 (LayerScale) if it has them.
 _DESCRIBED_VIT = re.compile(r"vit:\w+=\d+(,\w+=\d+)*")
 
 

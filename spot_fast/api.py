@@ -134,6 +134,7 @@ def segment_images(
         raise ValueError("images is empty: pass at least one image")
     masker = model_masker(model, "", orders=orders, seed=seed)
     parts: list[Found] = []
+    # Resized batch by batch: all images at the model's size may not fit into memory at once.
     for start in range(0, len(rgb), batch_size):
         batch = rgb[start : start + batch_size]
         parts.append(masker.find(torch.stack([square(image, masker.size) for image in batch])))

@@ -60,7 +60,9 @@ class MaskedAutoencoder(nn.Module):
         kept = max(1, round(self.keep * self.tokens))
         order = torch.rand(batch, self.tokens, generator=generator).argsort(1)
         seen = tokens[:, prefix:].gather(1, order[:, :kept, None].expand(-1, -1, tokens.shape[-1]))
+        # The final LayerNorm belongs to this training alone: SPOT takes features before it.
         encoded = self.enter(self.vit.norm(self.vit.blocks(torch.cat([tokens[:, :prefix], seen], 1)))[:, prefix:])
+        # Positions for the hidden patches only, see the module's docstring.
         hidden = (self.mask_token + self.positions).expand(batch, -1, -1)
         hidden = hidden.gather(1, order[:, kept:, None].expand(-1, -1, encoded.shape[-1]))
         full = torch.cat([encoded, hidden], 1)

@@ -29,7 +29,7 @@ GOLDEN = [
 ]
 
 FILE = ROOT / "checkpoints" / "stage1_checkpoint_numpy1.pt.tar"
-TELL = ["--num-slots", "4", "--encoder-heads", "3"]
+OPTIONS = ["--num-slots", "4", "--encoder-heads", "3"]
 
 
 def run(*argv, code=0):
@@ -39,26 +39,29 @@ def run(*argv, code=0):
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     """The golden checkpoint as a folder, moved after it was written."""
-    place = tmp_path_factory.mktemp("converted")
-    run(FILE, place / "first", *TELL)
-    return shutil.move(place / "first", place / "moved")
+    folder = tmp_path_factory.mktemp("converted")
+    run(FILE, folder / "first", *OPTIONS)
+    return shutil.move(folder / "first", folder / "moved")
 
 
 def test_a_converted_checkpoint_gives_the_authors_outputs(converted):
     model = load_run(converted).model
     reference = load_official(FILE, num_slots=4, encoder_heads=3)
     images, noise = load("checkpoints/images"), load("checkpoints/stage1_checkpoint_numpy1.slot_noise")
-    found, expected = model.segment(images, noise=noise), reference.segment(images, noise=noise)
+    output, expected = model.segment(images, noise=noise), reference.segment(images, noise=noise)
     exact = reference.double().segment(images.double(), noise=noise.double())
-    assert torch.equal(found.masks, expected.masks) and torch.equal(found.slots, expected.slots)
-    for name, value, true in (("slots", found.slots, exact.slots), ("decoder_masks_order_0", found.masks, exact.masks)):
+    assert torch.equal(output.masks, expected.masks) and torch.equal(output.slots, expected.slots)
+    for name, value, true in (
+        ("slots", output.slots, exact.slots),
+        ("decoder_masks_order_0", output.masks, exact.masks),
+    ):
         atol = 4 * (value - true).abs().max().item() + 1e-6 * value.abs().max().item()
         value = value if name == "slots" else value.transpose(1, 2).unflatten(2, (4, 4))
         assert_close(f"checkpoints/stage1_checkpoint_numpy1.{name}", value, atol=atol)
 
 
-def test_what_is_found_and_what_is_assumed_is_printed(tmp_path, capsys):
-    run(FILE, tmp_path / "out", *TELL, "--preset", "voc")
+def test_recognised_and_assumed_settings_are_printed(tmp_path, capsys):
+    run(FILE, tmp_path / "out", *OPTIONS, "--preset", "voc")
     printed = capsys.readouterr().out
     shape = "vit:patch=16,width=24,depth=12,heads=3,hidden=96 at 64 px"
     for words in (
@@ -100,12 +103,12 @@ def test_there_and_back_from_our_side_is_bit_equal(tmp_path):
     run(tmp_path / "student.pt.tar", tmp_path / "again", "--encoder-heads", 3)
     own, again = (load_file(tmp_path / name / MODEL) for name in ("student", "again"))
     assert own.keys() == again.keys() and all(torch.equal(own[name], again[name]) for name in own)
-    found = load_run(tmp_path / "again").model.encoder
-    assert found.weights_hash() == student.model.encoder.weights_hash()
+    encoder = load_run(tmp_path / "again").model.encoder
+    assert encoder.weights_hash() == student.model.encoder.weights_hash()
 
 
 @pytest.mark.parametrize("variant", ["projected_slots", "raw_slots"])
-def test_what_the_authors_hold_without_using_comes_back_too(variant, tmp_path):
+def test_tensors_that_the_authors_do_not_use_come_back_too(variant, tmp_path):
     """With the MLP decoder: an input projection and a [BOS]. Older files say tf_dec."""
     state = golden_tensors.stage1_state_dict()
     state = {name: value for name, value in state.items() if not name.startswith(("dec.", "slot_proj."))}
@@ -205,7 +208,7 @@ def test_a_malicious_file_is_refused_by_name_and_nothing_is_written(tmp_path, mo
 
 def test_refusals_write_nothing(tmp_path, capsys):
     (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "file").write_text("mine")
+    (tmp_path / "there" / "file").write_text("text")
     scenes = untrained(tmp_path / "scenes", tiny())
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
     before = sorted(tmp_path.rglob("*"))

@@ -182,6 +182,7 @@ def official_state_dict(
     state = official_weights(source)
     config = config or infer_config(state)
     if config.stage == 2:
+        # `encoder.` is the student's here: its last blocks are kept, the rest equals the frozen `second_encoder.`.
         first = _depth(state, "encoder.") - config.train_blocks
         renamed = {}
         for name, value in state.items():
@@ -206,6 +207,7 @@ def official_state_dict(
             result[target] = _reshape(target, value)
         else:
             thirds.setdefault(target, [None] * 3)[third] = value
+    # In the order q, k, v, whatever the file's.
     for target, parts in thirds.items():
         if any(part is None for part in parts):
             raise UserError(f"the checkpoint lacks a part of {target}: it is damaged")
@@ -249,6 +251,7 @@ def convert(
     learned, vit = learned_tensors(state, config), frozen_vit(state)
     tokens = (config.image_size // state["encoder.patch_embed.proj.weight"].shape[-1]) ** 2
     back = official_tensors(learned, vit, tokens=tokens, mlp=config.decoder == "mlp")
+    # Converting back shows which tensors `Spot` does not keep.
     unused = {}
     for name, value in state.items():
         name = "dec." + name.removeprefix("tf_dec.") if name.startswith("tf_dec.") else name

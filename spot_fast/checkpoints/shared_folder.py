@@ -66,6 +66,7 @@ def save_pretrained(
     metadata = encoder_metadata(model.encoder, config) | {"stage": str(config.stage), "finished": "true"}
     scores = scores if scores is not None else last_scores(origin)
     text = card(config, scores or {}, metadata["encoder_sha256"], included=include, source=source)
+    # Written beside its final name and renamed, so that a failure leaves no half-written model.
     partial = folder.with_name(f".{folder.name}.tmp")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

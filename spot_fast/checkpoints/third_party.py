@@ -194,6 +194,7 @@ def _ocbench(remaining: _Remaining) -> _Read:
         if any(name.startswith("encode_backbone2") for name in remaining.state)
         else None
     )
+    # A second backbone is the frozen teacher of the target features; the first one is then a student's.
     if frozen is not None:
         values["stage"] = 2
         learned |= _last_blocks(vit, frozen)
@@ -205,6 +206,7 @@ def _ocbench(remaining: _Remaining) -> _Read:
     for theirs, ours in (("project1", "input_proj"), ("project2", "slot_proj")):
         learned |= remaining.layer(f"decode.{theirs}.0", f"decoder.{ours}.0", bias=False)
         learned |= remaining.layer(f"decode.{theirs}.1", f"decoder.{ours}.1")
+    # The number of decoder blocks shows only in their names.
     layer = re.compile(r"decode\.backbone\.layers\.(\d+)\.")
     blocks = 1 + max((int(match[1]) for name in remaining.state if (match := layer.match(name))), default=0)
     for number in range(blocks):

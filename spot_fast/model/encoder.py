@@ -69,6 +69,7 @@ class Encoder(nn.Module):
         embed, vit = self.vit.patch_embed, self.vit
         embed.set_input_size(img_size=(height * self.patch_size, width * self.patch_size))
         if vit.pos_embed is not None:
+            # Prefix tokens come first in the table, unless the ViT gives positions to patches alone.
             prefix = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
             table = resample_positions(vit.pos_embed, (height, width), prefix, pos_resize)
             vit.pos_embed = nn.Parameter(table, requires_grad=False)
@@ -124,6 +125,7 @@ class Encoder(nn.Module):
 
     def copy_last_blocks(self) -> nn.ModuleList:
         """A trainable copy of the last blocks with their pretrained weights."""
+        # The originals stay frozen: they still make the target features.
         blocks = copy.deepcopy(nn.ModuleList(self.vit.blocks[self.first_last_block :])).requires_grad_(True)
         if next(self.vit.parameters()).device.type == "cpu":
             use_plain_attention(blocks)
@@ -132,6 +134,7 @@ class Encoder(nn.Module):
     def weights_hash(self) -> str:
         """sha256 of names, shapes and values of the ViT's weights."""
         digest = hashlib.sha256()
+        # Names, shapes and types are hashed too: the same bytes in another tensor are other weights.
         for name, value in sorted(self.vit.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
             digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
@@ -172,6 +175,7 @@ def resample_positions(table: Tensor, grid: int | tuple[int, int], prefix: int, 
         return table
     patches = table[:, prefix:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
     if how == "dino":
+        # DINO adds 0.1 so that rounding the scaled size down never loses a row.
         patches = F.interpolate(patches, scale_factor=((height + 0.1) / old, (width + 0.1) / old), mode="bicubic")
     else:
         patches = F.interpolate(patches, size=(height, width), mode="bicubic", antialias=True)

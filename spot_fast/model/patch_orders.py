@@ -10,6 +10,7 @@ ORDER_SETS = {"standard": 1, "spot9": 9}
 def _spiral(grid: torch.Tensor) -> torch.Tensor:
     """Outward spiral, from near the centre to a corner: the inward spiral of the grid turned by 90°, reversed."""
     parts = []
+    # Turning the grid brings the next side to the top, where a row is taken off.
     while grid.numel():
         grid = torch.rot90(grid)
         parts.append(grid[0])

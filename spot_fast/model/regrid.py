@@ -22,6 +22,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def sharing_copy(module: Module) -> Module:
     """A copy that shares the parameters and so takes no memory; attributes set on it are not set on `module`."""
+    # deepcopy takes what its memo maps an object to, here the parameters themselves, for the copy.
     return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
@@ -31,6 +32,7 @@ def at_grid(model: Spot, height: int, width: int) -> Spot:
     how = model.config.pos_resize
     copied.encoder.set_grid(height, width, how)
     decoder = copied.decoder
+    # By attribute rather than class, so that registered decoders with orders or learned positions work too.
     if hasattr(decoder, "orders"):
         decoder.orders = patch_orders((height, width), model.config.orders).to(decoder.orders.device)
     if hasattr(decoder, "positions"):

@@ -64,6 +64,7 @@ class SlotEncoder(nn.Module):
             noise = torch.randn(shape, device=self.slot_mean.device, dtype=self.slot_mean.dtype)
         elif tuple(noise.shape) != shape:
             raise ValueError(f"noise {tuple(noise.shape)} must be {shape}: one draw per image, slot and channel")
+        # The scale is learned as its logarithm, which keeps it positive.
         return self.slot_mean + self.slot_log_scale.exp() * noise
 
     def forward(self, features: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

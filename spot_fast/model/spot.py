@@ -75,7 +75,7 @@ class Spot(nn.Module):
     def train(self, mode: bool = True) -> Spot:
         super().train(mode)
         if self.last_blocks is not None:
-            self.last_blocks.eval()
+            self.last_blocks.eval()  # the ViT's dropout and stochastic depth stay off while its blocks train
         return self
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,6 +126,7 @@ class Spot(nn.Module):
             yield from self.decoder.all_orders(slots, target)
             return
         for index in range(self.num_orders):
+            # filled on the device: a copy from the host would synchronise with it
             yield self.decoder(slots, target, torch.full((), index, dtype=torch.int64, device=slots.device))
 
     @torch.no_grad()
@@ -136,6 +137,7 @@ class Spot(nn.Module):
         features, target = self.encode(images)
         if orders == "0":
             return self(features, target, noise=noise)
+        # Slots do not depend on the order: they are computed once.
         slots, attn, logits = self.slot_encoder(features, noise)
         return SpotOutput(slots, attn, logits, *self.decode_all_orders(slots, target))
 
@@ -160,7 +162,7 @@ class Spot(nn.Module):
                     f"{list(own[name].shape)}: their settings differ"
                 )
         require_finite(state, "the weights")
-        self.load_state_dict(dict(state), strict=False)
+        self.load_state_dict(dict(state), strict=False)  # not strict: the encoder's tensors are not in it
 
 
 def mean_of_orders(decoded: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -175,5 +177,6 @@ def mean_of_orders(decoded: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Te
 
 def reconstruction_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """L_REC: mean squared error over tokens and channels, float32 at least; the target gets no gradient."""
+    # In bfloat16 the loss would be rounded to two or three digits.
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     return F.mse_loss(prediction.to(dtype), target.detach().to(dtype))

@@ -1,4 +1,4 @@
-"""Protects encoder weights: the ViT in any file is found, nothing that it needs is dropped, and no code runs."""
+"""Protects encoder weights: the ViT in any file is recognised, nothing that it needs is dropped, and no code runs."""
 
 import argparse
 import time
@@ -44,10 +44,10 @@ def below(prefix, weights=WEIGHTS):
 def loads(tmp_path, contents, expected=WEIGHTS, name="w.pth", encoder=NAME):
     """The file loads, as the ViT of `expected`."""
     (save_file if name.endswith(".safetensors") else torch.save)(contents, tmp_path / name)
-    found = frozen_encoder(config(tmp_path / name, encoder)).vit.state_dict()
+    loaded = frozen_encoder(config(tmp_path / name, encoder)).vit.state_dict()
     for key, value in expected.items():
-        assert torch.equal(found[key], value), key
-    return found
+        assert torch.equal(loaded[key], value), key
+    return loaded
 
 
 def refuses(tmp_path, contents, words, encoder=NAME):
@@ -128,12 +128,12 @@ HEADS = {
         "deep",
     ],
 )
-def test_the_vit_is_found_wherever_it_is(tmp_path, contents):
+def test_the_vit_is_recognised_anywhere_in_a_file(tmp_path, contents):
     """Of several the one that its authors evaluate."""
     loads(tmp_path, contents)
 
 
-def test_which_of_several_vits_is_taken_is_said_once(tmp_path, capsys):
+def test_the_choice_among_several_vits_is_printed_once(tmp_path, capsys):
     contents = {"student": below("module.", OTHER), "teacher": below("module.")}
     loads(tmp_path, contents)
     loads(tmp_path, contents)
@@ -150,17 +150,17 @@ def test_safetensors_are_recognised_by_their_contents(tmp_path, name):
 def test_halves_become_float32(tmp_path):
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         halves = {name: value.to(dtype) for name, value in WEIGHTS.items()}
-        found = loads(tmp_path, halves, {name: value.float() for name, value in halves.items()})
-        assert found["cls_token"].dtype == torch.float32
+        loaded = loads(tmp_path, halves, {name: value.float() for name, value in halves.items()})
+        assert loaded["cls_token"].dtype == torch.float32
 
 
 def test_the_final_norm_may_be_missing(tmp_path):
-    """Features are taken in front of it; a fine-tuned MAE has fc_norm in its place."""
+    """Features are taken before it; a fine-tuned MAE has fc_norm in its place."""
     without = {name: value for name, value in WEIGHTS.items() if not name.startswith("norm.")}
-    found = loads(tmp_path, without | {"fc_norm.weight": torch.ones(16), "fc_norm.bias": torch.ones(16)}, without)
-    assert torch.equal(found["norm.weight"], torch.ones(16)) and not found["norm.bias"].any()
-    found = loads(tmp_path, without, without)
-    assert torch.equal(found["norm.weight"], torch.ones(16))
+    loaded = loads(tmp_path, without | {"fc_norm.weight": torch.ones(16), "fc_norm.bias": torch.ones(16)}, without)
+    assert torch.equal(loaded["norm.weight"], torch.ones(16)) and not loaded["norm.bias"].any()
+    loaded = loads(tmp_path, without, without)
+    assert torch.equal(loaded["norm.weight"], torch.ones(16))
     without.pop("blocks.1.norm2.weight")
     refuses(tmp_path, without, "lack 1 tensors of the ViT, such as blocks.1.norm2.weight")
 
@@ -245,7 +245,7 @@ def test_parts_of_the_vit_beside_it_are_an_error(tmp_path):
         loads(tmp_path, below("backbone.") | {name: torch.ones(2)})
 
 
-def test_what_no_other_encoder_takes_gets_no_suggestion(tmp_path):
+def test_weights_that_no_encoder_takes_get_no_suggestion(tmp_path):
     extra = {"blocks.0.attn.q_norm.weight": torch.ones(8), "blocks.0.ls1.gamma": torch.ones(16)}
     refuses(tmp_path, WEIGHTS | extra, "pass weights in timm's names for this --encoder")
 
@@ -310,7 +310,7 @@ def test_position_tables_that_fit_no_grid_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
-def test_a_stand_in_for_the_file_is_called_what_it_is(tmp_path, name):
+def test_a_file_that_is_no_weights_is_named(tmp_path, name):
     pointer, page = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", b"<!DOCTYPE html><html></html>"
     for data, words in ((pointer, "is a Git LFS pointer.*git lfs pull"), (page, "is a web page, not weights")):
         (tmp_path / name).write_bytes(data)

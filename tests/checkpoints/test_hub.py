@@ -1,4 +1,4 @@
-"""Names of models on the hub: what counts as one, that no network costs seconds only, and what is downloaded."""
+"""Protects models on the hub: which names ask it, quick errors without a network, and no code among the downloads."""
 
 import time
 
@@ -27,7 +27,7 @@ def test_without_a_network_one_sentence_comes_quickly(offline):
     assert time.monotonic() - start < 5
 
 
-def test_a_path_is_never_looked_for_on_the_hub(offline, monkeypatch, tmp_path):
+def test_a_path_never_asks_the_hub(offline, monkeypatch, tmp_path):
     monkeypatch.setattr("spot_fast.checkpoints.runs.hub_folder", lambda *arguments: pytest.fail("asked the hub"))
     (tmp_path / "runs").mkdir()
     for name in ("runs/typo", "typo", "a/b/c", str(tmp_path / "nowhere"), "../x/y"):
@@ -46,8 +46,8 @@ def test_a_model_of_the_hub_loads_as_any_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "hub_answers", lambda: True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
-    found = load_run(find_folder("owner/model@v1"))
-    assert found.config.num_slots == 3 and (asked["repository"], asked["revision"]) == ("owner/model", "v1")
+    run = load_run(find_folder("owner/model@v1"))
+    assert run.config.num_slots == 3 and (asked["repository"], asked["revision"]) == ("owner/model", "v1")
     assert not asked["local_files_only"]
     assert set(asked["allow_patterns"]) == {"config.json", "*.safetensors", "README.md"}  # no code, no pickles
     (tmp_path / "snapshot" / "model.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""Run folders on disk: what is read back, what is refused, which run is the newest."""
+"""Protects run folders: they are read back whole, damage is named, and the newest run is found."""
 
 import errno
 import os
@@ -40,14 +40,14 @@ def run(trained, tmp_path):
 
 
 def test_a_run_is_read_back(run):
-    found = load_run(str(run))
-    assert found.path == run and found.config == tiny(eval_images=0)
-    assert found.metadata["step"] == "24" and not found.model.training
+    loaded = load_run(str(run))
+    assert loaded.path == run and loaded.config == tiny(eval_images=0)
+    assert loaded.metadata["step"] == "24" and not loaded.model.training
     saved, _ = read_tensors(run / MODEL)
-    own = found.model.learned_state_dict()
+    own = loaded.model.learned_state_dict()
     assert saved.keys() == own.keys() and all(torch.equal(own[name], saved[name]) for name in saved)
     images = normalise(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
-    assert found.model.segment(images).masks.shape == (2, 16, 3)
+    assert loaded.model.segment(images).masks.shape == (2, 16, 3)
 
 
 def test_an_encoder_can_be_shared(run):
@@ -96,7 +96,7 @@ def test_a_damaged_config_is_named(run, text, reason):
         (b"", "is empty: download it again"),
     ],
 )
-def test_what_a_clone_or_a_browser_left_instead_of_a_file_is_named(run, data, words):
+def test_a_pointer_or_web_page_in_place_of_a_file_is_named(run, data, words):
     (run / MODEL).write_bytes(data)
     with pytest.raises(UserError, match=f"{MODEL} {words}"):
         load_run(run)
@@ -166,7 +166,7 @@ def test_folders_are_numbered_and_locked(tmp_path):
 
 
 def test_out_has_to_be_empty(tmp_path):
-    out = tmp_path / "deep" / "mine"
+    out = tmp_path / "deep" / "own"
     RunFolder.create(tiny(), root=tmp_path, out=out).close()
     with pytest.raises(UserError, match="--out .* is not an empty folder: add --resume"):
         RunFolder.create(tiny(), root=tmp_path, out=out)
@@ -174,7 +174,7 @@ def test_out_has_to_be_empty(tmp_path):
         RunFolder.create(tiny(), root=tmp_path, out=tmp_path)
 
 
-def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+def test_half_written_files_of_a_killed_process_are_removed(tmp_path):
     RunFolder.create(tiny(), root=tmp_path, out=tmp_path / "a").close()
     for name in (".tmpXYZ", f".{STATE}.tmp"):
         (tmp_path / "a" / name).write_bytes(b"half")

@@ -1,4 +1,4 @@
-"""One folder that can be moved and shared: what is in it, that it loads elsewhere, and that nothing half is left."""
+"""Protects shared folders: their contents, that they load anywhere, and that a failure leaves nothing behind."""
 
 import json
 import os
@@ -19,14 +19,14 @@ from untrained_runs import untrained
 def run(tmp_path_factory):
     """Of an encoder that neither the hub nor the package has."""
     config = tiny(data="/home/me", sbd="/home/me", cache_dir="/home/me")
-    found = untrained(tmp_path_factory.mktemp("runs") / "run", config)
+    run = untrained(tmp_path_factory.mktemp("runs") / "run", config)
     lines = [
         {"kind": "validation", "step": 1, "epoch": 1, "mbo_i_slots": 0.1},
         {"kind": "validation", "step": 2, "epoch": 2, "mbo_i_slots": 0.25, "val_loss": 0.5},
         {"kind": "train", "step": 3, "loss": 9.0},
     ]
-    (found.path / METRICS).write_text("\n".join(map(json.dumps, lines)) + '\n{"half')
-    return found
+    (run.path / METRICS).write_text("\n".join(map(json.dumps, lines)) + '\n{"half')
+    return run
 
 
 def equal(one, other):
@@ -70,10 +70,10 @@ def test_the_card_has_the_last_scores_of_the_run_or_those_given(run, tmp_path):
     assert "| mIoU on photos | 0.1250 |" in given and "0.2500" not in given
 
 
-def test_what_is_there_is_never_overwritten_and_a_failure_leaves_nothing(run, tmp_path, monkeypatch):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "file").write_text("x")
-    for name in ("mine", "mine/file"):
+def test_nothing_is_overwritten_and_a_failure_leaves_nothing(run, tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "file").write_text("x")
+    for name in ("own", "own/file"):
         with pytest.raises(UserError, match="exists and is not overwritten: choose a name"):
             save_pretrained(run.model, tmp_path / name)
 
@@ -83,7 +83,7 @@ def test_what_is_there_is_never_overwritten_and_a_failure_leaves_nothing(run, tm
     monkeypatch.setattr("spot_fast.checkpoints.shared_folder.os.replace", full)
     with pytest.raises(UserError, match="cannot be written .No space left"):
         save_pretrained(run.model, tmp_path / "model")
-    assert sorted(os.listdir(tmp_path)) == ["mine"] and os.listdir(tmp_path / "mine") == ["file"]
+    assert sorted(os.listdir(tmp_path)) == ["own"] and os.listdir(tmp_path / "own") == ["file"]
 
 
 def test_other_precisions_are_not_mixed_up_with_the_encoders_hash(run, tmp_path):

@@ -69,11 +69,11 @@ def projected(state, prefix, features, activation):
     return published.dense(hidden, state, "3")
 
 
-def load(kind, state, tmp_path, **told):
+def load(kind, state, tmp_path, **options):
     """Through the command: the model of the folder that it writes, float64."""
     torch.save({name: value.float() for name, value in state.items()}, tmp_path / "theirs.ckpt")
     argv = [str(tmp_path / "theirs.ckpt"), str(tmp_path / "ours"), "--encoder-heads", "3"]
-    argv += [word for name, value in told.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    argv += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert convert.main(argv) == 0
     run = load_run(tmp_path / "ours")
     assert run.config.implementation == kind == recognise(state)
@@ -134,8 +134,8 @@ def ocbench_state(encoder, **more):
     return {f"m.{name}": value.float() for name, value in state.items()}, decoder.double()
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected.double(), rtol=1e-9, atol=1e-9)
+def close(ours, expected):
+    torch.testing.assert_close(ours, expected.double(), rtol=1e-9, atol=1e-9)
 
 
 def test_ocbenchs_spot_gives_its_own_outputs(encoder, tmp_path):
@@ -258,16 +258,16 @@ def test_a_dinosaur_gives_its_own_outputs(kind, encoder, tmp_path):
     prediction, masks = mlp_decoded(state, layers, state[positions], slots)
     with torch.no_grad():
         output = model(features, features, noise=NOISE)
-    for found, expected in (
+    for ours, expected in (
         (output.slots, slots),
         (output.slot_attn, attn.sum(1).mT),
         (output.prediction, prediction),
         (output.masks, masks),
     ):
-        close(found, expected)
+        close(ours, expected)
 
 
-def test_what_has_no_counterpart_is_refused_with_the_reason(encoder):
+def test_models_without_a_counterpart_are_refused_with_the_reason(encoder):
     ocbench, videosaur, dinosaur = ocbench_state(encoder)[0], videosaur_state(encoder), dinosaur_state(encoder)
 
     def refuse(kind, state, match):

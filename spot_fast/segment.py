@@ -33,7 +33,7 @@ from pathlib import Path
 
 from spot_fast.errors import UserError
 from spot_fast.evaluation.scoring import WORKERS
-from spot_fast.model.encoder import SCENES_ENCODER
+from spot_fast.model.vits import SCENES_ENCODER
 from spot_fast.precision import PRECISIONS
 from spot_fast.segmentation.batch import MAX_SHEET, Outputs, segment_all, sources_of
 from spot_fast.segmentation.files import check_overwriting, find_images, output_names, save

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from spot_fast import evaluate as command
-from spot_fast.checkpoints.runs import MODEL, frozen_encoder, save_tensors, write_config
+from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder
+from spot_fast.checkpoints.runs import MODEL, save_tensors, write_config
 from spot_fast.config import preset
 from spot_fast.errors import UserError
 from spot_fast.evaluation.metrics import METRICS
 from spot_fast.evaluation.protocols import PROTOCOLS
-from spot_fast.model.encoder import encoder_identity
 from spot_fast.model.spot import Spot
 
 SIZES = dict(
@@ -38,8 +38,7 @@ def make_run(folder, *, finished=True, stage=1, seed=0, **changes):
     if finished:
         torch.manual_seed(seed)
         encoder = frozen_encoder(config)
-        identity = encoder_identity(encoder, config)
-        metadata = {"encoder": identity["name"], "encoder_sha256": identity["sha256"]}
+        metadata = encoder_metadata(encoder, config)
         save_tensors(folder / MODEL, Spot(config, encoder).learned_state_dict(), metadata)
     return folder
 

@@ -8,9 +8,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from spot_fast import segment
-from spot_fast.checkpoints.runs import MODEL, frozen_encoder, load_run, save_tensors, write_config
+from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder
+from spot_fast.checkpoints.runs import MODEL, load_run, save_tensors, write_config
 from spot_fast.config import preset
-from spot_fast.model.encoder import encoder_identity, normalise
+from spot_fast.model.encoder import normalise
 from spot_fast.model.spot import Spot
 from spot_fast.segmentation import batch, overlays
 
@@ -24,11 +25,10 @@ def untrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work") / "runs" / "untrained"
     folder.mkdir(parents=True)
     write_config(folder, config)
-    identity = encoder_identity(encoder, config)
     save_tensors(
         folder / MODEL,
         Spot(config, encoder).learned_state_dict(),
-        {"encoder": identity["name"], "encoder_sha256": identity["sha256"]},
+        encoder_metadata(encoder, config),
     )
     return load_run(folder)
 

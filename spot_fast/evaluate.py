@@ -4,25 +4,21 @@ their seed only."""
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
 import textwrap
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from spot_fast import __version__
-from spot_fast.checkpoints.runs import Run, find_folder, find_run, load_run
-from spot_fast.data import open_set
+from spot_fast import __version__, cli
+from spot_fast.checkpoints.runs import Run, alike_but_for_seed, open_runs
 from spot_fast.data.base import ImageSet
 from spot_fast.errors import UserError
-from spot_fast.evaluation.baselines import published_layouts
 from spot_fast.evaluation.metrics import METRICS, SIZE_BINS
+from spot_fast.evaluation.options import add_scoring_options, open_val_set, score
 from spot_fast.evaluation.protocols import PROTOCOLS, Protocol, chosen
-from spot_fast.evaluation.scoring import WORKERS, Evaluation, Row, Table, evaluate
+from spot_fast.evaluation.scoring import Evaluation, Row, Table
 from spot_fast.evaluation.size_plot import check_target, plot_sizes
 from spot_fast.evaluation.tables import (
     NOTES,
@@ -35,10 +31,7 @@ from spot_fast.evaluation.tables import (
     unlabelled_line,
     write_csv,
 )
-from spot_fast.plain_json import write_json
-from spot_fast.precision import PRECISIONS
-from spot_fast.system import terminal
-from spot_fast.system.cpu_threads import add_option, computing
+from spot_fast.files import writable_target, write_json
 from spot_fast.system.devices import usable_device
 
 
@@ -54,7 +47,7 @@ def _wrapped(text: str, indent: str = "") -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m spot_fast.evaluate",
         description=_wrapped(
             "Scores the decoder masks and slot masks of trained runs on their validation images, "
@@ -76,23 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "runs",
-        nargs="*",
-        metavar="RUN",
-        help="folder of a run, name of one below --runs, checkpoint file of the authors, or owner/name "
-        "on the hub (default: the newest finished run)",
-    )
-    parser.add_argument("--data", metavar="PATH", help="folder of the data set (default: the one the run trained on)")
-    parser.add_argument(
-        "--runs", dest="root", default="runs", metavar="DIR", help="folder with the runs (default: runs)"
-    )
-    parser.add_argument(
-        "--protocol",
-        default="spot",
-        metavar="NAME[,NAME]",
-        help=f"{', '.join(PROTOCOLS)}, several with commas, or all: a table each (default: spot)",
-    )
+    add_scoring_options(parser, protocol="spot", protocol_note=": a table each")
     parser.add_argument("--sizes", action="store_true", help="also print mBO_i by the size of the instances")
     parser.add_argument(
         "--size-plot",
@@ -103,48 +80,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--csv", metavar="FILE", help="also write a line for each image, kind of masks and protocol")
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON; scores as fractions")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N images (default: all)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=WORKERS,
-        metavar="N",
-        help="threads that read images and masks ahead, 0 = none (default: one a processor, at most "
-        f"8; here {WORKERS})",
+    cli.add_precision(
+        parser,
+        "float32",
+        "of the model; bf16 is faster where the hardware has it and moves scores by a few tenths of a percent; tf32 is "
+        "for GPUs",
     )
-    add_option(parser)
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="float32",
-        help="of the model; bf16 is faster where the hardware has it and moves scores by a few tenths "
-        "of a percent; tf32 is for GPUs (default: float32)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of slot noise and of k-means (default: 0)")
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda or cuda:N (default: a GPU where there is one)",
-    )
+    cli.add_seed(parser, "slot noise and of k-means")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    terminal.any_character()
+@cli.command("files have the runs that were scored to their end, if any")
+def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    try:
-        _evaluate(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; files have the runs that were scored to their end, if any", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _evaluate(args: argparse.Namespace) -> None:
     protocols = chosen(args.protocol)
     targets = {
         name: writable_target(name, getattr(args, name.replace("-", "_"))) for name in ("json", "csv", "size-plot")
@@ -152,33 +100,16 @@ def _evaluate(args: argparse.Namespace) -> None:
     if targets["size-plot"]:
         check_target(targets["size-plot"])
     device = usable_device(args.device)
-    paths = [find_folder(name, args.root) for name in args.runs] or [find_run(args.root)]
-    # All runs are opened before the first is measured: a missing one should not cost the others' minutes.
-    runs = [load_run(path) for path in paths]
+    runs = open_runs(args.runs, args.root)
     results = []
     opened: dict[str, ImageSet] = {}
     for run in runs:
-        val_set = open_val_set(run, args.data, opened)
-        with computing(args.threads, device) as adapt:
-            result = evaluate(
-                run.model.to(device),
-                val_set,
-                protocols=[p.name for p in protocols],
-                layouts=published_layouts(run.config.preset),
-                batch_size=args.batch_size,
-                seed=args.seed,
-                limit=args.limit,
-                workers=args.workers,
-                precision=args.precision,
-                between_batches=adapt,
-            )
-        results.append(result)
-        run.model.to("cpu")
+        val_set = open_val_set(run.config, args.data, opened)
+        results.append(score(run.model, val_set, [protocol.name for protocol in protocols], args, device))
         # On disk before it is printed: neither a terminal nor a later run can lose it.
-        failed = _write(args, targets, protocols, runs[: len(results)], results)
-        print(_report(run, result, args.sizes), end="\n\n", flush=True)
-    groups = alike_runs(runs)
-    for group in groups:
+        failed = _write(args, targets, protocols, runs[: len(results)], results, device)
+        print(_report(run, results[-1], args.sizes), end="\n\n", flush=True)
+    for group in alike_but_for_seed(runs):
         print(_summary(runs, results, group, args.sizes), end="\n\n")
     print("\n".join(NOTES))
     if failed is not None:
@@ -193,13 +124,14 @@ def _write(
     protocols: list[Protocol],
     runs: list[Run],
     results: list[Evaluation],
+    device: torch.device,
 ) -> UserError | None:
-    """Writes the files that were asked for; what went wrong with one is returned, to be told after the scores."""
-    groups = alike_runs(runs)
+    """Writes the files that were asked for; what went wrong with one is returned, to be reported after the scores."""
+    groups = alike_but_for_seed(runs)
     writers = {
-        "json": lambda target: write_json(target, _as_json(args, protocols, runs, results, groups)),
+        "json": lambda target: write_json(target, _as_json(args, device, protocols, runs, results, groups)),
         "csv": lambda target: write_csv(
-            target, [(run_name(run), result) for run, result in zip(runs, results, strict=True)]
+            target, [(run.name, result) for run, result in zip(runs, results, strict=True)]
         ),
         "size-plot": lambda target: _plot(target, runs, results, groups),
     }
@@ -213,48 +145,6 @@ def _write(
     return failed
 
 
-def writable_target(option: str, name: str | None) -> Path | None:
-    """The file that --`option` names; UserError where it is a folder, lies in none, or cannot be written."""
-    if name is None:
-        return None
-    target = Path(name)
-    if target.is_dir() or not target.parent.is_dir():
-        reason = "is a folder" if target.is_dir() else f"lies in {target.parent}, which is not a folder"
-        raise UserError(f"--{option} {target} {reason}: give a file name in a folder that exists")
-    try:
-        # As `atomic_write` will: a read-only disk and full quotas have to show before the hours of scoring.
-        with tempfile.TemporaryFile(dir=target.parent) as file:
-            file.write(b" ")
-    except OSError as error:
-        raise UserError(
-            f"--{option} {target} cannot be written ({error.strerror}): choose a file in a folder that you may write to"
-        ) from None
-    return target
-
-
-def open_val_set(run: Run, data: str | None, opened: dict[str, ImageSet]) -> ImageSet:
-    """The run's validation images; runs on the same images share them."""
-    config = replace(run.config, data=data) if data else run.config
-    keys = ("preset", "data", "val_images", "image_size", "mask_size", "crop")
-    key = json.dumps([getattr(config, name) for name in keys])
-    if key not in opened:
-        opened[key] = open_set(config, "val")
-    return opened[key]
-
-
-def run_name(run: Run) -> str:
-    """The name of its folder."""
-    return run.path.resolve().name
-
-
-def alike_runs(runs: list[Run]) -> list[list[int]]:
-    """Places of runs whose settings differ in nothing but the seed, two or more each."""
-    groups: dict[str, list[int]] = {}
-    for place, run in enumerate(runs):
-        groups.setdefault(replace(run.config, seed=0).to_json(), []).append(place)
-    return [group for group in groups.values() if len(group) > 1]
-
-
 def _report(run: Run, result: Evaluation, sizes: bool) -> str:
     config = run.config
     losses = ", ".join(
@@ -265,7 +155,7 @@ def _report(run: Run, result: Evaluation, sizes: bool) -> str:
     lines = []
     for scored in result.tables:
         lines += [
-            f"{run_name(run)} · preset {config.recipe} · stage {config.stage} · {count} of {result.data}, "
+            f"{run.name} · preset {config.recipe} · stage {config.stage} · {count} of {result.data}, "
             f"masks {scored.mask_size} × {scored.mask_size} · protocol {scored.protocol} · percent",
             "",
             evaluation_table(scored),
@@ -287,7 +177,7 @@ def _report(run: Run, result: Evaluation, sizes: bool) -> str:
 
 
 def _summary(runs: list[Run], results: list[Evaluation], group: list[int], sizes: bool) -> str:
-    names = ", ".join(run_name(runs[place]) for place in group)
+    names = ", ".join(runs[place].name for place in group)
     config = runs[group[0]].config
     parts = []
     for tables in _tables(results, group):
@@ -321,12 +211,13 @@ def _plot(target: Path, runs: list[Run], results: list[Evaluation], groups: list
         rows = []
         for run, result in zip(runs, results, strict=True):
             row = [r for r in result.tables[0].rows if r.masks == "decoder"][-1]
-            rows.append((f"{run_name(run)}, {row.title}", [mean for mean, _ in row.sizes], [0.0] * len(row.sizes)))
+            rows.append((f"{run.name}, {row.title}", [mean for mean, _ in row.sizes], [0.0] * len(row.sizes)))
     plot_sizes(target, title, rows, [number for _, number in first.rows[0].sizes])
 
 
 def _as_json(
     args: argparse.Namespace,
+    device: torch.device,
     protocols: list[Protocol],
     runs: list[Run],
     results: list[Evaluation],
@@ -341,7 +232,7 @@ def _as_json(
             "seed": args.seed,
             "batch_size": args.batch_size,
             "limit": args.limit,
-            "device": args.device,
+            "device": str(device),
             "precision": args.precision,
         },
         "runs": [_run_json(run, result) for run, result in zip(runs, results, strict=True)],
@@ -350,7 +241,7 @@ def _as_json(
                 "preset": runs[group[0]].config.preset,
                 "stage": runs[group[0]].config.stage,
                 "protocol": tables[0].protocol,
-                "runs": [run_name(runs[place]) for place in group],
+                "runs": [runs[place].name for place in group],
                 "rows": [
                     {
                         "title": title,
@@ -386,7 +277,7 @@ def _run_json(run: Run, result: Evaluation) -> dict:
         for scored in result.tables
     ]
     return {
-        "run": run_name(run),
+        "run": run.name,
         "preset": run.config.preset,
         "stage": run.config.stage,
         "seed": run.config.seed,
@@ -416,4 +307,4 @@ def _row_json(row: Row) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run(main))
+    sys.exit(cli.run(main))

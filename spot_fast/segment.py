@@ -35,17 +35,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from spot_fast import cli
 from spot_fast.errors import UserError
 from spot_fast.evaluation.scoring import WORKERS
 from spot_fast.model.encoder import SCENES_ENCODER
-from spot_fast.precision import PRECISIONS
 from spot_fast.segmentation.batch import MAX_GRID, Wanted, images_of, segment_all
 from spot_fast.segmentation.files import check_overwriting, find_images, output_names, save
 from spot_fast.segmentation.layouts import FITS, Fit, fit_of
 from spot_fast.segmentation.overlays import contact_sheet
 from spot_fast.segmentation.segmenter import CLUSTER_SIZE, Masker, cluster_masker, run_masker
-from spot_fast.system import terminal
-from spot_fast.system.cpu_threads import add_option, computing
+from spot_fast.system.cpu_threads import computing
 from spot_fast.system.devices import usable_device
 
 _NAMED = 10  # so many images get a line each
@@ -53,7 +52,7 @@ _MASKS = {"decoder": ("decoder",), "slots": ("slots",), "both": ("decoder", "slo
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m spot_fast.segment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
@@ -98,49 +97,29 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--scenes",
-        type=int,
+        action=cli.Number,
+        least=0,
         default=0,
-        metavar="N",
         help="also segment N generated validation scenes; needs no image",
     )
     parser.add_argument("--encoder", metavar="NAME", help="without a run: cluster the features of this timm ViT")
     parser.add_argument("--encoder-weights", metavar="FILE", help="its weights (default: timm's own, from the hub)")
     parser.add_argument("--clusters", type=int, default=6, metavar="K", help="clusters for --encoder (default: 6)")
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=16,
-        metavar="N",
-        help="squares at a time, fewer where grids are larger; changes nothing but rounding (default: 16)",
+    cli.add_batch_size(parser, 16, "squares at a time, fewer where grids are larger; changes nothing but rounding")
+    cli.add_workers(parser, WORKERS, "threads that read and write images", least=1)
+    cli.add_threads(parser)
+    cli.add_precision(
+        parser, "auto", "of the model; auto is bf16 where the device multiplies it in hardware, else float32"
     )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=WORKERS,
-        metavar="N",
-        help=f"threads that read and write images (default: one a processor, at most 8; here {WORKERS})",
-    )
-    add_option(parser)
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        help="of the model; auto is bf16 where the device multiplies it in hardware, else float32 (default: auto)",
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1... (default: cuda if there is one)")
+    cli.add_device(parser)
     return parser.parse_args(argv)
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.scenes < 0:
-        raise UserError(f"--scenes {args.scenes}: use 0 or more")
     if not args.images and not args.scenes:
         raise UserError(
             "nothing to segment: name images, folders or lists, or ask for generated images with --scenes N"
         )
-    for option in ("batch-size", "workers"):
-        if (value := getattr(args, option.replace("-", "_"))) < 1:
-            raise UserError(f"--{option} {value}: use 1 or more")
     if args.run and args.encoder:
         raise UserError(f"--run {args.run} has its own encoder: drop --encoder {args.encoder} or --run")
     if args.encoder and (args.masks or args.slots):
@@ -182,8 +161,9 @@ def _fit(args: argparse.Namespace, masker: Masker) -> Fit:
     return fit
 
 
-def run(args: argparse.Namespace) -> int:
-    """Segments what `args` name and says so; the exit code."""
+@cli.command("what was written is whole")
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parse(argv)
     _check(args)
     files = find_images(args.images, args.out, lambda note: print(f"note: {note}", file=sys.stderr))
     paths = [path for path, _ in files]
@@ -231,20 +211,7 @@ def run(args: argparse.Namespace) -> int:
         f"{done} image{'s' * (done != 1)} in {seconds:.1f} s, {done / seconds:.1f} images/s: "
         f"{args.out}/NAME_{{{','.join(wanted.endings)}}}"
     )
-    return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    terminal.any_character()
-    try:
-        return run(_parse(argv))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; what was written is whole", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run(main))
+    sys.exit(cli.run(main))

@@ -12,14 +12,14 @@ import torch
 
 from spot_fast import presets, recipes, train
 from spot_fast.checkpoints.runs import CONFIG, MODEL, find_run, write_config
-from spot_fast.config import Config, preset
+from spot_fast.config import SOURCED_DEFAULTS, Config, check_config, preset
 from spot_fast.data import open_set
 from spot_fast.errors import UserError
 from spot_fast.model.encoder import Encoder, build_encoder, build_vit
 from spot_fast.model.spot import Spot
 from spot_fast.published import SCORES, scores
 from spot_fast.recipes import DATA_SETS, ENCODERS, METHODS
-from spot_fast.training.arguments import check_config, parse
+from spot_fast.training.arguments import parse
 from spot_fast.training.teacher import find_teacher
 from tiny_runs import options
 
@@ -88,14 +88,12 @@ def test_every_combination_is_a_valid_config_with_a_source_for_every_value():
     for name, stage in combinations():
         config = check_config(preset(name, stage))
         assert Config.from_json(config.to_json()) == config
-        found = recipes.COMMON | recipes.values(
+        found = SOURCED_DEFAULTS | recipes.values(
             config.preset, config.method, recipes.encoder_recipe(config.encoder), stage
         )
         changed = {field for field, value in asdict(config).items() if value != defaults[field]}
         assert changed - {"preset", "method", "stage"} <= found.keys()
         assert all(source for _, source in found.values())
-    for field, value in recipes.COMMON.items():
-        assert defaults[field] == value.value, field
 
 
 def test_names_come_in_any_order_and_as_options():

@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,11 @@ class Run:
     config: Config
     model: Spot
     metadata: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.path.resolve().name
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -111,7 +116,7 @@ def read_config(folder: Path, *, like: Config | None = None) -> Config:
     if not path.is_file():
         raise UserError(f"{folder} has no {CONFIG}: it is not the folder of a run")
     try:
-        config = _typed(Config.from_json(path.read_text(encoding="utf-8")))
+        config = Config.from_json(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError, AttributeError) as error:
         reason = str(error)
         if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
@@ -141,17 +146,6 @@ def _tell_assumptions(path: Path, config: Config) -> None:
             file=sys.stderr,
             flush=True,
         )
-
-
-def _typed(config: Config) -> Config:
-    """`config` itself; TypeError where a value is not of its field's type."""
-    kinds = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None)}
-    for field in fields(Config):
-        value = getattr(config, field.name)
-        wanted = [kinds[name] for name in field.type.split(" | ")]
-        if not any(isinstance(value, kind) for kind in wanted) or (isinstance(value, bool) and bool not in wanted):
-            raise TypeError(f"{field.name} is {value!r}, not {field.type}")
-    return config
 
 
 def frozen_encoder(config: Config) -> Encoder:
@@ -280,3 +274,19 @@ def find_folder(name: str | os.PathLike, root: str | os.PathLike = "runs") -> Pa
     if not path.exists() and not path.parent.exists() and _HUB_ID.fullmatch(str(name)):
         return hub_folder(str(name), (CONFIG, MODEL))
     return path
+
+
+def open_runs(names: Sequence[str], root: str | os.PathLike) -> list[Run]:
+    """The runs that a user names, or the newest finished one below `root` if none is named, all on the CPU.
+
+    All are opened before any is used: a missing one should not cost the minutes that the others take.
+    """
+    return [load_run(path) for path in [find_folder(name, root) for name in names] or [find_run(root)]]
+
+
+def alike_but_for_seed(runs: Sequence[Run]) -> list[list[int]]:
+    """Indices of runs whose settings differ in nothing but the seed, two or more each."""
+    groups: dict[str, list[int]] = {}
+    for index, run in enumerate(runs):
+        groups.setdefault(replace(run.config, seed=0).to_json(), []).append(index)
+    return [group for group in groups.values() if len(group) > 1]

@@ -9,7 +9,6 @@ which sequence numbers are added, hence the last bits of a result: --threads N n
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import sys
@@ -19,8 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-
-from spot_fast.errors import UserError
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _EVERY = 0.5  # seconds from look to look; the system counts in hundredths
@@ -89,24 +86,12 @@ class CpuThreads:
         return self._clock(), self._busy(), self._own()
 
 
-def add_option(parser: argparse.ArgumentParser) -> None:
-    """--threads, for `computing`."""
-    parser.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="CPU threads that compute (default: one a core, fewer while other programs use it)",
-    )
-
-
 @contextmanager
 def computing(threads: int | None, device: torch.device) -> Iterator[Callable[[], None]]:
     """Inside, PyTorch computes with so many threads; None: with one a core at most, and fewer on a CPU that others use.
 
-    What it yields is to be called between batches. UserError for --threads below 1.
+    What it yields is to be called between batches.
     """
-    if threads is not None and threads < 1:
-        raise UserError(f"--threads {threads}: use 1 or more")
     before = torch.get_num_threads()
     try:
         if threads is not None or device.type != "cpu":

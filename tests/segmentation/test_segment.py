@@ -269,7 +269,7 @@ def test_corrupt_image_is_named_and_the_others_done(run, tmp_path, capsys):
         ([], "nothing to segment: name images"),
         (["nowhere.jpg"], "nowhere.jpg does not exist"),
         (["--scenes", "1", "--run", "nowhere"], "run nowhere is not a folder"),
-        (["--scenes", "-1"], "--scenes -1: use 0 or more"),
+        (["--scenes", "-1"], "--scenes is -1: use 0 or more"),
         (["--scenes", "1", "--size", "64"], "--size 64: a run keeps the size it was trained with"),
         (
             ["--scenes", "1", "--size", "32", "--fit", "tiles"],
@@ -291,8 +291,8 @@ def test_corrupt_image_is_named_and_the_others_done(run, tmp_path, capsys):
             "60 is not a multiple of the encoder's patch size 8",
         ),
         (["--scenes", "1", "--grid", "grid.jpg"], "--grid grid.jpg: give the name of a .png file"),
-        (["--scenes", "1", "--batch-size", "0"], "--batch-size 0: use 1 or more"),
-        (["--scenes", "1", "--workers", "0"], "--workers 0: use 1 or more"),
+        (["--scenes", "1", "--batch-size", "0"], "--batch-size is 0: use 1 or more"),
+        (["--scenes", "1", "--workers", "0"], "--workers is 0: use 1 or more"),
         (["--scenes", "1", "--precision", "tf32", "--device", "cpu"], "--precision tf32 needs an NVIDIA GPU"),
     ],
 )

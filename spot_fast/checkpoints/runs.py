@@ -35,6 +35,7 @@ from spot_fast.errors import UserError
 from spot_fast.files import atomic_write, reason
 from spot_fast.model.encoder import Encoder, build_encoder, encoder_identity
 from spot_fast.model.spot import Spot
+from spot_fast.random_streams import Stream, seed_of
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -151,7 +152,7 @@ def _tell_assumptions(path: Path, config: Config) -> None:
 def frozen_encoder(config: Config) -> Encoder:
     """The encoder of `config`; one without weights (`--encoder-weights none`) is random but always the same."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed_of(Stream.RANDOM_ENCODER, 0))
         return build_encoder(config)
 
 

@@ -187,10 +187,11 @@ def _as_preset(row: Score) -> bool:
 
 
 def _about_encoder(name: str) -> str:
-    vit, rates = ENCODERS[name], ENCODERS[name].rates
-    lam = vit.values.get("att_weight", SOURCED_DEFAULTS["att_weight"]).value
+    vit = ENCODERS[name]
+    own = SOURCED_DEFAULTS | DATA_SETS["coco"].values | vit.values | vit.rates
+    lr, lr_low, lam = (own[setting].value for setting in ("lr", "lr_low", "att_weight"))
     paper = "; not in the paper" if any("not in the paper" in note for note in vit.notes) else ""
-    return f"{vit.about}; lr {rates['lr'].value:g} to {rates['lr_low'].value:g}, lambda {lam:g}{paper}"
+    return f"{vit.about}; lr {lr:g} to {lr_low:g}, lambda {lam:g}{paper}"
 
 
 def _section(title: str, rows: Iterable[tuple[str, str]]) -> list[str]:

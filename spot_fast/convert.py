@@ -23,7 +23,7 @@ from spot_fast.errors import UserError
 from spot_fast.files import atomic_write
 from spot_fast.model.encoder import Encoder, build_vit, load_vit_weights, raw_weights
 from spot_fast.model.spot import Spot
-from spot_fast.recipes import DATA_SETS
+from spot_fast.recipes import needs_data
 
 SOURCES = ("authors", *foreign.KINDS)
 _SUFFIXES = (".pt", ".pth", ".tar")
@@ -255,7 +255,7 @@ def _written(out: Path) -> list[str]:
 
 
 def _next(out: Path, config: Config) -> list[str]:
-    data = "" if DATA_SETS[config.preset].folder is None else " --data DATA"
+    data = " --data DATA" if needs_data(config.preset) else ""
     lines = ["next:", f"  python -m spot_fast.evaluate {out}{data}", f"  python -m spot_fast.segment IMAGE --run {out}"]
     if config.stage == 1:
         lines.append(f"  python -m spot_fast.train --stage 2 --preset {config.preset}{data} --teacher {out}")

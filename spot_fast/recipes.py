@@ -313,6 +313,11 @@ def default_encoder(data: str) -> str | None:
     return None if "encoder" in DATA_SETS[data].values else "dino_vitb16"
 
 
+def needs_data(data: str) -> bool:
+    """Whether --data has to name a folder of the data set; also true of one that is not registered in this process."""
+    return data not in DATA_SETS or DATA_SETS[data].folder is not None
+
+
 def split(name: str) -> tuple[str | None, str | None, str | None]:
     """(data set, method, encoder) of names joined with + in any order, None for what is not named.
 

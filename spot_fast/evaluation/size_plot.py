@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spot_fast.checkpoints.runs import atomic_write
-from spot_fast.errors import UserError
+from spot_fast.errors import UserError, one_line
 from spot_fast.evaluation.metrics import SIZE_BINS
-from spot_fast.system.optional import required, said
+from spot_fast.system.optional import required
 
 FORMATS = (".png", ".svg")
 
@@ -37,7 +37,7 @@ def plot_sizes(
         raise
     except Exception as error:
         raise UserError(
-            f"--size-plot {path} cannot be drawn ({said(error)}): mend matplotlib, or leave the option out"
+            f"--size-plot {path} cannot be drawn ({one_line(error)}): mend matplotlib, or leave the option out"
         ) from error
 
 

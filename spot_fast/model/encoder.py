@@ -22,10 +22,10 @@ from spot_fast.checkpoints.encoder_weights import read_weights, require_filled, 
 from spot_fast.checkpoints.hub import hub_answers
 from spot_fast.checkpoints.tensor_checks import require_finite
 from spot_fast.config import Config, preset
-from spot_fast.errors import UserError
+from spot_fast.errors import UserError, one_line
 from spot_fast.model.timm_import import import_timm
 from spot_fast.recipes import ENCODERS, timm_name
-from spot_fast.system.optional import required, said
+from spot_fast.system.optional import required
 
 SCENES_ENCODER = "spot_scenes"
 _SCENES_VIT = dict(patch_size=8, embed_dim=128, depth=4, num_heads=4, num_classes=0)
@@ -325,7 +325,7 @@ def _hub_weights(name: str) -> dict[str, Tensor]:
         return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except Exception as error:
         raise UserError(
-            f"the hub does not give the weights of --encoder {name} ({said(error)}): try again, or pass "
+            f"the hub does not give the weights of --encoder {name} ({one_line(error)}): try again, or pass "
             f"--encoder-weights FILE (from huggingface.co/{cfg.hf_hub_id}, model.safetensors)"
         ) from error
 

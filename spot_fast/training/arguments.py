@@ -12,7 +12,7 @@ from typing import Any
 from spot_fast import cli
 from spot_fast.config import OPTIONS, Config, flag, option_names, preset
 from spot_fast.errors import UserError
-from spot_fast.recipes import DATA_SETS, split, timm_name
+from spot_fast.recipes import DATA_SETS, needs_data, split, timm_name
 
 _METAVARS = {"int": "N", "float": "X", "str": "NAME"}
 _EPILOG = """presets: {without} (generated, needs no data), {with_data} (need --data PATH); with + a
@@ -115,8 +115,8 @@ def _parser(defaults: Config) -> argparse.ArgumentParser:
     parser = cli.Parser(
         prog="python -m spot_fast.train",
         epilog=_EPILOG.format(
-            without=", ".join(name for name, data_set in DATA_SETS.items() if data_set.folder is None),
-            with_data=", ".join(name for name, data_set in DATA_SETS.items() if data_set.folder is not None),
+            without=", ".join(name for name in DATA_SETS if not needs_data(name)),
+            with_data=", ".join(filter(needs_data, DATA_SETS)),
         ),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
         usage="python -m spot_fast.train [--preset NAME] [--stage 1|2] [option ...]",

@@ -340,7 +340,7 @@ def test_a_matplotlib_that_is_broken_is_told_before_and_costs_no_scores(here, ca
         for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
             patch.delitem(sys.modules, name)
         code, out, err = call("--size-plot", "p.png")
-    assert code == 2 and out == "" and "which is there but cannot be imported (AttributeError: _ARRAY_API" in err
+    assert code == 2 and out == "" and "which is installed but cannot be imported (AttributeError: _ARRAY_API" in err
 
     def fail(*_, **__):
         raise RuntimeError("Failed to find font")

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 from spot_fast.config import IMAGENET_MEAN, IMAGENET_STD
-from spot_fast.errors import UserError
-from spot_fast.system.optional import said
+from spot_fast.errors import UserError, one_line
 
 INSTALL = "pip install nvidia-dali-cuda130 (-cuda120 for drivers of CUDA 12)"
 _DEPTH = 2  # batches that DALI works on or has ready
@@ -231,7 +230,7 @@ def unavailable(device: torch.device) -> str:
         import_dali()
     except Exception as error:
         missing = isinstance(error, ModuleNotFoundError) and str(error.name).startswith("nvidia")
-        return f"DALI is not installed, {INSTALL}" if missing else f"DALI cannot be imported ({said(error)})"
+        return f"DALI is not installed, {INSTALL}" if missing else f"DALI cannot be imported ({one_line(error)})"
     return ""
 
 

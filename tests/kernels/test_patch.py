@@ -16,6 +16,7 @@ from kernel_tier import DEVICE, needs_triton
 from published_modules import SLOT_WIDTH, SLOTS, WIDTH
 from spot_kernels import PatchReport, SlotAttention, dispatch, patch, unpatch, use_backend
 from spot_kernels.patching.implementations import IMPLEMENTATIONS
+from spot_kernels.patching.switches import has_attribute, unknown_reads
 
 INPUTS = {
     "alone": ((3, 25, SLOT_WIDTH),),
@@ -272,7 +273,7 @@ def test_report_names_every_module_and_a_second_call_changes_nothing():
     assert [x.note for x in again.replaced] == ["was patched before"] * 2
     assert type(model.grouping["slots"]) is kind
     said = str(patch(nn.Linear(2, 2)))
-    assert said.startswith("no slot attention found: nothing was replaced (looked for the layers of ")
+    assert said.startswith("no slot attention found: nothing was replaced (looked for the modules of ")
     assert "SLATE, STEVE, BO-QSA" in said and "slot_attention_step" in said
 
 
@@ -395,17 +396,8 @@ class OtherArguments(published.Slate):
         return published.Slate.forward(self, inputs, slots)
 
 
-class Derived(published.Slate):
-    def forward(self, inputs, slots):
-        return super().forward(inputs, slots)
-
-
-class Adapted(nn.Linear):
-    pass
-
-
 class GroupedSlotAttention(nn.Module):
-    """Of another name."""
+    """Its name alone says what it is."""
 
 
 def changed(change):
@@ -423,34 +415,31 @@ def changed(change):
         (DrawsMore, "SLATE", "its forward computes something else: it draws other random numbers"),
         (Detached, "SLATE", "its forward computes something else: gradients differ by"),
         (Fails, "SLATE", "it could not be compared: RuntimeError: only on Tuesdays"),
-        (OtherArguments, "", "closest to SLATE, but its forward takes (self, inputs, slots, mask=None)"),
-        (Derived, "", "closest to SLATE, but Derived has a forward of its own"),
         (
-            lambda: changed(lambda m: setattr(m, "project_q", Adapted(SLOT_WIDTH, SLOT_WIDTH, bias=False))),
+            OtherArguments,
             "",
-            "closest to SLATE, but project_q is a Adapted",
+            "fits no known form (closest is SLATE, but its forward takes (self, inputs, slots, mask=None)): ",
         ),
         (
-            lambda: changed(lambda m: setattr(m, "gate", nn.Linear(2, 2))),
+            lambda: changed(lambda m: delattr(m, "epsilon")),
             "",
-            "closest to SLATE, but it has a layer gate",
-        ),
-        (
-            lambda: changed(lambda m: m.register_buffer("table", torch.zeros(1))),
-            "",
-            "closest to SLATE, but it has a buffer table",
+            "fits no known form (closest is SLATE, but it has no epsilon): ",
         ),
         (
             lambda: changed(lambda m: setattr(m, "project_k", nn.Linear(WIDTH, 8, bias=False))),
-            "",
-            "closest to SLATE, but project_k has the size (12, 8), which does not fit the other layers",
+            "SLATE",
+            "it could not be compared: RuntimeError: ",
         ),
-        (lambda: changed(lambda m: delattr(m, "epsilon")), "", "closest to SLATE, but its epsilon is 'missing'"),
         (lambda: changed(lambda m: m.gru.register_forward_hook(print)), "SLATE", "its layer gru has hooks"),
         (
             lambda: changed(lambda m: setattr(m, "forward", functools.partial(print))),
             "SLATE",
             "its forward was replaced on the instance",
+        ),
+        (
+            lambda: changed(lambda m: m.mlp.compile(backend="eager")),
+            "SLATE",
+            "its layer mlp is compiled: patch before torch.compile",
         ),
         (lambda: changed(lambda m: m.compile(backend="eager")), "SLATE", "is compiled: patch before torch.compile"),
         (lambda: published.Slate().to("meta"), "SLATE", "its parameters are on the meta device: move them first"),
@@ -470,13 +459,59 @@ def test_a_compiled_model_is_left_alone():
     assert only(patch(torch.compile(published.Slate(), backend="eager"))).note.startswith("is compiled")
 
 
-def test_a_class_derived_without_changing_methods_is_known():
-    class Larger(published.Slate):
-        def __init__(self):
-            super().__init__(heads=2)
+class Derived(published.Slate):
+    def __init__(self):
+        super().__init__(heads=2)
 
-    module = Larger()
-    assert patch(module).replaced and isinstance(module, Larger)
+    def forward(self, inputs, slots):
+        return super().forward(inputs, slots)
+
+
+class LowRankAdapter(nn.Linear):
+    def __init__(self):
+        super().__init__(SLOT_WIDTH, SLOT_WIDTH)
+        self.down, self.up = nn.Linear(SLOT_WIDTH, 2), nn.Linear(2, SLOT_WIDTH)
+
+    def forward(self, x):
+        return super().forward(x) + self.up(self.down(x))
+
+
+class ScaledGru(nn.GRUCell):
+    def forward(self, updates, slots):
+        return 0.5 * super().forward(updates, slots)
+
+
+@pytest.mark.parametrize(
+    "build_it",
+    [
+        Derived,
+        lambda: changed(lambda m: setattr(m, "project_q", LowRankAdapter())),
+        lambda: changed(lambda m: setattr(m, "gru", ScaledGru(SLOT_WIDTH, SLOT_WIDTH))),
+        lambda: changed(lambda m: setattr(m, "mlp", nn.Sequential(nn.Linear(SLOT_WIDTH, SLOT_WIDTH), nn.Dropout(0.5)))),
+        lambda: changed(lambda m: nn.utils.parametrizations.weight_norm(m.project_k)),
+        lambda: changed(lambda m: setattr(m, "norm_slots", nn.Identity())),
+        lambda: changed(lambda m: setattr(m, "unused", nn.Linear(2, 2))),
+        lambda: changed(lambda m: m.register_buffer("unused", torch.zeros(1))),
+    ],
+    ids=["derived", "adapter", "GRU", "MLP", "weight norm", "no norm", "unused layer", "unused buffer"],
+)
+def test_layers_of_any_kind_stay_and_the_module_around_them_is_replaced(build_it):
+    """The replacement calls the layers that the module has; what the forward does not read does not matter."""
+    module = build_it().eval()
+    before = run(module, inputs_of("SLATE"))
+    assert only(patch(module)).implementation == "SLATE"
+    assert_equal_to_rounding(run(module, inputs_of("SLATE")), before)
+
+
+@pytest.mark.parametrize("known", [known for known in IMPLEMENTATIONS if not known.default_noise], ids=lambda k: k.name)
+def test_the_table_lists_what_replacements_read(known):
+    """Else a module that lacks an attribute would be replaced, and fail; or one would be left alone for no reason."""
+    module = build(known.name)
+    assert patch(module).replaced
+    read = {name.removeprefix("self.") for name in unknown_reads(module, known.methods, known=())}
+    read = {name for name in read if has_attribute(module, name) and not name.startswith(("_published", "__"))}
+    # a width of the layers is no switch and so not among them
+    assert read | (known.reads & {"slot_size"}) == known.reads
 
 
 def test_another_thing_than_a_module_is_one_sentence():

@@ -138,6 +138,15 @@ class OnALayer(Fork):
         return self.gru.temperature
 
 
+class ExtraLayer(Fork):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Identity()
+
+    def divisor(self):
+        return self.gate(1.0)
+
+
 class Global(Fork):
     def divisor(self):
         return TEMPERATURE
@@ -299,6 +308,7 @@ FORKS = [
     Configuration,
     OwnFunction,
     OnALayer,
+    ExtraLayer,
     Global,
     GlobalDict,
     GlobalObject,

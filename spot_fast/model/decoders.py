@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spot_fast.model.patch_orders import patch_orders
 from spot_kernels import PermutedDecoder, shift_by_order
-from spot_kernels.modules.slot_attention import linear
+from spot_kernels.modules import linear
 
 
 def _projection(inputs: int, outputs: int) -> nn.Sequential:

@@ -21,7 +21,7 @@ from spot_fast.errors import UserError
 from spot_fast.model.decoders import AutoregressiveDecoder, MlpDecoder
 from spot_fast.model.encoder import Encoder
 from spot_kernels import SlotAttention
-from spot_kernels.modules.slot_attention import mlp
+from spot_kernels.modules import mlp
 
 if TYPE_CHECKING:
     from spot_fast.api import Segmentation

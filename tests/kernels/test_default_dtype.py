@@ -14,8 +14,7 @@ from spot_fast.evaluation.metrics import image_scores, labels_from_soft
 from spot_fast.model.encoder import normalise
 from spot_fast.segmentation.layouts import Layout
 from spot_fast.segmentation.stitching import stitch
-from spot_kernels import SlotAttention, native, use_backend
-from spot_kernels.modules.slot_attention import PermutedDecoder
+from spot_kernels import PermutedDecoder, SlotAttention, native, use_backend
 
 DEFAULTS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BACKENDS = [

@@ -1,4 +1,4 @@
-"""`patch` on modules rebuilt from published formulas: same numbers, same everything else; what it leaves, and why."""
+"""`patch` on modules rebuilt from published formulas: results and everything else stay; what is left alone, and why."""
 
 import copy
 import functools
@@ -230,8 +230,8 @@ def test_copies_are_patched_modules_of_their_own(duplicate):
     assert type(model.grouping["slots"]) is not published.Slate
 
 
-def test_a_replica_looks_at_its_own_parameters():
-    """nn.DataParallel copies the attributes of a module: a function bound to it would look at the first device's."""
+def test_a_replica_uses_its_own_parameters():
+    """nn.DataParallel copies the attributes of a module: a function bound to it would use those of the first device."""
     module = build("SLATE")
     patch(module)
     replica = module._replicate_for_data_parallel()
@@ -239,7 +239,7 @@ def test_a_replica_looks_at_its_own_parameters():
 
 
 class SlotAttentionModel(Model):
-    """A name that speaks of slot attention, of what holds it."""
+    """Named after slot attention, but only holds it."""
 
 
 def test_a_model_named_after_slot_attention_is_not_reported_for_it():
@@ -259,7 +259,7 @@ def test_a_single_slot(name):
 
 def test_report_names_every_module_and_a_second_call_changes_nothing():
     model = Model()
-    model.mine = SlotAttention(WIDTH, SLOT_WIDTH, mlp_hidden=None)
+    model.ours = SlotAttention(WIDTH, SLOT_WIDTH, mlp_hidden=None)
     report = patch(model)
     kind = type(model.grouping["slots"])
     assert isinstance(report, PatchReport) and len(report.replaced) == 2
@@ -267,14 +267,14 @@ def test_report_names_every_module_and_a_second_call_changes_nothing():
         "module           class          implementation  replaced              note",
         "grouping.slots   SlotAttention  SLATE           attention and update",
         "grouping.others  SlotAttention  SLATE           attention and update",
-        "mine             SlotAttention  spot_kernels    nothing               runs on our operators as it is",
+        "ours             SlotAttention  spot_kernels    nothing               runs on our operators as it is",
     ]
     again = patch(model)
     assert [x.note for x in again.replaced] == ["was patched before"] * 2
     assert type(model.grouping["slots"]) is kind
-    said = str(patch(nn.Linear(2, 2)))
-    assert said.startswith("no slot attention found: nothing was replaced (looked for the modules of ")
-    assert "SLATE, STEVE, BO-QSA" in said and "slot_attention_step" in said
+    empty = str(patch(nn.Linear(2, 2)))
+    assert empty.startswith("no slot attention found: nothing was replaced (looked for the modules of ")
+    assert "SLATE, STEVE, BO-QSA" in empty and "slot_attention_step" in empty
 
 
 def test_patch_leaves_gradients_modes_buffers_and_random_states():
@@ -338,7 +338,7 @@ def test_hooks_of_the_module_itself_are_called_and_not_by_the_comparison():
     assert seen == [(3, 25, SLOTS)]
 
 
-# What has the shape of a known module and is another one. Each is left as it was, for its own reason.
+# Modules with the attributes of a known one that are not it. Each is left as it was, for its own reason.
 @published.published_as("SlotAttention")
 class OtherFormula(published.Slate):
     """Softmax over tokens."""
@@ -397,7 +397,7 @@ class OtherArguments(published.Slate):
 
 
 class GroupedSlotAttention(nn.Module):
-    """Its name alone says what it is."""
+    """Known as slot attention by its name only."""
 
 
 def changed(change):
@@ -446,7 +446,7 @@ def changed(change):
         (GroupedSlotAttention, "", "fits no known form (closest is "),
     ],
 )
-def test_what_is_not_known_is_left_alone_with_a_reason(build_it, implementation, note):
+def test_an_unknown_module_is_left_alone_with_a_reason(build_it, implementation, note):
     module = build_it()
     kind, attributes = type(module), dict(vars(module))
     found = only(patch(module))
@@ -514,7 +514,7 @@ def test_the_table_lists_what_replacements_read(known):
     assert read | (known.reads & {"slot_size"}) == known.reads
 
 
-def test_another_thing_than_a_module_is_one_sentence():
+def test_a_model_that_is_no_module_raises():
     for function in (patch, unpatch):
         with pytest.raises(ValueError, match=f"{function.__name__}: model is a dict: pass a torch.nn.Module"):
             function({})

@@ -209,7 +209,7 @@ class Lambda(Fork):
 
 
 class RareBranch(Fork):
-    """No small example comes there."""
+    """The small inputs of the comparison never take it."""
 
     def __init__(self):
         super().__init__()
@@ -331,7 +331,7 @@ FORKS = [
 
 
 class Harmless(Fork):
-    """Attributes that say nothing that layers and known numbers do not, and code that reads nothing else."""
+    """Attributes that repeat widths of layers, and code that reads nothing else."""
 
     def __init__(self):
         super().__init__()

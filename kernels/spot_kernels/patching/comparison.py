@@ -289,7 +289,7 @@ def _layout(x: Any) -> Any:
 
 def _layout_or_draws_differ(actual: _Run, expected: _Run) -> str:
     if actual.layout != expected.layout:
-        return "the results are others in number, shape, dtype or layout"
+        return "the results differ in number, shape, dtype or layout"
     if not all(torch.equal(a, b) for a, b in zip(actual.generator_states, expected.generator_states, strict=True)):
         return "it draws other random numbers"
     return ""
@@ -307,18 +307,18 @@ def _tensors(values: list[Any]) -> list[Tensor]:
     return [x.detach().double().cpu() for x in values if isinstance(x, Tensor) and x.numel()]
 
 
-def _largest_difference(some: list[Tensor], others: list[Tensor]) -> float:
-    """The largest difference, relative to the largest value of all of the others; NaN if there is one."""
-    if not some:
+def _largest_difference(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference, relative to the largest expected value of all tensors; NaN if there is one."""
+    if not actual:
         return 0.0
-    largest = max(x.abs().max().item() for x in others)
-    differences = torch.stack([(a - b).abs().max() for a, b in zip(some, others, strict=True)])
+    largest = max(x.abs().max().item() for x in expected)
+    differences = torch.stack([(a - b).abs().max() for a, b in zip(actual, expected, strict=True)])
     return differences.max().item() / max(largest, 1e-30)
 
 
-def _distance(some: list[Tensor], others: list[Tensor]) -> float:
-    """The difference of all together, relative to the norm of the others."""
-    if not some:
+def _distance(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """The norm of the difference over all tensors, relative to that of the expected ones."""
+    if not actual:
         return 0.0
-    difference = torch.cat([(a - b).flatten() for a, b in zip(some, others, strict=True)])
-    return difference.norm().item() / max(torch.cat([b.flatten() for b in others]).norm().item(), 1e-30)
+    difference = torch.cat([(a - b).flatten() for a, b in zip(actual, expected, strict=True)])
+    return difference.norm().item() / max(torch.cat([b.flatten() for b in expected]).norm().item(), 1e-30)

@@ -3,7 +3,7 @@
 A module is replaced in four steps, and left alone with a reason in the report where one of them fails:
 
 1. it has the attributes and methods of a published class (`implementations`), whatever its own class is called;
-2. nothing stands between it and its replacement: hooks on its layers, torch.compile, sharding;
+2. nothing is attached that the replacement would bypass: hooks on its layers, torch.compile, sharding;
 3. its own forward and ours agree on small inputs (`comparison`);
 4. its code reads nothing that ours does not (`switches`): what has no effect now may have one later.
 
@@ -216,7 +216,7 @@ def _resembles_slot_attention(module: nn.Module) -> bool:
 
 
 def _obstacle(module: nn.Module, known: Implementation) -> str:
-    """What of the module its replacement would pass by or the comparison would disturb; empty: nothing."""
+    """What of the module its replacement would bypass or the comparison would trigger; empty: nothing."""
     for name in known.methods:
         if name in vars(module):
             return f"its {name} was replaced on the instance"

@@ -69,10 +69,13 @@ def training_curves(runs: Sequence[tuple[str, int, Log]]) -> list[Markup]:
             found.append(Line(name + suffix, [r["step"] for r in records], y, colour, dashed, kind == "validation"))
         return found
 
+    # Where `loss` is a sum of several terms, its part L_REC compares with other runs.
     reconstruction = [
-        rec if stage == 2 else total
-        for (_, stage, _), rec, total in zip(runs, lines("train", "loss_rec"), lines("train", "loss"), strict=True)
+        rec if any(y is not None for y in rec.y) else total
+        for rec, total in zip(lines("train", "loss_rec"), lines("train", "loss"), strict=True)
     ]
+    names = {name for _, _, log in runs for record in log.train for name in record if name.startswith("loss_")}
+    further = sorted(names - {"loss_rec", "loss_att"})
     scores = [
         line
         for pair in zip(
@@ -96,6 +99,10 @@ def training_curves(runs: Sequence[tuple[str, int, Log]]) -> list[Markup]:
             "L_ATT",
             "Stage 2 only: cross-entropy of the student's slot attention against the teacher's masks, before it is "
             "weighted by λ.",
+        ),
+        *(
+            curves(f"Loss: {name.removeprefix('loss_')}", lines("train", name), name, "A loss of the decoder's own.")
+            for name in further
         ),
         curves("Learning rate", lines("train", "lr"), "rate", "Warm-up, then a cosine."),
         curves(

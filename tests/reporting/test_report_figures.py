@@ -93,6 +93,12 @@ def test_stage_two_shows_its_reconstruction_loss_and_not_the_sum():
     assert len(heights(1, log(1).train)) > 1
 
 
+def test_a_loss_of_the_decoders_own_has_a_chart():
+    records = [{**line, "loss_denoise": 0.5} for line in log(1).train]
+    charts = figures.training_curves([("a", 1, Log(train=records))])
+    assert any("Loss: denoise" in chart for chart in charts)
+
+
 def test_gradient_maps_share_one_scale_and_say_how_even_they_are():
     by_order = torch.ones(9, 16)
     by_order[0, 0] = 4

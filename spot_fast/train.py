@@ -1,7 +1,7 @@
-"""python -m spot_fast.train: trains stage 1 or stage 2, on generated scenes unless told otherwise.
+"""python -m spot_fast.train: trains stage 1 or stage 2, by default on generated scenes.
 
-Under torchrun all processes do the same; what depends on files that come and go is decided by rank 0, which writes and
-prints (`distributed`).
+Under torchrun all processes run this. Rank 0 alone decides whatever depends on files that may change meanwhile, writes
+and prints (`distributed`).
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ _INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class _Job:
-    """What to train: a new run, or the one in the folder `path`; threads: None is one for each core that it may use.
+    """A new run, or the one in the folder `path`. threads: None is one for each core that the process may use.
 
-    fixed_threads: their number is never changed, however busy the machine is.
+    fixed_threads: keep their number however busy the machine is.
     """
 
     config: Config
@@ -87,9 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:
         world.leave(error)
         raise
-    if world.main and not sentence:
+    if world.is_rank_0 and not sentence:
         print("interrupted; python -m spot_fast.train --resume goes on from the last saved state", file=sys.stderr)
-    elif world.main:
+    elif world.is_rank_0:
         _fail(sentence)
     world.leave(failure)
     return 2 if sentence else _INTERRUPTED
@@ -101,8 +101,8 @@ def _fail(sentence: str) -> int:
 
 
 def _train(world: World, argv: Sequence[str] | None) -> int:
-    args = world.first(lambda: parse(argv))
-    device = world.together(lambda: usable_device(args.device, world.device))
+    args = world.on_rank_0(lambda: parse(argv))
+    device = world.on_all_ranks(lambda: usable_device(args.device, world.device))
     world.connect(device)
     with ExitStack() as stack:
         opened: list[RunFolder] = []  # in rank 0
@@ -120,11 +120,11 @@ def _train(world: World, argv: Sequence[str] | None) -> int:
                 opened.append(stack.enter_context(RunFolder.create(trainer.config, root=args.runs, out=args.out)))
             return opened[0].path
 
-        job = world.first(prepare)
+        job = world.on_rank_0(prepare)
         if job is None:
             return 0
         torch.set_num_threads(job.threads or min(torch.get_num_threads(), available_cores()))
-        trainer = world.together(
+        trainer = world.on_all_ranks(
             lambda: Trainer(
                 job.config, device=device, teacher=job.teacher, world=world, fixed_threads=job.fixed_threads
             )
@@ -133,13 +133,13 @@ def _train(world: World, argv: Sequence[str] | None) -> int:
             raise UserError(
                 f"images are decoded by {' and '.join(sorted(kinds))} in different processes: add --loader torch"
             )
-        trainer.choose_cache()  # before there is a run folder: it is told if it cannot be
-        path = world.first(folder)
-        return _run(trainer, opened[0] if world.main else OthersFolder(path), args)
+        trainer.choose_cache()  # an impossible --cache is an error before a run folder is made
+        path = world.on_rank_0(folder)
+        return _run(trainer, opened[0] if world.is_rank_0 else OthersFolder(path), args)
 
 
 def _job(args: Arguments, device: torch.device, world: World) -> _Job | None:
-    """What the command line asks for; None where there is nothing to train."""
+    """The run that the command line asks for; None where there is nothing to train."""
     if args.threads is not None and args.threads < 1:
         raise UserError(f"--threads {args.threads}: use 1 or more")
     if args.profile < 0:
@@ -176,7 +176,7 @@ def _new_config(args: Arguments) -> tuple[Config, Path | None]:
 
 
 def _run_to_resume(args: Arguments) -> Path | None:
-    """The run that --resume means; None where there is nothing to resume and a new run has to begin."""
+    """The run that --resume means; None where there is nothing to resume and a new run begins."""
     if args.resume:
         return find_folder(args.resume, args.runs)
     if args.out is not None:
@@ -187,7 +187,7 @@ def _run_to_resume(args: Arguments) -> Path | None:
     fitting = [(path, config) for path, config in alike if not conflicts(config, args.given, FREE)]
     unfinished = [(path, config) for path, config in fitting if not is_finished(path)]
     if unfinished:
-        # Of several, the one that this command line would have begun; the newest of equals.
+        # Of several, the run whose settings differ least from this command line's; the newest of equals.
         line = asdict(args.config())
         free = [(path, config) for path, config in unfinished if is_free(path)] or unfinished[:1]
         return min(free, key=lambda run: sum(line[name] != value for name, value in asdict(run[1]).items()))[0]
@@ -195,7 +195,7 @@ def _run_to_resume(args: Arguments) -> Path | None:
         return fitting[0][0]
     for path, _ in alike:
         if not is_finished(path):
-            return path  # its conflicts are told when it is opened
+            return path  # `_resume` reports its conflicts
     others = [path for path, _ in everything if not is_finished(path)]
     if others and not args.given:
         raise UserError(
@@ -224,7 +224,7 @@ def _resume(args: Arguments, path: Path, device: torch.device, world: World) -> 
 
 
 def _same_machine(args: Arguments, about: dict[str, str], device: torch.device, world: World) -> int:
-    """As many threads as before, 0 = PyTorch's choice; says so where the arithmetic may differ from before."""
+    """The number of threads, as before; 0 = PyTorch's choice. Prints a note where the arithmetic may differ."""
     threads = args.threads or int(about.get("threads", 0))
     if threads:
         torch.set_num_threads(threads)
@@ -250,7 +250,7 @@ def _same_teacher(args: Arguments, config: Config, about: dict[str, str], path: 
 
 
 def _run(trainer: Trainer, folder: RunFolder | OthersFolder, args: Arguments) -> int:
-    if not trainer.world.main:
+    if not trainer.world.is_rank_0:
         return 0 if trainer.run(folder, tensorboard=False).finished else _INTERRUPTED
     config, device, path = trainer.config, trainer.device, folder.path
     threads, processes = torch.get_num_threads(), trainer.world.size
@@ -286,7 +286,7 @@ def _run(trainer: Trainer, folder: RunFolder | OthersFolder, args: Arguments) ->
 
 
 def _summary(path: Path, config: Config, outcome: Outcome) -> str:
-    """What a user wants to know at the end, and what to type next."""
+    """The result of a finished run, and the commands to type next."""
     lines = [f"{path} is finished: {outcome.total_steps} steps in {duration(outcome.seconds)}"]
     if outcome.scores:
         lines.append(scores_text(outcome.scores))

@@ -51,22 +51,6 @@ class Meter:
         self.epoch.copy_(epoch)
 
 
-class Pace:
-    """Images per second since the last reading."""
-
-    def __init__(self, batch_size: int, step: int) -> None:
-        self.batch_size = batch_size
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        self._step, self._clock = step, time.monotonic()
-
-    def read(self, step: int) -> float:
-        pace = (step - self._step) * self.batch_size / max(time.monotonic() - self._clock, 1e-9)
-        self.restart(step)
-        return pace
-
-
 class Events:
     """TensorBoard's event files in `folder`. A failure is reported once, and the run goes on without events."""
 

@@ -108,6 +108,22 @@ def peak_memory(device: torch.device) -> int:
     return most if sys.platform == "darwin" else 1024 * most
 
 
+class Pace:
+    """Images per second since the last reading."""
+
+    def __init__(self, batch_size: int, step: int) -> None:
+        self.batch_size = batch_size
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self._step, self._clock = step, time.monotonic()
+
+    def read(self, step: int) -> float:
+        pace = (step - self._step) * self.batch_size / max(time.monotonic() - self._clock, 1e-9)
+        self.restart(step)
+        return pace
+
+
 class Throughput:
     """Milliseconds a step, peak memory in bytes, and MFU as a fraction.
 

@@ -34,7 +34,7 @@ from spot_fast.system.interrupt import StopRequest
 from spot_fast.training import float8, resume_state
 from spot_fast.training.bad_steps import BadSteps, skipped_line, too_many
 from spot_fast.training.compiled import Compiled, resolve_compile
-from spot_fast.training.console import Display, Meter, Pace, epoch_line
+from spot_fast.training.console import Display, Meter, epoch_line
 from spot_fast.training.cuda_graph import Graphed, Recorder, resolve_cuda_graph
 from spot_fast.training.distributed import Ended, World
 from spot_fast.training.losses import loss_weights
@@ -44,7 +44,7 @@ from spot_fast.training.run_folder import OthersFolder, RunFolder
 from spot_fast.training.schedule import learning_rate
 from spot_fast.training.step import Draw, Forward, Update, seed_of
 from spot_fast.training.teacher import load_teacher, teacher_hash
-from spot_fast.training.throughput import Profile, Throughput, count_flops
+from spot_fast.training.throughput import Pace, Profile, Throughput, count_flops
 from spot_fast.training.validation import quick_validation, skipped_images_line
 
 _WEIGHTS = 100  # stream of random numbers: the first word after the seed

@@ -26,7 +26,9 @@ class Batch:
         return len(self.indices)
 
     def __getitem__(self, rows: slice) -> Batch:
-        return pytree.tree_map_only(Tensor, lambda tensor: tensor[rows], self)
+        images = None if self.images is None else self.images[rows]
+        features = tuple(field[rows] for field in self.features)
+        return Batch(images, self.indices[rows], self.flipped[rows], features)
 
 
 pytree.register_dataclass(Batch)

@@ -57,9 +57,8 @@ class Draws:
 
     def __getitem__(self, rows: slice) -> Draws:
         """What was drawn for these images of the batch; orders are the whole batch's."""
-        noise, teacher_noise, decoder = pytree.tree_map_only(
-            Tensor, lambda tensor: tensor[rows], (self.noise, self.teacher_noise, self.decoder)
-        )
+        noise, teacher_noise = (None if one is None else one[rows] for one in (self.noise, self.teacher_noise))
+        decoder = {name: tensor[rows] for name, tensor in self.decoder.items()}
         return replace(self, noise=noise, teacher_noise=teacher_noise, decoder=decoder)
 
 

@@ -19,7 +19,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-import step_flops
+from harness import step_flops
 
 from spot_fast.config import Config, preset
 from spot_fast.model.encoder import Encoder, build_vit

@@ -30,7 +30,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-from machine import cpu_name, gpu_name
+from harness.machine import cpu_name, gpu_name
 
 from spot_fast.config import preset
 from spot_fast.data import Folder, Loader

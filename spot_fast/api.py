@@ -23,7 +23,7 @@ from spot_fast.checkpoints.runs import find_folder, find_run, load_run
 from spot_fast.data.decoding.transforms import to_rgb, to_tensor
 from spot_fast.model.spot import Spot
 from spot_fast.segmentation.overlays import labels_at
-from spot_fast.segmentation.segmenter import Found, model_masker
+from spot_fast.segmentation.segmenter import Segments, model_segmenter
 
 MASKS = ("decoder", "slots")
 
@@ -106,13 +106,13 @@ def segment_images(
     rgb = [_rgb(image, number) for number, image in enumerate(_each(images))]
     if not rgb:
         raise ValueError("images is empty: pass at least one image")
-    masker = model_masker(model, "", orders=orders, seed=seed)
-    found: list[Found] = []
+    segmenter = model_segmenter(model, orders=orders, seed=seed)
+    parts: list[Segments] = []
     for start in range(0, len(rgb), batch_size):
         batch = rgb[start : start + batch_size]
-        found.append(masker.find(torch.stack([square(image, masker.size) for image in batch])))
-    slots = torch.cat([part.slots for part in found])
-    decoder_masks, slot_masks = (torch.cat([part.masks[kind] for part in found]) for kind in MASKS)
+        parts.append(segmenter.segment(torch.stack([square(image, segmenter.size) for image in batch])))
+    slots = torch.cat([part.slots for part in parts])
+    decoder_masks, slot_masks = (torch.cat([part.masks[kind] for part in parts]) for kind in MASKS)
     return Segmentation(slots, decoder_masks, slot_masks, [(image.height, image.width) for image in rgb], masks)
 
 

@@ -27,7 +27,7 @@ from spot_fast.checkpoints.runs import atomic_write
 from spot_fast.config import preset
 from spot_fast.data.datasets.scenes import Scenes
 from spot_fast.errors import UserError
-from spot_fast.evaluate import writable_target
+from spot_fast.files import writable_target
 from spot_fast.model.encoder import build_vit, normalise, packaged_weights, use_plain_attention
 from spot_fast.model.timm_import import import_timm
 from spot_fast.precision import autocast, resolve

@@ -54,6 +54,11 @@ class Run:
     model: Spot
     metadata: dict[str, str]
 
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.path.resolve().name
+
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file atomically."""

@@ -113,7 +113,7 @@ class Encoder(nn.Module):
         if rope is not None:
             if not hasattr(rope, "update_feat_shape"):
                 raise UserError(
-                    f"this ViT's positions ({type(rope).__name__}) belong to its own grid: use --fit tiles or stretch"
+                    f"this ViT's positions ({type(rope).__name__}) belong to its own grid: use --fit stretch"
                 )
             rope.update_feat_shape([height, width])
         self.grid, self.num_tokens = height, height * width

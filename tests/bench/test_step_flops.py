@@ -2,9 +2,8 @@
 
 import pytest
 import reference_step
-import step_flops
-import step_runs
 import torch
+from harness import step_flops, step_runs
 from torch.utils.flop_counter import FlopCounterMode
 
 from spot_fast.checkpoints.runs import frozen_encoder

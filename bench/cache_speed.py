@@ -26,13 +26,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 from harness.machine import cpu_name
 from loader_speed import make_photos
 
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.config import preset
 from spot_fast.data import Folder, Loader
 from spot_fast.data.caching import (
     feature_cache,
     pixel_cache,
 )
-from spot_fast.model.encoder import build_encoder, normalise
+from spot_fast.model.encoder import normalise
 from spot_fast.precision import autocast, resolve
 
 BATCH = 32
@@ -47,7 +48,7 @@ def sources(images: Folder, folder: Path, *, workers: int, encoder: str, device:
     store = pixel_cache.store_of(images, folder)
     pixel_cache.build(files, store, progress=False)
     pixels = Loader(pixel_cache.CachedPixels(images, store), BATCH)
-    vit = build_encoder(preset("coco", encoder=encoder, encoder_weights="none")).to(device)
+    vit = frozen_encoder(preset("coco", encoder=encoder, encoder_weights="none")).to(device)
 
     precision = resolve("auto", device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -22,7 +22,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from spot_fast.model.decoders import AutoregressiveDecoder
-from spot_fast.model.spot import SlotEncoder, Spot
+from spot_fast.model.slot_encoder import SlotEncoder
+from spot_fast.model.spot import Spot
 
 # Cost of a teacher mask without a pixel, more than that of any other.
 _EMPTY = 1e3

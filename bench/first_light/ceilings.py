@@ -21,7 +21,7 @@ from harness.kernel_clock import DeviceClock, captured, clock_of, measure_ceilin
 from harness.step_flops import Product
 from harness.step_runs import settings
 
-from spot_fast.checkpoints.runs import frozen_encoder
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.model.spot import Spot
 
 BATCH = 64

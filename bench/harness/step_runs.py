@@ -17,11 +17,12 @@ import torch
 from reference_step import ReferenceStep, Values
 from torch import Tensor
 
-from spot_fast.checkpoints.runs import MODEL, frozen_encoder, save_tensors, write_config
+from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder
+from spot_fast.checkpoints.runs import MODEL, save_tensors, write_config
 from spot_fast.config import Config, preset
 from spot_fast.data import Batch
 from spot_fast.data.caching import feature_cache
-from spot_fast.model.encoder import encoder_identity, normalise
+from spot_fast.model.encoder import normalise
 from spot_fast.model.spot import Spot
 from spot_fast.training.console import Meter
 from spot_fast.training.run_cache import frozen_fields
@@ -89,10 +90,9 @@ def write_teacher(folder: Path, config: Config) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = Spot(first, encoder)
-    identity = encoder_identity(encoder, first)
     folder.mkdir(parents=True)
     write_config(folder, first)
-    about = {"encoder": identity["name"], "encoder_sha256": identity["sha256"]}
+    about = encoder_metadata(encoder, first)
     save_tensors(folder / MODEL, model.learned_state_dict(), about)
     return folder
 

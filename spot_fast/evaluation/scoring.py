@@ -29,11 +29,11 @@ from spot_fast.evaluation.protocols import GroundTruth, Protocol, chosen
 from spot_fast.model.encoder import normalise
 from spot_fast.model.spot import Spot, mean_of_orders
 from spot_fast.precision import autocast, float32_products, resolve
+from spot_fast.random_streams import Stream, generator
 from spot_fast.system.devices import send
 
 WORKERS = min(8, os.cpu_count() or 1)
 _AHEAD = 64  # images read beyond the one in use
-_NOISE_STREAM = 0  # keeps these draws apart from other draws of the same (seed, image)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def slot_noise(seed: int, indices: Sequence[int], num_slots: int, slot_dim: int)
     """Standard-normal draws [B, K, U] for the initial slots of images `indices`; each a function of (seed, index)."""
     draws = np.empty((len(indices), num_slots, slot_dim), np.float32)
     for draw, index in zip(draws, indices, strict=True):
-        np.random.default_rng((seed, int(index), _NOISE_STREAM)).standard_normal(dtype=np.float32, out=draw)
+        generator(Stream.EVALUATION_SLOTS, seed, index).standard_normal(dtype=np.float32, out=draw)
     return torch.from_numpy(draws)
 
 

@@ -54,11 +54,11 @@ def run_facts(record: RunRecord) -> dict[str, str | None]:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) - sum(
         p.numel() for p in model.encoder.parameters() if p.requires_grad
     )
-    decoder = (
-        f"transformer, {config.dec_blocks} blocks of {config.dec_heads} heads, {orders_words(model.num_orders)}"
-        if config.decoder == "transformer"
-        else f"MLP, hidden width {config.dec_mlp_hidden}"
-    )
+    decoder = {
+        "transformer": f"transformer, {config.dec_blocks} blocks of {config.dec_heads} heads, "
+        f"{orders_words(model.num_orders)}",
+        "mlp": f"MLP, hidden width {config.dec_mlp_hidden}",
+    }.get(config.decoder, config.decoder)  # a registered decoder goes by its own name
     if config.cappa:
         decoder += f", CapPa {config.cappa}"
     last = (record.log.train or record.log.epoch or [{}])[-1]

@@ -11,14 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spot_fast.checkpoints.runs import find_folder, find_run, frozen_encoder, load_run
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
+from spot_fast.checkpoints.runs import find_folder, find_run, load_run
 from spot_fast.config import preset
 from spot_fast.errors import UserError
 from spot_fast.evaluation.baselines import kmeans_labels
-from spot_fast.model.encoder import SCENES_ENCODER, Encoder, normalise
+from spot_fast.model.encoder import Encoder, normalise
 from spot_fast.model.regrid import at_grid, sharing_copy
 from spot_fast.model.spot import Spot
+from spot_fast.model.vits import SCENES_ENCODER
 from spot_fast.precision import autocast, float32_products, resolve
+from spot_fast.random_streams import Stream, seed_of
 from spot_fast.segmentation.colours import MAX_LABELS
 from spot_fast.system.devices import send
 
@@ -87,7 +90,7 @@ def model_segmenter(
     precision = resolve(precision, device)
     noise = None
     if config.slot_init == "gaussian":
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed_of(Stream.SEGMENTATION_SLOTS, seed))
         noise = send(torch.randn(1, config.num_slots, config.slot_dim, generator=generator), device)
 
     def segment_with(model: Spot) -> Segment:

@@ -5,41 +5,15 @@ The trainer gives and takes tensors and facts (texts by name); nothing here know
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from spot_fast.checkpoints.runs import MODEL, STATE, read_tensors, save_tensors
-from spot_fast.config import Config
 from spot_fast.errors import UserError
-
-# Settings that change nothing in the weights of a run that goes well, but for the last bits: a resumed run may have
-# others than it began with.
-FREE = (
-    "accumulate",
-    "data",
-    "sbd",
-    "encoder_weights",
-    "workers",
-    "cache",
-    "cache_dir",
-    "compile",
-    "cuda_graph",
-    "save_every",
-    "on_bad_step",
-    "spike",
-)
-
-
-def config_hash(config: Config) -> str:
-    """sha256 of the settings that decide what the weights become."""
-    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def write_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str], *, kept: str) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -24,18 +23,11 @@ from spot_fast.data.batch import Batch
 from spot_fast.model.encoder import normalise
 from spot_fast.model.spot import Spot
 from spot_fast.precision import autocast
+from spot_fast.random_streams import Stream, generator, seed_of
 from spot_fast.training.bad_steps import BadSteps
 from spot_fast.training.losses import loss_terms, teacher_labels, weighted_sum
 from spot_fast.training.optimiser import clip_by_infinity_norm, update
 from spot_fast.training.shared_gradients import LocalGradients
-
-# Streams of random numbers: the first word after the seed.
-_STEP, _PARALLEL = 101, 102
-
-
-def seed_of(*words: int) -> int:
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
 
 # ---- what is random
 
@@ -78,11 +70,11 @@ class Draw:
 
     def __call__(self, step: int) -> Draws:
         config = self.config
-        self.generator.manual_seed(seed_of(config.seed, _STEP, step))
+        self.generator.manual_seed(seed_of(Stream.STEP, config.seed, step))
         order, noise = self._order_and_noise(self.model)
         teacher_order, teacher_noise = (None, None) if self.teacher is None else self._order_and_noise(self.teacher)
         # On the host, because a parallel step is another graph of operations.
-        chance = np.random.default_rng((config.seed, _PARALLEL, step)).random() if 0 < config.cappa < 1 else 1.0
+        chance = generator(Stream.PARALLEL, config.seed, step).random() if 0 < config.cappa < 1 else 1.0
         parallel = chance < config.cappa < 1
         draws = Draws(order, noise, teacher_order, teacher_noise, parallel)
         if hasattr(self.model.decoder, "draws"):

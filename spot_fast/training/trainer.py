@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spot_fast.checkpoints.runs import STATE, frozen_encoder
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
+from spot_fast.checkpoints.runs import STATE
 from spot_fast.config import Config
 from spot_fast.data import open_set
 from spot_fast.data.batch import Batch
@@ -29,6 +30,7 @@ from spot_fast.errors import UserError
 from spot_fast.model.encoder import encoder_identity
 from spot_fast.model.spot import Spot
 from spot_fast.precision import float32_products, resolve, store_in_bfloat16
+from spot_fast.random_streams import Stream, seed_of
 from spot_fast.system.cpu_threads import CpuThreads
 from spot_fast.system.interrupt import StopRequest
 from spot_fast.training import float8, resume_state
@@ -42,12 +44,11 @@ from spot_fast.training.optimiser import adam, load_optimiser_tensors, optimiser
 from spot_fast.training.run_cache import Chosen, choose, open_source
 from spot_fast.training.run_folder import OthersFolder, RunFolder
 from spot_fast.training.schedule import learning_rate
-from spot_fast.training.step import Draw, Forward, Update, seed_of
+from spot_fast.training.step import Draw, Forward, Update
 from spot_fast.training.teacher import load_teacher, teacher_hash
 from spot_fast.training.throughput import Pace, Profile, Throughput, count_flops
 from spot_fast.training.validation import quick_validation, skipped_images_line
 
-_WEIGHTS = 100  # stream of random numbers: the first word after the seed
 _SAVE_SECONDS = 300
 _MODEL = "model."  # prefix of the model's tensors in a saved state
 
@@ -156,7 +157,7 @@ class Trainer:
             self.teacher_sha256 = teacher_hash(self.teacher_path)
         # Weights are drawn on the CPU, so that they are the same on every device.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(config.seed, _WEIGHTS, config.stage))
+            torch.manual_seed(seed_of(Stream.INITIAL_WEIGHTS, config.seed, config.stage))
             self.model = Spot(config, encoder).to(device).train()
         if self.precision == "bf16":
             # What is frozen needs no float32 master weights: autocast would round them anew in every step.
@@ -410,7 +411,7 @@ class Trainer:
             "bad_steps": self.bad_steps.mean,
         }
         return tensors, self._about() | {
-            "config": resume_state.config_hash(self.config),
+            "config": self.config.fingerprint(),
             "images": str(len(self.train_set)),
             "sample": json.dumps(self.train_set.sample()),
             "teacher_path": str(self.teacher_path.resolve()) if self.teacher_path else "",

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spot_fast.checkpoints.runs import frozen_encoder
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.data import open_set
 from spot_fast.errors import CorruptImage
 from spot_fast.evaluation.scoring import evaluate, slot_noise

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from spot_fast.checkpoints.runs import frozen_encoder
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.config import preset
 from spot_fast.data import Scenes
 from spot_fast.evaluation.baselines import kmeans_labels

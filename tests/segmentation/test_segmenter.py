@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from spot_fast.checkpoints.runs import MODEL, frozen_encoder, save_tensors, write_config
+from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder
+from spot_fast.checkpoints.runs import MODEL, save_tensors, write_config
 from spot_fast.config import preset
-from spot_fast.model.encoder import encoder_identity
 from spot_fast.model.spot import Spot
 from spot_fast.segmentation import segmenter
 from spot_fast.segmentation.segmenter import cluster_segmenter, run_segmenter
@@ -19,11 +19,10 @@ def folder(tmp_path_factory):
     encoder = frozen_encoder(config)
     path = tmp_path_factory.mktemp("run")
     write_config(path, config)
-    identity = encoder_identity(encoder, config)
     save_tensors(
         path / MODEL,
         Spot(config, encoder).learned_state_dict(),
-        {"encoder": identity["name"], "encoder_sha256": identity["sha256"]},
+        encoder_metadata(encoder, config),
     )
     return path
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from spot_fast import train as command
-from spot_fast.model import spot
+from spot_fast.model.decoders import DECODERS
 from spot_fast.training.compiled import Compiled
 from spot_fast.training.step import Draw
 from spot_fast.training.trainer import Trainer
@@ -52,7 +52,7 @@ class DiffusionOnly(DenoisingDecoder):
 def registered(monkeypatch):
     for name, decoder in (("denoising", DenoisingDecoder), ("diffusion", DiffusionOnly)):
         monkeypatch.setitem(
-            spot.DECODERS,
+            DECODERS,
             name,
             lambda config, encoder, decoder=decoder: decoder(encoder.dim, config.slot_dim, encoder.num_tokens),
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.config import preset
-from spot_fast.model.encoder import build_encoder, build_vit
+from spot_fast.model.vits import build_vit
 from spot_fast.pretrain import MaskedAutoencoder, main, pretrain
 
 TINY = ["--steps", "4", "--batch", "8", "--images", "16"]
@@ -19,7 +20,7 @@ def test_hidden_patches_become_predictable():
     assert last < 0.97 * first
 
 
-def test_the_decoder_is_not_told_where_the_visible_patches_are():
+def test_the_decoder_gets_no_positions_of_visible_patches():
     """Of one image's 64 patches, only the 48 hidden ones hand a gradient to the decoder's positions."""
     model = MaskedAutoencoder(build_vit(preset("scenes")))
     loss = model(torch.randn(1, 3, 64, 64), torch.Generator().manual_seed(0))
@@ -31,7 +32,7 @@ def test_written_weights_load(tmp_path):
     out = tmp_path / "vit.safetensors"
     assert main([*TINY, "--out", str(out)]) == 0
     assert out.stat().st_size <= 3_000_000
-    encoder = build_encoder(preset("scenes", encoder_weights=str(out)))
+    encoder = frozen_encoder(preset("scenes", encoder_weights=str(out)))
     assert torch.isfinite(encoder(torch.zeros(1, 3, 64, 64))).all()
 
 
@@ -46,13 +47,13 @@ def test_written_weights_load(tmp_path):
 )
 def test_bad_input_is_one_sentence_and_leaves_the_file_alone(words, sentence, tmp_path, capsys):
     out = tmp_path / "vit.safetensors"
-    out.write_bytes(b"mine")
+    out.write_bytes(b"earlier")
     assert main([*TINY, "--out", str(out), *words]) == 2
     assert sentence in capsys.readouterr().err
-    assert out.read_bytes() == b"mine"
+    assert out.read_bytes() == b"earlier"
 
 
-def test_a_place_that_cannot_be_written_to_is_told_before_the_training(capsys, monkeypatch):
+def test_a_file_that_cannot_be_written_is_an_error_before_the_training(capsys, monkeypatch):
     monkeypatch.setattr("spot_fast.pretrain.pretrain", lambda *_: pytest.fail("it trained"))
     assert main([*TINY, "--out", "/proc/vit.safetensors"]) == 2
     assert "error: --out /proc/vit.safetensors cannot be written" in capsys.readouterr().err

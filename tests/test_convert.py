@@ -1,4 +1,4 @@
-"""The convert command: others' checkpoints in, run folders out, and back; refused files leave nothing behind."""
+"""Protects the convert command: third-party checkpoints in, run folders out, and back; refused files write nothing."""
 
 import os
 import re
@@ -11,10 +11,13 @@ from safetensors.torch import load_file
 import golden_tensors
 from golden_tensors import ROOT, assert_close, load
 from spot_fast import convert, evaluate, segment, train
-from spot_fast.checkpoints import runs as checkpoint
+from spot_fast.checkpoints.official import convert as convert_official
 from spot_fast.checkpoints.official import load_official, official_weights
+from spot_fast.checkpoints.runs import CONFIG, MODEL, load_run, read_config
 from spot_fast.checkpoints.unpickle import read_checkpoint
 from spot_fast.config import preset
+from spot_fast.errors import UserError
+from spot_fast.model.decoders import DECODERS, MlpDecoder
 from tiny_runs import tiny
 from untrained_runs import untrained
 
@@ -26,7 +29,7 @@ GOLDEN = [
 ]
 
 FILE = ROOT / "checkpoints" / "stage1_checkpoint_numpy1.pt.tar"
-TELL = ["--num-slots", "4", "--encoder-heads", "3"]
+OPTIONS = ["--num-slots", "4", "--encoder-heads", "3"]
 
 
 def run(*argv, code=0):
@@ -36,26 +39,29 @@ def run(*argv, code=0):
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     """The golden checkpoint as a folder, moved after it was written."""
-    place = tmp_path_factory.mktemp("converted")
-    run(FILE, place / "first", *TELL)
-    return shutil.move(place / "first", place / "moved")
+    folder = tmp_path_factory.mktemp("converted")
+    run(FILE, folder / "first", *OPTIONS)
+    return shutil.move(folder / "first", folder / "moved")
 
 
 def test_a_converted_checkpoint_gives_the_authors_outputs(converted):
-    model = checkpoint.load_run(converted).model
+    model = load_run(converted).model
     reference = load_official(FILE, num_slots=4, encoder_heads=3)
     images, noise = load("checkpoints/images"), load("checkpoints/stage1_checkpoint_numpy1.slot_noise")
-    found, expected = model.segment(images, noise=noise), reference.segment(images, noise=noise)
+    output, expected = model.segment(images, noise=noise), reference.segment(images, noise=noise)
     exact = reference.double().segment(images.double(), noise=noise.double())
-    assert torch.equal(found.masks, expected.masks) and torch.equal(found.slots, expected.slots)
-    for name, value, true in (("slots", found.slots, exact.slots), ("decoder_masks_order_0", found.masks, exact.masks)):
+    assert torch.equal(output.masks, expected.masks) and torch.equal(output.slots, expected.slots)
+    for name, value, true in (
+        ("slots", output.slots, exact.slots),
+        ("decoder_masks_order_0", output.masks, exact.masks),
+    ):
         atol = 4 * (value - true).abs().max().item() + 1e-6 * value.abs().max().item()
         value = value if name == "slots" else value.transpose(1, 2).unflatten(2, (4, 4))
         assert_close(f"checkpoints/stage1_checkpoint_numpy1.{name}", value, atol=atol)
 
 
-def test_what_is_found_and_what_is_assumed_is_printed(tmp_path, capsys):
-    run(FILE, tmp_path / "out", *TELL, "--preset", "voc")
+def test_recognised_and_assumed_settings_are_printed(tmp_path, capsys):
+    run(FILE, tmp_path / "out", *OPTIONS, "--preset", "voc")
     printed = capsys.readouterr().out
     shape = "vit:patch=16,width=24,depth=12,heads=3,hidden=96 at 64 px"
     for words in (
@@ -69,13 +75,13 @@ def test_what_is_found_and_what_is_assumed_is_printed(tmp_path, capsys):
         f"--stage 2 --preset voc --data DATA --teacher {tmp_path / 'out'}",
     ):
         assert words in printed, words
-    config = checkpoint.read_config(tmp_path / "out")
+    config = read_config(tmp_path / "out")
     assert (config.preset, config.num_slots, config.crop, config.epochs) == ("voc", 4, "random", 560)
 
 
 def test_a_folder_names_its_encoder_by_a_path_inside(converted):
-    assert '"encoder_weights": "encoder.safetensors"' in (converted / checkpoint.CONFIG).read_text()
-    assert checkpoint.read_config(converted).encoder_weights == str(converted / "encoder.safetensors")
+    assert '"encoder_weights": "encoder.safetensors"' in (converted / CONFIG).read_text()
+    assert read_config(converted).encoder_weights == str(converted / "encoder.safetensors")
 
 
 def test_the_way_back_is_bit_equal(converted, tmp_path):
@@ -95,14 +101,14 @@ def test_there_and_back_from_our_side_is_bit_equal(tmp_path):
     student = untrained(tmp_path / "student", config)
     run(student.path, tmp_path / "student.pt.tar")
     run(tmp_path / "student.pt.tar", tmp_path / "again", "--encoder-heads", 3)
-    own, again = (load_file(tmp_path / name / checkpoint.MODEL) for name in ("student", "again"))
+    own, again = (load_file(tmp_path / name / MODEL) for name in ("student", "again"))
     assert own.keys() == again.keys() and all(torch.equal(own[name], again[name]) for name in own)
-    found = checkpoint.load_run(tmp_path / "again").model.encoder
-    assert found.weights_hash() == student.model.encoder.weights_hash()
+    encoder = load_run(tmp_path / "again").model.encoder
+    assert encoder.weights_hash() == student.model.encoder.weights_hash()
 
 
 @pytest.mark.parametrize("variant", ["projected_slots", "raw_slots"])
-def test_what_the_authors_hold_without_using_comes_back_too(variant, tmp_path):
+def test_tensors_that_the_authors_do_not_use_come_back_too(variant, tmp_path):
     """With the MLP decoder: an input projection and a [BOS]. Older files say tf_dec."""
     state = golden_tensors.stage1_state_dict()
     state = {name: value for name, value in state.items() if not name.startswith(("dec.", "slot_proj."))}
@@ -121,7 +127,7 @@ def test_a_run_becomes_one_folder_to_share(tmp_path):
     config = tiny(data="/home/me/data", cache_dir="/scratch")
     source = untrained(tmp_path / "run", config)
     run(source.path, tmp_path / "shared")
-    shared = checkpoint.load_run(tmp_path / "shared")
+    shared = load_run(tmp_path / "shared")
     assert sorted(os.listdir(tmp_path / "shared")) == [
         "README.md",
         "config.json",
@@ -138,7 +144,7 @@ def test_every_command_takes_the_authors_file_itself(tmp_path, monkeypatch, caps
     assert evaluate.main([str(FILE), "--data", str(ROOT / "coco_mini"), "--limit", "1", "--workers", "0"]) == 0
     captured = capsys.readouterr()
     assert "stage1_checkpoint_numpy1.pt.tar · preset coco · stage 1" in captured.out
-    assert "do not tell everything, assumed is --preset coco, --num-slots 7" in captured.err
+    assert "do not show all settings, assumed are --preset coco, --num-slots 7" in captured.err
     assert segment.main(["--run", str(FILE), "--scenes", "1"]) == 0
     assert (tmp_path / "segments" / "scene_000_labels.png").is_file()
     options = [
@@ -167,7 +173,7 @@ def test_every_command_takes_the_authors_file_itself(tmp_path, monkeypatch, caps
         "float32",
     ]
     assert train.main(options) == 0
-    student = checkpoint.load_run("runs/scenes-stage2-001")
+    student = load_run("runs/scenes-stage2-001")
     assert student.config.num_slots == 5 and student.config.encoder_weights == str(FILE)
 
 
@@ -202,7 +208,7 @@ def test_a_malicious_file_is_refused_by_name_and_nothing_is_written(tmp_path, mo
 
 def test_refusals_write_nothing(tmp_path, capsys):
     (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "file").write_text("mine")
+    (tmp_path / "there" / "file").write_text("text")
     scenes = untrained(tmp_path / "scenes", tiny())
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
     before = sorted(tmp_path.rglob("*"))
@@ -225,11 +231,28 @@ def test_refusals_write_nothing(tmp_path, capsys):
         assert sorted(tmp_path.rglob("*")) == before, words
 
 
-def test_official_weights_of_a_converted_student_have_both_encoders():
+def test_a_registered_decoder_goes_by_its_own_name_and_is_no_checkpoint_of_the_authors(tmp_path, monkeypatch, capsys):
+    """A decoder is neither labelled nor exported as another, and its run loads only where it is registered."""
+    with monkeypatch.context() as patch:
+        patch.setitem(DECODERS, "dot", lambda _, encoder: MlpDecoder(encoder.dim, 16, encoder.num_tokens, hidden=8))
+        source = untrained(tmp_path / "run", tiny(decoder="dot", orders="standard", feature_norm=False)).path
+        run(source, tmp_path / "back.pt.tar", code=2)
+        error = capsys.readouterr().err
+        assert "cannot become a checkpoint of the authors' implementation: its decoder is dot" in error
+        assert error.count("\n") == 1 and not (tmp_path / "back.pt.tar").exists()
+        run(source, tmp_path / "shared")
+        card = (tmp_path / "shared" / "README.md").read_text(encoding="utf-8")
+        for text in (capsys.readouterr().out, card):
+            assert "dot decoder" in text and "transformer" not in text and "MLP" not in text
+    with pytest.raises(UserError, match="--decoder dot is unknown: use one of transformer, mlp, or call the command"):
+        load_run(source)
+
+
+def test_a_converted_student_has_both_encoders():
     """A trained block is the student's, everything else is in both."""
     state = official_weights(golden_tensors.stage2_state_dict())
-    config, learned, vit, unused = convert._authors(state, {"encoder_heads": 3})
-    assert config.stage == 2 and not unused
-    model = convert.build(config, learned, vit)
-    assert torch.equal(model.last_blocks[0].attn.qkv.weight, state["encoder.blocks.8.attn.qkv.weight"])
-    assert preset("coco", 2).epochs == config.epochs
+    converted = convert_official(state, encoder_heads=3)
+    assert converted.config.stage == 2 and not converted.unused
+    trained = converted.model().last_blocks[0].attn.qkv.weight
+    assert torch.equal(trained, state["encoder.blocks.8.attn.qkv.weight"])
+    assert preset("coco", 2).epochs == converted.config.epochs

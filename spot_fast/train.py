@@ -1,7 +1,7 @@
-"""python -m spot_fast.train: trains stage 1 or stage 2, on generated scenes unless told otherwise.
+"""python -m spot_fast.train: trains stage 1 or stage 2, by default on generated scenes.
 
-Under torchrun all processes do the same; what depends on files that come and go is decided by rank 0, which writes and
-prints (`distributed`).
+Under torchrun all processes run this. Rank 0 alone decides whatever depends on files that may change meanwhile, writes
+and prints (`distributed`).
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ _OUT_OF_MEMORY = "use a smaller --batch-size or --cache none, or --accumulate 2 
 
 @dataclass(frozen=True)
 class _Job:
-    """What to train: a new run, or the one in the folder `path`; threads: None is one for each core that it may use.
+    """A new run, or the one in the folder `path`. threads: None is one for each core that the process may use.
 
-    fixed_threads: their number is never changed, however busy the machine is.
+    fixed_threads: keep their number however busy the machine is.
     """
 
     config: Config
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:
         known = cli.failure(error, _GOES_ON, _OUT_OF_MEMORY)
         # Before the other processes hear of it: torchrun ends all as soon as one of them has ended.
-        if known is not None and world.main:
+        if known is not None and world.is_rank_0:
             print(f"error: {known[1]}", file=sys.stderr)
         world.leave(error)
         if known is None:
@@ -77,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(world: World, argv: Sequence[str] | None) -> int:
-    args = world.first(lambda: parse(argv))
-    device = world.together(lambda: usable_device(args.device, world.device))
+    args = world.on_rank_0(lambda: parse(argv))
+    device = world.on_all_ranks(lambda: usable_device(args.device, world.device))
     world.connect(device)
     with ExitStack() as stack:
         opened: list[RunFolder] = []  # in rank 0
@@ -96,11 +96,11 @@ def _train(world: World, argv: Sequence[str] | None) -> int:
                 opened.append(stack.enter_context(RunFolder.create(trainer.config, root=args.runs, out=args.out)))
             return opened[0].path
 
-        job = world.first(prepare)
+        job = world.on_rank_0(prepare)
         if job is None:
             return 0
         torch.set_num_threads(job.threads or min(torch.get_num_threads(), available_cores()))
-        trainer = world.together(
+        trainer = world.on_all_ranks(
             lambda: Trainer(
                 job.config, device=device, teacher=job.teacher, world=world, fixed_threads=job.fixed_threads
             )
@@ -109,13 +109,13 @@ def _train(world: World, argv: Sequence[str] | None) -> int:
             raise UserError(
                 f"images are decoded by {' and '.join(sorted(kinds))} in different processes: add --loader torch"
             )
-        trainer.choose_cache()  # before there is a run folder: it is told if it cannot be
-        path = world.first(folder)
-        return _run(trainer, opened[0] if world.main else OthersFolder(path), args)
+        trainer.choose_cache()  # an impossible --cache is an error before a run folder is made
+        path = world.on_rank_0(folder)
+        return _run(trainer, opened[0] if world.is_rank_0 else OthersFolder(path), args)
 
 
 def _job(args: Arguments, device: torch.device, world: World) -> _Job | None:
-    """What the command line asks for; None where there is nothing to train."""
+    """The run that the command line asks for; None where there is nothing to train."""
     path = _run_to_resume(args) if args.resume is not None else None
     if path is not None:
         return _resume(args, path, device, world)
@@ -148,7 +148,7 @@ def _new_config(args: Arguments) -> tuple[Config, Path | None]:
 
 
 def _run_to_resume(args: Arguments) -> Path | None:
-    """The run that --resume means; None where there is nothing to resume and a new run has to begin."""
+    """The run that --resume means; None where there is nothing to resume and a new run begins."""
     if args.resume:
         return find_folder(args.resume, args.runs)
     if args.out is not None:
@@ -159,7 +159,7 @@ def _run_to_resume(args: Arguments) -> Path | None:
     fitting = [(path, config) for path, config in alike if not conflicts(config, args.given)]
     unfinished = [(path, config) for path, config in fitting if not is_finished(path)]
     if unfinished:
-        # Of several, the one that this command line would have begun; the newest of equals.
+        # Of several, the run whose settings differ least from this command line's; the newest of equals.
         line = asdict(args.config())
         free = [(path, config) for path, config in unfinished if is_free(path)] or unfinished[:1]
         return min(free, key=lambda run: sum(line[name] != value for name, value in asdict(run[1]).items()))[0]
@@ -196,7 +196,7 @@ def _resume(args: Arguments, path: Path, device: torch.device, world: World) -> 
 
 
 def _same_machine(args: Arguments, about: dict[str, str], device: torch.device, world: World) -> int:
-    """As many threads as before, 0 = PyTorch's choice; says so where the arithmetic may differ from before."""
+    """The number of threads, as before; 0 = PyTorch's choice. Prints a note where the arithmetic may differ."""
     threads = args.threads or int(about.get("threads", 0))
     if threads:
         torch.set_num_threads(threads)
@@ -222,7 +222,7 @@ def _same_teacher(args: Arguments, config: Config, about: dict[str, str], path: 
 
 
 def _run(trainer: Trainer, folder: RunFolder | OthersFolder, args: Arguments) -> int:
-    if not trainer.world.main:
+    if not trainer.world.is_rank_0:
         return 0 if trainer.run(folder, tensorboard=False).finished else cli.INTERRUPTED
     config, device, path = trainer.config, trainer.device, folder.path
     threads, processes = torch.get_num_threads(), trainer.world.size
@@ -258,7 +258,7 @@ def _run(trainer: Trainer, folder: RunFolder | OthersFolder, args: Arguments) ->
 
 
 def _summary(path: Path, config: Config, outcome: Outcome) -> str:
-    """What a user wants to know at the end, and what to type next."""
+    """The result of a finished run, and the commands to type next."""
     lines = [f"{path} is finished: {outcome.total_steps} steps in {duration(outcome.seconds)}"]
     if outcome.scores:
         lines.append(scores_text(outcome.scores))

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from spot_fast.config import Config
 from spot_fast.data.base import ImageFiles, ImageSet, Masks
+from spot_fast.data.batch import Batch
 from spot_fast.data.datasets import coco, folder, movi, voc
 from spot_fast.data.datasets.folder import Folder
 from spot_fast.data.datasets.movi_tfrecord import open_clips
 from spot_fast.data.datasets.scenes import Scenes
-from spot_fast.data.loading.loader import Batch, Loader
+from spot_fast.data.loading.loader import Loader
 from spot_fast.errors import UserError
 
 # preset → what opens a split of it, and what its --data has to be; one of your own goes in here (docs/extending.md)

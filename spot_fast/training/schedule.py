@@ -29,6 +29,7 @@ class LearningRate:
         if step < self.warmup_steps:
             if self.warmup_steps == 1:
                 return 0.0
+            # The peak itself, which the product below may miss by rounding.
             return self.peak if step == self.warmup_steps - 1 else step * (self.peak / (self.warmup_steps - 1))
         return cosine(self.peak, self.low, step - self.warmup_steps, self.total_steps - self.warmup_steps)
 

@@ -1,4 +1,4 @@
-"""A quick look at a model in training: reconstruction loss and mBO_i on a few validation images."""
+"""Quick validation of a model in training: reconstruction loss and mBO_i on a few images."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ def quick_validation(
     device: torch.device,
     skipped: dict[str, str] | None = None,
 ) -> dict[str, float]:
-    """Scores of those of the first `images` images that can be read, in patch order 0; the same noise every time.
+    """Scores of the readable ones among the first `images` images, in patch order 0, with the same noise every time.
 
-    skipped: gets the label of each other image and the reason. It never ends a training, not even where all are.
-    val_loss is the reconstruction loss; mbo_i_decoder and mbo_i_slots are fractions, missing without masks. Draws
-    nothing from PyTorch's generators.
+    val_loss is the reconstruction loss; mbo_i_decoder and mbo_i_slots are fractions, missing without masks. Nothing is
+    drawn from PyTorch's generators, so that a run with validation trains as one without.
+
+    skipped: gets the label of each unreadable image and the reason; even if all are, training goes on.
     """
     scores = {"decoder": Scores(), "slots": Scores()}
     truths = GroundTruth(PROTOCOLS["spot"], val_set) if val_set.has_masks else None
@@ -63,7 +64,7 @@ def quick_validation(
 
 
 def skipped_images_line(skipped: dict[str, str]) -> str:
-    """What training says about images that its validation could not read."""
+    """The line about images that validation could not read."""
     label, reason = next(iter(skipped.items()))
     others = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
     return f"validation leaves out {label}{others}: {reason}"

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from spot_fast.data.loading.loader import Batch
+from spot_fast.data.batch import Batch
 from spot_fast.data.loading.prefetch import ahead, to_device
 from spot_fast.system.devices import send
 

@@ -18,12 +18,7 @@ from spot_fast.training.throughput import (
     peak_memory,
 )
 from spot_fast.training.trainer import Trainer
-from tiny_runs import CPU, STEPS, options, tiny, train
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("teacher"), tiny(eval_images=0))[0]
+from tiny_runs import CPU, STEPS, options, tiny, with_features
 
 
 def test_flops_of_linear_layers():
@@ -58,7 +53,7 @@ def test_flops_of_a_step(teacher):
     }.items():
         batch = next(trainer.batches())
         counts[name] = trainer.flops(batch)
-        counts[name, "cached"] = trainer.flops(trainer.frozen_features(batch.images))
+        counts[name, "cached"] = trainer.flops(with_features(trainer, batch))
     assert counts["two"] == 2 * counts["one"]
     assert counts["one", "cached"] < counts["one"] < counts["student"]
     # The encoder's linear layers: 12 D² multiplications a token and block, and the patches; attention is on top.

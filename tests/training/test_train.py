@@ -380,7 +380,7 @@ def test_an_unwritable_place_is_one_sentence(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("broken", ["import", "folder", "while it trains", "at the end"])
-def test_a_broken_tensorboard_is_told_once_and_the_run_goes_on(tmp_path, monkeypatch, capsys, broken):
+def test_a_broken_tensorboard_is_reported_once_and_the_run_goes_on(tmp_path, monkeypatch, capsys, broken):
     """Such as protobuf of another version, or a full disk in the thread that writes."""
     monkeypatch.chdir(tmp_path)
     if broken == "import":

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spot_fast.data.base import ImageSet
+from spot_fast.data.batch import Batch
 from spot_fast.data.caching.rebuild import readable_again, refill, require_complete, require_unchanged
 from spot_fast.data.caching.store import Store, located
 from spot_fast.data.loading.loader import Loader
@@ -104,24 +105,31 @@ class FeatureCache:
                 tensor[rows[0] : rows[-1] + 1] = part.to(device)
         self.tensors, self.stores = held, None
 
-    def epoch(self, loader: Loader, epoch: int, start_step: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-        """What `loader.epoch` would give, as the fields of each batch on `device`."""
+    def epoch(self, loader: Loader, epoch: int, start_step: int, device: torch.device) -> Iterator[Batch]:
+        """What `loader.epoch` would give, as batches of features on `device`."""
+        steps = self._steps(loader, epoch, start_step)
         if self.tensors is None or self.tensors[0].device.type != device.type:
-            return to_device((self.take(rows) for rows in self._rows(loader, epoch, start_step)), device)
-        return self._held_epoch(list(self._rows(loader, epoch, start_step)), device)
+            return to_device((self._batch(*step) for step in steps), device)
+        return self._held_epoch(list(steps), device)
 
-    def _held_epoch(self, steps: list[Tensor], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-        """Batches of what `device` holds. The numbers of all rows go there at once, not a few in every step."""
+    def _held_epoch(self, steps: list[tuple[Tensor, Tensor, Tensor]], device: torch.device) -> Iterator[Batch]:
+        """Batches of what `device` holds. All row numbers go there in one copy, not a few in every step."""
         if steps:
-            for rows in send(torch.cat(steps), device).split(len(steps[0])):
-                yield self.take(rows)
+            all_rows = send(torch.cat([rows for _, _, rows in steps]), device).split(len(steps[0][-1]))
+            for (indices, flipped, _), rows in zip(steps, all_rows, strict=True):
+                yield self._batch(indices, flipped, rows)
 
-    def _rows(self, loader: Loader, epoch: int, start_step: int) -> Iterator[Tensor]:
+    def _batch(self, indices: Tensor, flipped: Tensor, rows: Tensor) -> Batch:
+        return Batch(None, indices, flipped, self.take(rows))
+
+    def _steps(self, loader: Loader, epoch: int, start_step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Image indices, which are mirrored, and row numbers of each step."""
         flips = loader.flips(epoch)
         for indices in loader.steps(epoch, start_step):
             if self.corrupt:
                 indices = loader.stand_ins(epoch, indices, self.corrupt)
-            yield indices * self.outcomes + (flips[indices] if self.outcomes > 1 else 0)
+            flipped = flips[indices]
+            yield indices, flipped, indices * self.outcomes + (flipped if self.outcomes > 1 else 0)
 
 
 def _typed(rows: np.ndarray, field: Field) -> Tensor:

@@ -30,9 +30,10 @@ import torch
 from PIL import Image
 
 from spot_fast.data.base import ImageFiles
+from spot_fast.data.batch import Batch
 from spot_fast.data.decoding import jpeg, transforms
 from spot_fast.data.loading.dali_pipeline import DaliError, EncodedImage, Pipeline, Request, require
-from spot_fast.data.loading.loader import Batch, Loaded, Loader
+from spot_fast.data.loading.loader import Loaded, Loader
 
 
 class DaliLoader(Loader):

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from spot_fast.data.base import ImageSet
+from spot_fast.data.batch import Batch
 from spot_fast.data.decoding.transforms import memory_of
 from spot_fast.data.loading.processes import Processes
 from spot_fast.errors import CorruptImage, UserError
@@ -46,18 +47,6 @@ class Loaded:
     index: int
     item: Any
     corrupt: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """images uint8 [B, 3, S, S]; indices int64 [B], the images in it; flipped bool [B], which are mirrored."""
-
-    images: torch.Tensor
-    indices: torch.Tensor
-    flipped: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.indices)
 
 
 class Loader:
@@ -109,8 +98,8 @@ class Loader:
         return len(self.image_set) // self.batch_size
 
     @property
-    def mine(self) -> slice:
-        """This process's share of a batch."""
+    def shard(self) -> slice:
+        """This process's rows of a batch."""
         share = self.batch_size // self.world
         return slice(self.rank * share, (self.rank + 1) * share)
 
@@ -132,7 +121,7 @@ class Loader:
     def steps(self, epoch: int, start_step: int = 0) -> list[torch.Tensor]:
         """This process's share of the images of each step from `start_step` on: int64 [batch_size / world]."""
         whole = self.order(epoch).split(self.batch_size)[start_step : self.steps_per_epoch]
-        return [indices[self.mine] for indices in whole]
+        return [indices[self.shard] for indices in whole]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from `start_step` on."""

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
+from torch.utils import _pytree as pytree
 
-from spot_fast.nested import map_tensors
 from spot_fast.system.devices import send
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ def ahead(make: Iterator[T], depth: int = _AHEAD) -> Iterator[T]:
 
 
 def to_device(batches: Iterator[T], device: torch.device) -> Iterator[T]:
-    """Batches (tuples or dataclasses of tensors) made ahead in a thread, on a GPU also copied there by it.
+    """Batches (pytrees of tensors) made ahead in a thread, on a GPU also copied there by it.
 
     The copies go through pinned memory on a stream of their own; the present stream waits for a batch's copy and for
     nothing else.
@@ -73,11 +73,14 @@ def _through_pinned(batches: Iterator[T], device: torch.device) -> Iterator[T]:
     def copied() -> Iterator[tuple[T, torch.cuda.Event]]:
         for batch in batches:
             with torch.cuda.stream(stream):
-                moved = map_tensors(batch, lambda tensor: send(tensor, device))
+                moved = pytree.tree_map_only(torch.Tensor, lambda tensor: send(tensor, device), batch)
                 yield moved, stream.record_event()
 
     for batch, done in ahead(copied()):
         now = torch.cuda.current_stream(device)
         now.wait_event(done)
-        map_tensors(batch, lambda tensor: tensor.record_stream(now))  # noqa: B023 - called at once
+        # The allocator may not reuse the batch's memory before the present stream is done with it.
+        for leaf in pytree.tree_leaves(batch):
+            if isinstance(leaf, torch.Tensor):
+                leaf.record_stream(now)
         yield batch

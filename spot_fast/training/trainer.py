@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spot_fast.checkpoints.encoder_weights import frozen_encoder
+from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder
 from spot_fast.checkpoints.runs import STATE
 from spot_fast.config import Config
 from spot_fast.data import open_set
@@ -27,7 +27,6 @@ from spot_fast.data.caching.feature_cache import FeatureCache
 from spot_fast.data.loading import prefetch
 from spot_fast.data.loading.loaders import open_loader
 from spot_fast.errors import UserError
-from spot_fast.model.encoder import encoder_identity
 from spot_fast.model.spot import Spot
 from spot_fast.precision import float32_products, resolve, store_in_bfloat16
 from spot_fast.random_streams import Stream, seed_of
@@ -150,7 +149,7 @@ class Trainer:
     def _build_models(self) -> None:
         config, device = self.config, self.device
         encoder = frozen_encoder(config).to(device)
-        self.identity = encoder_identity(encoder, config)
+        self.encoder_metadata = encoder_metadata(encoder, config)
         self.teacher, self.teacher_sha256 = None, ""
         if self.teacher_path is not None:
             self.teacher = load_teacher(self.teacher_path, config, encoder, device)
@@ -298,7 +297,7 @@ class Trainer:
     def choose_cache(self) -> None:
         """Decides what is cached of the images; UserError where what --cache asks for cannot be. Writes nothing."""
         with float32_products(self.precision):
-            self.chosen = choose(self.config, self.loader, self.forward, self.identity["sha256"], self.world)
+            self.chosen = choose(self.config, self.loader, self.forward, self.encoder_metadata["encoder_sha256"], self.world)
 
     def _open_cache(self) -> None:
         """Builds or opens the cache, if one was chosen, and reads from it from here on."""
@@ -430,8 +429,7 @@ class Trainer:
         about = {
             "step": str(self.step),
             "stage": str(self.config.stage),
-            "encoder": self.identity["name"],
-            "encoder_sha256": self.identity["sha256"],
+            **self.encoder_metadata,
         }
         if self.teacher_path is not None:
             about |= {"teacher": self.teacher_path.name, "teacher_sha256": self.teacher_sha256}

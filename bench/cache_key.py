@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
 from machine import cpu_name
 
-from spot_fast.data.caching.identity import Files
+from spot_fast.data.listing.identity import Files
 
 ROUNDS = 5
 

@@ -26,7 +26,7 @@ from loader_speed import make_photos, pin, rate
 from machine import cpu_name
 
 from spot_fast.data import Folder, Loader
-from spot_fast.data.decoding import transforms
+from spot_fast.data.decoding import opening, transforms
 from spot_fast.data.loading import loader as loader_module
 
 SIZE, BATCH = 224, 32
@@ -56,7 +56,7 @@ class Paused:
         self.decoding, self.resizing = decoding, resizing
         self.decoded = images.rgb(0)
         self.resized = transforms.resize_minor(self.decoded, SIZE)
-        self.kept = transforms.open_rgb, transforms.resize_minor
+        self.kept = opening.open_rgb, transforms.resize_minor
 
     def _open(self, path: Path, encoded: bytes, *, upright: bool = False) -> Image.Image:
         Image.open(io.BytesIO(encoded))
@@ -68,10 +68,10 @@ class Paused:
         return self.resized
 
     def __enter__(self) -> None:
-        transforms.open_rgb, transforms.resize_minor = self._open, self._resize
+        opening.open_rgb, transforms.resize_minor = self._open, self._resize
 
     def __exit__(self, *exception: object) -> None:
-        transforms.open_rgb, transforms.resize_minor = self.kept
+        opening.open_rgb, transforms.resize_minor = self.kept
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from spot_fast.checkpoints.runs import find_folder, find_run, load_run
-from spot_fast.data.decoding.transforms import to_rgb, to_tensor
+from spot_fast.data.decoding.opening import to_rgb
+from spot_fast.data.decoding.transforms import to_tensor
 from spot_fast.model.spot import Spot
 from spot_fast.segmentation.overlays import labels_at
 from spot_fast.segmentation.segmenter import Found, model_masker

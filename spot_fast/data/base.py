@@ -16,41 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from spot_fast.data.caching.identity import Files, sample
-from spot_fast.data.datasets.names import alike
-from spot_fast.data.decoding import transforms
+from spot_fast.data.decoding import opening, transforms
+from spot_fast.data.listing.identity import Files, sample
+from spot_fast.data.listing.names import alike
 from spot_fast.data.masks import fit
+from spot_fast.data.masks.ground_truth import FullLabels, Masks
 from spot_fast.errors import CorruptImage, UserError
-
-
-@dataclass(frozen=True)
-class Masks:
-    """Ground truth of one image, int64 label maps [M, M]; 0 is background.
-
-    classes is None where the data set has no classes, ignore (1 = pixel counts nowhere) where nothing is ignored.
-    """
-
-    instances: torch.Tensor
-    classes: torch.Tensor | None = None
-    ignore: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class FullLabels:
-    """Ground truth of one image at its own size, [height, width], for protocols that crop or count differently.
-
-    instances    int32, 0 is background; where instances overlap, the earlier one's
-    classes      int32, of the earlier instance
-    top_classes  int32, of the instance with the highest class
-    covered      bool, more than one instance lies here
-    undecided    bool, the annotators left the pixel open (VOC's rim); background in the maps above
-    """
-
-    instances: np.ndarray
-    classes: np.ndarray
-    top_classes: np.ndarray
-    covered: np.ndarray
-    undecided: np.ndarray
 
 
 class ImageSet(ABC):
@@ -183,7 +154,7 @@ class ImageFiles(ImageSet):
     def rgb(self, index: int, upright: bool | None = None) -> Image.Image:
         """The decoded image, upright if asked for, or if the set is; CorruptImage names the file and the reason."""
         upright = self.upright if upright is None else upright
-        return transforms.open_rgb(self.paths[index], self.encoded(index), upright=upright)
+        return opening.open_rgb(self.paths[index], self.encoded(index), upright=upright)
 
     def geometry(self, width: int, height: int, rng: np.random.Generator) -> Geometry:
         """What training does to an image of that size; draws from `rng` where the crop is random."""
@@ -248,7 +219,7 @@ class ImageFiles(ImageSet):
 
     def _resized(self, index: int, crop: str, upright: bool | None = None) -> Image.Image:
         image = self.rgb(index, upright)
-        with transforms.memory_of(self.paths[index]):
+        with opening.memory_of(self.paths[index]):
             if crop == "stretch":
                 return transforms.stretch(image, self.image_size)
             image = transforms.resize_minor(image, self.image_size)

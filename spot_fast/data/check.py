@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from spot_fast.config import preset
 from spot_fast.data.base import ImageFiles
-from spot_fast.data.damage import data_damage, file_damage
 from spot_fast.data.datasets import coco, folder, movi, movi_tfrecord, tfrecord, voc
+from spot_fast.data.decoding.damage import data_damage, file_damage
 from spot_fast.data.loading.loader import MAX_CORRUPT
 from spot_fast.errors import UserError
 from spot_fast.training.schedule import learning_rate

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spot_fast.data import Scenes
-from spot_fast.data.decoding import transforms
+from spot_fast.data.decoding.opening import memory_of, open_rgb
 from spot_fast.data.masks.fit import stored_size
 from spot_fast.errors import CorruptImage
 from spot_fast.segmentation import files as segment_files
@@ -55,7 +55,7 @@ class Source:
     def open(self) -> Image.Image:
         """Upright RGB; CorruptImage where the file is none."""
         if self.path is not None:
-            return transforms.open_rgb(self.path, upright=True)
+            return open_rgb(self.path, upright=True)
         return Image.fromarray(self.pixels.permute(1, 2, 0).numpy())
 
 
@@ -142,7 +142,7 @@ def segment_all(
 
     def prepare(index: int) -> _Prepared:
         source = sources[index]
-        with transforms.memory_of(source.origin.image):
+        with memory_of(source.origin.image):
             return in_turn(
                 source.size,
                 lambda: _prepare(index, source.open(), fit, masker.patch, wanted.overlay, grid and index < MAX_GRID),

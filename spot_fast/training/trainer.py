@@ -22,7 +22,7 @@ from spot_fast.config import Config
 from spot_fast.data import Batch, open_set
 from spot_fast.data.caching import feature_cache
 from spot_fast.data.loading import prefetch
-from spot_fast.data.loading.loaders import open_loader
+from spot_fast.data.loading.open_loader import open_loader
 from spot_fast.errors import UserError
 from spot_fast.model.encoder import encoder_identity, normalise
 from spot_fast.model.spot import Spot, reconstruction_loss

@@ -13,8 +13,8 @@ import tiny_runs
 from spot_fast.config import preset
 from spot_fast.data import Folder, Loader, open_set
 from spot_fast.data.datasets.folder import read_list
-from spot_fast.data.datasets.names import alike, listed, located, read_lines
 from spot_fast.data.datasets.voc import read_names
+from spot_fast.data.listing.names import alike, listed, located, read_lines
 from spot_fast.errors import CorruptImage, UserError
 from spot_fast.evaluation.scoring import Evaluation
 from spot_fast.evaluation.tables import write_csv

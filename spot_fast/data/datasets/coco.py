@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from spot_fast.data.base import FullLabels, ImageFiles, Masks
-from spot_fast.data.datasets.names import located
+from spot_fast.data.listing.names import located
 from spot_fast.data.masks.instances import Instances, read_images
 from spot_fast.errors import UserError
 

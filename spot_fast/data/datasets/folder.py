@@ -23,13 +23,21 @@ from pathlib import Path
 import numpy as np
 
 from spot_fast.data.base import ImageFiles, Masks
-from spot_fast.data.datasets.label_maps import without_labels
-from spot_fast.data.datasets.listing import extensions, list_folder
-from spot_fast.data.datasets.names import composed, is_windows, listed, located, read_lines
+from spot_fast.data.listing.label_maps import without_labels
+from spot_fast.data.listing.names import (
+    MASK,
+    composed,
+    is_windows,
+    listed,
+    located,
+    masks_in,
+    read_lines,
+    without_ending,
+)
+from spot_fast.data.listing.search import extensions, list_folder
 from spot_fast.data.masks import fit
 from spot_fast.data.masks.instances import Instances, Listed, is_instances_file
 from spot_fast.data.masks.labels import open_labels
-from spot_fast.data.masks.mask_names import MASK, masks_in, without_ending
 from spot_fast.errors import UserError
 
 EXPECTED = "images, or a text file that lists images"

@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from spot_fast.data.base import FullLabels, ImageFiles, Masks
-from spot_fast.data.datasets.names import composed, read_lines
+from spot_fast.data.listing.names import composed, masks_in, read_lines
 from spot_fast.data.masks import fit
 from spot_fast.data.masks.labels import RIM, open_labels
-from spot_fast.data.masks.mask_names import masks_in
 from spot_fast.errors import UserError
 
 EXPECTED = (

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from PIL import ExifTags, Image
 
-from spot_fast.data.decoding import transforms
+from spot_fast.data.decoding import opening
 
 _START, _END = b"\xff\xd8", b"\xff\xd9"
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, all of Huffman's code
@@ -73,10 +73,10 @@ def _frame(segment: bytes) -> tuple[int, int] | None:
 
 
 def orientation(data: bytes) -> int | None:
-    """As `transforms.orientation`; None where Pillow cannot open the image."""
+    """As `opening.orientation`; None where Pillow cannot open the image."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return transforms.orientation(image)
+            return opening.orientation(image)
     except Exception:
         return None
 

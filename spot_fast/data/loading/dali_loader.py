@@ -30,7 +30,8 @@ import torch
 from PIL import Image
 
 from spot_fast.data.base import ImageFiles
-from spot_fast.data.decoding import jpeg, transforms
+from spot_fast.data.decoding import jpeg
+from spot_fast.data.decoding.opening import open_rgb
 from spot_fast.data.loading.dali_pipeline import DaliError, EncodedImage, Pipeline, Request, require
 from spot_fast.data.loading.loader import Batch, Loaded, Loader
 
@@ -85,7 +86,7 @@ class DaliLoader(Loader):
         encoded = images.encoded(index)
         plain = None if index in self._by_pillow else _plain(encoded, images.upright)
         if plain is None:
-            image = transforms.open_rgb(images.paths[index], encoded, upright=images.upright)
+            image = open_rgb(images.paths[index], encoded, upright=images.upright)
             plain = b"P6 %d %d 255\n" % image.size + image.tobytes(), *image.size
         encoded, width, height = plain
         place = images.geometry(width, height, rng)

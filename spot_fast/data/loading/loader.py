@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from spot_fast.data.base import ImageSet
-from spot_fast.data.decoding.transforms import memory_of
+from spot_fast.data.decoding.opening import memory_of
 from spot_fast.data.loading.processes import Processes
 from spot_fast.errors import CorruptImage, UserError
 

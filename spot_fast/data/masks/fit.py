@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from spot_fast.data.decoding.transforms import open_image, orientation
+from spot_fast.data.decoding.opening import open_image, orientation
 
 _ASKEW = 0.05  # by how much a scaled copy's shape may differ, as a fraction
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from spot_fast.data.base import FullLabels
-from spot_fast.data.datasets.text import read_text
+from spot_fast.data.listing.names import read_text
+from spot_fast.data.masks.ground_truth import FullLabels
 from spot_fast.data.masks.regions import decode_segmentation
 from spot_fast.errors import UserError
 

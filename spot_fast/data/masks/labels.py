@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from spot_fast.data.decoding.transforms import open_image
+from spot_fast.data.decoding.opening import open_image
 from spot_fast.errors import UserError
 
 RIM = 255  # the label that VOC draws around objects
@@ -51,7 +51,7 @@ def open_labels(path: str | Path, encoded: bytes | None = None, *, rim: Collecti
 
 
 def open_lossless(path: str | Path, encoded: bytes | None = None) -> Image.Image:
-    """The decoded image, as `transforms.open_image`; UserError where its format may have changed pixels."""
+    """The decoded image, as `opening.open_image`; UserError where its format may have changed pixels."""
     image = open_image(path, encoded)
     lossy = image.format == "TIFF" and image.info.get("compression") in _LOSSY_TIFF
     if image.format not in _LOSSLESS or lossy:

@@ -13,7 +13,7 @@ from spot_fast.config import preset
 from spot_fast.data import Loader, open_set
 from spot_fast.data.datasets.folder import Folder
 from spot_fast.data.loading import dali_pipeline
-from spot_fast.data.loading.loaders import open_loader
+from spot_fast.data.loading.open_loader import open_loader
 from spot_fast.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -99,7 +99,7 @@ def test_unknown_choice(images):
 
 def test_dali_is_imported_only_where_it_is_used():
     """Importing what chooses a loader must not need DALI, nor its seconds."""
-    code = "import sys, spot_fast.data.loading.loaders; sys.exit('nvidia.dali' in sys.modules)"
+    code = "import sys, spot_fast.data.loading.open_loader; sys.exit('nvidia.dali' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 

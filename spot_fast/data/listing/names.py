@@ -7,16 +7,52 @@ annotations need not have used the one of the disk, such as an archive packed on
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import unicodedata
 from functools import lru_cache
 from pathlib import Path
 
-from spot_fast.data.datasets.text import read_text
 from spot_fast.errors import UserError
 
+MASK = "_mask"  # photo_mask.png beside photo.jpg
+# Of several the first is the mask. The last are lossy: they are found so that they can be refused.
+_ENDINGS = (
+    ".png",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".bmp",
+    ".pgm",
+    ".tga",
+    ".webp",
+    ".jp2",
+    ".avif",
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+)
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+# UTF-32's mark begins with UTF-16's, so it is looked for first.
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """The text of a file without its byte-order mark; OSError, or UnicodeDecodeError where it is no such text.
+
+    errors: what becomes of bytes that are not UTF-8 in a file without a mark, as in `bytes.decode`.
+    """
+    data = path.read_bytes()
+    marked = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
+    return data.decode(marked) if marked else data.decode("utf-8", errors)
 
 
 def read_lines(file: Path) -> list[str]:
@@ -97,3 +133,24 @@ def alike(path: Path) -> str:
 def _by_case(folder: Path, changed: int) -> dict[str, str]:
     """The names in a folder, without blanks around them, by what is left of them where case does not count."""
     return {name.strip().casefold(): name for name in os.listdir(folder)}
+
+
+def without_ending(name: str) -> str:
+    """The name of an image's or mask's file without its ending, in NFC and with _mask in small letters."""
+    stem = composed(Path(name).stem)
+    return stem[: -len(MASK)] + MASK if stem.lower().endswith(MASK) else stem
+
+
+def masks_in(folder: Path) -> dict[str, Path]:
+    """The files that can be masks by their ending, in any capitals, each under its name without that.
+
+    Of those that differ in their ending alone the one whose ending comes first in `_ENDINGS`, in small letters.
+    """
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return {}
+    found = [(_ENDINGS.index(ending), name) for name in names if (ending := Path(name).suffix.lower()) in _ENDINGS]
+    # The preferred ones last, where they replace the others: small letters sort behind capitals.
+    found.sort(key=lambda each: (-each[0], each[1]))
+    return {without_ending(name): folder / name for _, name in found}

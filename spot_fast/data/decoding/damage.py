@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from spot_fast.data.decoding.jpeg_scan import lost_inside
-from spot_fast.data.decoding.transforms import open_rgb
+from spot_fast.data.decoding.opening import open_rgb
 from spot_fast.errors import CorruptImage
 
 _HEAD, _TAIL = 8, 64

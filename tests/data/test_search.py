@@ -12,7 +12,7 @@ from spot_fast import train
 from spot_fast.data import Folder
 from spot_fast.data.__main__ import main
 from spot_fast.data.datasets.folder import list_images, list_noted
-from spot_fast.data.datasets.listing import extensions
+from spot_fast.data.listing.search import extensions
 from spot_fast.errors import UserError
 from spot_fast.segmentation import files as segment_files
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -20,6 +20,7 @@ from spot_fast.data.base import ImageFiles
 from spot_fast.data.datasets import coco, folder, movi, movi_tfrecord, tfrecord, voc
 from spot_fast.data.decoding.damage import data_damage, file_damage
 from spot_fast.data.loading.loader import MAX_CORRUPT
+from spot_fast.data.loading.read_ahead import read_ahead
 from spot_fast.errors import UserError
 from spot_fast.training.schedule import learning_rate
 
@@ -221,17 +222,15 @@ def inspect(found: Found, *, jobs: int = 2, progress: bool | None = None) -> Non
     """Runs the inspections on `jobs` threads and notes in each split what is bad."""
     total = sum(len(split.inspections) for split in found.splits)
     shown = None if progress is None else not progress
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=total, desc="check", leave=False, disable=shown) as bar:
-        try:
-            for split in found.splits:
-                starts = range(0, len(split.inspections), _BATCH)
-                for results in pool.map(_run, (split.inspections[start : start + _BATCH] for start in starts)):
+    with tqdm(total=total, desc="check", leave=False, disable=shown) as bar:
+        for split in found.splits:
+            batches = (split.inspections[start : start + _BATCH] for start in range(0, len(split.inspections), _BATCH))
+            with closing(read_ahead(_run, batches, depth=4 * jobs, workers=jobs, name="check")) as futures:
+                for future in futures:
+                    results = future.result()
                     split.bad_inspections += sum(map(bool, results))
                     split.bad += chain.from_iterable(results)
                     bar.update(len(results))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _run(batch: Iterable[Inspection]) -> list[list[tuple[str, str]]]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from spot_fast.data import Scenes
 from spot_fast.data.decoding.opening import memory_of, open_rgb
+from spot_fast.data.loading.read_ahead import read_ahead
 from spot_fast.data.masks.fit import stored_size
 from spot_fast.errors import CorruptImage
 from spot_fast.segmentation import files as segment_files
@@ -172,7 +173,7 @@ def segment_all(
 
     try:
         with tqdm(total=len(sources), desc="segment", unit="image", disable=None if progress else True) as bar:
-            for future in _read_ahead(pool, prepare, len(sources), _AHEAD * batch_size + workers):
+            for future in read_ahead(prepare, range(len(sources)), depth=_AHEAD * batch_size + workers, pool=pool):
                 try:
                     prepared = future.result()
                 except CorruptImage as error:
@@ -194,18 +195,6 @@ def segment_all(
         large.shutdown()
         torch.set_num_threads(torch.get_num_threads())  # what threads made from now on start with
     return results
-
-
-def _read_ahead(
-    pool: ThreadPoolExecutor, prepare: Callable[[int], _Prepared], count: int, depth: int
-) -> Iterator[Future]:
-    """`prepare` of each index in order, begun so many images ahead."""
-    ahead: deque[Future] = deque()
-    for index in range(count):
-        ahead.append(pool.submit(prepare, index))
-        if len(ahead) > depth:
-            yield ahead.popleft()
-    yield from ahead
 
 
 def _prepare(index: int, image: Image.Image, fit: Fit, patch: int, panel: bool, on_grid: bool) -> _Prepared:

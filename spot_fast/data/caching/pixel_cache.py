@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from spot_fast.data.base import ImageFiles, ImageSet, Masks
 from spot_fast.data.caching.rebuild import readable_again, refill, require_unchanged
 from spot_fast.data.caching.store import Store, Writer, located
 from spot_fast.data.loading.loader import Loader
+from spot_fast.data.loading.read_ahead import read_ahead
 from spot_fast.errors import CorruptImage
 from spot_fast.system.devices import send
 
@@ -170,32 +169,12 @@ def _squares(loader: Loader, indices: Sequence[int]) -> Iterator[Tensor | None]:
 def _uncropped(loader: Loader, indices: Sequence[int]) -> Iterator[Tensor | None]:
     """The same before the crop, decoded by Pillow in threads."""
     image_set = loader.image_set
-
-    def load(index: int) -> Tensor | CorruptImage:
-        try:
-            return image_set.prepared(index)
-        except CorruptImage as error:
-            return error
-
-    def settled(index: int, found: Tensor | CorruptImage) -> Tensor | None:
-        if not isinstance(found, CorruptImage):
-            return found
-        loader.note_corrupt({image_set.label(index): str(found)})
-        return None
-
-    if not loader.workers:
-        for index in indices:
-            yield settled(index, load(index))
-        return
-    pool = ThreadPoolExecutor(loader.workers, thread_name_prefix="pixels")
-    waiting: deque = deque()
-    try:
-        for index in indices:
-            waiting.append((index, pool.submit(load, index)))
-            if len(waiting) > 4 * loader.workers:
-                index, future = waiting.popleft()
-                yield settled(index, future.result())
-        for index, future in waiting:
-            yield settled(index, future.result())
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    ahead = read_ahead(image_set.prepared, indices, depth=4 * loader.workers, workers=loader.workers, name="pixels")
+    with closing(ahead):
+        for index, future in zip(indices, ahead, strict=True):
+            try:
+                image = future.result()
+            except CorruptImage as error:
+                loader.note_corrupt({image_set.label(index): str(error)})
+                image = None
+            yield image

@@ -13,11 +13,11 @@ decode 4,013 (`bench/loader_lock.py`, on two cores). So more workers are process
 from __future__ import annotations
 
 import copy
-from collections import deque
 from collections.abc import Container, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ import torch
 from spot_fast.data.base import ImageSet
 from spot_fast.data.decoding.opening import memory_of
 from spot_fast.data.loading.processes import Processes
+from spot_fast.data.loading.read_ahead import read_ahead
 from spot_fast.errors import CorruptImage, UserError
 
 # Streams of random numbers: the first word after the seed.
@@ -228,24 +229,13 @@ class Loader:
 
     def _ahead(self, epoch: int, steps: list[torch.Tensor]) -> Iterator[list[Loaded]]:
         """The loaded images of each step, in threads and ahead of time where there are workers."""
-        if not self.workers:
-            for indices in steps:
-                yield self._counted([self.load(epoch, index) for index in indices.tolist()])
-            return
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="loader")
-        ahead: deque[list[Future]] = deque()
-        # Small batches: enough of them that no thread waits for the one in use.
-        depth = max(_AHEAD, 2 * self.workers * self.world // self.batch_size)
-        try:
-            waiting = iter(steps)
-            while True:
-                while len(ahead) <= depth and (indices := next(waiting, None)) is not None:
-                    ahead.append([pool.submit(self.load, epoch, index) for index in indices.tolist()])
-                if not ahead:
-                    return
-                yield self._counted([future.result() for future in ahead.popleft()])
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        # Of small batches more are read ahead, so that no thread waits for the one in use.
+        depth = max(_AHEAD * (self.batch_size // self.world), 2 * self.workers)
+        indices = (index for step in steps for index in step.tolist())
+        load = partial(self.load, epoch)
+        with closing(read_ahead(load, indices, depth=depth, workers=self.workers, name="loader")) as ahead:
+            for step in steps:
+                yield self._counted([future.result() for future in islice(ahead, len(step))])
 
     def _counted(self, loaded: list[Loaded]) -> list[Loaded]:
         """The same, with its corrupt images counted; UserError where there are too many or none could be read."""

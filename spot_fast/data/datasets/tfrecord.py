@@ -11,73 +11,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-
 from spot_fast.errors import CorruptImage, UserError
+from spot_fast.system.optional import required
 
-_POLYNOMIAL = 0x82F63B78  # Castagnoli's, bits reversed
 _MASK_DELTA = 0xA282EAD8
 _HEADER, _FOOTER = 12, 4
-_LANES = 4096  # parts of a long message that are divided side by side
 _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5  # wire types
 
 
-def crc32c(data: bytes) -> int:
-    """CRC-32C of `data`. NumPy divides the parts of a long message at once."""
-    crc, done = 0xFFFFFFFF, 0
-    words = len(data) // (2 * _LANES)
-    if words >= 16:
-        lanes = np.frombuffer(data, "<u2", _LANES * words).reshape(_LANES, words).T.astype(np.uint32)
-        crcs, table = np.zeros(_LANES, np.uint32), _tables()[1]
-        for word in lanes:
-            crcs = table[(crcs ^ word) & 0xFFFF] ^ (crcs >> 16)
-        a, b, c, d = _shift_tables(2 * words)
-        for lane in crcs.tolist():
-            crc = a[crc & 255] ^ b[crc >> 8 & 255] ^ c[crc >> 16 & 255] ^ d[crc >> 24] ^ lane
-        done = 2 * words * _LANES
-    table = _tables()[0]
-    for byte in data[done:]:
-        crc = table[(crc ^ byte) & 255] ^ (crc >> 8)
-    return crc ^ 0xFFFFFFFF
-
-
-@lru_cache(maxsize=1)
-def _tables() -> tuple[list[int], np.ndarray]:
-    """Remainders of one byte (list of 256) and of two (uint32 [65536])."""
-    values = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        values = np.where(values & 1, values >> 1 ^ _POLYNOMIAL, values >> 1).astype(np.uint32)
-    two = np.arange(65536, dtype=np.uint32)
-    for _ in range(2):
-        two = values[two & 255] ^ (two >> 8)
-    return values.tolist(), two
-
-
-@lru_cache(maxsize=8)
-def _shift_tables(count: int) -> list[list[int]]:
-    """What `count` zero bytes make of a remainder, by its four bytes: it is linear, so by their exclusive or."""
-    table = np.array(_tables()[0], np.uint32)
-
-    def apply(operator: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """`operator` [32], the images of the single bits, on uint32 `values`."""
-        bits = values[..., None] >> np.arange(32, dtype=np.uint32) & 1
-        return np.bitwise_xor.reduce(np.where(bits == 1, operator, 0), axis=-1).astype(np.uint32)
-
-    single = np.uint32(1) << np.arange(32, dtype=np.uint32)
-    power, result = table[single & 255] ^ (single >> 8), single
-    while count:
-        if count & 1:
-            result = apply(power, result)
-        power, count = apply(power, power), count >> 1
-    return [apply(result, np.arange(256, dtype=np.uint32) << 8 * place).tolist() for place in range(4)]
-
-
 def masked_crc32c(data: bytes) -> int:
-    """The CRC-32C as TFRecord stores it: rotated right by 15 bits, plus a constant."""
-    crc = crc32c(data)
+    """The CRC-32C as TFRecord stores it: rotated right by 15 bits, plus a constant.
+
+    The cache's rows have the other CRC-32, zlib's.
+    """
+    crc = required("crc32c", "reading TFRecord files", "crc32c").crc32c(data)
     return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 

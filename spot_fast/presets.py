@@ -118,7 +118,7 @@ def commands(data: str, method: str, encoder: str | None) -> list[str]:
     words = ["python -m spot_fast.train"]
     if parts != ["scenes"]:
         words.append(f"--preset {'+'.join(parts)}")
-    if place := _PLACES[data]:
+    if place := _PLACES.get(data, "DATA"):
         words.append(f"--data {place}")
     if encoder == "moco_vitb16":
         words.append("--encoder-weights vit-b-300ep.pth.tar")

@@ -90,6 +90,22 @@ class Coco(ImageFiles):
         return self.listed[index].file_name
 
 
+def recognises(path: Path) -> bool:
+    """Whether `path` has an annotation file or an image folder of COCO 2017."""
+    return any(
+        (path / "annotations" / f"instances_{split}2017.json").is_file()
+        or any((path / inside / f"{split}2017").is_dir() for inside in ("", "images"))
+        for split in ("train", "val")
+    )
+
+
+def remarks(images: Coco) -> list[str]:
+    if not images.has_masks or images.instances.class_of is CLASS_OF_CATEGORY:
+        return []
+    count = len(images.instances.class_of)
+    return [f"its {count} categories are its own, not COCO's: classes are their positions in its list"]
+
+
 def _image_folder(root: Path, name: str) -> Path:
     if not root.is_dir():
         raise UserError(f"--data {root} is not a folder: COCO needs one with {EXPECTED}")

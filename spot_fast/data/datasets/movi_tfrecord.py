@@ -149,12 +149,16 @@ def find_shards(root: Path, split: str, release: str = "") -> list[Path]:
 
 def releases(root: Path, split: str) -> list[tuple[Path, str, str]]:
     """(folder, name such as "movi_c", number of shards as written) of the sets under `root` with a shard of `split`."""
-    found: dict[tuple[Path, str, str], None] = {}
+    return all_releases(root)[split]
+
+
+def all_releases(root: Path) -> dict[str, list[tuple[Path, str, str]]]:
+    """`releases` of each split ("train" and "validation"): the tree is searched once."""
+    found: dict[str, dict[tuple[Path, str, str], None]] = {split: {} for split in movi.SPLITS.values()}
     for folder, file in _files(root):
-        shard = _SHARD.fullmatch(file)
-        if shard and shard["split"] == split:
-            found[folder, shard["set"], shard["count"]] = None
-    return list(found)
+        if shard := _SHARD.fullmatch(file):
+            found[shard["split"]][folder, shard["set"], shard["count"]] = None
+    return {split: list(sets) for split, sets in found.items()}
 
 
 def _files(root: Path) -> Iterator[tuple[Path, str]]:

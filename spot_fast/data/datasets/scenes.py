@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spot_fast.config import Config
 from spot_fast.data.base import ImageSet, Masks
 from spot_fast.errors import UserError
 
@@ -184,7 +183,16 @@ class Scenes(ImageSet):
     has_masks = True
     has_classes = True
 
-    def __init__(self, count: int, split: str, *, size: int = 64, mask_size: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        count: int,
+        split: str,
+        *,
+        size: int = 64,
+        mask_size: int | None = None,
+        seed: int = 0,
+        flip: bool = False,
+    ) -> None:
         if split not in ("train", "val"):
             raise ValueError(f"split is {split!r}: use 'train' or 'val'")
         if count < 0:
@@ -194,17 +202,11 @@ class Scenes(ImageSet):
                 f"mask_size is {mask_size} but scenes are drawn at {size}: --mask-size must equal "
                 "--image-size for scenes, whose masks are exact at that size"
             )
-        self.split, self.count, self.size = split, count, size
+        self.split, self.count, self.size, self.flip = split, count, size, flip
         index = np.arange(count, dtype=np.int64) * 2 + (split == "val")
         images, instances, classes = draw_scenes(seed, index, size)
         self.images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         self.instances, self.classes = torch.from_numpy(instances), torch.from_numpy(classes)
-
-    @classmethod
-    def from_config(cls, config: Config, split: str) -> Scenes:
-        # The scenes are a data set, not a draw: the run's seed does not change them.
-        count = config.train_images if split == "train" else config.val_images
-        return cls(count, split, size=config.image_size, mask_size=config.mask_size)
 
     def __len__(self) -> int:
         return self.count
@@ -220,3 +222,13 @@ class Scenes(ImageSet):
 
     def val_masks(self, index: int) -> Masks:
         return Masks(self.instances[index].long(), self.classes[index].long())
+
+
+def open_scenes(
+    data: str | None, split: str, *, image_size: int, mask_size: int, crop: str, flip: bool, limit: int
+) -> Scenes:
+    """`limit` scenes, as `data.open_set` asks for them; they are neither read from `data` nor cropped.
+
+    The run's seed does not change them: they are a data set, not a draw.
+    """
+    return Scenes(limit, split, size=image_size, mask_size=mask_size, flip=flip)

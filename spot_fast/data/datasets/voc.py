@@ -16,6 +16,7 @@ import numpy as np
 
 from spot_fast.data.base import FullLabels, ImageFiles, Masks
 from spot_fast.data.listing.names import composed, masks_in, read_lines
+from spot_fast.data.listing.search import counted
 from spot_fast.data.masks import fit
 from spot_fast.data.masks.labels import RIM, open_labels
 from spot_fast.errors import UserError
@@ -129,6 +130,21 @@ class Voc(ImageFiles):
         return FullLabels(instances, classes, classes, np.zeros(instances.shape, bool), undecided)
 
 
+def recognises(path: Path) -> bool:
+    """Whether `path` has VOC's images; those of DAVIS and YouTube-VOS lie in folders of their own."""
+    for root in _roots(path):
+        images = root / "JPEGImages"
+        if images.is_dir() and ((root / "ImageSets" / "Segmentation").is_dir() or any(images.glob("*.*"))):
+            return True
+    return False
+
+
+def remarks(images: Voc) -> list[str]:
+    if images.has_masks or len(images) == TRAINAUG:
+        return []
+    return [f"trainaug has {counted(len(images), 'name')} here and {TRAINAUG:,} in published results"]
+
+
 def read_names(file: Path, known: Container[str] = ()) -> list[str]:
     """Names in a list, one a line, without folder and image's ending; UserError where there are none.
 
@@ -169,8 +185,12 @@ def _images_in(folder: Path) -> dict[str, Path]:
     return {composed(_without_ending(name)): folder / name for _, name in found}
 
 
+def _roots(path: Path) -> tuple[Path, ...]:
+    return path, path / "VOC2012", path / "VOCdevkit" / "VOC2012"
+
+
 def _find(root: Path) -> Path:
-    for folder in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
+    for folder in _roots(root):
         if (folder / "JPEGImages").is_dir():
             return folder
     raise UserError(

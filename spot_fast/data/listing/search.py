@@ -106,29 +106,30 @@ class Listing:
         """A line for each kind of what was left out."""
         notes = []
         if self.unreadable:
-            notes.append(f"{_count(len(self.unreadable), 'folder')} could not be read: {_some(self.unreadable)}")
+            notes.append(f"{counted(len(self.unreadable), 'folder')} could not be read: {_some(self.unreadable)}")
         if self.broken:
             links = [str(path) for path in self.broken]
-            notes.append(f"{_count(len(links), 'link')} to nowhere left out: {_some(links)}")
+            notes.append(f"{counted(len(links), 'link')} to nowhere left out: {_some(links)}")
         if self.written:
             notes.append(
-                f"{_count(len(self.written), 'link')} saved as text left out: "
+                f"{counted(len(self.written), 'link')} saved as text left out: "
                 f"{_some(list(map(str, self.written)))}; make links of them again"
             )
         for kind, remedy in ((self.other - self._archives(), ""), (self._archives(), "; unpack archives")):
             if kind:
                 endings = _some([f"{ending} {number:,}" for ending, number in kind.most_common()])
-                notes.append(f"{_count(kind.total(), 'file')} of other endings left out: {endings}{remedy}")
+                notes.append(f"{counted(kind.total(), 'file')} of other endings left out: {endings}{remedy}")
         if self.labels:
             folders = [f"{folder} {number:,}" for folder, number in sorted(self.labels.items())]
-            notes.append(f"{_count(self.labels.total(), 'label map')} left out: {_some(folders)}")
+            notes.append(f"{counted(self.labels.total(), 'label map')} left out: {_some(folders)}")
         return notes
 
     def _archives(self) -> Counter[str]:
         return Counter({ending: number for ending, number in self.other.items() if ending in _ARCHIVES})
 
 
-def _count(number: int, unit: str) -> str:
+def counted(number: int, unit: str) -> str:
+    """A number with its unit: 1 image, 2,000 images."""
     return f"{number:,} {unit}" + "s" * (number != 1)
 
 

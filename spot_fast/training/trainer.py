@@ -191,7 +191,7 @@ class Trainer:
             shape = (self.config.batch_size, slots.num_slots, slots.slot_dim)
             # Of the whole batch, whatever the share: images get the noise that they would get in one process.
             noise = torch.randn(shape, generator=self.generator, dtype=torch.float32, device=self.device)
-            noise = noise[self.loader.mine]
+            noise = noise[self.loader.shard]
         return order, noise
 
     @torch.no_grad()

@@ -126,7 +126,7 @@ def test_a_name_that_differs_in_case_is_told(tmp_path):
     image(tmp_path / "IMG.JPG")
     images = Folder([tmp_path / "IMG.JPG"], image_size=16)
     images.paths = [tmp_path / "img.jpg", tmp_path / "other.jpg"]
-    with pytest.raises(CorruptImage, match=r"img\.jpg does not exist, but IMG\.JPG is there: names have to agree in"):
+    with pytest.raises(CorruptImage, match=r"img\.jpg does not exist, but IMG\.JPG does: names have to agree in"):
         images.val_image(0)
     with pytest.raises(CorruptImage, match=r"other\.jpg does not exist$"):
         images.val_image(1)

@@ -38,7 +38,7 @@ def without_dali(monkeypatch):
 @pytest.mark.parametrize(
     "choice, workers, device, line",
     [
-        ("torch", 0, CUDA, "by Pillow in the thread that trains: --loader torch"),
+        ("torch", 0, CUDA, "by Pillow in the training thread: --loader torch"),
         ("torch", 1, CPU, "by Pillow in one thread: --loader torch"),
         ("torch", 5, CPU, "by Pillow in 5 processes: --loader torch"),
         ("auto", 2, CPU, "by Pillow in 2 threads: the run is on cpu"),

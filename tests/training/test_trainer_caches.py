@@ -120,7 +120,7 @@ def test_whole_images_are_decoded_by_pillow(on_files):
 
 def test_auto_says_what_it_chose(on_files, capsys):
     on_files("auto", small(crop="random"))
-    assert "a random crop of image folder has no end of outcomes" in capsys.readouterr().out
+    assert "a random crop of image folder has unlimited outcomes" in capsys.readouterr().out
     on_files("auto", small())
     assert "features of 22 images, mirrored and not" in capsys.readouterr().out
 

@@ -20,13 +20,13 @@ from spot_fast.data.loading.read_ahead import read_ahead
 from spot_fast.errors import CorruptImage
 from spot_fast.system.devices import send
 
-_SAMPLE = 64  # images by which the size of a cache of random crops is estimated
+_SAMPLE = 64  # images from which the size of a cache for random crops is estimated
 
 
 class CachedPixels(ImageSet):
-    """`image_set` with its training images from a store; everything else, validation too, is the set's own.
+    """`image_set` with its training images from a store; everything else, validation included, is the set's own.
 
-    images is there where all images are squares: indexed with int64 [B] it gives uint8 [B, 3, S, S].
+    images exists if all images are squares: indexed with int64 [B] it gives uint8 [B, 3, S, S].
     """
 
     def __init__(self, image_set: ImageFiles, store: Store, device: torch.device | None = None) -> None:
@@ -67,7 +67,7 @@ class CachedPixels(ImageSet):
 
 
 class _Squares:
-    """All images of a store of squares, indexed by int64 [B]; on `device` if that is given."""
+    """All images of a store of squares, indexed by int64 [B]; held on `device` if given."""
 
     def __init__(self, store: Store, device: torch.device | None) -> None:
         self.store = store
@@ -93,7 +93,7 @@ def store_of(image_set: ImageFiles, folder: Path, decoder: str = Loader.kind) ->
 
 
 def expected_bytes(image_set: ImageFiles) -> int:
-    """Size of the pixel store: exact where images are squares, else by the first images that can be read."""
+    """Size of the pixel store: exact if images are squares, else estimated from the first readable images."""
     if not image_set.random_crop:
         return 3 * image_set.image_size**2 * len(image_set)
     sizes = []
@@ -108,10 +108,10 @@ def expected_bytes(image_set: ImageFiles) -> int:
 
 
 def build(loader: Loader, store: Store, *, progress: bool | None = None, say: Callable[[str], None] = print) -> None:
-    """Writes the images that `store` lacks, as `loader` decodes them; UserError where too many are corrupt.
+    """Writes the images that `store` lacks, as `loader` decodes them; UserError if too many are corrupt.
 
-    Those that could not be read when an earlier build came to them are tried again. NotBuilt where the store cannot be
-    written or images change meanwhile.
+    Images that an earlier build could not read are tried again. NotBuilt if the store cannot be written or images
+    change meanwhile.
     """
     image_set = loader.image_set
     decode = _uncropped if image_set.random_crop else _squares
@@ -155,10 +155,10 @@ def _append(loader: Loader, writer: Writer, index: int, image: Tensor | None) ->
 
 
 def _squares(loader: Loader, indices: Sequence[int]) -> Iterator[Tensor | None]:
-    """The images asked for, None for a corrupt one."""
+    """The images `indices`, None for a corrupt one."""
     size = loader.batch_size // loader.world
     wanted = [part for part in torch.tensor(indices, dtype=torch.int64).split(size) if len(part)]
-    # Full batches: what decodes may be built for so many.
+    # Full batches: DALI's pipeline is built for one size.
     full = [torch.cat([indices, indices[:1].expand(size - len(indices))]) for indices in wanted]
     with closing(loader.batches_of(full)) as batches:
         for indices, batch in zip(wanted, batches, strict=True):

@@ -2,8 +2,8 @@
 
 A record is its length (uint64), the masked CRC-32C of those eight bytes, the data, and the masked CRC-32C of the
 data; numbers are little-endian. An Example is the protobuf message {1: Features}, Features the map
-{1: {1: name, 2: Feature}}, and a Feature is one of {1: list of bytes}, {2: list of float}, {3: list of int64}. Only
-what is asked for is read: an image in a record of megabytes costs its own bytes and a few headers.
+{1: {1: name, 2: Feature}}, and a Feature is one of {1: list of bytes}, {2: list of float}, {3: list of int64}. Values
+are read on demand: an image in a record of megabytes costs its own bytes and a few headers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def masked_crc32c(data: bytes) -> int:
 
 @dataclass(frozen=True)
 class Record:
-    """Where a record's data lies: `length` bytes from `offset` on in `path`; `number` counts from 0 in the file."""
+    """Position of a record's data: `length` bytes from `offset` in `path`; `number` counts from 0 in the file."""
 
     path: Path
     number: int
@@ -44,9 +44,9 @@ class Record:
 
 
 def records(path: Path) -> Iterator[Record]:
-    """The file's records in order; reads nothing but their headers.
+    """The file's records in order; reads only their headers.
 
-    UserError names the file and the record where the file is cut off or the length does not have its checksum.
+    UserError names the file and the record if the file is cut off or the length does not match its checksum.
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -69,7 +69,7 @@ def records(path: Path) -> Iterator[Record]:
 
 
 def read(record: Record, offset: int, length: int) -> bytes:
-    """`length` bytes of the record's file; CorruptImage where they cannot be read."""
+    """Reads `length` bytes of the record's file; CorruptImage if that fails."""
     try:
         with open(record.path, "rb", buffering=0) as file:
             data = os.pread(file.fileno(), length, offset)
@@ -81,7 +81,7 @@ def read(record: Record, offset: int, length: int) -> bytes:
 
 
 def verified(record: Record) -> bytes:
-    """The record's data; CorruptImage where it does not have its checksum."""
+    """The record's data; CorruptImage if it does not match its checksum."""
     data = read(record, record.offset, record.length + _FOOTER)
     if masked_crc32c(data[:-_FOOTER]) != int.from_bytes(data[-_FOOTER:], "little"):
         raise CorruptImage(f"{record} is damaged: its data does not have its checksum; download the file again")
@@ -89,9 +89,9 @@ def verified(record: Record) -> bytes:
 
 
 class Example:
-    """The features of a record that holds a tf.train.Example, by name; values are read when they are asked for.
+    """The features of a record that holds a tf.train.Example, by name; values are read on demand.
 
-    CorruptImage where the record is no such message.
+    CorruptImage if the record is no such message.
     """
 
     def __init__(self, record: Record) -> None:
@@ -112,13 +112,13 @@ class Example:
         return name in self._features
 
     def bytes_list(self, name: str) -> list[tuple[int, int]]:
-        """(offset in the file, length) of each value of a feature of bytes; none where there is no such feature."""
+        """(offset in the file, length) of each value of a feature of bytes; empty if there is no such feature."""
         with self._open() as window:
             lists = window.inside(*self._features.get(name, (0, 0)), 1)
             return [(start, end - start) for values in lists for start, end in window.inside(*values, 1)]
 
     def int64_list(self, name: str) -> list[int]:
-        """The values of a feature of integers, packed or not; none where there is no such feature."""
+        """The values of a feature of integers, packed or not; empty if there is no such feature."""
         with self._open() as window:
             found = []
             for values in window.inside(*self._features.get(name, (0, 0)), 3):
@@ -169,11 +169,11 @@ class _Window:
     def varint(self, start: int) -> tuple[int, int]:
         """A variable-length integer (seven bits a byte, lowest first, the last below 128) and where it ends."""
         value = 0
-        for place in range(10):
-            byte = self.take(start + place, 1)[0]
-            value |= (byte & 127) << 7 * place
+        for number in range(10):
+            byte = self.take(start + number, 1)[0]
+            value |= (byte & 127) << 7 * number
             if byte < 128:
-                return value & (1 << 64) - 1, start + place + 1
+                return value & (1 << 64) - 1, start + number + 1
         raise self._malformed()
 
     def fields(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:

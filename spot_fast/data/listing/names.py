@@ -1,8 +1,8 @@
-"""Names of files: as lists write them, and as they are on the disk.
+"""Names of files: in lists, on the disk, and of masks.
 
-A list may begin with a byte-order mark, end its lines as Windows does, and quote its names. The letters of a name with
-accents may be written in two ways that look alike, NFC (é) and NFD (e and an accent), and the one who wrote the
-annotations need not have used the one of the disk, such as an archive packed on a Mac.
+A list may begin with a byte-order mark, end its lines as Windows does, and quote its names. Letters with accents have
+two encodings that look alike, NFC (é) and NFD (e and an accent), and annotations need not use the one on the disk, such
+as that of an archive packed on a Mac.
 """
 
 from __future__ import annotations
@@ -11,31 +11,17 @@ import codecs
 import os
 import re
 import unicodedata
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from spot_fast.errors import UserError
 
 MASK = "_mask"  # photo_mask.png beside photo.jpg
-# Of several the first is the mask. The last are lossy: they are found so that they can be refused.
-_ENDINGS = (
-    ".png",
-    ".tif",
-    ".tiff",
-    ".gif",
-    ".bmp",
-    ".pgm",
-    ".tga",
-    ".webp",
-    ".jp2",
-    ".avif",
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-)
+# In order of preference. The last are lossy: they are found so that they can be refused.
+_MASK_ENDINGS = tuple(".png .tif .tiff .gif .bmp .pgm .tga .webp .jp2 .avif .jpg .jpeg .jpe .jfif".split())
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
-# UTF-32's mark begins with UTF-16's, so it is looked for first.
+# UTF-32's mark begins with UTF-16's, so it is tried first.
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -46,9 +32,9 @@ _MARKS = {
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
-    """The text of a file without its byte-order mark; OSError, or UnicodeDecodeError where it is no such text.
+    """The text of a file in UTF-8 or what its byte-order mark says, without that; OSError or UnicodeDecodeError.
 
-    errors: what becomes of bytes that are not UTF-8 in a file without a mark, as in `bytes.decode`.
+    errors: for bytes that are not UTF-8, as in `bytes.decode`.
     """
     data = path.read_bytes()
     marked = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
@@ -56,9 +42,9 @@ def read_text(path: Path, errors: str = "strict") -> str:
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a text file without what ends them; UserError where it cannot be read or is no text.
+    """The lines of a text file without line ends; UserError if it cannot be read or is no text.
 
-    Bytes that are not UTF-8 stay as they are, as in the names of files (surrogateescape).
+    Bytes that are not UTF-8 are kept, as in file names (surrogateescape).
     """
     try:
         text = read_text(file, errors="surrogateescape")
@@ -68,15 +54,15 @@ def read_lines(file: Path) -> list[str]:
         raise UserError(f"{file} cannot be read: {error}") from None
     if "\0" in text:
         raise UserError(f"{file} cannot be read: it is not text")
-    # Not splitlines, which takes characters for ends of lines that a name may have.
+    # Not splitlines, which also splits at characters that a name may contain.
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def listed(line: str, folder: Path) -> Path:
-    """The file that a line of a list names, relative to `folder`; where none exists, the path as it is written.
+    """The file that a line of a list names, relative to `folder`; if none exists, the path as written.
 
-    Tried in this order: the line as it stands, without blanks around it, without quotes, with / for \\, and its first
-    word, behind which lists of classes have a number.
+    Tried in this order: the whole line, without spaces around it, without quotes, with / for \\, and its first word,
+    which a class number follows in some lists.
     """
     bare = line.strip()
     plain = bare[1:-1] if len(bare) > 1 and bare[0] == bare[-1] and bare[0] in "\"'" else bare
@@ -94,12 +80,12 @@ def is_windows(name: str) -> bool:
 
 
 def composed(name: str) -> str:
-    """A name in NFC, whatever it is written in."""
+    """A name in NFC."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def located(path: Path) -> Path:
-    """The file itself, or where there is none of that spelling, the one whose name differs in NFC and NFD alone."""
+    """`path`, or if it does not exist, the file whose name differs from it only in NFC and NFD."""
     text = os.fspath(path)
     if text.isascii() or os.path.lexists(text) or not path.name:
         return path
@@ -113,7 +99,7 @@ def located(path: Path) -> Path:
 
 @lru_cache(maxsize=64)
 def _spellings(folder: Path, changed: int) -> dict[str, str]:
-    """The names in a folder that are not ASCII, by their NFC; changed: when the folder was last."""
+    """The names in a folder that are not ASCII, by their NFC. changed: its modification time, for the cache."""
     try:
         names = os.listdir(folder)
     except (OSError, ValueError):
@@ -122,7 +108,7 @@ def _spellings(folder: Path, changed: int) -> dict[str, str]:
 
 
 def alike(path: Path) -> str:
-    """A name beside a missing file that differs from it in case or blanks alone; empty where there is none."""
+    """A name in the folder of a missing file that differs only in case or spaces; empty if there is none."""
     try:
         return _by_case(path.parent, path.parent.stat().st_mtime_ns).get(path.name.strip().casefold(), "")
     except (OSError, ValueError):
@@ -131,26 +117,31 @@ def alike(path: Path) -> str:
 
 @lru_cache(maxsize=4)
 def _by_case(folder: Path, changed: int) -> dict[str, str]:
-    """The names in a folder, without blanks around them, by what is left of them where case does not count."""
+    """The names in a folder, by their case-folded form without spaces around them."""
     return {name.strip().casefold(): name for name in os.listdir(folder)}
 
 
 def without_ending(name: str) -> str:
-    """The name of an image's or mask's file without its ending, in NFC and with _mask in small letters."""
+    """The name of an image or mask file without extension, in NFC and with _mask in lower case."""
     stem = composed(Path(name).stem)
     return stem[: -len(MASK)] + MASK if stem.lower().endswith(MASK) else stem
 
 
 def masks_in(folder: Path) -> dict[str, Path]:
-    """The files that can be masks by their ending, in any capitals, each under its name without that.
+    """The files of a folder that can be masks by their extension, by `without_ending`."""
+    return by_stem(folder, _MASK_ENDINGS, without_ending)
 
-    Of those that differ in their ending alone the one whose ending comes first in `_ENDINGS`, in small letters.
+
+def by_stem(folder: Path, endings: Sequence[str], stem: Callable[[str], str]) -> dict[str, Path]:
+    """The files of a folder that have one of `endings` in any case, by what `stem` makes of their names; {} for none.
+
+    Of files with the same stem it is the one whose ending comes first, in lower case.
     """
     try:
         names = os.listdir(folder)
     except OSError:
         return {}
-    found = [(_ENDINGS.index(ending), name) for name in names if (ending := Path(name).suffix.lower()) in _ENDINGS]
-    # The preferred ones last, where they replace the others: small letters sort behind capitals.
+    found = [(endings.index(ending), name) for name in names if (ending := Path(name).suffix.lower()) in endings]
+    # The preferred ones last, where they replace the others: lower case sorts after upper case.
     found.sort(key=lambda each: (-each[0], each[1]))
-    return {without_ending(name): folder / name for _, name in found}
+    return {stem(name): folder / name for _, name in found}

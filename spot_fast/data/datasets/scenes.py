@@ -4,9 +4,9 @@ An image is a pure function of (seed, index): every random number is a hash of t
 images are the same whatever the batch they are drawn in, on any machine up to one grey level. Training images have
 even hash keys and validation images odd ones, so the two never share an image.
 
-How one is drawn: candidates for objects are placed one after another, each in front of the earlier ones; a candidate
-stays if its size is in range and it hides at most `MAX_HIDDEN` of every object behind it. Outlines are radius tables
-r(angle), one a class. Colours are evaluated once, per pixel, from the parameters of the object that owns the pixel.
+Candidate objects are placed one after another, each in front of the earlier ones; a candidate stays if its size is in
+range and it hides at most `MAX_HIDDEN` of every object behind it. Outlines are radius tables r(angle), one per class.
+Colours are evaluated once per pixel, from the parameters of the object that owns the pixel.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def draw_scenes(seed: int, index: np.ndarray, size: int) -> tuple[np.ndarray, np
     """Images by their indices.
 
     index [n] int64 → images uint8 [n, size, size, 3], instances uint8 [n, size, size] (0 = ground, 1… by depth, back to
-    front) and classes uint8 [n, size, size] (0 = ground, else 1 + place in `CLASSES`).
+    front) and classes uint8 [n, size, size] (0 = ground, else 1 + index in `CLASSES`).
     """
     index = np.asarray(index, dtype=np.int64)
     parts = [_draw_chunk(seed, index[i : i + _CHUNK], size) for i in range(0, len(index), _CHUNK)]

@@ -4,7 +4,7 @@ Name, size and modification time do not suffice: archives and copies restore tim
 have equal sizes. So the key also contains what only the kernel writes, each file's change time (ctime, in nanoseconds)
 and inode number, and the contents of `SAMPLE` files, evenly spread: some file systems have no ctime, such as FAT and
 reproducibly made images. Device numbers are not in it, most change at every boot. 118,287 files take 1.5 s on two cores
-(`bench/cache_key.py`).
+(`bench/studies/cache_key.py`).
 
 It errs on the safe side: a copy, or a change of permissions, gives another key, and the cache is built again.
 """

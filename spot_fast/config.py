@@ -397,6 +397,10 @@ class Config:
         """Data set and method as `--preset` takes them, the method where it is not spot."""
         return self.preset if self.method == "spot" else f"{self.preset}+{self.method}"
 
+    def warmup_epochs(self, images: int) -> int:
+        """Warm-up in whole epochs over so many images, as the authors' code rounds: images / batch is not rounded."""
+        return int(self.warmup_steps / (images / self.batch_size))
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
 

@@ -15,7 +15,7 @@ from spot_fast import presets, recipes, train
 from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.checkpoints.runs import CONFIG, MODEL, find_run, write_config
 from spot_fast.config import SOURCED_DEFAULTS, Config, check_config, preset
-from spot_fast.data import READERS, Folder, open_set
+from spot_fast.data import READERS, Folder, Reader, open_set
 from spot_fast.errors import UserError
 from spot_fast.model.encoder import Encoder
 from spot_fast.model.spot import Spot
@@ -310,7 +310,7 @@ def test_presets_and_readers_are_the_same_sets():
 
 def test_a_registered_data_set_is_a_preset_like_any_other(tmp_path, monkeypatch, capsys):
     """Two entries, a reader and a recipe: every command knows it, methods and encoders bring the values of COCO."""
-    monkeypatch.setitem(READERS, "photos", (Folder, "a folder of photos"))
+    monkeypatch.setitem(READERS, "photos", Reader(Folder, "a folder of photos"))
     monkeypatch.setitem(DATA_SETS, "photos", recipes.DataSet("our photos", "photos", DATA_SETS["coco"].values))
     assert presets.main([]) == 0
     assert "\n  photos         our photos\n" in capsys.readouterr().out

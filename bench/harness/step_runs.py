@@ -120,7 +120,9 @@ class TrainerSteps:
         self.trainer = Trainer(config, device=device, teacher=teacher)
         if cached:
             trainer = self.trainer
-            fields = frozen_fields(config, trainer.forward, trainer.identity["sha256"], trainer.loader.kind)
+            fields = frozen_fields(
+                config, trainer.forward, trainer.encoder_metadata["encoder_sha256"], trainer.loader.kind
+            )
             trainer.cache = feature_cache.in_memory(
                 trainer.loader, trainer.forward.frozen_features, fields, device, progress=False
             )

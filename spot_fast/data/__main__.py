@@ -68,11 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(args: argparse.Namespace) -> int:
     if args.list is not None and not args.list.parent.is_dir():
         raise UserError(f"--list {args.list}: the folder {args.list.parent} does not exist")
-    found = check.find(args.path, sbd=args.sbd, decode=args.decode)
+    options = {"sbd": args.sbd}
+    found = check.find(args.path, options, decode=args.decode)
     check.inspect(found, jobs=args.jobs)
     if args.list is not None:
         _write_list(args.list, check.bad_files(found))
-    for line in check.report(args.path, found, sbd=args.sbd):
+    for line in check.report(args.path, found, options):
         print(line)
     sentence = check.verdict(found)
     if sentence is None:

@@ -46,7 +46,7 @@ def learning_rate(config: Config, images: int) -> LearningRate:
     has floor(images / batch) steps.
     """
     steps_per_epoch = images // config.batch_size
-    epochs = int(config.warmup_steps / (images / config.batch_size))
+    epochs = config.warmup_epochs(images)
     if epochs > config.epochs:
         raise UserError(
             f"--warmup-steps {config.warmup_steps} is {epochs} epochs but --epochs is {config.epochs}: use "

@@ -25,7 +25,7 @@ from spot_fast.data import open_set
 from spot_fast.data.batch import Batch
 from spot_fast.data.caching.feature_cache import FeatureCache
 from spot_fast.data.loading import prefetch
-from spot_fast.data.loading.loaders import open_loader
+from spot_fast.data.loading.open_loader import open_loader
 from spot_fast.errors import UserError
 from spot_fast.model.spot import Spot
 from spot_fast.precision import float32_products, resolve, store_in_bfloat16
@@ -297,7 +297,8 @@ class Trainer:
     def choose_cache(self) -> None:
         """Decides what is cached of the images; UserError where what --cache asks for cannot be. Writes nothing."""
         with float32_products(self.precision):
-            self.chosen = choose(self.config, self.loader, self.forward, self.encoder_metadata["encoder_sha256"], self.world)
+            sha256 = self.encoder_metadata["encoder_sha256"]
+            self.chosen = choose(self.config, self.loader, self.forward, sha256, self.world)
 
     def _open_cache(self) -> None:
         """Builds or opens the cache, if one was chosen, and reads from it from here on."""

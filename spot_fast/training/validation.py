@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from spot_fast.data.base import ImageSet
 from spot_fast.evaluation.metrics import Scores, count_pairs, labels_from_soft
 from spot_fast.evaluation.protocols import PROTOCOLS, GroundTruth
-from spot_fast.evaluation.scoring import WORKERS, read_ahead, slot_noise, stack_truth
+from spot_fast.evaluation.scoring import WORKERS, read_images, slot_noise, stack_truth
 from spot_fast.model.encoder import normalise
 from spot_fast.model.spot import Spot
 from spot_fast.system.devices import send
@@ -41,7 +41,7 @@ def quick_validation(
 
     error, seen = 0.0, 0
     skipped = {} if skipped is None else skipped
-    readable = read_ahead(load, val_set, range(min(images, len(val_set))), WORKERS, skipped)
+    readable = read_images(load, val_set, range(min(images, len(val_set))), WORKERS, skipped)
     while batch := list(islice(readable, batch_size)):
         numbers, squares, masks = zip(*batch, strict=True)
         features, target = model.encode(normalise(send(torch.stack(squares), device)))

@@ -85,7 +85,7 @@ def test_features_are_of_weights_and_of_what_computes_with_them(tmp_path):
         save_tensors(file, weights, {})
         config = tiny(encoder=f"{shape}{heads}", encoder_weights=str(file), train_blocks=0)
         trainer = Trainer(config, device=CPU)
-        keys.add(frozen_fields(config, trainer.forward, trainer.identity["sha256"], "torch")[0].key)
+        keys.add(frozen_fields(config, trainer.forward, trainer.encoder_metadata["encoder_sha256"], "torch")[0].key)
         assert len(keys) == (1, 1, 2, 3, 3)[place]
         weights["norm.bias"] -= change
 
@@ -117,7 +117,7 @@ def test_whole_images_are_decoded_by_pillow(on_files):
 
 def test_auto_says_what_it_chose(on_files, capsys):
     on_files("auto", small(crop="random"))
-    assert "a random crop of image folder has no end of outcomes" in capsys.readouterr().out
+    assert "a random crop of image folder has unlimited outcomes" in capsys.readouterr().out
     on_files("auto", small())
     assert "features of 22 images, mirrored and not" in capsys.readouterr().out
 

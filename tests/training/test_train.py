@@ -183,7 +183,7 @@ def test_help_shows_the_defaults_of_preset_and_stage(capsys):
         (
             "--preset folder --data {images} --encoder spot_scenes --image-size 16 --mask-size 16 --dec-heads 4 "
             "--crop random --cache features",
-            "--cache features: a random crop of image folder train has no end of outcomes",
+            "--cache features: a random crop of image folder train has unlimited outcomes",
         ),
         ("--preset folder --data {images} --sbd x --cache none --loader tape", "argument --loader: invalid choice"),
         (

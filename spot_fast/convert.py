@@ -1,5 +1,4 @@
-"""python -m spot_fast.convert: checkpoints of others become a run folder, and a run a checkpoint of the authors or one
-folder to share."""
+"""python -m spot_fast.convert: checkpoint files → run folders; a run → an authors' checkpoint or a folder to share."""
 
 from __future__ import annotations
 
@@ -10,29 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from spot_fast.checkpoints import official
-from spot_fast.checkpoints import third_party as foreign
+from spot_fast import cli
+from spot_fast.checkpoints import official, third_party
+from spot_fast.checkpoints.encoder_weights import stored_weights
 from spot_fast.checkpoints.runs import CONFIG, find_folder, load_run
 from spot_fast.checkpoints.shared_folder import check_free, save_pretrained, unused_of
 from spot_fast.checkpoints.unpickle import read_checkpoint
-from spot_fast.config import Config, preset_names
+from spot_fast.config import Config, check_config, flag, preset_names
 from spot_fast.errors import UserError
 from spot_fast.files import atomic_write
-from spot_fast.model.encoder import Encoder, build_vit, load_vit_weights, raw_weights
+from spot_fast.model.decoders import decoder_name
 from spot_fast.model.spot import Spot
-from spot_fast.system import terminal
-from spot_fast.training.arguments import check_config
+from spot_fast.recipes import needs_data
 
-SOURCES = ("authors", *foreign.KINDS)
+SOURCES = ("authors", *third_party.KINDS)
 _SUFFIXES = (".pt", ".pth", ".tar")
 _EPILOG = """sources (recognised by their tensors; --from insists on one):
   authors    gkakogeorgiou/spot, stage 1 and 2, transformer and MLP decoder
-  ocbench    Genera1Z/SmoothSA, its SPOT and the distilled student: GELU, no LayerNorm behind the decoder
-  videosaur  martius-lab/videosaur, image models with the MLP decoder; the GRU goes on from normalised slots
+  ocbench    Genera1Z/SmoothSA, its SPOT and the distilled student: GELU, no LayerNorm after the decoder
+  videosaur  martius-lab/videosaur, image models with the MLP decoder; the GRU starts from normalised slots
   dinosaur   amazon-science/object-centric-learning-framework, DINOSAUR with the MLP decoder
-What has no counterpart (video models, OCLF's autoregressive decoder) is refused with the reason.
+Models without a counterpart (video models, OCLF's autoregressive decoder) are refused with the reason.
 
 examples:
   python -m spot_fast.convert checkpoint.pt.tar runs/spot-coco       evaluate, segment and --teacher take it
@@ -43,8 +41,9 @@ examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m spot_fast.convert",
+        argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_EPILOG,
         description="Reads a checkpoint without running code in it and writes a folder that every command takes as a\n"
@@ -59,27 +58,38 @@ def _parser() -> argparse.ArgumentParser:
         "--to",
         choices=("auto", "folder", "authors"),
         default="auto",
-        help="folder, or authors: a .pt.tar (default: what OUT ends in says)",
+        help="folder, or authors: a .pt.tar (default: by the suffix of OUT)",
     )
-    assumed = parser.add_argument_group("what the tensors of a checkpoint do not tell")
+    assumed = parser.add_argument_group("settings that the tensors of a checkpoint do not show")
     assumed.add_argument(
         "--preset",
         choices=preset_names(),
         help="data set and recipe (default: coco, or the one with as many learned slots)",
     )
-    assumed.add_argument("--num-slots", type=int, metavar="K", help="gaussian slots (default: the preset's)")
-    assumed.add_argument("--slot-iterations", type=int, metavar="N", help="slot-attention iterations (default: 3)")
+    assumed.add_argument(
+        "--num-slots", action=cli.Number, least=1, metavar="K", help="gaussian slots (default: the preset's)"
+    )
+    assumed.add_argument(
+        "--slot-iterations", action=cli.Number, least=1, metavar="N", help="slot-attention iterations (default: 3)"
+    )
     assumed.add_argument(
         "--dec-heads",
-        type=int,
+        action=cli.Number,
+        least=1,
         metavar="N",
         help="heads of the transformer decoder (default: 6; ocbench below width 768: 4)",
     )
     assumed.add_argument(
-        "--dec-cross-heads", type=int, metavar="N", help="heads of its later cross-attentions (default: as many)"
+        "--dec-cross-heads",
+        action=cli.Number,
+        least=1,
+        metavar="N",
+        help="heads of its later cross-attentions (default: as many)",
     )
     assumed.add_argument(
         "--cappa",
+        action=cli.Number,
+        least=0,
         type=float,
         metavar="P",
         help="probability of a parallel step of a CapPa decoder; "
@@ -92,41 +102,24 @@ def _parser() -> argparse.ArgumentParser:
         "or DINOv2's of the shape; MAE's where positions are fixed sines)",
     )
     assumed.add_argument(
-        "--encoder-heads", type=int, metavar="N", help="heads of a ViT without a name (default: one per 64 channels)"
+        "--encoder-heads",
+        action=cli.Number,
+        least=1,
+        metavar="N",
+        help="heads of a ViT without a name (default: one per 64 channels)",
     )
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    terminal.any_character()
-    args = _parser().parse_args(argv)
-    try:
-        print("\n".join(_convert(args)))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-_ASSUMED = (
-    "preset",
-    "num_slots",
-    "slot_iterations",
-    "dec_heads",
-    "dec_cross_heads",
-    "cappa",
-    "encoder",
-    "encoder_heads",
-)
+@cli.command("OUT is whole or not there")
+def main(argv: Sequence[str] | None = None) -> None:
+    print("\n".join(_convert(_parser().parse_args(argv))))
 
 
 def _convert(args: argparse.Namespace) -> list[str]:
-    """Does what the command line asks for; the lines to print."""
+    """Converts as the command line says; returns the lines to print."""
     out = args.out
-    given = {name: value for name in _ASSUMED if (value := getattr(args, name)) is not None}
-    for name, value in given.items():
-        if isinstance(value, int) and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: use 1 or more")
+    given = {name: value for name, value in vars(args).items() if name not in ("source", "out", "kind", "to")}
     check_free(out)
     source = find_folder(args.source)
     to = args.to if args.to != "auto" else "authors" if out.suffix in _SUFFIXES else "folder"
@@ -137,73 +130,48 @@ def _convert(args: argparse.Namespace) -> list[str]:
     if not source.exists():
         raise UserError(f"{args.source} is no file, folder or run: give a checkpoint file, or a run to write")
     if args.kind != "auto" or given:
-        option = "--from" if args.kind != "auto" else f"--{next(iter(given)).replace('_', '-')}"
+        option = "--from" if args.kind != "auto" else flag(next(iter(given)))
         raise UserError(
-            f"{option} belongs to checkpoint files, but {source} is a run, whose {CONFIG} says all: "
+            f"{option} belongs to checkpoint files, but {source} is a run, whose {CONFIG} has all settings: "
             "leave the option out"
         )
     model = load_run(source).model
-    return _to_authors(model, source, out) if to == "authors" else _to_folder(model, source, out)
+    if to == "authors":
+        return _to_authors(model, source, out)
+    save_pretrained(model, out, origin=source)
+    return [f"{source}: {describe(model.config)}", *_written(out), *_next(out, model.config)]
 
 
 def _from_file(source: Path, out: Path, kind: str, given: Mapping[str, Any]) -> list[str]:
     contents = read_checkpoint(source)
-    found = foreign.recognise(contents) or "authors"
-    kind = found if kind == "auto" else kind
-    if kind != found:
-        raise UserError(f"--from {kind}: {source} looks like a checkpoint of {found}, drop the option")
-    unused: dict[str, Tensor] = {}
-    notes: list[str] = []
-    if kind == "authors":
-        config, learned, vit, unused = _authors(contents, given)
+    recognised = third_party.recognise(contents) or "authors"
+    if kind not in ("auto", recognised):
+        raise UserError(f"--from {kind}: {source} looks like a checkpoint of {recognised}, drop the option")
+    if recognised == "authors":
+        converted, owner, title = official.convert(contents, **given), "the authors", "the authors' SPOT"
     else:
-        converted = foreign.convert(kind, contents, **given)
-        config, learned, vit, notes = converted.config, converted.learned, converted.vit, converted.notes
-    model = build(check_config(config), learned, vit)
+        converted, owner, title = third_party.convert(recognised, contents, **given), recognised, recognised
+    config = check_config(converted.config)
     save_pretrained(
-        model,
+        converted.model(),
         out,
-        vit=vit,
-        unused=unused,
-        source=f"`{source.name}`, a checkpoint of {'the authors' if kind == 'authors' else kind}",
+        vit=converted.vit,
+        unused=converted.unused,
+        source=f"`{source.name}`, a checkpoint of {owner}",
         scores={},
     )
-    whose = "the authors' SPOT" if kind == "authors" else kind
-    lines = [f"{source}: {whose}, {describe(config)}", "not in the tensors, so assumed unless given:"]
+    lines = [f"{source}: {title}, {describe(config)}", "not shown by the tensors, so assumed unless given:"]
     lines += [f"  {line}" for line in official.assumptions(config)]
-    lines += [f"note: {note}" for note in notes]
+    lines += [f"note: {note}" for note in converted.notes]
     return [*lines, *_written(out), *_next(out, config)]
-
-
-def _authors(contents: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Config, dict, dict, dict]:
-    """Config, learned tensors, the frozen ViT's and what the way back would not give of an authors' checkpoint."""
-    state = official.official_weights(contents)
-    config = official.infer_config(state, **given)
-    learned, vit = official.learned_tensors(state, config), official.frozen_vit(state)
-    original = {
-        name.replace("tf_dec.", "dec.", 1) if name.startswith("tf_dec.") else name: value
-        for name, value in state.items()
-    }
-    tokens = (config.image_size // state["encoder.patch_embed.proj.weight"].shape[-1]) ** 2
-    back = official.official_tensors(learned, vit, tokens=tokens, mlp=config.decoder == "mlp")
-    return config, learned, vit, official.unused_tensors(original, back)
-
-
-def build(config: Config, learned: Mapping[str, Tensor], vit: Mapping[str, Tensor]) -> Spot:
-    """The model of converted tensors, in eval mode."""
-    trunk = build_vit(config)
-    load_vit_weights(trunk, dict(vit), pos_resize=config.pos_resize, source="the checkpoint")
-    model = Spot(config, Encoder(trunk, last_blocks=config.train_blocks, feature_norm=config.feature_norm))
-    model.load_learned_state_dict(learned)
-    return model.eval()
 
 
 def describe(config: Config) -> str:
     """A model in one line."""
-    orders = "9 orders" if config.orders == "spot9" else "standard order"
-    decoder = (
-        "MLP decoder" if config.decoder == "mlp" else f"transformer decoder of {config.dec_blocks} blocks in {orders}"
-    ) + (", CapPa" if config.cappa else "")
+    decoder = decoder_name(config)
+    if config.decoder == "transformer":
+        decoder += " in 9 orders" if config.orders == "spot9" else " in standard order"
+        decoder += ", CapPa" if config.cappa else ""
     return (
         f"stage {config.stage}, {decoder}, {config.num_slots} {config.slot_init} slots of width {config.slot_dim}, "
         f"encoder {config.encoder} at {config.image_size} px"
@@ -214,7 +182,7 @@ def _to_authors(model: Spot, source: Path, out: Path) -> list[str]:
     config = model.config
     if not out.parent.is_dir():
         raise UserError(f"OUT {out} lies in {out.parent}, which is not a folder: make it, or choose another")
-    state = official.authors_state_dict(model, raw_weights(config)) | unused_of(model)
+    state = official.authors_state_dict(model, stored_weights(config)) | unused_of(source)
     atomic_write(out, lambda partial: torch.save({"model": state}, partial))
     return [
         f"{source}: {describe(config)}",
@@ -224,7 +192,7 @@ def _to_authors(model: Spot, source: Path, out: Path) -> list[str]:
 
 
 def _authors_options(config: Config) -> str:
-    """How the authors' evaluation builds the model, but for its encoder."""
+    """The options of the authors' evaluation that build the model, without its encoder."""
     options = dict(
         num_slots=config.num_slots,
         slot_size=config.slot_dim,
@@ -249,18 +217,13 @@ def _authors_options(config: Config) -> str:
     return " ".join(f"--{name} {value}" for name, value in options.items())
 
 
-def _to_folder(model: Spot, source: Path, out: Path) -> list[str]:
-    save_pretrained(model, out)
-    return [f"{source}: {describe(model.config)}", *_written(out), *_next(out, model.config)]
-
-
 def _written(out: Path) -> list[str]:
     sizes = [f"{file.name} {file.stat().st_size / 1e6:.1f} MB" for file in sorted(out.iterdir())]
     return [f"wrote {out}: {', '.join(sizes)}"]
 
 
 def _next(out: Path, config: Config) -> list[str]:
-    data = "" if config.preset == "scenes" else " --data DATA"
+    data = " --data DATA" if needs_data(config.preset) else ""
     lines = ["next:", f"  python -m spot_fast.evaluate {out}{data}", f"  python -m spot_fast.segment IMAGE --run {out}"]
     if config.stage == 1:
         lines.append(f"  python -m spot_fast.train --stage 2 --preset {config.preset}{data} --teacher {out}")
@@ -268,4 +231,4 @@ def _next(out: Path, config: Config) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run(main))
+    sys.exit(cli.run(main))

@@ -1,11 +1,11 @@
-"""Makes the packaged scenes encoder: a small ViT trained by masked auto-encoding (He et al., 2022) on scenes.
+"""Trains the packaged scenes encoder: a small ViT, by masked auto-encoding (He et al., 2022) of scenes.
 
     python -m spot_fast.pretrain                      # writes spot_fast/weights/scenes_vit.safetensors
 
 Three quarters of the patches are hidden; the ViT sees the rest, and a shallow decoder predicts the hidden patches'
-pixels, each patch normalised by its own mean and deviation. No label is used. Unlike the original, the decoder is told
-where the hidden patches are but not where the visible ones are: their features have to say it. SPOT's decoder has no
-positions of its own, and without them in the features its masks are blurred. The file holds float16 weights (under
+pixels, each patch normalised by its own mean and deviation. No label is used. Unlike the original, the decoder gets
+positions for the hidden patches only, so that the features of the visible ones must carry theirs: SPOT's decoder has no
+positions of its own, and without positions in the features its masks are blurred. The file holds float16 weights (under
 3 MB) that load into timm's VisionTransformer.
 """
 
@@ -15,6 +15,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,19 +24,20 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spot_fast.checkpoints.runs import atomic_write
+from spot_fast import cli
+from spot_fast.checkpoints.encoder_weights import packaged_weights
 from spot_fast.config import preset
 from spot_fast.data.datasets.scenes import Scenes
 from spot_fast.errors import UserError
-from spot_fast.evaluate import writable_target
-from spot_fast.model.encoder import build_vit, normalise, packaged_weights, use_plain_attention
+from spot_fast.files import atomic_write, writable_target
+from spot_fast.model.encoder import normalise, use_plain_attention
 from spot_fast.model.timm_import import import_timm
+from spot_fast.model.vits import build_vit
 from spot_fast.precision import autocast, resolve
-from spot_fast.system import terminal
 
 
 class MaskedAutoencoder(nn.Module):
-    """`vit` with a decoder of `blocks` narrower transformer blocks."""
+    """`vit` with a decoder of `blocks` narrower transformer blocks. keep: fraction of the patches that it sees."""
 
     def __init__(self, vit: nn.Module, *, blocks: int = 2, width: int = 64, heads: int = 4, keep: float = 0.25) -> None:
         super().__init__()
@@ -58,7 +60,9 @@ class MaskedAutoencoder(nn.Module):
         kept = max(1, round(self.keep * self.tokens))
         order = torch.rand(batch, self.tokens, generator=generator).argsort(1)
         seen = tokens[:, prefix:].gather(1, order[:, :kept, None].expand(-1, -1, tokens.shape[-1]))
+        # The final LayerNorm belongs to this training alone: SPOT takes features before it.
         encoded = self.enter(self.vit.norm(self.vit.blocks(torch.cat([tokens[:, :prefix], seen], 1)))[:, prefix:])
+        # Positions for the hidden patches only, see the module's docstring.
         hidden = (self.mask_token + self.positions).expand(batch, -1, -1)
         hidden = hidden.gather(1, order[:, kept:, None].expand(-1, -1, encoded.shape[-1]))
         full = torch.cat([encoded, hidden], 1)
@@ -100,41 +104,37 @@ def pretrain(steps: int, batch: int, images: int, lr: float, seed: int) -> tuple
     return model.vit.eval(), float(torch.stack(recent[-max(1, steps // 10) :]).mean())
 
 
-def main(arguments: list[str] | None = None) -> int:
-    terminal.any_character()
-    parser = argparse.ArgumentParser(
-        "spot_fast.pretrain",
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="python -m spot_fast.pretrain",
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=packaged_weights(), help="file to write")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--images", type=int, default=12288, help="scenes to train on")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
-    try:
-        for name in ("steps", "batch", "images"):
-            if getattr(args, name) < 1:
-                raise UserError(f"--{name} is {getattr(args, name)}: use 1 or more")
-        if not 0 < args.lr < math.inf:
-            raise UserError(f"--lr is {args.lr}: use a number above 0, such as 1e-3")
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        writable_target("out", str(args.out))  # before the training, not after it
-        start = time.monotonic()
-        vit, loss = pretrain(args.steps, args.batch, args.images, args.lr, args.seed)
-        if not math.isfinite(loss):
-            raise UserError(f"the loss became {loss}: nothing is written, use a lower --lr than {args.lr}")
-        state = {name: value.detach().half().contiguous() for name, value in vit.state_dict().items()}
-        about = {"made_by": "spot_fast.pretrain", "steps": str(args.steps), "loss": f"{loss:.4f}"}
-        atomic_write(args.out, lambda path: path.write_bytes(save(state, about)))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("--out", type=Path, default=packaged_weights(), metavar="FILE", help="file to write")
+    parser.add_argument("--steps", action=cli.Number, least=1, default=1500, help="training steps")
+    parser.add_argument("--batch", action=cli.Number, least=1, default=128, help="scenes a step")
+    parser.add_argument("--images", action=cli.Number, least=1, default=12288, help="scenes to train on")
+    parser.add_argument("--lr", action=cli.Number, least=0, type=float, metavar="X", default=1e-3, help="peak rate")
+    parser.add_argument("--seed", action=cli.Number, least=0, default=0, help="seed of weights and batches")
+    return parser
+
+
+@cli.command("nothing was written")
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    if args.lr == 0:
+        raise UserError("--lr is 0: use a number above 0, such as 1e-3")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    writable_target("out", str(args.out))  # before the training, not after it
+    start = time.monotonic()
+    vit, loss = pretrain(args.steps, args.batch, args.images, args.lr, args.seed)
+    if not math.isfinite(loss):
+        raise UserError(f"the loss became {loss}: nothing is written, use a lower --lr than {args.lr}")
+    state = {name: value.detach().half().contiguous() for name, value in vit.state_dict().items()}
+    about = {"made_by": "spot_fast.pretrain", "steps": str(args.steps), "loss": f"{loss:.4f}"}
+    atomic_write(args.out, lambda partial: partial.write_bytes(save(state, about)))
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB, loss {loss:.4f}, {time.monotonic() - start:.0f} s")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run(main))
+    sys.exit(cli.run(main))

@@ -12,16 +12,16 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from spot_fast import __version__
-from spot_fast.checkpoints.runs import Run, atomic_write, find_folder, find_run, load_run
+from spot_fast import __version__, cli
+from spot_fast.checkpoints.runs import Run, open_runs
 from spot_fast.data.base import ImageSet
 from spot_fast.errors import UserError
-from spot_fast.evaluate import alike_runs, open_val_set, run_name, writable_target
-from spot_fast.evaluation.baselines import published_layouts
-from spot_fast.evaluation.protocols import PROTOCOLS, chosen
-from spot_fast.evaluation.scoring import WORKERS, evaluate
-from spot_fast.precision import PRECISIONS, resolve
-from spot_fast.reporting.introspection import gradients, look, read_image
+from spot_fast.evaluation.options import add_scoring_options, open_val_set, score
+from spot_fast.evaluation.protocols import chosen
+from spot_fast.evaluation.several_runs import seed_groups
+from spot_fast.files import atomic_write, writable_target
+from spot_fast.precision import resolve
+from spot_fast.reporting.introspection import PatchGradients, introspect, patch_gradients, read_image
 from spot_fast.reporting.page import page
 from spot_fast.reporting.records import (
     ImageRecord,
@@ -32,9 +32,8 @@ from spot_fast.reporting.records import (
     read_log,
     state_metadata,
 )
-from spot_fast.system import terminal
-from spot_fast.system.cpu_threads import add_option, computing
 from spot_fast.system.devices import usable_device
+from spot_fast.system.optional import required
 
 _GRADIENT_IMAGES = 16
 # A backward pass for each patch and order: more than this many patches take minutes an image on a CPU.
@@ -42,135 +41,68 @@ _FEW_PATCHES, _FEW_IMAGES = 100, 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m spot_fast.report",
         description="Writes one self-contained HTML file about trained runs: what was trained and how fast, curves, "
         "scores beside baselines under every protocol, mBO_i by instance size, a gallery, masks by patch order, "
         "attention by iteration, gradient norm per patch. Runs that differ in their seed only also get mean ± "
         "standard deviation.",
     )
-    parser.add_argument(
-        "runs",
-        nargs="*",
-        metavar="RUN",
-        help="folder of a run, or name of one below --runs (default: the newest finished)",
+    add_scoring_options(
+        parser, protocol="all", protocol_note="; spot is among them in any case, images are chosen by it"
     )
     parser.add_argument("--out", default="report.html", metavar="FILE", help="what to write (default: report.html)")
-    parser.add_argument("--data", metavar="PATH", help="folder of the data set (default: the one the run trained on)")
-    parser.add_argument(
-        "--runs", dest="root", default="runs", metavar="DIR", help="folder with the runs (default: runs)"
-    )
-    parser.add_argument(
-        "--protocol",
-        default="all",
-        metavar="NAME[,NAME]",
-        help=f"{', '.join(PROTOCOLS)}, several with commas, or all; spot is among them in any case, "
-        "images are chosen by it (default: all)",
-    )
     parser.add_argument(
         "--images",
-        type=int,
+        action=cli.Number,
+        least=1,
         default=3,
-        metavar="N",
         help="images of each part of the gallery: best, median, worst, random (default: 3)",
     )
     parser.add_argument(
         "--gradient-images",
-        type=int,
-        metavar="N",
+        action=cli.Number,
+        least=0,
         help="images that the gradient norm is a mean over, 0 = leave it out (default: "
-        f"{_GRADIENT_IMAGES}; {_FEW_IMAGES} on a CPU with more than {_FEW_PATCHES} patches a "
-        "image)",
+        f"{_GRADIENT_IMAGES}; {_FEW_IMAGES} on a CPU with more than {_FEW_PATCHES} patches an image)",
     )
-    parser.add_argument(
-        "--limit", type=int, default=0, metavar="N", help="evaluate only the first N images (default: all)"
-    )
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=WORKERS,
-        metavar="N",
-        help=f"threads that read images and masks ahead, 0 = none (default: {WORKERS})",
-    )
-    add_option(parser)
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="float32",
-        help="of the model, but for gradients, which are float32 (default: float32)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of slot noise, k-means and the random images (default: 0)"
-    )
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda or cuda:N (default: a GPU where there is one)",
-    )
+    cli.add_precision(parser, "float32", "of the model, but for gradients, which are float32")
+    cli.add_seed(parser, "slot noise, k-means and the random images")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    terminal.any_character()
+@cli.command("no file was written")
+def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    words = sys.argv[1:] if argv is None else argv
-    try:
-        _report(args, shlex.join(["python", "-m", "spot_fast.report", *words]))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted, no file was written", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _report(args: argparse.Namespace, command: str) -> None:
-    _check(args)
-    # Images are chosen by their scores under SPOT's.
+    required("matplotlib.figure", "a report", "matplotlib")  # drawing comes last: a missing package must show now
+    command = shlex.join(["python", "-m", "spot_fast.report", *(sys.argv[1:] if argv is None else argv)])
+    # Images are chosen by their scores under SPOT's protocol.
     args.protocols = list(dict.fromkeys(["spot", *(protocol.name for protocol in chosen(args.protocol))]))
     out = writable_target("out", args.out)
     device = usable_device(args.device)
-    paths = [find_folder(name, args.root) for name in args.runs] or [find_run(args.root)]
-    if len({path.resolve() for path in paths}) < len(paths):
+    runs = open_runs(args.runs, args.root)
+    if len({run.path.resolve() for run in runs}) < len(runs):
         raise UserError(f"a run is named twice in {' '.join(args.runs)}: name each once")
-    # All runs are opened before the first is measured: a missing one should not cost the others' minutes.
-    runs = [load_run(path) for path in paths]
     opened: dict[str, ImageSet] = {}
-    image_sets = [open_val_set(run, args.data, opened) for run in runs]
+    image_sets = [open_val_set(run.config, args.data, opened) for run in runs]
     report = Report(
         command=command,
         data=args.data,
         limit=args.limit,
-        runs=[RunRecord(run_name(run), run, read_log(run.path), state_metadata(run.path)) for run in runs],
+        runs=[RunRecord(run.name, run, read_log(run.path), state_metadata(run.path)) for run in runs],
         sets=[],
         settings=_settings(args, device),
         about=_about(device),
     )
     for image_set in opened.values():
-        places = [place for place, own in enumerate(image_sets) if own is image_set]
-        groups = [[places[i] for i in group] for group in alike_runs([runs[place] for place in places])]
-        report.sets.append(SetRecord(image_set, places, groups))
+        indices = [index for index, own in enumerate(image_sets) if own is image_set]
+        groups = seed_groups([runs[index].config for index in indices])
+        report.sets.append(SetRecord(image_set, indices, [[indices[i] for i in group] for group in groups]))
     for shown in report.sets:
         _measure(report, shown, args, device)
     text = page(report)
     atomic_write(out, lambda partial: partial.write_text(text, encoding="utf-8"))
     print(f"{out.resolve()}  {out.stat().st_size / 1e6:.1f} MB, open it in a browser")
-
-
-def _check(args: argparse.Namespace) -> None:
-    for name, least in (
-        ("images", 1),
-        ("limit", 0),
-        ("batch_size", 1),
-        ("workers", 0),
-        ("seed", 0),
-        ("gradient_images", 0),
-    ):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: use {least} or more")
 
 
 def _settings(args: argparse.Namespace, device: torch.device) -> dict[str, str]:
@@ -189,52 +121,39 @@ def _about(device: torch.device) -> dict[str, str]:
 
 
 def _measure(report: Report, shown: SetRecord, args: argparse.Namespace, device: torch.device) -> None:
-    """Scores of the runs on one set, the images to show with what the runs make of them, gradient norms."""
+    """Fills in the scores of the runs on one set, the images to show with each run's introspection, gradient norms."""
     image_set = shown.image_set
-    records = [report.runs[place] for place in shown.places]
+    records = [report.runs[index] for index in shown.run_indices]
     if image_set.has_masks:
         for record in records:
-            with computing(args.threads, device) as adapt:
-                record.evaluation = evaluate(
-                    record.run.model.to(device),
-                    image_set,
-                    protocols=args.protocols,
-                    layouts=published_layouts(record.run.config.preset),
-                    batch_size=args.batch_size,
-                    seed=args.seed,
-                    limit=args.limit,
-                    workers=args.workers,
-                    precision=args.precision,
-                    between_batches=adapt,
-                )
-            record.run.model.to("cpu")
+            record.evaluation = score(record.run.model, image_set, args.protocols, args, device)
     if not len(image_set):
         return
     picks = choose_images(
         image_set, [r.evaluation for r in records if r.evaluation], each=args.images, seed=args.seed, limit=args.limit
     )
-    read = [(pick, found) for pick in picks if (found := read_image(image_set, pick.index)) is not None]
-    shown.images = [ImageRecord(pick, pixels, truth, []) for pick, (pixels, truth) in read]
+    read = [(pick, image) for pick in picks if (image := read_image(image_set, pick.index)) is not None]
+    shown.images = [ImageRecord(pick, pixels, truth) for pick, (pixels, truth) in read]
     for record in records:
         model = record.run.model.to(device)
         for image in tqdm(shown.images, desc=f"images of {record.name}", unit="image", disable=None):
-            image.looks.append(
-                look(
+            image.introspections.append(
+                introspect(
                     model,
                     image.pixels,
                     image.truth,
-                    index=image.chosen.index,
+                    index=image.choice.index,
                     seed=args.seed,
                     precision=args.precision,
                 )
             )
         model.to("cpu")
-    for place in shown.kinds:
-        record = report.runs[place]
+    for index in shown.distinct:
+        record = report.runs[index]
         record.gradients = _gradients(record.run, image_set, args, device)
 
 
-def _gradients(run: Run, image_set: ImageSet, args: argparse.Namespace, device: torch.device):
+def _gradients(run: Run, image_set: ImageSet, args: argparse.Namespace, device: torch.device) -> PatchGradients | None:
     patches = run.model.encoder.num_tokens
     images = args.gradient_images
     if images is None:
@@ -246,12 +165,12 @@ def _gradients(run: Run, image_set: ImageSet, args: argparse.Namespace, device: 
     model = run.model.to(device)
     batches = -(-images // args.batch_size)
     with tqdm(
-        total=batches * patches * model.num_orders, desc=f"gradients of {run_name(run)}", unit="patch", disable=None
+        total=batches * patches * model.num_orders, desc=f"gradients of {run.name}", unit="patch", disable=None
     ) as bar:
-        found = gradients(model, image_set, images=images, seed=args.seed, batch=args.batch_size, done=bar.update)
+        norms = patch_gradients(model, image_set, images=images, seed=args.seed, batch=args.batch_size, done=bar.update)
     model.to("cpu")
-    return found
+    return norms
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run(main))
+    sys.exit(cli.run(main))

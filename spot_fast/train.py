@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from spot_fast import cli
 from spot_fast.checkpoints.runs import (
     CONFIG,
     STATE,
@@ -24,24 +25,23 @@ from spot_fast.checkpoints.runs import (
     run_folders,
     write_config,
 )
-from spot_fast.config import Config
+from spot_fast.config import Config, check_config
 from spot_fast.errors import UserError
 from spot_fast.precision import resolve
 from spot_fast.recipes import METHODS
-from spot_fast.system import terminal
 from spot_fast.system.cpu_threads import available_cores
 from spot_fast.system.devices import usable_device
-from spot_fast.training.arguments import Arguments, check_config, conflicts, parse, with_free
+from spot_fast.training.arguments import Arguments, conflicts, parse, with_resumable
 from spot_fast.training.compiled import resolve_compile
 from spot_fast.training.console import duration, scores_text
 from spot_fast.training.distributed import World, join
-from spot_fast.training.resume_state import FREE
 from spot_fast.training.run_folder import CORRUPT, OthersFolder, RunFolder, is_free
 from spot_fast.training.teacher import check_teacher, find_teacher, inherit, student_method
 from spot_fast.training.throughput import measured_peak
 from spot_fast.training.trainer import Outcome, Trainer
 
-_INTERRUPTED = 130
+_GOES_ON = "python -m spot_fast.train --resume goes on from the last saved state"
+_OUT_OF_MEMORY = "use a smaller --batch-size or --cache none, or --accumulate 2 for half a batch at a time"
 
 
 @dataclass(frozen=True)
@@ -58,46 +58,22 @@ class _Job:
     fixed_threads: bool = False
 
 
+@cli.command(_GOES_ON)
 def main(argv: Sequence[str] | None = None) -> int:
-    terminal.any_character()
-    try:
-        world = join()
-    except UserError as error:
-        return _fail(str(error))
+    world = join()
     try:
         code = _train(world, argv)
-        world.close()
-        return code
-    except KeyboardInterrupt as error:
-        failure, sentence = error, ""
-    except torch.OutOfMemoryError as error:
-        failure = error
-        sentence = (
-            "the device's memory is full: use a smaller --batch-size or --cache none, or --accumulate 2 for "
-            "half a batch at a time"
-        )
-    except OSError as error:
-        failure = error
-        sentence = (
-            f"{error.filename or 'a file'} cannot be used ({error.strerror or error}): check the path, its "
-            "permissions and the free space"
-        )
-    except UserError as error:
-        failure, sentence = error, str(error)
     except BaseException as error:
+        known = cli.failure(error, _GOES_ON, _OUT_OF_MEMORY)
+        # Before the other processes hear of it: torchrun ends all as soon as one of them has ended.
+        if known is not None and world.main:
+            print(f"error: {known[1]}", file=sys.stderr)
         world.leave(error)
-        raise
-    if world.main and not sentence:
-        print("interrupted; python -m spot_fast.train --resume goes on from the last saved state", file=sys.stderr)
-    elif world.main:
-        _fail(sentence)
-    world.leave(failure)
-    return 2 if sentence else _INTERRUPTED
-
-
-def _fail(sentence: str) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
-    return 2
+        if known is None:
+            raise
+        return known[0]
+    world.close()
+    return code
 
 
 def _train(world: World, argv: Sequence[str] | None) -> int:
@@ -140,10 +116,6 @@ def _train(world: World, argv: Sequence[str] | None) -> int:
 
 def _job(args: Arguments, device: torch.device, world: World) -> _Job | None:
     """What the command line asks for; None where there is nothing to train."""
-    if args.threads is not None and args.threads < 1:
-        raise UserError(f"--threads {args.threads}: use 1 or more")
-    if args.profile < 0:
-        raise UserError(f"--profile {args.profile}: use the number of steps to profile, 1 or more")
     path = _run_to_resume(args) if args.resume is not None else None
     if path is not None:
         return _resume(args, path, device, world)
@@ -184,7 +156,7 @@ def _run_to_resume(args: Arguments) -> Path | None:
     everything = list(run_folders(args.runs))
     wanted = (args.preset, args.stage)
     alike = [(path, config) for path, config in everything if (config.preset, config.stage) == wanted]
-    fitting = [(path, config) for path, config in alike if not conflicts(config, args.given, FREE)]
+    fitting = [(path, config) for path, config in alike if not conflicts(config, args.given)]
     unfinished = [(path, config) for path, config in fitting if not is_finished(path)]
     if unfinished:
         # Of several, the one that this command line would have begun; the newest of equals.
@@ -195,7 +167,7 @@ def _run_to_resume(args: Arguments) -> Path | None:
         return fitting[0][0]
     for path, _ in alike:
         if not is_finished(path):
-            return path  # its conflicts are told when it is opened
+            return path  # `_resume` reports its conflicts
     others = [path for path, _ in everything if not is_finished(path)]
     if others and not args.given:
         raise UserError(
@@ -208,9 +180,9 @@ def _run_to_resume(args: Arguments) -> Path | None:
 
 def _resume(args: Arguments, path: Path, device: torch.device, world: World) -> _Job | None:
     config = read_config(path)
-    if different := conflicts(config, args.given, FREE):
+    if different := conflicts(config, args.given):
         raise UserError(f"{path} cannot be resumed: {different[0]}; drop the option, or drop --resume for a new run")
-    config = check_config(with_free(config, args.given, FREE))
+    config = check_config(with_resumable(config, args.given))
     if args.print_config:
         print(config.to_json(), end="")
         return None
@@ -251,7 +223,7 @@ def _same_teacher(args: Arguments, config: Config, about: dict[str, str], path: 
 
 def _run(trainer: Trainer, folder: RunFolder | OthersFolder, args: Arguments) -> int:
     if not trainer.world.main:
-        return 0 if trainer.run(folder, tensorboard=False).finished else _INTERRUPTED
+        return 0 if trainer.run(folder, tensorboard=False).finished else cli.INTERRUPTED
     config, device, path = trainer.config, trainer.device, folder.path
     threads, processes = torch.get_num_threads(), trainer.world.size
     where = f"CPU with {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else str(device)
@@ -280,7 +252,7 @@ def _run(trainer: Trainer, folder: RunFolder | OthersFolder, args: Arguments) ->
             f"stopped at step {outcome.step} of {outcome.total_steps}: go on with python -m spot_fast.train "
             f"--resume {path}"
         )
-        return _INTERRUPTED
+        return cli.INTERRUPTED
     print(_summary(path, config, outcome))
     return 0
 
@@ -303,4 +275,4 @@ def _summary(path: Path, config: Config, outcome: Outcome) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run(main))
+    sys.exit(cli.run(main))

@@ -138,7 +138,7 @@ def test_wheel_works_from_another_folder(tree, tmp_path):
     assert wheel.name.split("-")[2:4] == ["py3", "none"] and not wheel.name.endswith("-any.whl")
     files = set(zipfile.ZipFile(wheel).namelist())
     data = {f"spot_fast/weights/{path.name}" for path in (ROOT / "spot_fast" / "weights").glob("*")}
-    data.add("spot_fast/report.css")
+    data |= {f"spot_fast/reporting/templates/{name}" for name in ("page.html", "report.css")}
     library = {name for name in files if "libspot_native" in name}
     assert data and len(library) == 1
     assert {name for name in files if ".dist-info/" not in name} == {*_python_files(), *data, *library}

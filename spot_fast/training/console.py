@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from spot_fast.system.optional import said
+from spot_fast.errors import one_line
 
 
 class Meter:
@@ -84,7 +84,7 @@ class Events:
         except Exception as error:
             self._writer = None
             self._say(
-                f"note: TensorBoard's events are not written from here on ({said(error)}); metrics.jsonl has all "
+                f"note: TensorBoard's events are not written from here on ({one_line(error)}); metrics.jsonl has all "
                 "numbers, --no-tensorboard leaves events out"
             )
 

@@ -2,49 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from spot_fast.checkpoints.runs import MODEL, STATE, read_tensors, save_tensors
-from spot_fast.config import Config
 from spot_fast.errors import UserError
 from spot_fast.training.optimiser import load_optimiser_tensors, optimiser_tensors
 from spot_fast.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from spot_fast.training.trainer import Trainer
-
-# Settings that change nothing in the weights of a run that goes well, but for the last bits: a resumed run may have
-# others than it began with.
-FREE = (
-    "accumulate",
-    "data",
-    "sbd",
-    "encoder_weights",
-    "workers",
-    "cache",
-    "cache_dir",
-    "compile",
-    "cuda_graph",
-    "save_every",
-    "on_bad_step",
-    "spike",
-)
-
-
-def config_hash(config: Config) -> str:
-    """sha256 of the settings that decide what the weights become."""
-    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
-    # Runs that were begun before there was a choice go on.
-    for name, value in (("implementation", "spot"), ("float8", False)):
-        if settings[name] == value:
-            del settings[name]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def save(trainer: Trainer, folder: RunFolder) -> None:
@@ -69,7 +39,7 @@ def save(trainer: Trainer, folder: RunFolder) -> None:
         STATE,
         tensors,
         {
-            "config": config_hash(trainer.config),
+            "config": trainer.config.fingerprint(),
             "skipped": json.dumps(trainer.bad_steps.found),
             "images": str(len(trainer.train_set)),
             "seconds": f"{trainer.seconds:.1f}",
@@ -109,7 +79,7 @@ def restore(trainer: Trainer, folder: RunFolder) -> None:
     """Gives `trainer` the saved state; UserError where settings, data, encoder or teacher are not the same."""
     tensors, about = read_tensors(folder.path / STATE)
     for name, ours, what in (
-        ("config", config_hash(trainer.config), "settings"),
+        ("config", trainer.config.fingerprint(), "settings"),
         ("images", str(len(trainer.train_set)), "training images"),
         ("encoder_sha256", trainer.identity["sha256"], "encoder weights"),
         ("teacher_sha256", trainer.teacher_sha256 if trainer.teacher_path else "", "teacher"),

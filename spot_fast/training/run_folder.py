@@ -14,8 +14,7 @@ from typing import Any
 from spot_fast.checkpoints.runs import CONFIG, METRICS, write_config
 from spot_fast.config import Config
 from spot_fast.errors import UserError
-from spot_fast.files import atomic_write, sync
-from spot_fast.plain_json import finite
+from spot_fast.files import atomic_write, finite, sync
 
 CORRUPT = "corrupt.txt"
 

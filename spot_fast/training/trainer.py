@@ -13,11 +13,11 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from spot_fast.checkpoints.runs import STATE, frozen_encoder
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
+from spot_fast.checkpoints.runs import STATE
 from spot_fast.config import Config
 from spot_fast.data import Batch, open_set
 from spot_fast.data.caching import feature_cache
@@ -28,6 +28,7 @@ from spot_fast.model.encoder import encoder_identity, normalise
 from spot_fast.model.spot import Spot, reconstruction_loss
 from spot_fast.nested import map_tensors
 from spot_fast.precision import autocast, float32_products, resolve, store_in_bfloat16
+from spot_fast.random_streams import Stream, generator, seed_of
 from spot_fast.recipes import timm_name
 from spot_fast.system.cpu_threads import CpuThreads
 from spot_fast.system.interrupt import StopRequest
@@ -47,8 +48,6 @@ from spot_fast.training.teacher import load_teacher, teacher_hash
 from spot_fast.training.throughput import Profile, Throughput, count_flops
 from spot_fast.training.validation import quick_validation, skipped_images_line
 
-# Streams of random numbers: the first word after the seed.
-_WEIGHTS, _STEP, _PARALLEL = range(100, 103)
 _SAVE_SECONDS = 300
 
 
@@ -72,10 +71,6 @@ class Outcome:
     total_steps: int
     seconds: float
     scores: dict[str, float]
-
-
-def _seed(*words: int) -> int:
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _some(names: list[str]) -> str:
@@ -133,7 +128,7 @@ class Trainer:
         self.teacher = None if teacher is None else load_teacher(teacher, config, encoder, device)
         self.teacher_sha256 = "" if teacher is None else teacher_hash(teacher)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed(config.seed, _WEIGHTS, config.stage))
+            torch.manual_seed(seed_of(Stream.INITIAL_WEIGHTS, config.seed, config.stage))
             self.model = Spot(config, encoder).to(device).train()
         if self.precision == "bf16":
             store_in_bfloat16(encoder)
@@ -174,10 +169,10 @@ class Trainer:
     def draw(self, step: int) -> Draws:
         """Everything random in a step, a function of (seed, step)."""
         config, stage2 = self.config, self.teacher is not None
-        self.generator.manual_seed(_seed(config.seed, _STEP, step))
+        self.generator.manual_seed(seed_of(Stream.STEP, config.seed, step))
         order, noise = self._draw_for(self.model)
         teacher_order, teacher_noise = self._draw_for(self.teacher) if stage2 else (None, None)
-        chance = np.random.default_rng((config.seed, _PARALLEL, step)).random() if 0 < config.cappa < 1 else 1.0
+        chance = generator(Stream.PARALLEL, config.seed, step).random() if 0 < config.cappa < 1 else 1.0
         parallel = chance < config.cappa < 1
         return Draws(order, noise, teacher_order, teacher_noise, parallel)
 

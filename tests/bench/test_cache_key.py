@@ -8,7 +8,7 @@ def test_a_row_for_each_way_to_know_files(tmp_path, capsys):
     (tmp_path / "a.jpg").write_bytes(b"a")
     cache_key.main(["--folder", str(tmp_path)])
     out = capsys.readouterr().out
-    assert "| 1 files |" in out and all(f"| {name} | 0.00 |" in out for name in cache_key.METHODS)
+    assert "| 1 files |" in out and all(f"\n| {name} | 0." in out for name in cache_key.METHODS)
 
 
 @pytest.mark.parametrize("words", [["--files", "0"], ["--folder", "nowhere"], ["--folder", "."]])

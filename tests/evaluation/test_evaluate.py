@@ -1,4 +1,4 @@
-"""The evaluate command on run folders: what it prints, what it writes, and what it says when something is wrong."""
+"""The evaluate command on run folders: its output, the files it writes, one sentence for each error."""
 
 import json
 import sys
@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from spot_fast import evaluate as command
-from spot_fast.checkpoints.runs import MODEL, frozen_encoder, save_tensors, write_config
+from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder
+from spot_fast.checkpoints.runs import MODEL, save_tensors, write_config
 from spot_fast.config import preset
 from spot_fast.errors import UserError
 from spot_fast.evaluation.metrics import METRICS
 from spot_fast.evaluation.protocols import PROTOCOLS
-from spot_fast.model.encoder import encoder_identity
 from spot_fast.model.spot import Spot
 
 SIZES = dict(
@@ -38,8 +38,7 @@ def make_run(folder, *, finished=True, stage=1, seed=0, **changes):
     if finished:
         torch.manual_seed(seed)
         encoder = frozen_encoder(config)
-        identity = encoder_identity(encoder, config)
-        metadata = {"encoder": identity["name"], "encoder_sha256": identity["sha256"]}
+        metadata = encoder_metadata(encoder, config)
         save_tensors(folder / MODEL, Spot(config, encoder).learned_state_dict(), metadata)
     return folder
 
@@ -177,15 +176,15 @@ def wrong(tmp_path_factory):
         (["made/other"], "model.safetensors does not fit its config.json"),
         (["made/coco"], "--preset coco needs --data PATH"),
         (["made/coco", "--data", "nowhere"], "--data nowhere is not a folder"),
-        (["made/whole", "--limit", "-1"], "limit -1"),
-        (["made/whole", "--batch-size", "0"], "batch size 0"),
-        (["made/whole", "--seed", "-4"], "seed -4"),
+        (["made/whole", "--limit", "-1"], "--limit is -1: use 0 or more"),
+        (["made/whole", "--batch-size", "0"], "--batch-size is 0: use 1 or more"),
+        (["made/whole", "--seed", "-4"], "--seed is -4: use 0 or more"),
         (["made/whole", "--json", "no/such/folder.json"], "--json no/such/folder.json lies in no/such"),
         (["made/whole", "--json", "made"], "--json made is a folder"),
         (["made/whole", "--protocol", "dino"], "--protocol dino is unknown: use all"),
         (["made/whole", "--csv", "made"], "--csv made is a folder"),
         (["made/whole", "--size-plot", "made/plot.pdf"], "--size-plot made/plot.pdf does not end in .png or .svg"),
-        (["made/whole", "--workers", "-1"], "workers -1"),
+        (["made/whole", "--workers", "-1"], "--workers is -1: use 0 or more"),
         (["made/whole", "--device", "gpu"], "--device gpu cannot be used"),
         (["made/whole", "nothing"], "run nothing is not a folder"),
     ],
@@ -226,7 +225,7 @@ def test_files_are_written_before_anything_is_printed(here, call, monkeypatch):
         raise UnicodeEncodeError("latin-1", "–", 0, 1, "ordinal not in range(256)")
 
     monkeypatch.setattr(command, "print", broken, raising=False)
-    with pytest.raises(UnicodeEncodeError):  # also where an error would be told
+    with pytest.raises(UnicodeEncodeError):  # even the error cannot be printed
         call("a", "b", "--limit", 2, "--json", "t.json", "--csv", "t.csv")
     found = json.loads((here / "t.json").read_text())
     assert [run["run"] for run in found["runs"]] == ["a"] and found["summary"] == []
@@ -234,7 +233,7 @@ def test_files_are_written_before_anything_is_printed(here, call, monkeypatch):
 
 
 def test_scores_are_printed_where_a_file_cannot_be_written(here, call, monkeypatch):
-    """And the other files are there."""
+    """And the other files are written."""
     make_run(here / "runs" / "a")
 
     def full(*_):
@@ -246,9 +245,9 @@ def test_scores_are_printed_where_a_file_cannot_be_written(here, call, monkeypat
     assert (here / "t.csv").exists()
 
 
-def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_scored(here, call, monkeypatch):
+def test_a_target_that_cannot_be_written_is_reported_before_anything_is_scored(here, call, monkeypatch):
     make_run(here / "runs" / "a")
-    monkeypatch.setattr(command, "load_run", lambda *_: pytest.fail("a run was opened"))
+    monkeypatch.setattr(command, "open_runs", lambda *_: pytest.fail("a run was opened"))
 
     def read_only(*_, **__):
         raise OSError(30, "Read-only file system")
@@ -262,16 +261,16 @@ def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_scored(her
 def test_json_has_no_nan_and_any_name(here, call, monkeypatch):
     """Losses of a model that diverged, names that are not UTF-8: every reader of JSON takes them."""
     make_run(here / "runs" / "a")
-    evaluate = command.evaluate
+    scored = command.score
 
     def odd(*args, **options):
         return replace(
-            evaluate(*args, **options),
+            scored(*args, **options),
             reconstruction={1: float("nan"), 9: float("inf")},
             skipped={"caf\udce9.jpg": "damaged"},
         )
 
-    monkeypatch.setattr(command, "evaluate", odd)
+    monkeypatch.setattr(command, "score", odd)
     assert call("--limit", 2, "--json", "t.json", "--csv", "t.csv")[0] in (0, 2)
 
     def refuse(word):
@@ -330,7 +329,7 @@ def test_a_plot_needs_matplotlib(here, call, monkeypatch):
     assert call("--limit", 2)[0] == 0
 
 
-def test_a_matplotlib_that_is_broken_is_told_before_and_costs_no_scores(here, call, monkeypatch):
+def test_a_broken_matplotlib_is_reported_first_and_costs_no_scores(here, call, monkeypatch):
     """Built for another NumPy it raises when it is imported, without fonts when it draws."""
     make_run(here / "runs" / "a")
     (here / "broken" / "matplotlib").mkdir(parents=True)
@@ -340,7 +339,7 @@ def test_a_matplotlib_that_is_broken_is_told_before_and_costs_no_scores(here, ca
         for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
             patch.delitem(sys.modules, name)
         code, out, err = call("--size-plot", "p.png")
-    assert code == 2 and out == "" and "which is there but cannot be imported (AttributeError: _ARRAY_API" in err
+    assert code == 2 and out == "" and "which is installed but cannot be imported (AttributeError: _ARRAY_API" in err
 
     def fail(*_, **__):
         raise RuntimeError("Failed to find font")
@@ -369,7 +368,7 @@ def test_help(capsys):
         assert f"{protocol.name}: {protocol.about}" in text and protocol.source in text
 
 
-def test_precision_is_of_the_model_and_is_told(here, call):
+def test_precision_is_the_models_and_is_in_the_json(here, call):
     make_run(here / "runs" / "scenes-stage1-001")
     losses = []
     for precision in ("float32", "bf16"):

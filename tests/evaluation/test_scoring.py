@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.config import preset
 from spot_fast.data.base import ImageSet, Masks
 from spot_fast.data.datasets.scenes import Scenes
@@ -27,7 +28,7 @@ from spot_fast.evaluation.tables import (
     unlabelled_line,
     write_csv,
 )
-from spot_fast.model.encoder import build_encoder, normalise
+from spot_fast.model.encoder import normalise
 from spot_fast.model.spot import Spot, reconstruction_loss
 
 SIZE = 32
@@ -52,7 +53,7 @@ def small_config(stage=1, **changes):
 def small_model(seed=0, **changes):
     torch.manual_seed(seed)
     config = small_config(**changes)
-    return Spot(config, build_encoder(config)).eval()
+    return Spot(config, frozen_encoder(config)).eval()
 
 
 class Images(ImageSet):

@@ -1,4 +1,4 @@
-"""Every kernel in every configuration that a launcher can choose compiles for the chips we name, and fits them.
+"""Every kernel in every configuration that a launcher can choose compiles for the supported chips and fits them.
 
 Needs no GPU: see compile_kernels.py. Shared memory within the chip's limit (Triton would raise only at launch), no
 spills beyond SPILLED, and no float64 arithmetic but where it is meant. All of that with the Triton that is installed
@@ -23,22 +23,24 @@ from spot_kernels import dispatch
 from spot_kernels.gpu.launch import ARCHITECTURES, SHARED_MEMORY
 
 HERE = Path(__file__).resolve().parent
-# The assignment is exact, with the same rounding as the library on the CPU: it computes in double precision.
+# The assignment computes in double precision, with the same rounding as the native library.
 FLOAT64 = ("assign",)
 
 pytestmark = [pytest.mark.skipif(not dispatch.TRITON, reason="needs triton"), pytest.mark.slow]
 
 
-# Bytes of local memory of a thread. H100, H200 and MI300X: nothing. On the other chips a dozen registers may be put
-# aside around a loop; which kernels do so changes with every Triton.
+# Spilled bytes allowed a thread: none on H100, H200 and MI300X. On the other chips a dozen registers may be spilled
+# around a loop; which kernels do so changes with every Triton.
 SPILLED = {"sm_80": 48, "sm_89": 48, "sm_90": 0, "sm_100": 48, "gfx942": 0}
-# Where a Triton is: "" is the installed one.
+# Folders with a Triton; "" is the installed one.
 TRITONS = ["", *filter(None, os.environ.get("COMPILE_ALSO_WITH", "").split(os.pathsep))]
 
 
 class Compilation:
-    """compile_kernels.py for all chips with one Triton after the other, beside the tests that come before these
-    (conftest.py begins it)."""
+    """compile_kernels.py for all chips with one Triton after the other, in the background.
+
+    conftest.py begins it, so that it runs beside the tests that come before these.
+    """
 
     def __init__(self, jobs: int) -> None:
         self.folder = tempfile.TemporaryDirectory()
@@ -62,7 +64,7 @@ class Compilation:
                 "TRITON_CACHE_DIR": str(self._file(triton, "cache")),
             }
             command = [sys.executable, str(HERE / "compile_kernels.py"), *ARCHITECTURES, "--jobs", str(self.jobs)]
-            # Files, because nobody reads pipes meanwhile.
+            # files, because pipes would fill up unread
             with open(self._file(triton, "out"), "w") as out, open(self._file(triton, "err"), "w") as err:
                 self.process = subprocess.Popen(
                     command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
@@ -70,7 +72,7 @@ class Compilation:
                 self.codes[triton] = self.process.wait()
 
     def end(self) -> None:
-        """Nothing outlives the tests, however they end."""
+        """Kills the process, so that it does not outlive the tests."""
         self.ended = True
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):

@@ -136,4 +136,4 @@ def test_profile_and_mfu_of_a_run(tmp_path, monkeypatch, capsys):
         {"step_ms", "mfu", "peak_memory"} <= line.keys() for line in lines if line["kind"] != "validation"
     )
     assert command.main([*words, "--profile", "-1"]) == 2
-    assert "--profile -1: use the number of steps" in capsys.readouterr().err
+    assert "--profile is -1: use 0 or more" in capsys.readouterr().err

@@ -150,7 +150,7 @@ def test_help_shows_the_defaults_of_preset_and_stage(capsys):
         ("--lr 0", "--lr is 0: nothing would be learned"),
         ("--lr-low 1", "--lr-low 1.0 is above the peak --lr 0.001"),
         ("--seed -1", "--seed is -1: use 0 or more"),
-        ("--threads 0", "--threads 0: use 1 or more"),
+        ("--threads 0", "--threads is 0: use 1 or more"),
         ("--slot-heads 5 --slot-dim 64", "--slot-heads 5 does not divide --slot-dim 64"),
         ("--cappa 0.25", "--cappa 0.25 works in the standard patch order only: add --orders standard"),
         ("--decoder mlp", "--decoder mlp works in the standard patch order only"),
@@ -167,7 +167,7 @@ def test_help_shows_the_defaults_of_preset_and_stage(capsys):
         ("--teacher x", "--teacher x belongs to stage 2"),
         ("--resume nowhere", "run nowhere is not a folder"),
         ("--spike -1", "--spike is -1.0: use 0 or more"),
-        ("--spike 0.5", "--spike 0.5 calls ordinary losses leaps: use more than 1, or 0 for never"),
+        ("--spike 0.5", "--spike 0.5 takes ordinary losses for spikes: use more than 1, or 0 to accept"),
         ("--cuda-graph yes --device cpu", "--cuda-graph yes needs an NVIDIA GPU, not cpu: use auto or no"),
         (
             "--image-size 32 --encoder-weights none",
@@ -178,7 +178,7 @@ def test_help_shows_the_defaults_of_preset_and_stage(capsys):
         ("--method dino", "--method dino is unknown: use one of spot, spot_ens"),
         ("--accumulate 3", "--accumulate 3 does not divide the 8 images of a process"),
         ("--precision tf32 --device cpu", "--precision tf32 needs an NVIDIA GPU"),
-        ("--profile -1", "--profile -1: use the number of steps to profile"),
+        ("--profile -1", "--profile is -1: use 0 or more"),
         ("--cache-dir /dev/null/x", "--cache-dir /dev/null/x is not a folder that can be made and written to"),
         (
             "--preset folder --data {images} --encoder spot_scenes --image-size 16 --mask-size 16 --dec-heads 4 "
@@ -219,7 +219,7 @@ def test_a_teacher_that_does_not_fit(words, sentence, workplace, capsys):
 def test_a_teacher_with_other_encoder_weights(workplace, capsys):
     from safetensors.torch import save_file
 
-    from spot_fast.checkpoints.runs import frozen_encoder
+    from spot_fast.checkpoints.encoder_weights import frozen_encoder
 
     weights = frozen_encoder(tiny()).vit.state_dict()
     save_file({name: value + 1 for name, value in weights.items()}, "other.safetensors")

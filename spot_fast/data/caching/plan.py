@@ -19,7 +19,7 @@ from spot_fast.data.caching import pixel_cache
 from spot_fast.data.caching.feature_cache import Field, outcomes, stores_of
 from spot_fast.data.caching.store import Store
 from spot_fast.errors import UserError
-from spot_fast.home import expanded
+from spot_fast.files import expanded
 
 _SHARE = 0.5  # of the free memory or disk that a cache takes unasked
 _DISK_MARGIN = 2**28  # left free in any case

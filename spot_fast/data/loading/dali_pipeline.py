@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from spot_fast.errors import UserError
-from spot_fast.model.encoder import MEAN, STD
-from spot_fast.system.optional import said
+from spot_fast.config import IMAGENET_MEAN, IMAGENET_STD
+from spot_fast.errors import UserError, one_line
 
 INSTALL = "pip install nvidia-dali-cuda130 (-cuda120 for drivers of CUDA 12)"
 _DEPTH = 2  # batches that DALI works on or has ready
@@ -137,8 +136,8 @@ class Pipeline:
                 mirror=mirrored,
                 output_layout="CHW",
                 dtype=types.UINT8 if raw else types.FLOAT,
-                mean=[0.0] * 3 if raw else [255 * m for m in MEAN],
-                std=[1.0] * 3 if raw else [255 * s for s in STD],
+                mean=[0.0] * 3 if raw else [255 * m for m in IMAGENET_MEAN],
+                std=[1.0] * 3 if raw else [255 * s for s in IMAGENET_STD],
             )
             pipeline.set_outputs(images)
         pipeline.build()
@@ -231,7 +230,7 @@ def unavailable(device: torch.device) -> str:
         import_dali()
     except Exception as error:
         missing = isinstance(error, ModuleNotFoundError) and str(error.name).startswith("nvidia")
-        return f"DALI is not installed, {INSTALL}" if missing else f"DALI cannot be imported ({said(error)})"
+        return f"DALI is not installed, {INSTALL}" if missing else f"DALI cannot be imported ({one_line(error)})"
     return ""
 
 

@@ -7,7 +7,7 @@ Up to `MAX_THREADS` workers are threads: Pillow releases the interpreter lock wh
 threads need no start, no pickling and no second copy of the file list. But an eighth of an image's time is spent
 under the lock, so threads end at some 2,100 images/s however many there are, and whoever trains waits for the lock too:
 of JPEGs of 640 x 480 1, 4, 8, 16 and 32 threads give 238, 928, 1,703, 2,018 and 2,147 images/s, where 16 cores could
-decode 4,013 (`bench/loader_lock.py`, on two cores). So more workers are processes (`processes`).
+decode 4,013 (counted on two cores). So more workers are processes (`processes`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from spot_fast.data.base import ImageSet
 from spot_fast.data.decoding.transforms import memory_of
 from spot_fast.data.loading.processes import Processes
 from spot_fast.errors import CorruptImage, UserError
+from spot_fast.random_streams import Stream, generator
 
-# Streams of random numbers: the first word after the seed.
-_ORDER, _FLIP, _CROP, _REPLACE = range(4)
 MAX_CORRUPT = 0.01  # of the set; a single corrupt image is always tolerated
 MAX_THREADS = 4  # more workers are processes
 _AHEAD = 2  # batches decoded beyond the one in use
@@ -98,7 +97,7 @@ class Loader:
         self.workers = workers
         self.rank, self.world = rank, world
         self.corrupt: dict[str, str] = {}
-        self._unused = self._rng(_CROP)
+        self._unused = generator(Stream.CROP, seed)
         self._idle: list[Any] = []  # what decodes images and is kept from epoch to epoch
 
     @property
@@ -121,14 +120,14 @@ class Loader:
 
     def order(self, epoch: int) -> torch.Tensor:
         """int64 [n]: the images in the sequence of this epoch; the last n mod batch_size are not used."""
-        return torch.from_numpy(self._rng(_ORDER, epoch).permutation(len(self.image_set)))
+        return torch.from_numpy(generator(Stream.IMAGE_ORDER, self.seed, epoch).permutation(len(self.image_set)))
 
     def flips(self, epoch: int) -> torch.Tensor:
         """bool [n]: which images, by index, are mirrored in this epoch."""
         count = len(self.image_set)
         if not self.image_set.flip:
             return torch.zeros(count, dtype=torch.bool)
-        return torch.from_numpy(self._rng(_FLIP, epoch).random(count) < 0.5)
+        return torch.from_numpy(generator(Stream.FLIP, self.seed, epoch).random(count) < 0.5)
 
     def steps(self, epoch: int, start_step: int = 0) -> list[torch.Tensor]:
         """This process's share of the images of each step from `start_step` on: int64 [batch_size / world]."""
@@ -152,7 +151,7 @@ class Loader:
         for place, wanted in enumerate(found):
             substitutes = None
             while found[place] in corrupt:
-                substitutes = substitutes or self._rng(_REPLACE, epoch, wanted)
+                substitutes = substitutes or generator(Stream.REPLACEMENT, self.seed, epoch, wanted)
                 found[place] = int(substitutes.integers(len(self.image_set)))
         return torch.tensor(found, dtype=torch.int64)
 
@@ -178,7 +177,7 @@ class Loader:
                 corrupt[self.image_set.label(index)] = str(error)
             if len(corrupt) > self._tolerated:
                 break
-            substitutes = substitutes or self._rng(_REPLACE, epoch, wanted)
+            substitutes = substitutes or generator(Stream.REPLACEMENT, self.seed, epoch, wanted)
             index = int(substitutes.integers(len(self.image_set)))
         return Loaded(wanted, index, None, corrupt)
 
@@ -255,12 +254,9 @@ class Loader:
                 raise self._too_many(self.corrupt)
         return loaded
 
-    def _rng(self, *stream: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, *stream])
-
     def _crop_rng(self, epoch: int, index: int) -> np.random.Generator:
         # A generator is made under the interpreter lock: not where nothing is drawn from it.
-        return self._rng(_CROP, epoch, index) if self.image_set.random_crop else self._unused
+        return generator(Stream.CROP, self.seed, epoch, index) if self.image_set.random_crop else self._unused
 
     def _too_many(self, corrupt: dict[str, str]) -> UserError:
         first = "; ".join(list(corrupt.values())[:3])

@@ -14,19 +14,8 @@ BUSY_MACHINE = BENCH / "busy_machine.py"
 @pytest.mark.slow
 def test_a_way_has_a_time_on_an_idle_and_on_a_busy_machine(tmp_path):
     file = tmp_path / "rows.csv"
-    command = [
-        sys.executable,
-        BUSY_MACHINE,
-        "--tiny",
-        "--ways",
-        "commands",
-        "--rounds",
-        "1",
-        "--steps",
-        "2",
-        "--csv",
-        file,
-    ]
+    words = "--tiny --ways commands --rounds 1 --steps 2 --csv".split()
+    command = [sys.executable, BUSY_MACHINE, *words, file]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     with open(file, newline="") as opened:

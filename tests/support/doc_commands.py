@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from test_check import make_coco, make_folder, make_voc, save
 
 import golden_tensors
 import tfrecord_files
+from data_folders import make_coco, make_folder, make_voc, save
 from spot_fast.checkpoints.runs import MODEL, frozen_encoder, save_tensors, write_config
 from spot_fast.config import preset
 from spot_fast.model.encoder import build_vit, encoder_identity

@@ -30,6 +30,7 @@ def in_small(monkeypatch):
     return loaded
 
 
+@pytest.mark.slow
 def test_rows_verdict_and_csv(in_small, tmp_path, capsys):
     assert bench_data.main(["--tiny", "--csv", str(tmp_path), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out

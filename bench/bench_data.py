@@ -25,9 +25,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 import cache_speed
 import evaluation_speed
 import loader_speed
-from machine import commit, cores, cpu_name, gpu_name
-from tables import slug
-from targets import target_csv
+from harness.machine import commit, cores, cpu_name, gpu_name
+from harness.tables import slug
+from harness.targets import target_csv
 
 from spot_fast.data import Folder
 from spot_fast.files import atomic_write

@@ -11,9 +11,9 @@ As autocast has it: gates in bfloat16, the slots' state and the LayerNorm's weig
 from __future__ import annotations
 
 import torch
-from kernel_bench import Case, Problem, Setting, compiled, name_of, randn
-from kernel_clock import Work
-from kernel_rows import COMPILE, EAGER, OURS
+from harness.kernel_bench import Case, Problem, Setting, compiled, name_of, randn
+from harness.kernel_clock import Work
+from harness.kernel_rows import COMPILE, EAGER, OURS
 
 import spot_kernels
 from spot_kernels.reference import gru_norm as reference

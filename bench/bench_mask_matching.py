@@ -11,9 +11,9 @@ exactly: by the total cost of the assignment, and by the IoU that the renamed la
 from __future__ import annotations
 
 import torch
-from kernel_bench import Case, Problem, Results, Setting
-from kernel_clock import Work
-from kernel_rows import EAGER, OURS
+from harness.kernel_bench import Case, Problem, Results, Setting
+from harness.kernel_clock import Work
+from harness.kernel_rows import EAGER, OURS
 
 import spot_kernels
 from spot_kernels.reference import mask_matching as reference
@@ -42,9 +42,9 @@ def assignment_problem(batch: int, slots: int, device: torch.device) -> Problem:
 
     cost = inputs(0)[0].double()
 
-    def check(found: Results, exact: Results, plain: Results) -> tuple[float, None]:
+    def check(computed: Results, exact: Results, plain: Results) -> tuple[float, None]:
         """The total cost of each problem against scipy's; columns are a permutation."""
-        columns, best = found.outputs[0], exact.outputs[0]
+        columns, best = computed.outputs[0], exact.outputs[0]
         every = torch.arange(slots, device=device).expand_as(columns)
         assert torch.equal(columns.sort(1).values, every), "not one-to-one"
         totals = [cost.gather(2, c[:, :, None]).sum((1, 2)) for c in (columns, best)]
@@ -66,8 +66,8 @@ def matching_problem(batch: int, tokens: int, slots: int, device: torch.device) 
         keep = torch.rand(batch, tokens, generator=generator) < 0.8
         return torch.where(keep, names.gather(1, teacher), noise).to(device), teacher.to(device)
 
-    def check(found: Results, exact: Results, plain: Results) -> tuple[float, None]:
-        wrong = (found.outputs[0] != exact.outputs[0]).sum().item()
+    def check(computed: Results, exact: Results, plain: Results) -> tuple[float, None]:
+        wrong = (computed.outputs[0] != exact.outputs[0]).sum().item()
         assert not wrong, f"{wrong} labels differ from those of scipy's assignment"
         return 0.0, None
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from kernel_bench import Case, Function, Problem, Setting, compiled, name_of, randn, sizes
-from kernel_clock import Work
-from kernel_rows import COMPILE, EAGER, FLEX, OURS, SDPA
+from harness.kernel_bench import Case, Function, Problem, Setting, compiled, name_of, randn, sizes
+from harness.kernel_clock import Work
+from harness.kernel_rows import COMPILE, EAGER, FLEX, OURS, SDPA
 
 import spot_kernels
 from spot_kernels.reference import permuted_attention as reference

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from kernel_bench import Case, Problem, Results, Setting, compiled, name_of, randn, sizes
-from kernel_clock import Work
-from kernel_rows import COMPILE, EAGER
+from harness.kernel_bench import Case, Problem, Results, Setting, compiled, name_of, randn, sizes
+from harness.kernel_clock import Work
+from harness.kernel_rows import COMPILE, EAGER
 
 
 def work(batch: int, tokens: int, width: int, size: int) -> tuple[Work, Work]:
@@ -28,10 +28,10 @@ def plain(tokens: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, bias
     return F.mse_loss(prediction.to(dtype), target.to(dtype))
 
 
-def errors(found: Results, exact: Results, _: Results) -> tuple[float, float]:
+def errors(computed: Results, exact: Results, _: Results) -> tuple[float, float]:
     """Largest relative errors of loss and gradients. Both techniques are PyTorch's: only a wrong loss is a failure."""
-    pairs = [*zip(found.outputs, exact.outputs, strict=True), *zip(found.gradients, exact.gradients, strict=True)]
-    loss, *gradients = [((mine.double() - true).abs().max() / true.abs().max()).item() for mine, true in pairs]
+    pairs = [*zip(computed.outputs, exact.outputs, strict=True), *zip(computed.gradients, exact.gradients, strict=True)]
+    loss, *gradients = [((ours.double() - true).abs().max() / true.abs().max()).item() for ours, true in pairs]
     assert loss < 1e-3, f"the loss is off by {loss:.1e}"
     return loss, max(gradients)
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import torch
 from bench_permuted_attention import columns
-from kernel_bench import Case, Problem, Setting, compiled, name_of, randn, sizes
-from kernel_clock import Work
-from kernel_rows import COMPILE, EAGER, OURS
+from harness.kernel_bench import Case, Problem, Setting, compiled, name_of, randn, sizes
+from harness.kernel_clock import Work
+from harness.kernel_rows import COMPILE, EAGER, OURS
 
 import spot_kernels
-from spot_kernels.reference import permuted_attention as reference
+from spot_kernels.reference import shift_by_order as reference
 
 
 def work(batch: int, tokens: int, width: int, size: int) -> tuple[Work, Work]:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from kernel_bench import Case, Problem, Setting, compiled, name_of, randn, sizes
-from kernel_clock import Work
-from kernel_rows import COMPILE, EAGER, OURS
+from harness.kernel_bench import Case, Problem, Setting, compiled, name_of, randn, sizes
+from harness.kernel_clock import Work
+from harness.kernel_rows import COMPILE, EAGER, OURS
 
 import spot_kernels
 from spot_kernels.reference import slot_attention as reference

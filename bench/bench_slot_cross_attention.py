@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from kernel_bench import Case, Problem, Setting, compiled, name_of, randn, sizes
-from kernel_clock import Work
-from kernel_rows import COMPILE, EAGER, OURS, SDPA
+from harness.kernel_bench import Case, Problem, Setting, compiled, name_of, randn, sizes
+from harness.kernel_clock import Work
+from harness.kernel_rows import COMPILE, EAGER, OURS, SDPA
 
 import spot_kernels
 from spot_kernels.reference import slot_cross_attention as reference

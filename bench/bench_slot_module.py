@@ -15,9 +15,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from kernel_bench import Case, Function, Problem, Setting, compiled, randn, sizes, under
-from kernel_clock import Work
-from kernel_rows import COMPILE, EAGER, MODULE, OURS
+from harness.kernel_bench import Case, Function, Problem, Setting, compiled, randn, sizes, under
+from harness.kernel_clock import Work
+from harness.kernel_rows import COMPILE, EAGER, MODULE, OURS
 
 from spot_kernels.modules.slot_attention import SlotAttention
 

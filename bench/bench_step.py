@@ -27,8 +27,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-from machine import commit, cpu_name
-from step_runs import ReferenceSteps, TrainerSteps, settings, write_teacher
+from harness.machine import commit, cpu_name
+from harness.step_runs import ReferenceSteps, TrainerSteps, settings, write_teacher
 
 RATIOS = ROOT / "bench" / "results" / "step_ratio.json"
 # What losses may differ by in float32, relatively.

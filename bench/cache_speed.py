@@ -23,16 +23,17 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
+from harness.machine import cpu_name
 from loader_speed import make_photos
-from machine import cpu_name
 
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.config import preset
 from spot_fast.data import Folder, Loader
 from spot_fast.data.caching import (
     feature_cache,
     pixel_cache,
 )
-from spot_fast.model.encoder import build_encoder, normalise
+from spot_fast.model.encoder import normalise
 from spot_fast.precision import autocast, resolve
 
 BATCH = 32
@@ -47,7 +48,7 @@ def sources(images: Folder, folder: Path, *, workers: int, encoder: str, device:
     store = pixel_cache.store_of(images, folder)
     pixel_cache.build(files, store, progress=False)
     pixels = Loader(pixel_cache.CachedPixels(images, store), BATCH)
-    vit = build_encoder(preset("coco", encoder=encoder, encoder_weights="none")).to(device)
+    vit = frozen_encoder(preset("coco", encoder=encoder, encoder_weights="none")).to(device)
 
     precision = resolve("auto", device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -98,12 +99,12 @@ def rate(epoch: Iterator[tuple[Tensor, ...]]) -> float:
     return count / (time.perf_counter() - begin)
 
 
-def measure(found: dict[str, Epoch], rounds: int) -> list[dict]:
+def measure(epochs: dict[str, Epoch], rounds: int) -> list[dict]:
     """A row for each source: name, images_s (median round), reference, times (faster than that), difference."""
-    apart = {name: difference(found[name](0), found[of](0)) for name, of in REFERENCES.items()}
-    rates = {name: [] for name in found}
+    apart = {name: difference(epochs[name](0), epochs[of](0)) for name, of in REFERENCES.items()}
+    rates = {name: [] for name in epochs}
     for epoch in range(1, rounds + 1):
-        for name, source in found.items():
+        for name, source in epochs.items():
             rates[name].append(rate(source(epoch)))
     rows = []
     for name, values in rates.items():
@@ -132,8 +133,10 @@ def run(count: int, rounds: int, encoder: str, device: torch.device) -> list[dic
         photos.mkdir()
         make_photos(photos, count)
         images = Folder(photos, image_size=224, flip=True)
-        found = sources(images, Path(folder) / "cache", workers=torch.get_num_threads(), encoder=encoder, device=device)
-        return measure(found, rounds)
+        epochs = sources(
+            images, Path(folder) / "cache", workers=torch.get_num_threads(), encoder=encoder, device=device
+        )
+        return measure(epochs, rounds)
 
 
 def main() -> None:

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-import kernel_rows
 import pytest
 import torch
-from kernel_bench import Bench, Case, Setting
-from machine import ROOT, commit, cores, cpu_name
-from tables import slug
-from targets import target_csv
+from harness import kernel_rows
+from harness.kernel_bench import Bench, Case, Setting
+from harness.machine import ROOT, commit, cores, cpu_name
+from harness.tables import slug
+from harness.targets import target_csv
 
 from spot_kernels import dispatch
 
@@ -42,13 +42,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each technique of each of the module's cases; those of a case follow one another."""
     if "time_it" in metafunc.fixturenames:
         setting = metafunc.config.stash[_BENCH].setting
-        found = [(case, name) for case in metafunc.module.cases(setting) for name in case.techniques]
+        pairs = [(case, name) for case in metafunc.module.cases(setting) for name in case.techniques]
         # × and the like would be escaped, spaces make names that have to be quoted
         names = [
             re.sub(r"[^A-Za-z0-9.]+", "-", f"{case.operator} {case.shape} {case.dtype} {name}".replace("×", "x"))
-            for case, name in found
+            for case, name in pairs
         ]
-        metafunc.parametrize("time_it", found, ids=names, indirect=True)
+        metafunc.parametrize("time_it", pairs, ids=names, indirect=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

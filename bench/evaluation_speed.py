@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from machine import commit, cpu_name
+from harness.machine import commit, cpu_name
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 

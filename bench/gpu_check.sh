@@ -86,7 +86,7 @@ techniques() {
 
 tiles() {
   [ -z "${QUICK:-}" ] || export TRITON_INTERPRET=1
-  "$PYTHON" bench/whole_iterations.py | tee "$OUT/whole_iterations_gpu.txt"
+  "$PYTHON" bench/studies/whole_iterations.py | tee "$OUT/whole_iterations_gpu.txt"
   "$PYTHON" bench/sweep.py --minutes "$(minutes_left)" ${QUICK:+--tiny --only slot_cross} | tee "$OUT/sweep_gpu.txt"
 }
 

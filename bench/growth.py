@@ -25,10 +25,10 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("bench", "kernels", "")]
 
+from harness.live_bytes import of_step
+from harness.step_runs import TrainerSteps, settings, write_teacher
+from harness.targets import target_file
 from ladder import about_machine, write_csv
-from live_bytes import of_step
-from step_runs import TrainerSteps, settings, write_teacher
-from targets import target_file
 
 from spot_fast.files import atomic_write
 from spot_fast.precision import resolve

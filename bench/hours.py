@@ -19,11 +19,12 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-import step_flops
+from harness import step_flops
 
 from spot_fast.config import Config, preset
-from spot_fast.model.encoder import Encoder, build_vit
+from spot_fast.model.encoder import Encoder
 from spot_fast.model.spot import Spot
+from spot_fast.model.vits import build_vit
 from spot_fast.training.throughput import peak_by_name
 
 IMAGES = {"coco": 118_287, "voc": 10_582, "movi_c": 87_633, "movi_e": 87_741}  # appendix D.3

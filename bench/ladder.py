@@ -28,11 +28,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-from kernel_clock import measure_ceilings
-from ladder_row import Job, Process, RowEnded, Technique
-from machine import commit, cores, cpu_name
-from step_runs import settings, write_teacher
-from targets import target_file
+from harness.kernel_clock import measure_ceilings
+from harness.ladder_row import Job, Process, RowEnded, Technique
+from harness.machine import commit, cores, cpu_name
+from harness.step_runs import settings, write_teacher
+from harness.targets import target_file
 
 from spot_fast.files import atomic_write
 

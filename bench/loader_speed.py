@@ -30,14 +30,16 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-from machine import cpu_name, gpu_name
+from harness.machine import cpu_name, gpu_name
 
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.config import preset
 from spot_fast.data import Folder, Loader
 from spot_fast.data.loading import loader as loader_module
 from spot_fast.data.loading.dali_loader import DaliLoader
 from spot_fast.data.loading.dali_pipeline import unavailable
-from spot_fast.model.encoder import SCENES_ENCODER, Encoder, build_encoder, normalise
+from spot_fast.model.encoder import Encoder, normalise
+from spot_fast.model.vits import SCENES_ENCODER
 
 BATCH, SIZE = 32, 224
 
@@ -217,7 +219,7 @@ def main() -> None:
             encoder_weights=arguments.encoder_weights,
         )
         images = Folder(arguments.photos, image_size=config.image_size, crop=arguments.crop, limit=arguments.images)
-        errors = feature_errors(images, build_encoder(config))
+        errors = feature_errors(images, frozen_encoder(config))
         print(
             f"{len(errors)} photos at {config.image_size} px, {arguments.encoder}: features differ by "
             f"{statistics.fmean(errors):.2%} of their norm, {max(errors):.2%} at most"

@@ -21,8 +21,8 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("bench", "kernels", "")]
 
-from live_bytes import of_step
-from step_runs import TrainerSteps, settings, write_teacher
+from harness.live_bytes import of_step
+from harness.step_runs import TrainerSteps, settings, write_teacher
 
 from spot_fast.config import preset
 

@@ -17,8 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from runs import Plan, add_arguments, command_line, results_of, split_options
-from tables import BenchError, Result, Row, machines, markdown, select, training
+from harness.runs import Plan, add_arguments, command_line, results_of, split_options
+from harness.tables import BenchError, Result, Row, machines, markdown, select, training
 
 _RECIPE = (
     "--preset",

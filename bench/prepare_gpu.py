@@ -29,9 +29,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from harness.tables import BenchError
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tables import BenchError
 
 from spot_fast.data.datasets.coco import Coco
 from spot_fast.errors import UserError

@@ -22,7 +22,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from spot_fast.model.decoders import AutoregressiveDecoder
-from spot_fast.model.spot import SlotEncoder, Spot
+from spot_fast.model.slot_encoder import SlotEncoder
+from spot_fast.model.spot import Spot
 
 # Cost of a teacher mask without a pixel, more than that of any other.
 _EMPTY = 1e3
@@ -222,10 +223,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int, hidden: Tensor | Non
 
 def match(student: Tensor, teacher: Tensor, slots: int) -> Tensor:
     """Label maps [B, N] → for each teacher slot the student slot [B, K] that is its own, by IoU, on the host."""
-    mine, theirs = (F.one_hot(labels, slots).float() for labels in (student, teacher))
-    common = theirs.transpose(1, 2) @ mine
-    sizes = theirs.sum(1)
-    union = sizes.unsqueeze(2) + mine.sum(1).unsqueeze(1) - common
+    students, teachers = (F.one_hot(labels, slots).float() for labels in (student, teacher))
+    common = teachers.transpose(1, 2) @ students
+    sizes = teachers.sum(1)
+    union = sizes.unsqueeze(2) + students.sum(1).unsqueeze(1) - common
     cost = 1 - common / union.clamp(min=1)
     cost = cost.masked_fill((sizes == 0).unsqueeze(2), _EMPTY).cpu().numpy()
     columns = [linear_sum_assignment(one)[1] for one in cost]

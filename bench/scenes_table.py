@@ -12,8 +12,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from runs import Plan, add_arguments, command_line, results_of, split_options
-from tables import Result, Row, Target, above, machines, markdown, select, targets_table, training
+from harness.runs import Plan, add_arguments, command_line, results_of, split_options
+from harness.tables import Result, Row, Target, above, machines, markdown, select, targets_table, training
 
 _POINTS = 0.10  # by which the decoder has to beat block masks
 BLOCKS = Row("block masks (best of 1 to 4 columns)", "scenes", 1, "blocks")
@@ -67,10 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words, options = split_options(argv)
     args = parser.parse_args(words)
     results = results_of("scenes", plans(args.seeds, options), args, options)
-    found = targets(results)
+    verdicts = targets(results)
     groups = [(f"stage {stage}", "scenes", stage) for stage in (1, 2)]
-    print(markdown(ROWS, results), training(results, groups), machines(results), targets_table(found), sep="\n\n")
-    return 1 if any(t.passed is False for t in found) else 0
+    print(markdown(ROWS, results), training(results, groups), machines(results), targets_table(verdicts), sep="\n\n")
+    return 1 if any(t.passed is False for t in verdicts) else 0
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from kernel_bench import Case, Setting, all_cases, doubled, evaluate
-from kernel_clock import clock_of, interleaved
-from kernel_rows import BOTH, COMPILE, EAGER, FORWARD, OURS, duration
+from harness.kernel_bench import Case, Setting, all_cases, doubled, evaluate
+from harness.kernel_clock import clock_of, interleaved
+from harness.kernel_rows import BOTH, COMPILE, EAGER, FORWARD, OURS, duration
 
 from spot_kernels import dispatch
 
@@ -75,7 +75,7 @@ class Sweep:
 
 
 def _split(answer: tuple[int, int], change: Change, arguments: dict[str, Any]) -> tuple[int, int]:
-    """slot_attention.splits with a given number of programs a sample."""
+    """slot_attention_plan.splits with a given number of programs a sample."""
     tokens, block = arguments["tokens"], arguments["block"]
     span = math.ceil(math.ceil(tokens / block) / change["number"]) * block
     return math.ceil(tokens / span), span
@@ -88,18 +88,24 @@ _ROWS = {"rows": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8)}
 SWEEPS = (
     Sweep(
         "slot_attention_step",
-        "slot_attention.plan",
+        "slot_attention_plan.plan",
         FORWARD,
         {"tokens": (16, 32, 64, 128)} | _LOOP,
         {"backward": False},
     ),
     Sweep(
-        "slot_attention_step", "slot_attention.plan", BOTH, {"tokens": (16, 32, 64, 128)} | _LOOP, {"backward": True}
+        "slot_attention_step",
+        "slot_attention_plan.plan",
+        BOTH,
+        {"tokens": (16, 32, 64, 128)} | _LOOP,
+        {"backward": True},
     ),
-    Sweep("slot_attention_step", "slot_attention.splits", BOTH, {"number": (1, 2, 3, 4, 8, 16, 32, 64)}, make=_split),
-    Sweep("permuted_causal_attention", "permuted_attention._config", FORWARD, _TILES, part="forward"),
-    Sweep("permuted_causal_attention", "permuted_attention._config", BOTH, _TILES, part="queries"),
-    Sweep("permuted_causal_attention", "permuted_attention._config", BOTH, _TILES, part="keys"),
+    Sweep(
+        "slot_attention_step", "slot_attention_plan.splits", BOTH, {"number": (1, 2, 3, 4, 8, 16, 32, 64)}, make=_split
+    ),
+    Sweep("permuted_causal_attention", "permuted_attention_plan.config", FORWARD, _TILES, part="forward"),
+    Sweep("permuted_causal_attention", "permuted_attention_plan.config", BOTH, _TILES, part="queries"),
+    Sweep("permuted_causal_attention", "permuted_attention_plan.config", BOTH, _TILES, part="keys"),
     Sweep("slot_cross_attention", "slot_cross_attention._forward_config", FORWARD, _BLOCK),
     Sweep("slot_cross_attention", "slot_cross_attention._backward_config", BOTH, _BLOCK),
     Sweep("SlotAttention", "gru_norm._forward_config", FORWARD, _ROWS),

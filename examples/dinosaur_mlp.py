@@ -18,8 +18,9 @@ import side_by_side
 import torch
 from torch import Tensor, nn
 
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.config import preset
-from spot_fast.model.encoder import build_encoder, normalise
+from spot_fast.model.encoder import normalise
 
 IMAGE_SIZE, SLOTS, SLOT_WIDTH, HIDDEN = 128, 6, 128, 256
 
@@ -78,7 +79,7 @@ class SlotAttention(nn.Module):
 class DinosaurMlp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = build_encoder(replace(preset("scenes", stage=1), image_size=IMAGE_SIZE, mask_size=IMAGE_SIZE))
+        self.encoder = frozen_encoder(replace(preset("scenes", stage=1), image_size=IMAGE_SIZE, mask_size=IMAGE_SIZE))
         width, tokens = self.encoder.dim, self.encoder.num_tokens
         self.features = nn.Sequential(nn.LayerNorm(width), *mlp(width, width, SLOT_WIDTH))
         self.slot_mean, self.slot_log_sigma = (nn.Parameter(torch.empty(1, 1, SLOT_WIDTH)) for _ in range(2))

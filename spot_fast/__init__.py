@@ -3,11 +3,11 @@
 __version__ = "0.1.0"
 
 __all__ = ["Segmentation", "Spot", "UserError", "load"]
-_HOMES = {"Segmentation": "api", "Spot": "model.spot", "UserError": "errors", "load": "api"}
+_HOMES = {"Segmentation": "api", "Spot": "api", "UserError": "errors", "load": "api"}
 
 
 def __getattr__(name: str) -> object:
-    """Imported when they are asked for: `import spot_fast` alone takes no time."""
+    """Imports a public name on first use, so that `import spot_fast` alone does not import torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

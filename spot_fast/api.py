@@ -8,7 +8,7 @@ result.labels[0], result.masks[0], result.slots[0]  # [H, W], [K, H, W], [K, U]
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,21 @@ from PIL import Image
 from torch import Tensor
 
 from spot_fast.checkpoints.runs import find_folder, find_run, load_run
+from spot_fast.checkpoints.shared_folder import save_pretrained
 from spot_fast.data.decoding.transforms import to_rgb, to_tensor
-from spot_fast.model.spot import Spot
+from spot_fast.model import spot
 from spot_fast.segmentation.overlays import labels_at
-from spot_fast.segmentation.segmenter import Found, model_masker
+from spot_fast.segmentation.segmenter import Segments, model_segmenter
 
 MASKS = ("decoder", "slots")
 
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What a model makes of B images, on the CPU. Indexing and `len` are those of the images.
+    """Slots and masks of B images, on the CPU; `len` is B.
 
-    slots [B, K, U]; decoder_masks and slot_masks [B, N, K], soft masks of the N = G·G patches in raster layout, summing
-    to 1 over slots; sizes: (H, W) of each image; kind: which of the two `masks` and `labels` are made of.
+    slots [B, K, U]; decoder_masks and slot_masks [B, N, K]: soft masks of the N = G·G patches in raster layout, summing
+    to 1 over slots; sizes: (H, W) of each image; kind: which of the two `masks` and `labels` use.
     """
 
     slots: Tensor
@@ -44,19 +45,19 @@ class Segmentation:
 
     @property
     def token_masks(self) -> Tensor:
-        """The chosen soft masks [B, N, K] of the patches."""
+        """The soft masks [B, N, K] of `kind`."""
         return self.decoder_masks if self.kind == "decoder" else self.slot_masks
 
     @property
     def masks(self) -> list[Tensor]:
-        """Soft masks [K, H, W] of each image at its own size, float32, bilinear; made anew at each access."""
+        """Soft masks [K, H, W] of each image at its own size, float32, bilinear; computed at each access."""
         return [
             _mask_at(masks, height, width) for masks, (height, width) in zip(self.token_masks, self.sizes, strict=True)
         ]
 
     @property
     def labels(self) -> list[Tensor]:
-        """Label maps [H, W] of each image at its own size, uint8: the slot whose mask is largest."""
+        """Label maps [H, W] of each image at its own size, uint8: the slot with the largest mask."""
         return [
             torch.from_numpy(labels_at(masks, height, width))
             for masks, (height, width) in zip(self.token_masks, self.sizes, strict=True)
@@ -66,38 +67,63 @@ class Segmentation:
         return len(self.sizes)
 
 
+class Spot(spot.Spot):
+    """`spot_fast.model.spot.Spot` with methods for images of any size and for folders of models."""
+
+    origin: Path | None = None  # what it was loaded from: a run, a saved folder or a file
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike | None, device: str | torch.device | None = None) -> Spot:
+        """A trained model: see `load`."""
+        device = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+        run = load_run(find_folder(path) if path is not None else find_run(), device, model_class=cls)
+        run.model.origin = run.path
+        return run.model
+
+    def save_pretrained(self, folder: str | os.PathLike, *, scores: Mapping[str, float] | None = None) -> Path:
+        """Writes the model to a new folder that can be moved and shared.
+
+        scores: fractions by name, for the model card; by default the last validation of the run it was loaded from.
+        UserError if `folder` exists or cannot be written.
+        """
+        return save_pretrained(self, folder, origin=self.origin, scores=scores)
+
+    def segment_images(self, images: Any, **options: Any) -> Segmentation:
+        """Segments PIL images, arrays or tensors of any sizes: see `segment_images` for the options."""
+        return segment_images(self, images, **options)
+
+
 def load(path: str | os.PathLike | None = None, device: str | torch.device | None = None) -> Spot:
     """A trained model in eval mode.
 
     Args:
-        path: run or saved folder, checkpoint file of the authors, or `owner/name` of the hub; None: the newest finished
-            run under `runs`.
-        device: None takes a GPU where there is one.
+        path: run or saved folder, checkpoint file of the authors, or `owner/name` on the hub; None: the newest finished
+            run in `runs`.
+        device: None: the GPU if there is one.
 
     Raises:
-        UserError: saying what is missing or does not fit.
+        UserError: if something is missing or does not fit.
     """
-    device = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
-    return load_run(find_folder(path) if path is not None else find_run(), device).model
+    return Spot.from_pretrained(path, device)
 
 
 @torch.no_grad()
 def segment_images(
-    model: Spot, images: Any, *, orders: str = "0", masks: str = "decoder", batch_size: int = 32, seed: int = 0
+    model: spot.Spot, images: Any, *, orders: str = "0", masks: str = "decoder", batch_size: int = 32, seed: int = 0
 ) -> Segmentation:
     """Segments images of any sizes, each resized as a whole to the model's square, as `spot_fast.segment` does.
 
     Args:
-        images: an image or a sequence of images. An image is a PIL image (taken as it stands, whatever EXIF says
-            of turning it), a uint8 array [H, W, 3] or [H, W], or a uint8 tensor [3, H, W]; a uint8 tensor
-            [B, 3, H, W] or array [B, H, W, 3] is B of them.
+        images: an image or a sequence of images. An image is a PIL image (its EXIF orientation is ignored), a uint8
+            array [H, W, 3] or [H, W], or a uint8 tensor [3, H, W]; a uint8 tensor [B, 3, H, W] or array [B, H, W, 3]
+            is B images.
         orders: patch order "0", or "all" averaged.
-        masks: what `masks` and `labels` of the result are made of, the "decoder"'s or the "slots"' masks.
+        masks: the masks that `masks` and `labels` of the result use, "decoder" or "slots".
         batch_size: images at a time.
-        seed: of the initial slots' noise, the same for every image, where slots are gaussian.
+        seed: of the noise of gaussian initial slots, which is the same for every image.
 
     Raises:
-        ValueError: naming the image and what is wrong with it.
+        ValueError: naming the image and its error.
     """
     if masks not in MASKS:
         raise ValueError(f"masks={masks!r} is unknown: use {' or '.join(map(repr, MASKS))}")
@@ -106,13 +132,14 @@ def segment_images(
     rgb = [_rgb(image, number) for number, image in enumerate(_each(images))]
     if not rgb:
         raise ValueError("images is empty: pass at least one image")
-    masker = model_masker(model, "", orders=orders, seed=seed)
-    found: list[Found] = []
+    segmenter = model_segmenter(model, orders=orders, seed=seed)
+    parts: list[Segments] = []
+    # Resized batch by batch: all images at the model's size may not fit into memory at once.
     for start in range(0, len(rgb), batch_size):
         batch = rgb[start : start + batch_size]
-        found.append(masker.find(torch.stack([square(image, masker.size) for image in batch])))
-    slots = torch.cat([part.slots for part in found])
-    decoder_masks, slot_masks = (torch.cat([part.masks[kind] for part in found]) for kind in MASKS)
+        parts.append(segmenter.segment(torch.stack([square(image, segmenter.size) for image in batch])))
+    slots = torch.cat([part.slots for part in parts])
+    decoder_masks, slot_masks = (torch.cat([part.masks[kind] for part in parts]) for kind in MASKS)
     return Segmentation(slots, decoder_masks, slot_masks, [(image.height, image.width) for image in rgb], masks)
 
 

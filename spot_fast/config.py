@@ -14,6 +14,9 @@ from typing import Any
 from spot_fast import recipes
 from spot_fast.errors import UserError
 
+# Encoders take images normalised by these, of values in [0, 1].
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 def _option(default: Any, help: str, group: str, choices: tuple | None = None) -> Any:
     return field(default=default, metadata={"help": help, "group": group, "choices": choices})

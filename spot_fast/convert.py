@@ -1,5 +1,4 @@
-"""python -m spot_fast.convert: checkpoints of others become a run folder, and a run a checkpoint of the authors or one
-folder to share."""
+"""python -m spot_fast.convert: checkpoint files → run folders; a run → an authors' checkpoint or a folder to share."""
 
 from __future__ import annotations
 
@@ -10,29 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from spot_fast.checkpoints import official
-from spot_fast.checkpoints import third_party as foreign
+from spot_fast.checkpoints import official, third_party
+from spot_fast.checkpoints.encoder_weights import stored_weights
 from spot_fast.checkpoints.runs import CONFIG, find_folder, load_run
 from spot_fast.checkpoints.shared_folder import check_free, save_pretrained, unused_of
 from spot_fast.checkpoints.unpickle import read_checkpoint
 from spot_fast.config import Config, preset_names
 from spot_fast.errors import UserError
 from spot_fast.files import atomic_write
-from spot_fast.model.encoder import Encoder, build_vit, load_vit_weights, raw_weights
+from spot_fast.model.decoders import decoder_name
 from spot_fast.model.spot import Spot
 from spot_fast.system import terminal
 from spot_fast.training.arguments import check_config
 
-SOURCES = ("authors", *foreign.KINDS)
+SOURCES = ("authors", *third_party.KINDS)
 _SUFFIXES = (".pt", ".pth", ".tar")
 _EPILOG = """sources (recognised by their tensors; --from insists on one):
   authors    gkakogeorgiou/spot, stage 1 and 2, transformer and MLP decoder
-  ocbench    Genera1Z/SmoothSA, its SPOT and the distilled student: GELU, no LayerNorm behind the decoder
-  videosaur  martius-lab/videosaur, image models with the MLP decoder; the GRU goes on from normalised slots
+  ocbench    Genera1Z/SmoothSA, its SPOT and the distilled student: GELU, no LayerNorm after the decoder
+  videosaur  martius-lab/videosaur, image models with the MLP decoder; the GRU starts from normalised slots
   dinosaur   amazon-science/object-centric-learning-framework, DINOSAUR with the MLP decoder
-What has no counterpart (video models, OCLF's autoregressive decoder) is refused with the reason.
+Models without a counterpart (video models, OCLF's autoregressive decoder) are refused with the reason.
 
 examples:
   python -m spot_fast.convert checkpoint.pt.tar runs/spot-coco       evaluate, segment and --teacher take it
@@ -59,9 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         "--to",
         choices=("auto", "folder", "authors"),
         default="auto",
-        help="folder, or authors: a .pt.tar (default: what OUT ends in says)",
+        help="folder, or authors: a .pt.tar (default: by the suffix of OUT)",
     )
-    assumed = parser.add_argument_group("what the tensors of a checkpoint do not tell")
+    assumed = parser.add_argument_group("settings that the tensors of a checkpoint do not show")
     assumed.add_argument(
         "--preset",
         choices=preset_names(),
@@ -121,7 +119,7 @@ _ASSUMED = (
 
 
 def _convert(args: argparse.Namespace) -> list[str]:
-    """Does what the command line asks for; the lines to print."""
+    """Converts as the command line says; returns the lines to print."""
     out = args.out
     given = {name: value for name in _ASSUMED if (value := getattr(args, name)) is not None}
     for name, value in given.items():
@@ -139,71 +137,46 @@ def _convert(args: argparse.Namespace) -> list[str]:
     if args.kind != "auto" or given:
         option = "--from" if args.kind != "auto" else f"--{next(iter(given)).replace('_', '-')}"
         raise UserError(
-            f"{option} belongs to checkpoint files, but {source} is a run, whose {CONFIG} says all: "
+            f"{option} belongs to checkpoint files, but {source} is a run, whose {CONFIG} has all settings: "
             "leave the option out"
         )
     model = load_run(source).model
-    return _to_authors(model, source, out) if to == "authors" else _to_folder(model, source, out)
+    if to == "authors":
+        return _to_authors(model, source, out)
+    save_pretrained(model, out, origin=source)
+    return [f"{source}: {describe(model.config)}", *_written(out), *_next(out, model.config)]
 
 
 def _from_file(source: Path, out: Path, kind: str, given: Mapping[str, Any]) -> list[str]:
     contents = read_checkpoint(source)
-    found = foreign.recognise(contents) or "authors"
-    kind = found if kind == "auto" else kind
-    if kind != found:
-        raise UserError(f"--from {kind}: {source} looks like a checkpoint of {found}, drop the option")
-    unused: dict[str, Tensor] = {}
-    notes: list[str] = []
-    if kind == "authors":
-        config, learned, vit, unused = _authors(contents, given)
+    recognised = third_party.recognise(contents) or "authors"
+    if kind not in ("auto", recognised):
+        raise UserError(f"--from {kind}: {source} looks like a checkpoint of {recognised}, drop the option")
+    if recognised == "authors":
+        converted, owner, title = official.convert(contents, **given), "the authors", "the authors' SPOT"
     else:
-        converted = foreign.convert(kind, contents, **given)
-        config, learned, vit, notes = converted.config, converted.learned, converted.vit, converted.notes
-    model = build(check_config(config), learned, vit)
+        converted, owner, title = third_party.convert(recognised, contents, **given), recognised, recognised
+    config = check_config(converted.config)
     save_pretrained(
-        model,
+        converted.model(),
         out,
-        vit=vit,
-        unused=unused,
-        source=f"`{source.name}`, a checkpoint of {'the authors' if kind == 'authors' else kind}",
+        vit=converted.vit,
+        unused=converted.unused,
+        source=f"`{source.name}`, a checkpoint of {owner}",
         scores={},
     )
-    whose = "the authors' SPOT" if kind == "authors" else kind
-    lines = [f"{source}: {whose}, {describe(config)}", "not in the tensors, so assumed unless given:"]
+    lines = [f"{source}: {title}, {describe(config)}", "not shown by the tensors, so assumed unless given:"]
     lines += [f"  {line}" for line in official.assumptions(config)]
-    lines += [f"note: {note}" for note in notes]
+    lines += [f"note: {note}" for note in converted.notes]
     return [*lines, *_written(out), *_next(out, config)]
-
-
-def _authors(contents: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Config, dict, dict, dict]:
-    """Config, learned tensors, the frozen ViT's and what the way back would not give of an authors' checkpoint."""
-    state = official.official_weights(contents)
-    config = official.infer_config(state, **given)
-    learned, vit = official.learned_tensors(state, config), official.frozen_vit(state)
-    original = {
-        name.replace("tf_dec.", "dec.", 1) if name.startswith("tf_dec.") else name: value
-        for name, value in state.items()
-    }
-    tokens = (config.image_size // state["encoder.patch_embed.proj.weight"].shape[-1]) ** 2
-    back = official.official_tensors(learned, vit, tokens=tokens, mlp=config.decoder == "mlp")
-    return config, learned, vit, official.unused_tensors(original, back)
-
-
-def build(config: Config, learned: Mapping[str, Tensor], vit: Mapping[str, Tensor]) -> Spot:
-    """The model of converted tensors, in eval mode."""
-    trunk = build_vit(config)
-    load_vit_weights(trunk, dict(vit), pos_resize=config.pos_resize, source="the checkpoint")
-    model = Spot(config, Encoder(trunk, last_blocks=config.train_blocks, feature_norm=config.feature_norm))
-    model.load_learned_state_dict(learned)
-    return model.eval()
 
 
 def describe(config: Config) -> str:
     """A model in one line."""
-    orders = "9 orders" if config.orders == "spot9" else "standard order"
-    decoder = (
-        "MLP decoder" if config.decoder == "mlp" else f"transformer decoder of {config.dec_blocks} blocks in {orders}"
-    ) + (", CapPa" if config.cappa else "")
+    decoder = decoder_name(config)
+    if config.decoder == "transformer":
+        decoder += " in 9 orders" if config.orders == "spot9" else " in standard order"
+        decoder += ", CapPa" if config.cappa else ""
     return (
         f"stage {config.stage}, {decoder}, {config.num_slots} {config.slot_init} slots of width {config.slot_dim}, "
         f"encoder {config.encoder} at {config.image_size} px"
@@ -214,7 +187,7 @@ def _to_authors(model: Spot, source: Path, out: Path) -> list[str]:
     config = model.config
     if not out.parent.is_dir():
         raise UserError(f"OUT {out} lies in {out.parent}, which is not a folder: make it, or choose another")
-    state = official.authors_state_dict(model, raw_weights(config)) | unused_of(model)
+    state = official.authors_state_dict(model, stored_weights(config)) | unused_of(source)
     atomic_write(out, lambda partial: torch.save({"model": state}, partial))
     return [
         f"{source}: {describe(config)}",
@@ -224,7 +197,7 @@ def _to_authors(model: Spot, source: Path, out: Path) -> list[str]:
 
 
 def _authors_options(config: Config) -> str:
-    """How the authors' evaluation builds the model, but for its encoder."""
+    """The options of the authors' evaluation that build the model, without its encoder."""
     options = dict(
         num_slots=config.num_slots,
         slot_size=config.slot_dim,
@@ -247,11 +220,6 @@ def _authors_options(config: Config) -> str:
             num_cross_heads=config.dec_cross_heads or config.dec_heads,
         )
     return " ".join(f"--{name} {value}" for name, value in options.items())
-
-
-def _to_folder(model: Spot, source: Path, out: Path) -> list[str]:
-    save_pretrained(model, out)
-    return [f"{source}: {describe(model.config)}", *_written(out), *_next(out, model.config)]
 
 
 def _written(out: Path) -> list[str]:

@@ -4,37 +4,24 @@ their seed only."""
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
 import textwrap
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from spot_fast import __version__
-from spot_fast.checkpoints.runs import Run, find_folder, find_run, load_run
-from spot_fast.data import open_set
+from spot_fast.checkpoints.runs import find_folder, find_run, load_run
 from spot_fast.data.base import ImageSet
 from spot_fast.errors import UserError
 from spot_fast.evaluation.baselines import published_layouts
-from spot_fast.evaluation.metrics import METRICS, SIZE_BINS
+from spot_fast.evaluation.json_results import json_results
 from spot_fast.evaluation.protocols import PROTOCOLS, Protocol, chosen
-from spot_fast.evaluation.scoring import WORKERS, Evaluation, Row, Table, evaluate
-from spot_fast.evaluation.size_plot import check_target, plot_sizes
-from spot_fast.evaluation.tables import (
-    NOTES,
-    evaluation_table,
-    mean_rows,
-    mean_size_table,
-    mean_sizes,
-    mean_table,
-    size_table,
-    unlabelled_line,
-    write_csv,
-)
+from spot_fast.evaluation.scoring import WORKERS, evaluate
+from spot_fast.evaluation.several_runs import ScoredRun, open_val_set, seed_groups, tables_by_protocol
+from spot_fast.evaluation.size_plot import SizeRow, check_target, plot_sizes
+from spot_fast.evaluation.tables import NOTES, group_report, mean_sizes, run_report, write_csv
+from spot_fast.files import writable_target
 from spot_fast.plain_json import write_json
 from spot_fast.precision import PRECISIONS
 from spot_fast.system import terminal
@@ -155,10 +142,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     paths = [find_folder(name, args.root) for name in args.runs] or [find_run(args.root)]
     # All runs are opened before the first is measured: a missing one should not cost the others' minutes.
     runs = [load_run(path) for path in paths]
-    results = []
+    scored: list[ScoredRun] = []
     opened: dict[str, ImageSet] = {}
     for run in runs:
-        val_set = open_val_set(run, args.data, opened)
+        val_set = open_val_set(run.config, args.data, opened)
         with computing(args.threads, device) as adapt:
             result = evaluate(
                 run.model.to(device),
@@ -172,14 +159,13 @@ def _evaluate(args: argparse.Namespace) -> None:
                 precision=args.precision,
                 between_batches=adapt,
             )
-        results.append(result)
+        scored.append(ScoredRun(run.name, run.config, result))
         run.model.to("cpu")
         # On disk before it is printed: neither a terminal nor a later run can lose it.
-        failed = _write(args, targets, protocols, runs[: len(results)], results)
-        print(_report(run, result, args.sizes), end="\n\n", flush=True)
-    groups = alike_runs(runs)
-    for group in groups:
-        print(_summary(runs, results, group, args.sizes), end="\n\n")
+        failed = _write(args, targets, protocols, scored)
+        print(run_report(scored[-1], args.sizes), end="\n\n", flush=True)
+    for group in seed_groups([run.config for run in scored]):
+        print(group_report([scored[index] for index in group], args.sizes), end="\n\n")
     print("\n".join(NOTES))
     if failed is not None:
         raise failed
@@ -188,20 +174,15 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _write(
-    args: argparse.Namespace,
-    targets: dict[str, Path | None],
-    protocols: list[Protocol],
-    runs: list[Run],
-    results: list[Evaluation],
+    args: argparse.Namespace, targets: dict[str, Path | None], protocols: list[Protocol], runs: list[ScoredRun]
 ) -> UserError | None:
-    """Writes the files that were asked for; what went wrong with one is returned, to be told after the scores."""
-    groups = alike_runs(runs)
+    """Writes the files of the options; returns the first error, to be raised after the scores are printed."""
+    groups = seed_groups([run.config for run in runs])
+    settings = {name: getattr(args, name) for name in ("seed", "batch_size", "limit", "device", "precision")}
     writers = {
-        "json": lambda target: write_json(target, _as_json(args, protocols, runs, results, groups)),
-        "csv": lambda target: write_csv(
-            target, [(run_name(run), result) for run, result in zip(runs, results, strict=True)]
-        ),
-        "size-plot": lambda target: _plot(target, runs, results, groups),
+        "json": lambda target: write_json(target, json_results(runs, groups, protocols, settings)),
+        "csv": lambda target: write_csv(target, [(run.name, run.evaluation) for run in runs]),
+        "size-plot": lambda target: _plot(target, runs, groups),
     }
     failed = None
     for option, write in writers.items():
@@ -213,206 +194,25 @@ def _write(
     return failed
 
 
-def writable_target(option: str, name: str | None) -> Path | None:
-    """The file that --`option` names; UserError where it is a folder, lies in none, or cannot be written."""
-    if name is None:
-        return None
-    target = Path(name)
-    if target.is_dir() or not target.parent.is_dir():
-        reason = "is a folder" if target.is_dir() else f"lies in {target.parent}, which is not a folder"
-        raise UserError(f"--{option} {target} {reason}: give a file name in a folder that exists")
-    try:
-        # As `atomic_write` will: a read-only disk and full quotas have to show before the hours of scoring.
-        with tempfile.TemporaryFile(dir=target.parent) as file:
-            file.write(b" ")
-    except OSError as error:
-        raise UserError(
-            f"--{option} {target} cannot be written ({error.strerror}): choose a file in a folder that you may write to"
-        ) from None
-    return target
-
-
-def open_val_set(run: Run, data: str | None, opened: dict[str, ImageSet]) -> ImageSet:
-    """The run's validation images; runs on the same images share them."""
-    config = replace(run.config, data=data) if data else run.config
-    keys = ("preset", "data", "val_images", "image_size", "mask_size", "crop")
-    key = json.dumps([getattr(config, name) for name in keys])
-    if key not in opened:
-        opened[key] = open_set(config, "val")
-    return opened[key]
-
-
-def run_name(run: Run) -> str:
-    """The name of its folder."""
-    return run.path.resolve().name
-
-
-def alike_runs(runs: list[Run]) -> list[list[int]]:
-    """Places of runs whose settings differ in nothing but the seed, two or more each."""
-    groups: dict[str, list[int]] = {}
-    for place, run in enumerate(runs):
-        groups.setdefault(replace(run.config, seed=0).to_json(), []).append(place)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def _report(run: Run, result: Evaluation, sizes: bool) -> str:
-    config = run.config
-    losses = ", ".join(
-        f"{loss:.4f} ({'order 0' if orders == 1 else f'{orders} orders'})"
-        for orders, loss in result.reconstruction.items()
-    )
-    count = f"{result.images} image{'s' * (result.images != 1)}"
-    lines = []
-    for scored in result.tables:
-        lines += [
-            f"{run_name(run)} · preset {config.recipe} · stage {config.stage} · {count} of {result.data}, "
-            f"masks {scored.mask_size} × {scored.mask_size} · protocol {scored.protocol} · percent",
-            "",
-            evaluation_table(scored),
-            "",
-        ]
-        if sizes:
-            lines += ["mBO_i by size of the instance, percent of the label map", "", size_table(scored), ""]
-        if line := unlabelled_line(scored):
-            lines += [line, ""]
-    lines += [
-        f"reconstruction loss {losses} · {1000 * result.seconds_per_image:.1f} ms an image, "
-        f"{1000 * result.metric_seconds_per_image:.1f} of them metrics",
-    ]
-    if result.skipped:
-        lines.append(f"skipped {len(result.skipped)} that cannot be read:")
-        lines += [f"  {label}: {reason}" for label, reason in result.skipped.items()]
-    lines += [f"note: {note}" for note in result.notes]
-    return "\n".join(lines)
-
-
-def _summary(runs: list[Run], results: list[Evaluation], group: list[int], sizes: bool) -> str:
-    names = ", ".join(run_name(runs[place]) for place in group)
-    config = runs[group[0]].config
-    parts = []
-    for tables in _tables(results, group):
-        parts.append(
-            f"mean ± std of {len(group)} runs · preset {config.recipe} · stage {config.stage} · {names} · "
-            f"protocol {tables[0].protocol} · percent\n\n{mean_table(tables)}"
-        )
-        if sizes:
-            parts.append(f"mBO_i by size of the instance, percent of the label map\n\n{mean_size_table(tables)}")
-    return "\n\n".join(parts)
-
-
-def _tables(results: list[Evaluation], group: list[int]) -> list[list[Table]]:
-    """The group's tables, protocol by protocol."""
-    return [list(tables) for tables in zip(*(results[place].tables for place in group), strict=True)]
-
-
-def _plot(target: Path, runs: list[Run], results: list[Evaluation], groups: list[list[int]]) -> None:
-    first = results[0].tables[0]
-    config = runs[0].config
-    title = f"{results[0].data} · preset {config.recipe} · protocol {first.protocol}"
+def _plot(target: Path, runs: list[ScoredRun], groups: list[list[int]]) -> None:
+    """Every kind of masks of a single run or seed group; otherwise the decoder masks of each run."""
+    first = runs[0].evaluation.tables[0]
+    title = f"{runs[0].evaluation.data} · preset {runs[0].config.recipe} · protocol {first.protocol}"
     if len(runs) == 1:
-        rows = [(row.title, [mean for mean, _ in row.sizes], [0.0] * len(row.sizes)) for row in first.rows]
+        sizes = [(row.title, [mean for mean, _ in row.sizes], None) for row in first.rows]
     elif groups and len(groups[0]) == len(runs):
         title += f" · mean ± std of {len(runs)} runs"
-        rows = [
+        sizes = [
             (name, [cell and cell[0] for cell in cells], [cell[1] if cell else 0.0 for cell in cells])
-            for name, cells in mean_sizes(_tables(results, groups[0])[0])
+            for name, cells in mean_sizes(tables_by_protocol(runs)[0])
         ]
     else:
-        rows = []
-        for run, result in zip(runs, results, strict=True):
-            row = [r for r in result.tables[0].rows if r.masks == "decoder"][-1]
-            rows.append((f"{run_name(run)}, {row.title}", [mean for mean, _ in row.sizes], [0.0] * len(row.sizes)))
-    plot_sizes(target, title, rows, [number for _, number in first.rows[0].sizes])
-
-
-def _as_json(
-    args: argparse.Namespace,
-    protocols: list[Protocol],
-    runs: list[Run],
-    results: list[Evaluation],
-    groups: list[list[int]],
-) -> dict:
-    return {
-        "protocol": protocols[0].name,
-        "protocols": {protocol.name: {"about": protocol.about, "source": protocol.source} for protocol in protocols},
-        "unit": "fraction",
-        "versions": {"spot_fast": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
-        "settings": {
-            "seed": args.seed,
-            "batch_size": args.batch_size,
-            "limit": args.limit,
-            "device": args.device,
-            "precision": args.precision,
-        },
-        "runs": [_run_json(run, result) for run, result in zip(runs, results, strict=True)],
-        "summary": [
-            {
-                "preset": runs[group[0]].config.preset,
-                "stage": runs[group[0]].config.stage,
-                "protocol": tables[0].protocol,
-                "runs": [run_name(runs[place]) for place in group],
-                "rows": [
-                    {
-                        "title": title,
-                        **{name: _spread(score) for name, score in scores.items()},
-                        "sizes": [_bin(place, mbo_i=_spread(cell)) for place, cell in enumerate(cells)],
-                    }
-                    for (title, scores), (_, cells) in zip(mean_rows(tables), mean_sizes(tables), strict=True)
-                ],
-            }
-            for group in groups
-            for tables in _tables(results, group)
-        ],
-    }
-
-
-def _spread(score: tuple[float, float] | None) -> dict[str, float] | None:
-    return score and dict(zip(("mean", "std"), score, strict=True))
-
-
-def _bin(place: int, **values: object) -> dict:
-    """Of instances larger than "above" and at most "to", as fractions of the label map."""
-    return {"above": SIZE_BINS[place], "to": SIZE_BINS[place + 1], **values}
-
-
-def _run_json(run: Run, result: Evaluation) -> dict:
-    tables = [
-        {
-            "protocol": scored.protocol,
-            "mask_size": scored.mask_size,
-            "without_object": scored.unlabelled,
-            "rows": [_row_json(row) for row in scored.rows],
-        }
-        for scored in result.tables
-    ]
-    return {
-        "run": run_name(run),
-        "preset": run.config.preset,
-        "stage": run.config.stage,
-        "seed": run.config.seed,
-        "data": result.data,
-        "images": result.images,
-        "skipped": result.skipped,
-        "notes": result.notes,
-        "mask_size": tables[0]["mask_size"],  # these two are the first protocol's, for readers that know one only
-        "rows": tables[0]["rows"],
-        "reconstruction_loss": [{"orders": n, "loss": loss} for n, loss in result.reconstruction.items()],
-        "seconds_per_image": result.seconds_per_image,
-        "metric_seconds_per_image": result.metric_seconds_per_image,
-        "tables": tables,
-    }
-
-
-def _row_json(row: Row) -> dict:
-    return {
-        "masks": row.masks,
-        "num_masks": row.num_masks,
-        "orders": row.orders,
-        "columns": row.columns,
-        **{name: row.scores[name] for name in METRICS},
-        "counted": row.counted,
-        "sizes": [_bin(place, mbo_i=mean, instances=number) for place, (mean, number) in enumerate(row.sizes)],
-    }
+        sizes = []
+        for run in runs:
+            row = [row for row in run.evaluation.tables[0].rows if row.masks == "decoder"][-1]
+            sizes.append((f"{run.name}, {row.title}", [mean for mean, _ in row.sizes], None))
+    rows = [SizeRow(*size, colour) for colour, size in enumerate(sizes)]
+    plot_sizes(target, title, rows, [count for _, count in first.rows[0].sizes])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,3 +85,25 @@ def reason(error: Exception) -> str:
         return error.strerror or text
     # safetensors passes the operating system's error on as text.
     return os.strerror(errno.ENOSPC) if f"os error {errno.ENOSPC})" in text else text
+
+
+def writable_target(option: str, name: str | None) -> Path | None:
+    """The file that --`option` names, None without one.
+
+    UserError where it is a folder, lies in no folder, or cannot be written.
+    """
+    if name is None:
+        return None
+    target = Path(name)
+    if target.is_dir() or not target.parent.is_dir():
+        reason = "is a folder" if target.is_dir() else f"lies in {target.parent}, which is not a folder"
+        raise UserError(f"--{option} {target} {reason}: give a file name in a folder that exists")
+    try:
+        # As `atomic_write` will: a read-only disk or a full quota has to show before hours of work, not after.
+        with tempfile.TemporaryFile(dir=target.parent) as file:
+            file.write(b" ")
+    except OSError as error:
+        raise UserError(
+            f"--{option} {target} cannot be written ({error.strerror}): choose a file in a folder that you may write to"
+        ) from None
+    return target

@@ -103,7 +103,9 @@ def settings(data: str, method: str, encoder: str | None, stage: int) -> dict[st
 
 def _irrelevant(config: Config) -> set[str]:
     """Fields that change nothing in such a run."""
-    decoder = {"dec_blocks", "dec_heads", "cappa"} if config.decoder == "mlp" else {"dec_mlp_hidden"}
+    # A registered decoder may read any of them.
+    others = {"transformer": {"dec_mlp_hidden"}, "mlp": {"dec_blocks", "dec_heads", "cappa"}}
+    decoder = others.get(config.decoder, set())
     return decoder | ({"att_weight", "train_blocks"} if config.stage == 1 else set())
 
 

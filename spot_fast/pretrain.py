@@ -1,11 +1,11 @@
-"""Makes the packaged scenes encoder: a small ViT trained by masked auto-encoding (He et al., 2022) on scenes.
+"""Trains the packaged scenes encoder: a small ViT, by masked auto-encoding (He et al., 2022) of scenes.
 
     python -m spot_fast.pretrain                      # writes spot_fast/weights/scenes_vit.safetensors
 
 Three quarters of the patches are hidden; the ViT sees the rest, and a shallow decoder predicts the hidden patches'
-pixels, each patch normalised by its own mean and deviation. No label is used. Unlike the original, the decoder is told
-where the hidden patches are but not where the visible ones are: their features have to say it. SPOT's decoder has no
-positions of its own, and without them in the features its masks are blurred. The file holds float16 weights (under
+pixels, each patch normalised by its own mean and deviation. No label is used. Unlike the original, the decoder gets
+positions for the hidden patches only, so that the features of the visible ones must carry theirs: SPOT's decoder has no
+positions of its own, and without positions in the features its masks are blurred. The file holds float16 weights (under
 3 MB) that load into timm's VisionTransformer.
 """
 
@@ -23,19 +23,20 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spot_fast.checkpoints.runs import atomic_write
+from spot_fast.checkpoints.encoder_weights import packaged_weights
 from spot_fast.config import preset
 from spot_fast.data.datasets.scenes import Scenes
 from spot_fast.errors import UserError
-from spot_fast.evaluate import writable_target
-from spot_fast.model.encoder import build_vit, normalise, packaged_weights, use_plain_attention
+from spot_fast.files import atomic_write, writable_target
+from spot_fast.model.encoder import normalise, use_plain_attention
 from spot_fast.model.timm_import import import_timm
+from spot_fast.model.vits import build_vit
 from spot_fast.precision import autocast, resolve
 from spot_fast.system import terminal
 
 
 class MaskedAutoencoder(nn.Module):
-    """`vit` with a decoder of `blocks` narrower transformer blocks."""
+    """`vit` with a decoder of `blocks` narrower transformer blocks. keep: fraction of the patches that it sees."""
 
     def __init__(self, vit: nn.Module, *, blocks: int = 2, width: int = 64, heads: int = 4, keep: float = 0.25) -> None:
         super().__init__()
@@ -58,7 +59,9 @@ class MaskedAutoencoder(nn.Module):
         kept = max(1, round(self.keep * self.tokens))
         order = torch.rand(batch, self.tokens, generator=generator).argsort(1)
         seen = tokens[:, prefix:].gather(1, order[:, :kept, None].expand(-1, -1, tokens.shape[-1]))
+        # The final LayerNorm belongs to this training alone: SPOT takes features before it.
         encoded = self.enter(self.vit.norm(self.vit.blocks(torch.cat([tokens[:, :prefix], seen], 1)))[:, prefix:])
+        # Positions for the hidden patches only, see the module's docstring.
         hidden = (self.mask_token + self.positions).expand(batch, -1, -1)
         hidden = hidden.gather(1, order[:, kept:, None].expand(-1, -1, encoded.shape[-1]))
         full = torch.cat([encoded, hidden], 1)
@@ -121,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not 0 < args.lr < math.inf:
             raise UserError(f"--lr is {args.lr}: use a number above 0, such as 1e-3")
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        writable_target("out", str(args.out))  # before the training, not after it
+        writable_target("out", str(args.out))  # fails before the training rather than after it
         start = time.monotonic()
         vit, loss = pretrain(args.steps, args.batch, args.images, args.lr, args.seed)
         if not math.isfinite(loss):

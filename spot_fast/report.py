@@ -13,15 +13,16 @@ import torch
 from tqdm import tqdm
 
 from spot_fast import __version__
-from spot_fast.checkpoints.runs import Run, atomic_write, find_folder, find_run, load_run
+from spot_fast.checkpoints.runs import Run, find_folder, find_run, load_run
 from spot_fast.data.base import ImageSet
 from spot_fast.errors import UserError
-from spot_fast.evaluate import alike_runs, open_val_set, run_name, writable_target
 from spot_fast.evaluation.baselines import published_layouts
 from spot_fast.evaluation.protocols import PROTOCOLS, chosen
 from spot_fast.evaluation.scoring import WORKERS, evaluate
+from spot_fast.evaluation.several_runs import open_val_set, seed_groups
+from spot_fast.files import atomic_write, writable_target
 from spot_fast.precision import PRECISIONS, resolve
-from spot_fast.reporting.introspection import gradients, look, read_image
+from spot_fast.reporting.introspection import PatchGradients, introspect, patch_gradients, read_image
 from spot_fast.reporting.page import page
 from spot_fast.reporting.records import (
     ImageRecord,
@@ -35,6 +36,7 @@ from spot_fast.reporting.records import (
 from spot_fast.system import terminal
 from spot_fast.system.cpu_threads import add_option, computing
 from spot_fast.system.devices import usable_device
+from spot_fast.system.optional import required
 
 _GRADIENT_IMAGES = 16
 # A backward pass for each patch and order: more than this many patches take minutes an image on a CPU.
@@ -128,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(args: argparse.Namespace, command: str) -> None:
     _check(args)
-    # Images are chosen by their scores under SPOT's.
+    required("matplotlib.figure", "a report", "matplotlib")  # drawing comes last: a missing package must show now
+    # Images are chosen by their scores under SPOT's protocol.
     args.protocols = list(dict.fromkeys(["spot", *(protocol.name for protocol in chosen(args.protocol))]))
     out = writable_target("out", args.out)
     device = usable_device(args.device)
@@ -138,20 +141,20 @@ def _report(args: argparse.Namespace, command: str) -> None:
     # All runs are opened before the first is measured: a missing one should not cost the others' minutes.
     runs = [load_run(path) for path in paths]
     opened: dict[str, ImageSet] = {}
-    image_sets = [open_val_set(run, args.data, opened) for run in runs]
+    image_sets = [open_val_set(run.config, args.data, opened) for run in runs]
     report = Report(
         command=command,
         data=args.data,
         limit=args.limit,
-        runs=[RunRecord(run_name(run), run, read_log(run.path), state_metadata(run.path)) for run in runs],
+        runs=[RunRecord(run.name, run, read_log(run.path), state_metadata(run.path)) for run in runs],
         sets=[],
         settings=_settings(args, device),
         about=_about(device),
     )
     for image_set in opened.values():
-        places = [place for place, own in enumerate(image_sets) if own is image_set]
-        groups = [[places[i] for i in group] for group in alike_runs([runs[place] for place in places])]
-        report.sets.append(SetRecord(image_set, places, groups))
+        indices = [index for index, own in enumerate(image_sets) if own is image_set]
+        groups = seed_groups([runs[index].config for index in indices])
+        report.sets.append(SetRecord(image_set, indices, [[indices[i] for i in group] for group in groups]))
     for shown in report.sets:
         _measure(report, shown, args, device)
     text = page(report)
@@ -189,9 +192,9 @@ def _about(device: torch.device) -> dict[str, str]:
 
 
 def _measure(report: Report, shown: SetRecord, args: argparse.Namespace, device: torch.device) -> None:
-    """Scores of the runs on one set, the images to show with what the runs make of them, gradient norms."""
+    """Fills in the scores of the runs on one set, the images to show with each run's introspection, gradient norms."""
     image_set = shown.image_set
-    records = [report.runs[place] for place in shown.places]
+    records = [report.runs[index] for index in shown.run_indices]
     if image_set.has_masks:
         for record in records:
             with computing(args.threads, device) as adapt:
@@ -213,28 +216,28 @@ def _measure(report: Report, shown: SetRecord, args: argparse.Namespace, device:
     picks = choose_images(
         image_set, [r.evaluation for r in records if r.evaluation], each=args.images, seed=args.seed, limit=args.limit
     )
-    read = [(pick, found) for pick in picks if (found := read_image(image_set, pick.index)) is not None]
-    shown.images = [ImageRecord(pick, pixels, truth, []) for pick, (pixels, truth) in read]
+    read = [(pick, image) for pick in picks if (image := read_image(image_set, pick.index)) is not None]
+    shown.images = [ImageRecord(pick, pixels, truth) for pick, (pixels, truth) in read]
     for record in records:
         model = record.run.model.to(device)
         for image in tqdm(shown.images, desc=f"images of {record.name}", unit="image", disable=None):
-            image.looks.append(
-                look(
+            image.introspections.append(
+                introspect(
                     model,
                     image.pixels,
                     image.truth,
-                    index=image.chosen.index,
+                    index=image.choice.index,
                     seed=args.seed,
                     precision=args.precision,
                 )
             )
         model.to("cpu")
-    for place in shown.kinds:
-        record = report.runs[place]
+    for index in shown.distinct:
+        record = report.runs[index]
         record.gradients = _gradients(record.run, image_set, args, device)
 
 
-def _gradients(run: Run, image_set: ImageSet, args: argparse.Namespace, device: torch.device):
+def _gradients(run: Run, image_set: ImageSet, args: argparse.Namespace, device: torch.device) -> PatchGradients | None:
     patches = run.model.encoder.num_tokens
     images = args.gradient_images
     if images is None:
@@ -246,11 +249,11 @@ def _gradients(run: Run, image_set: ImageSet, args: argparse.Namespace, device: 
     model = run.model.to(device)
     batches = -(-images // args.batch_size)
     with tqdm(
-        total=batches * patches * model.num_orders, desc=f"gradients of {run_name(run)}", unit="patch", disable=None
+        total=batches * patches * model.num_orders, desc=f"gradients of {run.name}", unit="patch", disable=None
     ) as bar:
-        found = gradients(model, image_set, images=images, seed=args.seed, batch=args.batch_size, done=bar.update)
+        norms = patch_gradients(model, image_set, images=images, seed=args.seed, batch=args.batch_size, done=bar.update)
     model.to("cpu")
-    return found
+    return norms
 
 
 if __name__ == "__main__":

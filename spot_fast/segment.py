@@ -1,4 +1,4 @@
-"""What a trained model sees in images, or what k-means makes of an encoder's features.
+"""Segments images with a trained model, or by k-means on an encoder's features.
 
 For each image, in the folder of --out:
   NAME_overlay.png        the image, its decoder masks, its slot masks
@@ -13,17 +13,13 @@ that encoder's features.
 
 Images may have any size and shape. --fit says how the model sees them:
   stretch      The whole image is resized to the square that the model was trained on. Fast; shapes are squeezed and
-               small things are lost.
-  interpolate  The whole image in its own shape at once, the ViT's positions interpolated to its grid of patches. A
-               square image without --size is seen as by stretch, to the bit; the model has not seen other grids.
-  tiles        Overlapping squares, each seen as in training; their slots are joined where they cover the same patches.
-               For details, with a larger --size. What is larger than a square may come out in pieces. Pixel values are
-               numbers of segments, the largest 0; --slots gives "slots" [W, K, U] of the W squares, "windows" [W, 4]
-               (left, top, right, bottom in pixels) and "segments" [W, K] (the slot's pixel value, -1: none).
+               small objects are lost.
+  interpolate  The whole image in its own shape, the ViT's positions interpolated to its grid of patches. A square image
+               without --size gives the same bits as stretch; the model was not trained on other grids.
 
-The segment along most of the border is grey, every other one has the colour whose fixed place in the image is
-nearest: colours depend on where segments are, not on how slots are numbered. A file in --out is overwritten if it is of
-the same image and model, else only with --overwrite.
+The segment along most of the border is grey, every other one has the colour whose anchor in the image is nearest:
+colours depend on where segments are, not on the numbers of slots. A file in --out is overwritten if it is of the same
+image and model, else only with --overwrite.
 """
 
 from __future__ import annotations
@@ -37,18 +33,18 @@ from pathlib import Path
 
 from spot_fast.errors import UserError
 from spot_fast.evaluation.scoring import WORKERS
-from spot_fast.model.encoder import SCENES_ENCODER
+from spot_fast.model.vits import SCENES_ENCODER
 from spot_fast.precision import PRECISIONS
-from spot_fast.segmentation.batch import MAX_GRID, Wanted, images_of, segment_all
+from spot_fast.segmentation.batch import MAX_SHEET, Outputs, segment_all, sources_of
 from spot_fast.segmentation.files import check_overwriting, find_images, output_names, save
-from spot_fast.segmentation.layouts import FITS, Fit, fit_of
+from spot_fast.segmentation.grids import FITS, Fit, fit_of
 from spot_fast.segmentation.overlays import contact_sheet
-from spot_fast.segmentation.segmenter import CLUSTER_SIZE, Masker, cluster_masker, run_masker
+from spot_fast.segmentation.segmenter import CLUSTER_SIZE, Segmenter, cluster_segmenter, run_segmenter
 from spot_fast.system import terminal
 from spot_fast.system.cpu_threads import add_option, computing
 from spot_fast.system.devices import usable_device
 
-_NAMED = 10  # so many images get a line each
+_MOST_LINES = 10  # with more images none gets a line of its own
 _MASKS = {"decoder": ("decoder",), "slots": ("slots",), "both": ("decoder", "slots")}
 
 
@@ -79,8 +75,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--size",
         type=int,
         metavar="S",
-        help="shorter side in pixels at which the model sees an image, for interpolate and tiles, "
-        "rounded to patches (default: the side of its square); with --encoder also the side of the "
+        help="shorter side in pixels at which the model sees an image, for interpolate, rounded to "
+        "patches (default: the side of its square); with --encoder also the side of the "
         f"square for stretch (default: {CLUSTER_SIZE}, {SCENES_ENCODER}: 64)",
     )
     parser.add_argument(
@@ -94,7 +90,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--grid",
         type=Path,
         metavar="FILE.png",
-        help=f"also write a contact sheet of the first {MAX_GRID} images and their masks, captioned",
+        help=f"also write a contact sheet of the first {MAX_SHEET} images and their masks, captioned",
     )
     parser.add_argument(
         "--scenes",
@@ -111,7 +107,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=16,
         metavar="N",
-        help="squares at a time, fewer where grids are larger; changes nothing but rounding (default: 16)",
+        help="images at a time, fewer where grids are larger; changes nothing but rounding (default: 16)",
     )
     parser.add_argument(
         "--workers",
@@ -152,8 +148,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--size {args.size}: use a multiple of the encoder's patch size")
     if not args.encoder and args.size and args.fit == "stretch":
         raise UserError(
-            f"--size {args.size}: a run keeps the size it was trained with; add --fit tiles or --fit "
-            "interpolate, or cluster an --encoder NAME"
+            f"--size {args.size}: a run keeps the size it was trained with; add --fit interpolate, "
+            "or cluster an --encoder NAME"
         )
     if args.grid and args.grid.suffix.lower() != ".png":
         raise UserError(f"--grid {args.grid}: give the name of a .png file")
@@ -161,75 +157,74 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--grid {args.grid} is a folder: give the name of a .png file")
 
 
-def _masker(args: argparse.Namespace, device: str) -> tuple[Masker, int, str]:
+def _segmenter(args: argparse.Namespace, device: str) -> Segmenter:
     if not args.encoder:
-        return run_masker(args.run, orders=args.orders, device=device, precision=args.precision)
-    return cluster_masker(
+        return run_segmenter(args.run, orders=args.orders, device=device, precision=args.precision)
+    return cluster_segmenter(
         args.encoder,
         args.encoder_weights,
         clusters=args.clusters,
-        size=None if args.fit == "tiles" else args.size,
+        size=args.size,
         device=device,
         precision=args.precision,
     )
 
 
-def _fit(args: argparse.Namespace, masker: Masker) -> Fit:
-    fit = fit_of(args.fit, masker.size, masker.patch, args.size)
-    fewest = math.prod(fit(1, 1).window)
+def _fit(args: argparse.Namespace, segmenter: Segmenter) -> Fit:
+    fit = fit_of(args.fit, segmenter.size, segmenter.patch, args.size)
+    fewest = math.prod(fit(1, 1))  # a square image has the smallest grid
     if args.encoder and args.clusters > fewest:
         raise UserError(f"--clusters {args.clusters}: with --size {args.size} use 1 to {fewest}")
     return fit
 
 
 def run(args: argparse.Namespace) -> int:
-    """Segments what `args` name and says so; the exit code."""
+    """Segments the images of `args` and prints a summary; returns the exit code."""
     _check(args)
     files = find_images(args.images, args.out, lambda note: print(f"note: {note}", file=sys.stderr))
     paths = [path for path, _ in files]
     if args.grid and args.grid.resolve() in {path.resolve() for path in paths}:
         raise UserError(f"--grid {args.grid} is one of the images: choose another name")
-    where = usable_device(args.device)
-    device = str(where)
-    masker, size, what = _masker(args, device)
-    fit = _fit(args, masker)
-    kinds = _MASKS[args.masks or "both"] if "slots" in masker.kinds else masker.kinds
-    metadata = {"fit": args.fit, "model": what, **({} if args.encoder else {"orders": args.orders})}
-    wanted = Wanted(args.out, kinds, args.overlay, args.soft, args.slots, metadata)
-    images = images_of(paths, args.scenes, size, masker.identity)
+    device = usable_device(args.device)
+    segmenter = _segmenter(args, str(device))
+    fit = _fit(args, segmenter)
+    kinds = _MASKS[args.masks or "both"] if "slots" in segmenter.kinds else segmenter.kinds
+    metadata = {"fit": args.fit, "model": segmenter.title, **({} if args.encoder else {"orders": args.orders})}
+    outputs = Outputs(args.out, kinds, args.overlay, args.soft, args.slots, metadata)
+    images = sources_of(paths, args.scenes, segmenter.size, segmenter.identity)
     names = output_names([stem for _, stem in files] + [f"scene_{i:03d}" for i in range(args.scenes)], paths, args.out)
     if not args.overwrite:
-        check_overwriting(args.out, names, [image.origin for image in images], wanted.endings)
-    print(f"{what}, {size} px, {device}", flush=True)
+        check_overwriting(args.out, names, [image.origin for image in images], outputs.endings)
+    print(f"{segmenter.title}, {segmenter.size} px, {device}", flush=True)
     start = time.perf_counter()
-    with computing(args.threads, where) as adapt:
+    with computing(args.threads, device) as adapt:
         results = segment_all(
             images,
             names,
-            masker,
+            segmenter,
             fit,
-            wanted,
+            outputs,
             batch_size=args.batch_size,
             workers=args.workers,
-            grid=args.grid is not None,
+            contact_sheet=args.grid is not None,
             between_batches=adapt,
         )
     seconds = time.perf_counter() - start
     if results.rows:
         rows = [row for _, row in sorted(results.rows.items())]
         save(contact_sheet(rows, columns=1 if len(rows) < 4 else 2 if len(rows) <= 24 else 4), args.grid)
-    if len(images) <= _NAMED:
+    if len(images) <= _MOST_LINES:
         for index, (width, height) in sorted(results.sizes.items()):
             print(f"{args.out / names[index]}_*  {width} x {height}")
     if results.rows:
-        print(args.grid, f"(the first {MAX_GRID} of {len(images)} images)" if len(images) > MAX_GRID else "")
+        print(args.grid, f"(the first {MAX_SHEET} of {len(images)} images)" if len(images) > MAX_SHEET else "")
     if results.skipped:
         print(f"{results.skipped} of {len(images)} could not be read and were skipped", file=sys.stderr)
     if not (done := len(results.sizes)):
         raise UserError("no image could be read: nothing was written")
     print(
         f"{done} image{'s' * (done != 1)} in {seconds:.1f} s, {done / seconds:.1f} images/s: "
-        f"{args.out}/NAME_{{{','.join(wanted.endings)}}}"
+        f"{args.out}/NAME_{{{','.join(outputs.endings)}}}"
     )
     return 0
 

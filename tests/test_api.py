@@ -64,8 +64,8 @@ def test_labels_are_those_of_the_segment_command(run, model, tmp_path):
         # the API computes in float32, the command in bfloat16 where the CPU multiplies it
         assert segment.main(argv + ["--device", "cpu", "--precision", "float32"]) == 0
         with Image.open(out / "photo_labels.png") as labels:
-            found = model.segment_images(Image.open(tmp_path / "photo.png"), orders=orders).labels[0]
-            assert np.array_equal(np.asarray(labels), found.numpy())
+            from_api = model.segment_images(Image.open(tmp_path / "photo.png"), orders=orders).labels[0]
+            assert np.array_equal(np.asarray(labels), from_api.numpy())
 
 
 def test_slot_masks_and_seeds_are_a_choice(model):

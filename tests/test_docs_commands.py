@@ -24,7 +24,7 @@ import torch
 from doc_commands import PAGES, ROOT, commands, furnish, python_blocks, untrained
 from spot_fast.config import Config
 from spot_fast.data import READERS, open_sets
-from spot_fast.model.spot import DECODERS
+from spot_fast.model.decoders import DECODERS
 from spot_fast.recipes import DATA_SETS, ENCODERS
 
 # Long training: as many images as one step takes. A run of its own data set is told to print its configuration.

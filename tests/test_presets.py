@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from spot_fast import presets, recipes, train
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.checkpoints.runs import CONFIG, MODEL, find_run, write_config
 from spot_fast.config import Config, preset
 from spot_fast.data import open_set
 from spot_fast.errors import UserError
-from spot_fast.model.encoder import Encoder, build_encoder, build_vit
+from spot_fast.model.encoder import Encoder
 from spot_fast.model.spot import Spot
+from spot_fast.model.vits import build_vit
 from spot_fast.published import SCORES, scores
 from spot_fast.recipes import DATA_SETS, ENCODERS, METHODS
 from spot_fast.training.arguments import check_config, parse
@@ -153,7 +155,7 @@ def test_encoders_by_their_names():
         match=r"neither timm nor the hub has the weights of --encoder moco_vitb16: download "
         r"https://dl\.fbaipublicfiles\.com/moco-v3/.+ and pass it as --encoder-weights FILE",
     ):
-        build_encoder(preset("coco+moco_vitb16", image_size=32))
+        frozen_encoder(preset("coco+moco_vitb16", image_size=32))
     with pytest.raises(UserError, match=r"--encoder dino_vitb61 is not a model timm knows: did you mean dino_vitb16"):
         build_vit(preset("coco", encoder="dino_vitb61"))
 

@@ -15,13 +15,13 @@ from collections import Counter
 from record import GO, NO_GO, Options, Recorder, Time, parser, run
 
 import torch  # isort: skip
-import step_flops
-from kernel_bench import sets_needed
-from kernel_clock import DeviceClock, captured, clock_of, measure_ceilings, samples, spread
-from step_flops import Product
-from step_runs import settings
+from harness import step_flops
+from harness.kernel_bench import sets_needed
+from harness.kernel_clock import DeviceClock, captured, clock_of, measure_ceilings, samples, spread
+from harness.step_flops import Product
+from harness.step_runs import settings
 
-from spot_fast.checkpoints.runs import frozen_encoder
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.model.spot import Spot
 
 BATCH = 64

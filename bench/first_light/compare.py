@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from record import ABSENT, GO, NO_GO, Options, Recorder, Row, reason
 
 import torch  # isort: skip
-from kernel_bench import Function, Problem, doubled, evaluate, gradients_of, input_sets, outputs_of
-from kernel_clock import Call, DeviceClock, captured, clock_of, samples, spread
-from kernel_rows import EAGER
+from harness.kernel_bench import Function, Problem, doubled, evaluate, gradients_of, input_sets, outputs_of
+from harness.kernel_clock import Call, DeviceClock, captured, clock_of, samples, spread
+from harness.kernel_rows import EAGER
 
 
 def compare(
@@ -45,15 +45,15 @@ def compare(
             true = true_of[reference]
             if plain is None and EAGER in problem.techniques:
                 plain = evaluate(problem.techniques[EAGER](), first, problem.parameters, grads)
-            found = evaluate(function, first, problem.parameters, grads)
-            errors[name] = _error(problem, technique, found, true, plain if reference is problem.exact else None)
+            computed = evaluate(function, first, problem.parameters, grads)
+            errors[name] = _error(problem, technique, computed, true, plain if reference is problem.exact else None)
         except AssertionError as wrong:
             rows.append(recorder.add(subject, name, verdict=NO_GO, note=reason(wrong)))
             continue
         except Exception as error:
             rows.append(recorder.add(subject, name, verdict=ABSENT, note=reason(error)))
             continue
-        used = [g.to(t.dtype) for g, t in zip(grads, found.outputs, strict=True)] if backward else None
+        used = [g.to(t.dtype) for g, t in zip(grads, computed.outputs, strict=True)] if backward else None
 
         def call(i: int, function: Function = function, used: list | None = used) -> object:
             given = sets[i % len(sets)]
@@ -71,15 +71,15 @@ def compare(
     taken = samples(DeviceClock() if options.gpu else clock_of(options.device), calls, **limits)
     each = len(sets) if options.gpu else 1
     for name, values in taken.items():
-        found = spread([value / each for value in values])
+        times = spread([value / each for value in values])
         rows.append(
             recorder.add(
                 subject,
                 name,
                 figure="µs forward and backward" if backward else "µs forward",
-                value=1e6 * found.median,
-                low=1e6 * found.low,
-                high=1e6 * found.high,
+                value=1e6 * times.median,
+                low=1e6 * times.low,
+                high=1e6 * times.high,
                 error=errors[name],
                 verdict=GO,
             )
@@ -87,12 +87,12 @@ def compare(
     return rows
 
 
-def _error(problem: Problem, technique: str, found, true, plain) -> float:
+def _error(problem: Problem, technique: str, computed, true, plain) -> float:
     """The largest relative error; AssertionError where it is too large. Of another function, beside nothing plain."""
     if plain is not None:
-        return max(filter(lambda value: value is not None, problem.errors(technique, found, true, plain)))
-    pairs = [*zip(found.outputs, true.outputs, strict=True), *zip(found.gradients, true.gradients, strict=True)]
-    worst = max(((mine.double() - exact).abs().max() / exact.abs().max()).item() for mine, exact in pairs)
+        return max(filter(lambda value: value is not None, problem.errors(technique, computed, true, plain)))
+    pairs = [*zip(computed.outputs, true.outputs, strict=True), *zip(computed.gradients, true.gradients, strict=True)]
+    worst = max(((ours.double() - exact).abs().max() / exact.abs().max()).item() for ours, exact in pairs)
     assert worst < 0.1, f"an error of {worst:.2g}"
     return worst
 

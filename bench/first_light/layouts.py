@@ -1,4 +1,4 @@
-"""Where tokens should stand in the decoder: raster layout with our kernel, or order layout with PyTorch's attention.
+"""The decoder's layout of tokens: raster layout with our kernel, or order layout with PyTorch's attention.
 
     python bench/first_light/layouts.py [--rehearse]
 
@@ -7,7 +7,7 @@ Self-attention of the decoder, forward and backward, 64 × 6 heads × 196 tokens
     raster, ours       `permuted_causal_attention`: rows are gathered and scattered inside the kernel
     raster, gathered   the same by index_select, `is_causal` attention, index_select back, in every block
     raster, Flex       FlexAttention with a block mask of the order, made beforehand
-    order, …           tokens stand in the order: `is_causal` attention alone, by each backend of PyTorch
+    order, …           tokens lie in the order:  `is_causal` attention alone, by each backend of PyTorch
 
 In order layout the decoder's input is written in the order by `shift_by_order`, which gathers in any case, and the
 prediction or the target is indexed once a step: that is timed too. The last row says which layout a step of four blocks
@@ -25,8 +25,8 @@ from record import NO_GO, Options, Recorder, Time, best_of, parser, run
 import torch  # isort: skip
 import torch.nn.functional as F
 from bench_permuted_attention import columns, flex, gathered
-from kernel_bench import Function, Problem, randn
-from kernel_rows import EAGER, FLEX, OURS, SDPA
+from harness.kernel_bench import Function, Problem, randn
+from harness.kernel_rows import EAGER, FLEX, OURS, SDPA
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import spot_kernels
@@ -37,7 +37,7 @@ _FLASH, _CUDNN, _DEFAULT = "order, FLASH", "order, CUDNN", "order, PyTorch's cho
 
 
 def causal(backend: SDPBackend | None) -> Function:
-    """Attention of tokens that stand in the order; the last argument is the order, which it does not need."""
+    """Attention of tokens that lie in the order; the last argument is the order, which it does not need."""
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)

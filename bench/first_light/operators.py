@@ -6,7 +6,7 @@
 Shapes and their exact versions are those of the benches (`bench_<operator>.py`), the tolerance is the tests': twice
 (outputs) and three times (gradients) plain PyTorch's own error in that dtype. Every operator then has to give the same
 bits REPEATS times. Each has a process of its own, because one illegal access ends all that its process was to do; they
-run side by side, most of their time being compilation. compute-sanitizer looks for races where it is installed.
+run side by side, most of their time being compilation. compute-sanitizer searches for races where it is installed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from dataclasses import asdict
 from record import ABSENT, GO, LATE, NO_GO, Options, Recorder, Row, Time, options, parser, reason, run
 
 import torch  # isort: skip
-from kernel_bench import Case, Results, Setting, all_cases, doubled, evaluate, gradients_of, outputs_of
-from kernel_rows import EAGER, OURS
+from harness.kernel_bench import Case, Results, Setting, all_cases, doubled, evaluate, gradients_of, outputs_of
+from harness.kernel_rows import EAGER, OURS
 
 import spot_kernels
 
 REPEATS = 20
-# What compute-sanitizer looks at: the two kernels whose threads hand values to one another in ways of their own.
+# What compute-sanitizer inspects: the two kernels whose threads hand values to one another in ways of their own.
 RACES = ("match_masks", "permuted_causal_attention")
 _SANITIZER_SECONDS = 75.0
 
@@ -110,7 +110,7 @@ def operators(recorder: Recorder, options: Options, time: Time, jobs: int, only:
 
 
 class _Direct:
-    """In the place of a queue: rows are added at once."""
+    """Instead of a queue: rows are added at once."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
@@ -190,9 +190,11 @@ def report_sanitizer(recorder: Recorder, started: tuple[str, subprocess.Popen | 
         process.communicate()
         recorder.add("races", name, verdict=LATE)
         return
-    told = [line.strip("= ") for line in text.splitlines() if "RACECHECK SUMMARY" in line or "hazard" in line.lower()]
-    note = told[-1] if told else (text.strip().splitlines() or ["nothing was said"])[-1][:200]
-    clean = process.returncode == 0 and any("0 hazards" in line for line in told)
+    hazards = [
+        line.strip("= ") for line in text.splitlines() if "RACECHECK SUMMARY" in line or "hazard" in line.lower()
+    ]
+    note = hazards[-1] if hazards else (text.strip().splitlines() or ["no output"])[-1][:200]
+    clean = process.returncode == 0 and any("0 hazards" in line for line in hazards)
     verdict = GO if clean else NO_GO if process.returncode == 9 else ABSENT
     recorder.add("races", name, figure="compute-sanitizer, racecheck", verdict=verdict, note=note)
 

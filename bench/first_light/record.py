@@ -24,12 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench"), str(ROOT / "tests" / "support")]
 
 import torch
-from machine import commit, cpu_name, nvidia_smi
-from tables import slug
+from harness.machine import commit, cpu_name, nvidia_smi
+from harness.tables import slug
 
 PARTS = ("ceilings", "operators", "steps", "layouts", "rivals")
 GO, NO_GO, ABSENT, LATE = "go", "NO GO", "not here", "out of time"
-# The exit code of a part that ran out of its time, as of `timeout`.
+# The exit code of a part that ran out of its time, as `timeout` has it.
 OUT_OF_TIME = 124
 
 
@@ -193,7 +193,7 @@ class Time:
 
 @dataclass(frozen=True)
 class Options:
-    """What every part is told. gpu: whether it runs on one; a rehearsal has small shapes and few repetitions."""
+    """What every part is given. gpu: whether it runs on one; a rehearsal has small shapes and few repetitions."""
 
     gpu: bool
     rehearse: bool

@@ -21,8 +21,8 @@ from record import ABSENT, GO, LATE, Options, Recorder, Time, parser, run
 
 import torch  # isort: skip
 from bench_slot_module import OURS_COMPILED
-from kernel_bench import Case, Setting, all_cases, evaluate
-from kernel_rows import COMPILE, OURS
+from harness.kernel_bench import Case, Setting, all_cases, evaluate
+from harness.kernel_rows import COMPILE, OURS
 
 # Operator and the beginning of its shape.
 WANTED = {

@@ -23,8 +23,8 @@ from pathlib import Path
 from record import ABSENT, GO, NO_GO, Options, Recorder, Row, Time, best_of, parser, reason, run
 
 import torch  # isort: skip
-from kernel_clock import spread
-from step_runs import TrainerSteps, settings, write_teacher
+from harness.kernel_clock import spread
+from harness.step_runs import TrainerSteps, settings, write_teacher
 from torch import Tensor
 
 from imitated_graph import ImitatedRecorder, rate_on_device

@@ -1,4 +1,4 @@
-"""What first_light found, from its CSV files: Markdown tables, and the line that says how far the aims are.
+"""The results of first_light from its CSV files: Markdown tables, and the line that says how far the aims are.
 
     python bench/first_light/table.py bench/results/first_light_*.csv
     python bench/first_light/table.py --last FILE.csv ...          the last line of each card alone
@@ -19,13 +19,13 @@ from steps import AIMS
 COCO_STEPS = 50 * (118_287 // 64)  # of each stage
 COCO_MINUTES = 30.0
 
-Found = Sequence[tuple[dict[str, str], Row]]
+Lines = Sequence[tuple[dict[str, str], Row]]
 
 
-def machines(found: Found, run: str = "") -> dict[tuple[str, ...], Found]:
+def machines(lines: Lines, run: str = "") -> dict[tuple[str, ...], Lines]:
     """Rows by card, versions and whether it was a rehearsal: of each part those of `run`, or of its newest run."""
     newest: dict[tuple[str, ...], dict[str, str]] = {}
-    for about, row in found:
+    for about, row in lines:
         runs = newest.setdefault(_machine(about), {})
         runs[row.part] = run or max(runs.get(row.part, ""), about["run"])
     return {
@@ -33,7 +33,7 @@ def machines(found: Found, run: str = "") -> dict[tuple[str, ...], Found]:
         for machine, runs in newest.items()
         if (
             kept := [
-                (about, row) for about, row in found if _machine(about) == machine and about["run"] == runs[row.part]
+                (about, row) for about, row in lines if _machine(about) == machine and about["run"] == runs[row.part]
             ]
         )
     }
@@ -43,15 +43,15 @@ def _machine(about: dict[str, str]) -> tuple[str, ...]:
     return tuple(about[name] for name in ("card", "torch", "triton", "rehearsal"))
 
 
-def tables(found: Found) -> str:
+def tables(lines: Lines) -> str:
     """A table for each part of one machine, and where and when it was measured."""
-    lines: list[str] = []
+    text: list[str] = []
     for part in PARTS:
-        rows = [(about, row) for about, row in found if row.part == part and row.subject != "the whole part"]
+        rows = [(about, row) for about, row in lines if row.part == part and row.subject != "the whole part"]
         if not rows:
             continue
         about = rows[0][0]
-        lines += [
+        text += [
             "",
             f"**{part}**, {about['card']}, torch {about['torch']}, triton {about['triton']}, {about['date']}"
             + (" (a rehearsal)" if about["rehearsal"] else ""),
@@ -59,8 +59,8 @@ def tables(found: Found) -> str:
             "| what | of | figure | p20 to p80 | error, allowed | |",
             "|---|---|---|---|---|---|",
         ]
-        lines += [_line(row) for _, row in rows]
-    return "\n".join(lines).strip()
+        text += [_line(row) for _, row in rows]
+    return "\n".join(text).strip()
 
 
 def _line(row: Row) -> str:
@@ -75,7 +75,7 @@ def _line(row: Row) -> str:
 
 def fastest(rows: Sequence[Row], stage: int) -> Row | None:
     """The fastest variant of a stage whose check passed."""
-    found = [
+    candidates = [
         row
         for row in rows
         if row.part == "steps"
@@ -84,12 +84,12 @@ def fastest(rows: Sequence[Row], stage: int) -> Row | None:
         and row.variant != "aim"
         and row.verdict != NO_GO
     ]
-    return min(found, key=lambda row: row.value, default=None)
+    return min(candidates, key=lambda row: row.value, default=None)
 
 
-def last_line(found: Found) -> str:
+def last_line(lines: Lines) -> str:
     """The aims and by how much they are missed, COCO's minutes, and whatever is no go."""
-    rows = [row for _, row in found]
+    rows = [row for _, row in lines]
     best = {stage: fastest(rows, stage) for stage in AIMS}
     parts = []
     for stage, row in best.items():
@@ -109,7 +109,7 @@ def last_line(found: Found) -> str:
     wrong = sorted({f"{row.part}: {row.subject}" for row in rows if row.verdict == NO_GO})
     if wrong:
         parts.append(f"NO GO in {len(wrong)}: {', '.join(wrong[:6])}" + (", …" if len(wrong) > 6 else ""))
-    if any(about["rehearsal"] for about, _ in found):
+    if any(about["rehearsal"] for about, _ in lines):
         parts.insert(0, "a rehearsal, whose figures say nothing")
     return "; ".join(parts)
 
@@ -128,12 +128,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not lines:
         print(f"error: no rows in {', '.join(map(str, args.files))}: run bench/first_light.sh first", file=sys.stderr)
         return 2
-    found = machines(lines, args.run)
-    if not found:
+    by_machine = machines(lines, args.run)
+    if not by_machine:
         there = ", ".join(sorted({about["run"] for about, _ in lines}))
         print(f"error: no rows of the run {args.run}: there are {there}", file=sys.stderr)
         return 2
-    for rows in found.values():
+    for rows in by_machine.values():
         if not args.last:
             print(tables(rows), end="\n\n")
         print(f"{rows[0][0]['card']}: {last_line(rows)}")

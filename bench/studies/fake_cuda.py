@@ -4,7 +4,7 @@
 
 Models are moved to a device "cuda" whose tensors have shapes, dtypes and a device but no memory (FakeTensorMode). Every
 operator then runs as it would be dispatched there: operators of spot_kernels choose their kernels, and a tensor left on
-the CPU meets one on the GPU. Three findings are told, each with the line of the project it comes from:
+the CPU meets one on the GPU. Three kinds of findings are printed, each with the line of the project it comes from:
 
     error   two devices in one operator, or whatever else raises
     wait    a number read on the host (`.item()`, `bool()`), a copy to the host, a shape that depends on values
@@ -36,13 +36,13 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-from step_runs import settings, write_teacher
+from harness.step_runs import settings, write_teacher
 
 from spot_fast.data import open_set
 from spot_fast.data.caching.feature_cache import FeatureCache
 from spot_fast.evaluation.protocols import GroundTruth, chosen
 from spot_fast.evaluation.scoring import _Pass
-from spot_fast.segmentation.segmenter import model_masker
+from spot_fast.segmentation.segmenter import model_segmenter
 from spot_fast.training import bad_steps
 from spot_fast.training import console as progress
 from spot_fast.training.optimiser import adam, clip_by_infinity_norm, set_learning_rate, update
@@ -80,7 +80,7 @@ class Section:
 
 
 class Watch(TorchDispatchMode):
-    """Notes what would wait, and gives something in the place of numbers that are not there."""
+    """Notes what would wait, and gives something instead of numbers that do not exist."""
 
     NUMBERS = ("_local_scalar_dense", "equal", "is_nonzero")
     SHAPES = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount")
@@ -129,7 +129,7 @@ class Watch(TorchDispatchMode):
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    """In the place of pinned memory, which there is none of: on the GPU already, without a note."""
+    """Instead of pinned memory, which there is none of: on the GPU already, without a note."""
     Watch.pinned = True
     try:
         return tensor.to(CUDA)
@@ -233,9 +233,9 @@ class Study:
             self.evaluation()
         with self.section("segmentation, results to the host"):
             for orders in ("0", "all"):
-                masker = model_masker(trainer.model.eval(), "", orders=orders, precision="bf16")
-                masker._device = str(CUDA)
-                masker.find(self.images)
+                segmenter = model_segmenter(trainer.model.eval(), orders=orders, precision="bf16")
+                segmenter._device = str(CUDA)
+                segmenter.segment(self.images)
         return self.sections
 
     def compiled(self, section: Section, *arguments: object) -> None:
@@ -276,7 +276,7 @@ class Study:
 def report(sections: Sequence[Section]) -> str:
     lines = []
     for section in sections:
-        lines.append(section.name + ("" if section.findings else ": nothing found"))
+        lines.append(section.name + ("" if section.findings else ": no findings"))
         lines += [f"  {finding}" for finding in section.findings]
         if section.operators:
             ran = ", ".join(f"{name} ({backend})" for name, backend in sorted(section.operators.items()))

@@ -1,13 +1,13 @@
 // Linear assignment by shortest augmenting paths with dual variables (Jonker and Volgenant 1987, in the rectangular
 // form of Crouse, "On implementing 2D rectangular assignment algorithms", 2016): O(rows^2 * columns) per problem.
 //
-// Rows are added one at a time. For a new row a Dijkstra search over reduced costs looks for the nearest free column,
-// passing through columns that are taken and the rows that hold them; then the path is flipped and the duals move.
+// Rows are added one at a time. For a new row a Dijkstra search over reduced costs finds the nearest free column, passing
+// through columns that are taken and the rows that hold them; then the path is flipped and the duals move.
 //
-// Ties. Columns not yet reached stand in a list that starts with the highest index; a reached column's place is
-// filled by the list's last entry. Of several columns at the same distance a free one wins over a taken one; of free
-// ones the last in the list wins (a constant cost gives row i column i), of taken ones the first. This is the order of
-// scipy.optimize.linear_sum_assignment, so results do not depend on whether this library could be built.
+// Ties. Columns not yet reached are in a list that starts with the highest index; the list's last entry replaces a
+// reached column. Of several columns at the same distance a free one wins over a taken one; of free ones the last in the
+// list wins (a constant cost gives row i column i), of taken ones the first. scipy.optimize.linear_sum_assignment has the
+// same order, so results do not depend on whether this library could be built.
 
 #include "sizes.h"
 #include "spot_native.h"
@@ -50,7 +50,7 @@ class Solver {
     }
 
   private:
-    // Nearest free column from `start`. There is one: fewer rows than columns hold a column, and distances are finite.
+    // Nearest free column from `start`. One exists: fewer rows than columns hold a column, and distances are finite.
     int64_t search(int64_t start) {
         distance_.assign(columns_, kInfinity);
         searched_rows_.clear();
@@ -65,18 +65,19 @@ class Solver {
             const double* row_cost = cost.data() + row * columns_;
             const double dual = row_dual_[row];
             double lowest = kInfinity;
+            // shorten the distances through the row that was reached, and find the shortest of all
             for (int64_t i = 0; i < left; ++i) {
                 const int64_t column = unreached_[i];
-                // the order of these operations is scipy's: rounding decides between near-ties
+                // in scipy's order of operations, because rounding decides near-ties
                 const double through_row = walked + row_cost[column] - dual - column_dual_[column];
-                // choices, not branches: which way they go cannot be foreseen
+                // selects instead of branches, which the processor could not predict
                 const bool shorter = through_row < distance_[column];
                 const double distance = shorter ? through_row : distance_[column];
                 distance_[column] = distance;
                 came_from_[column] = shorter ? row : came_from_[column];
                 lowest = distance < lowest ? distance : lowest;
             }
-            int64_t nearest = kNone;  // a place in the list: the last free column at that distance, or the first taken one
+            int64_t nearest = kNone;  // index in the list: the last free column at that distance, or the first taken one
             for (int64_t i = 0; i < left; ++i) {
                 if (distance_[unreached_[i]] == lowest) {
                     const bool also_free = row_of_[unreached_[i]] == kNone;
@@ -104,6 +105,7 @@ class Solver {
         }
     }
 
+    // Walks back from the free column to the new row and gives every row on the path the column after it.
     void flip_path(int64_t start, int64_t sink) {
         int64_t column = sink;
         int64_t row;
@@ -128,10 +130,10 @@ int assign_batch(const T* cost, int64_t batch, int64_t rows, int64_t columns, in
     if (batch == 0 && rows >= 0 && columns >= 0) {
         return SPOT_OK;
     }
-    if (!spot::countable({batch, rows, columns}) || !spot::there(cost, rows * columns) || !spot::there(assignment, rows)) {
+    if (!spot::countable({batch, rows, columns}) || !spot::present(cost, rows * columns) || !spot::present(assignment, rows)) {
         return SPOT_BAD_SIZE;
     }
-    // more rows than columns: the transposed problem, whose "rows" are our columns
+    // more rows than columns: solve the transposed problem, whose rows are the columns here
     const bool transposed = rows > columns;
     Solver solver(transposed ? columns : rows, transposed ? rows : columns);
     for (int64_t b = 0; b < batch; ++b, cost += rows * columns, assignment += rows) {

@@ -2,19 +2,18 @@
 // Each row of the grid is resized along x once; a row of the label map then mixes two of them mask by mask, and keeps the
 // largest value and its mask. Full-size maps of floats are never written.
 //
-// The sums are PyTorch's to the last bit, so that near-ties fall the same way: v = l0 * w0 + l1 * w1 along x, then along
-// y, where PyTorch's build for processors with FMA fuses l0 * w0 with the addition, and the source coordinate likewise.
+// The sums equal PyTorch's to the last bit, so that near-ties are decided alike: v = l0 * w0 + l1 * w1 along x, then along
+// y. PyTorch's build for processors with FMA fuses l0 * w0 with the addition, and the source coordinate likewise.
 
 #include "sizes.h"
 #include "spot_native.h"
+#include "threads.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <exception>
 #include <vector>
-
-#include "team.h"
 
 #if defined(__GNUC__)
 #define SPOT_INLINE inline __attribute__((always_inline))
@@ -27,10 +26,10 @@
 
 namespace {
 
-constexpr double kMixesPerNs = 1.5;  // of a core, roughly: decides how many threads are worth waking
-constexpr int64_t kBlock = 64;  // pixels of a row whose largest values and labels are kept close by
+constexpr double kMixesPerNs = 1.5;  // of a core, roughly: decides how many threads pay
+constexpr int64_t kBlock = 64;  // pixels of a row whose largest values and labels stay in registers and the first cache
 
-// Of one coordinate of the label map: between which two of the grid, and their weights.
+// The two grid coordinates that a coordinate of the label map lies between, and their weights.
 struct Mix {
     int64_t low, high;
     float of_low, of_high;
@@ -46,9 +45,9 @@ std::vector<Mix> mixes(int64_t grid, int64_t size, bool fused) {
     const float scale = static_cast<float>(grid) / static_cast<float>(size);
     for (int64_t i = 0; i < size; ++i) {
         const float middle = static_cast<float>(i) + 0.5f;
-        const float place = std::max(0.0f, fused ? std::fma(scale, middle, -0.5f) : scale * middle - 0.5f);
-        const int64_t low = std::min(static_cast<int64_t>(place), grid - 1);
-        const float of_high = std::min(std::max(place - static_cast<float>(low), 0.0f), 1.0f);
+        const float source = std::max(0.0f, fused ? std::fma(scale, middle, -0.5f) : scale * middle - 0.5f);
+        const int64_t low = std::min(static_cast<int64_t>(source), grid - 1);
+        const float of_high = std::min(std::max(source - static_cast<float>(low), 0.0f), 1.0f);
         all[i] = {low, std::min(low + 1, grid - 1), 1.0f - of_high, of_high};
     }
     return all;
@@ -58,6 +57,7 @@ std::vector<Mix> mixes(int64_t grid, int64_t size, bool fused) {
 template <bool fused>
 SPOT_INLINE void label_image(const float* masks, const Mix* at, int64_t grid, int64_t slots, int64_t size, float* rows,
                              uint8_t* labels) {
+    // along x, with x innermost: contiguous stores, and the gather of row[...] stays within one row of the grid
     for (int64_t y = 0; y < grid; ++y) {
         const float* row = masks + y * grid * slots;
         for (int64_t slot = 0; slot < slots; ++slot) {
@@ -68,6 +68,7 @@ SPOT_INLINE void label_image(const float* masks, const Mix* at, int64_t grid, in
             }
         }
     }
+    // along y, slot by slot over a block of pixels: two contiguous loads and a branch-free maximum, which vectorise
     float best[kBlock];
     int32_t winner[kBlock];
     for (int64_t y = 0; y < size; ++y) {
@@ -85,6 +86,7 @@ SPOT_INLINE void label_image(const float* masks, const Mix* at, int64_t grid, in
                 const float* h = high + slot * size;
                 for (int64_t x = 0; x < width; ++x) {
                     const float value = mix<fused>(l[x], m.of_low, h[x], m.of_high);
+                    // strictly larger: the first of equal masks stays
                     const bool larger = value > best[x];
                     best[x] = larger ? value : best[x];
                     winner[x] = larger ? static_cast<int32_t>(slot) : winner[x];
@@ -111,6 +113,7 @@ void fused_image(const float* masks, const Mix* at, int64_t grid, int64_t slots,
 }
 
 #if SPOT_X86
+// The rest of the library runs on any x86 processor; this clone is inlined with AVX2 and FMA enabled.
 __attribute__((target("avx2,fma"))) void avx2_image(const float* masks, const Mix* at, int64_t grid, int64_t slots,
                                                     int64_t size, float* rows, uint8_t* labels) {
     label_image<true>(masks, at, grid, slots, size, rows, labels);
@@ -129,7 +132,7 @@ Image chosen(bool fused) {
 }  // namespace
 
 int spot_mask_labels(const float* masks, int64_t batch, int64_t grid, int64_t slots, int64_t size, int32_t fused,
-                     int32_t threads, spot_team team, uint8_t* labels) {
+                     int32_t threads, uint8_t* labels) {
     if (grid < 1 || slots < 1 || slots > 256 || size < 1) {
         return SPOT_BAD_SIZE;
     }
@@ -145,9 +148,9 @@ int spot_mask_labels(const float* masks, int64_t batch, int64_t grid, int64_t sl
         const std::vector<Mix> at = mixes(grid, size, fused);
         const Image image = chosen(fused);
         const double nanoseconds = static_cast<double>(size) * size * slots / kMixesPerNs;
-        spot::each_image(team, threads, batch, nanoseconds, [&](int64_t b) noexcept {
+        spot::each_image(threads, batch, nanoseconds, [&](int64_t b) noexcept {
             try {
-                // as large as the image's maps in one direction: little beside what is done with it
+                // one image's maps resized along x: small beside the work on them
                 std::vector<float> rows(grid * slots * size);
                 image(masks + b * grid * grid * slots, at.data(), grid, slots, size, rows.data(),
                       labels + b * size * size);

@@ -1,4 +1,4 @@
-// What an entry point asks of its arguments before it reads or writes anything.
+// Checks that every entry point makes of its arguments before it reads or writes anything.
 
 #ifndef SPOT_SIZES_H
 #define SPOT_SIZES_H
@@ -8,8 +8,8 @@
 
 namespace spot {
 
-// Whether int64_t counts the bytes of an array of these sizes, none of them negative, with room for what is padded (up to
-// 64 more of each), so that no product or sum of sizes that follows can overflow.
+// Whether no size is negative and int64_t holds the bytes of an array of these sizes, even padded by 64 each, so that no
+// product or sum of them overflows.
 inline bool countable(std::initializer_list<int64_t> sizes) {
     double product = 1;
     for (const int64_t size : sizes) {
@@ -21,8 +21,8 @@ inline bool countable(std::initializer_list<int64_t> sizes) {
     return product < 1e18;
 }
 
-// Whether there is memory where an array of `elements` is expected.
-inline bool there(const void* data, int64_t elements) { return data || !elements; }
+// Whether an array of `elements` has memory.
+inline bool present(const void* data, int64_t elements) { return data || !elements; }
 
 }  // namespace spot
 

@@ -11,7 +11,8 @@ from spot_kernels.mask_labels import mask_labels
 from spot_kernels.mask_matching import assign_masks, linear_assignment, match_masks, overlap_counts
 from spot_kernels.modules.slot_attention import PermutedDecoder, PermutedDecoderBlock, SlotAttention
 from spot_kernels.patching.patch import PatchReport, patch, unpatch
-from spot_kernels.permuted_attention import permuted_causal_attention, shift_by_order
+from spot_kernels.permuted_attention import permuted_causal_attention
+from spot_kernels.shift_by_order import shift_by_order
 from spot_kernels.slot_attention import slot_attention_step
 from spot_kernels.slot_cross_attention import slot_cross_attention, slot_cross_map
 

@@ -1,7 +1,5 @@
-"""`python -m spot_kernels`: whether the native library is there, or what runs instead; which instructions it uses."""
+"""`python -m spot_kernels` prints the path of the native library, or why it cannot be used and what runs instead."""
 
 from spot_kernels import native
 
 print(native.describe())
-if levels := native.slot_attention_levels():
-    print(f"slot attention with {levels[0]} instructions (here too: {', '.join(levels[1:]) or 'none'})")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-# Whether every call checks its order, which costs a sort and a wait: for debugging. Read once, so that a traced graph
-# depends on plain values.
+# Whether every call checks its order, for debugging: it costs a sort and waits for the device. Read once, so that a
+# traced graph depends on plain values.
 CHECK_ORDERS = os.environ.get("SPOT_KERNELS_CHECK", "0") not in ("", "0")
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def floating(operator: str, **tensors: torch.Tensor) -> None:
-    """All tensors are of one floating dtype and on one device."""
+    """Requires one floating dtype and one device of all tensors."""
     (first, reference), *_ = tensors.items()
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATING:
@@ -29,19 +31,19 @@ def floating(operator: str, **tensors: torch.Tensor) -> None:
 def shape(
     operator: str, name: str, tensor: torch.Tensor, layout: str, expected: Sequence[int | None] | None = None
 ) -> None:
-    """The tensor is strided and has as many axes as `layout` ("[B, N, D]") and the sizes in `expected`, None: any."""
+    """Requires a dense tensor with as many axes as `layout` ("[B, N, D]") and the sizes in `expected` (None: any)."""
     if tensor.layout is not torch.strided:
         raise ValueError(f"{operator}: {name} is {tensor.layout}: pass an ordinary dense tensor")
-    found = tuple(tensor.shape)
-    if len(found) != layout.count(",") + 1:
-        raise ValueError(f"{operator}: {name} {found} must have the layout {layout}")
-    if expected is not None and any(want not in (None, size) for want, size in zip(expected, found, strict=True)):
+    sizes = tuple(tensor.shape)
+    if len(sizes) != layout.count(",") + 1:
+        raise ValueError(f"{operator}: {name} {sizes} must have the layout {layout}")
+    if expected is not None and any(want not in (None, size) for want, size in zip(expected, sizes, strict=True)):
         wanted = ", ".join("any" if want is None else str(want) for want in expected)
-        raise ValueError(f"{operator}: {name} {found} does not fit the other arguments: expected [{wanted}]")
+        raise ValueError(f"{operator}: {name} {sizes} does not fit the other arguments: expected [{wanted}]")
 
 
 def order(operator: str, tensor: torch.Tensor, batch: int, tokens: int, device: torch.device) -> None:
-    """A patch order: int64, [N] or [B, N], on the tokens' device. Whether it is a permutation, `permutation` asks."""
+    """Requires a patch order: int64, [N] or [B, N], on the tokens' device. `permutation` checks its values."""
     if tensor.dtype != torch.int64:
         raise ValueError(f"{operator}: order is {tensor.dtype}: pass an int64 tensor of raster indices")
     if tuple(tensor.shape) not in ((tokens,), (batch, tokens)):
@@ -50,28 +52,43 @@ def order(operator: str, tensor: torch.Tensor, batch: int, tokens: int, device: 
         raise ValueError(f"{operator}: order is on {tensor.device} but the tokens are on {device}: move one")
 
 
+def refuse_second_gradients(operator: str) -> Callable[..., NoReturn]:
+    """The autograd formula of a backward operator without one: a ValueError."""
+
+    def refuse(ctx, *gradients):
+        raise ValueError(f"{operator}: gradients of gradients are not implemented by its kernels: use backend torch")
+
+    return refuse
+
+
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors as torch.autocast wants attention's inputs: in its dtype where it is on, as they are otherwise."""
+    """The tensors in torch.autocast's dtype where it is enabled, as it casts attention's inputs; float64 stays."""
     kind = tensors[0].device.type
-    # the meta device has no autocast, and raises when asked
+    # PyTorch has no autocast for the meta device, and raises
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
-def permutation(operator: str, order: torch.Tensor) -> None:
-    """ValueError unless every row of the order is a permutation of 0…N−1, which waits for the device.
+def without_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """A block in which products keep their operands' dtypes, whatever torch.autocast would cast them to."""
+    kind = tensor.device.type
+    return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
-    Under torch.compile and in a recording of a CUDA graph, where nothing can wait, it is an assertion on the device: a
-    RuntimeError at the next call that waits.
+
+def permutation(operator: str, order: torch.Tensor) -> None:
+    """Requires that every row of the order is a permutation of 0…N−1, which waits for the device.
+
+    Under torch.compile and in the capture of a CUDA graph, which cannot wait, it is an assertion on the device instead:
+    a RuntimeError at the next call that waits.
     """
     steps = torch.arange(order.shape[-1], device=order.device)
-    right = (order.sort(-1).values == steps).all()
-    wrong = f"{operator}: order {tuple(order.shape)} is not a permutation of 0 to {order.shape[-1] - 1}"
+    valid = (order.sort(-1).values == steps).all()
+    message = f"{operator}: order {tuple(order.shape)} is not a permutation of 0 to {order.shape[-1] - 1}"
     if order.device.type == "meta" or isinstance(order, FakeTensor):
-        return  # there is nothing to look at
+        return  # no values to check
     if torch.compiler.is_compiling() or (order.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        torch._assert_async(right, wrong)
-    elif not right:
-        raise ValueError(wrong)
+        torch._assert_async(valid, message)
+    elif not valid:
+        raise ValueError(message)

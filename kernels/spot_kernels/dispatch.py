@@ -4,16 +4,17 @@
     native  the C++ library (`spot_kernels.native`); CPU tensors
     torch   the plain PyTorch reference; any device and dtype, differentiable as often as one likes
 
-`auto`, the default, takes the kernels for GPU tensors, the library for CPU tensors, and PyTorch for whatever those two
-do not cover (float64 on a GPU, more than 64 slots, operators without a native path, a missing library; whatever is
-differentiated forward, by torch.func or under its vmap; tensors without data, on the meta device).
-`SPOT_KERNELS_BACKEND` sets another default for the process, `use_backend` one for a block of code in the thread that
-runs it; `chosen_backend` says what would run. A backend asked for by name that cannot run is a ValueError, with two
-exceptions. `native` leaves what has no native path to PyTorch, and `triton` operators that have no kernel, so that
+`auto`, the default, takes the kernels for GPU tensors, the library for CPU tensors, and PyTorch for everything that
+those two do not cover: float64 on a GPU, more than 64 slots, operators without a native path, a missing library,
+forward-mode differentiation, torch.func's transforms, and the meta device.
+
+`SPOT_KERNELS_BACKEND` sets another default for the process, `use_backend` for a block of code in the thread that runs
+it; `chosen_backend` returns what would run. A backend requested by name that cannot run is a ValueError, with two
+exceptions: `native` leaves operators without a native path to PyTorch, and `triton` those without a kernel, so that
 either can be set once for a whole program. On the meta device, where nothing is computed, every name means PyTorch.
 
-The choice is made when an operator is called (under torch.compile: when it is traced, guarded against changes) and
-travels with the call: backward runs on the backend of its forward.
+The choice is made when an operator is called (under torch.compile: when it is traced, with a guard) and travels with
+the call: backward runs on the backend of its forward.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ BACKENDS = ("auto", "triton", "native", "torch")
 
 _HALF = (torch.bfloat16, torch.float16)
 _LABELS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# Operator → backend → the dtypes it takes (of q, of the tokens, of the cost, of the labels).
+# Operator → backend → dtypes it takes of the operator's first tensor.
 SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
-    "slot_attention_step": {"triton": (torch.float32, *_HALF), "native": (torch.float32, torch.bfloat16)},
+    "slot_attention_step": {"triton": (torch.float32, *_HALF)},
     "permuted_causal_attention": {"triton": (torch.float32, *_HALF)},
     "shift_by_order": {"triton": (torch.float32, *_HALF)},
     "slot_cross_attention": {"triton": (torch.float32, *_HALF)},
@@ -51,7 +52,7 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "mask_labels": {"native": (torch.float64, torch.float32, *_HALF)},
 }
 
-# Nothing is differentiated through their results, which are constants to any transform.
+# Operators without gradients: their results are constants to any transform.
 _CONSTANT = ("linear_assignment", "assign_masks", "match_masks", "overlap_counts", "mask_labels")
 _TRANSFORMED = "the call is inside a transform of torch.func or forward-mode differentiation"
 
@@ -67,9 +68,9 @@ _DEFAULT = _check_name(os.environ.get("SPOT_KERNELS_BACKEND", "") or "auto", "SP
 
 
 class _Choice(threading.local):
-    """The backend asked for in this thread.
+    """The backend requested in this thread.
 
-    torch.compile guards the attribute because `__init__` makes it in every thread: a class attribute would be traced
+    torch.compile guards the attribute because `__init__` sets it in every thread: a class attribute would be traced
     without a guard, and a ContextVar cannot be traced at all.
     """
 
@@ -87,9 +88,8 @@ INTERPRETED = TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 def use_backend(name: str) -> Iterator[None]:
     """Operators that this thread calls in the block run on the backend `name`: auto, triton, native or torch.
 
-    Other threads are not concerned, those started in the block included (DataParallel's replicas, say). Neither is what
-    autograd's own threads compute anew: gradient checkpointing on a GPU runs a forward pass there. Set
-    SPOT_KERNELS_BACKEND for a choice that holds everywhere.
+    Other threads keep their backend, also those started in the block (such as DataParallel's replicas) and autograd's
+    own, in which gradient checkpointing on a GPU runs its forward pass again. Set SPOT_KERNELS_BACKEND for all threads.
     """
     _check_name(name, "use_backend:")
     before, _choice.requested = _choice.requested, name
@@ -100,25 +100,23 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def chosen_backend(operator: str, tensor: torch.Tensor) -> str:
-    """The backend that `operator` would run on for `tensor`, one of triton, native, torch.
+    """The backend that `operator` would run on for `tensor`: triton, native or torch.
 
-    operator: an operator's name, such as "slot_attention_step". tensor: its first argument; device and dtype matter,
-    the shape does not (an operator called outside the kernels' limits, such as 65 slots, takes PyTorch, and so do
-    shapes for which the library is not faster on the CPU).
+    Args:
+        operator: an operator's name, such as "slot_attention_step".
+        tensor: its first argument. Device and dtype matter; shapes beyond the kernels' limits, such as 65 slots, run on
+            PyTorch whatever this returns.
 
-    Raises ValueError for an unknown operator, and where the backend that was asked for cannot run.
+    Raises:
+        ValueError: for an unknown operator, or a requested backend that cannot run.
     """
     if operator not in SUPPORT:
         raise ValueError(f"operator {operator!r} is unknown: use one of {', '.join(SUPPORT)}")
     return choose(operator, tensor)
 
 
-def choose(operator: str, tensor: torch.Tensor, limit: str = "", *, native_wins: bool = True) -> str:
-    """As `chosen_backend` for one call.
-
-    limit: what the kernels do not take about it, in a few words; empty: nothing. native_wins: whether the library is
-    faster than PyTorch at its shape; where it is not, `auto` leaves it alone.
-    """
+def choose(operator: str, tensor: torch.Tensor, limit: str = "") -> str:
+    """As `chosen_backend`, for one call; limit: why the kernels do not take it, in a few words, or an empty string."""
     wanted, support = _choice.requested, SUPPORT[operator]
     kind, dtype = tensor.device.type, tensor.dtype
     if wanted == "torch" or kind == "meta":
@@ -134,34 +132,32 @@ def choose(operator: str, tensor: torch.Tensor, limit: str = "", *, native_wins:
         return "triton"
     if wanted == "native":
         if not NATIVE:
-            raise ValueError(f"{operator}: backend native was asked for, but there is {native.describe()}")
+            raise ValueError(f"{operator}: backend native was requested, but there is {native.describe()}")
         if kind != "cpu":
-            raise ValueError(f"{operator}: backend native was asked for, but the tensors are on {kind}: use auto")
+            raise ValueError(f"{operator}: backend native was requested, but the tensors are on {kind}: use auto")
     elif kind == "cuda":
         return "triton" if TRITON and not limit and dtype in support.get("triton", ()) else "torch"
-    elif not native_wins:
-        return "torch"
     return "native" if kind == "cpu" and NATIVE and dtype in support.get("native", ()) else "torch"
 
 
 def _transformed() -> bool:
-    """Whether torch.func transforms the call, or a level of forward-mode differentiation is open.
+    """Whether torch.func transforms the call, or forward-mode differentiation is active.
 
-    The kernels are autograd functions for one backward pass: they have no derivative forward (it would be zero without
-    a word) and no rule for a batch of calls.
+    The kernels are autograd functions for one backward pass: they have no forward-mode derivative (it would silently be
+    zero) and no batching rule.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _check_triton(operator: str, kind: str, dtype: torch.dtype, limit: str) -> None:
-    said = f"{operator}: backend triton was asked for, but"
+    refused = f"{operator}: backend triton was requested, but"
     if not TRITON:
-        raise ValueError(f"{said} triton is not installed: pip install triton")
+        raise ValueError(f"{refused} triton is not installed: pip install triton")
     if kind != "cuda" and not (kind == "cpu" and INTERPRETED):
-        raise ValueError(f"{said} the tensors are on {kind}: move them to a GPU or set TRITON_INTERPRET=1 at start")
+        raise ValueError(f"{refused} the tensors are on {kind}: move them to a GPU or set TRITON_INTERPRET=1 at start")
     dtypes = SUPPORT[operator].get("triton", ())
     if dtype not in dtypes:
         names = ", ".join(str(known).removeprefix("torch.") for known in dtypes)
-        raise ValueError(f"{said} its kernels do not take {dtype}: use {names}, or backend torch")
+        raise ValueError(f"{refused} its kernels do not take {dtype}: use {names}, or backend torch")
     if limit:
-        raise ValueError(f"{said} {limit}: use backend torch")
+        raise ValueError(f"{refused} {limit}: use backend torch")

@@ -1,8 +1,8 @@
-"""FLOPs of the attention operators for torch.utils.flop_counter, which sees nothing inside an operator of ours.
+"""FLOPs of the attention operators for torch.utils.flop_counter, which cannot see inside a custom operator.
 
-Counted are the products that backend torch computes, all N × N of permuted causal attention included, so that a model's
-count does not depend on the backend; a multiplication and an addition are two. The kernels compute the logits again in
-their backward pass, and skip tokens that are not visible: what they do is in the operators' docstrings.
+Counts the products that backend torch computes, including all N × N of permuted causal attention, so that a model's
+count does not depend on the backend; a multiplication and an addition are two FLOPs. The kernels' own work differs:
+they compute the logits again in the backward pass and skip invisible tokens (the operators' docstrings count it).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _Shape = Sequence[int]
 
 
 def _product(q: _Shape, k: _Shape) -> int:
-    """Of q kᵀ, q [B, H, N, d] and k [B, H, M, d]; of any other product of such shapes, too."""
+    """FLOPs of q kᵀ, q [B, H, N, d] and k [B, H, M, d], or of any other product of these sizes."""
     return 2 * math.prod(q) * k[2]
 
 
 def _forward(q: _Shape, k: _Shape, *_, **__) -> int:
-    """Logits, and the weighted sum of v."""
+    """Logits and the weighted sum of v."""
     return 2 * _product(q, k)
 
 
 def _slot_backward(grad_updates: _Shape | None, grad_attn, grad_logits, q: _Shape, k: _Shape, *_, **__) -> int:
-    """dq and dk from the gradient of the logits; da and dv where the updates have one."""
+    """dq and dk from the gradient of the logits; da and dv if the updates have a gradient."""
     return (2 if grad_updates is None else 4) * _product(q, k)
 
 
@@ -58,7 +58,7 @@ def _register(counter: ModuleType) -> None:
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Registers the formulas when PyTorch's counter is imported: it imports Triton, for which nobody should wait."""
+    """Registers the formulas when PyTorch's counter is imported; importing it here would import Triton, too."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _COUNTER:
@@ -77,7 +77,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
 
 def register() -> None:
-    """Registers the formulas, now or when torch.utils.flop_counter is imported. The operators have to be defined."""
+    """Registers the formulas, now or when torch.utils.flop_counter is imported. The operators must be defined."""
     if _COUNTER in sys.modules:
         _register(sys.modules[_COUNTER])
     elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):

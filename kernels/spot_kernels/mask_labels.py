@@ -2,8 +2,8 @@
 
     labels[y, x] = the first k with the largest  Σ_ij  wy[y, i] wx[x, j] masks[i, j, k]
 
-On the CPU the native library does it in one pass without maps of floats in between, with the same arithmetic as
-PyTorch, so that near-ties fall the same way; elsewhere, and for small maps, PyTorch resizes a few images at a time.
+On the CPU the native library does it in one pass without full-size maps of floats, with PyTorch's arithmetic, so that
+near-ties are decided alike; elsewhere, and for small maps, PyTorch resizes a few images at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from spot_kernels import checks, dispatch, native
 from spot_kernels.reference import mask_labels as reference
 
 MOST_MASKS = 256
-# Up to this side PyTorch resizes in another way, which adds up in another order.
+# Up to this side PyTorch resizes with another algorithm, which sums in another order.
 _SMALL = 64
 
 
@@ -32,13 +32,18 @@ def _(masks, size, backend):
 
 
 def mask_labels(masks: torch.Tensor, size: int) -> torch.Tensor:
-    """The hard label map [B, size, size] uint8, labels in 0…K-1, that soft masks on the patch grid stand for.
+    """The hard label map of soft masks on the patch grid.
 
-    masks: [B, N, K], floating point and finite, N = G × G in raster order, K at most 256; resized in float32.
-    size: side of the label map in pixels. Of equal masks the first wins. Gradients do not flow; NaN wins over
-    everything on PyTorch's path and over nothing on the library's.
+    Args:
+        masks: [B, N, K], floating point and finite, N = G × G in raster order, K at most 256; resized in float32.
+        size: side of the label map in pixels.
 
-    Raises ValueError naming the argument whose shape, dtype or size does not fit.
+    Returns:
+        labels [B, size, size] uint8 in 0…K-1; of equal masks the first wins. No gradients flow. NaN wins over
+        everything on PyTorch's path and over nothing on the native library's.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype or size does not fit.
     """
     checks.floating("mask_labels", masks=masks)
     checks.shape("mask_labels", "masks", masks, "[B, N, K]")

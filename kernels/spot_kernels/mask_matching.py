@@ -4,11 +4,11 @@
     cost[t, s] = 1 - IoU[t, s], 1000 for a teacher mask without a token
     assignment = the one-to-one map of teacher masks to student masks of least total cost
 
-On a GPU the counts, the assignment and the renaming run in one kernel, one program an image, without waiting for the
-device, for up to 64 slots; `linear_assignment` likewise for up to 64 rows and columns. On the CPU the native library
-runs, or scipy and PyTorch where it was not built; `chosen_backend` says which. All of them are exact and search in the
-same order, so they also agree where several assignments are optimal. Larger problems on a GPU, and backend torch there,
-copy the cost to the host and the result back, which waits for the device.
+On a GPU one kernel counts, assigns and renames, one program an image, without waiting for the device, for up to 64
+slots; `linear_assignment` likewise for up to 64 rows and columns. On the CPU the native library runs, or scipy and
+PyTorch where it was not built; `chosen_backend` says which. All of them are exact and search in the same order, so they
+also agree where several assignments are optimal. On a GPU, larger problems and backend torch copy the cost to the host
+and the result back, which waits for the device.
 
 Labels and assignments are integers: no gradients flow through these operators.
 """
@@ -21,8 +21,29 @@ from spot_kernels import checks, dispatch, native
 from spot_kernels.reference import mask_matching as reference
 
 EMPTY_TEACHER_COST = 1e3
-# Of the kernels: rows, columns and slots, which lie in registers; tokens, whose counts are exact in float32.
+# Limits of the kernels: rows, columns and slots, which are held in registers; tokens, so that float32 counts are exact.
 LARGEST_PROBLEM, MOST_TOKENS = 64, 2**24
+
+
+def empty_counts(a: torch.Tensor, num_a: int, num_b: int) -> torch.Tensor:
+    """Overlap counts [B, num_a, num_b]."""
+    return a.new_empty((len(a), num_a, num_b), dtype=torch.int64)
+
+
+def empty_assignment(cost: torch.Tensor) -> torch.Tensor:
+    """The column of each row [B, R]."""
+    return cost.new_empty(cost.shape[:2], dtype=torch.int64)
+
+
+def empty_assigned(student: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Assignment and its IoU [B, K], cost [B, K, K]."""
+    cost = student.new_empty((len(student), num_slots, num_slots), dtype=torch.float32)
+    return empty_assignment(cost), cost.new_empty(cost.shape[:2]), cost
+
+
+def empty_renamed(teacher: torch.Tensor) -> torch.Tensor:
+    """Renamed labels [B, N]."""
+    return teacher.new_empty(teacher.shape, dtype=torch.int64)
 
 
 @torch.library.custom_op("spot_kernels::overlap_counts", mutates_args=())
@@ -32,13 +53,15 @@ def _overlap_counts(
     if backend == "triton":
         from spot_kernels.gpu import mask_matching as kernels
 
-        return kernels.overlap_counts(a, b, num_a, num_b, valid)
+        counts = empty_counts(a, num_a, num_b)
+        kernels.overlap_counts(a, b, num_a, num_b, valid, MOST_TOKENS, counts)
+        return counts
     return _count(("a", "b"), a, b, num_a, num_b, valid, backend)
 
 
 @_overlap_counts.register_fake
 def _(a, b, num_a, num_b, valid, backend):
-    return a.new_empty((a.shape[0], num_a, num_b), dtype=torch.int64)
+    return empty_counts(a, num_a, num_b)
 
 
 @torch.library.custom_op("spot_kernels::linear_assignment", mutates_args=())
@@ -46,13 +69,15 @@ def _linear_assignment(cost: torch.Tensor, backend: str) -> torch.Tensor:
     if backend == "triton":
         from spot_kernels.gpu import linear_assignment as kernels
 
-        return kernels.linear_assignment(cost)
+        assignment = empty_assignment(cost)
+        kernels.linear_assignment(cost, assignment)
+        return assignment
     return _assign(cost, backend)
 
 
 @_linear_assignment.register_fake
 def _(cost, backend):
-    return cost.new_empty(cost.shape[:2], dtype=torch.int64)
+    return empty_assignment(cost)
 
 
 @torch.library.custom_op("spot_kernels::assign_masks", mutates_args=())
@@ -62,19 +87,15 @@ def _assign_masks(
     if backend == "triton":
         from spot_kernels.gpu import mask_matching as kernels
 
-        return kernels.assign_masks(student, teacher, num_slots)
+        results = empty_assigned(student, num_slots)
+        kernels.assign_masks(student, teacher, EMPTY_TEACHER_COST, *results)
+        return results
     return _assign_in_steps(student, teacher, num_slots, backend)
 
 
 @_assign_masks.register_fake
 def _(student, teacher, num_slots, backend):
-    batch = student.shape[0]
-    pairs = student.new_empty((batch, num_slots), dtype=torch.int64)
-    return (
-        pairs,
-        pairs.new_empty(pairs.shape, dtype=torch.float32),
-        pairs.new_empty((batch, num_slots, num_slots), dtype=torch.float32),
-    )
+    return empty_assigned(student, num_slots)
 
 
 @torch.library.custom_op("spot_kernels::match_masks", mutates_args=())
@@ -82,14 +103,16 @@ def _match_masks(student: torch.Tensor, teacher: torch.Tensor, num_slots: int, b
     if backend == "triton":
         from spot_kernels.gpu import mask_matching as kernels
 
-        return kernels.match_masks(student, teacher, num_slots)
+        renamed = empty_renamed(teacher)
+        kernels.match_masks(student, teacher, num_slots, EMPTY_TEACHER_COST, renamed)
+        return renamed
     assignment, _, _ = _assign_in_steps(student, teacher, num_slots, backend)
     return assignment.gather(1, teacher.long())
 
 
 @_match_masks.register_fake
 def _(student, teacher, num_slots, backend):
-    return student.new_empty(student.shape, dtype=torch.int64)
+    return empty_renamed(teacher)
 
 
 def overlap_counts(
@@ -107,8 +130,8 @@ def overlap_counts(
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or size does not fit; on the CPU also labels out of
-            range. On a GPU, where looking would mean waiting, the kernel does not count a token with such a label, and
-            backend torch gives wrong counts or a device-side assertion.
+            range. On a GPU, where checking labels would wait for the device, the kernel does not count a token with
+            such a label, and backend torch gives wrong counts or a device-side assertion.
     """
     _check_labels("overlap_counts", a=a, b=b)
     if num_a < 1 or num_b < 1:
@@ -126,30 +149,26 @@ def linear_assignment(cost: torch.Tensor) -> torch.Tensor:
 
     Exact, in double precision. Where several assignments are optimal the result still depends on the costs alone: rows
     are added in order, each by a shortest augmenting path that, at equal distance, ends at a free column rather than
-    passing through a taken one, and at the free column of lowest index as long as it has passed through none (a
-    constant cost gives row i column i). `csrc/linear_assignment.cpp` states the rule in full; scipy's is the same.
+    pass through a taken one, and at the free column of lowest index if it has passed through none (a constant cost
+    gives row i column i). `csrc/linear_assignment.cpp` states the rule in full; scipy's is the same.
 
     Args:
         cost: [B, R, C], floating point, finite. Gradients do not flow.
 
     Returns:
-        columns [B, R] int64, on the cost's device: the column of each row. With R > C, -1 for the R - C rows without
-        one.
+        columns [B, R] int64, on the cost's device: the column of each row, -1 for the R - C rows without one if R > C.
 
     Raises:
         ValueError: naming what is wrong with the cost: its shape, its dtype, NaN, infinity, or values so large that
-            their sums might overflow (beyond ±1e300). The kernel does not look before it returns: the rows of a problem
-            with such a value are all -1, and the other problems are not affected. It ends in R × C steps, whatever the
-            costs are.
+            their sums might overflow (beyond ±1e300). On a GPU the kernel does not raise: all rows of a problem with
+            such a value get -1, and the other problems are not affected. It ends in R × C steps, whatever the costs.
     """
     checks.floating("linear_assignment", cost=cost)
     checks.shape("linear_assignment", "cost", cost, "[B, R, C]")
     limit = ""
     if max(cost.shape[1:]) > LARGEST_PROBLEM:
         limit = f"cost {tuple(cost.shape)} has more than {LARGEST_PROBLEM} rows or columns"
-    # of larger problems scipy's loop is as fast: bench/native_table.py
-    wins = native.linear_assignment_wins(cost)
-    backend = dispatch.choose("linear_assignment", cost, limit, native_wins=wins)
+    backend = dispatch.choose("linear_assignment", cost, limit)
     # detached: torch.func would differentiate the operator, which has no rule for it
     return _linear_assignment(cost.detach(), backend)
 
@@ -157,7 +176,7 @@ def linear_assignment(cost: torch.Tensor) -> torch.Tensor:
 def assign_masks(
     student: torch.Tensor, teacher: torch.Tensor, num_slots: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The student slot that stands for each teacher slot.
+    """The student slot that matches each teacher slot.
 
     Args:
         student, teacher: label maps [B, N] of an integer dtype, labels in 0…num_slots-1.
@@ -167,12 +186,12 @@ def assign_masks(
         assignment [B, K] int64: student slot of each teacher slot, a permutation; see `linear_assignment` for ties,
         which empty slots make common. iou [B, K] float32: IoU of each teacher mask with its student mask.
         cost [B, K, K] float32: the costs that were minimised, teacher slots by student slots. Where the kernel's search
-        could not end (only broken memory does that), an image's assignment is -1 and its iou 0.
+        gives up, which only corrupted memory can cause, an image's assignment is -1 and its iou 0.
 
     Raises:
         ValueError: naming the argument whose shape, dtype, device or size does not fit; on the CPU also labels out of
-            range. On a GPU, where looking would mean waiting, the kernel leaves out a token that has such a label in
-            either map, and backend torch gives wrong results or a device-side assertion.
+            range. On a GPU, where checking labels would wait for the device, the kernel leaves out a token that has
+            such a label in either map, and backend torch gives wrong results or a device-side assertion.
     """
     return _assign_masks(student, teacher, num_slots, _choose("assign_masks", student, teacher, num_slots))
 
@@ -180,10 +199,16 @@ def assign_masks(
 def match_masks(student: torch.Tensor, teacher: torch.Tensor, num_slots: int) -> torch.Tensor:
     """Teacher labels in the student's numbering: the targets of SPOT's attention loss.
 
-    student, teacher: label maps [B, N] of an integer dtype, labels in 0…num_slots-1. Returns [B, N] int64, the student
-    slot that `assign_masks` gives to the teacher's label of each token. Raises ValueError as `assign_masks` does; where
-    labels out of range are not looked for, the kernel gives -1 to a teacher label out of range, and to all tokens of an
-    image that `assign_masks` could not assign.
+    Args:
+        student, teacher: label maps [B, N] of an integer dtype, labels in 0…num_slots-1.
+        num_slots: K, at least 1.
+
+    Returns:
+        [B, N] int64: the student slot that `assign_masks` assigns to each token's teacher label. The kernel gives -1 to
+        a teacher label out of range, and to all tokens of an image that `assign_masks` could not assign.
+
+    Raises:
+        ValueError: as `assign_masks`.
     """
     return _match_masks(student, teacher, num_slots, _choose("match_masks", student, teacher, num_slots))
 

@@ -14,20 +14,20 @@ import torch
 from spot_kernels import checks, dispatch
 from spot_kernels.reference import slot_cross_attention as reference
 
-_OP, _MAP = "slot_cross_attention", "slot_cross_map"
-# What the kernels hold in one tile.
+OPERATOR, MAP_OPERATOR = "slot_cross_attention", "slot_cross_map"
+# The most slots that the kernels hold in one tile.
 MAX_SLOTS = 64
 
 
-def empty_outputs(q: torch.Tensor, k: torch.Tensor, with_map: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [B, H, N, d], a token's heads side by side in memory for whoever merges them; map [B, N, K], or [0]."""
+def empty_results(q: torch.Tensor, k: torch.Tensor, with_map: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [B, H, N, d] laid out as [B, N, H, d], so that merging heads copies nothing; map [B, N, K], or [0]."""
     batch, _, tokens, _ = q.shape
     shape = (batch, tokens, k.shape[2]) if with_map else (0,)
     return _empty_heads(q), q.new_empty(shape, dtype=torch.float32)
 
 
 def empty_gradients(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The gradients of q, k and v in the same layout, which is that of the projections they came from."""
+    """Gradients of q, k and perhaps v, laid out as [B, N or K, H, d] like the projections they flow back to."""
     return tuple(_empty_heads(tensor) for tensor in inputs)
 
 
@@ -40,13 +40,13 @@ def _empty_heads(like: torch.Tensor) -> torch.Tensor:
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, with_map: bool, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    results = empty_outputs(q, k, with_map)
+    results = empty_results(q, k, with_map)
     if backend == "triton":
         from spot_kernels.gpu import slot_cross_attention as kernels
 
         kernels.forward(q, k, v, results[0], results[1] if with_map else None)
         return results
-    with torch.autocast(q.device.type, enabled=False):
+    with checks.without_autocast(q):
         out, mean_map = reference.slot_cross_attention(q, k, v)
     results[0].copy_(out)
     if with_map:
@@ -56,7 +56,7 @@ def _forward(
 
 @_forward.register_fake
 def _(q, k, v, with_map, backend):
-    return empty_outputs(q, k, with_map)
+    return empty_results(q, k, with_map)
 
 
 @torch.library.custom_op("spot_kernels::slot_cross_attention_backward", mutates_args=())
@@ -74,7 +74,7 @@ def _backward(
 
         kernels.backward(grad_out, grad_map, q, k, v, *results)
         return results
-    with torch.autocast(q.device.type, enabled=False):
+    with checks.without_autocast(q):
         gradients = reference.gradients(grad_out, grad_map, q, k, v)
     for result, gradient in zip(results, gradients, strict=True):
         result.copy_(gradient)
@@ -99,29 +99,25 @@ def _differentiate(ctx, grad_out, grad_map):
     return *_backward(grad_out, grad_map, *ctx.saved_tensors, ctx.backend), None, None
 
 
-def _refuse(ctx, *gradients):
-    raise ValueError(f"{_OP}: gradients of gradients are not implemented by its kernels: use backend torch")
-
-
 _forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse)
+_backward.register_autograd(checks.refuse_second_gradients(OPERATOR))
 
 
 @torch.library.custom_op("spot_kernels::slot_cross_map", mutates_args=())
 def _map(q: torch.Tensor, k: torch.Tensor, backend: str) -> torch.Tensor:
-    _, mean_map = empty_outputs(q, k, True)
+    _, mean_map = empty_results(q, k, True)
     if backend == "triton":
         from spot_kernels.gpu import slot_cross_attention as kernels
 
         kernels.forward(q, k, None, None, mean_map)
         return mean_map
-    with torch.autocast(q.device.type, enabled=False):
+    with checks.without_autocast(q):
         return mean_map.copy_(reference.slot_map(q, k).mean(1))
 
 
 @_map.register_fake
 def _(q, k, backend):
-    return empty_outputs(q, k, True)[1]
+    return empty_results(q, k, True)[1]
 
 
 @torch.library.custom_op("spot_kernels::slot_cross_map_backward", mutates_args=())
@@ -134,7 +130,7 @@ def _map_backward(
 
         kernels.backward(None, grad_map, q, k, None, *results, None)
         return results
-    with torch.autocast(q.device.type, enabled=False):
+    with checks.without_autocast(q):
         gradients = reference.gradients(None, grad_map, q, k, k)
     for result, gradient in zip(results, gradients, strict=False):
         result.copy_(gradient)
@@ -158,12 +154,8 @@ def _differentiate_map(ctx, grad_map):
     return *_map_backward(grad_map, *ctx.saved_tensors, ctx.backend), None
 
 
-def _refuse_map(ctx, *gradients):
-    raise ValueError(f"{_MAP}: gradients of gradients are not implemented by its kernels: use backend torch")
-
-
 _map.register_autograd(_differentiate_map, setup_context=_save_map)
-_map_backward.register_autograd(_refuse_map)
+_map_backward.register_autograd(checks.refuse_second_gradients(MAP_OPERATOR))
 
 
 def slot_cross_attention(
@@ -176,23 +168,23 @@ def slot_cross_attention(
     Args:
         q: token queries [B, H, N, d].
         k, v: slot keys and values [B, H, K, d].
-        return_map: whether the second result is wanted; None stands in its place.
+        return_map: whether to return the map; None is returned in its place otherwise.
 
     Returns:
         out [B, H, N, d] in v's dtype; map [B, N, K], the softmax over slots averaged over heads, float32 (float64 for
-        float64 inputs). Under torch.autocast the inputs are taken, and out is given, in its dtype.
+        float64 inputs). Under torch.autocast inputs are cast to its dtype, and so is out.
 
     Raises:
-        ValueError: naming the argument whose shape, dtype or device does not fit, or the backend that was asked for and
-            cannot run.
+        ValueError: naming the argument whose shape, dtype or device does not fit, or the requested backend that cannot
+            run.
     """
     q, k, v = checks.autocast(q, k, v)
-    checks.floating(_OP, q=q, k=k, v=v)
-    checks.shape(_OP, "q", q, "[B, H, N, d]")
+    checks.floating(OPERATOR, q=q, k=k, v=v)
+    checks.shape(OPERATOR, "q", q, "[B, H, N, d]")
     batch, heads, _, width = q.shape
-    checks.shape(_OP, "k", k, "[B, H, K, d]", (batch, heads, None, width))
-    checks.shape(_OP, "v", v, "[B, H, K, d]", k.shape)
-    backend = _choose(_OP, q, k)
+    checks.shape(OPERATOR, "k", k, "[B, H, K, d]", (batch, heads, None, width))
+    checks.shape(OPERATOR, "v", v, "[B, H, K, d]", k.shape)
+    backend = _choose(OPERATOR, q, k)
     if backend == "torch":
         out, mean_map = reference.slot_cross_attention(q, k, v)
     else:
@@ -201,9 +193,10 @@ def slot_cross_attention(
 
 
 def slot_cross_map(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """The map of `slot_cross_attention` alone: no v is read, and no output written.
+    """The map of `slot_cross_attention` alone: reads no v and writes no output.
 
-    What a teacher's last block needs (SPOT, section 3.2). The kernels take K ≤ 64 slots; beyond that PyTorch runs.
+    A teacher's last block needs nothing else (SPOT, section 3.2). The kernels take K ≤ 64 slots; beyond that PyTorch
+    runs.
 
     Args:
         q: token queries [B, H, N, d].
@@ -213,14 +206,14 @@ def slot_cross_map(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         [B, N, K], the softmax over slots averaged over heads, float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: naming the argument whose shape, dtype or device does not fit, or the backend that was asked for and
-            cannot run.
+        ValueError: naming the argument whose shape, dtype or device does not fit, or the requested backend that cannot
+            run.
     """
     q, k = checks.autocast(q, k)
-    checks.floating(_MAP, q=q, k=k)
-    checks.shape(_MAP, "q", q, "[B, H, N, d]")
-    checks.shape(_MAP, "k", k, "[B, H, K, d]", (*q.shape[:2], None, q.shape[3]))
-    backend = _choose(_MAP, q, k)
+    checks.floating(MAP_OPERATOR, q=q, k=k)
+    checks.shape(MAP_OPERATOR, "q", q, "[B, H, N, d]")
+    checks.shape(MAP_OPERATOR, "k", k, "[B, H, K, d]", (*q.shape[:2], None, q.shape[3]))
+    backend = _choose(MAP_OPERATOR, q, k)
     return reference.slot_map(q, k).mean(1) if backend == "torch" else _map(q, k, backend)
 
 

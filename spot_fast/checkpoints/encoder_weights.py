@@ -1,64 +1,139 @@
-"""Weights of a ViT from files as their authors save them: which of the tensors are the encoder's, under which names.
+"""Weights of the frozen encoder: finds them (file, hub, package), reads, checks and loads them.
 
-A file may hold the tensors alone, or below `model`, `state_dict`, `teacher` and the like beside an optimiser and the
-settings of the training; names may begin with the names of the modules around the ViT. The ViT is found by its patch
-embedding, wherever that is.
+A file may be a whole training's: the tensors alone, or below `model`, `state_dict`, `teacher` and the like beside an
+optimiser and settings, with names that begin with the modules around the ViT. The ViT is found by its patch embedding.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from spot_fast.checkpoints.hub import hub_answers
 from spot_fast.checkpoints.official_names import frozen_vit
-from spot_fast.checkpoints.tensor_checks import require_plain
 from spot_fast.checkpoints.unpickle import read_checkpoint
+from spot_fast.config import Config, preset
 from spot_fast.errors import UserError
+from spot_fast.model.encoder import Encoder, resample_positions
+from spot_fast.model.tensor_checks import require_filled, require_finite, require_plain
+from spot_fast.model.timm_import import import_timm
+from spot_fast.model.vits import FILE_ONLY, SCENES_ENCODER, build_vit, possible_names
+from spot_fast.recipes import ENCODERS, timm_name
+from spot_fast.system.optional import required, said
 
 _PATCHES = "patch_embed.proj.weight"
 _SPOT = "slot_attn.slot_attention.project_q.weight"
-# Of several ViTs in a file: the one that their authors evaluate, by the word in front of its tensors.
+# Modules that hold the ViT which a file's authors evaluate, if the file has several.
 _EVALUATED = (
     "teacher",  # DINO, iBOT, DINOv2
     "target_encoder",  # I-JEPA
     "base_encoder",  # MoCo-v3
     "ema",  # timm, as in model_ema and state_dict_ema
 )
+# Modules that only wrap others: DDP, torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# How other libraries name a ViT's tensors.
+# Tensors that show by whose names a file has its ViT.
 _OTHER_NAMES = {
     "embeddings.patch_embeddings.projection.weight": "Hugging Face transformers",
     "conv_proj.weight": "torchvision",
     "visual.conv1.weight": "CLIP",
 }
-# What lies beside or behind the blocks and no feature depends on: heads, losses, decoders and their like.
+# Tensors beside or after the blocks that no feature depends on: heads, losses, decoders and their like.
 _HEAD = re.compile(
     r"(head|heads|\w+_head|head_dist|aux_head|fc|fc_norm|classifier|pre_logits|attn_pool|projector|projection|predictor"
     r"|prototypes|last_layer|decoder|decoder_\w+|mask_token|masked_embed|center|\w+_loss|queue|queue_ptr)(\..*)?"
 )
 _BUFFER = re.compile(r"(.*\.)?(num_batches_tracked|relative_position_index)")
-# Parts of a ViT, and what may have such parts of its own: decoders, heads, an optimiser that keeps names.
+# Parts of a ViT, and the modules that may have such parts of their own: decoders, heads, an optimiser's named state.
 _PART = re.compile(r"(.*\.)?(blocks\.\d+\.|reg_token|register_tokens|cls_token|pos_embed|dist_token|norm_pre\.).*")
 _OWN_BLOCKS = re.compile(
     r"(.*[._])?(dec|decoder|decode|predictor|head|projector|student|teacher|last_blocks|optim\w*|opt)[._].*"
 )
-# A final LayerNorm: features are taken in front of it.
+# Features are taken before the final LayerNorm.
 _FINAL_NORM = re.compile(r"(norm|fc_norm)\.(weight|bias)")
 
-_told: set[Path] = set()  # files of which it has been said which ViT is taken
+_announced: set[Path] = set()  # files whose choice of a ViT has been printed
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The ViT's tensors in `path`, float32 where they are numbers, in timm's names; heads below the ViT are among them.
+def frozen_encoder(config: Config) -> Encoder:
+    """The encoder that `config` describes, with weights from a file, the hub or the package.
 
-    Of a file with several ViTs the one that its authors evaluate, which is said. UserError where there is none, where
-    it cannot be told which is meant, or where tensors are no plain numbers.
+    Random weights (`--encoder-weights none`) are the same every time, and the global random state stays as it is.
     """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vit = build_vit(config)
+    if (weights := stored_weights(config)) is not None:
+        load_vit_weights(vit, weights, pos_resize=config.pos_resize, source=config.encoder_weights or config.encoder)
+    return Encoder(vit, last_blocks=config.train_blocks, feature_norm=config.feature_norm)
+
+
+def encoder_metadata(encoder: Encoder, config: Config) -> dict[str, str]:
+    """Name and sha256 of the frozen weights, as a model file's metadata has them."""
+    return {"encoder": config.encoder, "encoder_sha256": encoder.weights_hash()}
+
+
+def stored_weights(config: Config) -> dict[str, Tensor] | None:
+    """The weights that `config` names as they are stored, positions not resampled; None for random ones."""
+    if config.encoder_weights == "none":
+        return None
+    if config.encoder_weights not in (None, "hub"):
+        return read_weights(Path(config.encoder_weights))
+    if config.encoder == SCENES_ENCODER:
+        return read_weights(packaged_weights())
+    return _hub_weights(timm_name(config.encoder))
+
+
+def packaged_weights() -> Path:
+    """The file of the scenes ViT, which `python -m spot_fast.pretrain` wrote."""
+    return Path(str(resources.files("spot_fast") / "weights" / "scenes_vit.safetensors"))
+
+
+def _hub_weights(name: str) -> dict[str, Tensor]:
+    """The hub's weights of a timm model; fails within seconds if neither a cached copy nor the hub has them."""
+    if name in FILE_ONLY:
+        raise UserError(
+            f"neither timm nor the hub has the weights of --encoder {name}: download "
+            f"{ENCODERS[name].weights} and pass it as --encoder-weights FILE"
+        )
+    timm = import_timm()
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.has_weights:
+        raise UserError(f"timm has no weights for --encoder {name}: pass --encoder-weights FILE or use a tagged name")
+    hub = required("huggingface_hub", f"--encoder {name}", "huggingface_hub")
+    cached = cfg.hf_hub_id and any(
+        isinstance(hub.try_to_load_from_cache(cfg.hf_hub_id, file), str)
+        for file in ("model.safetensors", "pytorch_model.bin")
+    )
+    if not cached and not hub_answers():
+        raise UserError(
+            f"the weights of --encoder {name} are not on this machine and the hub does not answer: pass "
+            f"--encoder-weights FILE (from huggingface.co/{cfg.hf_hub_id}, model.safetensors)"
+        )
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:
+        raise UserError(
+            f"the hub does not give the weights of --encoder {name} ({said(error)}): try again, or pass "
+            f"--encoder-weights FILE (from huggingface.co/{cfg.hf_hub_id}, model.safetensors)"
+        ) from error
+
+
+def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The ViT's tensors in the file `path` by timm's names, float32; heads below the ViT are among them.
+
+    Of several ViTs it is the one that its authors evaluate, which is printed. UserError if the file has no ViT, or
+    several without a hint which is meant, or tensors that are no plain numbers.
+    """
+    path = Path(path)
     try:
         contents = read_checkpoint(path)
     except UserError as error:
@@ -68,18 +143,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         weights = frozen_vit(_below(tensors, spot.removesuffix(_SPOT)))  # a whole SPOT of the authors
     else:
         weights = _below(tensors, _prefix(path, tensors))
-    source = f"--encoder-weights {path}"
-    require_plain(weights, source)
+    require_plain(weights, f"--encoder-weights {path}")
     return _timm_names({name: value.float() if value.is_floating_point() else value for name, value in weights.items()})
 
 
 def unwrapped(name: str) -> str:
-    """A tensor's name without modules that only wrap others: DDP, torch.compile, FSDP, activation checkpointing."""
+    """A tensor's name without modules that only wrap others."""
     return _WRAPPERS.sub("", name)
 
 
 def _tensors(contents: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor below names, with its path."""
+    """Every tensor in nested mappings, with its dotted path."""
     for name, value in contents.items():
         if isinstance(name, str) and isinstance(value, Tensor):
             yield prefix + name, value
@@ -92,45 +166,45 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _prefix(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """What the names of the ViT's tensors begin with."""
-    found = [name.removesuffix(_PATCHES) for name in tensors if name == _PATCHES or name.endswith("." + _PATCHES)]
-    if not found:
-        raise UserError(f"--encoder-weights {path} {_what_instead(tensors)}")
-    if len(found) == 1:
-        _refuse_scattered(path, tensors, found)
-        return found[0]
+    """The prefix of the names of the ViT's tensors."""
+    prefixes = [name.removesuffix(_PATCHES) for name in tensors if name == _PATCHES or name.endswith("." + _PATCHES)]
+    if not prefixes:
+        raise UserError(f"--encoder-weights {path} {_without_vit(tensors)}")
+    if len(prefixes) == 1:
+        _refuse_scattered(path, tensors, prefixes)
+        return prefixes[0]
     for word in _EVALUATED:
-        chosen = [prefix for prefix in found if re.search(rf"(^|[._]){word}(_model)?\.", prefix)]
+        chosen = [prefix for prefix in prefixes if re.search(rf"(^|[._]){word}(_model)?\.", prefix)]
         if len(chosen) == 1:
-            _refuse_scattered(path, tensors, found)
-            if path not in _told:
-                _told.add(path)
-                others = ", ".join(f"{prefix}*" for prefix in found if prefix not in chosen)
-                print(f"note: {path} holds {len(found)} ViTs: {chosen[0]}* is taken, not {others}", file=sys.stderr)
+            _refuse_scattered(path, tensors, prefixes)
+            if path not in _announced:
+                _announced.add(path)
+                others = ", ".join(f"{prefix}*" for prefix in prefixes if prefix not in chosen)
+                print(f"note: {path} holds {len(prefixes)} ViTs: {chosen[0]}* is taken, not {others}", file=sys.stderr)
             return chosen[0]
-    names = ", ".join(f"{prefix}*" for prefix in found)
+    names = ", ".join(f"{prefix}*" for prefix in prefixes)
     raise UserError(
-        f"--encoder-weights {path} holds {len(found)} ViTs ({names}): save the tensors of one in a file of its own"
+        f"--encoder-weights {path} holds {len(prefixes)} ViTs ({names}): save the tensors of one in a file of its own"
     )
 
 
 def _refuse_scattered(path: Path, tensors: Mapping[str, Tensor], prefixes: list[str]) -> None:
-    """UserError where parts of a ViT lie beside the modules with a patch embedding, whose blocks these may be."""
-    beside = [
+    """UserError for parts of a ViT outside the modules with a patch embedding: they may be missing blocks of it."""
+    outside = [
         name
         for name in tensors
         if not name.startswith(tuple(prefixes)) and _PART.fullmatch(name) and not _OWN_BLOCKS.fullmatch(name)
     ]
-    if beside:
+    if outside:
         raise UserError(
             f"--encoder-weights {path} has its ViT in {', '.join(f'{prefix}*' for prefix in prefixes)} and "
-            f"{len(beside)} tensors that look like parts of it elsewhere, such as {beside[0]}: save the "
+            f"{len(outside)} tensors that look like parts of it elsewhere, such as {outside[0]}: save the "
             "ViT's tensors in a file of their own"
         )
 
 
-def _what_instead(tensors: Mapping[str, Tensor]) -> str:
-    """The end of a sentence about a file without a ViT in timm's names."""
+def _without_vit(tensors: Mapping[str, Tensor]) -> str:
+    """The predicate of an error about a file without a ViT in timm's names."""
     if not tensors:
         return "holds no tensors: pass a .safetensors or .pth file of the ViT"
     for theirs, library in _OTHER_NAMES.items():
@@ -139,13 +213,13 @@ def _what_instead(tensors: Mapping[str, Tensor]) -> str:
     begins = list(dict.fromkeys(".".join(name.split(".")[:2]) + "*" * (name.count(".") > 1) for name in tensors))
     shown = ", ".join(begins[:6]) + (", …" if len(begins) > 6 else "")
     return (
-        f"lacks all tensors of a ViT in timm's names, such as {_PATCHES}; what it has begins with {shown}: pass "
+        f"lacks all tensors of a ViT in timm's names, such as {_PATCHES}; its names begin with {shown}: pass "
         "the file of a ViT"
     )
 
 
 def _timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DINOv2's name of register tokens, and the numbers of its blocks where training has them in chunks."""
+    """Renames DINOv2's register tokens, and its blocks, which its training numbers in chunks."""
     chunk = re.compile(r"blocks\.\d+\.(?=\d+\.)")
     return {
         chunk.sub("blocks.", "reg_token" if name == "register_tokens" else name, count=1): value
@@ -153,12 +227,66 @@ def _timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def unused(names: Mapping[str, Any], wanted: Mapping[str, Any], *, rope: bool = False) -> list[str]:
-    """What of `names` a ViT with parameters `wanted` has no place for, though its features would need it.
+def load_vit_weights(vit: nn.Module, weights: Mapping[str, Tensor], *, pos_resize: str, source: str) -> None:
+    """Loads timm-named weights, with the position table resampled to the ViT's grid.
 
-    rope: the ViT has rotary positions, whose table it makes itself.
+    Heads may be left over and the final LayerNorm may be missing, because no feature depends on them. UserError names
+    any other tensor that is missing, unexpected, not finite or of another shape.
     """
-    own = re.compile(r"rope(_embed)?\..*")
+    wanted = vit.state_dict()
+    weights = dict(weights)
+    if "reg_token" in wanted and "pos_embed" in weights and vit.no_embed_class:
+        weights |= _class_token_with_position(weights)
+    unexpected = _unexpected(weights, wanted, rope=getattr(vit, "rope", None) is not None)
+    missing = sorted(name for name in wanted if name not in weights and not _FINAL_NORM.fullmatch(name))
+    if missing:
+        more = f" and have {len(unexpected)} that it does not take, such as {unexpected[0]}" if unexpected else ""
+        raise UserError(
+            f"the weights of {source} lack {len(missing)} tensors of the ViT, such as {missing[0]}{more}: "
+            + _remedy(vit, weights)
+        )
+    if unexpected:
+        names = ", ".join(unexpected[:3]) + (", …" if len(unexpected) > 3 else "")
+        raise UserError(
+            f"the weights of {source} have {len(unexpected)} tensors that the ViT of this --encoder does not "
+            f"take, {names}, and without them its features would be wrong: {_remedy(vit, weights)}"
+        )
+    if "pos_embed" in wanted:
+        prefix = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
+        weights["pos_embed"] = resample_positions(
+            weights["pos_embed"], vit.patch_embed.grid_size[0], prefix, pos_resize
+        )
+    for name, own in wanted.items():
+        value = weights.setdefault(name, own)
+        if value.shape != own.shape:
+            raise UserError(
+                f"the weights of {source} have {name} of shape {list(value.shape)} but this --encoder "
+                f"needs {list(own.shape)}: they belong to another ViT, {_remedy(vit, weights)}"
+            )
+        if not value.is_floating_point():
+            raise UserError(
+                f"the weights of {source} have {name} in {value.dtype}: pass weights in float32, float16 or bfloat16"
+            )
+    used = {name: weights[name] for name in wanted}
+    require_finite(used, f"the weights of {source}")
+    require_filled(used, f"the weights of {source}")
+    vit.load_state_dict(used)
+
+
+def _class_token_with_position(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """DINOv2's source keeps a position for the class token; timm, if there are registers, adds it to the token."""
+    table = weights["pos_embed"]
+    if "cls_token" not in weights or round((table.shape[1] - 1) ** 0.5) ** 2 != table.shape[1] - 1:
+        return {}
+    return {"cls_token": weights["cls_token"] + table[:, :1], "pos_embed": table[:, 1:]}
+
+
+def _unexpected(names: Mapping[str, Any], wanted: Mapping[str, Any], *, rope: bool = False) -> list[str]:
+    """Those `names` that a ViT with parameters `wanted` lacks although its features would depend on them.
+
+    rope: the ViT has rotary positions, whose table it computes itself.
+    """
+    own_table = re.compile(r"rope(_embed)?\..*")
     return [
         name
         for name in names
@@ -166,20 +294,24 @@ def unused(names: Mapping[str, Any], wanted: Mapping[str, Any], *, rope: bool = 
         and not _HEAD.fullmatch(name)
         and not _BUFFER.fullmatch(name)
         and not _FINAL_NORM.fullmatch(name)
-        and not (rope and own.fullmatch(name))
+        and not (rope and own_table.fullmatch(name))
     ]
 
 
-def unneeded(name: str) -> bool:
-    """Whether features do without the ViT's own tensor `name`."""
-    return _FINAL_NORM.fullmatch(name) is not None
-
-
-def require_filled(weights: Mapping[str, Tensor], source: str) -> None:
-    """UserError that names a matrix of nothing but zeros, which no training leaves: its memory was never filled."""
-    for name, value in weights.items():
-        if value.ndim > 1 and name.endswith(".weight") and not value.any():
-            raise UserError(
-                f"{source}: tensor {name} holds nothing but zeros: the file was not written or downloaded "
-                "to its end, get it again"
-            )
+def _remedy(vit: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """The advice to use the --encoder that takes all of `weights`, if their shapes show it."""
+    same_width = _PATCHES in weights and weights[_PATCHES].shape[0] == vit.embed_dim
+    # Tensors do not show the number of heads: one of the same width is taken to have as many.
+    for name in possible_names(weights, vit.blocks[0].attn.num_heads if same_width else None):
+        try:
+            with torch.device("meta"):
+                patch = weights[_PATCHES].shape[-1]
+                wanted = build_vit(preset("coco", encoder=name, image_size=4 * patch)).state_dict()
+        except UserError:
+            continue
+        if not _unexpected(weights, wanted, rope="pos_embed" not in wanted) and all(
+            _FINAL_NORM.fullmatch(name) or name == "pos_embed" or (name in weights and weights[name].shape == own.shape)
+            for name, own in wanted.items()
+        ):
+            return f"use --encoder {name}"
+    return "pass weights in timm's names for this --encoder, or name the --encoder that they belong to"

@@ -1,6 +1,6 @@
-"""What a file really is that stands where data was expected: a Git LFS pointer, a saved web page, an archive.
+"""Recognises files that are not what was expected: a Git LFS pointer, a saved web page, an archive.
 
-A reader that fails asks here first: the libraries' own words for such files ("header too large") help nobody.
+Readers that fail ask this module: the libraries' own messages about such files ("header too large") help nobody.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import zipfile
 import zlib
 from pathlib import Path
 
-_HEAD = 4096  # bytes that are looked at
+_HEAD = 4096  # bytes that are read
 _HTML = re.compile(rb"<(!doctype\s+html|html|head|body|script|meta)\b", re.IGNORECASE)
 _CODE = re.compile(rb"<code>\s*([\w. -]{1,60})\s*</code>", re.IGNORECASE)
-# Other formats by their first bytes.
+# Other formats by their first bytes; a text without a remedy gets "pass another file".
 _SIGNATURES = (
     (b"BZh", "is compressed by bzip2: unpack it first"),
     (b"\xfd7zXZ\0", "is compressed by xz: unpack it first"),
@@ -29,10 +29,10 @@ _SIGNATURES = (
 )
 
 
-def stand_in(path: Path, wanted: str = "weights", *, text: bool = False) -> str | None:
-    """What is at `path` in place of a whole file of `wanted`, as the end of a sentence with the remedy; None: unknown.
+def file_problem(path: Path, wanted: str = "weights", *, text: bool = False) -> str | None:
+    """What the file `path` is instead of a complete file of `wanted`: a predicate with its remedy; None if unknown.
 
-    Reads a few kilobytes, whatever the ending of the name, and runs nothing. text: `wanted` is text itself.
+    Reads a few kilobytes, whatever the name's suffix. text: `wanted` is text itself.
     """
     if path.is_dir():
         return _folder(path, wanted)
@@ -49,9 +49,9 @@ def stand_in(path: Path, wanted: str = "weights", *, text: bool = False) -> str 
         return _text(_inflated(head), wanted) or "is compressed by gzip: unpack it first"
     if head.startswith(b"PK\x03\x04"):
         return _zip(path, wanted)
-    for signature, what in _SIGNATURES:
+    for signature, kind in _SIGNATURES:
         if head.startswith(signature):
-            return what if ":" in what else f"{what}, not {wanted}: pass another file"
+            return kind if ":" in kind else f"{kind}, not {wanted}: pass another file"
     if head[257:262] == b"ustar":
         return f"is a tar archive: unpack it and pass the file of {wanted} in it"
     return _text(head, wanted, any_text=text)
@@ -87,7 +87,7 @@ def _zip(path: Path, wanted: str) -> str | None:
             "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
         )
     if any(name.endswith("data.pkl") for name in names):
-        return None  # torch.save's own
+        return None  # torch.save's format
     if names and all(name.endswith(".npy") for name in names):
         return f"is an archive of NumPy arrays (.npz, as JAX models have), not {wanted}: use timm's .safetensors of it"
     example = f" ({names[0]}, …)" if names else ""
@@ -95,7 +95,7 @@ def _zip(path: Path, wanted: str) -> str | None:
 
 
 def _text(head: bytes, wanted: str, *, any_text: bool = False) -> str | None:
-    """What a file of text is; None for one that is binary."""
+    """What a text file is; None for a binary one."""
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         head = head.decode("utf-16", "ignore").encode()
     head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -107,8 +107,8 @@ def _text(head: bytes, wanted: str, *, any_text: bool = False) -> str | None:
         return f"is a web page, not {wanted}: download it again"
     if head.startswith(b"<"):
         code = _CODE.search(head)
-        said = f" ({code[1].decode()})" if code else ""
-        return f"is a web server's answer in XML{said}, not {wanted}: download it again"
+        reason = f" ({code[1].decode()})" if code else ""
+        return f"is a web server's answer in XML{reason}, not {wanted}: download it again"
     if b'"weight_map"' in head:
         return "lists the files of weights that were split into several: join them into one file"
     if any_text or not head or any(byte < 32 and byte not in b"\t\r\n\f" for byte in head):

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: whether it is there, and folders of models on it."""
+"""The Hugging Face hub: whether it can be reached, and models downloaded from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spot_fast.errors import UserError
 from spot_fast.system.optional import required
 
 _HUB_SECONDS = 3.0
-_FILES = ("config.json", "*.safetensors", "README.md")  # all that a saved model has, and nothing that could run
+_FILES = ("config.json", "*.safetensors", "README.md")  # a saved model has no others: no code, no pickles
 
 
 def hub_answers() -> bool:
@@ -20,7 +20,7 @@ def hub_answers() -> bool:
     if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
         return False
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or os.environ.get("HF_ENDPOINT"):
-        return True  # the way there is not a plain connection: let the download find out
+        return True  # reached by a proxy or mirror: the download will show
     answered = []
 
     def connect() -> None:
@@ -30,7 +30,7 @@ def hub_answers() -> bool:
         except OSError:
             pass
 
-    # In a thread, because a name look-up without a network ignores the socket's timeout.
+    # In a thread, because resolving a name without a network ignores the socket's timeout.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(_HUB_SECONDS)
@@ -38,10 +38,10 @@ def hub_answers() -> bool:
 
 
 def hub_folder(name: str, needed: Sequence[str]) -> Path:
-    """The folder on this machine with the model `owner/name`, or `owner/name@revision`, of the hub.
+    """The local folder of the hub's model `owner/name` or `owner/name@revision`.
 
-    Downloaded where the hub answers, otherwise what an earlier download has left. UserError where neither gives a
-    folder with the `needed` files.
+    The model is downloaded, or taken from the cache if the hub does not answer. UserError if neither gives a folder
+    with the `needed` files.
     """
     hub = required("huggingface_hub", f"{name} on the hub", "huggingface_hub")
     repository, _, revision = name.partition("@")
@@ -52,7 +52,7 @@ def hub_folder(name: str, needed: Sequence[str]) -> Path:
                 repository, revision=revision or None, allow_patterns=list(_FILES), local_files_only=not answers
             )
         )
-    except Exception as error:  # the hub's client has exceptions of its own and those of what it is built on
+    except Exception as error:  # the hub's client raises its own exceptions and those of several libraries below it
         reason = str(error).strip().splitlines()[0][:120] if answers and str(error).strip() else "it does not answer"
         raise UserError(
             f"{name} is no file or folder here, and the hub does not give it ({reason}): check the name, "

@@ -1,11 +1,12 @@
-"""The model card of a saved model: what it is, how to load it, its scores, and the licence of its encoder's weights."""
+"""The model card of a saved model: its settings, how to load it, scores, and the licence of its encoder's weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from spot_fast.config import Config
-from spot_fast.model.encoder import SCENES_ENCODER
+from spot_fast.model.decoders import decoder_name
+from spot_fast.model.vits import SCENES_ENCODER
 
 _NAMES = {
     "mbo_i_decoder": "mBO_i, decoder masks",
@@ -16,11 +17,12 @@ _PAPER = "[SPOT, CVPR 2024](https://arxiv.org/abs/2312.00648)"
 
 
 def encoder_licence(name: str) -> tuple[str, str]:
-    """(the hub's identifier, a sentence) of the licence under which the weights that `name` stands for are published.
+    """The licence of the encoder `name`'s weights: the hub's identifier, and a phrase with publisher and licence.
 
-    As their publishers state it in the repositories' licences and timm's model cards.
+    Source: the publishers' repositories and timm's model cards.
     """
     for part, identifier, licence, owner in (
+        # "dino" is part of the names above it, so it comes after them
         ("dinov3", "other", "DINOv3 License", "Meta's DINOv3"),
         ("dinov2", "apache-2.0", "Apache License 2.0", "Meta's DINOv2"),
         ("dino", "apache-2.0", "Apache License 2.0", "Meta's DINO"),
@@ -31,18 +33,17 @@ def encoder_licence(name: str) -> tuple[str, str]:
             return identifier, f"{owner}, published under {licence}"
     if name == SCENES_ENCODER:
         return "apache-2.0", "spot_fast's own, Apache License 2.0"
-    return "other", "of a licence that is not known here: ask whoever gave them to you"
+    return "other", "of a licence that is not known here: ask their publisher"
 
 
 def card(config: Config, scores: Mapping[str, float], sha256: str, *, included: bool, source: str | None) -> str:
-    """The text of README.md, with the front matter that the hub reads.
+    """The text of README.md, with the hub's front matter.
 
     included: whether the encoder's weights are in the folder. source: where the model comes from.
     """
     identifier, licence = encoder_licence(config.encoder)
-    decoder = "MLP decoder" if config.decoder == "mlp" else f"transformer decoder of {config.dec_blocks} blocks"
-    assumed = " (what they are was read off their shapes or given by hand)" if included else ""
-    where = "in `encoder.safetensors`" if included else "not in this folder: they are found by that name"
+    assumed = " (identified by their shapes or by hand)" if included else ""
+    where = "in `encoder.safetensors`" if included else "not in this folder: spot_fast finds them by that name"
     parts = [
         "---",
         f"license: {identifier}",
@@ -54,10 +55,10 @@ def card(config: Config, scores: Mapping[str, float], sha256: str, *, included: 
         f"# SPOT, stage {config.stage}, {config.preset}",
         "",
         f"Takes images apart into {config.num_slots} slots without labels ({_PAPER}): frozen ViT `{config.encoder}` "
-        f"at {config.image_size} px, {config.slot_init} slots of width {config.slot_dim}, {decoder}.",
+        f"at {config.image_size} px, {config.slot_init} slots of width {config.slot_dim}, {decoder_name(config)}.",
         *([f"Converted from {source}."] if source else []),
         *(
-            [f"Details as in {config.implementation}, not as SPOT's authors have them."]
+            [f"Details as in {config.implementation}, not as in the authors' SPOT."]
             if config.implementation != "spot"
             else []
         ),

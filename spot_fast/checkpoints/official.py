@@ -1,7 +1,7 @@
-"""Reads checkpoints of the authors' implementation (gkakogeorgiou/spot, `.pt.tar`) into this package's models.
+"""Checkpoints of the authors' implementation (gkakogeorgiou/spot, `.pt.tar`) → `Spot`, and back.
 
-The state dict stands alone or under `model`, beside an optimiser's state that is not looked at. What the tensors show
-becomes a Config; what they cannot show is assumed, and `assumptions` says what that is.
+The state dict is the file itself or its entry `model`, beside an optimiser's state that is ignored. Tensors show most
+of the Config; `assumptions` lists the rest, which has defaults.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spot_fast.checkpoints.converted import Converted
 from spot_fast.checkpoints.encoder_weights import unwrapped
 from spot_fast.checkpoints.official_names import frozen_vit, official_tensors, spot_name
-from spot_fast.checkpoints.tensor_checks import require_plain
 from spot_fast.checkpoints.unpickle import read_checkpoint
 from spot_fast.config import Config, preset
 from spot_fast.errors import UserError
-from spot_fast.model.encoder import Encoder, build_vit, load_vit_weights, vit_name
 from spot_fast.model.spot import Spot
+from spot_fast.model.tensor_checks import require_plain
+from spot_fast.model.vits import vit_name
 
-# Published models have different numbers of slots: that of learned slots is in the file.
+# The data set by the number of learned slots, which the file shows.
 _PRESETS = {7: "coco", 6: "voc", 11: "movi_c", 24: "movi_e"}
-# Tensors that settings are read off.
+# Tensors whose shapes show settings.
 _NEEDED = (
     "encoder.patch_embed.proj.weight",
     "encoder.pos_embed",
@@ -33,7 +34,7 @@ _NEEDED = (
     "slot_attn.slot_attention.project_q.weight",
     "slot_attn.slot_attention.mlp.0.weight",
 )
-# What the authors' training code does unless told otherwise, whatever the preset.
+# Defaults of the authors' training code, whatever our preset has.
 _DEFAULTS = dict(
     feature_norm=False, encoder_weights=None, slot_heads=1, slot_iterations=3, dec_heads=6, dec_cross_heads=0
 )
@@ -48,12 +49,15 @@ def official_weights(source: str | os.PathLike | Mapping[str, Any]) -> dict[str,
     state = {
         unwrapped(name): value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)
     }
-    mlp = any(name.startswith(("dec.decoder.", "tf_dec.decoder.")) for name in state)
-    for needed in (*_NEEDED, *(() if mlp else ("bos_tokens",))):
+    for needed in (*_NEEDED, *(() if _has_mlp_decoder(state) else ("bos_tokens",))):
         if needed not in state:
             raise UserError(f"the checkpoint lacks {needed}: it is not a model of the authors' implementation")
     require_plain(state, "the checkpoint")
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+
+def _has_mlp_decoder(state: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith(("dec.decoder.", "tf_dec.decoder.")) for name in state)
 
 
 def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
@@ -62,7 +66,10 @@ def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def _trained_blocks(state: Mapping[str, Tensor]) -> int:
-    """How many last blocks of the student's encoder differ from the frozen one; the authors train four."""
+    """The number of last blocks that train, after checking that the student's encoder differs in no others.
+
+    The authors train four. A difference elsewhere is an error, since it would be lost: `Spot` keeps the last blocks.
+    """
     depth = _depth(state, "encoder.")
     for name, value in state.items():
         if name.startswith("encoder.") and f"second_{name}" not in state:
@@ -79,10 +86,10 @@ def _trained_blocks(state: Mapping[str, Tensor]) -> int:
         match = re.match(r"second_encoder\.blocks\.(\d+)\.", name)
         if match is None:
             if name.startswith("second_encoder.norm."):
-                continue  # behind the features: never used
+                continue  # features are taken before it
             raise UserError(
-                f"the checkpoint's student and frozen encoder differ in {name.removeprefix('second_')}, in "
-                "front of the blocks: only last blocks can be trained here"
+                f"the checkpoint's student and frozen encoder differ in {name.removeprefix('second_')}, before the "
+                "blocks: spot_fast trains the last blocks only"
             )
         if depth - int(match.group(1)) > 4:
             raise UserError(
@@ -97,16 +104,15 @@ def infer_config(
 ) -> Config:
     """The Config that a checkpoint's tensors imply, with `changes` applied.
 
-    Not visible in the tensors: the data set (a preset, see `assumptions`), the number of gaussian slots, heads (the
-    defaults are the authors'), λ, the optimiser's settings. Cross-attention heads other than the authors' default,
-    `dec_cross_heads`, have to be passed.
+    Tensors do not show the data set (a preset, see `assumptions`), the number of gaussian slots, heads (the authors'
+    defaults are taken), λ and the optimiser's settings.
     """
     state = official_weights(source)
     slots = "slot_attn.slot_attention."
     stage = 2 if any(name.startswith("second_encoder.") for name in state) else 1
     learned = state.get("slot_attn.slots_init.weight")
     patch = state["encoder.patch_embed.proj.weight"].shape[-1]
-    mlp = any(name.startswith(("dec.decoder.", "tf_dec.decoder.")) for name in state)
+    mlp = _has_mlp_decoder(state)
     values: dict[str, Any] = dict(
         _DEFAULTS,
         encoder=vit_name(frozen_vit(state), encoder_heads),
@@ -135,7 +141,7 @@ def infer_config(
 
 
 def assumptions(config: Config) -> list[str]:
-    """What of an inferred `config` no tensor tells, as options of spot_fast.convert that set it."""
+    """The values of an inferred `config` that no tensor shows, as options of spot_fast.convert."""
     gaussian = config.slot_init == "gaussian"
     lines = [f"--preset {config.preset}" + ("" if gaussian else f" ({config.num_slots} slots)")]
     lines += [f"--num-slots {config.num_slots}"] if gaussian else []
@@ -148,7 +154,7 @@ def assumptions(config: Config) -> list[str]:
 
 
 def _tokens(state: Mapping[str, Tensor]) -> int:
-    """Patch tokens N: the side of the causal mask or the decoder's own positions say it without prefix tokens."""
+    """Patch tokens N, from the causal mask or the decoder's positions: these do not count prefix tokens."""
     for name, axis in (
         ("dec.blocks.0.self_attn_mask", 0),
         ("tf_dec.blocks.0.self_attn_mask", 0),
@@ -168,14 +174,15 @@ def official_state_dict(
 
     Args:
         source: a `.pt.tar` file, its loaded contents, or a state dict in the authors' names.
-        config: what to convert for, by default `infer_config(source)`.
+        config: of the model to convert to, by default `infer_config(source)`.
 
     Raises:
-        UserError: for a file that is unsafe, damaged or of another method.
+        UserError: for a file that is unsafe, damaged or from another method.
     """
     state = official_weights(source)
     config = config or infer_config(state)
     if config.stage == 2:
+        # `encoder.` is the student's here: its last blocks are kept, the rest equals the frozen `second_encoder.`.
         first = _depth(state, "encoder.") - config.train_blocks
         renamed = {}
         for name, value in state.items():
@@ -185,20 +192,22 @@ def official_state_dict(
             elif not name.startswith("encoder."):
                 renamed[name.removeprefix("second_")] = value
         state = renamed
+    # The authors project q, k and v apart; `Spot` has one matrix, to which each of them is a third.
     result: dict[str, Tensor] = {}
     thirds: dict[str, list[Tensor | None]] = {}
     for name, value in state.items():
         if name.startswith("last_blocks."):
             result[name] = value
             continue
-        place = spot_name(name)
-        if place is None or (config.decoder == "mlp" and _transformer_only(place[0], config)):
+        renamed_to = spot_name(name)
+        if renamed_to is None or (config.decoder == "mlp" and _transformer_only(renamed_to[0], config)):
             continue
-        target, third = place
+        target, third = renamed_to
         if third is None:
             result[target] = _reshape(target, value)
         else:
             thirds.setdefault(target, [None] * 3)[third] = value
+    # In the order q, k, v, whatever the file's.
     for target, parts in thirds.items():
         if any(part is None for part in parts):
             raise UserError(f"the checkpoint lacks a part of {target}: it is damaged")
@@ -207,13 +216,13 @@ def official_state_dict(
 
 
 def _transformer_only(name: str, config: Config) -> bool:
-    """Parameters that the authors' models carry along without the MLP decoder using them."""
+    """Whether the authors' models with the MLP decoder hold the parameter without using it."""
     unused = ("decoder.input_proj.", "decoder.bos") + (() if config.mlp_slot_proj else ("decoder.slot_proj.",))
     return name.startswith(unused)
 
 
 def _reshape(name: str, value: Tensor) -> Tensor:
-    """The authors keep axes of length 1 for broadcasting where `Spot` has none."""
+    """`value` without the authors' axes of length 1, which are there for broadcasting."""
     if name in ("decoder.bos", "decoder.positions"):
         return value.reshape(-1, value.shape[-1])
     return value.reshape(-1) if name == "decoder.mask_token" else value
@@ -222,7 +231,14 @@ def _reshape(name: str, value: Tensor) -> Tensor:
 def load_official(
     source: str | os.PathLike | Mapping[str, Any], *, encoder_heads: int | None = None, **changes: Any
 ) -> Spot:
-    """A Spot in eval mode with a checkpoint's weights, encoder included.
+    """A Spot in eval mode with a checkpoint's weights, encoder included; arguments as in `convert`."""
+    return convert(source, encoder_heads=encoder_heads, **changes).model()
+
+
+def convert(
+    source: str | os.PathLike | Mapping[str, Any], *, encoder_heads: int | None = None, **changes: Any
+) -> Converted:
+    """Converts a checkpoint of the authors.
 
     Args:
         source: as in `official_state_dict`.
@@ -232,30 +248,36 @@ def load_official(
     """
     state = official_weights(source)
     config = infer_config(state, encoder_heads=encoder_heads, **changes)
-    vit = build_vit(config)
-    load_vit_weights(vit, frozen_vit(state), pos_resize=config.pos_resize, source="the checkpoint")
-    model = Spot(config, Encoder(vit, last_blocks=config.train_blocks, feature_norm=config.feature_norm))
-    model.load_learned_state_dict(learned_tensors(state, config))
-    return model.eval()
+    learned, vit = learned_tensors(state, config), frozen_vit(state)
+    tokens = (config.image_size // state["encoder.patch_embed.proj.weight"].shape[-1]) ** 2
+    back = official_tensors(learned, vit, tokens=tokens, mlp=config.decoder == "mlp")
+    # Converting back shows which tensors `Spot` does not keep.
+    unused = {}
+    for name, value in state.items():
+        name = "dec." + name.removeprefix("tf_dec.") if name.startswith("tf_dec.") else name
+        if name not in back or not torch.equal(back[name].to(value.dtype), value):
+            unused[name] = value
+    return Converted(config, learned, vit, unused)
 
 
 def learned_tensors(source: str | os.PathLike | Mapping[str, Any], config: Config) -> dict[str, Tensor]:
-    """What `Spot.load_learned_state_dict` takes: a checkpoint's tensors without the frozen encoder's."""
+    """A checkpoint's tensors without the frozen encoder's, for `Spot.load_learned_state_dict`."""
     state = official_state_dict(source, config)
     return {name: value for name, value in state.items() if not name.startswith("encoder.")}
 
 
 def authors_state_dict(model: Spot, vit: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """A model's state dict in the authors' names and shapes, as their strict loading wants it.
+    """A model's state dict in the authors' names and shapes, complete for their strict loading.
 
     vit: the frozen encoder's weights as they were before positions were resampled; by default the model's own.
 
     Raises:
-        UserError: for a model that the authors' code cannot be.
+        UserError: for a model that the authors' code cannot build.
     """
     config = model.config
     rope = getattr(model.encoder.vit, "rope", None) is not None
     for wrong, why in (
+        (config.decoder not in ("transformer", "mlp"), f"its decoder is {config.decoder}"),
         (config.implementation != "spot", f"implementation is {config.implementation}"),
         (config.feature_norm, "its features are normalised (feature_norm)"),
         (config.slot_heads != 1, f"slot attention has {config.slot_heads} heads"),
@@ -263,17 +285,9 @@ def authors_state_dict(model: Spot, vit: Mapping[str, Tensor] | None = None) -> 
     ):
         if wrong:
             raise UserError(
-                f"this model cannot become a checkpoint of the authors' implementation: {why}, which that does not know"
+                f"this model cannot become a checkpoint of the authors' implementation: {why}, which their code does "
+                "not have; save it as a folder instead"
             )
     learned = {name: value.detach().cpu() for name, value in model.learned_state_dict().items()}
     vit = {name: value.detach().cpu() for name, value in (vit or model.encoder.vit.state_dict()).items()}
     return official_tensors(learned, vit, tokens=model.encoder.num_tokens, mlp=config.decoder == "mlp")
-
-
-def unused_tensors(original: Mapping[str, Tensor], back: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a checkpoint the way back does not give: tensors that its authors' code holds and never uses."""
-    return {
-        name: value
-        for name, value in original.items()
-        if name not in back or not torch.equal(back[name].to(value.dtype), value)
-    }

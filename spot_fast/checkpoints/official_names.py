@@ -1,7 +1,7 @@
 """Parameter names of the authors' implementation (gkakogeorgiou/spot) ↔ those of `Spot`.
 
-Decoder keys start with `dec.` or, in older files, `tf_dec.`. In stage 2 `encoder.` is the student's ViT and
-`second_encoder.` the frozen one. Where `Spot` has one projection for q, k and v the authors have three.
+Decoder keys start with `dec.` or, in the authors' older files, `tf_dec.`. In stage 2 `encoder.` is the student's ViT
+and `second_encoder.` the frozen one. `Spot` projects q, k and v with one matrix, the authors with three.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _TOP = {"bos_tokens": "bos", "mask_token": "mask_token", "pos_embed": "positions
 
 
 def spot_name(name: str) -> tuple[str, int | None] | None:
-    """Official parameter name → name in `Spot`, and which third of it (q, k, v) or None for the whole.
+    """The authors' parameter name → (name in `Spot`, its third (q, k, v) or None for all of it).
 
-    None for what `Spot` does not keep: causal masks, and the mask token of a DINOv2 encoder. Names of the student's
-    encoder (beside `second_encoder.`) are not known here: they follow from the number of trained blocks.
+    None for tensors that `Spot` does not keep: causal masks, and the mask token of a DINOv2 encoder. The student's
+    encoder (beside `second_encoder.`) is the caller's: its names depend on the number of trained blocks.
     """
     head, _, rest = name.partition(".")
     if name in _TOP:
@@ -52,7 +52,7 @@ def spot_name(name: str) -> tuple[str, int | None] | None:
             return ".".join(filter(None, ["slot_encoder", _SLOTS[part], "" if part == "slots_init" else rest])), None
     if head in ("dec", "tf_dec"):
         return _decoder_name(rest)
-    raise UserError(f"the checkpoint has {name}, which the authors' models do not: it is of another method")
+    raise UserError(f"the checkpoint has {name}, which the authors' models do not: it belongs to another method")
 
 
 def _vit_name(name: str) -> str:
@@ -77,13 +77,13 @@ def _decoder_name(name: str) -> tuple[str, int | None] | None:
             return f"{prefix}.self_attention.{'project_o' if third is None else 'project_qkv'}.weight", third
         if part in _BLOCK and rest:
             return f"{prefix}.{_BLOCK[part]}.{rest.replace('proj_', 'project_')}", None
-    raise UserError(f"the checkpoint has dec.{name}, which the authors' decoders do not: it is of another method")
+    raise UserError(f"the checkpoint has dec.{name}, which the authors' decoders do not: it belongs to another method")
 
 
 def frozen_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The frozen encoder's weights of an official state dict, in timm's names: the second encoder's where there is one.
+    """The frozen encoder's weights in an official state dict, in timm's names: the second encoder's if there is one.
 
-    Values are as stored, positions at the grid that they were trained on, and what timm's ViT has no place for is kept.
+    Values are as stored: positions are not resampled, and tensors that timm's ViT lacks are kept.
     """
     prefix = "second_encoder." if any(name.startswith("second_encoder.") for name in state) else "encoder."
     return {_vit_name(name.removeprefix(prefix)): value for name, value in state.items() if name.startswith(prefix)}
@@ -92,11 +92,11 @@ def frozen_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def official_tensors(
     learned: Mapping[str, Tensor], vit: Mapping[str, Tensor], *, tokens: int, mlp: bool
 ) -> dict[str, Tensor]:
-    """The authors' state dict of a Spot: its learned tensors, and the frozen encoder's in timm's names.
+    """The authors' state dict of a Spot's learned tensors and its frozen encoder's, which have timm's names.
 
     tokens: patch tokens N, the size of the causal masks that the authors' blocks hold.
-    mlp: whether the decoder is the MLP. The authors' model then has parameters that it does not use, which its strict
-    loading asks for: they are zeros and ones.
+    mlp: whether the decoder is the MLP. The authors' model then has parameters that it does not use but whose strict
+    loading needs them: they are zeros and ones.
     """
     result: dict[str, Tensor] = {}
     blocks = {name: value for name, value in learned.items() if name.startswith("last_blocks.")}
@@ -126,7 +126,7 @@ def official_tensors(
 
 
 def _official(name: str, value: Tensor, mlp: bool) -> dict[str, Tensor]:
-    """A learned tensor of `Spot`, not one of the last encoder blocks, as the authors keep it: one tensor or three."""
+    """The authors' tensors, one or three, of a learned tensor of `Spot` outside the last encoder blocks."""
     head, _, rest = name.partition(".")
     if head == "slot_encoder":
         part, _, rest = rest.partition(".")
@@ -161,7 +161,7 @@ def _official(name: str, value: Tensor, mlp: bool) -> dict[str, Tensor]:
 def _official_vit(vit: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     named = {f"{prefix}{'register_tokens' if name == 'reg_token' else name}": value for name, value in vit.items()}
     if "reg_token" in vit and not _square(vit["pos_embed"].shape[1] - 1):
-        # timm keeps the sum of class token and its position where there are registers.
+        # With registers timm stores the sum of the class token and its position, so the position becomes zero.
         table = vit["pos_embed"]
         named[f"{prefix}pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], 1)
     return named

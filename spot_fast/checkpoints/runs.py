@@ -1,11 +1,11 @@
-"""Files of a run: written whole or not at all, read back with a clear word about what does not fit.
+"""Run folders: their files, their models, and which of them a user means.
 
 A run folder holds `config.json`, `metrics.jsonl`, `training_state.safetensors` (everything a resumed run needs),
 `tensorboard/` and, once training is finished, `model.safetensors`: the learned tensors, with the name and the hash of
 the frozen encoder's weights instead of the weights.
 
-What is loaded as a run may also be a folder that was saved to be shared (`pretrained`), which can hold the encoder's
-weights in a file of its own, or a checkpoint file of the authors' implementation (`official`).
+`load_run` also takes a folder that was saved to be shared (`shared_folder`), which can hold the encoder's weights, and
+a checkpoint file of the authors' implementation (`official`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spot_fast.checkpoints.file_kinds import stand_in
+from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder
+from spot_fast.checkpoints.file_kinds import file_problem
 from spot_fast.checkpoints.hub import hub_folder
 from spot_fast.checkpoints.official import assumptions, infer_config, learned_tensors
 from spot_fast.checkpoints.third_party import recognise
@@ -33,16 +34,15 @@ from spot_fast.checkpoints.unpickle import read_checkpoint
 from spot_fast.config import Config
 from spot_fast.errors import UserError
 from spot_fast.files import atomic_write, reason
-from spot_fast.model.encoder import Encoder, build_encoder, encoder_identity
+from spot_fast.model.encoder import Encoder
 from spot_fast.model.spot import Spot
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 MODEL = "model.safetensors"
 STATE = "training_state.safetensors"
-# `owner/name` of a model on the hub, with @revision where one is meant.
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
-_told: set[Path] = set()  # checkpoint files whose assumptions have been printed
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")  # owner/name or owner/name@revision
+_announced: set[Path] = set()  # checkpoint files whose assumptions have been printed
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class Run:
     model: Spot
     metadata: dict[str, str]
 
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.path.resolve().name
+
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file atomically."""
@@ -61,7 +66,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
     def write(partial: Path) -> None:
         save_file(tensors, partial, dict(metadata))
-        # safetensors makes its files readable for their owner only, whatever the umask.
+        # safetensors creates files that only their owner can read: give them the permissions that the umask grants,
+        # which can only be read by setting it.
         mask = os.umask(0)
         os.umask(mask)
         with suppress(OSError):  # a file system without permissions
@@ -76,13 +82,13 @@ def _reading(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        if what := stand_in(path):
-            raise UserError(f"{path} {what}") from error
+        if problem := file_problem(path):
+            raise UserError(f"{path} {problem}") from error
         raise UserError(f"{path} cannot be read ({reason(error)}): it is damaged, use another run") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (on the CPU) and metadata of a safetensors file; UserError where it is damaged."""
+    """Tensors (on the CPU) and metadata of a safetensors file; UserError if it is damaged."""
     with _reading(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
 
@@ -98,10 +104,10 @@ def write_config(folder: Path, config: Config) -> None:
 
 
 def read_config(folder: Path, *, like: Config | None = None) -> Config:
-    """The Config of a run folder or checkpoint file; UserError where there is none or it makes no sense.
+    """The Config of a run folder or checkpoint file; UserError if there is none or it cannot be used.
 
-    A file of encoder weights that lies in the folder is named by its path from here. like: has the preset and the
-    number of gaussian slots, which a checkpoint file does not tell.
+    encoder_weights becomes the absolute path of a file in the folder. like: gives the preset and the number of gaussian
+    slots, which a checkpoint file does not show.
     """
     if folder.is_file():
         return _file_config(folder, like)
@@ -113,16 +119,16 @@ def read_config(folder: Path, *, like: Config | None = None) -> Config:
     try:
         config = _typed(Config.from_json(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError) as error:
-        reason = str(error)
+        problem = str(error)
         if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-            reason = stand_in(path, "JSON", text=True) or "not JSON"
-        raise UserError(f"{path} cannot be used ({reason}): restore it or train again") from error
+            problem = file_problem(path, "JSON", text=True) or "not JSON"
+        raise UserError(f"{path} cannot be used ({problem}): restore it or train again") from error
     weights = folder / (config.encoder_weights or "")
     return replace(config, encoder_weights=os.path.abspath(weights)) if weights.is_file() else config
 
 
 def _file_config(path: Path, like: Config | None) -> Config:
-    """The Config of a checkpoint of the authors' implementation, whose encoder's weights are in the file itself."""
+    """The Config of a checkpoint file of the authors, which holds its encoder's weights itself."""
     contents = read_checkpoint(path)
     if kind := recognise(contents):
         raise UserError(f"{path} is a checkpoint of {kind}, not of the authors: python -m spot_fast.convert {path} OUT")
@@ -132,37 +138,31 @@ def _file_config(path: Path, like: Config | None) -> Config:
     return replace(config, encoder_weights=os.path.abspath(path))
 
 
-def _tell_assumptions(path: Path, config: Config) -> None:
-    if path not in _told:
-        _told.add(path)
+def _print_assumptions(path: Path, config: Config) -> None:
+    if path not in _announced:
+        _announced.add(path)
         print(
-            f"note: the tensors of {path} do not tell everything, assumed is {', '.join(assumptions(config))}: where "
-            f"that is wrong, set it with python -m spot_fast.convert {path} OUT",
+            f"note: the tensors of {path} do not show all settings, assumed are {', '.join(assumptions(config))}: if "
+            f"that is wrong, set them with python -m spot_fast.convert {path} OUT",
             file=sys.stderr,
             flush=True,
         )
 
 
 def _typed(config: Config) -> Config:
-    """`config` itself; TypeError where a value is not of its field's type."""
+    """`config` itself; TypeError if a value is not of its field's type."""
     kinds = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None)}
     for field in fields(Config):
         value = getattr(config, field.name)
         wanted = [kinds[name] for name in field.type.split(" | ")]
+        # bool is a subclass of int, but true is no number of images.
         if not any(isinstance(value, kind) for kind in wanted) or (isinstance(value, bool) and bool not in wanted):
             raise TypeError(f"{field.name} is {value!r}, not {field.type}")
     return config
 
 
-def frozen_encoder(config: Config) -> Encoder:
-    """The encoder of `config`; one without weights (`--encoder-weights none`) is random but always the same."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return build_encoder(config)
-
-
 def is_finished(folder: Path) -> bool:
-    """Whether there is a trained model: in the run folder, or in the checkpoint file that `folder` is."""
+    """Whether the run folder has a trained model; a checkpoint file always has."""
     return folder.is_file() or (folder / MODEL).is_file()
 
 
@@ -172,14 +172,16 @@ def load_run(
     *,
     encoder: Encoder | None = None,
     like: Config | None = None,
+    model_class: type[Spot] = Spot,
 ) -> Run:
     """The finished run in folder `path`, or the model in checkpoint file `path`, on `device` in eval mode.
 
     Args:
-        encoder: shared instead of built anew; it has to have the weights that the run was trained with.
+        encoder: shared instead of built anew; it must have the weights that the run was trained with.
         like: see `read_config`.
+        model_class: class of the model, Spot or a subclass.
 
-    UserError where the run is missing, unfinished or damaged, or where the encoder's weights are not the run's.
+    UserError if the run is missing, unfinished or damaged, or if the encoder's weights are not the run's.
     """
     folder = Path(path)
     config = read_config(folder, like=like)
@@ -187,43 +189,37 @@ def load_run(
         raise UserError(f"run {folder} is not finished: go on with python -m spot_fast.train --resume {folder}")
     if folder.is_file():
         own = frozen_encoder(config)
-        tensors, metadata = learned_tensors(folder, config), encoder_identity_metadata(own, config)
+        tensors, metadata = learned_tensors(folder, config), encoder_metadata(own, config)
         encoder = own if encoder is None else encoder
-        _tell_assumptions(folder, config)
+        _print_assumptions(folder, config)
     else:
         tensors, metadata = read_tensors(folder / MODEL)
         encoder = frozen_encoder(config) if encoder is None else encoder
-    found = encoder_identity(encoder, config)["sha256"]
-    wanted = metadata.get("encoder_sha256", "none")
-    if found != wanted:
+    # The learned tensors mean nothing with other features: a wrong file of encoder weights must not pass silently.
+    sha256, trained_with = encoder.weights_hash(), metadata.get("encoder_sha256", "none")
+    if sha256 != trained_with:
         raise UserError(
-            f"run {folder} was trained with encoder {metadata.get('encoder')} of sha256 {wanted[:12]}, but the weights "
-            f"found for {config.encoder} have {found[:12]}: restore the file named by encoder_weights in its {CONFIG}"
+            f"run {folder} was trained with encoder {metadata.get('encoder')} of sha256 {trained_with[:12]}, but the "
+            f"weights found for {config.encoder} have {sha256[:12]}: restore the file named by encoder_weights in its "
+            f"{CONFIG}"
         )
-    model = Spot(config, encoder)
+    model = model_class(config, encoder)
     try:
         model.load_learned_state_dict(tensors)
     except UserError as error:
         where = folder if folder.is_file() else folder / MODEL
         raise UserError(f"{where} does not fit its {CONFIG}: {error}") from error
-    model.origin = folder
     return Run(folder, config, model.to(device).eval(), metadata)
 
 
-def encoder_identity_metadata(encoder: Encoder, config: Config) -> dict[str, str]:
-    """The encoder's identity as a model file's metadata has it."""
-    identity = encoder_identity(encoder, config)
-    return {"encoder": identity["name"], "encoder_sha256": identity["sha256"]}
-
-
 def run_folders(root: str | os.PathLike = "runs") -> Iterator[tuple[Path, Config]]:
-    """Every run below `root` with its Config, the one that was written to last first; damaged ones are left out."""
-    found = []
+    """Every run below `root` with its Config, most recently written first; damaged ones are skipped."""
+    folders = []
     for file in Path(root).glob(f"*/{CONFIG}"):
         folder = file.parent
         latest = max(path.stat().st_mtime_ns for path in (file, folder / STATE, folder / MODEL) if path.exists())
-        found.append((latest, folder))
-    for _, folder in sorted(found, reverse=True):
+        folders.append((latest, folder))
+    for _, folder in sorted(folders, reverse=True):
         try:
             yield folder, read_config(folder)
         except UserError:
@@ -239,10 +235,9 @@ def find_run(
     encoder: str | None = None,
     finished: bool = True,
 ) -> Path:
-    """The newest finished (or unfinished) run below `root`, UserError if none.
+    """The newest finished (or unfinished) run below `root`, optionally of one preset, one stage and some methods.
 
-    Of one preset, one stage and some methods, where they are given; the first method is named in the message. Those
-    with `encoder` go before others.
+    Runs with `encoder` are preferred. UserError, naming the first method, if there is none.
     """
     runs = [
         folder
@@ -257,22 +252,22 @@ def find_run(
             return folder
     if fitting:
         return fitting[0]
-    what = " ".join(["finished" if finished else "unfinished", *(["stage", str(stage)] if stage else []), "run"])
+    wanted = " ".join(["finished" if finished else "unfinished", *(["stage", str(stage)] if stage else []), "run"])
     if preset and methods and methods[0] != "spot":
         preset += f"+{methods[0]}"
-    what += f" of preset {preset}" if preset else ""
+    wanted += f" of preset {preset}" if preset else ""
     if finished and runs:
         raise UserError(
-            f"there is no {what} in {root}: finish {runs[0].name} with python -m spot_fast.train --resume {runs[0]}"
+            f"there is no {wanted} in {root}: finish {runs[0].name} with python -m spot_fast.train --resume {runs[0]}"
         )
     command = f"python -m spot_fast.train --stage {stage or 1}" + (f" --preset {preset}" if preset else "")
-    raise UserError(f"there is no {what} in {root}: train one with {command}")
+    raise UserError(f"there is no {wanted} in {root}: train one with {command}")
 
 
 def find_folder(name: str | os.PathLike, root: str | os.PathLike = "runs") -> Path:
-    """The run a user means by a path, by the name of a run below `root`, or by `owner/name` of a model on the hub.
+    """The run that a user names by its path, its name below `root`, or `owner/name` on the hub.
 
-    The latter only where no folder `owner` is here; its newest files are downloaded where the hub answers.
+    The hub is asked only if there is no local folder `owner`.
     """
     below, path = Path(root) / name, Path(name)
     if not path.exists() and below.is_dir():

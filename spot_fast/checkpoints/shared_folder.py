@@ -1,7 +1,7 @@
-"""Models as one folder that can be moved and shared: `save_pretrained` writes it, `load_run` and the hub read it.
+"""A model as one folder that can be moved and shared: written by `save_pretrained`, read by `load_run`.
 
-`config.json` (paths of this machine left out), `model.safetensors` (what was learned), a model card, and the frozen
-encoder's weights in `encoder.safetensors` unless they are the packaged ones or those that the hub has.
+It holds `config.json` (without paths of this machine), `model.safetensors` (the learned tensors), a model card, and in
+`encoder.safetensors` the frozen encoder's weights unless they are packaged or on the hub.
 """
 
 from __future__ import annotations
@@ -16,22 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spot_fast.checkpoints.encoder_weights import encoder_metadata, stored_weights
 from spot_fast.checkpoints.model_card import card
-from spot_fast.checkpoints.runs import (
-    METRICS,
-    MODEL,
-    encoder_identity_metadata,
-    read_tensors,
-    save_tensors,
-    write_config,
-)
+from spot_fast.checkpoints.runs import METRICS, MODEL, read_tensors, save_tensors, write_config
 from spot_fast.errors import UserError
 from spot_fast.files import atomic_write, reason
-from spot_fast.model.encoder import raw_weights
 from spot_fast.model.spot import Spot
 
 ENCODER = "encoder.safetensors"
-# What a checkpoint of the authors holds beside what its model uses, so that the way back gives the same file.
+# Tensors of an authors' checkpoint that its model does not use, kept so that converting back gives the same file.
 UNUSED = "authors_unused.safetensors"
 CARD = "README.md"
 
@@ -40,6 +33,7 @@ def save_pretrained(
     model: Spot,
     folder: str | os.PathLike,
     *,
+    origin: Path | None = None,
     scores: Mapping[str, float] | None = None,
     vit: Mapping[str, Tensor] | None = None,
     unused: Mapping[str, Tensor] | None = None,
@@ -48,14 +42,15 @@ def save_pretrained(
     """Writes `model` to a new `folder`, whole or not at all.
 
     Args:
-        scores: for the model card, fractions by name; by default the last validation of the run it was loaded from.
+        origin: the run or folder that the model was loaded from.
+        scores: for the model card, fractions by name; by default the last validation of `origin`.
         vit: weights of the frozen encoder to write, as they were before positions were resampled (timm's names); by
-            default those of the file that they came from, and none where they are packaged or on the hub.
-        unused: tensors for `UNUSED`; by default those of the folder that the model was loaded from.
+            default those of their file, and none if they are packaged or on the hub.
+        unused: tensors for `UNUSED`; by default those of `origin`.
         source: where the model comes from, for the card.
 
     Raises:
-        UserError: where `folder` exists or cannot be written, or the model is not in float32.
+        UserError: if `folder` exists or cannot be written, or the model is not in float32.
     """
     folder, config = Path(folder), model.config
     check_free(folder)
@@ -67,10 +62,11 @@ def save_pretrained(
     )
     if include and vit is None:
         vit = _stored_weights(model)
-    unused = unused_of(model) if unused is None else unused
-    metadata = encoder_identity_metadata(model.encoder, config) | {"stage": str(config.stage), "finished": "true"}
-    scores = scores if scores is not None else last_scores(model.origin)
+    unused = unused_of(origin) if unused is None else unused
+    metadata = encoder_metadata(model.encoder, config) | {"stage": str(config.stage), "finished": "true"}
+    scores = scores if scores is not None else last_scores(origin)
     text = card(config, scores or {}, metadata["encoder_sha256"], included=include, source=source)
+    # Written beside its final name and renamed, so that a failure leaves no half-written model.
     partial = folder.with_name(f".{folder.name}.tmp")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -92,35 +88,35 @@ def save_pretrained(
 
 
 def _stored_weights(model: Spot) -> Mapping[str, Tensor]:
-    """The frozen encoder's weights as its file has them; the model's own where there is no file, or none any more."""
+    """The frozen encoder's weights as its file has them, or the model's own if the file does not exist any more."""
     try:
-        return raw_weights(model.config) or model.encoder.vit.state_dict()
+        return stored_weights(model.config) or model.encoder.vit.state_dict()
     except UserError:
         return model.encoder.vit.state_dict()
 
 
 def check_free(path: Path) -> None:
-    """UserError where there is something at `path` that would be overwritten."""
+    """UserError if `path` exists, unless it is an empty folder."""
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
         raise UserError(f"{path} exists and is not overwritten: choose a name that is free")
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # Copies, because safetensors writes no two names for one memory.
+    # Copies, because safetensors refuses two names that share memory.
     return {
         name: torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format).copy_(value)
         for name, value in tensors.items()
     }
 
 
-def unused_of(model: Spot) -> dict[str, Tensor]:
-    """The tensors in the `UNUSED` file of the folder that `model` was loaded from."""
-    path = model.origin and model.origin / UNUSED
+def unused_of(origin: Path | None) -> dict[str, Tensor]:
+    """The tensors in the `UNUSED` file of a folder, if it has one."""
+    path = origin and origin / UNUSED
     return read_tensors(path)[0] if path and path.is_file() else {}
 
 
 def last_scores(run: Path | None) -> dict[str, float]:
-    """The last validation that a run folder's metrics hold; nothing where there is none."""
+    """The last validation in a run folder's metrics; empty if there is none."""
     path = run and run / METRICS
     if not path or not path.is_file():
         return {}
@@ -128,7 +124,7 @@ def last_scores(run: Path | None) -> dict[str, float]:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except ValueError:  # the last line of a run that was killed
             continue
         if record.get("kind") == "validation":
             scores = {

@@ -1,9 +1,9 @@
 """Reads checkpoints (`.pt`, `.pth`, `.ckpt`, `.tar`, `.safetensors`) without running any code in them.
 
-PyTorch's restricted unpickler knows tensors and plain containers. Checkpoints of whole trainings hold more beside their
-tensors: `argparse.Namespace`, paths, dates, configurations. These become stand-ins, which keep what was stored in them
-and are not the classes that the file names: nothing is imported, and nothing of theirs runs. What a file asks to *call*
-is refused by its name, but for constructors that are known to hold data only and for classes of the user's own code.
+PyTorch's restricted unpickler knows tensors and plain containers. Checkpoints of whole trainings hold other objects
+beside their tensors: `argparse.Namespace`, paths, dates, configurations. Stand-ins take the place of these classes and
+keep their data: nothing that the file names is imported or run. A file that *calls* something is refused, naming the
+callee, except for constructors known to hold only data and for classes of the user's own code.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from spot_fast.checkpoints.file_kinds import stand_in
+from spot_fast.checkpoints.file_kinds import file_problem
 from spot_fast.errors import UserError
 
 
 class Data:
-    """What a file holds in place of an object that is not a tensor and of no interest."""
+    """Takes the place of an object whose contents nobody needs."""
 
     def __init__(self, *arguments: Any) -> None:
         pass
@@ -39,7 +39,7 @@ class Data:
         pass
 
 
-# Names that may be called, and what stands for them.
+# Names that a file may call, and what is called instead.
 _CALLED: dict[str, Callable[..., Any]] = {
     "collections.defaultdict": lambda *arguments: {},
     "collections.deque": lambda *arguments: [],
@@ -74,7 +74,7 @@ _CALLED: dict[str, Callable[..., Any]] = {
         )
     },
 }
-# Packages whose names, those of Python 2 included, are called for what they do.
+# Packages, with Python 2's names, whose classes are not the user's own data: calling them may do something.
 _NO_DATA = {"torch", "numpy", *sys.stdlib_module_names, *IMPORT_MAPPING, *REVERSE_IMPORT_MAPPING.values()}
 _WHOLE = (
     "checkpoint {} holds a whole model object, not a state dict: save its tensors alone with "
@@ -84,7 +84,7 @@ _SAVE_ALONE = "torch.save(torch.load(FILE, weights_only=False)['model'], 'weight
 
 
 class _StandIn(type):
-    """Of classes in place of those that a file names: an instance is an OrderedDict with what the object held."""
+    """Metaclass of stand-ins for classes that a file names; their instances are OrderedDicts with the object's data."""
 
     def __call__(cls, *arguments: Any) -> Any:
         raise pickle.UnpicklingError(f"GLOBAL {cls.__name__} is called")
@@ -97,21 +97,21 @@ class _StandIn(type):
 
 
 class _OwnClass(_StandIn):
-    """Of classes outside the standard library, which may be called: with the values of what they hold."""
+    """Stand-ins for the user's own classes, which may be called: an enum's members are stored as calls."""
 
     def __call__(cls, *arguments: Any) -> Any:
         return Data()
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """The file's contents as plain data; UserError when it is no checkpoint or would run code on loading.
+    """The file's contents as plain data; UserError if it is no checkpoint or would run code when loaded.
 
-    Tensors of PyTorch's zip format stay on the disk until they are used.
+    Tensors in PyTorch's zip format are memory-mapped: they stay on the disk until they are used.
     """
     path = Path(path)
     if not path.is_file():
-        what = stand_in(path) or "is not a file: pass a .pt, .pth, .pt.tar or .safetensors file"
-        raise UserError(f"checkpoint {path} {what}")
+        problem = file_problem(path) or "is not a file: pass a .pt, .pth, .pt.tar or .safetensors file"
+        raise UserError(f"checkpoint {path} {problem}")
     try:
         contents = load_file(path) if _is_safetensors(path) else _unpickled(path)
     except pickle.UnpicklingError as error:
@@ -145,6 +145,7 @@ def _unpickled(path: Path) -> Any:
     try:
         return _load(path, _allowed())
     except pickle.UnpicklingError:
+        # Only now are the names listed: a plain state dict, the usual case, is read once.
         names = _unknown(path)
         if sharded := [name for name in names if name.endswith(("DTensor", "ShardedTensor"))]:
             raise pickle.UnpicklingError(sharded[0]) from None
@@ -155,22 +156,22 @@ def _unpickled(path: Path) -> Any:
 
 
 def _in_place_of(name: str) -> Callable[..., Any]:
-    """What stands for a name that PyTorch's unpickler does not know."""
+    """The stand-in for a name that PyTorch's unpickler does not know."""
     module, _, own = name.rpartition(".")
     if name not in _CALLED and own[:1].isupper() and module.split(".")[0] not in _NO_DATA:
-        return _OwnClass(name)  # such as an enum, whose members are made by a call
+        return _OwnClass(name)
     return _CALLED.get(name) or _StandIn(name)
 
 
 def _load(path: Path, allowed: list[Any]) -> Any:
-    """The contents; UnpicklingError where the file names what is neither PyTorch's nor `allowed`."""
+    """The contents; UnpicklingError if the file names anything that is neither PyTorch's nor `allowed`."""
     with torch.serialization.safe_globals(allowed):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def _allowed() -> list[tuple[Any, str]]:
-    """NumPy's scalars, by what a file may call them."""
-    scalar = np.float64(0).__reduce__()[0]  # the function has moved between NumPy versions, and so has its pickled name
+    """NumPy's scalars under every name that a file may have for them."""
+    scalar = np.float64(0).__reduce__()[0]  # its module, and so its pickled name, differs between NumPy versions
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SU"}
     return [
@@ -181,7 +182,7 @@ def _allowed() -> list[tuple[Any, str]]:
 
 
 def _unknown(path: Path) -> set[str]:
-    """What the file names beside tensors, plain containers and NumPy's scalars; nothing of it is imported."""
+    """Names in the file other than tensors, plain containers and NumPy's scalars; none of them is imported."""
     known = {"collections.OrderedDict", *(name for _, name in _allowed())}
     return {name for name in _names(path) - known if not name.startswith("torch._utils._rebuild")}
 
@@ -192,19 +193,20 @@ def _names(path: Path) -> set[str]:
     found: set[str] = set()
     with path.open("rb") as file:
         try:
-            for _ in range(5):  # a magic number, the format's version, the machine, the contents, names of storages
+            # PyTorch's old format is five pickles: magic number, version, machine, contents, names of storages.
+            for _ in range(5):
                 found |= {
                     _today(*argument.split(" ", 1))
                     for opcode, argument, _ in pickletools.genops(file)
                     if opcode.name == "GLOBAL"
                 }
-        except Exception:
+        except Exception:  # a damaged file: what was read so far is enough for the message
             pass
     return found
 
 
 def _today(module: str, name: str) -> str:
-    """A name of Python 2, which protocol 2 stores, as Python 3 has it."""
+    """Python 3's name for a name in a pickle of protocol 2, which stores Python 2's."""
     module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
     return f"{module}.{name}"
 
@@ -215,25 +217,24 @@ def _refusal(path: Path, error: Exception) -> str:
             f"checkpoint {path} holds tensors that are split over several processes: gather them before saving, "
             "with torch.distributed.checkpoint.state_dict and full_state_dict=True"
         )
-    said = _said(error)
-    if "persistent_load of storage" in said:  # of the format before PyTorch 1.6
+    message = _first_line(error)
+    if "persistent_load of storage" in message:  # a module object in the format before PyTorch 1.6
         return _WHOLE.format(path)
-    if re.match(r"Unsupported operand (66|67|14\d)\b", said):  # of protocols 3 to 5
+    if re.match(r"Unsupported operand (66|67|14\d)\b", message):  # opcodes of protocols 3 to 5
         return (
             f"checkpoint {path} is pickled by another protocol than 2, which cannot be read without running code: "
             "save it again with torch.save's own protocol"
         )
-    # Of modules that PyTorch never lets through, its message has the name first.
-    if found := re.search(r"GLOBAL ([\w.]+)", said):
-        name = found[1] if "." in found[1] else f"builtins.{found[1]}"
+    if callee := re.search(r"GLOBAL ([\w.]+)", message):
+        name = callee[1] if "." in callee[1] else f"builtins.{callee[1]}"
         return (
             f"checkpoint {path} was not loaded: it calls {name}, which a file of weights has no need for; get it "
-            f"from its authors again, or where you trust it, save its tensors alone: {_SAVE_ALONE}"
+            f"from its authors again, or if you trust it, save its tensors alone: {_SAVE_ALONE}"
         )
-    if not stand_in(path) and (names := _unknown(path)):
+    if not file_problem(path) and (names := _unknown(path)):
         return (
-            f"checkpoint {path} was not loaded: what it holds beside tensors, such as {sorted(names)[0]}, is not "
-            f"understood; where you trust it, save its tensors alone: {_SAVE_ALONE}"
+            f"checkpoint {path} was not loaded: it holds objects beside its tensors that cannot be read, such as "
+            f"{sorted(names)[0]}; if you trust it, save its tensors alone: {_SAVE_ALONE}"
         )
     return _unreadable(path, error)
 
@@ -241,12 +242,12 @@ def _refusal(path: Path, error: Exception) -> str:
 def _unreadable(path: Path, error: Exception) -> str:
     if isinstance(error, PermissionError):
         return f"checkpoint {path} cannot be read ({error.strerror}): make it readable for you"
-    if what := stand_in(path):
-        return f"checkpoint {path} {what}"
-    return f"checkpoint {path} cannot be read ({_said(error)}): it is damaged or no checkpoint, download it again"
+    if problem := file_problem(path):
+        return f"checkpoint {path} {problem}"
+    return f"checkpoint {path} cannot be read ({_first_line(error)}): it is damaged or no checkpoint, download it again"
 
 
-def _said(error: Exception) -> str:
-    """The first line of what an error says, without PyTorch's advice about its own options; else its kind."""
+def _first_line(error: Exception) -> str:
+    """The first line of an error's message without PyTorch's advice about its own options, or the error's type."""
     lines = re.split(r"WeightsUnpickler error: |trusted source\.\s", str(error))[-1].strip().splitlines()
     return lines[0][:120] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Masks that need no model: blocks of the image, and k-means of its features. A model has to beat both.
+"""Baseline masks, which need no training: blocks of the image, and k-means of its features. A model has to beat both.
 
 Block masks are those of SPOT's Table 6: columns of equal width, each cut into blocks of equal height. k-means runs per
 image on the features that the decoder reconstructs.
@@ -16,20 +16,20 @@ from torch import Tensor
 from spot_fast.system.devices import send
 
 MAX_COLUMNS = 4
-# Columns and masks that the paper chose for each data set; and the whole image as one mask, to set FG-ARI against.
+# Columns and masks that the paper chose for each data set; and the whole image as one mask, the reference for FG-ARI.
 PUBLISHED_BLOCKS = {"coco": (2, 7), "voc": (2, 6), "movi_c": (3, 11), "movi_e": (4, 24)}
 ONE_BLOCK = (1, 1)
 STARTS = 4
 _MAX_ITERATIONS = 100
-_LOOK_EVERY = 8  # iterations, on a GPU
+_CHECK_EVERY = 8  # iterations between checks for convergence on a GPU
 _KMEANS_STREAM = 1  # keeps these draws apart from other draws of the same (seed, image)
 
 
 def block_masks(columns: int, num_masks: int, size: int) -> Tensor:
-    """int64 [size, size] in 0…num_masks-1: columns of num_masks // columns blocks each, the last with what is left.
+    """int64 [size, size] in 0…num_masks-1: columns of num_masks // columns blocks each, the last with the remainder.
 
-    Numbered down the columns, left to right. Widths and heights are rounded up, so the last of a row or column is
-    smaller, and where a side has fewer pixels than it needs, missing.
+    Numbered down the columns, left to right. Widths and heights are rounded up: the last column and the last block of
+    each are smaller, or missing where the side has too few pixels.
     """
     if not 1 <= columns <= num_masks:
         raise ValueError(f"columns is {columns}: give 1 to num_masks ({num_masks})")
@@ -92,8 +92,8 @@ def kmeans_labels(
     draws = send(draws, points.device)
     centres = _plus_plus(points, draws)
     labels = torch.full((batch, STARTS, tokens), -1, device=points.device)
-    # On a GPU only every eighth iteration looks: one more changes nothing.
-    every = _LOOK_EVERY if _looking_waits(points.device) else 1
+    # A check waits for a GPU, so it is rare there; iterations beyond convergence change nothing.
+    every = _CHECK_EVERY if _reading_waits(points.device) else 1
     for iteration in range(1, _MAX_ITERATIONS + 1):
         before = labels
         nearest, labels = _distances(points, centres).min(-1)
@@ -104,8 +104,8 @@ def kmeans_labels(
     return labels[torch.arange(batch, device=points.device), best]
 
 
-def _looking_waits(device: torch.device) -> bool:
-    """Whether a look at a tensor on `device` has the host wait for what is computed there."""
+def _reading_waits(device: torch.device) -> bool:
+    """Whether reading a tensor of `device` makes the host wait for computations there."""
     return device.type != "cpu"
 
 
@@ -149,8 +149,8 @@ def _means(points: Tensor, labels: Tensor, nearest: Tensor, k: int) -> Tensor:
     size = member.sum(2)
     empty = size == 0
     means = sums / size.clamp(min=1)[..., None]
-    if _looking_waits(points.device) or empty.any():
+    if _reading_waits(points.device) or empty.any():
         farthest = nearest.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-        place = farthest.gather(-1, (empty.cumsum(-1) - 1).clamp(min=0))
-        means = torch.where(empty[..., None], _take(points, place), means)
+        index = farthest.gather(-1, (empty.cumsum(-1) - 1).clamp(min=0))
+        means = torch.where(empty[..., None], _take(points, index), means)
     return means

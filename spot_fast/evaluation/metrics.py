@@ -1,17 +1,16 @@
 """mBO, mIoU and FG-ARI of predicted label maps, all from one table of pixel counts per image.
 
-A pixel of the ground truth has an instance g and a class h; each pair (g, h) that occurs in an image gets a number j,
-and c[k, j] is how many pixels of predicted label k have pair j: one pass over the pixels. Summing the columns of equal
-instance, or of equal class, gives the tables that everything follows from (SPOT, section 4), with areas as row and
-column sums:
+A pixel of the ground truth has an instance g and a class h. Each pair (g, h) in an image gets a number j, and c[k, j]
+counts the pixels of predicted label k and pair j, in one pass over the pixels. Summing columns of the same instance, or
+of the same class, gives the contingency tables of all metrics (SPOT, section 4), with areas as row and column sums:
 
     IoU[k, g] = c[k, g] / (area of k + area of g - c[k, g])
     mBO       = mean over non-empty ground-truth masks g > 0 of max_k IoU[k, g]
     mIoU      = mean over the same masks of IoU under the one-to-one matching that maximises it; unmatched masks give 0
     FG-ARI    = adjusted Rand index of c without column 0 (pixels of the ground truth's background)
 
-Label 0 of the ground truth is background. Predictions have no background: each of the K masks counts. `Rules` holds
-where other code bases than SPOT's count differently (protocols.py says which). Counts are 64-bit integers.
+Label 0 of the ground truth is background. Predictions have no background: each of the K masks counts. `Rules` states
+how other code bases than SPOT's count (protocols.py names them). Counts are 64-bit integers.
 """
 
 from __future__ import annotations
@@ -26,26 +25,26 @@ from spot_fast.system.devices import send
 from spot_kernels import linear_assignment, mask_labels, overlap_counts
 
 METRICS = ("mbo_i", "mbo_c", "miou", "fg_ari")
-MAX_LABEL = 255  # of the ground truth: where labels are larger each image's are renumbered
-# Labels of the ground truth for pixels that belong to nothing: not counted at all, or counted as background on one side
-# and as a predicted mask of their own on the other.
-IGNORED, OVERLAP = -1, -2
-# Of the size of an instance, as a fraction of the label map: SPOT, Fig. 7.
+MAX_LABEL = 255  # of the ground truth; with larger labels each image is renumbered
+# Labels of the ground truth for pixels without a single instance. VOID: counted nowhere. OVERLAP: background in the
+# truth, and a predicted mask of their own.
+VOID, OVERLAP = -1, -2
+# Bounds of instance sizes, as fractions of the label map: SPOT, Fig. 7.
 SIZE_BINS = (0.0, 0.005, 0.01, 0.05, 0.1, 0.2, 0.5, 0.8, 1.0)
 _MOST_MASKS = 256
-_MOST_CODES = 1 << 16  # pairs that could occur; of more only those that do are listed
+_MOST_CODES = 1 << 16  # possible pairs; beyond, only those that occur are listed
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What is counted. The defaults are SPOT's.
+    """Counting rules. The defaults are SPOT's.
 
-    mbo_background, miou_background  the background is a mask to be found like any other
+    mbo_background, miou_background  the background is a ground-truth mask like any other
     classes                          there is an mBO over class masks
-    empty_ari                        an image without foreground has an FG-ARI, 1
-    cosine                           mIoU is of the matching with the largest sum of overlap / √(area · area), and of
-                                     objects without a partner neither mIoU nor mBO knows
-    per_object                       mBO and mIoU are means over all objects, not over images of their objects' means
+    empty_ari                        an image without foreground has an FG-ARI of 1 instead of none
+    cosine                           mIoU uses the matching with the largest sum of overlap / √(area · area), and mIoU
+                                     and mBO leave out objects without a partner
+    per_object                       mBO and mIoU are means over all objects, not over the images' means
     """
 
     mbo_background: bool = False
@@ -64,8 +63,8 @@ class Pairs:
     """Ground truth of B images as pairs of instance and class.
 
     labels     [B, H, W] int16 or int64 on the device of the maps: the number of each pixel's pair
-    instances  [B, J] int64 on the CPU: of each pair the instance, IGNORED or OVERLAP; IGNORED beyond the image's pairs
-    classes    [B, J] likewise; all IGNORED where there are no classes
+    instances  [B, J] int64 on the CPU: each pair's instance, VOID or OVERLAP; VOID beyond the image's last pair
+    classes    [B, J] likewise; all VOID without classes
     """
 
     labels: Tensor
@@ -77,11 +76,11 @@ class Pairs:
 
 
 def labels_from_soft(masks: Tensor, size: int) -> Tensor:
-    """The hard label map that soft masks on the patch grid stand for.
+    """Hard label maps of soft masks on the patch grid.
 
     masks [B, N, K], N = G x G in raster order, K at most 256 → uint8 [B, size, size] in 0…K-1: each mask is resized
-    bilinearly (corners not aligned), then the largest wins, the first of equals. ValueError where N is no square or a
-    mask is not finite.
+    bilinearly (corners not aligned), then the largest wins, the first of equals. ValueError where N is not a square
+    number or a mask is not finite.
     """
     if masks.ndim != 3 or not 1 <= masks.shape[2] <= _MOST_MASKS:
         raise ValueError(f"masks has shape {list(masks.shape)}: expected [B, N, K] with K of 1 to {_MOST_MASKS}")
@@ -98,8 +97,8 @@ def labels_from_soft(masks: Tensor, size: int) -> Tensor:
 def pair_labels(instances: Tensor, classes: Tensor | None = None, ignore: Tensor | None = None) -> Pairs:
     """Numbers the pairs of instance and class of each image.
 
-    instances and classes [B, H, W] are integer maps from 0 on, with gaps, or IGNORED or OVERLAP; where ignore [B, H, W]
-    is not 0 both are IGNORED. A map with labels above 255 is renumbered from 1 image by image, in their order: no score
+    instances and classes [B, H, W] are integer maps of labels from 0 on, possibly with gaps, VOID or OVERLAP; where
+    ignore [B, H, W] is not 0 both are VOID. With labels above 255 each image is renumbered from 1, in order: no score
     depends on the numbers. On a GPU this waits for the device twice. ValueError names a map that does not fit.
     """
     maps = [instances] if classes is None else [instances, classes]
@@ -107,7 +106,7 @@ def pair_labels(instances: Tensor, classes: Tensor | None = None, ignore: Tensor
         _check_map("truth", labels, instances.shape)
     maps = [labels.flatten(1) for labels in maps]
     if not instances.numel():
-        nothing = torch.full((len(instances), 1), IGNORED)
+        nothing = torch.full((len(instances), 1), VOID)
         return Pairs(instances.to(torch.int16), nothing, nothing)
     bounds = _bounds(maps)
     for low, high in bounds:
@@ -121,7 +120,7 @@ def pair_labels(instances: Tensor, classes: Tensor | None = None, ignore: Tensor
     (low, high), (low_class, high_class) = bounds[0], bounds[-1]
     wide = 1 if classes is None else high_class - low_class + 1
     codes = (high - low + 1) * wide + 1
-    # Code 0 is an ignored pixel; int32 until it has to be an index: half the bytes of what this costs on a CPU.
+    # Code 0 is a void pixel. int32 until it has to be an index: on a CPU the cost is the bytes that this moves.
     code = maps[0].to(torch.int32 if codes < 2**31 else torch.int64) - (low - 1)
     if classes is not None:
         code = code.sub_(1).mul_(wide).add_(maps[1].to(code.dtype)).sub_(low_class - 1)
@@ -135,16 +134,16 @@ def pair_labels(instances: Tensor, classes: Tensor | None = None, ignore: Tensor
     else:
         listed = torch.arange(codes)
     present = torch.zeros(len(code), codes, dtype=torch.bool, device=code.device).scatter_(1, code, True)
-    found = present.cpu()
-    number = found.cumsum(1) - 1
-    pairs = int(found.sum(1).max())
-    image, place = found.nonzero(as_tuple=True)
-    column, place = number[image, place], listed[place] - 1
-    hidden = place < 0
-    of = torch.full((2, len(code), pairs), IGNORED)
-    of[0, image, column] = (place // wide + low).masked_fill(hidden, IGNORED)
+    present = present.cpu()
+    number = present.cumsum(1) - 1  # each image numbers the codes that it has, in order
+    pairs = int(present.sum(1).max())
+    image, index = present.nonzero(as_tuple=True)
+    column, pair = number[image, index], listed[index] - 1
+    void = pair < 0
+    of = torch.full((2, len(code), pairs), VOID)
+    of[0, image, column] = (pair // wide + low).masked_fill(void, VOID)
     if classes is not None:
-        of[1, image, column] = (place % wide + low_class).masked_fill(hidden, IGNORED)
+        of[1, image, column] = (pair % wide + low_class).masked_fill(void, VOID)
     labels = send(number.to(torch.int16) if pairs < 2**15 else number, code.device).gather(1, code)
     return Pairs(labels.reshape(instances.shape), of[0], of[1])
 
@@ -160,22 +159,23 @@ def _renumbered(labels: Tensor) -> Tensor:
     labels = labels.long()
     rows = []
     for image in labels:
-        found, number = image.clamp(min=0).unique(return_inverse=True)
-        rows.append(torch.where(image > 0, number + (found[0] > 0), image))
+        values, number = image.clamp(min=0).unique(return_inverse=True)
+        # Background keeps 0 and VOID and OVERLAP their values; without background objects still begin at 1.
+        rows.append(torch.where(image > 0, number + (values[0] > 0), image))
     return torch.stack(rows)
 
 
 def count_pairs(pred: Tensor, num_pred: int, truth: Pairs) -> Tensor:
-    """Pixels of each predicted label and each pair: int64 [B, num_pred, J] on pred's device; pred [B, H, W]."""
+    """Pixel counts of each predicted label and pair: int64 [B, num_pred, J] on pred's device; pred [B, H, W]."""
     pairs = truth.instances.shape[1]
     return overlap_counts(pred.flatten(1), truth.labels.flatten(1), num_pred, pairs)
 
 
 def count_overlaps(pred: Tensor, num_pred: int, truth: Tensor, ignore: Tensor | None = None) -> Tensor:
-    """Pixels of each pair of labels: int64 [B, num_pred, J] on the CPU, J = largest ground-truth label + 1.
+    """Pixel counts of each pair of labels: int64 [B, num_pred, J] on the CPU, J = largest ground-truth label + 1.
 
     pred [B, H, W] in 0…num_pred-1 and truth [B, H, W] in 0…255 (with gaps) are integer maps; a pixel where ignore
-    [B, H, W] is not 0 is counted nowhere. Larger labels are renumbered as `pair_labels` does it.
+    [B, H, W] is not 0 is void. Larger labels are renumbered as in `pair_labels`.
     """
     _check_pred(pred, num_pred, truth)
     pairs = pair_labels(truth, None, ignore)
@@ -185,14 +185,14 @@ def count_overlaps(pred: Tensor, num_pred: int, truth: Tensor, ignore: Tensor | 
 def merge_columns(counts: Tensor, of: Tensor) -> Tensor:
     """Adds up pairs of the same label: counts [B, K, J] of pairs, of [B, J] their labels → [B, K, labels].
 
-    IGNORED pairs are left out. Where there are OVERLAP pairs, one more row is a predicted mask that holds all of them
-    and nothing else; their column is the background's, 0.
+    VOID pairs are left out. OVERLAP pairs go to one more row, a predicted mask of these pixels alone, in column 0 (the
+    background).
     """
     labels = max(0, int(of.max()) if of.numel() else 0) + 1
     overlap = of == OVERLAP
     rows = counts.shape[1] + bool(overlap.any())
     merged = counts.new_zeros(len(counts), rows, labels + 1)
-    column = of.where(of >= 0, labels)
+    column = of.where(of >= 0, labels)  # VOID and OVERLAP: a last column, cut off below
     merged[:, : counts.shape[1]].scatter_add_(2, column[:, None].expand(-1, counts.shape[1], -1), counts)
     if rows > counts.shape[1]:
         merged[:, -1, 0] = (counts.sum(1) * overlap).sum(1)
@@ -216,7 +216,7 @@ def _check_map(name: str, labels: Tensor, shape: torch.Size) -> None:
 
 
 def pairwise_iou(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU of every predicted with every ground-truth mask: float64 [B, K, J], and which of these have pixels: [B, J].
+    """IoU of every predicted with every ground-truth mask, float64 [B, K, J], and whether the latter has pixels [B, J].
 
     counts [B, K, J] from `count_overlaps`; column 0 is the background's.
     """
@@ -233,12 +233,12 @@ def best_overlap(iou: Tensor, present: Tensor) -> Tensor:
 
 def matched_iou(iou: Tensor, present: Tensor) -> Tensor:
     """mIoU of each image: float64 [B], NaN where no mask is present. iou [B, K, J], present [B, J]."""
-    # Absent masks have IoU 0 with everything: matching them as well changes no sum.
+    # Absent masks have IoU 0 with every prediction: matching them too changes no sum.
     return _matched(iou, linear_assignment(1 - iou)).sum(1) / present.sum(1)
 
 
 def _matched(values: Tensor, columns: Tensor) -> Tensor:
-    """values [B, K, J] at the column of each row, columns [B, K], 0 for a row without one: [B, K]."""
+    """values [B, K, J] at each row's column, columns [B, K]: [B, K], 0 for a row without a column (-1)."""
     if not values.shape[2]:
         return values.new_zeros(columns.shape)
     return values.gather(2, columns.clamp(min=0)[..., None])[..., 0] * (columns >= 0)
@@ -257,7 +257,7 @@ def foreground_ari(counts: Tensor) -> Tensor:
     total = _pairs(objects.sum((1, 2))).tolist()
     scores = []
     for s, a, b, t in zip(both, in_pred, in_truth, total, strict=True):
-        # (s - ab/t) / ((a + b)/2 - ab/t), both sides times 2t.
+        # (s - ab/t) / ((a + b)/2 - ab/t), numerator and denominator times 2t to stay in integers.
         denominator = t * (a + b) - 2 * a * b
         scores.append(2 * (s * t - a * b) / denominator if denominator else 1.0)
     return torch.tensor(scores, dtype=torch.float64)
@@ -270,14 +270,14 @@ def _pairs(count: Tensor) -> Tensor:
 def scores_of_counts(counts: Tensor, truth: Pairs, rules: Rules = SPOT_RULES) -> dict[str, Tensor]:
     """Each metric of each image as a fraction, float64 [B], NaN where it is not counted, from `count_pairs` on the CPU.
 
-    Also "objects" int64 [B]: how many masks mBO_i is a mean over; "size_counts" int64 and "size_sums" float64
-    [B, bins]: instances of each of SIZE_BINS (larger than its lower end, at most its upper; their counted pixels as a
-    fraction of the label map), and the sum of their best IoU.
+    Also "objects" int64 [B]: the number of masks that mBO_i is a mean over; "size_counts" int64 and "size_sums" float64
+    [B, bins]: the number of instances in each of SIZE_BINS (above its lower bound, at most its upper; pixels that are
+    not void, as a fraction of the label map), and the sum of their best IoU.
     """
     pixels = truth.labels[0].numel() if len(truth) else 0
     table = merge_columns(counts, truth.instances)
     iou, present = pairwise_iou(table)
-    first = 0 if rules.mbo_background else 1  # column of the first mask that has to be found
+    first = 0 if rules.mbo_background else 1  # column of the first ground-truth mask that counts
     scores = {
         "mbo_i": best_overlap(iou[:, :, first:], present[:, first:]),
         "mbo_c": torch.full((len(counts),), math.nan, dtype=torch.float64),
@@ -299,25 +299,26 @@ def scores_of_counts(counts: Tensor, truth: Pairs, rules: Rules = SPOT_RULES) ->
 
 
 def _cosine_matched(table: Tensor, iou: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """mBO and mIoU over the objects that have a partner, and their number, each [B]."""
+    """mBO and mIoU over the objects with a partner, and the number of these, each [B]."""
     areas = table.sum(2)[:, :, None].double(), table.sum(1)[:, None, 1:].double()
     cosine = table[:, :, 1:] / ((areas[0] * areas[1]).sqrt() + 1e-6)
+    # Absent objects cost so much that they get a partner only when no present one is left.
     columns = linear_assignment((1 - cosine).masked_fill(~present[:, None, 1:], 1e4))
-    found = _matched(present[:, None, 1:].expand_as(cosine).long(), columns)
-    best = _matched(iou[:, :, 1:].amax(1, keepdim=True).expand_as(cosine), columns) if cosine.shape[2] else found
-    number = found.sum(1)
-    return (best * found).sum(1) / number, (_matched(iou[:, :, 1:], columns) * found).sum(1) / number, number
+    paired = _matched(present[:, None, 1:].expand_as(cosine).long(), columns)
+    best = _matched(iou[:, :, 1:].amax(1, keepdim=True).expand_as(cosine), columns) if cosine.shape[2] else paired
+    number = paired.sum(1)
+    return (best * paired).sum(1) / number, (_matched(iou[:, :, 1:], columns) * paired).sum(1) / number, number
 
 
 def _by_size(iou: Tensor, area: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
-    """Sum of best IoU float64 [B, bins] and number int64 [B, bins] of the instances of each size."""
+    """Sum of best IoU float64 [B, bins] and number int64 [B, bins] of the instances in each size bin."""
     bins = len(SIZE_BINS) - 1
     sums, numbers = iou.new_zeros(len(iou), bins), area.new_zeros(len(iou), bins)
     area = area[:, 1:]
     if area.shape[1]:
-        place = torch.bucketize(area.double() / pixels, torch.tensor(SIZE_BINS[1:-1], dtype=torch.float64))
-        sums.scatter_add_(1, place, iou[:, :, 1:].amax(1) * (area > 0))
-        numbers.scatter_add_(1, place, (area > 0).long())
+        size_bin = torch.bucketize(area.double() / pixels, torch.tensor(SIZE_BINS[1:-1], dtype=torch.float64))
+        sums.scatter_add_(1, size_bin, iou[:, :, 1:].amax(1) * (area > 0))
+        numbers.scatter_add_(1, size_bin, (area > 0).long())
     return sums, numbers
 
 
@@ -332,8 +333,8 @@ def image_scores(
     """`scores_of_counts` of label maps.
 
     pred [B, H, W] in 0…num_pred-1; instances, classes and ignore [B, H, W] as in `data.base.Masks`. An image without
-    masks (nothing but background, or everything ignored) has no mBO and no mIoU, but an FG-ARI of 1. mbo_c is NaN
-    throughout where classes is None.
+    masks (only background, or all void) has no mBO and no mIoU, but an FG-ARI of 1. mbo_c is NaN throughout where
+    classes is None.
     """
     _check_pred(pred, num_pred, instances)
     truth = pair_labels(instances, classes, ignore)
@@ -359,18 +360,18 @@ class Scores:
         self._batches.append(image_scores(pred, num_pred, instances, classes, ignore, self.rules))
 
     def add_counts(self, counts: Tensor, truth: Pairs) -> None:
-        """Scores a batch whose pixels have been counted; counts [B, K, J] on the CPU."""
+        """Scores a batch from its pixel counts [B, K, J] on the CPU."""
         self._batches.append(scores_of_counts(counts, truth, self.rules))
 
     def _all(self, name: str, empty: Tensor) -> Tensor:
         return torch.cat([empty, *(batch[name] for batch in self._batches)])
 
     def per_image(self) -> dict[str, Tensor]:
-        """Each metric of every image in the order they were added: float64 [n], NaN where it is not counted."""
+        """Each metric of every image in the order of addition: float64 [n], NaN where it is not counted."""
         return {name: self._all(name, torch.empty(0, dtype=torch.float64)) for name in METRICS}
 
     def objects(self) -> Tensor:
-        """How many masks each image's mBO_i is a mean over: int64 [n]."""
+        """The number of masks that each image's mBO_i is a mean over: int64 [n]."""
         return self._all("objects", torch.empty(0, dtype=torch.int64))
 
     def counted(self) -> dict[str, int]:
@@ -378,8 +379,8 @@ class Scores:
         return {name: int((~values.isnan()).sum()) for name, values in self.per_image().items()}
 
     def result(self) -> dict[str, float | None]:
-        """Each metric's mean over the images that count, or over all objects where the rules say so, a fraction; None
-        where there are none (mbo_c: no classes)."""
+        """Each metric's mean over the images that count, or with `Rules.per_object` over all objects, as a fraction;
+        None where nothing counts (mbo_c: no classes)."""
         weights = dict.fromkeys(("mbo_i", "miou"), self.objects()) if self.rules.per_object else {}
         means = {}
         for name, values in self.per_image().items():
@@ -388,7 +389,7 @@ class Scores:
         return means
 
     def by_size(self) -> list[tuple[float | None, int]]:
-        """mBO_i over the instances of each of SIZE_BINS, a fraction, None where there are none, and their number."""
+        """mBO_i over the instances in each of SIZE_BINS, a fraction, None without instances, and their number."""
         bins = len(SIZE_BINS) - 1
         numbers = self._all("size_counts", torch.empty(0, bins, dtype=torch.int64)).sum(0).tolist()
         sums = self._all("size_sums", torch.empty(0, bins, dtype=torch.float64)).sum(0).tolist()

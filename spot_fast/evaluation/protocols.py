@@ -1,13 +1,13 @@
-"""Protocols: how the code bases whose numbers are published turn masks into scores. They differ, and so do the numbers.
+"""Protocols: how published code bases turn masks into scores. They count differently, and so their numbers differ.
 
-A protocol is a size of label maps, a way from the annotations to a label map, and `metrics.Rules`. All of them see the
-centred square of an image (MOVi frames: all of it), so the masks of one forward pass serve every one, and what is
-compared is the counting: the image the model sees is always the run's own, whatever size and filter the code base
-uses. Facts were taken from the sources named, at the commits named, not their text.
+A protocol is a size of label maps, a conversion of annotations to a label map, and `metrics.Rules`. All use the centred
+square of an image (MOVi frames: all of it), so one forward pass serves every protocol, and only the counting differs:
+the model's input is always the run's own, whatever size and filter the code base uses. Each protocol names the source
+and commit that it follows.
 
-Annotations differ as well, and where a data set lacks what a code base reads, its own are used: OCBench reads COCO's
-panoptic maps (here instances_val2017.json, where the earlier instance has a pixel of several) and VOC 2007 (here VOC
-2012 val). A set without crowd regions, overlaps or undecided pixels is served from its own label maps by the nearest
+Annotations differ as well. Where a data set lacks those that a code base reads, its own are used: OCBench reads COCO's
+panoptic maps (here instances_val2017.json, where a pixel of several instances is the earlier one's) and VOC 2007 (here
+VOC 2012 val). Sets without crowd regions, overlaps or undecided pixels use their own label maps, resized by the nearest
 neighbour. MOVi is scored frame by frame; SlotDiffusion scores whole clips.
 """
 
@@ -23,18 +23,18 @@ import torch
 from spot_fast.data.base import FullLabels, ImageFiles, ImageSet, Masks
 from spot_fast.data.decoding import transforms
 from spot_fast.errors import UserError
-from spot_fast.evaluation.metrics import IGNORED, OVERLAP, SPOT_RULES, Rules
+from spot_fast.evaluation.metrics import OVERLAP, SPOT_RULES, VOID, Rules
 
 
 @dataclass(frozen=True)
 class Protocol:
     """One way of scoring.
 
-    about, source    a line each: what is special, and where it is written down
+    about, source    a line each: its peculiarities, and their source
     size, stretched  side of the label map, pixels, for photos and for frames that are stretched; 0: the run's mask_size
-    truth            (annotations at full size, size) → Masks with IGNORED and OVERLAP; None: the set's own `val_masks`
+    truth            (annotations at full size, size) → Masks with VOID and OVERLAP; None: the set's own `val_masks`
     crowd            COCO's crowd regions are instances
-    hidden           what becomes of pixels that a set without full annotations ignores; None: they count
+    ignored          label of pixels that a set without full annotations ignores; None: they keep their own
     """
 
     name: str
@@ -45,7 +45,7 @@ class Protocol:
     stretched: int = 0
     truth: Callable[[FullLabels, int], Masks] | None = None
     crowd: bool = True
-    hidden: int | None = IGNORED
+    ignored: int | None = VOID
 
 
 def _minor_side(labels: np.ndarray, size: int) -> torch.Tensor:
@@ -64,12 +64,12 @@ def _nearest_corner(labels: np.ndarray, size: int) -> torch.Tensor:
     """Minor side to `size` by the nearest upper left corner (OpenCV's nearest), centred square."""
     height, width = labels.shape
     factor = max(size / height, size / width)
-    places = []
+    positions = []
     for length in (height, width):
         resized = round(length * factor)
         at = np.arange((resized - size) // 2, (resized - size) // 2 + size)
-        places.append(np.minimum((at * (length / resized)).astype(np.int64), length - 1))
-    return torch.from_numpy(labels[np.ix_(*places)])
+        positions.append(np.minimum((at * (length / resized)).astype(np.int64), length - 1))
+    return torch.from_numpy(labels[np.ix_(*positions)])
 
 
 def _masked(labels: np.ndarray, where: np.ndarray, value: int) -> np.ndarray:
@@ -77,10 +77,10 @@ def _masked(labels: np.ndarray, where: np.ndarray, value: int) -> np.ndarray:
 
 
 def _oclf_truth(full: FullLabels, size: int) -> Masks:
-    # VOC's two maps do not agree everywhere: an instance is where both have something.
+    # VOC's two maps disagree in places: a pixel is an instance's where both label it.
     both = (full.instances > 0) & (full.top_classes > 0)
-    instances = _masked(np.where(both, full.instances, 0), full.covered | full.undecided, IGNORED)
-    classes = _masked(np.where(both, full.top_classes, 0), full.undecided, IGNORED)
+    instances = _masked(np.where(both, full.instances, 0), full.covered | full.undecided, VOID)
+    classes = _masked(np.where(both, full.top_classes, 0), full.undecided, VOID)
     return Masks(_minor_side(instances, size), _minor_side(classes, size))
 
 
@@ -125,7 +125,7 @@ PROTOCOLS = {
             size=256,
             stretched=256,
             truth=_ocbench_truth,
-            hidden=None,
+            ignored=None,
         ),
         Protocol(
             "slotdiffusion",
@@ -138,7 +138,7 @@ PROTOCOLS = {
             stretched=128,
             truth=_slotdiffusion_truth,
             crowd=False,
-            hidden=OVERLAP,
+            ignored=OVERLAP,
         ),
         Protocol(
             "lsd",
@@ -149,7 +149,7 @@ PROTOCOLS = {
             size=256,
             stretched=256,
             truth=_lsd_truth,
-            hidden=None,
+            ignored=None,
         ),
     )
 }
@@ -182,9 +182,9 @@ class GroundTruth:
             self._set.mask_size = self._size
 
     def masks(self, index: int, read: dict[bool, FullLabels] | None = None) -> Masks:
-        """int label maps, all of one size, with IGNORED and OVERLAP; UserError where they cannot be read.
+        """int label maps, all of one size, with VOID and OVERLAP; UserError where they cannot be read.
 
-        read: what has been read of this image for other protocols, with and without crowd regions; completed here.
+        read: the image's annotations with and without crowd regions, shared between protocols; filled in here.
         """
         full_labels = getattr(self._set, "full_labels", None)
         if self.protocol.truth is not None and full_labels is not None:
@@ -194,9 +194,8 @@ class GroundTruth:
             return self.protocol.truth(read[crowd], self._size or self._set.mask_size)
         masks = self._set.val_masks(index)
         maps = [masks.instances, masks.classes if self.protocol.rules.classes else None]
-        if masks.ignore is not None and self.protocol.hidden is not None:
-            hidden = masks.ignore != 0
-            maps = [m if m is None else m.masked_fill(hidden, self.protocol.hidden) for m in maps]
+        if masks.ignore is not None and self.protocol.ignored is not None:
+            maps = [m if m is None else m.masked_fill(masks.ignore != 0, self.protocol.ignored) for m in maps]
         if self._size and len(masks.instances) != self._size:
             maps = [m if m is None else _crop_first(m.numpy(), self._size) for m in maps]
         return Masks(*maps)

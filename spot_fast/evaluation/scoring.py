@@ -1,7 +1,7 @@
-"""The tables of a model on a validation set: decoder and slot masks, beside block masks and k-means.
+"""Scores a model on a validation set: decoder and slot masks, beside block masks and k-means.
 
-Everything is measured in one pass over the images, under every protocol that is asked for (protocols.py). Slot noise
-and k-means starts are functions of (seed, image), so a table does not depend on the batch size.
+One pass over the images scores every protocol (protocols.py). Slot noise and k-means starts are functions of
+(seed, image), so scores do not depend on the batch size.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from spot_fast.precision import autocast, float32_products, resolve
 from spot_fast.system.devices import send
 
 WORKERS = min(8, os.cpu_count() or 1)
-_AHEAD = 64  # images that are read beyond the one in use
+_AHEAD = 64  # images read beyond the one in use
 _NOISE_STREAM = 0  # keeps these draws apart from other draws of the same (seed, image)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of masks: `scores` are fractions (None: nothing to count), `counted` how many images each is over.
+    """Scores of one kind of masks.
 
-    masks: decoder, slots, blocks (the best of several layouts), layout (a certain one) or kmeans. orders: patch orders
-    averaged, for decoder masks. columns: of block masks. sizes: mBO_i and number of the instances in each of
-    metrics.SIZE_BINS. per_image: the metrics, NaN where not counted, and "objects", of each image of
-    `Evaluation.labels`.
+    masks: decoder, slots, blocks (the best of several layouts), layout (a given one) or kmeans. scores: fractions, None
+    where nothing counts. counted: number of images that each score is a mean over. orders: patch orders averaged, for
+    decoder masks. columns: of block masks. sizes: mBO_i and number of the instances in each of metrics.SIZE_BINS.
+    per_image: the metrics, NaN where not counted, and "objects", of each image of `Evaluation.labels`.
     """
 
     masks: str
@@ -69,7 +69,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows under one protocol. unlabelled: images in which there is no object to be found."""
+    """All rows under one protocol. unlabelled: labels of the images without an object."""
 
     protocol: str
     mask_size: int
@@ -77,16 +77,19 @@ class Table:
     unlabelled: list[str] = field(default_factory=list)
 
     def row(self, masks: str, orders: int | None = None) -> Row:
-        """The row of `masks`; for "decoder", of so many patch orders."""
+        """The row of `masks`; for "decoder" with so many patch orders averaged."""
         return next(r for r in self.rows if r.masks == masks and r.orders == orders)
 
 
 @dataclass
 class Evaluation:
-    """What `evaluate` measured, a table for each protocol. labels, indices: of the images, in order. skipped: label
-    of each image that cannot be scored → reason; notes: what else of the data is left out. reconstruction: mean
-    squared error of the prediction by the number of patch orders averaged. Seconds are per image: everything, and
-    metrics alone (all rows and protocols, with upsampling)."""
+    """Result of `evaluate`.
+
+    tables: one for each protocol. images: their number. data: name of the set. reconstruction: mean squared error of
+    the prediction by the number of patch orders averaged. labels, indices: of the images, in order. skipped: label of
+    each image that cannot be scored → reason. notes: other data left out. Seconds are per image: in all, and for the
+    metrics alone (all rows and protocols, with upsampling).
+    """
 
     tables: list[Table]
     images: int
@@ -132,19 +135,19 @@ def evaluate(
 ) -> Evaluation:
     """Scores `model`, on its device, on the first `limit` (0 = all) images of `val_set`.
 
-    The decoder is given the slots of one slot-attention pass, in patch order 0 and in all orders averaged; k-means runs
-    on the frozen target features with as many clusters as slots; block masks are the best by mBO_i of 1 to 4 columns
-    with as many masks as slots, and each of `layouts` (columns, masks). `workers` threads read ahead (0: none).
-    precision: float32, tf32, bf16 or auto, of the model alone. Images that cannot be read, or whose masks cannot, are
-    skipped and named in `skipped`.
+    Decoder masks are those of one slot-attention pass, in patch order 0 and averaged over all orders; k-means runs on
+    the frozen target features with as many clusters as slots; block masks are the best by mBO_i of 1 to 4 columns with
+    as many masks as slots, and each of `layouts` (columns, masks). `workers` threads read ahead (0: none). precision:
+    float32, tf32, bf16 or auto, of the model alone. Images that cannot be read, or whose masks cannot, are skipped and
+    named in `Evaluation.skipped`.
 
-    UserError where the set has no masks, where no image can be read or more than one and 1 % of them cannot, or where
+    UserError where the set has no masks, no image can be read, more than one image and more than 1 % cannot be read, or
     a protocol is unknown.
     """
     if not val_set.has_masks:
         raise UserError(
             f"{val_set.name} has no masks to compare with: evaluate on a validation set that has them "
-            "(a folder of images can be looked at with python -m spot_fast.segment)"
+            "(python -m spot_fast.segment segments a folder of images)"
         )
     if batch_size < 1 or limit < 0 or seed < 0 or workers < 0:
         raise UserError(
@@ -160,7 +163,7 @@ def evaluate(
 
     def load(index: int) -> tuple[int, Tensor, list[Masks]]:
         read: dict[bool, FullLabels] = {}
-        # Small integers: what is stacked and copied to the device is a quarter as large.
+        # int16 where it fits: stacking and copying to the device move a quarter of the bytes.
         return index, val_set.val_image(index), [_small(truth.masks(index, read)) for truth in truths]
 
     skipped: dict[str, str] = {}
@@ -240,7 +243,7 @@ def read_ahead(
 
 
 def _require_few(skipped: dict[str, str], count: int, val_set: ImageSet) -> None:
-    """UserError where scores of the others would not be scores of the set."""
+    """UserError where so many images were skipped that scores of the others would not be the set's."""
     if len(skipped) > max(1, MAX_CORRUPT * count):
         first = "; ".join(f"{label}: {reason}" for label, reason in list(skipped.items())[:3])
         raise UserError(
@@ -250,7 +253,7 @@ def _require_few(skipped: dict[str, str], count: int, val_set: ImageSet) -> None
 
 
 def _small(masks: Masks) -> Masks:
-    """The maps in the smallest type that holds all images' labels, or nearly all images'."""
+    """The maps as int16, unless their labels need more."""
     return Masks(*(m if m is None or m.max() >= 2**15 else m.to(torch.int16) for m in (masks.instances, masks.classes)))
 
 
@@ -269,7 +272,7 @@ class _Pass:
         self.labels: list[str] = []
         self.indices: list[int] = []
         self.metric_seconds = 0.0
-        # The soft masks of a batch in this order; the k-means labels count as such, as one-hot vectors.
+        # A batch's soft masks are stacked in this order; k-means labels join them as one-hot vectors.
         self.soft = [*(("decoder", orders) for orders in self.orders), ("slots", None), ("kmeans", None)]
         self.layouts = list(layouts)
         self.blocks: dict[int, list[tuple[tuple, int, Tensor]]] = {}  # mask size → key, masks, label map
@@ -300,12 +303,11 @@ class _Pass:
         soft = [*(decoded[orders][1] for orders in self.orders), slot_attn, F.one_hot(clusters, self.num_slots)]
         soft = torch.stack([m.float() for m in soft])
         predicted: dict[int, Tensor] = {}  # label maps of all kinds by mask size: protocols share them
-        for place, protocol in enumerate(self.protocols):
-            truth = stack_truth([m[place] for m in masks], self.device)
-            self.unlabelled[place] += [
-                name for name, found in zip(labels, (truth.instances > 0).any(1).tolist(), strict=True) if not found
-            ]
-            size = self.sizes[place] = truth.labels.shape[-1]
+        for index, protocol in enumerate(self.protocols):
+            truth = stack_truth([m[index] for m in masks], self.device)
+            has_object = (truth.instances > 0).any(1).tolist()
+            self.unlabelled[index] += [name for name, has in zip(labels, has_object, strict=True) if not has]
+            size = self.sizes[index] = truth.labels.shape[-1]
             if size not in predicted:
                 predicted[size] = labels_from_soft(soft.flatten(0, 1), size).unflatten(0, soft.shape[:2])
             counts = [
@@ -318,7 +320,7 @@ class _Pass:
             # All counts in one copy, so that the device is waited for once.
             flat = torch.cat([c.flatten() for _, c in counts]).cpu().split([c.numel() for _, c in counts])
             for (key, c), part in zip(counts, flat, strict=True):
-                self.scores[place].setdefault(key, Scores(protocol.rules)).add_counts(part.view(c.shape), truth)
+                self.scores[index].setdefault(key, Scores(protocol.rules)).add_counts(part.view(c.shape), truth)
         self.metric_seconds += time.perf_counter() - start
         self.labels += labels
         self.indices += indices
@@ -351,10 +353,15 @@ class _Pass:
         best = max(candidates, key=lambda key: scores[key].result()["mbo_i"] or 0.0)
 
         def row(key: tuple, masks: int = self.num_slots, **extra: int | None) -> Row:
-            found = scores[key]
-            per_image = found.per_image() | {"objects": found.objects()}
+            of_masks = scores[key]
             return Row(
-                key[0], found.result(), found.counted(), masks, sizes=found.by_size(), per_image=per_image, **extra
+                key[0],
+                of_masks.result(),
+                of_masks.counted(),
+                masks,
+                sizes=of_masks.by_size(),
+                per_image=of_masks.per_image() | {"objects": of_masks.objects()},
+                **extra,
             )
 
         return [

@@ -1,4 +1,4 @@
-"""What is written about an evaluation: tables as text, and a CSV line for each image and kind of masks."""
+"""Evaluations as text tables, and as CSV with a line for each image and kind of masks."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from spot_fast.checkpoints.runs import atomic_write
 from spot_fast.evaluation.baselines import MAX_COLUMNS, STARTS
 from spot_fast.evaluation.metrics import METRICS, SIZE_BINS
 from spot_fast.evaluation.scoring import Evaluation, Row, Table
+from spot_fast.evaluation.several_runs import ScoredRun, tables_by_protocol
+from spot_fast.files import atomic_write
 
 TITLES = {"mbo_i": "mBO_i", "mbo_c": "mBO_c", "miou": "mIoU", "fg_ari": "FG-ARI"}
 BINS = [f"{100 * low:g}–{100 * high:g}" for low, high in zip(SIZE_BINS, SIZE_BINS[1:], strict=False)]
 _CSV = ("run", "image", "protocol", "masks", "orders", "columns", "num_masks", *METRICS, "objects", "note")
-_NAMED = 10  # images named in a line of text; all of them are in the JSON and CSV files
+_MOST_NAMES = 10  # in a line of text; the JSON and CSV files name all images
 NO_OBJECT = "no object"
+_SIZES_HEADING = "mBO_i by size of the instance, percent of the label map"
 
 NOTES = (
     "[1] the slot-attention map, from before the decoder: the same for every patch order",
@@ -29,7 +31,7 @@ NOTES = (
 
 
 def table(titles: Sequence[str], cells: Sequence[Sequence[str]], heading: Sequence[str] = ()) -> str:
-    """Lines of numbers under a heading (default: the metrics), columns aligned."""
+    """Rows of cells under a heading (default: the metrics), columns aligned."""
     heading = ["masks", *(heading or (TITLES[name] for name in METRICS))]
     lines = [heading, *([title, *row] for title, row in zip(titles, cells, strict=True))]
     widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
@@ -54,26 +56,31 @@ def evaluation_table(scored: Table) -> str:
 
 
 def size_table(scored: Table) -> str:
-    """mBO_i in percent by the size of the instances in percent of the label map, and how many instances there are."""
+    """mBO_i in percent by instance size in percent of the label map, and the number of instances."""
     cells = [[percent(mean) for mean, _ in row.sizes] for row in scored.rows]
     numbers = [str(number) for _, number in scored.rows[0].sizes]
     return table([*(r.title for r in scored.rows), "instances"], [*cells, numbers], BINS)
 
 
 def unlabelled_line(scored: Table) -> str:
-    """Names the images without an object; empty where there are none."""
+    """Names the images without an object; empty without such images."""
     names = scored.unlabelled
     if not names:
         return ""
-    named = ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+    named = ", ".join(names[:_MOST_NAMES]) + (", …" if len(names) > _MOST_NAMES else "")
     return f"{len(names)} without an object, which no mBO counts: {named}"
 
 
-def _alike(tables: Sequence[Table]) -> Iterator[tuple[str, tuple[Row, ...]]]:
-    """Title and rows, one a run. Block masks may have another number of columns in each run: their title says so."""
+def shared_title(rows: Sequence[Row]) -> str:
+    """Title of rows of one kind from several tables: the best block masks may differ in their number of columns."""
+    titles = {row.title for row in rows}
+    return titles.pop() if len(titles) == 1 else "block masks, best columns [2]"
+
+
+def _aligned(tables: Sequence[Table]) -> Iterator[tuple[str, tuple[Row, ...]]]:
+    """Title and rows, one of each table."""
     for rows in zip(*(t.rows for t in tables), strict=True):
-        titles = {r.title for r in rows}
-        yield titles.pop() if len(titles) == 1 else "block masks, best columns [2]", rows
+        yield shared_title(rows), rows
 
 
 def _mean(values: Sequence[float | None]) -> tuple[float, float] | None:
@@ -82,17 +89,17 @@ def _mean(values: Sequence[float | None]) -> tuple[float, float] | None:
 
 
 def mean_rows(tables: Sequence[Table]) -> list[tuple[str, dict[str, tuple[float, float] | None]]]:
-    """Title and (mean, standard deviation with n - 1) of each metric, row by row, of two or more runs alike."""
+    """Title and (mean, standard deviation with n - 1) of each metric, row by row, of two or more tables."""
     return [
-        (title, {name: _mean([r.scores[name] for r in rows]) for name in METRICS}) for title, rows in _alike(tables)
+        (title, {name: _mean([r.scores[name] for r in rows]) for name in METRICS}) for title, rows in _aligned(tables)
     ]
 
 
 def mean_sizes(tables: Sequence[Table]) -> list[tuple[str, list[tuple[float, float] | None]]]:
-    """Title and (mean, standard deviation) of mBO_i in each size bin, row by row, of two or more runs alike."""
+    """Title and (mean, standard deviation) of mBO_i in each size bin, row by row; tables as in `mean_rows`."""
     return [
         (title, [_mean([mean for mean, _ in bins]) for bins in zip(*(r.sizes for r in rows), strict=True)])
-        for title, rows in _alike(tables)
+        for title, rows in _aligned(tables)
     ]
 
 
@@ -108,11 +115,56 @@ def mean_size_table(tables: Sequence[Table]) -> str:
     return table([title for title, _ in means], [[spread(cell) for cell in cells] for _, cells in means], BINS)
 
 
-def write_csv(path: Path, evaluations: Sequence[tuple[str, Evaluation]]) -> None:
-    """One line for each run, image, protocol and kind of masks; an image that cannot be read has one line a run.
+def run_report(run: ScoredRun, sizes: bool) -> str:
+    """All tables of a run under headings; sizes: also mBO_i by instance size."""
+    config, evaluation = run.config, run.evaluation
+    losses = ", ".join(
+        f"{loss:.4f} ({'order 0' if orders == 1 else f'{orders} orders'})"
+        for orders, loss in evaluation.reconstruction.items()
+    )
+    count = f"{evaluation.images} image{'s' * (evaluation.images != 1)}"
+    lines = []
+    for scored in evaluation.tables:
+        lines += [
+            f"{run.name} · preset {config.recipe} · stage {config.stage} · {count} of {evaluation.data}, "
+            f"masks {scored.mask_size} × {scored.mask_size} · protocol {scored.protocol} · percent",
+            "",
+            evaluation_table(scored),
+            "",
+        ]
+        if sizes:
+            lines += [_SIZES_HEADING, "", size_table(scored), ""]
+        if line := unlabelled_line(scored):
+            lines += [line, ""]
+    lines.append(
+        f"reconstruction loss {losses} · {1000 * evaluation.seconds_per_image:.1f} ms an image, "
+        f"{1000 * evaluation.metric_seconds_per_image:.1f} of them metrics"
+    )
+    if evaluation.skipped:
+        lines.append(f"skipped {len(evaluation.skipped)} that cannot be read:")
+        lines += [f"  {label}: {reason}" for label, reason in evaluation.skipped.items()]
+    return "\n".join([*lines, *(f"note: {note}" for note in evaluation.notes)])
 
-    Scores are fractions, empty where an image is not counted; objects is how many masks its mBO_i is a mean over; note
-    says why an image was skipped or that it has no object. The file appears whole or not at all.
+
+def group_report(group: Sequence[ScoredRun], sizes: bool) -> str:
+    """Mean ± deviation of runs that differ only in their seed, a table for each protocol."""
+    config = group[0].config
+    parts = []
+    for tables in tables_by_protocol(group):
+        parts.append(
+            f"mean ± std of {len(group)} runs · preset {config.recipe} · stage {config.stage} · "
+            f"{', '.join(run.name for run in group)} · protocol {tables[0].protocol} · percent\n\n{mean_table(tables)}"
+        )
+        if sizes:
+            parts.append(f"{_SIZES_HEADING}\n\n{mean_size_table(tables)}")
+    return "\n\n".join(parts)
+
+
+def write_csv(path: Path, evaluations: Sequence[tuple[str, Evaluation]]) -> None:
+    """Writes a line for each run, image, protocol and kind of masks atomically; a skipped image has one line a run.
+
+    Scores are fractions, empty where an image is not counted; `objects` is the number of masks that its mBO_i is a mean
+    over; `note` says why an image was skipped or that it has no object.
     """
 
     def write(partial: Path) -> None:
@@ -129,9 +181,9 @@ def _lines(evaluation: Evaluation) -> Iterator[dict[str, object]]:
     for scored in evaluation.tables:
         empty = set(scored.unlabelled)
         columns = [(row, {name: values.tolist() for name, values in row.per_image.items()}) for row in scored.rows]
-        for place, image in enumerate(evaluation.labels):
+        for index, image in enumerate(evaluation.labels):
             for row, values in columns:
-                scores = {name: values[name][place] for name in METRICS}
+                scores = {name: values[name][index] for name in METRICS}
                 yield {
                     "image": image,
                     "protocol": scored.protocol,
@@ -139,7 +191,7 @@ def _lines(evaluation: Evaluation) -> Iterator[dict[str, object]]:
                     "orders": row.orders,
                     "columns": row.columns,
                     "num_masks": row.num_masks,
-                    "objects": values["objects"][place],
+                    "objects": values["objects"][index],
                     "note": NO_OBJECT if image in empty else "",
                     **{name: "" if math.isnan(score) else f"{score:.6f}" for name, score in scores.items()},
                 }

@@ -1,1 +1,1 @@
-"""The model: encoder, slots, decoders and the patch orders; what SPOT computes, without reading or writing a file."""
+"""SPOT's computation: frozen encoder, slot encoder, decoders, patch orders. No module here reads or writes a file."""

@@ -1,24 +1,28 @@
-"""The two decoders (SPOT, sections 3.1-3.3 and table 4): autoregressive transformer and per-slot MLP.
+"""The decoders (SPOT, sections 3.1-3.3 and table 4): autoregressive transformer, per-slot MLP, and registered ones.
 
-Both take slots [B, K, U] and give a prediction of the target features [B, N, D] with soft masks [B, N, K], raster
-layout. The autoregressive one is teacher-forced with the target features, at evaluation too.
+A decoder predicts the target features [B, N, D] from slots [B, K, U] and returns soft masks [B, N, K] with them, all in
+raster layout. The transformer is teacher-forced with the target features, at evaluation too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spot_fast.config import Config
+from spot_fast.errors import UserError
+from spot_fast.model.encoder import Encoder
+from spot_fast.model.implementations import IMPLEMENTATIONS
 from spot_fast.model.patch_orders import patch_orders
 from spot_kernels import PermutedDecoder, shift_by_order
 from spot_kernels.modules.slot_attention import linear
 
 
 def _projection(inputs: int, outputs: int) -> nn.Sequential:
-    """Bias-free linear layer followed by LayerNorm."""
+    """Linear layer without bias, then LayerNorm."""
     return nn.Sequential(linear(inputs, outputs, bias=False), nn.LayerNorm(outputs))
 
 
@@ -29,11 +33,12 @@ class AutoregressiveDecoder(nn.Module):
         dim: feature width D.
         slot_dim: slot width U.
         grid: patches per side, N = grid².
-        blocks, heads: of the transformer; cross_heads: of its cross-attentions after the first, 0 = heads.
+        blocks, heads: of the transformer.
+        cross_heads: heads of the cross-attentions after the first, 0 = heads.
         orders: `spot9` or `standard`; every order has its own [BOS].
-        cappa: probability p of a parallel training step (CapPa, table 3). p > 0 adds learned positions to the inputs
-            at every step; p ≥ 1 always decodes in parallel. Standard order only. The caller draws the step.
-        activation, final_norm: of the transformer, as in `PermutedDecoder`.
+        cappa: probability p of a parallel training step (CapPa, table 3), which the caller draws. p > 0 adds learned
+            positions to the inputs at every step; p ≥ 1 always decodes in parallel. Standard order only.
+        activation, final_norm: as in `PermutedDecoder`.
     """
 
     def __init__(
@@ -75,18 +80,19 @@ class AutoregressiveDecoder(nn.Module):
         return self.orders.shape[0]
 
     def _pick(self, order_index: Tensor | None) -> tuple[Tensor, Tensor]:
-        """bos [D] and order [N] of one order for all samples, or bos [B, D] and order [B, N] of one each."""
+        """[BOS] and order: [D] and [N] if all samples share one order, [B, D] and [B, N] if each has its own."""
         if order_index is None:
             return self.bos[0], self.orders[0]
-        # index_select, because indexing with a scalar tensor reads it on the host.
+        # index_select, because indexing with a scalar tensor would read it on the host: a synchronisation, and a
+        # recompilation for every order.
         index = order_index.reshape(-1)
         bos, order = self.bos.index_select(0, index), self.orders.index_select(0, index)
         return (bos, order) if order_index.dim() else (bos.squeeze(0), order.squeeze(0))
 
     def inputs(self, target: Tensor, order_index: Tensor | None = None, *, parallel: bool = False) -> Tensor:
-        """What the input projection sees, [B, N, D] raster: target features shifted by one in the order, after [BOS].
+        """The input projection's input [B, N, D] in raster layout: the target shifted by one in the order, after [BOS].
 
-        With CapPa positions are added; in parallel every token is the mask token instead.
+        A parallel step has the mask token everywhere instead; CapPa adds positions.
         """
         if parallel:
             tokens = self.mask_token.expand_as(target)
@@ -119,13 +125,14 @@ class AutoregressiveDecoder(nn.Module):
         return self.transformer.masks(*self._prepare(slots, target, order_index, parallel=False))
 
     def all_orders(self, slots: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """`forward` in every order in turn (ENS), which projects the target features once for all of them."""
+        """`forward` in every order in turn (ENS); the target features are projected once for all of them."""
         if self.num_orders == 1:
             yield self(slots, target)
             return
         batch, tokens = target.shape[:2]
         bos = self.bos.to(target.dtype).expand(batch, -1, -1)
-        # Raster positions 0 … N−1 hold the patches, N + p the [BOS] of order p.
+        # The input of a token is the projected feature of its predecessor, so a shift is a gather from one table:
+        # rows 0 … N−1 hold the patches, row N + p the [BOS] of order p.
         begin = torch.arange(tokens, tokens + self.num_orders, device=target.device).unsqueeze(1)
         before = torch.cat([begin, self.orders[:, :-1]], 1)
         sources = torch.empty_like(self.orders).scatter_(1, self.orders, before)
@@ -166,18 +173,71 @@ class MlpDecoder(nn.Module):
     def forward(
         self, slots: Tensor, target: Tensor, order_index: Tensor | None = None, *, parallel: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """slots [B, K, U] → prediction [B, N, D], masks [B, N, K]; target, order_index and parallel change nothing."""
+        """slots [B, K, U] → prediction [B, N, D], masks [B, N, K]; the other arguments are ignored."""
         first, last = self.mlp[0], self.mlp[-1]
-        # The first layer is linear in slot + position: two small products instead of one of B × K × N rows.
+        # The first layer is linear in slot + position: products with B · K and N rows replace one with B · K · N.
         hidden = F.linear(self.slot_proj(slots), first.weight).unsqueeze(2) + first(self.positions)
         hidden = self.mlp[1:-1](hidden)
         logits = F.linear(hidden, last.weight[-1:], last.bias[-1:]).squeeze(-1)
+        # Softmax over slots, in float32 at least: masks are compared and averaged later.
         weights = logits.float().softmax(1) if logits.dtype in (torch.bfloat16, torch.float16) else logits.softmax(1)
         masks = weights.transpose(1, 2)
-        # Mixing weights sum to 1, so mixing the hidden layer and projecting once equals projecting every slot.
+        # Weights sum to 1 over slots, so mixing the hidden layer and projecting once equals mixing K projections.
         mixed = (masks.to(hidden.dtype).unsqueeze(2) @ hidden.transpose(1, 2)).squeeze(2)
         return F.linear(mixed, last.weight[:-1], last.bias[:-1]), masks
 
     def masks(self, slots: Tensor, target: Tensor, order_index: Tensor | None = None) -> Tensor:
         """The masks of `forward` alone, [B, N, K]."""
         return self(slots, target)[1]
+
+
+def _transformer(config: Config, encoder: Encoder) -> AutoregressiveDecoder:
+    implementation = IMPLEMENTATIONS[config.implementation]
+    return AutoregressiveDecoder(
+        encoder.dim,
+        config.slot_dim,
+        encoder.grid,
+        blocks=config.dec_blocks,
+        heads=config.dec_heads,
+        cross_heads=config.dec_cross_heads,
+        orders=config.orders,
+        cappa=config.cappa,
+        activation=implementation.activation,
+        final_norm=implementation.final_norm,
+    )
+
+
+def _mlp(config: Config, encoder: Encoder) -> MlpDecoder:
+    if config.cappa > 0:
+        raise UserError(f"--cappa {config.cappa} belongs to the transformer decoder: drop it or --decoder mlp")
+    return MlpDecoder(
+        encoder.dim,
+        config.slot_dim,
+        encoder.num_tokens,
+        hidden=config.dec_mlp_hidden,
+        project_slots=config.mlp_slot_proj,
+    )
+
+
+# --decoder → its builder. A script registers a decoder of its own here (docs/extending.md).
+DECODERS: dict[str, Callable[[Config, Encoder], nn.Module]] = {"transformer": _transformer, "mlp": _mlp}
+
+
+def build_decoder(config: Config, encoder: Encoder) -> nn.Module:
+    """The decoder that `config` names, with random weights; UserError for settings that do not go together."""
+    if config.orders != "standard" and (config.decoder == "mlp" or config.cappa > 0):
+        option = "--decoder mlp" if config.decoder == "mlp" else f"--cappa {config.cappa}"
+        raise UserError(f"{option} works in the standard patch order only: add --orders standard")
+    if config.decoder not in DECODERS:
+        raise UserError(
+            f"--decoder {config.decoder} is unknown: use one of {', '.join(DECODERS)}, or call the command from the "
+            "script that registers it (docs/extending.md)"
+        )
+    return DECODERS[config.decoder](config, encoder)
+
+
+def decoder_name(config: Config) -> str:
+    """The decoder in words; a registered one goes by its own name."""
+    if config.decoder == "transformer":
+        return f"transformer decoder of {config.dec_blocks} blocks"
+    return "MLP decoder" if config.decoder == "mlp" else f"{config.decoder} decoder"

@@ -8,8 +8,9 @@ ORDER_SETS = {"standard": 1, "spot9": 9}
 
 
 def _spiral(grid: torch.Tensor) -> torch.Tensor:
-    """Inward spiral of the grid turned by 90°, read backwards: it starts near the centre and ends at a corner."""
+    """Outward spiral, from near the centre to a corner: the inward spiral of the grid turned by 90°, reversed."""
     parts = []
+    # Turning the grid brings the next side to the top, where a row is taken off.
     while grid.numel():
         grid = torch.rot90(grid)
         parts.append(grid[0])
@@ -18,10 +19,9 @@ def _spiral(grid: torch.Tensor) -> torch.Tensor:
 
 
 def patch_orders(grid: int | tuple[int, int], kind: str = "spot9") -> torch.Tensor:
-    """Patch orders of an image of grid × grid patches, or (height, width) of them, as raster indices in decoding
-    sequence, LongTensor [P, N].
+    """Patch orders of a square or (height, width) grid: raster indices in decoding sequence, LongTensor [P, N].
 
-    `standard` has the raster order alone; `spot9` has, in this sequence: rows left→right from the top, columns
+    `standard` is the raster order alone. `spot9` has, in this sequence: rows left→right from the top, columns
     downwards from the left, columns downwards from the right, rows right→left from the top, columns upwards from the
     right, rows right→left from the bottom, columns upwards from the left, rows left→right from the bottom, spiral.
     """

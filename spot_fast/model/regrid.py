@@ -1,10 +1,9 @@
-"""A trained model for images of other shapes: the same weights on another grid of patches.
+"""A trained model on another grid of patches, for images of other shapes, with the same weights.
 
-Nothing in SPOT but positions is tied to the grid it was trained on. The ViT's position table is resampled as for a
-ViT of another image size, a rotary table is computed anew; slots have no positions; the transformer decoder has none
-either, knows its place from the features it is fed, and takes any order of any number of patches. CapPa and the MLP
-decoder have learned positions, which are resampled like the ViT's. At the trained grid the outputs are the same bits;
-elsewhere everything is defined and nothing is guaranteed: the model has not seen such grids.
+Only positions tie SPOT to the grid that it was trained on. The ViT's position table is resampled as for another image
+size, and a rotary table is computed anew. Slots and the transformer decoder have no positions: the decoder takes any
+order of any number of patches. The learned positions of CapPa and of the MLP decoder are resampled like the ViT's.
+At the trained grid the outputs are bit for bit the model's own; other grids the model has never seen.
 """
 
 from __future__ import annotations
@@ -22,22 +21,21 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def sharing_copy(module: Module) -> Module:
-    """A copy with the very same parameters, so that it takes no memory; what is set on it is not set on `module`."""
+    """A copy that shares the parameters and so takes no memory; attributes set on it are not set on `module`."""
+    # deepcopy takes what its memo maps an object to, here the parameters themselves, for the copy.
     return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
 def at_grid(model: Spot, height: int, width: int) -> Spot:
-    """`model` for images of height × width patches, in its precision and on its device; weights are shared.
-
-    `segment` of the result takes [B, 3, height · patch, width · patch]; N = height · width tokens in raster order.
-    """
-    twin = sharing_copy(model)
+    """`model` for images [B, 3, height · patch, width · patch]: N = height · width tokens; weights are shared."""
+    copied = sharing_copy(model)
     how = model.config.pos_resize
-    twin.encoder.set_grid(height, width, how)
-    decoder = twin.decoder
+    copied.encoder.set_grid(height, width, how)
+    decoder = copied.decoder
+    # By attribute rather than class, so that registered decoders with orders or learned positions work too.
     if hasattr(decoder, "orders"):
         decoder.orders = patch_orders((height, width), model.config.orders).to(decoder.orders.device)
     if hasattr(decoder, "positions"):
         table = resample_positions(decoder.positions.detach()[None], (height, width), 0, how)
         decoder.positions = nn.Parameter(table[0], requires_grad=decoder.positions.requires_grad)
-    return twin
+    return copied

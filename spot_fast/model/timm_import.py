@@ -1,9 +1,8 @@
-"""Imports timm also where torchvision cannot load its compiled operators.
+"""Imports timm even if torchvision cannot load its compiled operators.
 
-timm needs torchvision, and the torchvision that a package index serves for Linux is built for CUDA. Beside a CPU-only
-torch its compiled library does not load, and the import stops at `operator torchvision::nms does not exist`, because
-torchvision attaches shape rules to operators that were never declared. ViTs use none of them: declaring the names is
-enough for the import to go through.
+timm needs torchvision, and package indexes serve a torchvision for Linux that is built for CUDA. With a CPU-only torch
+its compiled library does not load, and the import fails with `operator torchvision::nms does not exist`: torchvision
+registers shape rules for operators that were never declared. ViTs use none of them, so declaring them is enough.
 """
 
 from __future__ import annotations
@@ -17,15 +16,12 @@ import torch
 from spot_fast.errors import UserError
 from spot_fast.system.optional import said
 
-_declared: list[torch.library.Library] = []  # a Library takes its operators along when it is collected
+_declared: list[torch.library.Library] = []  # kept alive: a collected Library removes its operators
 
 
 def import_timm() -> ModuleType:
-    """The timm module; declares the operators torchvision lacks first, where its library does not match torch.
-
-    UserError where it cannot be imported.
-    """
-    for _ in range(32):
+    """The timm module; UserError if it cannot be imported."""
+    for _ in range(32):  # each failed import names one missing operator
         try:
             import timm
 
@@ -40,6 +36,7 @@ def import_timm() -> ModuleType:
         library = torch.library.Library("torchvision", "FRAGMENT")
         library.define(f"{missing[1]}(Tensor input) -> Tensor")
         _declared.append(library)
+        # Half-imported modules would be found in sys.modules and fail differently.
         for name in [m for m in sys.modules if m.split(".")[0] in ("torchvision", "timm")]:
             del sys.modules[name]
     raise UserError("torchvision cannot be imported: install the torchvision build that matches torch")

@@ -1,5 +1,5 @@
-"""The inside of a model on one image: masks in every patch order, slot attention in every iteration, colours that
-follow the annotations; and the gradient norm per patch over several images."""
+"""Introspection of a model: on one image its masks in every patch order, slot attention in every iteration and colours
+that follow the annotations; over several images the gradient norm per patch."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from spot_fast.precision import autocast, float32_products, resolve
 from spot_fast.reporting.patch_gradients import patch_gradient_norms
 from spot_kernels import linear_assignment
 
-BACKGROUND = -1  # in place of the number of a colour
+BACKGROUND = -1  # the background's colour number
 
 
 @dataclass(frozen=True)
-class Look:
+class Introspection:
     """A run's masks of one image, each [N, K] on the CPU, and their mBO_i (fractions; None without a truth).
 
     decoder is the average over all orders, by_order [P, N, K] one by one; iterations [T, N, K] is slot attention after
@@ -48,7 +48,7 @@ class Look:
 def read_image(image_set: ImageSet, index: int) -> tuple[Tensor, Masks | None] | None:
     """A validation image uint8 [3, S, S] and, where the set has them, its masks under SPOT's protocol.
 
-    None where it cannot be read.
+    None where either cannot be read.
     """
     try:
         truth = GroundTruth(PROTOCOLS["spot"], image_set).masks(index) if image_set.has_masks else None
@@ -58,8 +58,10 @@ def read_image(image_set: ImageSet, index: int) -> tuple[Tensor, Masks | None] |
 
 
 @torch.no_grad()
-def look(model: Spot, image: Tensor, truth: Masks | None, *, index: int, seed: int, precision: str = "float32") -> Look:
-    """What `model` makes of one image, with the slot noise that `evaluate` gives to image `index` under `seed`."""
+def introspect(
+    model: Spot, image: Tensor, truth: Masks | None, *, index: int, seed: int, precision: str = "float32"
+) -> Introspection:
+    """Masks of `model` for one image, with the slot noise that `evaluate` gives to image `index` under `seed`."""
     encoder, device = model.slot_encoder, next(model.slot_encoder.parameters()).device
     precision = resolve(precision, device)
     noise = _noise(model, seed, [index], device)
@@ -75,12 +77,12 @@ def look(model: Spot, image: Tensor, truth: Masks | None, *, index: int, seed: i
         size = truth.instances.shape[-1]
         pairs = stack_truth([truth] * len(maps), torch.device("cpu"))
         labels = labels_from_soft(maps, size)
-        counted = Scores()
-        counted.add_counts(count_pairs(labels, encoder.num_slots, pairs), pairs)
-        scores = [None if math.isnan(s) else s for s in counted.per_image()["mbo_i"].tolist()]
+        per_map = Scores()
+        per_map.add_counts(count_pairs(labels, encoder.num_slots, pairs), pairs)
+        scores = [None if math.isnan(s) else s for s in per_map.per_image()["mbo_i"].tolist()]
         colours = slot_colours(labels[0], encoder.num_slots, truth.instances)
     orders = len(by_order)
-    return Look(
+    return Introspection(
         maps[0],
         maps[1 : 1 + orders],
         maps[1 + orders :],
@@ -92,12 +94,12 @@ def look(model: Spot, image: Tensor, truth: Masks | None, *, index: int, seed: i
 
 
 def orders_of(model: Spot, device: torch.device) -> list[Tensor]:
-    """The patch orders of `model`, each as its decoder takes it."""
+    """Index of each patch order of `model`, as its decoder takes it: a tensor on its device."""
     return [torch.full((), order, dtype=torch.int64, device=device) for order in range(model.num_orders)]
 
 
 def attention_by_iteration(model: Spot, features: Tensor, noise: Tensor | None) -> list[Tensor]:
-    """Slot attention [B, N, K] of features [B, N, D] in iteration 1, 2, … of as many as the run has."""
+    """Slot attention [B, N, K] of features [B, N, D] after 1, 2, … iterations, up to the run's number."""
     encoder = model.slot_encoder
     inputs, initial = encoder.mlp(encoder.norm(features)), encoder.initial_slots(len(features), noise)
     return [
@@ -106,19 +108,19 @@ def attention_by_iteration(model: Spot, features: Tensor, noise: Tensor | None) 
 
 
 def truth_colours(instances: Tensor) -> dict[int, int]:
-    """Number of the colour of each object of a label map, 0, 1, …; of the background BACKGROUND."""
+    """Colour number of each label of a map: 0, 1, … for objects, BACKGROUND for 0."""
     present = [label for label in torch.unique(instances).tolist() if label > 0]
-    return {0: BACKGROUND} | {label: place for place, label in enumerate(present)}
+    return {0: BACKGROUND} | {label: number for number, label in enumerate(present)}
 
 
 def slot_colours(labels: Tensor, num_slots: int, instances: Tensor) -> list[int]:
-    """Number of the colour of each slot: that of the object, or of the background, whose partner it is.
+    """Colour number of each slot: that of its partner, an object or the background.
 
-    Partners are one to one with the largest sum of IoU; labels and instances are label maps [M, M]. Slots without one
-    have colours that no object has. Nothing but colours depends on it.
+    labels and instances are label maps [M, M]. Partners are matched one to one with the largest sum of IoU; slots
+    without a partner have colours that no object has. Only colours depend on this matching.
     """
     colours = truth_colours(instances)
-    ids = {0: 0} | {label: 1 + place for label, place in colours.items() if label > 0}
+    ids = {0: 0} | {label: 1 + number for label, number in colours.items() if label > 0}
     numbered = torch.zeros_like(instances, dtype=torch.int64)
     for label, number in ids.items():
         numbered[instances == label] = number
@@ -140,7 +142,7 @@ def _noise(model: Spot, seed: int, indices: Sequence[int], device: torch.device)
 
 
 @dataclass(frozen=True)
-class Gradients:
+class PatchGradients:
     """Gradient norm per patch (patch_gradients.py) of each patch order [P, N], a mean over `images` images."""
 
     by_order: Tensor
@@ -152,11 +154,11 @@ class Gradients:
 
 
 def unevenness(norms: Tensor) -> tuple[float, float]:
-    """Of norms [N]: the largest over the smallest, and the standard deviation over the mean."""
+    """Ratio of the largest of norms [N] to the smallest, and of their standard deviation to their mean."""
     return (norms.max() / norms.min()).item(), (norms.std(correction=0) / norms.mean()).item()
 
 
-def gradients(
+def patch_gradients(
     model: Spot,
     image_set: ImageSet,
     *,
@@ -164,28 +166,28 @@ def gradients(
     seed: int,
     batch: int = 16,
     done: Callable[[], object] = lambda: None,
-) -> Gradients | None:
-    """Norms of `model` on the first `images` readable images, in float32; None where there are none.
+) -> PatchGradients | None:
+    """Gradient norms of `model` on the first `images` readable images, in float32; None where none can be read.
 
-    `done` is called after each backward pass, of which there are one per patch, order and batch.
+    `done` is called after each backward pass: one per patch, order and batch.
     """
     encoder, device = model.slot_encoder, next(model.slot_encoder.parameters()).device
-    found: list[tuple[int, Tensor]] = []
+    readable: list[tuple[int, Tensor]] = []
     for index in range(len(image_set)):
-        if len(found) >= images:
+        if len(readable) >= images:
             break
         try:
-            found.append((index, image_set.val_image(index)))
+            readable.append((index, image_set.val_image(index)))
         except CorruptImage:
             continue
-    if not found:
+    if not readable:
         return None
     total = 0
-    for start in range(0, len(found), batch):
-        indices, pixels = zip(*found[start : start + batch], strict=True)
+    for start in range(0, len(readable), batch):
+        indices, pixels = zip(*readable[start : start + batch], strict=True)
         with torch.no_grad():
             features, target = model.encode(normalise(torch.stack(pixels).to(device)))
             slots = encoder(features, _noise(model, seed, indices, device))[0]
         norms = [patch_gradient_norms(model, slots, target, order, done).sum(0) for order in orders_of(model, device)]
         total = total + torch.stack(norms).cpu()
-    return Gradients(total / len(found), len(found))
+    return PatchGradients(total / len(readable), len(readable))

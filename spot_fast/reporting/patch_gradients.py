@@ -1,11 +1,11 @@
-"""How strongly each patch's reconstruction pulls at the slots (SPOT, Fig. 3).
+"""Gradient norm of each patch's reconstruction loss with respect to the slots (SPOT, Fig. 3).
 
     g_i = Σ_b ‖ ∂L_i / ∂U_b ‖₁,   L_i = 1/D · ‖ y_i - ŷ_i ‖²
 
-U_b are the decoder's input slots as decoder block b reads them: every block is given a copy of its own, so what
-reaches the slots through one block does not cancel what reaches them through another. The norm sums over slots and
-channels, and L_REC is the mean of L_i over the patches. An autoregressive decoder relies on the slots for the first
-patches of its order and on the features before for the others; nine orders even that out.
+U_b are the slots as decoder block b reads them: each block gets its own copy, so that gradients through different
+blocks cannot cancel. The norm sums over slots and channels, and L_REC is the mean of L_i over the patches. An
+autoregressive decoder relies on the slots for the first patches of its order and on preceding features for the others;
+averaging over nine orders evens that out.
 """
 
 from __future__ import annotations

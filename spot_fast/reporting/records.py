@@ -1,4 +1,4 @@
-"""What a report knows of runs: their settings and logs, how they score, and the images it shows of a set."""
+"""The data of a report: runs with their settings, logs and scores, and the images that it shows of a set."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spot_fast.checkpoints.runs import METRICS, STATE, Run, read_metadata
 from spot_fast.data.base import ImageSet, Masks
 from spot_fast.errors import UserError
 from spot_fast.evaluation.scoring import Evaluation
-from spot_fast.reporting.introspection import Gradients, Look
+from spot_fast.reporting.introspection import Introspection, PatchGradients
 
 _CHOICE_STREAM = 3  # keeps the draw of images apart from other draws of the same seed
 CHOICES = ("best", "median", "worst", "random")
@@ -37,7 +37,7 @@ class Log:
 
 
 def read_log(folder: Path) -> Log:
-    """The log of the run in `folder`, empty where there is none. Lines that make no sense are left out."""
+    """The log of the run in `folder`, empty where it is missing. Malformed lines are left out."""
     log = Log()
     try:
         lines = (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
@@ -59,13 +59,13 @@ def read_log(folder: Path) -> Log:
 
 
 def values_of(lines: Sequence[dict], name: str) -> list[float | None]:
-    """The number called `name` of each line; None where there is none."""
-    found = (line.get(name) for line in lines)
-    return [v if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) else None for v in found]
+    """Entry `name` of each line; None where it is missing or no finite number."""
+    values = (line.get(name) for line in lines)
+    return [v if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) else None for v in values]
 
 
 def state_metadata(folder: Path) -> dict[str, str]:
-    """What the training state says about how it was trained (seconds, threads, device); empty without one."""
+    """Metadata of the training state (seconds, threads, device); empty without one."""
     try:
         return read_metadata(folder / STATE)
     except UserError:
@@ -74,15 +74,26 @@ def state_metadata(folder: Path) -> dict[str, str]:
 
 @dataclass
 class RunRecord:
-    """A run of the report. name: its folder's. state: see `state_metadata`. evaluation: None where its validation
-    images have no masks. gradients: None where they were not asked for, or are another run's of the same settings."""
+    """A run of the report.
+
+    name: its folder's. state: see `state_metadata`. evaluation: None where its validation images have no masks.
+    gradients: None without --gradient-images, and for all but one of the runs that differ only in their seed.
+    """
 
     name: str
     run: Run
     log: Log
     state: dict[str, str]
     evaluation: Evaluation | None = None
-    gradients: Gradients | None = None
+    gradients: PatchGradients | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """Training time."""
+        try:
+            return float(self.state["seconds"])
+        except (KeyError, ValueError):
+            return None
 
     @property
     def pace(self) -> float | None:
@@ -93,35 +104,38 @@ class RunRecord:
 
 @dataclass
 class SetRecord:
-    """A validation set with the places, in the report's list, of the runs on it. alike: places of runs that differ in
-    their seed only, two or more each. images: what is shown, with a Look of each run; None: cannot be read."""
+    """A validation set and the runs on it.
+
+    run_indices: of those runs in the report's list. seed_groups: indices of runs that differ only in their seed, two or
+    more each. images: those that the report shows.
+    """
 
     image_set: ImageSet
-    places: list[int]
-    alike: list[list[int]] = field(default_factory=list)
+    run_indices: list[int]
+    seed_groups: list[list[int]] = field(default_factory=list)
     images: list[ImageRecord] = field(default_factory=list)
 
     @property
-    def kinds(self) -> list[int]:
-        """The first run of each kind: of those that differ in their seed only, one."""
-        later = {place for group in self.alike for place in group[1:]}
-        return [place for place in self.places if place not in later]
+    def distinct(self) -> list[int]:
+        """Indices of the runs, but of those that differ only in their seed the first alone."""
+        repeated = {index for group in self.seed_groups for index in group[1:]}
+        return [index for index in self.run_indices if index not in repeated]
 
 
 @dataclass
 class ImageRecord:
-    """A chosen image: uint8 [3, S, S], masks where there are any, and a Look for each of the set's runs."""
+    """An image to show: uint8 [3, S, S], masks where the set has them, and an Introspection for each of its runs."""
 
-    chosen: Chosen
+    choice: Choice
     pixels: Tensor
     truth: Masks | None
-    looks: list[Look]
+    introspections: list[Introspection] = field(default_factory=list)
 
 
 @dataclass
 class Report:
-    """Everything that the page says. settings: seed and precision of what was measured. about: date, versions,
-    device. data, limit: as on the command line."""
+    """Everything on the page. settings: seed and precision of the measurements. about: date, versions, device. data,
+    limit: as on the command line."""
 
     command: str
     runs: list[RunRecord]
@@ -133,8 +147,8 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """An image of the gallery: why it is in there (one of CHOICES), its index in the set, its name, and its mBO_i (a
+class Choice:
+    """An image of the gallery: why it was chosen (one of CHOICES), its index in the set, its name, and its mBO_i (a
     fraction, mean over the runs), None without masks."""
 
     why: str
@@ -144,39 +158,38 @@ class Chosen:
 
 
 def image_scores(evaluation: Evaluation) -> Tensor:
-    """mBO_i of each image, NaN where it is not counted: decoder masks of as many patch orders as there are."""
+    """mBO_i of each image, NaN where it is not counted: decoder masks, averaged over all patch orders."""
     decoder = [row for row in evaluation.table("spot").rows if row.masks == "decoder"]
     return decoder[-1].per_image["mbo_i"]
 
 
 def choose_images(
     image_set: ImageSet, evaluations: Sequence[Evaluation], *, each: int, seed: int, limit: int = 0
-) -> list[Chosen]:
+) -> list[Choice]:
     """`each` best, median, worst and random images by the mean of their mBO_i over `evaluations` of `image_set`.
 
-    No image is chosen twice, so of a small set there are fewer. Without evaluations random ones alone; limit: of the
+    No image is chosen twice, so a small set gives fewer. Without evaluations all are random; limit: choose from the
     first so many images, 0 = all.
     """
     count = min(len(image_set), limit or len(image_set))
     generator = np.random.default_rng((seed, _CHOICE_STREAM))
     if not evaluations:
         drawn = sorted(generator.choice(count, min(2 * each, count), replace=False).tolist())
-        return [Chosen("random", index, image_set.label(index), None) for index in drawn]
+        return [Choice("random", index, image_set.label(index), None) for index in drawn]
     indices = evaluations[0].indices
     scores = torch.stack([image_scores(e) for e in evaluations]).mean(0)
-    counted = [place for place, score in enumerate(scores.tolist()) if not math.isnan(score)]
-    ranked = sorted(counted, key=lambda place: (-scores[place].item(), place))
+    counted = [i for i, score in enumerate(scores.tolist()) if not math.isnan(score)]
+    ranked = sorted(counted, key=lambda i: (-scores[i].item(), i))
     each = min(each, max(1, len(ranked) // len(CHOICES)))
     middle = max(0, (len(ranked) - each) // 2)
-    places = {"best": ranked[:each], "median": ranked[middle : middle + each], "worst": ranked[::-1][:each]}
-    rest = [place for place in counted if not any(place in some for some in places.values())]
-    places["random"] = sorted(generator.choice(rest, min(each, len(rest)), replace=False).tolist()) if rest else []
+    ranks = {"best": ranked[:each], "median": ranked[middle : middle + each], "worst": ranked[::-1][:each]}
+    rest = [i for i in counted if not any(i in some for some in ranks.values())]
+    ranks["random"] = sorted(generator.choice(rest, min(each, len(rest)), replace=False).tolist()) if rest else []
     seen: set[int] = set()
     chosen = []
     for why in CHOICES:
-        for place in places[why]:
-            if place not in seen:
-                seen.add(place)
-                index = indices[place]
-                chosen.append(Chosen(why, index, image_set.label(index), scores[place].item()))
+        for i in ranks[why]:
+            if i not in seen:
+                seen.add(i)
+                chosen.append(Choice(why, indices[i], image_set.label(indices[i]), scores[i].item()))
     return chosen

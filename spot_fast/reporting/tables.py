@@ -1,243 +1,137 @@
-"""The scores of a report: tables of every metric, run and protocol beside the baselines, and mBO_i by instance size."""
+"""Tables of a report: every metric, run and protocol beside the baselines, mBO_i by instance size, all settings."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 
+from spot_fast.config import Config
 from spot_fast.evaluation.metrics import METRICS
-from spot_fast.evaluation.protocols import PROTOCOLS
-from spot_fast.evaluation.scoring import Row
-from spot_fast.evaluation.tables import BINS, NOTES, TITLES, mean_rows, mean_sizes, percent, spread, unlabelled_line
-from spot_fast.reporting import figures as figures
-from spot_fast.reporting.markup import Markup, tag
-from spot_fast.reporting.parts import missing, orders_words, set_line, source_of, table
+from spot_fast.evaluation.size_plot import SizeRow
+from spot_fast.evaluation.tables import BINS, TITLES, mean_rows, mean_sizes, percent, shared_title, spread
 from spot_fast.reporting.records import Report, SetRecord
 
-_TRAINED = ("decoder", "slot")  # what the titles of rows begin with that are no baselines
+TitledRow = tuple[str, list[str]]  # title, cells
+_TRAINED = ("decoder", "slot")  # first words of rows that are no baselines
 
 
-def _no_masks(shown: SetRecord, what: str) -> Markup:
-    return missing(f"{shown.image_set.name} has no masks to compare with, so there {what}.")
+@dataclass(frozen=True)
+class ReportTable:
+    """bodies: (title, rows) of each <tbody>, without a title where it is empty. best: of each column the cell to show
+    in bold, if any."""
+
+    heading: list[str]
+    bodies: list[tuple[str, list[TitledRow]]]
+    best: list[str | None] = field(default_factory=list)
 
 
-def scores(report: Report, shown: SetRecord) -> object:
-    """Every metric under SPOT's protocol, mBO_i under all, the other metrics under the others to be unfolded."""
-    records = [report.runs[place] for place in shown.places]
-    if records[0].evaluation is None:
-        return _no_masks(shown, "are no scores")
-    protocols = [scored.protocol for scored in records[0].evaluation.tables]
-    parts: list[object] = [
-        tag(
-            "p",
-            f"Percent, {set_line(report, shown)}, protocol spot. In bold the best of a column. Block masks "
-            "and k-means need no training: a model has to beat both.",
-        ),
-        _protocol_table(report, shown, "spot"),
-        tag("ul", [tag("li", note) for note in NOTES], class_="notes"),
-    ]
-    for record in records:
-        evaluation = record.evaluation
-        if line := unlabelled_line(evaluation.table("spot")):
-            parts.append(tag("p", f"{record.name}: {line}.", class_="notes"))
-        if evaluation.skipped:
-            some = "; ".join(f"{label}: {reason}" for label, reason in list(evaluation.skipped.items())[:10])
-            parts.append(
-                tag(
-                    "p", f"{record.name}: skipped {len(evaluation.skipped)} that cannot be read: {some}", class_="notes"
-                )
-            )
-    others = [name for name in protocols if name != "spot"]
-    if others:
-        parts += [
-            tag("h3", "Under other protocols"),
-            tag(
-                "p",
-                "Published scores are not all counted alike. Here is mBO_i of the same masks, counted as these "
-                "code bases count; the other metrics are below.",
-            ),
-            _across(report, shown, protocols),
-        ]
-        for name in others:
-            about = tag("p", f"{PROTOCOLS[name].about} [{PROTOCOLS[name].source}]", class_="notes")
-            parts.append(
-                tag("details", tag("summary", f"All metrics under {name}"), about, _protocol_table(report, shown, name))
-            )
-    losses = "; ".join(
-        f"{record.name} "
-        + ", ".join(f"{loss:.4f} ({orders_words(orders)})" for orders, loss in record.evaluation.reconstruction.items())
-        for record in records
-    )
-    parts += [
-        tag(
-            "p",
-            f"Reconstruction loss: {losses}. Evaluation took "
-            f"{1000 * records[0].evaluation.seconds_per_image:.1f} ms an image, "
-            f"{1000 * records[0].evaluation.metric_seconds_per_image:.1f} of them metrics.",
-            class_="notes",
-        ),
-        tag(
-            "p",
-            "The same tables on a terminal: ",
-            tag("code", _evaluate_command(report, shown), class_="command"),
-            class_="notes",
-        ),
-    ]
-    return parts
+def protocol_table(report: Report, shown: SetRecord, protocol: str) -> ReportTable:
+    """All metrics of every run under one protocol, then mean ± deviation of runs that differ only in their seed."""
+    tables = {index: report.runs[index].evaluation.table(protocol) for index in shown.run_indices}
 
+    def best(name: str) -> str | None:
+        scores = [row.scores[name] for scored in tables.values() for row in scored.rows]
+        return max((percent(score) for score in scores if score is not None), key=float, default=None)
 
-def _evaluate_command(report: Report, shown: SetRecord) -> str:
-    words = ["python", "-m", "spot_fast.evaluate", *(str(report.runs[place].run.path) for place in shown.places)]
-    words += ["--protocol", ",".join(t.protocol for t in report.runs[shown.places[0]].evaluation.tables), "--sizes"]
-    words += ["--seed", report.settings["seed"], "--precision", report.settings["precision"]]
-    if report.data:
-        words += ["--data", report.data]
-    if report.limit:
-        words += ["--limit", str(report.limit)]
-    return shlex.join(words)
+    def means(group: Sequence[int]) -> list[TitledRow]:
+        rows = mean_rows([tables[index] for index in group])
+        return [(title, [spread(scores[name]) for name in METRICS]) for title, scores in rows]
 
-
-def _protocol_table(report: Report, shown: SetRecord, protocol: str) -> Markup:
-    """All metrics of every run under one protocol, then mean ± deviation of runs that differ in their seed only."""
-    tables = {place: report.runs[place].evaluation.table(protocol) for place in shown.places}
-    best = {
-        name: max(
-            (
-                percent(row.scores[name])
-                for scored in tables.values()
-                for row in scored.rows
-                if row.scores[name] is not None
-            ),
-            key=float,
-            default=None,
-        )
-        for name in METRICS
+    rows = {
+        index: [(row.title, [percent(row.scores[name]) for name in METRICS]) for row in scored.rows]
+        for index, scored in tables.items()
     }
+    bodies = _by_run(report, shown, rows, means)
+    return ReportTable(["masks", *(TITLES[name] for name in METRICS)], bodies, [best(name) for name in METRICS])
 
-    def line(row: Row) -> Markup:
-        cells = [(percent(row.scores[name]), best[name]) for name in METRICS]
-        return tag(
-            "tr",
-            tag("th", row.title, scope="row"),
-            [tag("td", cell, class_="best" if cell == top else None) for cell, top in cells],
-        )
 
-    def means(group: Sequence[int], shared: set[str]) -> list[Markup]:
-        return [
-            tag("tr", tag("th", title, scope="row"), [tag("td", spread(found[name])) for name in METRICS])
-            for title, found in mean_rows([tables[place] for place in group])
-            if title not in shared
+def mbo_table(report: Report, shown: SetRecord, protocols: Sequence[str]) -> ReportTable:
+    """mBO_i of every run's masks, a column for each protocol."""
+    rows = {}
+    for index in shown.run_indices:
+        tables = [report.runs[index].evaluation.table(name) for name in protocols]
+        rows[index] = [
+            (shared_title(same), [percent(row.scores["mbo_i"]) for row in same])
+            for same in zip(*(scored.rows for scored in tables), strict=True)
         ]
-
-    return _by_run(
-        report,
-        shown,
-        None,
-        [TITLES[name] for name in METRICS],
-        {place: [(row.title, line(row)) for row in scored.rows] for place, scored in tables.items()},
-        means,
-    )
+    return ReportTable(["masks", *protocols], _by_run(report, shown, rows))
 
 
 def _by_run(
     report: Report,
     shown: SetRecord,
-    caption: str | None,
-    heading: Sequence[str],
-    lines: dict[int, list[tuple[str, Markup]]],
-    means: Callable[[Sequence[int], set[str]], list[Markup]] | None = None,
-) -> Markup:
-    """A table with a part for each run. lines: of a run's place, (title, row). What is the same for every run, such as
-    block masks, stands once, at the end; means: of runs that differ in their seed only, without those."""
-    several = len(lines) > 1
+    rows: dict[int, list[TitledRow]],
+    means: Callable[[Sequence[int]], list[TitledRow]] | None = None,
+) -> list[tuple[str, list[TitledRow]]]:
+    """Bodies of a table: one for each run, of its index in `rows`, then the `means` of each seed group.
+
+    Baselines that are equal for every run, such as block masks, come once, at the end.
+    """
+    several = len(rows) > 1
     common = [
-        line
-        for line in lines[shown.places[0]]
-        if several and not line[0].startswith(_TRAINED) and all(line in own for own in lines.values())
+        row
+        for row in rows[shown.run_indices[0]]
+        if several and not row[0].startswith(_TRAINED) and all(row in own for own in rows.values())
     ]
     shared = {title for title, _ in common}
-    width = len(heading) + 1
-    bodies = [
-        _body(several and report.runs[place].name, width, [row for title, row in own if title not in shared])
-        for place, own in lines.items()
-    ]
-    for group in shown.alike if means else []:
-        name = f"mean ± std of {', '.join(report.runs[place].name for place in group)}"
-        bodies.append(_body(name, width, means(group, shared)))
+
+    def without_shared(own: list[TitledRow]) -> list[TitledRow]:
+        return [row for row in own if row[0] not in shared]
+
+    bodies = [(report.runs[index].name if several else "", without_shared(own)) for index, own in rows.items()]
+    for group in shown.seed_groups if means else []:
+        names = ", ".join(report.runs[index].name for index in group)
+        bodies.append((f"mean ± std of {names}", without_shared(means(group))))
     if common:
-        bodies.append(_body("without training, the same for every run", width, [row for _, row in common]))
-    return table(caption, ["masks", *heading], bodies)
+        bodies.append(("without training, the same for every run", common))
+    return bodies
 
 
-def _body(title: object, columns: int, lines: Sequence[Markup]) -> Markup:
-    return tag("tbody", title and tag("tr", tag("th", title, colspan=columns, scope="rowgroup"), class_="run"), lines)
+def instances_by_size(report: Report, shown: SetRecord) -> list[int]:
+    rows = report.runs[shown.run_indices[0]].evaluation.table("spot").rows
+    return [count for _, count in rows[0].sizes]
 
 
-def _across(report: Report, shown: SetRecord, protocols: Sequence[str]) -> Markup:
-    """mBO_i of every run's masks, a column for each protocol."""
-    lines = {}
-    for place in shown.places:
-        evaluation = report.runs[place].evaluation
-        lines[place] = [
-            (
-                title := _shared_title(rows),
-                tag("tr", tag("th", title, scope="row"), [tag("td", percent(row.scores["mbo_i"])) for row in rows]),
-            )
-            for rows in zip(*(evaluation.table(name).rows for name in protocols), strict=True)
-        ]
-    return _by_run(report, shown, "mBO_i, percent", protocols, lines)
-
-
-def _shared_title(rows: Sequence[Row]) -> str:
-    """Block masks may have another number of columns under each protocol."""
-    titles = {row.title for row in rows}
-    return titles.pop() if len(titles) == 1 else "block masks, best columns [2]"
-
-
-def sizes(report: Report, shown: SetRecord) -> object:
-    """mBO_i by instance size, as a chart and as numbers."""
-    records = [report.runs[place] for place in shown.places]
-    if records[0].evaluation is None:
-        return _no_masks(shown, "are no scores by size")
-    rows = _size_rows(report, shown)
-    instances = [count for _, count in records[0].evaluation.table("spot").rows[0].sizes]
-    chart = figures.sizes_chart(rows, instances, source_of(report, records[0].evaluation.images, shown))
+def size_table(rows: Sequence[SizeRow], instances: Sequence[int]) -> ReportTable:
+    """mBO_i by instance size, in percent."""
     lines = []
     for row in rows:
+        deviations = row.deviations or [None] * len(row.means)
         cells = [
-            percent(mean) if row.deviations is None or mean is None else spread((mean, deviation))
-            for mean, deviation in zip(row.means, row.deviations or row.means, strict=True)
+            percent(mean) if mean is None or deviation is None else spread((mean, deviation))
+            for mean, deviation in zip(row.means, deviations, strict=True)
         ]
-        lines.append(tag("tr", tag("th", row.name, scope="row"), [tag("td", cell) for cell in cells]))
-    lines.append(tag("tr", tag("th", "instances", scope="row"), [tag("td", str(count)) for count in instances]))
-    numbers = table("mBO_i, percent, by size in percent of the label map", ["masks", *BINS], [tag("tbody", lines)])
-    return [tag("div", chart, class_="wide"), numbers]
+        lines.append((row.name, cells))
+    return ReportTable(["masks", *BINS], [("", [*lines, ("instances", [str(count) for count in instances])])])
 
 
-def _size_rows(report: Report, shown: SetRecord) -> list[figures.SizeRow]:
-    """Every kind of masks where there is one kind of run; otherwise decoder and slot masks of each kind. Runs that
-    differ in their seed only are one kind, with mean and deviation."""
+def size_rows(report: Report, shown: SetRecord) -> list[SizeRow]:
+    """Every kind of masks of a single run or seed group; otherwise decoder and slot masks of each, runs that differ
+    only in their seed as mean and deviation."""
     rows = []
-    kinds = [next((group for group in shown.alike if place in group), [place]) for place in shown.kinds]
-    for colour, group in enumerate(kinds):
-        tables = [report.runs[place].evaluation.table("spot") for place in group]
-        own = tables[0].rows
-        bins = [(row.title, [mean for mean, _ in row.sizes], None) for row in own]
+    groups = [next((group for group in shown.seed_groups if index in group), [index]) for index in shown.distinct]
+    for colour, group in enumerate(groups):
+        tables = [report.runs[index].evaluation.table("spot") for index in group]
+        masks = [row.masks for row in tables[0].rows]
+        sizes = [(row.title, [mean for mean, _ in row.sizes], None) for row in tables[0].rows]
         if len(group) > 1:
-            bins = [
+            sizes = [
                 (title, [c and c[0] for c in cells], [c[1] if c else 0.0 for c in cells])
                 for title, cells in mean_sizes(tables)
             ]
-        if len(kinds) == 1:
-            return [figures.SizeRow(*size, place) for place, size in enumerate(bins)]
-        name = report.runs[group[0]].name + (f" and {_more_seeds(len(group) - 1)}" if len(group) > 1 else "")
-        last = max(i for i, row in enumerate(own) if row.masks == "decoder")
-        slots = next(i for i, row in enumerate(own) if row.masks == "slots")
-        for i, dashed in ((last, False), (slots, True)):
-            title, means, deviations = bins[i]
-            rows.append(figures.SizeRow(f"{name}, {title}", means, deviations, colour, dashed))
+        if len(groups) == 1:
+            return [SizeRow(*size, index) for index, size in enumerate(sizes)]
+        name = report.runs[group[0]].name
+        if len(group) > 1:
+            name += f" and {len(group) - 1} more seed{'s' * (len(group) > 2)}"
+        all_orders = max(i for i, kind in enumerate(masks) if kind == "decoder")
+        for i, dashed in ((all_orders, False), (masks.index("slots"), True)):
+            title, means, deviations = sizes[i]
+            rows.append(SizeRow(f"{name}, {title}", means, deviations, colour, dashed))
     return rows
 
 
-def _more_seeds(count: int) -> str:
-    return f"{count} more seed{'s' * (count > 1)}"
+def settings_rows(report: Report) -> list[tuple[str, list[str], str]]:
+    """(name, value of each run, help) of every setting."""
+    configs = [record.run.config for record in report.runs]
+    return [(f.name, [str(getattr(config, f.name)) for config in configs], f.metadata["help"]) for f in fields(Config)]

@@ -1,9 +1,9 @@
-"""Which colour each segment gets.
+"""Assigns a colour to each segment of an image.
 
-The segment along more than half of the image's border is grey: it is what lies around the others. Every other one has
-the colour whose fixed place in the image is nearest to its centre, no colour twice, so that the sum of squared
-distances times areas is least. So colours depend on nothing but where the segments are and how large: not on how slots
-are numbered, nor on batch, run or seed as long as these find about the same segments.
+The segment along more than half of the image's border is grey: it surrounds the others. Each colour but grey has a
+fixed anchor in the image; the other segments get distinct colours such that the sum of area times squared distance from
+centre to anchor is least. Colours therefore depend only on where segments are and how large: not on the numbers of
+slots, nor on batch, run or seed as long as the segments are about the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 MAX_LABELS = 256  # an indexed PNG has no more
-# The middle's, then around it clockwise from the right, neighbours unlike each other; then more. Grey is the last.
+# The centre's colour, then those around it clockwise from the right, neighbours unlike each other; grey is the last.
 _HAND_PICKED = (
     (230, 57, 70),
     (29, 120, 216),
@@ -30,13 +30,12 @@ _HAND_PICKED = (
     (190, 190, 190),
 )
 GREY = _HAND_PICKED[-1]
-_AROUND, _DISTANCE = 6, 0.36  # places around the middle, and how far from it, in sides of the image
+_AROUND, _DISTANCE = 6, 0.36  # anchors around the centre, and their distance from it in sides of the image
 _STEPS = 0.7548776662466927, 0.5698402909980532  # 1 / p and 1 / p², p³ = p + 1: spreads points evenly in a square
 
 
 def palette(count: int = MAX_LABELS) -> np.ndarray:
-    """uint8 [count, 3]: colours that are told apart at a glance, always the same. Beyond twelve, hues a golden angle
-    apart."""
+    """uint8 [count, 3]: distinct colours, always the same; beyond twelve, hues a golden angle apart."""
     colours = list(_HAND_PICKED[:count])
     for i in range(len(colours), count):
         red, green, blue = colorsys.hsv_to_rgb(i * 0.618034 % 1, (0.85, 0.55)[i % 2], (0.95, 0.7, 0.5)[i % 3])
@@ -44,11 +43,11 @@ def palette(count: int = MAX_LABELS) -> np.ndarray:
     return np.array(colours, np.uint8).reshape(-1, 3)
 
 
-def places(count: int) -> np.ndarray:
-    """[count, 2]: where in the unit square the colours but grey have their place, (y, x), for so many segments.
+def anchors(count: int) -> np.ndarray:
+    """[count, 2]: (y, x) in the unit square of the anchors of the colours but grey, for so many segments.
 
-    The middle and six around it; where there are more segments the others are spread evenly. Few places keep a colour
-    where a segment moves a little, and are as many as most models have slots.
+    The centre, six around it, and any others spread evenly. With few anchors a segment that moves a little keeps its
+    colour; seven suffice for most models' slots.
     """
     angle = np.arange(_AROUND) * (2 * np.pi / _AROUND)
     ring = 0.5 + _DISTANCE * np.stack([np.sin(angle), np.cos(angle)], 1)
@@ -57,9 +56,9 @@ def places(count: int) -> np.ndarray:
 
 
 def segment_colours(labels: np.ndarray) -> np.ndarray:
-    """The colours of a label map [height, width] of at most 256 labels, as uint8 [256, 3]: row k is label k's.
+    """Colours uint8 [256, 3] of a label map [height, width] of at most 256 labels: row k is label k's.
 
-    Labels that are nowhere on the map get what is left, grey among them.
+    Labels missing from the map get the remaining colours, grey among them.
     """
     height, width = labels.shape
     area = np.bincount(labels.ravel(), minlength=MAX_LABELS).astype(np.float64)
@@ -72,16 +71,16 @@ def segment_colours(labels: np.ndarray) -> np.ndarray:
     border = np.concatenate([labels[0], labels[-1], labels[1:-1, 0], labels[1:-1, -1]])
     along = np.bincount(border, minlength=MAX_LABELS)
     rest = np.flatnonzero((area > 0) & (2 * along <= len(border)))
-    rest = rest[np.lexsort((*centre[rest].T, area[rest]))]  # for ties: numbers mean nothing
+    rest = rest[np.lexsort((*centre[rest].T, area[rest]))]  # ties must not be broken by label numbers
     grey = len(_HAND_PICKED) - 1
     colours = np.roll(palette()[: grey + 1], 1, axis=0), palette()[grey + 1 :]  # grey first
     order = np.full(MAX_LABELS, -1)
     order[2 * along > len(border)] = 0
     if len(rest):
-        anchors = places(min(max(_AROUND + 1, len(rest)), MAX_LABELS - 1))
-        distance = np.square(centre[rest][:, None] - anchors).sum(-1)
-        chosen = linear_sum_assignment(distance * area[rest][:, None])
-        order[rest[chosen[0]]] = chosen[1] + 1
+        fixed = anchors(min(max(_AROUND + 1, len(rest)), MAX_LABELS - 1))
+        distance = np.square(centre[rest][:, None] - fixed).sum(-1)
+        rows, columns = linear_sum_assignment(distance * area[rest][:, None])
+        order[rest[rows]] = columns + 1
     free = sorted(set(range(MAX_LABELS)) - set(order.tolist()))
     order[order < 0] = free
     return np.concatenate(colours)[order]

@@ -1,15 +1,15 @@
-"""Which files the segment command reads and writes: images of folders and lists, names of outputs, PNG, safetensors.
+"""Files that the segment command reads and writes: images of folders and lists, names of outputs, PNG, safetensors.
 
 An image's outputs are OUT/NAME_*.png and .safetensors. NAME is the image's path without its ending, relative to the
-folder or the list it was found through, or its bare name where it was named itself; of several folders or lists each
-has a folder of its own name. Every output says within itself of which image and model it is, and is overwritten for
-these only.
+folder or list that contains it, or its bare name where it was given itself; of several folders or lists each gets a
+folder of its own name. Every output carries a key of its image and model, and only outputs of the same key are
+overwritten.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +25,13 @@ from spot_fast.files import atomic_write
 OVERLAY, SOFT, SLOTS = "overlay.png", "soft.safetensors", "slots.safetensors"
 LABELS = {"decoder": "labels.png", "slots": "slot_labels.png", "clusters": "labels.png"}
 ENDINGS = (OVERLAY, *dict.fromkeys(LABELS.values()), SOFT, SLOTS)
-_OF = "spot_fast:of"  # in a file's metadata: what it was made of, by whom
+_OF = "spot_fast:of"  # metadata entry: the key of a file's origin
 _FAST = 1  # zlib's level: a third of the usual time for a quarter more bytes
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What an output is made of: the image as the user named it, its full path, and the model."""
+    """The origin of an output: the image as the user named it, its full path, and the model."""
 
     image: str
     path: str
@@ -46,13 +46,13 @@ class Origin:
 
 
 def find_images(
-    sources: Sequence[str | Path], out: Path, say: Callable[[str], object] = lambda note: None
+    sources: Sequence[str | Path], out: Path, notify: Callable[[str], object] = lambda note: None
 ) -> list[tuple[Path, str]]:
     """(file, NAME) of every image in `sources`: image files, folders, and text files that list images.
 
-    A file without the ending of an image is one if Pillow knows it, and a list otherwise. Outputs of earlier calls that
-    lie in a folder are left out, and so is what is named twice. `say` is told what else was left out of folders.
-    UserError where a source is none of these.
+    A file without the ending of an image is an image if Pillow knows it, and a list otherwise. Outputs of earlier calls
+    and duplicates are left out; `notify` gets a note of whatever else is left out of folders. UserError where a source
+    is none of these.
     """
     groups: list[tuple[Path | None, str, list[Path]]] = []
     for source in map(Path, sources):
@@ -60,20 +60,20 @@ def find_images(
             paths, notes = list_noted(source)
             groups.append((source, source.resolve().name, [path for path in paths if not _is_output(path, out)]))
             for note in notes:
-                say(note)
+                notify(note)
         elif is_list(source) and not _is_image(source):
             groups.append((source.parent, source.stem, read_list(source)))
         else:
             groups.append((None, "", list_images(source)))
     several = sum(base is not None for base, _, _ in groups) > 1
-    found: dict[Path, tuple[Path, str]] = {}
+    images: dict[Path, tuple[Path, str]] = {}
     for base, name, paths in groups:
         for path in paths:
             below = path.relative_to(base) if base is not None and path.is_relative_to(base) else Path(path.name)
             below = Path(path.name) if ".." in below.parts else below
             stem = (Path(name) / below if several and base is not None else below).with_suffix("")
-            found.setdefault(path.resolve(), (path, stem.as_posix()))
-    return list(found.values())
+            images.setdefault(path.resolve(), (path, stem.as_posix()))
+    return list(images.values())
 
 
 def _is_image(path: Path) -> bool:
@@ -85,7 +85,7 @@ def _is_image(path: Path) -> bool:
 
 
 def _is_output(path: Path, out: Path) -> bool:
-    """Whether a file is an output of this command, by name and by what it says of itself."""
+    """Whether a file is an output of this command, by its name and its metadata."""
     return any(path.name.endswith(f"_{ending}") for ending in ENDINGS) and _key_of(path) is not None
 
 
@@ -94,8 +94,8 @@ def output_names(
 ) -> list[str]:
     """A name for each image's outputs: its stem, with -2, -3... where another image has it.
 
-    No output takes the place of one of the `inputs`, the files that are read. Case does not tell names apart, as on
-    some file systems.
+    No output replaces one of the `inputs`, the files that are read. Names that differ only in case count as equal, as
+    on some file systems.
     """
     reserved = {str(path.resolve()).lower() for path in inputs}
     root = out.resolve()
@@ -112,28 +112,22 @@ def output_names(
 
 
 def check_overwriting(out: Path, names: Sequence[str], origins: Sequence[Origin], endings: Sequence[str]) -> None:
-    """UserError where an output would take the place of a file that is not of the same image and model."""
-    foreign = [
+    """UserError where an output would replace a file that is not of the same image and model."""
+    others = [
         path
         for name, origin in zip(names, origins, strict=True)
-        for path in _outputs(out, name, endings)
+        for path in (out / f"{name}_{ending}" for ending in endings)
         if path.exists() and _key_of(path) != origin.key
     ]
-    if foreign:
-        what = (
-            f"{foreign[0]} exists and is"
-            if len(foreign) == 1
-            else (f"{foreign[0]} and {len(foreign) - 1} more exist and are")
+    if others:
+        exist = "exists and is" if len(others) == 1 else f"and {len(others) - 1} more exist and are"
+        raise UserError(
+            f"{others[0]} {exist} not of the same image and model: choose another --out, or add --overwrite"
         )
-        raise UserError(f"{what} not of the same image and model: choose another --out, or add --overwrite")
-
-
-def _outputs(out: Path, name: str, endings: Iterable[str]) -> Iterator[Path]:
-    return (out / f"{name}_{ending}" for ending in endings)
 
 
 def _key_of(path: Path) -> str | None:
-    """What an output says it was made of; None for any other file."""
+    """The key in an output's metadata; None for any other file."""
     try:
         if path.suffix == ".png":
             with Image.open(path) as image:
@@ -145,7 +139,7 @@ def _key_of(path: Path) -> str | None:
 
 
 def save(image: Image.Image, path: Path, metadata: dict[str, str] | None = None, *, fast: bool = False) -> None:
-    """Writes a PNG, whole or not at all, and makes its folder where there is none."""
+    """Writes a PNG, whole or not at all, and makes its folder where it is missing."""
     _make_folder(path)
     text = PngImagePlugin.PngInfo()
     for name, value in (metadata or {}).items():
@@ -155,7 +149,7 @@ def save(image: Image.Image, path: Path, metadata: dict[str, str] | None = None,
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file, whole or not at all, and makes its folder where there is none."""
+    """Writes a safetensors file, whole or not at all, and makes its folder where it is missing."""
     _make_folder(path)
     text = {name: _unicode(value) for name, value in metadata.items()}
     data = to_bytes({name: value.contiguous() for name, value in tensors.items()}, text)

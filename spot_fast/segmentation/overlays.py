@@ -1,4 +1,4 @@
-"""Segmentations to look at: label maps from soft masks, overlays, rows of panels and contact sheets. Pillow only."""
+"""Draws segmentations with Pillow: label maps from soft masks, overlays, rows of panels and contact sheets."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from spot_fast.segmentation.colours import MAX_LABELS, palette
 
-PANEL_SIDES = (320, 640)  # the longer side of a panel is the image's, kept between these, pixels
-_BAND = 1 << 20  # pixels of a label map made at a time
+PANEL_SIDES = (320, 640)  # bounds of a panel's longer side, which otherwise is the image's, pixels
+_BAND = 1 << 20  # pixels of a label map computed at a time
 _GAP, _MARGIN, _CAPTION = 8, 10, 22
 _INK, _PAPER = (70, 70, 70), (255, 255, 255)
 _TINT, _SATURATION = 0.5, 0.6
@@ -23,8 +23,8 @@ _SOFTEN = ImageFilter.Kernel((3, 3), (1, 2, 1, 2, 8, 2, 1, 2, 1))
 def labels_at(masks: Tensor, height: int, width: int, grid: tuple[int, int] | None = None) -> np.ndarray:
     """Soft masks of one image [N, K] on a grid of (height, width) patches → uint8 label map [height, width].
 
-    Without `grid` the N patches are a square. Bilinear (no align-corners) and argmax, the lower slot where two are
-    equal; a band of rows and a slot at a time, so that a large photo needs little more memory than its label map.
+    Without `grid` the N patches are a square. Bilinear (corners not aligned), then argmax, the lower slot of equals.
+    ValueError where N does not fit the grid, or K is 0 or above MAX_LABELS.
     """
     tokens, slots = masks.shape
     rows, columns = grid or (round(tokens**0.5),) * 2
@@ -33,6 +33,7 @@ def labels_at(masks: Tensor, height: int, width: int, grid: tuple[int, int] | No
         raise ValueError(f"masks has shape {list(masks.shape)}: expected {expected} with K at most {MAX_LABELS}")
     maps = masks.detach().float().cpu().T.reshape(slots, rows, columns)
     labels = torch.zeros(height, width, dtype=torch.uint8)
+    # A band of rows and a slot at a time: a large photo needs little more memory than its label map.
     band = max(1, _BAND // max(width, slots * columns))
     for top in range(0, height, band):
         part = labels[top : top + band]
@@ -48,23 +49,24 @@ def labels_at(masks: Tensor, height: int, width: int, grid: tuple[int, int] | No
 def _rows_at(maps: Tensor, top: int, count: int, height: int) -> Tensor:
     """Rows `top` and on of maps [K, h, w] resized bilinearly to `height` rows: [K, count, w]."""
     rows = maps.shape[1]
-    places = ((torch.arange(top, top + count, dtype=torch.float64) + 0.5) * rows / height - 0.5).clamp(min=0)
-    above = places.long()
+    # Pixel centres of the label map in units of rows of `maps`, as F.interpolate places them.
+    position = ((torch.arange(top, top + count, dtype=torch.float64) + 0.5) * rows / height - 0.5).clamp(min=0)
+    above = position.long()
     below = (above + 1).clamp(max=rows - 1)
-    weight = (places - above).float()[:, None]
+    weight = (position - above).float()[:, None]
     return maps[:, above] * (1 - weight) + maps[:, below] * weight
 
 
 def indexed_png(labels: np.ndarray, colours: np.ndarray | None = None) -> Image.Image:
-    """A label map uint8 [height, width] as an indexed image: pixel values are labels, whose colours are the
-    rows of `colours`, uint8 [labels, 3] (default: palette())."""
+    """A label map uint8 [height, width] as an indexed image: label k has row k of `colours`, uint8 [labels, 3]
+    (default: palette())."""
     image = Image.frombuffer("P", labels.shape[::-1], np.ascontiguousarray(labels), "raw", "P", 0, 1)  # not a copy
     image.putpalette((palette() if colours is None else colours).tobytes())
     return image
 
 
 def panel_size(width: int, height: int) -> tuple[int, int]:
-    """(width, height) of a panel for an image of that size, of the same shape up to a pixel."""
+    """(width, height) of a panel for an image of that size, of the same aspect ratio up to a pixel."""
     low, high = PANEL_SIDES
     scale = min(max(max(width, height), low), high) / max(width, height)
     return max(1, round(width * scale)), max(1, round(height * scale))
@@ -94,14 +96,14 @@ def tinted(image: Image.Image, labels: np.ndarray, colours: np.ndarray | None = 
     size = labels.shape[::-1]
     panel = image if image.size == size else image_panel(image, size)
     tint = indexed_png(labels, colours).convert("RGB")
-    # Half of the image's colour goes, all of its light and shade stays.
+    # Less saturated, so that the tint is read as the label's colour; light and shade stay.
     mixed = Image.blend(ImageEnhance.Color(panel).enhance(_SATURATION), tint, _TINT)
     mixed.paste(_PAPER, mask=_outlines(labels))
     return mixed
 
 
 def _outlines(labels: np.ndarray) -> Image.Image:
-    """Grey image, light on both sides of where labels change, with soft edges."""
+    """Grey image, bright on both sides of each label boundary, with soft edges."""
     edge = np.zeros(labels.shape, np.uint8)
     across, down = labels[:, 1:] != labels[:, :-1], labels[1:] != labels[:-1]
     edge[:, 1:] |= across
@@ -118,8 +120,8 @@ def panel_row(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
 
 
 def contact_sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], columns: int = 1) -> Image.Image:
-    """Rows of (caption, panel), `columns` of them side by side; captions stand above the first line alone where every
-    row has the same, of the same size."""
+    """Rows of (caption, panel), `columns` of them side by side. Only the first line has captions where all rows have
+    the same captions and sizes."""
     if not rows or not rows[0]:
         raise ValueError("a contact sheet needs at least one row of panels")
     once = len({tuple((caption, panel.size) for caption, panel in row) for row in rows}) == 1

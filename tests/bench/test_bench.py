@@ -8,12 +8,11 @@ import sys
 
 import photo_table
 import pytest
-import runs
 import scenes_table
-import tables
 import torch
-from runs import Plan, Runner
-from tables import BenchError, Result, Row, Scores, spread
+from harness import runs, tables
+from harness.runs import Plan, Runner
+from harness.tables import BenchError, Result, Row, Scores, spread
 
 from paths import BENCH
 

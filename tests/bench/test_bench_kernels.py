@@ -16,14 +16,13 @@ import bench_shift_by_order
 import bench_slot_attention
 import bench_slot_cross_attention
 import bench_slot_module
-import kernel_bench
-import kernel_clock
-import kernel_rows
+import kernel_table
 import pytest
 import torch
-from kernel_bench import Bench, Case, Problem, Setting
-from kernel_clock import Ceilings, DeviceClock, HostClock, Work, device_plan, interleaved
-from kernel_rows import COMPILE, EAGER, FLEX, OURS, SDPA, Row, duration
+from harness import kernel_bench, kernel_clock, kernel_rows
+from harness.kernel_bench import Bench, Case, Problem, Setting
+from harness.kernel_clock import Ceilings, DeviceClock, HostClock, Work, device_plan, interleaved
+from harness.kernel_rows import COMPILE, EAGER, FLEX, OURS, SDPA, Row, duration
 
 import spot_kernels
 from paths import BENCH
@@ -83,7 +82,7 @@ def test_every_gpu_shape_of_the_plan_is_there():
         ("SlotAttention", "SPOT 64×196 K7 D768 U256"),
     ]:
         assert (operator, shape) in found
-    floors = kernel_bench.floors(kernel_bench.all_cases(Setting(gpu=True)), kernel_bench.H200)
+    floors = kernel_table.floors(kernel_bench.all_cases(Setting(gpu=True)), kernel_table.H200)
     # 13.3 MB at 4.3 TB/s
     assert "| SPOT 64×196 K7 d256 | bfloat16 | 13.3 | 0.08992 | 3.09 µs |" in floors
     # every aim speaks of a row that is measured, with the technique it is compared with
@@ -275,7 +274,7 @@ def test_csv_there_and_back(tmp_path):
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="not a result"):
         kernel_rows.read_csv(path)
-    assert kernel_bench.main(["--table", str(path)]) == 2
+    assert kernel_table.main(["--table", str(path)]) == 2
 
 
 # ---- right or wrong
@@ -454,7 +453,7 @@ def test_every_bench_runs_at_tiny_size(tiny_bench, capsys):
     assert about["torch"] == torch.__version__ and float(about["copy_bytes_per_s"]) > 0
     assert "PASS" in printed or "FAIL" in printed or not dispatch.NATIVE
     # the table again, from the file
-    assert kernel_bench.main(["--table", str(path)]) == 0
+    assert kernel_table.main(["--table", str(path)]) == 0
     assert capsys.readouterr().out.split("\n\n")[0] in printed
 
 
@@ -505,7 +504,7 @@ def test_sweep_reaches_the_launches():
     for entry in sweep.SWEEPS:
         assert launches(entry, None), entry.title
         for name, values in entry.grid.items():
-            if entry.function != "slot_attention.splits":  # a tiny shape has nothing to split
+            if entry.function != "slot_attention_plan.splits":  # a tiny shape has nothing to split
                 assert launches(entry, {name: values[0]}) != launches(entry, {name: values[-1]}), (entry.title, name)
 
 

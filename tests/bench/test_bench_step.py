@@ -5,7 +5,7 @@ import json
 import bench_step
 import pytest
 import torch
-from machine import cpu_name
+from harness.machine import cpu_name
 
 import spot_fast.training.trainer as trainer_module
 

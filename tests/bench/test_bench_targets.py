@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from targets import target_csv, target_file
+from harness.targets import target_csv, target_file
 
 
 def test_a_place_that_can_be_written_to_is_left_as_it_is(tmp_path):
@@ -44,9 +44,7 @@ def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
             kind(str(tmp_path / name))
 
 
-@pytest.mark.parametrize(
-    "bench", ["exchange_speed", "ladder", "growth", "native_table", "bench_data", "scenes_table", "precision_parity"]
-)
+@pytest.mark.parametrize("bench", ["exchange_speed", "ladder", "growth", "native_table", "bench_data", "scenes_table"])
 def test_every_bench_looks_before_it_measures(bench, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setattr(sys, "argv", [bench, "--csv", str(tmp_path / "file" / "x.csv")])

@@ -14,19 +14,16 @@ from pathlib import Path
 
 import ceilings
 import compare
-import kernel_bench
-import kernel_clock
 import layouts
-import machine
 import operators
 import pytest
 import record
 import rivals
-import step_flops
 import steps
 import torch
-from kernel_bench import Case, Problem, Work, randn
-from kernel_rows import EAGER, OURS
+from harness import kernel_bench, kernel_clock, machine, step_flops
+from harness.kernel_bench import Case, Problem, Work, randn
+from harness.kernel_rows import EAGER, OURS
 from record import ABSENT, GO, LATE, NO_GO, OUT_OF_TIME, PARTS, Options, Recorder, Row, Time
 
 from paths import BENCH

@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import growth
-import live_bytes
 import memory
 import pytest
 import torch
-from live_bytes import LiveBytes
-from step_runs import TrainerSteps, settings
+from harness import live_bytes
+from harness.live_bytes import LiveBytes
+from harness.step_runs import TrainerSteps, settings
 
 points = growth.points
 

@@ -6,12 +6,11 @@ import sys
 from dataclasses import asdict, replace
 
 import ladder
-import ladder_row
 import pytest
-import step_runs
 import torch
+from harness import ladder_row, step_runs
+from harness.ladder_row import Job
 from ladder import REFERENCE, Row, Technique
-from ladder_row import Job
 
 PLAIN = {"float32": (1e-9, 1e-6), "bf16": (1e-4, 1e-2)}
 OURS = Technique("ours", precision="bf16", cached=True)

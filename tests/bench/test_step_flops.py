@@ -2,12 +2,11 @@
 
 import pytest
 import reference_step
-import step_flops
-import step_runs
 import torch
+from harness import step_flops, step_runs
 from torch.utils.flop_counter import FlopCounterMode
 
-from spot_fast.checkpoints.runs import frozen_encoder
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.model.encoder import normalise
 from spot_fast.model.spot import Spot
 from spot_fast.training.trainer import Trainer

@@ -1,4 +1,4 @@
-"""The experiment bench/whole_iterations.py computes slot attention: times of a wrong kernel would tell nothing."""
+"""The experiment `whole_iterations` computes slot attention: times of a wrong kernel would say nothing."""
 
 import pytest
 import torch

@@ -1,15 +1,19 @@
-"""Weight files as their authors save them: the ViT in them is found, and what it needs is never left over silently."""
+"""Protects encoder weights: the ViT in any file is recognised, nothing that it needs is dropped, and no code runs."""
 
 import argparse
+import time
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder, load_vit_weights, packaged_weights
 from spot_fast.config import preset
 from spot_fast.errors import UserError
-from spot_fast.model.encoder import build_encoder, build_vit, load_vit_weights
+from spot_fast.model.encoder import Encoder
+from spot_fast.model.vits import build_vit
+from tiny_runs import tiny
 
 NAME = "vit:patch=8,width=16,depth=2,heads=2,hidden=16"
 
@@ -40,16 +44,16 @@ def below(prefix, weights=WEIGHTS):
 def loads(tmp_path, contents, expected=WEIGHTS, name="w.pth", encoder=NAME):
     """The file loads, as the ViT of `expected`."""
     (save_file if name.endswith(".safetensors") else torch.save)(contents, tmp_path / name)
-    found = build_encoder(config(tmp_path / name, encoder)).vit.state_dict()
+    loaded = frozen_encoder(config(tmp_path / name, encoder)).vit.state_dict()
     for key, value in expected.items():
-        assert torch.equal(found[key], value), key
-    return found
+        assert torch.equal(loaded[key], value), key
+    return loaded
 
 
 def refuses(tmp_path, contents, words, encoder=NAME):
     torch.save(contents, tmp_path / "w.pth")
     with pytest.raises(UserError, match=words):
-        build_encoder(config(tmp_path / "w.pth", encoder))
+        frozen_encoder(config(tmp_path / "w.pth", encoder))
 
 
 HEADS = {
@@ -124,12 +128,12 @@ HEADS = {
         "deep",
     ],
 )
-def test_the_vit_is_found_wherever_it_is(tmp_path, contents):
+def test_the_vit_is_recognised_anywhere_in_a_file(tmp_path, contents):
     """Of several the one that its authors evaluate."""
     loads(tmp_path, contents)
 
 
-def test_which_of_several_vits_is_taken_is_said_once(tmp_path, capsys):
+def test_the_choice_among_several_vits_is_printed_once(tmp_path, capsys):
     contents = {"student": below("module.", OTHER), "teacher": below("module.")}
     loads(tmp_path, contents)
     loads(tmp_path, contents)
@@ -140,23 +144,23 @@ def test_which_of_several_vits_is_taken_is_said_once(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["w.safetensors", "named_wrongly.pth"])
 def test_safetensors_are_recognised_by_their_contents(tmp_path, name):
     save_file(below("vit."), tmp_path / name)
-    assert torch.equal(build_encoder(config(tmp_path / name)).vit.cls_token, WEIGHTS["cls_token"])
+    assert torch.equal(frozen_encoder(config(tmp_path / name)).vit.cls_token, WEIGHTS["cls_token"])
 
 
 def test_halves_become_float32(tmp_path):
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         halves = {name: value.to(dtype) for name, value in WEIGHTS.items()}
-        found = loads(tmp_path, halves, {name: value.float() for name, value in halves.items()})
-        assert found["cls_token"].dtype == torch.float32
+        loaded = loads(tmp_path, halves, {name: value.float() for name, value in halves.items()})
+        assert loaded["cls_token"].dtype == torch.float32
 
 
 def test_the_final_norm_may_be_missing(tmp_path):
-    """Features are taken in front of it; a fine-tuned MAE has fc_norm in its place."""
+    """Features are taken before it; a fine-tuned MAE has fc_norm in its place."""
     without = {name: value for name, value in WEIGHTS.items() if not name.startswith("norm.")}
-    found = loads(tmp_path, without | {"fc_norm.weight": torch.ones(16), "fc_norm.bias": torch.ones(16)}, without)
-    assert torch.equal(found["norm.weight"], torch.ones(16)) and not found["norm.bias"].any()
-    found = loads(tmp_path, without, without)
-    assert torch.equal(found["norm.weight"], torch.ones(16))
+    loaded = loads(tmp_path, without | {"fc_norm.weight": torch.ones(16), "fc_norm.bias": torch.ones(16)}, without)
+    assert torch.equal(loaded["norm.weight"], torch.ones(16)) and not loaded["norm.bias"].any()
+    loaded = loads(tmp_path, without, without)
+    assert torch.equal(loaded["norm.weight"], torch.ones(16))
     without.pop("blocks.1.norm2.weight")
     refuses(tmp_path, without, "lack 1 tensors of the ViT, such as blocks.1.norm2.weight")
 
@@ -241,7 +245,7 @@ def test_parts_of_the_vit_beside_it_are_an_error(tmp_path):
         loads(tmp_path, below("backbone.") | {name: torch.ones(2)})
 
 
-def test_what_no_other_encoder_takes_gets_no_suggestion(tmp_path):
+def test_weights_that_no_encoder_takes_get_no_suggestion(tmp_path):
     extra = {"blocks.0.attn.q_norm.weight": torch.ones(8), "blocks.0.ls1.gamma": torch.ones(16)}
     refuses(tmp_path, WEIGHTS | extra, "pass weights in timm's names for this --encoder")
 
@@ -256,7 +260,7 @@ def test_what_no_other_encoder_takes_gets_no_suggestion(tmp_path):
         ({"visual.conv1.weight": torch.ones(2)}, "names its tensors as CLIP does: pass the model's weights in timm's"),
         (
             {"model": {"layer1.0.conv1.weight": torch.ones(2), "fc.bias": torch.ones(2)}},
-            r"lacks all tensors of a ViT .*what it has begins with model.layer1\*, model.fc\*",
+            r"lacks all tensors of a ViT .*its names begin with model.layer1\*, model.fc\*",
         ),
         ({"epoch": 3, "args": argparse.Namespace()}, "holds no tensors"),
         ({"model": nn.Linear(2, 2)}, "holds no tensors"),
@@ -306,11 +310,76 @@ def test_position_tables_that_fit_no_grid_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
-def test_a_stand_in_for_the_file_is_called_what_it_is(tmp_path, name):
+def test_a_file_that_is_no_weights_is_named(tmp_path, name):
     pointer, page = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", b"<!DOCTYPE html><html></html>"
     for data, words in ((pointer, "is a Git LFS pointer.*git lfs pull"), (page, "is a web page, not weights")):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=f"--encoder-weights: .*{name} {words}"):
-            build_encoder(config(tmp_path / name))
+            frozen_encoder(config(tmp_path / name))
     with pytest.raises(UserError, match="is a folder: pass the file of weights in it, such as .*w."):
-        build_encoder(config(tmp_path))
+        frozen_encoder(config(tmp_path))
+
+
+def test_the_packaged_encoder_is_small_and_its_metadata_names_its_weights():
+    assert packaged_weights().stat().st_size <= 3_000_000
+    scenes = preset("scenes")
+    encoder = frozen_encoder(scenes)
+    side = scenes.image_size
+    assert encoder(torch.zeros(1, 3, side, side)).shape == (1, encoder.num_tokens, encoder.dim)
+    metadata = encoder_metadata(encoder, scenes)
+    assert metadata == {"encoder": "spot_scenes", "encoder_sha256": frozen_encoder(scenes).weights_hash()}
+    encoder.vit.norm.weight[0] += 1
+    assert metadata["encoder_sha256"] != encoder.weights_hash()
+
+
+def test_random_weights_are_always_the_same():
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    one, other = (frozen_encoder(tiny(seed=seed)).weights_hash() for seed in (0, 1))
+    assert one == other and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_missing_and_a_damaged_file_are_named(tmp_path):
+    (tmp_path / "broken.safetensors").write_bytes(b"\0not tensors")
+    for name, words in (("none.safetensors", "is not a file"), ("broken.safetensors", "cannot be read")):
+        with pytest.raises(UserError, match=f"--encoder-weights: .*{name} {words}"):
+            frozen_encoder(config(tmp_path / name))
+
+
+def test_dinov2s_own_weights_with_registers_mean_the_same():
+    """Its source adds the class token's position when it runs, timm has added it; features are equal."""
+    shape = f"{NAME},registers=2"
+    vit, again = (build_vit(config(encoder=shape)) for _ in range(2))
+    torch.nn.init.normal_(vit.cls_token)
+    source, position = dict(vit.state_dict()), torch.randn(1, 1, 16)
+    source |= {"cls_token": vit.cls_token.data - position, "pos_embed": torch.cat([position, vit.pos_embed.data], 1)}
+    load_vit_weights(again, source, pos_resize="dino", source="x")
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(Encoder(again, last_blocks=1)(images), Encoder(vit, last_blocks=1)(images))
+
+
+def test_the_encoder_of_a_whole_spot_of_the_authors_is_the_frozen_one(tmp_path):
+    frozen = {f"second_encoder.{name}": value for name, value in WEIGHTS.items()}
+    student = {name.removeprefix("second_"): value + 1 for name, value in frozen.items()}
+    others = {"slot_attn.slot_attention.project_q.weight": torch.zeros(2, 2), "pos_embed": torch.zeros(1, 64, 128)}
+    loads(tmp_path, {"model": frozen | student | others, "epoch": 3}, name="spot.pt.tar")
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    refuses(
+        tmp_path, {"cls_token": Malicious()}, r"--encoder-weights: checkpoint .*w.pth was not loaded: it calls \w+.open"
+    )
+    assert not (tmp_path / "executed").exists()
+
+
+def test_without_a_hub_it_fails_within_seconds_and_says_which_file_to_pass(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    start = time.monotonic()
+    with pytest.raises(UserError, match="--encoder-weights FILE .*timm/vit_small_patch16_224.dino"):
+        frozen_encoder(preset("coco", encoder="vit_small_patch16_224.dino"))
+    assert time.monotonic() - start < 20

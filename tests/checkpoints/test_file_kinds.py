@@ -1,4 +1,4 @@
-"""Files that stand where data should be are called what they are, whatever their names end in."""
+"""Protects messages about files of the wrong kind: each is recognised by its contents and gets a remedy."""
 
 import gzip
 import io
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from spot_fast.checkpoints.file_kinds import stand_in
+from spot_fast.checkpoints.file_kinds import file_problem
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 343279349\n"
 PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
@@ -58,23 +58,22 @@ def tar():
         (b"\x89HDF\r\n\x1a\n123", "HDF5 file.* not weights"),
     ],
 )
-def test_a_stand_in_is_named_with_the_remedy(tmp_path, data, words):
+def test_a_wrong_file_is_named_with_the_remedy(tmp_path, data, words):
     (tmp_path / "w.safetensors").write_bytes(data)
-    found = stand_in(tmp_path / "w.safetensors")
-    assert found is not None
-    assert re.search(words, found), found
+    problem = file_problem(tmp_path / "w.safetensors")
+    assert problem and re.search(words, problem), problem
 
 
-def test_what_is_expected_is_called_nothing(tmp_path):
+def test_expected_and_unknown_files_are_no_problem(tmp_path):
     torch.save({"w": torch.ones(2)}, tmp_path / "zip.pth")
     torch.save({"w": torch.ones(2)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     (tmp_path / "noise").write_bytes(np.random.default_rng(0).bytes(5000))
     for name in ("zip.pth", "old.pth", "noise", "missing"):
-        assert stand_in(tmp_path / name) is None
+        assert file_problem(tmp_path / name) is None
 
 
 def test_a_folder_names_a_file_in_it(tmp_path):
-    assert stand_in(tmp_path) == "is a folder: pass the file of weights in it"
+    assert file_problem(tmp_path) == "is a folder: pass the file of weights in it"
     (tmp_path / "model.safetensors").touch()
-    assert stand_in(tmp_path).endswith("model.safetensors")
-    assert stand_in(tmp_path / "model.safetensors", "a checkpoint") == "is empty: download it again"
+    assert file_problem(tmp_path).endswith("model.safetensors")
+    assert file_problem(tmp_path / "model.safetensors", "a checkpoint") == "is empty: download it again"

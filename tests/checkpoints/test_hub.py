@@ -1,4 +1,4 @@
-"""Names of models on the hub: what counts as one, that no network costs seconds only, and what is downloaded."""
+"""Protects models on the hub: which names ask it, quick errors without a network, and no code among the downloads."""
 
 import time
 
@@ -6,7 +6,8 @@ import huggingface_hub
 import pytest
 
 from spot_fast.checkpoints import hub
-from spot_fast.checkpoints import runs as checkpoint
+from spot_fast.checkpoints.runs import find_folder, load_run
+from spot_fast.checkpoints.shared_folder import save_pretrained
 from spot_fast.errors import UserError
 from tiny_runs import tiny
 from untrained_runs import untrained
@@ -22,20 +23,20 @@ def offline(monkeypatch, tmp_path):
 def test_without_a_network_one_sentence_comes_quickly(offline):
     start = time.monotonic()
     with pytest.raises(UserError, match="owner/model is no file or folder here, and the hub does not give it"):
-        checkpoint.find_folder("owner/model")
+        find_folder("owner/model")
     assert time.monotonic() - start < 5
 
 
-def test_a_path_is_never_looked_for_on_the_hub(offline, monkeypatch, tmp_path):
-    monkeypatch.setattr(checkpoint, "hub_folder", lambda *arguments: pytest.fail("asked the hub"))
+def test_a_path_never_asks_the_hub(offline, monkeypatch, tmp_path):
+    monkeypatch.setattr("spot_fast.checkpoints.runs.hub_folder", lambda *arguments: pytest.fail("asked the hub"))
     (tmp_path / "runs").mkdir()
     for name in ("runs/typo", "typo", "a/b/c", str(tmp_path / "nowhere"), "../x/y"):
         with pytest.raises(UserError, match="is not a folder"):
-            checkpoint.load_run(checkpoint.find_folder(name))
+            load_run(find_folder(name))
 
 
 def test_a_model_of_the_hub_loads_as_any_folder(monkeypatch, tmp_path):
-    untrained(tmp_path / "run", tiny()).model.save_pretrained(tmp_path / "snapshot")
+    save_pretrained(untrained(tmp_path / "run", tiny()).model, tmp_path / "snapshot")
     asked = {}
 
     def download(repository, **options):
@@ -45,10 +46,10 @@ def test_a_model_of_the_hub_loads_as_any_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "hub_answers", lambda: True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
-    found = checkpoint.load_run(checkpoint.find_folder("owner/model@v1"))
-    assert found.config.num_slots == 3 and (asked["repository"], asked["revision"]) == ("owner/model", "v1")
+    run = load_run(find_folder("owner/model@v1"))
+    assert run.config.num_slots == 3 and (asked["repository"], asked["revision"]) == ("owner/model", "v1")
     assert not asked["local_files_only"]
     assert set(asked["allow_patterns"]) == {"config.json", "*.safetensors", "README.md"}  # no code, no pickles
     (tmp_path / "snapshot" / "model.safetensors").unlink()
     with pytest.raises(UserError, match="owner/model on the hub has no model.safetensors"):
-        checkpoint.find_folder("owner/model")
+        find_folder("owner/model")

@@ -19,8 +19,8 @@ from spot_fast.config import preset
     ],
 )
 def test_licence_of_encoder_weights(name, identifier, words):
-    found, sentence = encoder_licence(name)
-    assert found == identifier and words in sentence
+    licence, sentence = encoder_licence(name)
+    assert licence == identifier and words in sentence
 
 
 def test_front_matter_and_contents():

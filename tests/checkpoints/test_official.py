@@ -1,4 +1,4 @@
-"""The authors' checkpoints: every tensor finds its place, outputs are theirs, and the way back gives the same file."""
+"""The authors' checkpoints: every tensor is converted, outputs are theirs, and converting back gives the same file."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 import golden_models
 import golden_tensors
 from golden_tensors import ROOT, assert_close, load
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.checkpoints.official import (
     authors_state_dict,
     infer_config,
@@ -13,7 +14,6 @@ from spot_fast.checkpoints.official import (
     official_state_dict,
     official_weights,
 )
-from spot_fast.checkpoints.runs import frozen_encoder
 from spot_fast.errors import UserError
 from spot_fast.model.spot import Spot, reconstruction_loss
 from tiny_runs import tiny
@@ -56,7 +56,7 @@ def test_a_released_checkpoint_gives_the_authors_outputs():
         assert_close(STORED + name, value, atol=4 * error + 1e-6 * value.abs().max().item())
 
 
-def test_settings_are_read_off_the_tensors():
+def test_tensors_show_the_settings():
     config = infer_config(FILE)
     assert (config.stage, config.slot_dim, config.slot_mlp, config.dec_blocks, config.image_size, config.orders) == (
         1,
@@ -84,7 +84,7 @@ def test_settings_are_read_off_the_tensors():
         (golden_models.stage2, golden_tensors.stage2_state_dict),
     ],
 )
-def test_every_tensor_finds_its_place(build, official_state):
+def test_every_tensor_is_converted(build, official_state):
     """As many numbers arrive as the authors' model has, causal masks and the student's unused copies aside."""
     model, state = build(), official_state()
     converted = official_state_dict(state)
@@ -145,7 +145,7 @@ def test_a_student_trained_deeper_is_refused():
         official_state_dict(state)
 
 
-def test_what_of_a_checkpoint_no_module_takes_is_an_error():
+def test_a_tensor_that_no_module_takes_is_an_error():
     """In the frozen encoder, beside the encoder, and what is no number."""
     state = golden_tensors.stage1_state_dict()
     for name, words in (
@@ -171,17 +171,17 @@ def test_what_of_a_checkpoint_no_module_takes_is_an_error():
 )
 def test_the_way_back_is_the_authors_state_dict(build, official_state):
     """Names, shapes, types and bits, causal masks and both encoders included: their strict loading accepts it."""
-    expected, found = official_state(), authors_state_dict(build())
-    assert found.keys() == expected.keys()
+    expected, back = official_state(), authors_state_dict(build())
+    assert back.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+        assert back[name].dtype == value.dtype and torch.equal(back[name], value), name
 
 
 def test_cappas_positions_go_back_too():
     state = golden_tensors.stage1_state_dict() | golden_tensors.state_dict("decoder_variants:parallel_decoding/")
     model = load_official(state, num_slots=7, encoder_heads=3)
-    found = authors_state_dict(model)
-    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+    back = authors_state_dict(model)
+    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_a_model_that_the_authors_code_cannot_be_is_refused(changes, reason):
         authors_state_dict(Spot(config, frozen_encoder(config)))
 
 
-def test_the_preset_is_that_with_as_many_learned_slots():
+def test_the_number_of_learned_slots_chooses_the_preset():
     state = golden_tensors.stage2_state_dict()
     for slots, name in ((7, "coco"), (6, "voc"), (11, "movi_c"), (24, "movi_e"), (5, "coco")):
         changed = state | {"slot_attn.slots_init.weight": torch.zeros(slots, 64)}

@@ -11,12 +11,13 @@ from torch import nn
 
 import published_variants as published
 from spot_fast import convert
-from spot_fast.checkpoints import runs as checkpoint
-from spot_fast.checkpoints.third_party import convert as convert_foreign
+from spot_fast.checkpoints.runs import load_run
+from spot_fast.checkpoints.third_party import convert as convert_third_party
 from spot_fast.checkpoints.third_party import recognise
 from spot_fast.errors import UserError
-from spot_fast.model.encoder import Encoder, build_vit
+from spot_fast.model.encoder import Encoder
 from spot_fast.model.patch_orders import patch_orders
+from spot_fast.model.vits import build_vit
 from tiny_runs import tiny
 
 WIDTH, SLOT, HIDDEN, SLOTS, GRID, PATCH, DEPTH = 24, 16, 32, 5, 4, 8, 5
@@ -68,13 +69,13 @@ def projected(state, prefix, features, activation):
     return published.dense(hidden, state, "3")
 
 
-def load(kind, state, tmp_path, **told):
+def load(kind, state, tmp_path, **options):
     """Through the command: the model of the folder that it writes, float64."""
     torch.save({name: value.float() for name, value in state.items()}, tmp_path / "theirs.ckpt")
     argv = [str(tmp_path / "theirs.ckpt"), str(tmp_path / "ours"), "--encoder-heads", "3"]
-    argv += [word for name, value in told.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    argv += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert convert.main(argv) == 0
-    run = checkpoint.load_run(tmp_path / "ours")
+    run = load_run(tmp_path / "ours")
     assert run.config.implementation == kind == recognise(state)
     return run.model.double()
 
@@ -133,8 +134,8 @@ def ocbench_state(encoder, **more):
     return {f"m.{name}": value.float() for name, value in state.items()}, decoder.double()
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected.double(), rtol=1e-9, atol=1e-9)
+def close(ours, expected):
+    torch.testing.assert_close(ours, expected.double(), rtol=1e-9, atol=1e-9)
 
 
 def test_ocbenchs_spot_gives_its_own_outputs(encoder, tmp_path):
@@ -174,7 +175,7 @@ def test_ocbenchs_student_becomes_stage_2(encoder, tmp_path, capsys):
     close(model.encoder.vit.blocks[4].norm1.weight.detach(), teacher[moved])
     student["encode_backbone.1.cls_token"] = student["encode_backbone.1.cls_token"] + 1
     with pytest.raises(UserError, match="differs from the frozen one in cls_token"):
-        convert_foreign("ocbench", {f"m.{name}": value for name, value in student.items()}, encoder_heads=3)
+        convert_third_party("ocbench", {f"m.{name}": value for name, value in student.items()}, encoder_heads=3)
 
 
 def mlp_decoder(layers, positions):
@@ -257,21 +258,21 @@ def test_a_dinosaur_gives_its_own_outputs(kind, encoder, tmp_path):
     prediction, masks = mlp_decoded(state, layers, state[positions], slots)
     with torch.no_grad():
         output = model(features, features, noise=NOISE)
-    for found, expected in (
+    for ours, expected in (
         (output.slots, slots),
         (output.slot_attn, attn.sum(1).mT),
         (output.prediction, prediction),
         (output.masks, masks),
     ):
-        close(found, expected)
+        close(ours, expected)
 
 
-def test_what_has_no_counterpart_is_refused_with_the_reason(encoder):
+def test_models_without_a_counterpart_are_refused_with_the_reason(encoder):
     ocbench, videosaur, dinosaur = ocbench_state(encoder)[0], videosaur_state(encoder), dinosaur_state(encoder)
 
     def refuse(kind, state, match):
         with pytest.raises(UserError, match=match):
-            convert_foreign(kind, state, encoder_heads=3)
+            convert_third_party(kind, state, encoder_heads=3)
 
     video = {name.replace("processor.", "processor.module."): value for name, value in videosaur.items()}
     refuse("videosaur", video, "predictor carries slots from frame to frame.*SlotAttention.like")
@@ -284,23 +285,25 @@ def test_what_has_no_counterpart_is_refused_with_the_reason(encoder):
     refuse(
         "dinosaur",
         dinosaur | {"models.object_decoder.inp_transform.weight": torch.zeros(1)},
-        "1 tensors without a place in Spot, such as object_decoder.inp_transform.weight",
+        "1 tensors without a counterpart in Spot, such as object_decoder.inp_transform.weight",
     )
     refuse("dinosaur", dinosaur | {"models.conditioning.slots_mu": torch.zeros(1, SLOTS, SLOT)}, "5 means of their own")
     refuse("ocbench", {n: v for n, v in ocbench.items() if "norm0" not in n}, "nine-order transformer decoder")
-    refuse("ocbench", ocbench | {"other.weight": torch.zeros(1)}, "without a place in Spot, such as other.weight")
-    refuse("dinosaur", dinosaur | {"gate.weight": torch.zeros(1)}, "without a place in Spot, such as gate.weight")
+    refuse("ocbench", ocbench | {"other.weight": torch.zeros(1)}, "without a counterpart in Spot, such as other.weight")
+    refuse("dinosaur", dinosaur | {"gate.weight": torch.zeros(1)}, "without a counterpart in Spot, such as gate.weight")
     bias = "decode.backbone.layers.0.self_attn.in_proj_bias"
-    refuse("ocbench", ocbench | {f"m.{bias}": torch.zeros(1)}, f"without a place in Spot, such as {bias}")
+    refuse("ocbench", ocbench | {f"m.{bias}": torch.zeros(1)}, f"without a counterpart in Spot, such as {bias}")
     for name in ("encode_backbone.1.cls_token", "decode.backbone.layers.1.linear1.weight", "encode_project.3.weight"):
-        refuse("ocbench", {n: v for n, v in ocbench.items() if n != f"m.{name}"}, f"has no {name}: it is of another")
+        refuse(
+            "ocbench", {n: v for n, v in ocbench.items() if n != f"m.{name}"}, f"has no {name}: it belongs to another"
+        )
     no_slots = {n: v for n, v in videosaur.items() if not n.startswith("initializer.")}
     refuse("videosaur", no_slots, "has no initial slots below initializer.")
     refuse("ocbench", videosaur, "this is no checkpoint of ocbench")
     assert recognise({"encoder.patch_embed.proj.weight": torch.zeros(1)}) is None
 
 
-def test_a_foreign_file_in_place_of_a_run_names_the_command(encoder, tmp_path):
+def test_a_third_party_file_in_place_of_a_run_names_the_command(encoder, tmp_path):
     torch.save(videosaur_state(encoder), tmp_path / "theirs.ckpt")
     with pytest.raises(UserError, match="is a checkpoint of videosaur, not of the authors: python -m"):
-        checkpoint.load_run(tmp_path / "theirs.ckpt")
+        load_run(tmp_path / "theirs.ckpt")

@@ -1,4 +1,4 @@
-"""Checkpoints are pickles: what may be in one, what is refused by name, and that nothing in it runs."""
+"""Protects against code in checkpoints, which are pickles: harmless objects are read, calls are refused by name."""
 
 import argparse
 import collections
@@ -83,16 +83,16 @@ BESIDE = {
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_what_trainings_save_beside_their_tensors_is_no_reason_to_refuse(tmp_path, zipped):
-    """Nothing of it is made anew: stand-ins take the place of every class."""
-    for name, value in BESIDE.items():
+def test_files_with_other_objects_beside_their_tensors_are_read(tmp_path, zipped):
+    """None of these objects is created: stand-ins take the place of every class."""
+    for name, stored in BESIDE.items():
         torch.save(
-            {"model": {"w": torch.ones(2)}, name: value}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped
+            {"model": {"w": torch.ones(2)}, name: stored}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped
         )
         contents = read_checkpoint(tmp_path / "w.pth")
         assert torch.equal(contents["model"]["w"], torch.ones(2)), name
-        for found in contents[name] if isinstance(value, list) else [contents[name]]:
-            assert not isinstance(found, argparse.Namespace | Settings | Method | datetime.date), name
+        for value in contents[name] if isinstance(stored, list) else [contents[name]]:
+            assert not isinstance(value, argparse.Namespace | Settings | Method | datetime.date), name
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -118,7 +118,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path, zipped, function, name):
     assert not trace.exists()
 
 
-def test_code_does_not_run_from_behind_a_stand_in_either(tmp_path):
+def test_code_does_not_run_when_hidden_in_a_stand_in(tmp_path):
     """In the arguments of what may be called, and in a class that is named instead of called."""
     file, trace = tmp_path / "evil.pth", tmp_path / "executed"
     evil = Calls(eval, f"open({str(trace)!r}, 'w')")
@@ -131,7 +131,7 @@ def test_code_does_not_run_from_behind_a_stand_in_either(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_whole_model_objects_and_programs_are_told_how_to_save_their_tensors(tmp_path, zipped):
+def test_errors_about_whole_model_objects_say_how_to_save_their_tensors(tmp_path, zipped):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match=r"whole model object, not a state dict: save its tensors alone .*state_dict"):
         read_checkpoint(tmp_path / "w.pth")

@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.config import preset
 from spot_fast.data import Folder, Loader, open_set
 from spot_fast.data.loading.dali_pipeline import EncodedImage, Pipeline, Request, unavailable
 from spot_fast.errors import UserError
-from spot_fast.model.encoder import build_encoder, normalise
+from spot_fast.model.encoder import normalise
 
 missing = unavailable(torch.device("cpu"))
 if missing:
@@ -138,7 +139,7 @@ def test_pixels_of_every_kind_of_image(kinds, crop, flip):
 
 def test_features_of_the_packaged_encoder(kinds):
     """What the pixels' distance does to what the model sees: half a percent of an image's features."""
-    encoder = build_encoder(preset("scenes"))
+    encoder = frozen_encoder(preset("scenes"))
     images = Folder(kinds, image_size=64)
     (ours,), (pillows,) = DaliLoader(images, len(kinds)).epoch(0), Loader(images, len(kinds)).epoch(0)
     ours, pillows = (encoder.finish(encoder.trunk(normalise(batch.images))) for batch in (ours, pillows))

@@ -100,7 +100,7 @@ def test_draws_depend_on_seed_and_image_not_on_the_batch():
 
 
 def test_a_cluster_that_runs_empty_moves():
-    """One far token among many equal ones: whatever the starts, three clusters must come out of three places."""
+    """One far token among many equal ones: whatever the starts, the three distinct points must be three clusters."""
     points = torch.zeros(1, 40, 2)
     points[0, 7], points[0, 23] = torch.tensor([5.0, 0.0]), torch.tensor([0.0, 1e-3])
     for seed in range(10):
@@ -108,7 +108,7 @@ def test_a_cluster_that_runs_empty_moves():
         assert labels.unique().numel() == 3 and labels[0] not in (labels[7], labels[23])
 
 
-def test_fewer_places_than_clusters():
+def test_fewer_distinct_tokens_than_clusters():
     labels = kmeans_labels(torch.ones(2, 9, 4), 3)
     assert labels.shape == (2, 9) and all(image.unique().numel() == 1 for image in labels)
     assert kmeans_labels(torch.zeros(1, 9, 4), 9).shape == (1, 9)
@@ -135,15 +135,15 @@ def test_kmeans_errors():
 
 
 @pytest.mark.parametrize("tokens, k", [(64, 6), (9, 7), (40, 11)])
-def test_looking_less_often_changes_no_label(tokens, k, monkeypatch):
-    """As on a GPU, where a look at the labels waits: iterations beyond the last change leave everything as it is."""
+def test_checking_convergence_less_often_changes_no_label(tokens, k, monkeypatch):
+    """As on a GPU, where reading the labels waits: iterations beyond convergence change nothing."""
     generator = torch.Generator().manual_seed(tokens)
     features = torch.randn(3, tokens, 8, generator=generator)
     features[1, tokens // 2 :] = features[1, :1]  # many equal tokens: clusters run empty
     expected = baselines.kmeans_labels(features, k, seed=2)
-    looks = []
-    monkeypatch.setattr(baselines, "_looking_waits", lambda device: True)
-    monkeypatch.setattr(torch, "equal", lambda a, b, equal=torch.equal: looks.append(1) or equal(a, b))
-    found = baselines.kmeans_labels(features, k, seed=2)
+    checks = []
+    monkeypatch.setattr(baselines, "_reading_waits", lambda device: True)
+    monkeypatch.setattr(torch, "equal", lambda a, b, equal=torch.equal: checks.append(1) or equal(a, b))
+    labels = baselines.kmeans_labels(features, k, seed=2)
     monkeypatch.undo()
-    assert torch.equal(found, expected) and len(looks) <= 13
+    assert torch.equal(labels, expected) and len(checks) <= 13

@@ -1,4 +1,4 @@
-"""The evaluate command on run folders: what it prints, what it writes, and what it says when something is wrong."""
+"""The evaluate command on run folders: its output, the files it writes, one sentence for each error."""
 
 import json
 import sys
@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from spot_fast import evaluate as command
-from spot_fast.checkpoints.runs import MODEL, frozen_encoder, save_tensors, write_config
+from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder
+from spot_fast.checkpoints.runs import MODEL, save_tensors, write_config
 from spot_fast.config import preset
 from spot_fast.errors import UserError
 from spot_fast.evaluation.metrics import METRICS
 from spot_fast.evaluation.protocols import PROTOCOLS
-from spot_fast.model.encoder import encoder_identity
 from spot_fast.model.spot import Spot
 
 SIZES = dict(
@@ -38,8 +38,7 @@ def make_run(folder, *, finished=True, stage=1, seed=0, **changes):
     if finished:
         torch.manual_seed(seed)
         encoder = frozen_encoder(config)
-        identity = encoder_identity(encoder, config)
-        metadata = {"encoder": identity["name"], "encoder_sha256": identity["sha256"]}
+        metadata = encoder_metadata(encoder, config)
         save_tensors(folder / MODEL, Spot(config, encoder).learned_state_dict(), metadata)
     return folder
 
@@ -226,7 +225,7 @@ def test_files_are_written_before_anything_is_printed(here, call, monkeypatch):
         raise UnicodeEncodeError("latin-1", "–", 0, 1, "ordinal not in range(256)")
 
     monkeypatch.setattr(command, "print", broken, raising=False)
-    with pytest.raises(UnicodeEncodeError):  # also where an error would be told
+    with pytest.raises(UnicodeEncodeError):  # even the error cannot be printed
         call("a", "b", "--limit", 2, "--json", "t.json", "--csv", "t.csv")
     found = json.loads((here / "t.json").read_text())
     assert [run["run"] for run in found["runs"]] == ["a"] and found["summary"] == []
@@ -234,7 +233,7 @@ def test_files_are_written_before_anything_is_printed(here, call, monkeypatch):
 
 
 def test_scores_are_printed_where_a_file_cannot_be_written(here, call, monkeypatch):
-    """And the other files are there."""
+    """And the other files are written."""
     make_run(here / "runs" / "a")
 
     def full(*_):
@@ -246,7 +245,7 @@ def test_scores_are_printed_where_a_file_cannot_be_written(here, call, monkeypat
     assert (here / "t.csv").exists()
 
 
-def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_scored(here, call, monkeypatch):
+def test_a_target_that_cannot_be_written_is_reported_before_anything_is_scored(here, call, monkeypatch):
     make_run(here / "runs" / "a")
     monkeypatch.setattr(command, "load_run", lambda *_: pytest.fail("a run was opened"))
 
@@ -330,7 +329,7 @@ def test_a_plot_needs_matplotlib(here, call, monkeypatch):
     assert call("--limit", 2)[0] == 0
 
 
-def test_a_matplotlib_that_is_broken_is_told_before_and_costs_no_scores(here, call, monkeypatch):
+def test_a_broken_matplotlib_is_reported_first_and_costs_no_scores(here, call, monkeypatch):
     """Built for another NumPy it raises when it is imported, without fonts when it draws."""
     make_run(here / "runs" / "a")
     (here / "broken" / "matplotlib").mkdir(parents=True)
@@ -369,7 +368,7 @@ def test_help(capsys):
         assert f"{protocol.name}: {protocol.about}" in text and protocol.source in text
 
 
-def test_precision_is_of_the_model_and_is_told(here, call):
+def test_precision_is_the_models_and_is_in_the_json(here, call):
     make_run(here / "runs" / "scenes-stage1-001")
     losses = []
     for precision in ("float32", "bf16"):

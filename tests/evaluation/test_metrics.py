@@ -14,10 +14,10 @@ from sklearn.metrics import adjusted_rand_score
 
 import golden_tensors
 from spot_fast.evaluation.metrics import (
-    IGNORED,
     METRICS,
     OVERLAP,
     SIZE_BINS,
+    VOID,
     Rules,
     Scores,
     count_overlaps,
@@ -251,10 +251,10 @@ def test_pairs_hold_both_maps(dtype, ids):
     pairs = pair_labels(instances.to(dtype), classes.to(dtype), ignore)
     at = pairs.labels.long().flatten(1)
     for found, expected in ((pairs.instances, instances), (pairs.classes, classes)):
-        assert torch.equal(found.gather(1, at).view(3, 16, 16), expected.masked_fill(ignore, IGNORED))
+        assert torch.equal(found.gather(1, at).view(3, 16, 16), expected.masked_fill(ignore, VOID))
     number = pairs.instances.shape[1]
     assert number == max(
-        torch.stack([i, c]).masked_fill(m, IGNORED).flatten(1).unique(dim=1).shape[1]
+        torch.stack([i, c]).masked_fill(m, VOID).flatten(1).unique(dim=1).shape[1]
         for i, c, m in zip(instances, classes, ignore, strict=True)
     )
 
@@ -279,9 +279,9 @@ def test_one_count_gives_the_tables_of_instances_and_of_classes():
 
 def test_merged_overlap_is_a_row_of_its_own():
     counts = torch.tensor([[[3, 2, 4], [1, 0, 5]]])
-    merged = merge_columns(counts, torch.tensor([[1, OVERLAP, IGNORED]]))
+    merged = merge_columns(counts, torch.tensor([[1, OVERLAP, VOID]]))
     assert merged.tolist() == [[[0, 3], [0, 1], [2, 0]]]
-    assert merge_columns(counts, torch.tensor([[1, IGNORED, 1]])).tolist() == [[[0, 7], [0, 6]]]
+    assert merge_columns(counts, torch.tensor([[1, VOID, 1]])).tolist() == [[[0, 7], [0, 6]]]
 
 
 def test_sizes_against_loops():
@@ -367,11 +367,11 @@ def test_as_many_labels_as_pixels():
 
 
 def test_hidden_labels_stay_beside_large_ones():
-    truth = torch.tensor([[[IGNORED, OVERLAP], [0, 70_000]]])
+    truth = torch.tensor([[[VOID, OVERLAP], [0, 70_000]]])
     pairs = pair_labels(truth, truth)
     assert sorted(zip(pairs.instances[0].tolist(), pairs.classes[0].tolist(), strict=True)) == [
         (OVERLAP, OVERLAP),
-        (IGNORED, IGNORED),
+        (VOID, VOID),
         (0, 0),
         (1, 1),
     ]

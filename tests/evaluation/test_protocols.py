@@ -24,7 +24,7 @@ from spot_fast.data.datasets.coco import Coco
 from spot_fast.data.datasets.movi import Movi
 from spot_fast.data.datasets.scenes import Scenes
 from spot_fast.errors import UserError
-from spot_fast.evaluation.metrics import IGNORED, METRICS, OVERLAP, Scores, image_scores, labels_from_soft
+from spot_fast.evaluation.metrics import METRICS, OVERLAP, VOID, Scores, image_scores, labels_from_soft
 from spot_fast.evaluation.protocols import PROTOCOLS, GroundTruth, _crop_first, _nearest_corner, chosen
 from spot_fast.evaluation.scoring import evaluate
 
@@ -78,7 +78,7 @@ def assert_scores(found, b, **expected):
 @pytest.mark.parametrize("seed", range(6))
 def test_oclf_ignores_pixels_of_several_instances_for_instances_only(seed):
     pred, instances, classes, several = maps(seed, 4, 3)
-    found = image_scores(pred, 4, instances.masked_fill(several, IGNORED), classes, rules=PROTOCOLS["oclf"].rules)
+    found = image_scores(pred, 4, instances.masked_fill(several, VOID), classes, rules=PROTOCOLS["oclf"].rules)
     for b in range(3):
         keep = ~several[b]
         preds = masks_of(pred[b], True)
@@ -229,7 +229,7 @@ def test_voc_has_a_rim(tmp_path):
     full = val.full_labels(0, crowd=False)
     assert full.undecided.sum() == 2 * 40 and full.undecided[20:22].all() and not full.covered.any()
     assert (GroundTruth(PROTOCOLS["spot"], val).masks(0).instances >= 0).all()
-    assert (GroundTruth(PROTOCOLS["oclf"], val).masks(0).instances == IGNORED).any()
+    assert (GroundTruth(PROTOCOLS["oclf"], val).masks(0).instances == VOID).any()
     assert (GroundTruth(PROTOCOLS["slotdiffusion"], val).masks(0).classes == OVERLAP).any()
     assert (GroundTruth(PROTOCOLS["ocbench"], val).masks(0).instances >= 0).all()
 
@@ -263,7 +263,7 @@ def test_frames_are_read_at_their_own_size():
 
 
 @pytest.mark.parametrize(
-    "name, label", [("spot", IGNORED), ("oclf", IGNORED), ("slotdiffusion", OVERLAP), ("ocbench", 1), ("lsd", 1)]
+    "name, label", [("spot", VOID), ("oclf", VOID), ("slotdiffusion", OVERLAP), ("ocbench", 1), ("lsd", 1)]
 )
 def test_ignored_pixels_of_any_other_set(name, label):
     images = Images(1, ignore=(0,))

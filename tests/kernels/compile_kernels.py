@@ -4,11 +4,11 @@
     python tests/kernels/compile_kernels.py sm_90 --bind   launches by Triton's own compiler beside ours: what differs
 
 Another Triton than the installed one comes first on PYTHONPATH: pip install --no-deps --target DIR triton==3.6.0.
---summary prints a table instead: for each kernel the largest registers, shared memory and spills of its configurations.
+--summary prints a table instead: the largest registers, shared memory and spills of each kernel's configurations.
 
 `compile_cases/<operator>.py` has `cases()`: pairs of a name and a function that calls the launchers on CPU tensors,
-whose values do not matter. Launches that differ only in sizes that the compiler does not see are compiled once. Must
-run without TRITON_INTERPRET. Fields: Triton's version, the case, kernel, constants, options, bytes of shared memory,
+whose values do not matter. Launches that look the same to the compiler are compiled once. Must run without
+TRITON_INTERPRET. Fields: Triton's version, the case, kernel, constants, options, bytes of shared memory,
 spilled bytes (local memory of a thread), registers, and whether the machine code computes in float64.
 """
 
@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-from targets import target_file
+from harness.targets import target_file
 
 from spot_kernels.gpu.launch import ARCHITECTURES, Call, recording
 
@@ -84,7 +84,7 @@ def resources(compiled, architecture: str) -> dict:
     """Registers, spilled bytes and float64 use, from the machine code."""
     if architecture.startswith("gfx"):
         text = compiled.asm["amdgcn"]
-        # scratch memory; scalar registers that are short of room go to lanes of vector registers, not to memory
+        # scratch memory only: scalar registers spill to lanes of vector registers, not to memory
         found = {
             key: int(re.search(rf"\.{key}:\s*(\d+)", text).group(1))
             for key in ("vgpr_count", "private_segment_fixed_size")
@@ -108,13 +108,13 @@ def resources(compiled, architecture: str) -> dict:
 
 
 def compile_call(job: tuple[str, str, int]) -> dict:
-    """One launch of one case, found again by its place: kernels do not travel between processes."""
-    architecture, case, place = job
+    """Compiles one launch of one case, named by its index: kernels cannot be pickled for another process."""
+    architecture, case, index = job
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    call = launches(architecture, case)[place]
+    call = launches(architecture, case)[index]
     signature, constants, attributes = specialise(call)
     gfx = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if gfx else GPUTarget("cuda", int(architecture[3:]), 32)
@@ -125,17 +125,17 @@ def compile_call(job: tuple[str, str, int]) -> dict:
     source = ASTSource(call.kernel, signature, constants, attributes)
     try:
         compiled = triton.compile(source, target=target, options=options)
-    except Exception as error:  # whatever stops the compiler is the finding
+    except Exception as error:  # any failure of the compiler is a result
         return row | {"error": f"{type(error).__name__}: {error}"[:2000]}
     return row | {"shared": compiled.metadata.shared} | resources(compiled, architecture)
 
 
 class _Bound(Exception):
-    """Ends Triton's compiler once it has told a launch apart."""
+    """Ends Triton's compiler once it has specialised a launch."""
 
 
 def bound(call: Call) -> tuple[dict, dict, dict]:
-    """What Triton's own just-in-time compiler makes of a launch: as `specialise`, without empty attributes."""
+    """The specialisation of a launch by Triton's own just-in-time compiler, without empty attributes."""
     from triton.compiler import compiler
 
     found = {}
@@ -157,7 +157,7 @@ def bound(call: Call) -> tuple[dict, dict, dict]:
 
 
 def bind(todo: list[tuple[str, str, int]]) -> int:
-    """Compares `bound` with `specialise` for every launch, on a driver that is not there; how many differ."""
+    """Compares `bound` with `specialise` for every launch, with a stand-in for the driver; how many differ."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -176,9 +176,9 @@ def bind(todo: list[tuple[str, str, int]]) -> int:
             return 0
 
     differ = 0
-    for architecture, case, place in todo:
+    for architecture, case, index in todo:
         driver.set_active(Driver(architecture))
-        call = launches(architecture, case)[place]
+        call = launches(architecture, case)[index]
         if bound(call) != specialise(call):
             differ += 1
             print(f"{architecture} {case} {call.kernel.__name__}: {bound(call)} differs from {specialise(call)}")
@@ -200,7 +200,7 @@ def launches(architecture: str, case: str) -> list[Call]:
 
 
 def jobs(architectures: list[str], only: str) -> list[tuple[str, str, int]]:
-    """Every launch of every case that the compiler would tell apart."""
+    """All launches of all cases that differ to the compiler, as (architecture, case, index)."""
     found, seen = [], set()
     modules = sorted(path.stem for path in (HERE / "compile_cases").glob("[!_]*.py"))
     for architecture in architectures:
@@ -209,11 +209,11 @@ def jobs(architectures: list[str], only: str) -> list[tuple[str, str, int]]:
                 continue
             for name, _ in importlib.import_module(f"compile_cases.{module}").cases():
                 case = f"{module}:{name}"
-                for place, call in enumerate(launches(architecture, case)):
+                for index, call in enumerate(launches(architecture, case)):
                     key = (architecture, call.kernel.__name__, call.num_warps, call.num_stages, repr(specialise(call)))
                     if key not in seen:
                         seen.add(key)
-                        found.append((architecture, case, place))
+                        found.append((architecture, case, index))
     return found
 
 

@@ -1,11 +1,10 @@
-"""How many kernels a training step has Triton compile, without a GPU: JSON {"first": …, "later": …}.
+"""Counts the kernels that Triton compiles for a training step, without a GPU: JSON {"first": …, "later": …}.
 
     python tests/kernels/count_compilations.py STAGE [--full]
 
-Launches of trainer steps are written down as for an H100 instead of being made, and told apart as Triton's own compiler
-does: `first` is the number of compilations of the first step, `later` that of all steps after it, in which everything
-that is drawn changes. --full: ViT-B/16, 224 px and COCO's settings instead of a small model. Must run without
-TRITON_INTERPRET.
+Launches of trainer steps are recorded as for an H100 and distinguished as Triton's own compiler does: `first` is the
+number of compilations of the first step, `later` that of all steps after it, in which all random draws change. --full:
+ViT-B/16, 224 px and COCO's settings instead of a small model. Must run without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")
 
 import torch
 from compile_kernels import specialise
-from step_runs import TrainerSteps, settings, write_teacher
+from harness.step_runs import TrainerSteps, settings, write_teacher
 
 from spot_fast.training import losses as self_training
 from spot_kernels import dispatch, match_masks, use_backend
@@ -32,10 +31,10 @@ STEPS = 12
 
 
 def compilations(stage: int, full: bool) -> dict[str, int]:
-    # nothing of what the operators would give is there: what follows from it does not matter
+    # recorded operators leave their outputs unwritten, so nothing may depend on the values
     config = settings(stage, precision="bf16", batch_size=16 if full else 4, tiny=not full, on_bad_step="skip")
     dispatch.INTERPRETED = True  # kernels for tensors on the CPU, which are not run
-    self_training.match_masks = lambda *maps: match_masks(*maps).clamp(0, 0)  # labels that nobody has written
+    self_training.match_masks = lambda *maps: match_masks(*maps).clamp(0, 0)  # unwritten labels may be out of range
     with tempfile.TemporaryDirectory() as folder:
         teacher = write_teacher(Path(folder) / "teacher", config) if stage == 2 else None
         steps = TrainerSteps(config, torch.device("cpu"), teacher, cached=True)

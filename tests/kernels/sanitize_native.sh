@@ -19,11 +19,11 @@ if ! { cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_COMPILE
 fi
 
 if [ $# = 0 ]; then
-  set -- "$root"/tests/kernels/test_{native,native_slot_attention,mask_labels,mask_matching,default_dtype}.py -k "not triton and not sanitizer"
+  set -- "$root"/tests/kernels/test_{native,mask_labels,mask_matching,default_dtype}.py -k "not triton and not sanitizer"
 fi
 echo "with address and undefined-behaviour sanitizers: pytest $*"
-# Python itself is not built with them: their run-time library has to be there first, and the C++ library beside it, whose
-# exceptions they intercept. Python keeps what leak detection would report.
+# Python itself is not built with them: their run-time library has to be loaded first, with the C++ library whose exceptions
+# they intercept. Leak detection would report memory that Python keeps.
 cd "$root"
 PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}" SPOT_KERNELS_LIBRARY="$build/libspot_native.so" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

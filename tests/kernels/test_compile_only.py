@@ -1,4 +1,4 @@
-"""Every kernel in every configuration that a launcher can choose compiles for the chips we name, and fits them.
+"""Every kernel in every configuration that a launcher can choose compiles for the supported chips and fits them.
 
 Needs no GPU: see compile_kernels.py. Shared memory within the chip's limit (Triton would raise only at launch), no
 spills beyond SPILLED, and no float64 arithmetic but where it is meant. All of that with the installed Triton and with
@@ -18,14 +18,14 @@ from spot_kernels import dispatch
 from spot_kernels.gpu.launch import ARCHITECTURES, SHARED_MEMORY
 
 HERE = Path(__file__).resolve().parent
-# The assignment is exact, with the same rounding as the library on the CPU: it computes in double precision.
+# The assignment computes in double precision, with the same rounding as the native library.
 FLOAT64 = ("assign",)
 
 pytestmark = [pytest.mark.skipif(not dispatch.TRITON, reason="needs triton"), pytest.mark.slow]
 
 
-# Bytes of local memory of a thread. H100, H200 and MI300X: nothing. On the other chips a dozen registers may be put
-# aside around a loop; which kernels do so changes with every Triton.
+# Spilled bytes allowed a thread: none on H100, H200 and MI300X. On the other chips a dozen registers may be spilled
+# around a loop; which kernels do so changes with every Triton.
 SPILLED = {"sm_80": 48, "sm_89": 48, "sm_90": 0, "sm_100": 48, "gfx942": 0}
 # The compiler of CUDA builds of PyTorch 2.13 puts up to four registers aside in float32 backward passes of the
 # cross-attention; those of float16 and bfloat16, which training uses, keep to SPILLED.

@@ -18,7 +18,7 @@ BACKENDS = [
 
 
 def counted(function, tensors, through=slice(None)):
-    """Of forward, and of forward and backward through some of the results."""
+    """FLOPs of forward, and of forward and backward through some of the results."""
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     with FlopCounterMode(display=False) as counter:
         results = results_of(function(*leaves))
@@ -49,7 +49,7 @@ assert "torch.utils.flop_counter" not in sys.modules
 from torch.utils.flop_counter import FlopCounterMode
 with FlopCounterMode(display=False) as counter, torch.device("meta"):
     torch.ops.spot_kernels.slot_attention_step(
-        torch.empty(2, 1, 7, 64), torch.empty(2, 1, 196, 64), torch.empty(2, 1, 196, 64), 1e-8, False, False, "native")
+        torch.empty(2, 1, 7, 64), torch.empty(2, 1, 196, 64), torch.empty(2, 1, 196, 64), 1e-8, False, False, "torch")
 assert counter.get_total_flops() == 4 * 2 * 7 * 196 * 64, counter.get_total_flops()
 assert not any(type(finder).__module__.startswith("spot_kernels") for finder in sys.meta_path)
 """

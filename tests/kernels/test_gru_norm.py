@@ -1,4 +1,4 @@
-"""gru_norm: GRU cell behind its products and LayerNorm, against torch's modules; the kernels against float64."""
+"""gru_norm: GRU cell without its products, and LayerNorm, against torch's modules; the kernels against float64."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def check(arguments, given):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 9), st.integers(1, 17), st.floats(1e-6, 0.1))
-def test_is_what_torchs_modules_do(rows, units, eps):
+def test_equals_torchs_modules(rows, units, eps):
     (_, _, hidden, weight, bias), _ = inputs(rows, units)
     cell = nn.GRUCell(units, units, dtype=torch.float64)
     x = torch.randn(rows, units, dtype=torch.float64)
@@ -100,7 +100,7 @@ def test_saturated_and_tiny_gates(dtypes, size):
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
-def test_tanh_near_zero_keeps_its_last_places():
+def test_tanh_is_accurate_near_zero():
     # z ≈ 0 and no hidden gates: h' is the tanh of the given values
     values = torch.cat([torch.logspace(-6, 1, 200), -torch.logspace(-6, 1, 200)]).to(DEVICE).unsqueeze(1)
     zero, one = torch.zeros_like(values), torch.ones(1, device=DEVICE)
@@ -141,7 +141,7 @@ def test_expanded_rows_and_gradients_with_stride_0():
 
 
 @needs_triton
-def test_nan_is_not_hidden():
+def test_nan_propagates():
     arguments, _ = inputs(3, 8, DTYPES[0], device=DEVICE)
     with torch.no_grad():
         arguments[0][0, 0], arguments[0][1, 17] = float("nan"), float("nan")
@@ -168,7 +168,7 @@ def test_repeats_bit_for_bit():
 @needs_triton
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("dtypes", DTYPES[:2], ids=str)
-def test_operators_keep_their_promises(backend, dtypes):
+def test_opcheck(backend, dtypes):
     arguments, (grad_new, grad_normed) = inputs(5, 4, dtypes, device=DEVICE)
     if dtypes[0] == torch.bfloat16:
         grad_new, arguments = None, [t.detach().t().contiguous().t().requires_grad_() for t in arguments]
@@ -178,7 +178,7 @@ def test_operators_keep_their_promises(backend, dtypes):
 
 
 @needs_triton
-def test_compiled_whole_with_the_same_numbers():
+def test_compiled_in_one_graph_gives_the_same():
     arguments, given = inputs(5, 8, DTYPES[0], device=DEVICE)
 
     def loss(*tensors):
@@ -214,7 +214,7 @@ def test_gradients_of_gradients_are_refused():
 
 
 @needs_triton
-def test_what_the_kernels_do_not_take():
+def test_inputs_beyond_the_kernels_limits():
     arguments, _ = inputs(1, 1025, DTYPES[0], device=DEVICE)
     with use_backend("triton"), pytest.raises(ValueError, match=r"hidden \(1, 1025\) is wider than 1024"):
         gru_norm(*arguments)

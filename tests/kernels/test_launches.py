@@ -1,4 +1,4 @@
-"""Launches: what is compiled for the tests is what a GPU would be given, and once, however orders and draws change."""
+"""Launches: the compile-only tests compile what a GPU would get, and new orders and draws compile nothing."""
 
 import json
 import os
@@ -26,9 +26,9 @@ def run(script: str, *words: str, triton: str = "") -> subprocess.CompletedProce
 
 @pytest.mark.parametrize("triton", TRITONS, ids=lambda folder: Path(folder).name or "installed")
 def test_the_launcher_binds_what_the_compile_only_tests_compile(triton):
-    """Arguments, constants and what they are specialised on, for every launch and chip: Triton's own compiler says so.
+    """Arguments, constants and specialisation agree with Triton's own compiler, for every launch and chip.
 
-    It would find a constant by a wrong name, an argument too many, and a dtype that the compile-only tests assume.
+    It would reject a misnamed constant or an extra argument, and reveal a dtype that the compile-only tests assume.
     """
     done = run("compile_kernels.py", *ARCHITECTURES, "--bind", triton=triton)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -223,16 +223,3 @@ def test_compiled_in_one_graph(path):
     student, teacher = _maps(4, 49, 7)
     compiled = torch.compile(spot_kernels.match_masks, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(student, teacher, 7), spot_kernels.match_masks(student, teacher, 7))
-
-
-@pytest.mark.skipif(not native.available(), reason=native.describe())
-@pytest.mark.parametrize(("shape", "library"), [((2, 11, 40), True), ((2, 12, 12), False)])
-def test_auto_takes_the_library_only_where_it_is_faster(monkeypatch, shape, library):
-    """The choice is the same either way, so only the calls can tell."""
-    ran = []
-    solve = native.linear_assignment
-    monkeypatch.setattr(native, "linear_assignment", lambda cost: ran.append(1) or solve(cost))
-    cost = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    with spot_kernels.use_backend("auto"):
-        found = spot_kernels.linear_assignment(cost)
-    assert bool(ran) is library and torch.equal(found, solve(cost))

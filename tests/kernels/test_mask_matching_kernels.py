@@ -16,12 +16,12 @@ if dispatch.TRITON:
     import triton
     import triton.language as tl
 
-    from spot_kernels.gpu import launch, mask_matching
+    from spot_kernels.gpu import launch
     from spot_kernels.gpu.linear_assignment import column_numbers, shortest_augmenting_paths
 
     @triton.jit
     def _search(cost_ptr, out_ptr, rows, columns, COLUMNS: tl.constexpr):
-        """The search alone, without the look at the costs that comes before it."""
+        """The search alone, without the check of the costs that comes before it."""
         o_c = column_numbers(COLUMNS)
         row_of = shortest_augmenting_paths(cost_ptr, columns, 1, rows, columns, COLUMNS=COLUMNS)
         tl.store(out_ptr + o_c, row_of, mask=o_c < columns)
@@ -73,14 +73,14 @@ def _total(cost: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def _assert_same_choice(cost: torch.Tensor) -> None:
-    """scipy's least total cost, and the choice that the library makes among assignments of that cost."""
+    """Requires scipy's least total cost, and the native library's choice among assignments of that cost."""
     found, best = _solve(cost), reference.linear_assignment(cost)
     assert torch.equal(_total(cost, found), _total(cost, best))
     assert torch.equal(found, native.linear_assignment(cost) if native.available() else best)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_assignment_is_the_library_s(kind):
+def test_assignment_equals_the_native_library(kind):
     generator = torch.Generator().manual_seed(KINDS.index(kind))
     fixed = [(1, 1), (7, 7), (1, LARGEST), (LARGEST, 1), (LARGEST, LARGEST)]
     drawn = torch.randint(1, LARGEST + 1, (SHAPES - len(fixed), 2), generator=generator).tolist()
@@ -100,7 +100,7 @@ def test_assignment_is_the_library_s(kind):
     ],
 )
 def test_assignment_of_many_slots(kind, rows, columns):
-    """All widths that the kernel is compiled for, up to the largest problem it takes."""
+    """All widths that the kernel is compiled for, up to its largest problem."""
     _assert_same_choice(_problems(kind, 1, rows, columns, torch.Generator().manual_seed(7)))
 
 
@@ -115,7 +115,7 @@ def test_assignment_takes_every_float(dtype):
 @pytest.mark.parametrize("rows,columns", [(4, 4), (3, 9), (9, 3)])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1.001e300])
 def test_assignment_of_bad_costs_is_none(rows, columns, bad):
-    """Such a problem ends, with -1 in every row, wherever the value stands; its neighbours do not notice."""
+    """Such a problem ends, with -1 in every row, wherever the value is; the other problems are not affected."""
     cost = torch.rand(4, rows, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = reference.linear_assignment(cost)
     cost[0, 0, 0] = cost[2, -1, -1] = bad
@@ -127,7 +127,7 @@ def test_assignment_of_bad_costs_is_none(rows, columns, bad):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["everywhere", "a row", "a column", "one"])
 def test_a_search_ends_whatever_it_reads(rows, columns, bad, where):
-    """What a missing barrier or another kernel's write could show it: it stops, and holds nothing or true rows."""
+    """Costs that a missing barrier or another kernel's write could cause: it stops, with no rows or a permutation."""
     cost = torch.rand(rows, columns, generator=torch.Generator().manual_seed(0))
     chosen = {
         "everywhere": (slice(None), slice(None)),
@@ -144,13 +144,13 @@ def test_a_search_ends_whatever_it_reads(rows, columns, bad, where):
         assert bool((held == -1).all())
 
 
-def test_matching_of_broken_costs_assigns_nobody(monkeypatch):
-    """NaN among the costs in the fused kernel: -1 and 0 for that image, the others as they were, and an end."""
+def test_matching_of_broken_costs_assigns_no_slot(monkeypatch):
+    """The fused kernel ends with NaN among the costs: -1 and 0 for that image, other images are not affected."""
     student, teacher = _maps(3, 20, 5)
-    student, teacher = student.clamp(max=3), teacher.clamp(max=3)  # nobody has the last slot
-    teacher[1, :5] = torch.arange(5)  # but in one image
+    student, teacher = student.clamp(max=3), teacher.clamp(max=3)  # the last slot is empty
+    teacher[1, :5] = torch.arange(5)  # except in one image
     expected = _match_on_cpu(student, teacher, 5)
-    monkeypatch.setattr(mask_matching, "EMPTY_TEACHER_COST", float("nan"))
+    monkeypatch.setattr(spot_kernels.mask_matching, "EMPTY_TEACHER_COST", float("nan"))
     assignment, iou, cost, renamed = _match(student, teacher, 5)
     assert torch.equal(assignment[1], expected[0][1]) and torch.equal(renamed[1], expected[3][1])
     for image in (0, 2):
@@ -211,8 +211,8 @@ def _assert_identical(found: tuple[torch.Tensor, ...], expected: tuple[torch.Ten
         (1, 130, 64, 5),
     ],
 )
-def test_matching_is_the_cpu_s(batch, tokens, slots, labels):
-    """Costs to the last bit, hence the same assignment among equals: slots without a token make many of those."""
+def test_matching_equals_the_cpu(batch, tokens, slots, labels):
+    """Costs equal to the last bit, hence the same assignment among equals, which empty slots make common."""
     student, teacher = _maps(batch, tokens, labels, seed=slots)
     _assert_identical(_match(student, teacher, slots), _match_on_cpu(student, teacher, slots))
 
@@ -234,7 +234,7 @@ def test_matching_of_strided_labels():
 
 
 @pytest.mark.parametrize("batch,tokens", [(0, 20), (0, 0), (2, 0)])
-def test_matching_of_nothing(batch, tokens):
+def test_matching_of_empty_maps(batch, tokens):
     labels = torch.zeros(batch, tokens, dtype=torch.int64)
     _assert_identical(_match(labels, labels, 7), _match_on_cpu(labels, labels, 7))
 
@@ -250,7 +250,7 @@ def test_golden_hand_made_maps():
 
 @pytest.mark.parametrize("wrong", [-1, 5, 2**32 + 3, -(2**40)])
 def test_labels_out_of_range_are_left_out(wrong):
-    """The GPU does not look before it runs. Cut to 32 bits the third would be 3: it must not count as that."""
+    """The GPU does not check labels. Truncated to 32 bits the third would be 3: it must not be counted as 3."""
     student, teacher = _maps(1, 40, 5)
     expected = _match_on_cpu(student[:, 2:], teacher[:, 2:], 5)
     student[0, 0] = teacher[0, 1] = wrong
@@ -264,8 +264,8 @@ def test_labels_out_of_range_are_left_out(wrong):
 @pytest.mark.parametrize(
     "batch,tokens,num_a,num_b", [(2, 100, 5, 9), (1, 5000, 3, 2), (2, 30, 70, 65), (0, 9, 2, 2), (2, 0, 2, 3)]
 )
-def test_overlap_counts_are_the_reference_s(masked, batch, tokens, num_a, num_b):
-    """Tokens split over programs (5000 of them), several tiles of labels; where masked out labels may be anything."""
+def test_overlap_counts_equal_the_reference(masked, batch, tokens, num_a, num_b):
+    """Tokens split over programs (5000 of them), several tiles of labels; labels of invalid tokens may be anything."""
     generator = torch.Generator().manual_seed(tokens)
     a = torch.randint(0, num_a, (batch, tokens), generator=generator)
     b = torch.randint(0, num_b, (batch, tokens), generator=generator).int()
@@ -313,13 +313,13 @@ def test_compiled_in_one_graph():
 
 
 def test_autocast_changes_nothing():
-    """Costs that bfloat16 cannot tell apart."""
+    """The costs are equal in bfloat16."""
     cost = torch.tensor([[[1.0, 1.0001], [1.0, 1.0]]])
     with torch.autocast(DEVICE.type, torch.bfloat16):
         assert _solve(cost).tolist() == [[0, 1]]
 
 
-def test_limits_are_said():
+def test_limits_are_named():
     labels = torch.zeros(1, 4, dtype=torch.int64, device=DEVICE)
     with spot_kernels.use_backend("triton"):
         for shape in ((1, 65, 2), (1, 2, 65)):

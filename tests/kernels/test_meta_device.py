@@ -19,7 +19,7 @@ def described(tensors):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("operator", calls())
 def test_every_operator_runs_on_the_meta_device(operator, backend):
-    """On every backend, which there is none to choose from; outside and inside autocast."""
+    """Whatever backend is requested, outside and inside autocast."""
     function, tensors = calls()[operator]
     on_meta, on_meta_tensors = calls("meta")[operator]
     expected = described(with_gradients(function, tensors))
@@ -55,7 +55,7 @@ def test_modules_run_on_the_meta_device():
 
 
 def test_tensors_on_two_devices_are_refused():
-    """One on the meta device, the other not: named, as for any two devices."""
+    """One on the meta device, the other on the CPU: the message names both."""
     for operator, (function, tensors) in calls().items():
         if len(tensors) > 1:
             with pytest.raises(ValueError, match=f"{operator}: .*meta"):
@@ -64,7 +64,7 @@ def test_tensors_on_two_devices_are_refused():
 
 @pytest.mark.parametrize("operator", calls())
 def test_sparse_tensors_are_refused(operator):
-    """Whatever has no memory laid out by strides, for one."""
+    """Operators need strides."""
     function, tensors = calls()[operator]
     with pytest.raises(ValueError, match=f"{operator}: [a-z_]+ is torch.sparse_coo: pass an ordinary dense tensor"):
         function(*(tensor.to_sparse() for tensor in tensors))

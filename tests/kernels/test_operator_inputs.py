@@ -1,4 +1,4 @@
-"""What any caller may pass to any operator: views of all kinds, empty batches, some inputs that need gradients."""
+"""Inputs that every operator must take: views of all kinds, empty batches, some inputs that need gradients."""
 
 import itertools
 
@@ -27,7 +27,7 @@ VIEWS = {
 
 @every_backend
 @every_operator
-def test_views_are_what_they_show(operator, backend):
+def test_views_give_the_results_of_copies(operator, backend):
     function, tensors = calls()[operator]
     with use_backend(backend):
         for name, view in VIEWS.items():

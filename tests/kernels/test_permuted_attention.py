@@ -1,4 +1,4 @@
-"""Orders as index vectors: attention in raster layout equals permute → causal → unpermute, for any permutation."""
+"""permuted_causal_attention equals permute → causal attention → unpermute for any permutation; gradients; bad input."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
 import spot_kernels
-from spot_kernels import permuted_causal_attention, shift_by_order
+from spot_kernels import permuted_causal_attention
 from spot_kernels.reference import permuted_attention as reference
 
 PERMUTATIONS = st.integers(1, 33).flatmap(lambda tokens: st.permutations(range(tokens)))
@@ -84,19 +84,13 @@ def test_written_out_gradients_are_those_of_autograd():
         grad = torch.randn_like(out)
         expected = torch.autograd.grad(out, tensors, grad)
         with torch.no_grad():
-            torch.testing.assert_close(reference.attention_gradients(grad, *tensors, order), expected)
-        tokens, bos = (x.detach().requires_grad_() for x in (tensors[0][:, 0], tensors[1][:, 0, 0]))
-        shifted = shift_by_order(tokens, bos, order)
-        expected = torch.autograd.grad(shifted, (tokens, bos), grad[:, 0])
-        assert all(map(torch.equal, reference.shift_gradients(grad[:, 0], order), expected))
+            torch.testing.assert_close(reference.gradients(grad, *tensors, order), expected)
 
 
 def test_gradients_of_gradients():
     order = random_orders(1, 4)[0]
     tensors = inputs(1, 1, 4, 2, grad=True)
     assert gradgradcheck(lambda q, k, v: permuted_causal_attention(q, k, v, order), tensors)
-    tokens, bos = tensors[0][0].detach().requires_grad_(), torch.ones(2, dtype=torch.float64, requires_grad=True)
-    assert gradgradcheck(lambda t, b: shift_by_order(t, b, order), (tokens, bos))
 
 
 def test_autocast():
@@ -104,7 +98,6 @@ def test_autocast():
     order = random_orders(1, 9)[0]
     with torch.autocast("cpu", torch.bfloat16):
         out = permuted_causal_attention(q, k.bfloat16(), v, order)
-        assert shift_by_order(q[:, 0], q[0, 0, 0], order).dtype == torch.float32
     expected = permuted_causal_attention(*(x.bfloat16() for x in (q, k, v)), order)
     assert torch.equal(out, expected)
 
@@ -118,34 +111,9 @@ def test_half_precision():
     assert (out.double() - expected).abs().max() < 8 * torch.finfo(torch.bfloat16).eps * v.abs().max()
 
 
-def test_shift_gives_every_token_its_predecessor():
-    tokens, bos = torch.randn(2, 9, 4), torch.randn(4)
-    for order in random_orders(3, 9):
-        shifted = shift_by_order(tokens, bos, order)
-        assert torch.equal(shifted[:, order[0]], bos.expand(2, 4))
-        assert torch.equal(shifted[:, order[1:]], tokens[:, order[:-1]])
-
-
-def test_shift_with_an_order_and_bos_for_each_sample():
-    tokens, bos, orders = torch.randn(3, 9, 4), torch.randn(3, 4), random_orders(3, 9)
-    shifted = shift_by_order(tokens, bos, orders)
-    for i in range(3):
-        assert torch.equal(shifted[i], shift_by_order(tokens[i : i + 1], bos[i], orders[i])[0])
-
-
-def test_shift_gradients_and_one_token():
-    tokens = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
-    bos = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    for order in (random_orders(1, 4)[0], random_orders(2, 4)):
-        assert gradcheck(lambda t, b, order=order: shift_by_order(t, b, order), (tokens, bos))
-    assert torch.equal(shift_by_order(torch.randn(2, 1, 3), torch.ones(3), torch.tensor([0])), torch.ones(2, 1, 3))
-
-
 def test_empty_batch():
     q, k, v = inputs(batch=0)
-    order = random_orders(1, 9)[0]
-    assert permuted_causal_attention(q, k, v, order).shape == q.shape
-    assert shift_by_order(torch.empty(0, 9, 4), torch.ones(4), order).shape == (0, 9, 4)
+    assert permuted_causal_attention(q, k, v, random_orders(1, 9)[0]).shape == q.shape
 
 
 def test_the_order_is_never_read_on_the_host():
@@ -155,23 +123,19 @@ def test_the_order_is_never_read_on_the_host():
         for shape in ((9,), (2, 9)):
             order = torch.zeros(shape, dtype=torch.int64)
             assert permuted_causal_attention(q, q, q, order).shape == q.shape
-            assert shift_by_order(torch.randn(2, 9, 4), torch.randn(4), order).shape == (2, 9, 4)
 
 
 def test_a_new_order_does_not_recompile():
-    def decode(q, k, v, order):
-        return permuted_causal_attention(q, k, v, order), shift_by_order(q[:, 0], q[0, 0, 0], order)
-
     graphs = []
 
     def backend(graph, _):
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(decode, backend=backend, fullgraph=True)
+    compiled = torch.compile(permuted_causal_attention, backend=backend, fullgraph=True)
     q, k, v = inputs()
     for order in random_orders(4, 9):
-        torch.testing.assert_close(compiled(q, k, v, order)[0], in_sequence(q, k, v, order))
+        torch.testing.assert_close(compiled(q, k, v, order), in_sequence(q, k, v, order))
     assert len(graphs) == 1
 
 
@@ -184,36 +148,24 @@ def test_bad_arguments_are_named():
         permuted_causal_attention(q, k, v, order.float())
     with pytest.raises(ValueError, match=r"order \(8,\) must be \[9\] or \[2, 9\]"):
         permuted_causal_attention(q, k, v, order[:8])
-    with pytest.raises(ValueError, match=r"bos \(3,\) must be \[4\] or \[2, 4\]"):
-        shift_by_order(torch.randn(2, 9, 4), torch.randn(3), order)
-    with pytest.raises(ValueError, match=r"tokens \(9, 4\) must have the layout"):
-        shift_by_order(torch.randn(9, 4), torch.randn(4), order)
     with pytest.raises(ValueError, match="k is torch.float32 but q is torch.float64"):
         permuted_causal_attention(q, k.float(), v, order)
     with pytest.raises(ValueError, match=r"q \(2, 3, 9, 0\) needs at least one head and a width of one"):
         permuted_causal_attention(*(x[..., :0] for x in (q, k, v)), order)
-    with pytest.raises(ValueError, match="tokens is torch.int64: pass a floating dtype"):
-        shift_by_order(torch.ones(2, 9, 4).long(), torch.randn(4), order)
     with pytest.raises(ValueError, match="order is on meta but the tokens are on cpu"):
         permuted_causal_attention(q, k, v, order.to("meta"))
-    with pytest.raises(ValueError, match="bos is on meta but tokens on cpu"):
-        shift_by_order(torch.randn(2, 9, 4), torch.randn(4, device="meta"), order)
 
 
 def test_an_order_is_checked_on_request():
     q, k, v = inputs()
-    tokens, bos = torch.randn(2, 9, 4), torch.randn(4)
     good, twice, outside = torch.arange(9).flip(0), torch.arange(9) // 2, torch.arange(1, 10)
     for order in (good, torch.stack([good, good])):
         assert torch.equal(
             permuted_causal_attention(q, k, v, order, check=True), permuted_causal_attention(q, k, v, order)
         )
-        assert torch.equal(shift_by_order(tokens, bos, order, check=True), shift_by_order(tokens, bos, order))
     for order in (twice, outside, torch.stack([good, twice])):
         with pytest.raises(ValueError, match="permuted_causal_attention: order .* is not a permutation of 0 to 8"):
             permuted_causal_attention(q, k, v, order, check=True)
-        with pytest.raises(ValueError, match="shift_by_order: order .* is not a permutation of 0 to 8"):
-            shift_by_order(tokens, bos, order, check=True)
 
 
 def _run(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -228,7 +180,7 @@ def _run(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_a_debug_switch_checks_the_orders_of_whole_models():
-    """SPOT_KERNELS_CHECK=1 reaches calls inside modules; without it nothing is looked at."""
+    """SPOT_KERNELS_CHECK=1 reaches calls inside modules; without it nothing is checked."""
     code = """if True:
         import torch
         from spot_kernels import PermutedDecoder
@@ -237,8 +189,8 @@ def test_a_debug_switch_checks_the_orders_of_whole_models():
         decoder(tokens, slots, torch.tensor([3, 1, 0, 2]))
         print("a permutation passes")
         decoder(tokens, slots, torch.tensor([0, 1, 1, 3]))
-        print("nobody looked")"""
-    assert _run(code, SPOT_KERNELS_CHECK="").stdout.splitlines()[-1] == "nobody looked"
+        print("nothing was checked")"""
+    assert _run(code, SPOT_KERNELS_CHECK="").stdout.splitlines()[-1] == "nothing was checked"
     found = _run(code, SPOT_KERNELS_CHECK="1")
     assert found.stdout == "a permutation passes\n"
     assert found.stderr.splitlines()[-1].endswith("order (4,) is not a permutation of 0 to 3")

@@ -66,7 +66,7 @@ def test_an_order_for_each_sample(dtype):
 
 
 def test_all_nine_orders():
-    """Each sample in its own order, and in it alone, which must be the same to the last bit."""
+    """One order for each sample, which must equal a call of that sample alone to the last bit."""
     orders = patch_orders(6).to(DEVICE)
     tensors = inputs(9, 1, 36, 16)
     together = check(*tensors, orders)
@@ -78,7 +78,7 @@ def test_all_nine_orders():
 
 @pytest.mark.parametrize("which", [4, 8])
 def test_equals_moving_the_tokens(which):
-    """Gather into the sequence, PyTorch's causal attention, scatter back: an oracle that knows no ranks."""
+    """Gather into the sequence, PyTorch's causal attention, scatter back: an oracle without ranks."""
 
     def moved(q, k, v, order):
         out = F.scaled_dot_product_attention(*(x.index_select(2, order) for x in (q, k, v)), is_causal=True)
@@ -135,7 +135,7 @@ def test_orders_in_any_layout():
     assert all(map(torch.equal, results(kernels, tensors, grad, orders[:1].expand(3, -1)), one))
 
 
-def test_the_output_lies_as_heads_are_merged():
+def test_the_output_has_the_layout_of_merged_heads():
     *tensors, grad = inputs(2, 3, 9, 16)
     for tensor in results(kernels, tensors, grad, random_order(9)):
         assert tensor.transpose(1, 2).is_contiguous()
@@ -143,7 +143,7 @@ def test_the_output_lies_as_heads_are_merged():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extreme_logits(dtype):
-    """Logits of ±10,000: most weights are 0, tokens with the same key share the rest. Every other row is tame."""
+    """Logits of ±10,000: most weights are 0, equal keys share the rest. Every other row has ordinary logits."""
     q, k, v, grad = inputs(1, 2, 50, 16)
     k = torch.where(k > 0, 50.0, -50.0)[:, :, torch.arange(50, device=DEVICE) % 5]
     q = torch.where(q > 0, 50.0, -50.0)
@@ -164,7 +164,7 @@ def test_the_same_vector_added_to_every_key_changes_nothing():
         assert_as_exact(name, *values, OUTPUT if name == "out" else GRADIENT)
 
 
-def test_gradients_where_only_some_are_asked_for():
+def test_gradients_of_some_inputs():
     q, k, v, grad = inputs(1, 2, 20, 16)
     order = random_order(20)
     _, *expected = results(kernels, (q, k, v), grad, order)
@@ -197,16 +197,16 @@ def test_opcheck(layout, backend):
             x.detach().permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0).requires_grad_() for x in (q, k, v, grad)
         )
     order = random_order(17, 2 if layout == "permuted" else None)
-    torch.library.opcheck(operator._attend, (q, k, v, order, backend))
-    saved = [x.detach() for x in operator._attend(q, k, v, order, backend)]
+    torch.library.opcheck(operator._forward, (q, k, v, order, backend))
+    saved = [x.detach() for x in operator._forward(q, k, v, order, backend)]
     arguments = [x.detach() for x in (grad, q, k, v)]
-    torch.library.opcheck(operator._attend_backward, (*arguments, order, *saved, backend))
+    torch.library.opcheck(operator._backward, (*arguments, order, *saved, backend))
 
 
 def test_the_operator_on_pytorch_is_the_reference():
     *tensors, grad = inputs(2, 2, 17, 16)
     order = random_order(17)
-    found = results(lambda *a: operator._attend(*a, "torch")[0], tensors, grad, order)
+    found = results(lambda *a: operator._forward(*a, "torch")[0], tensors, grad, order)
     for one, other in zip(found, results(reference.permuted_causal_attention, tensors, grad, order), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -254,10 +254,10 @@ def test_second_gradients_are_refused():
     torch.autograd.grad(out.sum(), q, create_graph=True)[0].sum().backward()
 
 
-def test_what_the_kernels_do_not_take():
+def test_inputs_beyond_the_kernels_limits():
     q, k, v, _ = inputs(1, 1, 9, 129)
     order = random_order(9)
-    with pytest.raises(ValueError, match=r"triton was asked for, but q \(1, 1, 9, 129\) is wider than 128 a head"):
+    with pytest.raises(ValueError, match=r"triton was requested, but q \(1, 1, 9, 129\) is wider than 128 a head"):
         kernels(q, k, v, order)
     with pytest.raises(ValueError, match=r"do not take torch.float64: use float32, bfloat16, float16"):
         kernels(q.double(), k.double(), v.double(), order)

@@ -1,4 +1,4 @@
-"""Gradients where hooks bring saved tensors back in another layout, as offloading to pinned memory does."""
+"""Gradients when hooks return saved tensors in another layout, as offloading to pinned memory does."""
 
 import pytest
 import torch

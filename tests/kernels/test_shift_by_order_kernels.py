@@ -8,8 +8,8 @@ import torch
 from kernel_tier import DEVICE, GRADIENT, assert_as_exact, needs_triton
 from spot_fast.model.patch_orders import patch_orders
 from spot_kernels import chosen_backend, shift_by_order, use_backend
-from spot_kernels import permuted_attention as operator
-from spot_kernels.reference import permuted_attention as reference
+from spot_kernels.reference import shift_by_order as reference
+from spot_kernels.shift_by_order import _backward, _forward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Batch, tokens, width: one token; a width below a tile's; several tiles of rows and of columns.
@@ -75,7 +75,7 @@ def test_all_nine_orders():
 
 
 def test_a_shared_bos_gets_the_sum_over_samples():
-    """More samples than a tile has; in bfloat16, where adding them one to another would lose the small ones."""
+    """More samples than a tile has; in bfloat16, in which a running sum would lose the small ones."""
     tokens, bos, grad = inputs(70, 3, 20, dtype=torch.bfloat16)
     grad[0] = 256
     order = random_order(3, 70)
@@ -98,14 +98,14 @@ def test_any_layout():
         check(one, bos[:1].expand(3, -1), spread, order[:1].expand(3, -1))
 
 
-def test_only_the_gradient_that_is_asked_for():
+def test_only_the_gradient_that_is_needed():
     tokens, bos, grad = inputs(2, 9, 20)
     order = random_order(9)
     _, *expected = results(kernels, tokens, bos, grad, order)
     for i in range(2):
         leaves = [x.detach().requires_grad_(j == i) for j, x in enumerate((tokens, bos))]
         assert torch.equal(torch.autograd.grad(kernels(*leaves, order), leaves[i], grad)[0], expected[i])
-        empty = operator._shift_backward(grad, order, True, torch.float32, i == 0, i == 1, "triton")[1 - i]
+        empty = _backward(grad, order, True, torch.float32, i == 0, i == 1, "triton")[1 - i]
         assert empty.shape == (0,)
 
 
@@ -125,14 +125,14 @@ def test_opcheck(layout, backend):
     if not shared:
         tensors = tokens, bos, grad, order
         tokens, bos, grad, order = (x.transpose(0, -1).contiguous().transpose(0, -1) for x in tensors)
-    torch.library.opcheck(operator._shift, (tokens.requires_grad_(), bos.requires_grad_(), order, backend))
-    torch.library.opcheck(operator._shift_backward, (grad, order, shared, torch.bfloat16, True, True, backend))
+    torch.library.opcheck(_forward, (tokens.requires_grad_(), bos.requires_grad_(), order, backend))
+    torch.library.opcheck(_backward, (grad, order, shared, torch.bfloat16, True, True, backend))
 
 
 def test_the_operator_on_pytorch_is_the_reference():
     for shared, order in itertools.product((True, False), (random_order(9), random_order(9, 2))):
         arguments = (*inputs(2, 9, 20, shared), order)
-        found = results(lambda *a: operator._shift(*a, "torch"), *arguments)
+        found = results(lambda *a: _forward(*a, "torch"), *arguments)
         assert all(map(torch.equal, found, results(reference.shift_by_order, *arguments)))
 
 
@@ -163,12 +163,12 @@ def test_second_gradients_are_refused():
         first.sum().backward()
 
 
-def test_what_the_kernels_do_not_take():
+def test_inputs_beyond_the_kernels_limits():
     tokens, bos, _ = inputs(1, 9, 20)
     order = random_order(9)
-    with pytest.raises(ValueError, match="triton was asked for, but bos is torch.float64: use backend torch"):
+    with pytest.raises(ValueError, match="triton was requested, but bos is torch.float64: use backend torch"):
         kernels(tokens, bos.double(), order)
-    with pytest.raises(ValueError, match=r"triton was asked for, but tokens \(1, 0, 20\) has no tokens"):
+    with pytest.raises(ValueError, match=r"triton was requested, but tokens \(1, 0, 20\) has no tokens"):
         kernels(tokens[:, :0], bos, order[:0])
     with pytest.raises(ValueError, match="do not take torch.float64: use float32, bfloat16, float16"):
         kernels(tokens.double(), bos, order)

@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from kernel_tier import DEVICE, needs_triton
-from spot_kernels import chosen_backend, dispatch, native, slot_attention_step, use_backend
+from spot_kernels import chosen_backend, slot_attention_step, use_backend
 from spot_kernels.reference import slot_attention as reference
 
-needs_native = pytest.mark.skipif(not dispatch.NATIVE, reason="needs the native library")
-# The backends that are custom operators, and where they run.
+OPERATORS = torch.ops.spot_kernels
+# What the custom operators run: the kernels, or the reference where a graph that was traced with them runs elsewhere.
 BACKENDS = [
     pytest.param("triton", DEVICE, marks=needs_triton, id="triton"),
-    pytest.param("native", torch.device("cpu"), marks=needs_native, id="native"),
+    pytest.param("torch", torch.device("cpu"), id="torch"),
 ]
 
 
@@ -64,14 +64,14 @@ def test_gradients_of_all_three_results(heads):
     assert gradcheck(all_results, inputs(heads=heads, tokens=5, slots=3, width=2, grad=True))
 
 
-def test_attention_and_logits_only_when_asked():
+def test_attention_and_logits_only_on_request():
     q, k, v = inputs()
     updates, attn, logits = slot_attention_step(q, k, v)
     assert attn is None and logits is None
     assert torch.equal(updates, slot_attention_step(q, k, v, return_attn=True)[0])
 
 
-def test_a_slot_that_no_token_wants_averages_all_tokens():
+def test_a_slot_without_tokens_averages_all_tokens():
     """eps after the softmax keeps an empty slot's update finite: the plain mean of v."""
     q, k, v = inputs(slots=2, dtype=torch.float32)
     k = torch.full_like(k, 30.0)
@@ -121,7 +121,7 @@ def test_bad_arguments_are_named():
 
 
 def on(device, layout, heads=2, dtype=torch.float32):
-    """q, k, v that want gradients, as leaves: dense, or with the heads of a token side by side."""
+    """q, k, v as leaves that need gradients: dense, or with the heads of a token side by side."""
     tensors = [x.to(device) for x in inputs(heads=heads, dtype=dtype)]
     if layout == "permuted":
         tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
@@ -131,16 +131,15 @@ def on(device, layout, heads=2, dtype=torch.float32):
 @pytest.mark.parametrize("backend, device", BACKENDS)
 @pytest.mark.parametrize("layout", ["dense", "permuted"])
 @pytest.mark.parametrize("asked", [(False, False), (True, False), (True, True)])
-def test_operators_keep_their_promises(backend, device, layout, asked):
+def test_opcheck(backend, device, layout, asked):
     """Schema, fake tensors (shapes, dtypes, strides), autograd registration and tracing, of forward and backward."""
-    operators = torch.ops.spot_kernels
     q, k, v = on(device, layout)
-    torch.library.opcheck(operators.slot_attention_step.default, (q, k, v, 1e-3, *asked, backend))
-    updates, attn, logits, exact, sums = operators.slot_attention_step(q, k, v, 1e-3, *asked, backend)
+    torch.library.opcheck(OPERATORS.slot_attention_step.default, (q, k, v, 1e-3, *asked, backend))
+    updates, attn, logits, exact, sums = OPERATORS.slot_attention_step(q, k, v, 1e-3, *asked, backend)
     grads = [torch.ones_like(x).detach() if x.numel() else None for x in (updates, attn, logits)]
     saved = [x.detach() for x in (q, k, v, exact, sums)]
-    torch.library.opcheck(operators.slot_attention_step_backward.default, (*grads, *saved, 1e-3, backend))
-    torch.library.opcheck(operators.slot_attention_step_backward.default, (None, *grads[1:], *saved, 1e-3, backend))
+    torch.library.opcheck(OPERATORS.slot_attention_step_backward.default, (*grads, *saved, 1e-3, backend))
+    torch.library.opcheck(OPERATORS.slot_attention_step_backward.default, (None, *grads[1:], *saved, 1e-3, backend))
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
@@ -159,7 +158,7 @@ def test_compiled_forward_and_backward_give_the_same_numbers(backend, device, he
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
-def test_autocast_casts_as_it_does_for_attention(backend, device):
+def test_autocast_casts_the_inputs_and_keeps_float32_weights(backend, device):
     q, k, v = on(device, "permuted")
     with use_backend(backend), torch.autocast(device.type, dtype=torch.bfloat16):
         updates, attn, _ = slot_attention_step(q, k, v, return_attn=True)
@@ -170,10 +169,26 @@ def test_autocast_casts_as_it_does_for_attention(backend, device):
         assert torch.equal(updates, slot_attention_step(q.bfloat16(), k.bfloat16(), v.bfloat16())[0])
 
 
-@pytest.mark.parametrize("backend, device", BACKENDS)
-def test_gradients_of_gradients_are_refused(backend, device):
-    q, k, v = on(device, "dense")
-    with use_backend(backend):
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("present", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)])
+def test_the_operator_on_pytorch_has_the_gradients_of_autograd(heads, present):
+    """Its written-out backward, with a gradient of every result and of each alone."""
+    leaves = inputs(heads=heads, grad=True)
+    found = OPERATORS.slot_attention_step(*leaves, 1e-3, True, True, "torch")[:3]
+    expected = reference.slot_attention_step(*leaves, 1e-3)
+    torch.testing.assert_close(found, expected)
+    gradients = []
+    for results in (found, expected):
+        some = [result for result, keep in zip(results, present, strict=True) if keep]
+        grads = [torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape) for x in some]
+        gradients.append(torch.autograd.grad(some, leaves, grads, materialize_grads=True))
+    torch.testing.assert_close(*gradients)
+
+
+@needs_triton
+def test_gradients_of_gradients_are_refused():
+    q, k, v = on(DEVICE, "dense")
+    with use_backend("triton"):
         (grad,) = torch.autograd.grad(slot_attention_step(q, k, v)[0].square().sum(), k, create_graph=True)
         with pytest.raises(ValueError, match="slot_attention_step: gradients of gradients .* use backend torch"):
             grad.sum().backward()
@@ -185,9 +200,9 @@ def test_torch_backend_gives_gradients_of_gradients():
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
-def test_results_that_were_not_asked_for_get_no_gradient_and_no_memory(backend, device):
+def test_results_that_are_not_requested_get_no_gradient_and_no_memory(backend, device):
     q, k, v = on(device, "permuted")
-    raw = torch.ops.spot_kernels.slot_attention_step(q, k, v, 1e-8, False, False, backend)
+    raw = OPERATORS.slot_attention_step(q, k, v, 1e-8, False, False, backend)
     assert raw[1].numel() == raw[2].numel() == 0
     assert [x.requires_grad for x in raw[3:]] == [False, False]
     with use_backend(backend):
@@ -196,8 +211,8 @@ def test_results_that_were_not_asked_for_get_no_gradient_and_no_memory(backend, 
 
 
 @needs_triton
-def test_what_the_kernels_do_not_take():
-    """More than 64 slots or 256 channels, and float64: an error where they were asked for, PyTorch otherwise."""
+def test_inputs_beyond_the_kernels_limits():
+    """More than 64 slots or 256 channels, and float64: an error where they were requested, PyTorch otherwise."""
     big = [(65, 8, "more than 64 slots"), (3, 257, "more than 256 channels")]
     for slots, width, words in big:
         tensors = [x.to(DEVICE) for x in inputs(1, 1, 4, slots, width, torch.float32)]
@@ -209,33 +224,3 @@ def test_what_the_kernels_do_not_take():
     assert chosen_backend("slot_attention_step", tensors[0]) == "torch"
     with use_backend("triton"), pytest.raises(ValueError, match="do not take torch.float64"):
         slot_attention_step(*tensors)
-
-
-@needs_native
-def test_native_takes_any_size_where_it_is_asked_for():
-    for slots, width in ((4, 5), (70, 300)):
-        q, k, v = inputs(2, 2, 9, slots, width, torch.float32)
-        expected = reference.slot_attention_step(q.double(), k.double() / width, v.double(), 1e-8)[0]
-        with use_backend("native"):
-            found = slot_attention_step(q, k / width, v)[0]
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-@needs_native
-@pytest.mark.parametrize("slots", [1, 2, 11, 12])
-def test_auto_takes_the_library_only_where_it_is_faster(monkeypatch, slots):
-    """From 2 to 11 slots, with AVX2 or more; the library runs all the same where it is asked for."""
-    ran = []
-    forward = native.slot_attention_forward
-    monkeypatch.setattr(native, "slot_attention_forward", lambda *given: ran.append(slots) or forward(*given))
-    monkeypatch.setattr(native, "_FAST", True)
-    q, k, v = inputs(1, 1, 9, slots, 8, torch.float32)
-    for backend, expected in (("auto", 2 <= slots <= 11), ("torch", False), ("native", True)):
-        with use_backend(backend):
-            slot_attention_step(q, k, v)
-        assert bool(ran) is expected, backend
-        ran.clear()
-    monkeypatch.setattr(native, "_FAST", False)
-    with use_backend("auto"):
-        slot_attention_step(q, k, v)
-    assert not ran

@@ -88,7 +88,7 @@ def check(tensors, grads, eps=EPS):
 @pytest.fixture
 def plans(monkeypatch):
     """Plans of the launches of a test, with the number of programs over which each splits the tokens."""
-    from spot_kernels.gpu import slot_attention as module
+    from spot_kernels.gpu import slot_attention_plan as module
 
     made, plan, splits = [], module.plan, module.splits
     monkeypatch.setattr(module, "plan", lambda *args, **kw: made.append([plan(*args, **kw)]) or made[-1][0])
@@ -120,7 +120,7 @@ def test_as_exact_as_pytorch(shape, dtype):
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 2), st.integers(1, 3), st.integers(1, 40), st.integers(1, 20), st.integers(1, 20), st.booleans())
 def test_any_shape(batch, heads, tokens, slots, width, side_by_side):
-    """In bfloat16, where PyTorch's own error is not a matter of luck in the last bit."""
+    """In bfloat16, where PyTorch's own error does not hinge on the last bit."""
     tensors, grads = inputs(batch, heads, tokens, slots, width, torch.bfloat16)
     check(tensors if side_by_side else [x.contiguous() for x in tensors], grads, 1e-3)
 
@@ -137,7 +137,7 @@ def test_tokens_split_over_programs(shape, dtype, split, plans):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", [1, 2])
 def test_rows_wider_than_a_tile(heads, dtype, monkeypatch, plans, split):
-    """What a chip with little shared memory does: three programs for 40 channels, each one part of the columns."""
+    """As on a chip with little shared memory: three programs for 40 channels, each one part of the columns."""
     from spot_kernels.gpu import slot_attention_plan
 
     size = 2 if dtype == torch.bfloat16 else 4
@@ -148,8 +148,8 @@ def test_rows_wider_than_a_tile(heads, dtype, monkeypatch, plans, split):
 
 
 def test_weights_rounded_to_tf32(monkeypatch):
-    """What tensor cores get for fp16 and, where tf32 is allowed, float32: to nearest, half a unit of 2^-10 at most."""
-    from spot_kernels.gpu import slot_attention as module
+    """Tensor cores get fp16 and tf32 weights rounded to nearest, by at most half a unit of 2^-10."""
+    from spot_kernels.gpu import slot_attention_plan as module
 
     tensors, grads = inputs(2, 2, 49, 7, 24)
     exact = results(kernels, tensors, grads, EPS)
@@ -171,7 +171,7 @@ def test_gradients_of_some_results(wanted, heads, slots):
 
 
 def test_which_heads_share_a_tile(plans):
-    """Four heads side by side do; in another layout, with many slots or wide heads, each has its programs."""
+    """Four heads side by side do; in another layout, with many slots or wide heads, each has programs of its own."""
     for slots, width, contiguous, joint in ((7, 16, False, False), (7, 16, True, True), (24, 16, False, True)):
         tensors, _ = inputs(1, 4, 9, slots, width)
         kernels(*[x.contiguous() for x in tensors] if contiguous else tensors)
@@ -200,7 +200,7 @@ def test_any_layout(layout):
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extreme_logits(dtype, heads):
-    """Logits of ±10,000 give weights of 0, 1 and equal shares; every other slot is tame."""
+    """Logits of ±10,000 give weights of 0, 1 and equal shares; every other slot has ordinary logits."""
     tensors, grads = inputs(1, heads, 40, 6, 16, dtype)
     q, k, v = (torch.where(x > 0, 25.0, -25.0).to(dtype) for x in tensors)
     q[:, :, 0], q[:, :, 2] = k[:, :, 0], -k[:, :, 0]
@@ -225,8 +225,8 @@ def test_same_shift_of_all_logits_changes_nothing(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", [1, 2])
-def test_a_slot_that_no_token_wants_averages_all_tokens(heads, dtype):
-    """eps = 1e-8 is below what fp16 can hold, and must not be lost there."""
+def test_a_slot_without_tokens_averages_all_tokens(heads, dtype):
+    """eps = 1e-8 is below the smallest fp16 number, and must not be lost there."""
     (q, k, v), grads = inputs(1, heads, 33, 3, 16, dtype)
     k = torch.full_like(k, 4.0)
     q[:, :, 0], q[:, :, 1:] = 4.0, -4.0
@@ -236,7 +236,7 @@ def test_a_slot_that_no_token_wants_averages_all_tokens(heads, dtype):
 
 
 def test_padded_slots_take_no_share():
-    """One slot gets every token whole, and more slots than a power of two still sum to one."""
+    """One slot gets all of every token, and a number of slots that is no power of two still sums to one."""
     for heads, slots in ((1, 1), (1, 17), (4, 3), (3, 33)):
         tensors, _ = inputs(1, heads, 20, slots, 16)
         torch.testing.assert_close(kernels(*tensors)[1].sum(-1), torch.ones(1, 20, device=DEVICE))
@@ -263,7 +263,7 @@ def test_empty_batch(split):
     ]
 
 
-def test_results_lie_as_heads_are_merged():
+def test_results_have_the_layout_of_merged_heads():
     tensors, grads = inputs(2, 3, 9, 7, 16)
     updates, _, _, *gradients = results(kernels, [x.contiguous() for x in tensors], grads, EPS)
     assert all(x.transpose(1, 2).is_contiguous() for x in (updates, *gradients))

@@ -247,7 +247,7 @@ def test_repeats_bit_for_bit(batch):
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("permuted", [False, True])
-def test_operators_keep_their_promises(backend, permuted):
+def test_opcheck(backend, permuted):
     tensors, grad_out, grad_map = inputs(1, 2, 9, 3, 4)
     if permuted:
         tensors = [t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in tensors]
@@ -295,7 +295,7 @@ def test_gradients_of_gradients_are_refused():
         gradient.sum().backward()
 
 
-def test_what_the_kernels_do_not_take():
+def test_inputs_beyond_the_kernels_limits():
     (q, k, v), _, _ = inputs(slots=65, tokens=3, width=4, grad=False)
     with use_backend("triton"), pytest.raises(ValueError, match=r"k \(1, 2, 65, 4\) has more than 64 slots"):
         slot_cross_attention(q, k, v)

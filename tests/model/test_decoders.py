@@ -162,7 +162,7 @@ def test_bos_and_cappa_tokens_start_as_specified():
 
 
 def test_certain_parallel_steps_are_always_parallel():
-    """p ≥ 1: the target is never looked at, also at evaluation; p < 1 decodes autoregressively unless told."""
+    """p ≥ 1: the target is never read, not even at evaluation; p < 1 decodes in parallel only on request."""
     always, sometimes = (autoregressive(orders="standard", cappa=p) for p in (1.0, 0.25))
     sometimes.load_state_dict(always.state_dict())
     slots, target = torch.randn(2, 3, 16), torch.randn(2, 16, 24)

@@ -1,9 +1,9 @@
-"""The same weights on another grid of patches: exact where it is exact, shared everywhere."""
+"""Protects models on another grid: same bits at the trained grid, right positions elsewhere, shared weights."""
 
 import pytest
 import torch
 
-from spot_fast.checkpoints import runs as checkpoint
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.config import preset
 from spot_fast.model.encoder import Encoder, normalise, resample_positions
 from spot_fast.model.regrid import at_grid, sharing_copy
@@ -23,7 +23,7 @@ def model(**changes):
     config = preset(
         "scenes", changes.pop("stage", 1), encoder_weights="none", dec_blocks=1, slot_dim=16, slot_mlp=16, **changes
     )
-    return Spot(config, checkpoint.frozen_encoder(config)).eval()
+    return Spot(config, frozen_encoder(config)).eval()
 
 
 def images(height, width):
@@ -38,9 +38,9 @@ def test_the_trained_grid_gives_the_same_bits_and_others_run(changes):
     before = one.segment(images(8, 8), noise=noise, orders="all")
     same = at_grid(one, 8, 8).segment(images(8, 8), noise=noise, orders="all")
     other = at_grid(one, 5, 12)
-    found = other.segment(images(5, 12), noise=noise, orders="all")
-    assert found.masks.shape == found.slot_attn.shape == (2, 60, 6) and found.masks.isfinite().all()
-    torch.testing.assert_close(found.masks.sum(-1), torch.ones(2, 60))
+    output = other.segment(images(5, 12), noise=noise, orders="all")
+    assert output.masks.shape == output.slot_attn.shape == (2, 60, 6) and output.masks.isfinite().all()
+    torch.testing.assert_close(output.masks.sum(-1), torch.ones(2, 60))
     after = one.segment(images(8, 8), noise=noise, orders="all")
     for name in ("slots", "slot_attn", "masks", "prediction"):
         assert torch.equal(getattr(before, name), getattr(same, name))

@@ -1,4 +1,4 @@
-"""The inside of a model on an image: the masks that evaluation scores, and colours that follow the annotations."""
+"""Introspection: the masks that evaluation scores, attention by iteration, colours that follow the annotations."""
 
 import math
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spot_fast.checkpoints.runs import frozen_encoder
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.data import open_set
 from spot_fast.errors import CorruptImage
 from spot_fast.evaluation.scoring import evaluate, slot_noise
@@ -15,8 +15,8 @@ from spot_fast.model.spot import Spot
 from spot_fast.reporting.introspection import (
     BACKGROUND,
     attention_by_iteration,
-    gradients,
-    look,
+    introspect,
+    patch_gradients,
     read_image,
     slot_colours,
     truth_colours,
@@ -42,25 +42,25 @@ def scenes():
 def test_masks_are_those_that_evaluate_scores(model, scenes):
     table = evaluate(model, scenes, seed=5, progress=False, workers=0).table("spot")
     for index in range(len(scenes)):
-        found = look(model, *read_image(scenes, index), index=index, seed=5)
-        assert found.decoder_score == pytest.approx(table.row("decoder", 9).per_image["mbo_i"][index].item())
-        assert found.order_scores[0] == pytest.approx(table.row("decoder", 1).per_image["mbo_i"][index].item())
-        assert found.iteration_scores[-1] == pytest.approx(table.row("slots").per_image["mbo_i"][index].item())
-        torch.testing.assert_close(found.decoder, found.by_order.mean(0))
-        assert found.by_order.shape == (9, 16, 3) and found.iterations.shape == (3, 16, 3)
+        of_image = introspect(model, *read_image(scenes, index), index=index, seed=5)
+        assert of_image.decoder_score == pytest.approx(table.row("decoder", 9).per_image["mbo_i"][index].item())
+        assert of_image.order_scores[0] == pytest.approx(table.row("decoder", 1).per_image["mbo_i"][index].item())
+        assert of_image.iteration_scores[-1] == pytest.approx(table.row("slots").per_image["mbo_i"][index].item())
+        torch.testing.assert_close(of_image.decoder, of_image.by_order.mean(0))
+        assert of_image.by_order.shape == (9, 16, 3) and of_image.iterations.shape == (3, 16, 3)
 
 
 @torch.no_grad()
-def test_attention_of_an_iteration_is_that_of_a_model_with_so_many(model, scenes):
+def test_attention_after_n_iterations_is_that_of_a_model_with_n(model, scenes):
     features, _ = model.encode(normalise(scenes.val_image(0)[None]))
     noise = torch.randn(1, 3, 16)
-    found = attention_by_iteration(model, features, noise)
-    for count, attn in enumerate(found, 1):
+    attention = attention_by_iteration(model, features, noise)
+    for count, attn in enumerate(attention, 1):
         shorter = Spot(replace(CONFIG, slot_iterations=count), model.encoder)
         shorter.load_learned_state_dict(model.learned_state_dict())
         torch.testing.assert_close(attn, shorter.slot_encoder(features, noise)[1])
-    assert len(found) == 3 and model.slot_encoder.attention.iterations == 3
-    assert not torch.allclose(found[0], found[2])
+    assert len(attention) == 3 and model.slot_encoder.attention.iterations == 3
+    assert not torch.allclose(attention[0], attention[2])
 
 
 def test_a_slot_has_the_colour_of_its_partner():
@@ -83,15 +83,15 @@ def test_more_objects_than_slots_and_no_object_at_all():
 
 def test_gradients_are_the_mean_over_images_whatever_the_batch(model, scenes):
     steps = []
-    found = gradients(model, scenes, images=3, seed=5, batch=2, done=lambda: steps.append(1))
-    assert found.images == 3 and found.grid == 4 and len(steps) == 2 * 9 * 16
+    norms = patch_gradients(model, scenes, images=3, seed=5, batch=2, done=lambda: steps.append(1))
+    assert norms.images == 3 and norms.grid == 4 and len(steps) == 2 * 9 * 16
     alone = []
     for index in range(3):
         with torch.no_grad():
             features, target = model.encode(normalise(scenes.val_image(index)[None]))
             slots = model.slot_encoder(features, slot_noise(5, [index], 3, 16))[0]
         alone.append(patch_gradient_norms(model, slots, target, torch.tensor(8))[0])
-    torch.testing.assert_close(found.by_order[8], torch.stack(alone).mean(0), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(norms.by_order[8], torch.stack(alone).mean(0), rtol=1e-4, atol=1e-7)
 
 
 def test_images_that_cannot_be_read_are_passed_over(model, scenes, monkeypatch):
@@ -104,7 +104,7 @@ def test_images_that_cannot_be_read_are_passed_over(model, scenes, monkeypatch):
 
     monkeypatch.setattr(scenes, "val_image", damaged)
     assert read_image(scenes, 0) is None and read_image(scenes, 1) is not None
-    assert gradients(model, scenes, images=1, seed=0).images == 1
+    assert patch_gradients(model, scenes, images=1, seed=0).images == 1
 
 
 def test_unevenness_of_known_norms():

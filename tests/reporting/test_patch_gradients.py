@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spot_fast.checkpoints.runs import frozen_encoder
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.model.spot import Spot
 from spot_fast.reporting.patch_gradients import patch_gradient_norms
 from tiny_runs import tiny

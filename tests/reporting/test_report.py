@@ -1,4 +1,4 @@
-"""The report command: what it writes, that its numbers are evaluate's, what it says when something is wrong."""
+"""The report command: the file it writes, numbers equal to evaluate's, one sentence for each error."""
 
 import csv
 import json
@@ -11,13 +11,13 @@ import pytest
 from report_runs import QUICK, make_run
 from spot_fast import evaluate, report
 from spot_fast.checkpoints.runs import MODEL
-from spot_fast.reporting import figures as report_figures
+from spot_fast.reporting import images
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report_figures, "PANEL", 32)
+    monkeypatch.setattr(images, "PANEL", 32)
     return tmp_path
 
 
@@ -86,7 +86,7 @@ def test_numbers_are_those_that_the_named_command_prints(here, capsys):
     shown = cells_of(page)
     trained = [row for row in scores if not re.search("k-means|block", row[0])]
     assert len(trained) == 24 and [row for row in trained if row not in shown] == []
-    # What is the same for every run stands once, and not again as a mean.
+    # Baselines that are equal for every run come once, and not again as a mean.
     baselines = [row for row in scores if re.search("k-means|1 block", row[0]) and "±" not in row[1]]
     assert all(shown.count(row) == 1 for row in baselines) and len(baselines) == 12
     by_size = {row[0].removeprefix("two, "): row[1:] for row in shown if len(row) == 9 and row[0].startswith("two, ")}

@@ -1,13 +1,13 @@
-"""Colours of segments: told apart, and the same for about the same segments."""
+"""Colours of segments: distinct, and the same for about the same segments."""
 
 import numpy as np
 
-from spot_fast.checkpoints.runs import frozen_encoder
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.config import preset
 from spot_fast.data import Scenes
 from spot_fast.evaluation.baselines import kmeans_labels
 from spot_fast.model.encoder import normalise
-from spot_fast.segmentation.colours import GREY, palette, places, segment_colours
+from spot_fast.segmentation.colours import GREY, anchors, palette, segment_colours
 
 
 def test_colours_are_distinct_and_stable():
@@ -18,7 +18,7 @@ def test_colours_are_distinct_and_stable():
     assert near[~np.eye(12, dtype=bool)].min() > 60
 
 
-def test_numbers_of_slots_change_no_colour():
+def test_slot_numbers_do_not_change_colours():
     rng = np.random.default_rng(0)
     for _ in range(5):
         labels = rng.integers(0, 5, (3, 4), dtype=np.uint8).repeat(5, 0).repeat(5, 1)
@@ -26,26 +26,26 @@ def test_numbers_of_slots_change_no_colour():
         assert np.array_equal(segment_colours(labels)[labels], segment_colours(renamed)[renamed])
 
 
-def test_all_256_rows_are_the_palette_and_all_labels_may_be_there():
+def test_the_rows_are_the_palette_for_one_label_and_for_256():
     for labels in (np.zeros((1, 1), np.uint8), np.arange(256, dtype=np.uint8).reshape(16, 16)):
         assert {tuple(c) for c in segment_colours(labels).tolist()} == {tuple(c) for c in palette().tolist()}
 
 
-def test_what_lies_around_is_grey():
+def test_the_surrounding_segment_is_grey():
     labels = np.zeros((10, 10), np.uint8)
     labels[3:6, 3:6], labels[:, 8:] = 1, 2
     colours = segment_colours(labels)
     assert tuple(colours[0]) == GREY and tuple(colours[1]) != GREY != tuple(colours[2])
 
 
-def test_places_lie_in_the_image_and_differ():
+def test_anchors_are_distinct_and_inside_the_image():
     for count in (7, 12, 255):
-        assert len(np.unique(places(count).round(4), axis=0)) == count
-        assert places(count).min() > 0 and places(count).max() < 1
+        assert len(np.unique(anchors(count).round(4), axis=0)) == count
+        assert anchors(count).min() > 0 and anchors(count).max() < 1
 
 
 def test_two_seeds_agree_nearly_as_far_as_their_segments_do():
-    """Of the patches whose segments k-means finds again with another seed, most keep their colour; numbers do not."""
+    """Of the patches whose cluster recurs with another seed most keep their colour, unlike their label."""
     encoder = frozen_encoder(preset("scenes"))
     features = encoder(normalise(Scenes(60, "val", size=64).images))
     one, other = (kmeans_labels(features, 6, seed).view(-1, 8, 8).numpy().astype(np.uint8) for seed in (0, 1))

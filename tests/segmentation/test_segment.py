@@ -8,30 +8,29 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from spot_fast import segment
-from spot_fast.checkpoints import runs as checkpoint
+from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder
+from spot_fast.checkpoints.runs import MODEL, load_run, save_tensors, write_config
 from spot_fast.config import preset
-from spot_fast.model.encoder import encoder_identity, normalise
+from spot_fast.model.encoder import normalise
 from spot_fast.model.spot import Spot
-from spot_fast.segmentation import batch as segment_batch
-from spot_fast.segmentation import overlays
+from spot_fast.segmentation import batch, overlays
 
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory):
-    """A finished run whose model knows nothing."""
+    """A finished run of an untrained model."""
     torch.manual_seed(0)
     config = preset("scenes", encoder_weights="none", dec_blocks=1, slot_dim=16, slot_mlp=16)
-    encoder = checkpoint.frozen_encoder(config)
+    encoder = frozen_encoder(config)
     folder = tmp_path_factory.mktemp("work") / "runs" / "untrained"
     folder.mkdir(parents=True)
-    checkpoint.write_config(folder, config)
-    identity = encoder_identity(encoder, config)
-    checkpoint.save_tensors(
-        folder / checkpoint.MODEL,
+    write_config(folder, config)
+    save_tensors(
+        folder / MODEL,
         Spot(config, encoder).learned_state_dict(),
-        {"encoder": identity["name"], "encoder_sha256": identity["sha256"]},
+        encoder_metadata(encoder, config),
     )
-    return checkpoint.load_run(folder)
+    return load_run(folder)
 
 
 @pytest.fixture
@@ -71,12 +70,11 @@ def test_any_size_and_shape_stretched(run, untrained, tmp_path, size):
         assert overlay.width > 3 * panel[0] and overlay.height > panel[1]
 
 
-@pytest.mark.parametrize("fit", ["tiles", "interpolate"])
-def test_any_size_and_shape_in_its_own_shape(run, tmp_path, fit):
-    sizes = [(90, 50), (31, 200), (64, 64), (1, 1), *([(4000, 1)] if fit == "tiles" else [])]
+def test_any_size_and_shape_in_its_own_shape(run, tmp_path):
+    sizes = [(90, 50), (31, 200), (64, 64), (1, 1)]
     for size in sizes:
         photo(tmp_path / "in" / f"{size[0]}.png", size)
-    assert run(tmp_path / "in", "--fit", fit, "--soft", "--slots", "--no-overlay") == 0
+    assert run(tmp_path / "in", "--fit", "interpolate", "--soft", "--slots", "--no-overlay") == 0
     for width, height in sizes:
         assert labels_of(tmp_path / "segments" / f"{width}_labels.png").shape == (height, width)
         soft = load_file(tmp_path / "segments" / f"{width}_soft.safetensors")
@@ -84,13 +82,8 @@ def test_any_size_and_shape_in_its_own_shape(run, tmp_path, fit):
         _, rows, columns = soft["decoder"].shape
         assert min(rows, columns) == 8 and (columns > rows) == (width > height)
         slots = load_file(tmp_path / "segments" / f"{width}_slots.safetensors")
-        if fit == "interpolate":
-            assert slots["slots"].shape == (6, 16) and len(soft["decoder"]) == 6
-            assert torch.allclose(soft["decoder"].sum(0).float(), torch.ones(rows, columns), atol=5e-3)
-        else:
-            windows, boxes = len(slots["slots"]), slots["windows"]
-            assert slots["segments"].shape == (windows, 6) and slots["segments"].max() == len(soft["decoder"]) - 1
-            assert boxes[0, :2].tolist() == [0, 0] and boxes[-1, 2:].tolist() == pytest.approx([width, height])
+        assert slots["slots"].shape == (6, 16) and len(soft["decoder"]) == 6
+        assert torch.allclose(soft["decoder"].sum(0).float(), torch.ones(rows, columns), atol=5e-3)
     assert not list((tmp_path / "segments").glob("*_overlay.png"))
 
 
@@ -102,16 +95,16 @@ def test_a_square_image_is_the_same_stretched_and_interpolated(run, tmp_path):
     assert all(torch.equal(one[kind], other[kind]) for kind in ("decoder", "slots"))
 
 
-@pytest.mark.parametrize("fit", ["stretch", "tiles", "interpolate"])
+@pytest.mark.parametrize("fit", ["stretch", "interpolate"])
 def test_batch_size_and_workers_change_no_label(run, tmp_path, fit):
     for i in range(9):
         photo(tmp_path / "in" / f"{i}.png", (40 + 5 * (i // 2), 60))
-    for batch, workers in ((1, 1), (8, 3)):
+    for size, workers in ((1, 1), (8, 3)):
         assert (
             run(
                 tmp_path / "in",
                 "--batch-size",
-                batch,
+                size,
                 "--workers",
                 workers,
                 "--precision",
@@ -120,13 +113,13 @@ def test_batch_size_and_workers_change_no_label(run, tmp_path, fit):
                 fit,
                 "--no-overlay",
                 "--out",
-                tmp_path / str(batch),
+                tmp_path / str(size),
             )
             == 0
         )
-    found = sorted(path.name for path in (tmp_path / "1").iterdir())
-    assert len(found) == 18
-    for name in found:
+    written = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert len(written) == 18
+    for name in written:
         assert np.array_equal(labels_of(tmp_path / "1" / name), labels_of(tmp_path / "8" / name)), name
 
 
@@ -161,15 +154,15 @@ def test_masks_that_were_not_asked_for_are_not_written(run, tmp_path):
         assert list(load_file(out / "photo_soft.safetensors")) == [masks]
 
 
-def test_tensors_say_what_they_are_of(run, tmp_path):
+def test_metadata_names_image_model_and_settings(run, tmp_path):
     source = photo(tmp_path / "photo.png", (90, 50))
-    assert run(source, "--slots", "--fit", "tiles") == 0
+    assert run(source, "--slots", "--fit", "interpolate") == 0
     with safe_open(tmp_path / "segments" / "photo_slots.safetensors", framework="pt") as file:
         about = file.metadata()
     expected = {
         "image": str(source),
         "model": "run runs/untrained",
-        "fit": "tiles",
+        "fit": "interpolate",
         "orders": "0",
         "width": "90",
         "height": "50",
@@ -209,12 +202,12 @@ def test_another_image_or_model_is_not_overwritten(run, tmp_path, capsys):
     assert run(other, "--overwrite") == 0 and labels_of(labels).shape == (7, 8)
 
 
-def test_outputs_are_not_taken_for_images(run, tmp_path):
+def test_outputs_of_earlier_calls_are_not_images(run, tmp_path):
     source = photo(tmp_path / "in" / "photo.png")
-    mine = photo(tmp_path / "in" / "my_overlay.png")
+    other = photo(tmp_path / "in" / "my_overlay.png")
     for _ in range(2):
         assert run(source.parent, "--out", source.parent) == 0
-    assert len(list(mine.parent.iterdir())) == 2 + 2 * 3
+    assert len(list(other.parent.iterdir())) == 2 + 2 * 3
 
 
 @pytest.mark.parametrize(
@@ -271,10 +264,6 @@ def test_corrupt_image_is_named_and_the_others_done(run, tmp_path, capsys):
         (["--scenes", "1", "--run", "nowhere"], "run nowhere is not a folder"),
         (["--scenes", "-1"], "--scenes -1: use 0 or more"),
         (["--scenes", "1", "--size", "64"], "--size 64: a run keeps the size it was trained with"),
-        (
-            ["--scenes", "1", "--size", "32", "--fit", "tiles"],
-            "--size 32 with --fit tiles: use 64 (the model's square) to",
-        ),
         (
             ["--scenes", "1", "--size", "9999", "--fit", "interpolate"],
             "--size 9999 with --fit interpolate: use 8 to 512",
@@ -333,7 +322,7 @@ def test_large_images_are_worked_on_one_at_a_time(run, tmp_path, monkeypatch):
         photo(tmp_path / "in" / f"{i}.png", (40, 40 + i))
     (tmp_path / "in" / "bad.png").write_text("no image")
     assert run(tmp_path / "in", "--workers", 3, "--out", tmp_path / "small") == 0
-    at_once, most, prepare = [], [], segment_batch._prepare
+    at_once, most, prepare = [], [], batch._prepare
 
     def counted(*arguments):
         at_once.append(0)
@@ -343,8 +332,8 @@ def test_large_images_are_worked_on_one_at_a_time(run, tmp_path, monkeypatch):
         finally:
             at_once.pop()
 
-    monkeypatch.setattr(segment_batch, "_LARGE", 100)
-    monkeypatch.setattr(segment_batch, "_prepare", counted)
+    monkeypatch.setattr(batch, "_LARGE", 100)
+    monkeypatch.setattr(batch, "_prepare", counted)
     assert run(tmp_path / "in", "--workers", 3, "--out", tmp_path / "large") == 0
     assert most == [1] * 4
     for file in (tmp_path / "small").iterdir():

@@ -1,4 +1,4 @@
-"""Which images a command line means, what their outputs are called, and that none takes another file's place."""
+"""Images on a command line, names of their outputs, and that no output replaces another file."""
 
 from pathlib import Path
 
@@ -7,8 +7,16 @@ import torch
 from PIL import Image
 
 from spot_fast.errors import UserError
-from spot_fast.segmentation import files as segment_files
-from spot_fast.segmentation.files import Origin, check_overwriting, find_images, output_names, save, save_tensors
+from spot_fast.segmentation.files import (
+    OVERLAY,
+    SLOTS,
+    Origin,
+    check_overwriting,
+    find_images,
+    output_names,
+    save,
+    save_tensors,
+)
 
 
 def image(path):
@@ -21,7 +29,7 @@ def names(sources, out="out"):
     return [name for _, name in find_images(sources, Path(out))]
 
 
-def test_names_follow_the_folder_or_list_an_image_was_found_through(tmp_path):
+def test_names_are_relative_to_the_folder_or_list_of_an_image(tmp_path):
     for name in ("a/x.jpg", "a/sub/y.v2.png", "b/x.jpg"):
         image(tmp_path / name)
     (tmp_path / "b" / "some.txt").write_text("x.jpg\n../a/x.jpg\n")
@@ -53,7 +61,7 @@ def test_equal_stems_and_inputs_get_numbers(tmp_path):
 @pytest.mark.parametrize("kind", ["png", "safetensors"])
 def test_outputs_are_overwritten_for_the_same_image_and_model_only(tmp_path, kind):
     origin = Origin("x.jpg", "/images/x.jpg", "run a")
-    ending = segment_files.OVERLAY if kind == "png" else segment_files.SLOTS
+    ending = OVERLAY if kind == "png" else SLOTS
     path = tmp_path / f"sub/x_{ending}"
     if kind == "png":
         save(Image.new("RGB", (2, 2)), path, origin.metadata())
@@ -63,7 +71,7 @@ def test_outputs_are_overwritten_for_the_same_image_and_model_only(tmp_path, kin
     for other in (Origin("x.jpg", "/others/x.jpg", "run a"), Origin("x.jpg", "/images/x.jpg", "run b")):
         with pytest.raises(UserError, match="not of the same image and model: choose another --out, or add"):
             check_overwriting(tmp_path, ["sub/x"], [other], [ending])
-    path.write_bytes(b"mine")
+    path.write_bytes(b"a user's file")
     with pytest.raises(UserError, match="not of the same image"):
         check_overwriting(tmp_path, ["sub/x"], [origin], [ending])
 

@@ -1,29 +1,28 @@
-"""Maskers: the same masks in any batch, soft masks that are some, other grids where they are asked for."""
+"""Segmenters: masks do not depend on the batch, soft masks sum to one, any grid is accepted."""
 
 import pytest
 import torch
 
-from spot_fast.checkpoints import runs as checkpoint
+from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder
+from spot_fast.checkpoints.runs import MODEL, save_tensors, write_config
 from spot_fast.config import preset
-from spot_fast.model.encoder import encoder_identity
 from spot_fast.model.spot import Spot
-from spot_fast.segmentation import segmenter as maskers_module
-from spot_fast.segmentation.segmenter import cluster_masker, run_masker
+from spot_fast.segmentation import segmenter
+from spot_fast.segmentation.segmenter import cluster_segmenter, run_segmenter
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A finished run whose model knows nothing."""
+    """A finished run of an untrained model."""
     torch.manual_seed(0)
     config = preset("scenes", encoder_weights="none", dec_blocks=1, slot_dim=16, slot_mlp=16)
-    encoder = checkpoint.frozen_encoder(config)
+    encoder = frozen_encoder(config)
     path = tmp_path_factory.mktemp("run")
-    checkpoint.write_config(path, config)
-    identity = encoder_identity(encoder, config)
-    checkpoint.save_tensors(
-        path / checkpoint.MODEL,
+    write_config(path, config)
+    save_tensors(
+        path / MODEL,
         Spot(config, encoder).learned_state_dict(),
-        {"encoder": identity["name"], "encoder_sha256": identity["sha256"]},
+        encoder_metadata(encoder, config),
     )
     return path
 
@@ -33,17 +32,17 @@ def images(count=5, height=64, width=64):
     return torch.randint(0, 255, (count, 3, height, width), generator=generator, dtype=torch.uint8)
 
 
-def maskers(folder, **options):
-    yield run_masker(folder, orders="0", device="cpu", **options)[0]
-    yield cluster_masker("spot_scenes", None, clusters=4, size=None, device="cpu", **options)[0]
+def segmenters(folder, **options):
+    yield run_segmenter(folder, orders="0", device="cpu", **options)
+    yield cluster_segmenter("spot_scenes", None, clusters=4, size=None, device="cpu", **options)
 
 
-def test_images_of_a_batch_are_seen_as_alone(folder):
-    for masker in maskers(folder):
-        together = masker.find(images())
+def test_images_of_a_batch_are_segmented_as_alone(folder):
+    for model in segmenters(folder):
+        together = model.segment(images())
         for number, image in enumerate(images()):
-            alone = masker.find(image[None])
-            for kind in masker.kinds:
+            alone = model.segment(image[None])
+            for kind in model.kinds:
                 torch.testing.assert_close(alone.masks[kind][0], together.masks[kind][number], rtol=1e-4, atol=1e-5)
             if together.slots is not None:
                 torch.testing.assert_close(alone.slots[0], together.slots[number], rtol=1e-4, atol=1e-5)
@@ -51,24 +50,23 @@ def test_images_of_a_batch_are_seen_as_alone(folder):
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_soft_masks_sum_to_one_on_any_grid(folder, precision):
-    for masker in maskers(folder, precision=precision):
+    for model in segmenters(folder, precision=precision):
         for height, width in ((64, 64), (40, 96)):
-            found = masker.find(images(2, height, width))
-            for soft in found.masks.values():
+            for soft in model.segment(images(2, height, width)).masks.values():
                 assert soft.dtype == torch.float32 and soft.shape[1] == height * width // 64
                 torch.testing.assert_close(soft.sum(-1), torch.ones(soft.shape[:2]), atol=1e-2, rtol=0)
 
 
-def test_a_single_image_comes_with_captions(folder):
-    masker, size, what = run_masker(folder, orders="all", device="cpu")
-    (first, decoder), (second, slots) = masker(images(1))
-    assert (first, second, size, what) == ("decoder masks", "slot masks", 64, f"run {folder}")
-    assert decoder.shape == slots.shape == (64, 6)
+def test_a_runs_segmenter_is_named_after_it(folder):
+    model = run_segmenter(folder, orders="all", device="cpu")
+    assert (model.title, model.size, model.patch) == (f"run {folder}", 64, 8)
+    masks = model.segment(images(1)).masks
+    assert {kind: tuple(soft.shape) for kind, soft in masks.items()} == {"decoder": (1, 64, 6), "slots": (1, 64, 6)}
 
 
 def test_few_grids_are_kept(folder, monkeypatch):
-    monkeypatch.setattr(maskers_module, "_MOST_GRIDS", 2)
-    masker = run_masker(folder, orders="0", device="cpu")[0]
+    monkeypatch.setattr(segmenter, "_MOST_GRIDS", 2)
+    model = run_segmenter(folder, orders="0", device="cpu")
     for width in (8, 16, 24, 32):
-        masker.find(images(1, 8, width))
-    assert list(masker._grids) == [(8, 8), (1, 3), (1, 4)]
+        model.segment(images(1, 8, width))
+    assert list(model._grids) == [(8, 8), (1, 3), (1, 4)]

@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 import golden_tensors
 import tfrecord_files
 from data_folders import make_coco, make_folder, make_voc, save
-from spot_fast.checkpoints.runs import MODEL, frozen_encoder, save_tensors, write_config
+from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder
+from spot_fast.checkpoints.runs import MODEL, save_tensors, write_config
 from spot_fast.config import preset
-from spot_fast.model.encoder import build_vit, encoder_identity
 from spot_fast.model.spot import Spot
+from spot_fast.model.vits import build_vit
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -110,11 +111,10 @@ def untrained(place: Path, name: str, number: int, stage: int = 2) -> Path:
     folder = place / "runs" / f"{name}-stage{stage}-{number:03d}"
     folder.mkdir(parents=True)
     encoder = frozen_encoder(config)
-    identity = encoder_identity(encoder, config)
     write_config(folder, config)
     save_tensors(
         folder / MODEL,
         Spot(config, encoder).learned_state_dict(),
-        {"encoder": identity["name"], "encoder_sha256": identity["sha256"]},
+        encoder_metadata(encoder, config),
     )
     return folder

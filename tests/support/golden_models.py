@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 import golden_tensors
-from spot_fast.checkpoints.official import load_official, spot_name
+from spot_fast.checkpoints.official import load_official
+from spot_fast.checkpoints.official_names import spot_name
 from spot_fast.model.spot import Spot
 
 _FROZEN_BLOCKS = 8  # blocks of the golden student's encoder that stay frozen

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from spot_fast.checkpoints.runs import METRICS, MODEL, STATE, frozen_encoder, save_tensors, write_config
-from spot_fast.model.encoder import encoder_identity
+from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder
+from spot_fast.checkpoints.runs import METRICS, MODEL, STATE, save_tensors, write_config
 from spot_fast.model.spot import Spot
 from tiny_runs import tiny
 
@@ -21,8 +21,7 @@ def make_run(folder: Path, stage: int = 1, *, log: bool = True, **changes) -> Pa
     write_config(folder, config)
     torch.manual_seed(config.seed)
     encoder = frozen_encoder(config)
-    identity = encoder_identity(encoder, config)
-    about = {"encoder": identity["name"], "encoder_sha256": identity["sha256"], "step": "24"}
+    about = encoder_metadata(encoder, config) | {"step": "24"}
     if stage == 2:
         about["teacher"] = "the-teacher"
     save_tensors(folder / MODEL, Spot(config, encoder).learned_state_dict(), about)

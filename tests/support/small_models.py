@@ -2,11 +2,11 @@
 
 import torch
 
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.config import preset
 from spot_fast.data.base import ImageSet, Masks
 from spot_fast.data.datasets.scenes import Scenes
 from spot_fast.errors import CorruptImage
-from spot_fast.model.encoder import build_encoder
 from spot_fast.model.spot import Spot
 
 SIZE = 32
@@ -31,7 +31,7 @@ def small_config(stage=1, **changes):
 def small_model(seed=0, **changes):
     torch.manual_seed(seed)
     config = small_config(**changes)
-    return Spot(config, build_encoder(config)).eval()
+    return Spot(config, frozen_encoder(config)).eval()
 
 
 class Images(ImageSet):

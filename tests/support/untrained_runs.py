@@ -6,14 +6,15 @@ from pathlib import Path
 
 import torch
 
-from spot_fast.checkpoints import runs as checkpoint
+from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder
+from spot_fast.checkpoints.runs import MODEL, Run, load_run, save_tensors, write_config
 from spot_fast.config import Config
 from spot_fast.model.spot import Spot
 
 
-def untrained(folder: Path, config: Config, seed: int = 0) -> checkpoint.Run:
+def untrained(folder: Path, config: Config, seed: int = 0) -> Run:
     """A run of `config` in `folder`, with random weights."""
-    encoder = checkpoint.frozen_encoder(config)
+    encoder = frozen_encoder(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Spot(config, encoder)
@@ -21,7 +22,7 @@ def untrained(folder: Path, config: Config, seed: int = 0) -> checkpoint.Run:
             for parameter in model.last_blocks.parameters():  # training would have moved them
                 parameter.data += 0.01 * torch.randn_like(parameter)
     folder.mkdir(parents=True)
-    checkpoint.write_config(folder, config)
-    metadata = checkpoint.encoder_identity_metadata(encoder, config)
-    checkpoint.save_tensors(folder / checkpoint.MODEL, model.learned_state_dict(), metadata)
-    return checkpoint.load_run(folder, encoder=encoder)
+    write_config(folder, config)
+    metadata = encoder_metadata(encoder, config)
+    save_tensors(folder / MODEL, model.learned_state_dict(), metadata)
+    return load_run(folder, encoder=encoder)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from spot_fast import precision
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.config import preset
 from spot_fast.errors import UserError
-from spot_fast.model.encoder import build_encoder
 from spot_fast.model.spot import Spot, reconstruction_loss
 from spot_fast.training.run_folder import RunFolder
 from spot_fast.training.trainer import Trainer
@@ -30,7 +30,7 @@ def test_auto_follows_the_hardware(monkeypatch):
 def test_bf16_keeps_weights_losses_and_gradients_in_float32_and_stays_near_float32():
     config = preset("scenes", num_slots=4, slot_dim=32, slot_mlp=32, dec_blocks=2)
     torch.manual_seed(0)
-    model = Spot(config, build_encoder(config))
+    model = Spot(config, frozen_encoder(config))
     target = torch.nn.functional.layer_norm(torch.randn(4, model.encoder.num_tokens, model.encoder.dim), (128,))
     noise = torch.randn(4, 4, 32)
     losses, gradients = {}, {}

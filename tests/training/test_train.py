@@ -219,7 +219,7 @@ def test_a_teacher_that_does_not_fit(words, sentence, workplace, capsys):
 def test_a_teacher_with_other_encoder_weights(workplace, capsys):
     from safetensors.torch import save_file
 
-    from spot_fast.checkpoints.runs import frozen_encoder
+    from spot_fast.checkpoints.encoder_weights import frozen_encoder
 
     weights = frozen_encoder(tiny()).vit.state_dict()
     save_file({name: value + 1 for name, value in weights.items()}, "other.safetensors")

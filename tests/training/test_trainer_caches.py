@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from image_files import make_images, truncate
+from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.checkpoints.runs import save_tensors
 from spot_fast.data.datasets import folder as folder_module
 from spot_fast.errors import UserError
-from spot_fast.model.encoder import build_encoder
 from spot_fast.training import trainer as trainer_module
 from spot_fast.training.trainer import Trainer
 from tiny_runs import CPU, assert_same_run, go_on, metrics, tiny, train
@@ -79,7 +79,7 @@ def test_dali_with_and_without_cache(on_files, tmp_path_factory, images, monkeyp
 def test_features_are_of_weights_and_of_what_computes_with_them(tmp_path):
     """Heads do not show in the weights: two files that are equal bit for bit give other features."""
     shape = "vit:patch=8,width=16,depth=1,hidden=16,heads="
-    weights = build_encoder(tiny(encoder=f"{shape}2", train_blocks=0)).vit.state_dict()
+    weights = frozen_encoder(tiny(encoder=f"{shape}2", train_blocks=0)).vit.state_dict()
     keys = set()
     for place, (name, heads, change) in enumerate(
         [("a", 2, 0), ("renamed", 2, 0), ("a", 4, 0), ("a", 2, 1), ("a", 2, 0)]

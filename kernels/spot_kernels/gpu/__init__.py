@@ -1,5 +1,5 @@
-"""The Triton kernels and their launchers, one module an operator. Imported on first use, not by `import spot_kernels`.
+"""The Triton kernels and their launchers; operators import them on first use, `import spot_kernels` does not.
 
-A launcher takes checked tensors and allocates what it returns. Nothing here waits for the device, so everything can be
+Launchers take checked tensors and fill the outputs they are given. Nothing waits for the device, so everything can be
 captured in a CUDA graph; no kernel uses atomics, so results repeat bit for bit.
 """

@@ -6,17 +6,18 @@
     dn = dh' (1 − z) (1 − n²);  dz = dh' (h − n) z (1 − z);  dr = dn h_n r (1 − r)
     di = (dr, dz, dn);  dh_· = (dr, dz, r dn);  dh = dh' z;  dweight = Σ_rows dnormed x;  dbias = Σ_rows dnormed
 
-A row lies in one tile and everything is float32 in registers. The backward pass computes the cell and the statistics
-again: they are two exponentials a value and two sums of a row, and what would be saved instead (torch.nn.GRUCell keeps
-five values a unit) would have to be written and read. Its programs walk over rows with their part of dweight and dbias
-in registers; a second kernel adds the parts in a fixed order.
+gates [M, 3U]; h, h' and normed [M, U]; weight, bias [U]; float32, bfloat16 or float16. A row fits one tile, and all
+arithmetic is float32 in registers. Saved for backward: the gates, hidden and weight. Backward computes the cell and the
+statistics again: two exponentials a value and two sums a row cost less than writing and reading what would be saved
+instead (torch.nn.GRUCell keeps five values a unit). Its programs walk over rows with their part of dweight and dbias in
+registers; a second kernel adds the parts in a fixed order.
 
-Why the cut lies here. Counted, not measured, for the part of an iteration behind the attention at SPOT's shape: 64
-images of 7 slots are M = 448 rows, U = 256, MLP 1024, and W = 6 U² + 8 U² = 0.92 M weights, 1.8 MB in bfloat16.
+Why the products stay outside. Counted, not measured, for the part of an iteration after the attention at SPOT's shape:
+64 images of 7 slots are M = 448 rows, U = 256, MLP 1024, and W = 6 U² + 8 U² = 0.92 M weights, 1.8 MB in bfloat16.
 
     separate kernels   cell and LayerNorm are 2 launches that move 15 MU values (6 gates, h, h' twice, normed, 5 saved),
                        and 4 launches and 21 MU backward. MU values are 0.2 MB in bfloat16, at most 0.1 µs of an H200's
-                       memory: it is the launches, about 2 µs each in a captured graph, that cost.
+                       memory: the launches cost, about 2 µs each in a captured graph.
     gru_norm           1 launch and 9 MU, backward 2 launches and 16 MU. The four products keep their 2 MW = 0.8 GFLOP
                        (1 µs of tensor cores) and read every weight once.
     one kernel         saves the five launches around it too, but its rows are cut into tiles of 16 or more: 28 programs
@@ -34,19 +35,20 @@ import triton
 import triton.language as tl
 
 from spot_kernels.gpu import launch
-from spot_kernels.gru_norm import empty_gradients, empty_outputs
 
+# Parts and units of a tile that sums the programs' parts of dweight and dbias.
 _SUM_PARTS, _SUM_UNITS = 128, 32
 
 
 @triton.jit
 def _sigmoid(x):
+    # div_rn: the plain division of GPUs is not correctly rounded
     return tl.div_rn(1.0, 1.0 + tl.exp(-x))
 
 
 @triton.jit
 def _tanh(x):
-    """tanh to float32's last places, also near 0, where 2 σ(2x) − 1 loses them; the language has no tanh of its own."""
+    """tanh accurate to float32's last places, also near 0, where 2 σ(2x) − 1 cancels; Triton has no portable tanh."""
     a = tl.abs(x)
     far = 1.0 - tl.div_rn(2.0, tl.exp(2.0 * a) + 1.0)
     # the [7/6] Padé approximant, exact to 1e-13 below 0.75
@@ -59,6 +61,7 @@ def _tanh(x):
 @triton.jit
 def _cell(gates_input, gates_hidden, hidden, stride_i, stride_g, stride_h, o_row, o_u, m, units):
     """r, z, n, h_n, h and h' of a tile [ROWS, BLOCK_U], float32; h' is 0 in padding."""
+    # a row of gates holds r, z and n side by side, `units` apart
     p_i = gates_input + o_row[:, None] * stride_i + o_u[None, :]
     p_g = gates_hidden + o_row[:, None] * stride_g + o_u[None, :]
     b_h = tl.load(hidden + o_row[:, None] * stride_h + o_u[None, :], mask=m, other=0.0).to(tl.float32)
@@ -77,6 +80,7 @@ def _cell(gates_input, gates_hidden, hidden, stride_i, stride_g, stride_h, o_row
 @triton.jit
 def _standardise(b_new, m, units, eps):
     """x [ROWS, BLOCK_U], 0 in padding, and 1 / √(variance + eps) [ROWS, 1]."""
+    # two passes over registers, mean before variance: E[x²] − E[x]² would cancel. Padding must not enter the variance
     b_c = tl.where(m, b_new - (tl.sum(b_new, 1) / units)[:, None], 0.0)
     b_inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(b_c * b_c, 1) / units + eps))[:, None]
     return tl.where(m, b_c * b_inverse, 0.0), b_inverse
@@ -100,16 +104,18 @@ def _forward(
     ROWS: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
-    """Grid: blocks of ROWS rows."""
+    """Grid: blocks of ROWS rows. new and normed are contiguous."""
     o_row, o_u = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_U)
     m_u = o_u < units
     m = (o_row < rows)[:, None] & m_u[None, :]
+    # int64: the offset of a row passes 2^31 in large batches
     o_row = o_row.to(tl.int64)
     _, _, _, _, _, b_new = _cell(gates_input, gates_hidden, hidden, stride_i, stride_g, stride_h, o_row, o_u, m, units)
+    # h' and normed [ROWS, BLOCK_U]; normed is that of h' before it is rounded
     o = o_row[:, None] * units + o_u[None, :]
     tl.store(new + o, b_new.to(new.dtype.element_ty), mask=m)
     b_x, _ = _standardise(b_new, m, units, eps)
-    # [BLOCK_U]
+    # weight and bias [BLOCK_U]
     b_w = tl.load(weight + o_u, mask=m_u, other=0.0).to(tl.float32)
     b_b = tl.load(bias + o_u, mask=m_u, other=0.0).to(tl.float32)
     tl.store(normed + o, (b_x * b_w[None, :] + b_b[None, :]).to(normed.dtype.element_ty), mask=m)
@@ -145,10 +151,11 @@ def _backward(
     program, o_u = tl.program_id(0), tl.arange(0, BLOCK_U)
     m_u = o_u < units
     if WITH_NORMED:
-        # [BLOCK_U]
+        # weight [BLOCK_U], kept for all rows; one sum for each row of a block, added up at the end
         b_w = tl.load(weight + o_u, mask=m_u, other=0.0).to(tl.float32)
         b_grad_w = tl.zeros((ROWS, BLOCK_U), dtype=tl.float32)
         b_grad_b = tl.zeros((ROWS, BLOCK_U), dtype=tl.float32)
+    # several blocks a program, so that there are few parts of dweight and dbias to add
     for i in range(blocks_each):
         o_row = (program * blocks_each + i) * ROWS + tl.arange(0, ROWS)
         m = (o_row < rows)[:, None] & m_u[None, :]
@@ -156,6 +163,7 @@ def _backward(
         b_r, b_z, b_n, b_hn, b_h, b_new = _cell(
             gates_input, gates_hidden, hidden, stride_i, stride_g, stride_h, o_row, o_u, m, units
         )
+        # dh' [ROWS, BLOCK_U], directly and through the LayerNorm
         b_grad = tl.zeros((ROWS, BLOCK_U), dtype=tl.float32)
         if WITH_NEW:
             b_grad += tl.load(grad_new + o_row[:, None] * stride_n + o_u[None, :], mask=m, other=0.0).to(tl.float32)
@@ -170,6 +178,7 @@ def _backward(
         b_grad_n = b_grad * (1.0 - b_z) * (1.0 - b_n * b_n)
         b_grad_z = b_grad * (b_h - b_n) * b_z * (1.0 - b_z)
         b_grad_r = b_grad_n * b_hn * b_r * (1.0 - b_r)
+        # [ROWS, BLOCK_U] to each third of both gates' rows
         tl.store(grad_h + o_row[:, None] * units + o_u[None, :], (b_grad * b_z).to(grad_h.dtype.element_ty), mask=m)
         p_i = grad_input + o_row[:, None] * (3 * units) + o_u[None, :]
         p_g = grad_hidden + o_row[:, None] * (3 * units) + o_u[None, :]
@@ -180,6 +189,7 @@ def _backward(
         tl.store(p_i + 2 * units, b_grad_n.to(grad_input.dtype.element_ty), mask=m)
         tl.store(p_g + 2 * units, (b_grad_n * b_r).to(grad_input.dtype.element_ty), mask=m)
     if WITH_NORMED:
+        # [BLOCK_U] twice: no atomics, another kernel adds the parts
         p_parts = parts + program * units + o_u
         tl.store(p_parts, tl.sum(b_grad_w, 0), mask=m_u)
         tl.store(p_parts + tl.num_programs(0) * units, tl.sum(b_grad_b, 0), mask=m_u)
@@ -192,6 +202,7 @@ def _sum_parts(parts, grad_weight, grad_bias, programs, units, BLOCK_P: tl.const
     m_u = o_u < units
     b_w = tl.zeros((BLOCK_P, BLOCK_U), dtype=tl.float32)
     b_b = tl.zeros((BLOCK_P, BLOCK_U), dtype=tl.float32)
+    # [BLOCK_P, BLOCK_U] parts of each at a time, always in the same order
     for start in range(0, programs, BLOCK_P):
         m = (start + o_p < programs)[:, None] & m_u[None, :]
         p = parts + (start + o_p)[:, None] * units + o_u[None, :]
@@ -207,13 +218,13 @@ class _Config(NamedTuple):
 
 
 def _forward_config(block_u: int) -> _Config:
-    """Eight values a thread: a load of 16 bytes of bfloat16, and the sums of a row of 256 within one warp."""
+    """Eight values a thread: a load is 16 bytes of bfloat16, and a row of 256 is summed within one warp."""
     rows = max(1, 256 // block_u)
     return _Config(rows, rows * block_u // 256)
 
 
 def _backward_config(block_u: int) -> _Config:
-    """Four values a thread, as it holds more than twice as much of each. Two rows of 256, for half as many parts."""
+    """Four values a thread, which holds more than twice as many tiles. Two rows of 256, for half as many parts."""
     rows = max(1, 512 // block_u)
     return _Config(rows, rows * block_u // 128)
 
@@ -225,11 +236,14 @@ def forward(
     weight: torch.Tensor,
     bias: torch.Tensor,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """gates [M, 3U], hidden [M, U], weight and bias [U] → h' in hidden's dtype, normed in the gates', both [M, U]."""
+    new: torch.Tensor,
+    normed: torch.Tensor,
+) -> None:
+    """Fills new = h' in hidden's dtype and normed in the gates', both [M, U]; gates [M, 3U], hidden [M, U]."""
     gates_input, gates_hidden, hidden = (launch.rows_last(t) for t in (gates_input, gates_hidden, hidden))
-    new, normed = empty_outputs(gates_input, hidden)
     rows, units = hidden.shape
+    launch.written("new", new, hidden.dtype, (rows, units), hidden.device)
+    launch.written("normed", normed, gates_input.dtype, (rows, units), hidden.device)
     block_u = launch.power_of_2(units)
     config = _forward_config(block_u)
     launch.launch(
@@ -253,7 +267,6 @@ def forward(
         ROWS=config.rows,
         BLOCK_U=block_u,
     )
-    return new, normed
 
 
 def backward(
@@ -264,16 +277,28 @@ def backward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of gates_input, gates_hidden, hidden, weight and bias; grad_new, grad_normed [M, U] or None."""
+    grad_input: torch.Tensor,
+    grad_hidden: torch.Tensor,
+    grad_h: torch.Tensor,
+    grad_weight: torch.Tensor,
+    grad_bias: torch.Tensor,
+) -> None:
+    """Fills the gradients of the gates, hidden, weight and bias from those of new and normed (None: zero)."""
     gates_input, gates_hidden, hidden = (launch.rows_last(t) for t in (gates_input, gates_hidden, hidden))
     grad_new, grad_normed = (None if g is None else launch.rows_last(g) for g in (grad_new, grad_normed))
-    grad_input, grad_hidden, grad_h, grad_weight, grad_bias = empty_gradients(gates_input, gates_hidden, hidden, weight)
     rows, units = hidden.shape
+    for name, grad, like, shape in (
+        ("grad_input", grad_input, gates_input, (rows, 3 * units)),
+        ("grad_hidden", grad_hidden, gates_hidden, (rows, 3 * units)),
+        ("grad_h", grad_h, hidden, (rows, units)),
+        ("grad_weight", grad_weight, weight, (units,)),
+        ("grad_bias", grad_bias, weight, (units,)),
+    ):
+        launch.written(name, grad, like.dtype, shape, hidden.device)
     block_u = launch.power_of_2(units)
     config = _backward_config(block_u)
     blocks = triton.cdiv(rows, config.rows)
-    # more programs would hide more latency, but each leaves a part for the second kernel to read
+    # more programs would hide more latency, but each writes a part that the second kernel has to read
     blocks_each = max(1, triton.cdiv(blocks, 2 * launch.multiprocessors(hidden.device)))
     programs = triton.cdiv(blocks, blocks_each)
     parts = None
@@ -309,7 +334,9 @@ def backward(
         WITH_NORMED=grad_normed is not None,
     )
     if parts is None:
-        return grad_input, grad_hidden, grad_h, grad_weight.zero_(), grad_bias.zero_()
+        grad_weight.zero_()
+        grad_bias.zero_()
+        return
     launch.launch(
         _sum_parts,
         (triton.cdiv(units, _SUM_UNITS),),
@@ -323,4 +350,3 @@ def backward(
         BLOCK_P=_SUM_PARTS,
         BLOCK_U=_SUM_UNITS,
     )
-    return grad_input, grad_hidden, grad_h, grad_weight, grad_bias

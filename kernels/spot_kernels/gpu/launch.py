@@ -1,10 +1,10 @@
-"""Launching kernels, and the facts about the chip that configurations depend on.
+"""Launching kernels, and the properties of the chip that configurations depend on.
 
-Configurations are static tables keyed by architecture and shape class: no autotuning, so a first call takes no extra
-time, a captured graph sees no trial runs, and what is compiled for a chip can be listed without it.
+Configurations are static tables keyed by architecture and shape class instead of autotuning: a first call takes no
+extra time, a captured graph contains no trial runs, and all kernels of a chip can be listed without it.
 
-`recording(architecture)` makes the launchers write down what they would launch instead of launching it. The
-compile-only tests use it to compile every kernel exactly as it is launched, on a machine without a GPU.
+Under `recording(architecture)` launchers record what they would launch. The compile-only tests use it to compile every
+kernel exactly as it is launched, on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import torch
 
 from spot_kernels.dispatch import INTERPRETED
 
-# A100; consumer Ampere, Ada and Blackwell (8.6, 8.9, 12.x), which have less shared memory; H100, H200; B200; MI300X.
+# A100; consumer Ampere, Ada and Blackwell (8.6, 8.9, 12.x), with less shared memory; H100 and H200; B200; MI300X.
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 # Bytes of shared memory that one program may use.
 SHARED_MEMORY = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
-# Elements from row to row, or column to column, of a tile of at most 64 × 256: below 2^31 / 64.
-_FAR = 2**24
+# Strides must be smaller, so that 32-bit offsets hold within a tile of at most 64 × 256: below 2^31 / 64.
+_LARGEST_STRIDE = 2**24
 _MULTIPROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpreter": 4}
 
 
 @dataclass
 class Call:
-    """One launch that was written down: kernel, runtime arguments in order, compile-time constants, options."""
+    """A recorded launch: kernel, runtime arguments in order, compile-time constants, options."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -51,7 +51,7 @@ _recording: Recording | None = None
 
 @contextlib.contextmanager
 def recording(architecture: str) -> Iterator[list[Call]]:
-    """Launches in this block are appended to the list it yields, as on a chip of `architecture`; nothing runs."""
+    """Appends launches in this block to the list it yields, as on a chip of `architecture`; nothing runs."""
     global _recording
     _recording = Recording(architecture)
     try:
@@ -73,7 +73,7 @@ def _device_facts(index: int) -> tuple[str, int]:
 
 
 def architecture(device: torch.device) -> str:
-    """One of ARCHITECTURES, the one whose tables hold for `device`, or `interpreter` for a CPU."""
+    """The one of ARCHITECTURES whose tables hold for `device`, or `interpreter` for a CPU."""
     if _recording is not None:
         return _recording.architecture
     if device.type == "cpu":
@@ -82,22 +82,22 @@ def architecture(device: torch.device) -> str:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run at once at least: what a launch should fill."""
+    """The number of multiprocessors, which is the least number of programs that a launch should have."""
     if _recording is not None or device.type == "cpu":
         return _MULTIPROCESSORS[architecture(device)]
     return _device_facts(device.index if device.index is not None else torch.cuda.current_device())[1]
 
 
 def widen(device: torch.device) -> bool:
-    """Whether kernels convert tiles to float32 before a product: the interpreter's bfloat16 arithmetic is wrong."""
+    """Whether kernels have to convert tiles to float32, because the interpreter's bfloat16 arithmetic is wrong."""
     return _recording is None and INTERPRETED and device.type == "cpu"
 
 
 def float32_precision(device: torch.device) -> str:
-    """`input_precision` of float32 products: exact as PyTorch's default, tf32 where the user has allowed it there.
+    """`input_precision` of float32 products: exact, or tf32 where the user has allowed it in PyTorch.
 
-    Both of PyTorch's settings end in the attribute that is read here: `torch.set_float32_matmul_precision` (and
-    `allow_tf32`) write it too. Their own getters raise where a user has set the newer one.
+    Reads the attribute that all of PyTorch's settings write (`torch.set_float32_matmul_precision` and `allow_tf32`
+    too): the older getters raise if a user has set the newer attribute.
     """
     interpreted = _recording is None and device.type == "cpu"
     if interpreted or torch.version.hip or torch.backends.cuda.matmul.fp32_precision != "tf32":
@@ -114,7 +114,7 @@ def launch(
         return
     if 0 in grid:
         return
-    # fusion of multiply and add is said, because Triton's own default is about to change
+    # fusion of multiply and add is explicit because Triton is about to change its default
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
     if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
@@ -125,37 +125,37 @@ def launch(
 
 
 def rows_last(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with unit stride in its last axis, which kernels load whole rows along; a copy only where needed."""
+    """The tensor with unit stride in its last axis, along which kernels load rows; a copy only if needed."""
     return near(tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous())
 
 
 def near(tensor: torch.Tensor, axes: int = 2) -> torch.Tensor:
-    """The tensor, copied where its last axes have strides so large that a tile's 32-bit offsets might overflow."""
-    return tensor if max(tensor.stride()[-axes:]) < _FAR else tensor.contiguous()
+    """The tensor, copied if the strides of its last axes are so large that a tile's 32-bit offsets might overflow."""
+    return tensor if max(tensor.stride()[-axes:]) < _LARGEST_STRIDE else tensor.contiguous()
 
 
 def dense(
     name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
 ) -> torch.Tensor:
-    """The tensor, contiguous, as a kernel takes it for granted; a copy where a saved one came back otherwise.
+    """An input as contiguous tensor; ValueError for another dtype, shape or device.
 
-    Hooks on saved tensors (offloading to the CPU, say) may change layouts. ValueError for another dtype, shape, device.
+    Copies saved tensors whose layout a hook has changed, such as one that offloads them to the CPU.
     """
     if tensor.dtype != dtype or tensor.shape != shape or tensor.device != device:
-        found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-        raise ValueError(f"kernels: {name} is {found}: pass {dtype} {tuple(shape)} on {device}")
+        actual = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"kernels: {name} is {actual}: pass {dtype} {tuple(shape)} on {device}")
     return tensor.contiguous()
 
 
 def written(
     name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
 ) -> torch.Tensor:
-    """As `dense`, for what a kernel writes: a copy would be lost, so another layout is a ValueError as well."""
+    """As `dense`, for an output: another layout is a ValueError as well, because a copy would be lost."""
     if not tensor.is_contiguous():
         raise ValueError(f"kernels: {name} {tuple(tensor.shape)} has strides {tensor.stride()}: pass it contiguous")
     return dense(name, tensor, dtype, shape, device)
 
 
 def power_of_2(value: int, least: int = 16) -> int:
-    """The smallest power of two that is at least `value` and at least `least` (16: the smallest side of a tile)."""
+    """The smallest power of two not below `value` and `least` (16: the smallest side of a tile)."""
     return max(least, 1 << max(0, value - 1).bit_length())

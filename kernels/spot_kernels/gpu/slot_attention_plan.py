@@ -1,4 +1,4 @@
-"""How the slot-attention kernels cut up a problem: tiles, splits and precisions by chip, shape and dtype.
+"""Tiles, splits and precisions of the slot-attention kernels by chip, shape and dtype.
 
 Static tables and rules, checked by compiling for each chip: what fits its shared memory and spills no registers.
 """
@@ -14,11 +14,11 @@ from spot_kernels.gpu import launch
 
 
 class Plan(NamedTuple):
-    """How a launch cuts up its problem.
+    """The tiles and blocks of a launch.
 
-    heads, slots: of a tile, padded; its rows are heads × slots. columns: of a tile; whether these are whole rows or a
-    program computes one part of its rows. joint: whether heads need `_joint_kernel`. tokens: of a block; num_stages of
-    them are under way at once.
+    heads, slots: of a tile, padded; its rows are heads × slots. columns: of a tile. whole: whether these are whole
+    rows; otherwise a program computes one part of its rows. joint: whether the heads need `joint_statistics`. tokens:
+    of a block; num_stages blocks are in flight at once.
     """
 
     heads: int
@@ -34,19 +34,19 @@ class Plan(NamedTuple):
 # Bytes of the largest tile of slots in a backward program, which holds four such tiles beside its blocks of tokens.
 # A forward program holds half as many.
 TILE_BYTES = {"sm_80": 16384, "sm_89": 8192, "sm_90": 32768, "sm_100": 32768, "gfx942": 8192, "interpreter": 32768}
-# A split is worth its second launch from this many tokens a program on.
+# Fewest tokens a program at which a split pays for its second launch.
 LEAST_TOKENS = 256
 
 
 def plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, products: dict, backward: bool) -> Plan:
-    """The tile and the blocks of a launch; `products` are its `precisions`, k and v have unit stride in channels."""
+    """The plan of a launch; `products` are its `precisions`, k and v have unit stride in channels."""
     _, heads, slots, width = q.shape
     architecture = launch.architecture(q.device)
-    # fp16 tiles meet their weights in float32
+    # float16 tiles are multiplied with their weights in float32
     size = 2 if k.dtype == torch.bfloat16 else 4
     most = TILE_BYTES[architecture] * (1 if backward else 2) // size
     widest = 256
-    # Without tensor cores whole rows of operands are in registers: more than 64 columns would not fit.
+    # without tensor cores whole rows of operands are held in registers: more than 64 columns would not fit
     exact = k.dtype == torch.float32 and products["PRECISION"] == "ieee" and architecture.startswith("sm_")
     if exact:
         widest = 64
@@ -60,12 +60,12 @@ def plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, products: dict, back
     columns = min(columns, widest, most // rows)
     tile = rows * columns * size
     if architecture == "interpreter":
-        # small blocks: a small test has several
+        # small blocks, so that a small test has several
         return Plan(across, down, columns, columns == whole, joint, 16, 4, 1)
     if exact:
         return Plan(across, down, columns, columns == whole, joint, 32 if rows <= 32 else 16, 8, 2)
     if columns > 64:
-        # float32 keys and values take twice the room
+        # float32 keys and values need twice the memory
         full = backward and tile >= 32768 or architecture == "gfx942" and k.dtype == torch.float32
         tokens, num_warps = 16 if full else 32, 8
     elif rows > 32:
@@ -80,11 +80,11 @@ def plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, products: dict, back
 
 
 def splits(programs: int, tokens: int, block: int, device: torch.device) -> tuple[int, int]:
-    """Over how many programs the tokens of a sample are split, and how many tokens each takes.
+    """The number of programs over which the tokens of a sample are split, and the tokens of each.
 
-    Enough to give every multiprocessor two programs, and only where there are too few programs without. Counted for
-    SPOT's shape in bf16, (64, 196, 7, 256): 64 programs keep three blocks of 32 KB each under way, 6 MB together, and
-    memory needs about 4 MB (4 TB/s times a latency of 1 µs) to run at full speed. All of k and v is 3 µs of memory
+    Two programs a multiprocessor, and only where there are fewer programs than multiprocessors without a split. Counted
+    for SPOT's shape in bf16, (64, 196, 7, 256): 64 programs keep three blocks of 32 KB each in flight, 6 MB together,
+    and memory needs about 4 MB (4 TB/s times a latency of 1 µs) to run at full speed. All of k and v is 3 µs of memory
     traffic: halves of 98 tokens would gain less than the second launch costs.
     """
     wanted = launch.multiprocessors(device)
@@ -95,14 +95,14 @@ def splits(programs: int, tokens: int, block: int, device: torch.device) -> tupl
 
 
 def precisions(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
-    """Of products of inputs (PRECISION), of products with weights (WEIGHTS), and how weights are rounded for these."""
+    """Precision of products of inputs (PRECISION) and with weights (WEIGHTS), and the weights' rounding (ROUND)."""
     widen, architecture = launch.widen(device), launch.architecture(device)
     precision = launch.float32_precision(device)
     weights, rounding = precision, "tf32" if precision == "tf32" else "none"
     if dtype == torch.bfloat16 and not widen:
         rounding = "bf16"
     elif dtype == torch.float16 and architecture not in ("interpreter", "gfx942"):
-        # In fp16 a weight below 6e-8 would vanish, and eps with it. In tf32 fp16 values are exact and weights have
-        # the range of float32.
+        # in float16 a weight below 6e-8 would vanish, and eps with it; in tf32 float16 values are exact and weights
+        # have the range of float32
         weights, rounding = "tf32", "tf32"
     return {"PRECISION": precision, "WEIGHTS": weights, "ROUND": rounding, "WIDEN": widen}

@@ -3,15 +3,18 @@
     s = q kᵀ / √d;  p = softmax over slots of s;  out = p v;  map = mean of p over heads
     dp = do vᵀ + dmap / H;  ds = p (dp − Σ_slots p dp);  dq = ds k / √d;  dk = dsᵀ q / √d;  dv = pᵀ do
 
-All slots (at most 64) lie in one tile, so a row's softmax is finished where it starts: nothing is rescaled, and the
-backward pass computes p again from q and k, which it needs anyway, instead of reading a saved log-sum-exp. A head wider
-than a tile of channels has its logits summed over tiles; in the backward pass each tile is then a program of its own.
+q and out [B, H, N, d], k and v [B, H, K, d], map [B, N, K] float32; float32, bfloat16 or float16. Saved for backward:
+q, k and v.
 
-Forward: a program takes a block of tokens; with the map it walks over the heads, so that their mean stays in registers
-and is written once; without it every head has its own program. Without the output (the map alone) v is not read and
-nothing of size N × d is written. Backward: a program takes one head of one sample and
-walks over tokens, so q and do are read once and dk and dv stay in registers. Where there are fewer heads than the chip
-has multiprocessors, the tokens are split over programs, and a second kernel adds their float32 parts in a fixed order.
+All slots (at most 64) fit one tile, so the softmax of a row is complete in one step and nothing is rescaled. Backward
+computes p again from q and k, which it needs anyway, instead of reading a saved log-sum-exp. If a head is wider than a
+tile, its logits are summed over tiles of channels; in the backward pass each tile is then a program of its own.
+
+Forward: a program takes a block of tokens. With the map it walks over the heads, so that their mean stays in registers
+and is written once; without it every head has its own program. Without the output (the map alone) it reads no v and
+writes nothing of size N × d. Backward: a program takes one head of one sample and walks over the tokens, so q and do
+are read once and dk and dv stay in registers. If there are fewer heads than multiprocessors, the tokens are split over
+programs, and a second kernel adds their float32 parts in a fixed order.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ _SUM_BLOCK = 512
 def _softmax(b_s, m_slot, scale_log2):
     """Softmax of the scaled logits over the slots, [tokens, slots] float32; exactly 0 in padded slots."""
     b_s = tl.where(m_slot[None, :], b_s, float("-inf"))
-    # the maximum goes before the scale: differences of large logits are exact, their scaled values are not
+    # subtract the maximum before scaling: differences of large logits are exact, their scaled values are not. exp2 is
+    # one instruction, and log2 e is in the scale
     b_e = tl.exp2((b_s - tl.max(b_s, 1)[:, None]) * scale_log2)
     return b_e / tl.sum(b_e, 1)[:, None]
 
@@ -50,8 +54,9 @@ def _products(
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """a bᵀ [BLOCK_N, BLOCK_K] over the whole width, BLOCK_C channels at a time; p_a and p_b point at the rows."""
+    """a bᵀ [BLOCK_N, BLOCK_K] over the whole width; p_a and p_b point at the rows."""
     b_s = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    # BLOCK_C channels of both at a time
     for c in range(0, width, BLOCK_C):
         o_c = c + tl.arange(0, BLOCK_C)
         m_c = o_c < width
@@ -100,12 +105,13 @@ def _forward(
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: batch × blocks of tokens, groups of `heads_each` heads (one group of all heads with the map)."""
+    """Grid: batch × blocks of BLOCK_N tokens, groups of `heads_each` heads: all heads with the map, one without."""
     pid, group = tl.program_id(0), tl.program_id(1)
     batch = (pid // blocks).to(tl.int64)
     o_n, o_k, o_d = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
     m_n, m_k = o_n < tokens, o_k < slots
     o_n, o_k = o_n.to(tl.int64), o_k.to(tl.int64)
+    # sum of p over the heads, [BLOCK_N, BLOCK_K]
     b_map = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     for i in range(heads_each):
         head = (group * heads_each + i).to(tl.int64)
@@ -116,13 +122,13 @@ def _forward(
             p_out = out + batch * stride_ob + head * stride_oh + o_n * stride_on
         if WHOLE:
             m_d = o_d < width
-            # [BLOCK_N, BLOCK_D], [BLOCK_K, BLOCK_D]
+            # q [BLOCK_N, BLOCK_D] and k [BLOCK_K, BLOCK_D] of the head
             b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
             b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0)
             if WIDEN:
                 b_q, b_k = b_q.to(tl.float32), b_k.to(tl.float32)
             if WITH_OUT:
-                # [BLOCK_K, BLOCK_D]
+                # v [BLOCK_K, BLOCK_D], requested before the softmax to hide its latency
                 b_v = tl.load(p_v[:, None] + o_d[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0)
                 if WIDEN:
                     b_v = b_v.to(tl.float32)
@@ -134,9 +140,10 @@ def _forward(
             b_s = _products(p_q, p_k, m_n, m_k, width, BLOCK_N, BLOCK_K, BLOCK_C, WIDEN, PRECISION)
             b_p = _softmax(b_s, m_k, scale_log2)
             if WITH_OUT:
+                # p is complete: out [BLOCK_N, BLOCK_D] needs v of its own channels only
                 for c in range(0, width, BLOCK_D):
                     m_d = c + o_d < width
-                    # [BLOCK_K, BLOCK_D]
+                    # v [BLOCK_K, BLOCK_D]
                     b_v = tl.load(p_v[:, None] + (c + o_d)[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0)
                     if WIDEN:
                         b_v = b_v.to(tl.float32)
@@ -145,6 +152,7 @@ def _forward(
         if WITH_MAP:
             b_map += b_p
     if WITH_MAP:
+        # [BLOCK_N, BLOCK_K]
         p_map = mean_map + batch * tokens * slots + o_n[:, None] * slots + o_k[None, :]
         tl.store(p_map, b_map * map_scale, mask=m_n[:, None] & m_k[None, :])
 
@@ -195,7 +203,7 @@ def _backward(
 ):
     """Grid: batch × heads, parts of `blocks_each` blocks of tokens, tiles of BLOCK_D channels.
 
-    The gradients of q, k and v lie as [B, N or K, H, d]; grad_k and grad_v have one such copy a part.
+    The gradients of q, k and v are laid out as [B, N or K, H, d]; grad_k and grad_v have one such copy for each part.
     """
     pid, part = tl.program_id(0), tl.program_id(1)
     batch, head = (pid // heads).to(tl.int64), (pid % heads).to(tl.int64)
@@ -204,26 +212,26 @@ def _backward(
     m_row = m_k[:, None] & m_d[None, :]
     o_k = o_k.to(tl.int64)
     p_k = k + batch * stride_kb + head * stride_kh + o_k * stride_kk
-    # [BLOCK_K, BLOCK_D]
+    # k and v [BLOCK_K, BLOCK_D], kept for all tokens like dk and dv
     b_k = tl.load(p_k[:, None] + o_d[None, :], mask=m_row, other=0.0)
     if WIDEN:
         b_k = b_k.to(tl.float32)
     b_grad_k = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
     if WITH_OUT:
         p_v = v + batch * stride_vb + head * stride_vh + o_k * stride_vk
-        # [BLOCK_K, BLOCK_D]
         b_v = tl.load(p_v[:, None] + o_d[None, :], mask=m_row, other=0.0)
         if WIDEN:
             b_v = b_v.to(tl.float32)
         b_grad_v = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
     first = part * blocks_each * BLOCK_N
+    # the part's tokens, BLOCK_N at a time, each read once
     for start in range(first, tl.minimum(tokens, first + blocks_each * BLOCK_N), BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         m_n = o_n < tokens
         m_token = m_n[:, None] & m_d[None, :]
         o_n = o_n.to(tl.int64)
         p_q = q + batch * stride_qb + head * stride_qh + o_n * stride_qn
-        # [BLOCK_N, BLOCK_D]
+        # q [BLOCK_N, BLOCK_D]
         b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_token, other=0.0)
         if WIDEN:
             b_q = b_q.to(tl.float32)
@@ -232,10 +240,11 @@ def _backward(
         else:
             b_s = _products(p_q, p_k, m_n, m_k, width, BLOCK_N, BLOCK_K, BLOCK_C, WIDEN, PRECISION)
         b_p = _softmax(b_s, m_k, scale_log2)
+        # dp [BLOCK_N, BLOCK_K] from the output and from the map
         b_grad_p = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
         if WITH_OUT:
             p_g = grad_out + batch * stride_gb + head * stride_gh + o_n * stride_gn
-            # [BLOCK_N, BLOCK_D]
+            # do [BLOCK_N, BLOCK_D]
             b_g = tl.load(p_g[:, None] + o_d[None, :], mask=m_token, other=0.0)
             if WIDEN:
                 b_g = b_g.to(tl.float32)
@@ -243,17 +252,20 @@ def _backward(
                 b_grad_p += tl.dot(b_g, tl.trans(b_v), input_precision=PRECISION)
             else:
                 b_grad_p += _products(p_g, p_v, m_n, m_k, width, BLOCK_N, BLOCK_K, BLOCK_C, WIDEN, PRECISION)
-            # rows past the last token have p ≠ 0 but g = 0
+            # rows past the last token have p ≠ 0 but do = 0, so they add nothing
             b_grad_v += tl.dot(tl.trans(b_p.to(b_g.dtype)), b_g, input_precision=PRECISION)
         if WITH_MAP:
+            # dmap [BLOCK_N, BLOCK_K], the same for all heads
             p_map = grad_map + batch * stride_mb + o_n[:, None] * stride_mn + o_k[None, :] * stride_mk
             b_map = tl.load(p_map, mask=m_n[:, None] & m_k[None, :], other=0.0)
             b_grad_p += b_map.to(tl.float32) * map_scale
         b_grad_s = (b_p * (b_grad_p - tl.sum(b_p * b_grad_p, 1)[:, None])).to(b_q.dtype)
         b_grad_q = tl.dot(b_grad_s, b_k, input_precision=PRECISION) * scale
+        # dq [BLOCK_N, BLOCK_D]: complete, since it sums over slots alone
         p_grad_q = grad_q + ((batch * tokens + o_n[:, None]) * heads + head) * width + o_d[None, :]
         tl.store(p_grad_q, b_grad_q.to(grad_q.dtype.element_ty), mask=m_token)
         b_grad_k += tl.dot(tl.trans(b_grad_s), b_q, input_precision=PRECISION)
+    # dk and dv [BLOCK_K, BLOCK_D] of the part
     o_row = part.to(tl.int64) * part_size + ((batch * slots + o_k[:, None]) * heads + head) * width + o_d[None, :]
     tl.store(grad_k + o_row, (b_grad_k * scale).to(grad_k.dtype.element_ty), mask=m_row)
     if WITH_OUT:
@@ -262,11 +274,12 @@ def _backward(
 
 @triton.jit
 def _sum_parts(partial, out, size, parts, BLOCK: tl.constexpr):
-    """out [size] = the sum of partial [parts, size], part by part."""
+    """out [size] = the sum of partial [parts, size]. Grid: blocks of BLOCK elements."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < size
     b_sum = tl.zeros((BLOCK,), dtype=tl.float32)
     p_partial = partial + o
+    # part by part, always in the same order
     for _ in range(parts):
         b_sum += tl.load(p_partial, mask=m, other=0.0)
         p_partial += size
@@ -274,7 +287,7 @@ def _sum_parts(partial, out, size, parts, BLOCK: tl.constexpr):
 
 
 class _Config(NamedTuple):
-    """Tokens of a block, channels of a tile, channels of a product's step where a tile does not hold the width."""
+    """Tokens of a block, channels of a tile, channels of a step of a product over heads wider than a tile."""
 
     block_n: int
     block_d: int
@@ -286,10 +299,10 @@ class _Config(NamedTuple):
 def _forward_config(architecture: str, dtype: torch.dtype, block_k: int, width: int, with_out: bool) -> _Config:
     block_d = launch.power_of_2(width)
     if dtype == torch.float32:
-        # without tensor cores a product keeps rows of its operands in registers: short rows
+        # without tensor cores a product keeps rows of its operands in registers, so they have to be short
         return _Config(32, min(block_d, 32), 32, 4, 1)
     block_d = min(block_d, 128)
-    # the map alone: its loads are few, and with stages it spills
+    # the map alone has few loads, and spills with stages
     stages = 1 if architecture == "gfx942" or not with_out else 3 if block_k <= 32 else 2
     return _Config(32, block_d, 64, 8 if block_k * block_d > 32 * 128 else 4, stages)
 
@@ -312,7 +325,7 @@ def forward(
 ) -> None:
     """Fills out [B, H, N, d] and mean_map [B, N, K] float32 (contiguous) of q [B, H, N, d], k and v [B, H, K, d].
 
-    Either result may be left out; without `out` there is no v.
+    Either result may be None; v is None without `out`.
     """
     q, k, v = launch.rows_last(q), launch.rows_last(k), None if v is None else launch.rows_last(v)
     batch, heads, tokens, width = q.shape
@@ -368,7 +381,7 @@ def backward(
 ) -> None:
     """Fills the gradients of q, k and v, laid out as [B, N or K, H, d], from those of out and map (None: zero).
 
-    Without `v` there is no gradient of it, nor `grad_out`.
+    For the map alone v, grad_out and grad_v are None.
     """
     if grad_out is None and grad_v is not None:
         grad_v.zero_()
@@ -383,7 +396,7 @@ def backward(
     config = _backward_config(launch.architecture(q.device), q.dtype, block_k, width)
     blocks = max(1, triton.cdiv(tokens, config.block_n))
     wanted = launch.multiprocessors(q.device)
-    # two programs a multiprocessor, where tokens have to be split at all
+    # two programs a multiprocessor if tokens are split at all
     parts = 1 if batch * heads >= wanted else min(blocks, triton.cdiv(2 * wanted, max(1, batch * heads)))
     blocks_each = triton.cdiv(blocks, parts)
     parts = triton.cdiv(blocks, blocks_each)
@@ -446,5 +459,5 @@ def backward(
 
 
 def _strides(tensor: torch.Tensor | None) -> tuple[int, int, int]:
-    """The first three; the fourth, where there is one, is 1."""
+    """The first three strides (the fourth, if any, is 1); zeros for an argument that is None."""
     return (0, 0, 0) if tensor is None else tensor.stride()[:3]

@@ -1,1 +1,1 @@
-"""One plain-PyTorch file per operator: the oracle for tests and the baseline for benchmarks."""
+"""One plain PyTorch file per operator: the oracle of the tests and the baseline of the benchmarks."""

@@ -1,4 +1,4 @@
-"""Plain PyTorch GRU cell behind its two products, with the LayerNorm that follows it.
+"""Plain PyTorch GRU cell without its two products, and the LayerNorm that follows it.
 
 r, z = σ(i_r + h_r), σ(i_z + h_z)          i and h: gates from the input and from the hidden state
 n    = tanh(i_n + r h_n)
@@ -40,16 +40,16 @@ def gradients(
     weight: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of both gates, hidden, weight and bias, as the kernels compute them; None stands for zero."""
+    """Gradients of both gates, hidden, weight and bias, as the kernels compute them; None is a zero gradient."""
     r, z, n, h_n, h, new = _cell(gates_input, gates_hidden, hidden)
     grad = torch.zeros_like(new) if grad_new is None else grad_new.to(new.dtype)
     grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(weight)
     if grad_normed is not None:
         centred = new - new.mean(-1, keepdim=True)
         inverse = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-        x, given = centred * inverse, grad_normed.to(new.dtype)
-        grad_weight, grad_bias = (given * x).sum(0).to(weight.dtype), given.sum(0).to(weight.dtype)
-        g = given * weight.to(new.dtype)
+        x, grad_out = centred * inverse, grad_normed.to(new.dtype)
+        grad_weight, grad_bias = (grad_out * x).sum(0).to(weight.dtype), grad_out.sum(0).to(weight.dtype)
+        g = grad_out * weight.to(new.dtype)
         grad = grad + (g - g.mean(-1, keepdim=True) - x * (g * x).mean(-1, keepdim=True)) * inverse
     grad_n = grad * (1 - z) * (1 - n * n)
     grad_z = grad * (h - n) * z * (1 - z)

@@ -7,7 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-_FLOATS = {"cpu": 2**21}  # of resized masks held at a time: what a cache holds; on a GPU 256 MiB
+# Floats of resized masks held at a time: as many as a CPU's cache holds; 256 MiB elsewhere.
+_FLOATS = {"cpu": 2**21}
 _FLOATS_ELSEWHERE = 2**26
 
 
@@ -20,7 +21,7 @@ def mask_labels(masks: torch.Tensor, size: int) -> torch.Tensor:
     step = max(1, _FLOATS.get(masks.device.type, _FLOATS_ELSEWHERE) // (slots * size * size))
     for start in range(0, batch, step):
         part = slice(start, start + step)
-        # One channel: with three, or with channels last, PyTorch adds up in another order on a CPU.
+        # one channel: with three, or with channels last, PyTorch sums in another order on a CPU
         one = maps[part].view(-1, 1, grid, grid)
         large = F.interpolate(one, size=(size, size), mode="bilinear", align_corners=False)
         # max with indices is an order of magnitude faster than argmax over a strided dimension on a CPU

@@ -1,6 +1,6 @@
 """Plain versions of the mask-matching operators: scipy for the assignment, PyTorch for the rest.
 
-The oracle of the tests, and what runs on the CPU where the native library was not built.
+They are the tests' oracle, and run on the CPU where the native library was not built.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def overlap_counts(
 ) -> torch.Tensor:
     """a, b [B, N] integer labels, valid [B, N] bool or None -> counts [B, num_a, num_b] int64.
 
-    Raises ValueError for a label out of range, on the CPU only: looking would mean waiting for another device.
+    Raises ValueError for a label out of range, on the CPU only: checking would wait for another device.
     """
     a, b = a.long(), b.long()
-    if valid is not None:  # labels there may be anything, 255 for one
+    if valid is not None:  # labels of invalid tokens may be anything, such as 255
         a, b = a.where(valid, 0), b.where(valid, 0)
     if a.device.type == "cpu" and any(((labels < 0) | (labels >= n)).any() for labels, n in ((a, num_a), (b, num_b))):
         raise ValueError("a label is out of range")

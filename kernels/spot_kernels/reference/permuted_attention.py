@@ -1,8 +1,7 @@
-"""Plain PyTorch causal self-attention in a given order, tokens in raster layout, and the decoder's shifted input.
+"""Plain PyTorch causal self-attention in a given order, tokens in raster layout.
 
 rank = σ⁻¹ (rank[σ(t)] = t);  i sees j  iff  rank[j] ≤ rank[i]
 out  = softmax over the visible j of q kᵀ / √d, times v
-shifted[σ(t)] = tokens[σ(t−1)],  shifted[σ(0)] = bos
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ def _weights(q: torch.Tensor, k: torch.Tensor, order: torch.Tensor) -> torch.Ten
     visible = rank.unsqueeze(-2) <= rank.unsqueeze(-1)
     if order.dim() == 2:
         visible = visible.unsqueeze(1)
-    # Written out: on a CPU, PyTorch's fused attention is four times slower in its bfloat16 backward, and no faster in
-    # float32 at these sizes.
+    # Written out, because PyTorch's fused attention on a CPU is four times slower in its bfloat16 backward pass, and no
+    # faster in float32 at these sizes.
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     hidden = torch.zeros_like(visible, dtype=logits.dtype).masked_fill_(~visible, float("-inf"))
     return (logits + hidden).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def attention_gradients(
+def gradients(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, order: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv of `permuted_causal_attention`, written out; grad [B, H, N, d]."""
@@ -42,23 +41,3 @@ def attention_gradients(
     weighted = p * (grad @ v.transpose(-1, -2))
     grad_s = ((weighted - p * weighted.sum(-1, keepdim=True)) * q.shape[-1] ** -0.5).to(q.dtype)
     return grad_s @ k, grad_s.transpose(-1, -2) @ q, p.to(grad.dtype).transpose(-1, -2) @ grad
-
-
-def shift_by_order(tokens: torch.Tensor, bos: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """tokens [B, N, D] raster, bos [D] or [B, D], order [N] or [B, N] → shifted [B, N, D] raster."""
-    previous = torch.zeros_like(order).scatter(-1, order, order.roll(1, -1))
-    if order.dim() == 1:
-        shifted = tokens.index_select(1, previous)
-    else:
-        shifted = tokens.gather(1, previous.unsqueeze(-1).expand_as(tokens))
-    first = (order_rank(order) == 0).unsqueeze(-1)
-    return torch.where(first, bos.unsqueeze(-2).to(tokens.dtype), shifted)
-
-
-def shift_gradients(grad: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """dtokens [B, N, D] of `shift_by_order`, and dbos [B, D] for each sample, written out; grad [B, N, D]."""
-    orders = order.expand(len(grad), -1)
-    following = torch.zeros_like(orders).scatter(1, orders, orders.roll(-1, 1))
-    last = (order_rank(orders) == orders.shape[1] - 1).unsqueeze(-1)
-    grad_tokens = grad.gather(1, following.unsqueeze(-1).expand_as(grad)).masked_fill(last, 0)
-    return grad_tokens, grad.gather(1, orders[:, :1, None].expand(-1, -1, grad.shape[2])).squeeze(1)

@@ -30,7 +30,7 @@ def slot_map(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 def gradients(
     grad_out: torch.Tensor | None, grad_map: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv as the kernels compute them; None stands for a gradient that is zero."""
+    """dq, dk, dv as the kernels compute them; None is a zero gradient."""
     scale = q.shape[-1] ** -0.5
     p = slot_map(q, k)
     grad_p, grad_v = torch.zeros_like(p), torch.zeros_like(v)

@@ -4,7 +4,7 @@ Name, size and modification time do not tell: archives and copies restore times,
 have equal sizes. So the key holds of every file also what only the kernel writes, the time of its last change (ctime,
 in nanoseconds) and its inode number, and of `SAMPLE` files, evenly spread, the contents: there are file systems without
 such a time, as FAT and images that were made reproducibly. The device's number is not in it, since most are given anew
-at every start. 118,287 files take 1.5 s on two cores (`bench/cache_key.py`).
+at every start. 118,287 files take 1.5 s on two cores (`bench/studies/cache_key.py`).
 
 It errs on the safe side: a copy, or a change of permissions, gives another key, and what is cached is made again.
 """

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from spot_fast.config import IMAGENET_MEAN, IMAGENET_STD
 from spot_fast.errors import UserError
-from spot_fast.model.encoder import MEAN, STD
 from spot_fast.system.optional import said
 
 INSTALL = "pip install nvidia-dali-cuda130 (-cuda120 for drivers of CUDA 12)"
@@ -137,8 +137,8 @@ class Pipeline:
                 mirror=mirrored,
                 output_layout="CHW",
                 dtype=types.UINT8 if raw else types.FLOAT,
-                mean=[0.0] * 3 if raw else [255 * m for m in MEAN],
-                std=[1.0] * 3 if raw else [255 * s for s in STD],
+                mean=[0.0] * 3 if raw else [255 * m for m in IMAGENET_MEAN],
+                std=[1.0] * 3 if raw else [255 * s for s in IMAGENET_STD],
             )
             pipeline.set_outputs(images)
         pipeline.build()

@@ -7,7 +7,7 @@ Up to `MAX_THREADS` workers are threads: Pillow releases the interpreter lock wh
 threads need no start, no pickling and no second copy of the file list. But an eighth of an image's time is spent
 under the lock, so threads end at some 2,100 images/s however many there are, and whoever trains waits for the lock too:
 of JPEGs of 640 x 480 1, 4, 8, 16 and 32 threads give 238, 928, 1,703, 2,018 and 2,147 images/s, where 16 cores could
-decode 4,013 (`bench/loader_lock.py`, on two cores). So more workers are processes (`processes`).
+decode 4,013 (counted on two cores). So more workers are processes (`processes`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
 """Launches of gru_norm: every number of warps, dtypes as modules mix them, each gradient alone."""
 
+from functools import partial
+
 import torch
 
 from spot_kernels.gpu import gru_norm as kernels
+from spot_kernels.gru_norm import empty_gradients, empty_results
 
 # gates, hidden, weight: one dtype throughout, and what autocast makes of float32 slots and parameters
 DTYPES = (
@@ -24,13 +27,21 @@ def _inputs(gates, hidden, weight, units, rows=448):
     )
 
 
+def _forward(i, g, h, w):
+    kernels.forward(i, g, h, w, w, 1e-5, *empty_results(i, h))
+
+
+def _backward(grad_new, grad_normed, i, g, h, w):
+    kernels.backward(grad_new, grad_normed, i, g, h, w, 1e-5, *empty_gradients(i, g, h, w))
+
+
 def cases():
     for units in UNITS:
         for dtypes in DTYPES:
             name = "_".join(str(part).removeprefix("torch.") for part in (*dtypes, units))
             i, g, h, w, normed = _inputs(*dtypes, units)
-            yield f"forward_{name}", lambda i=i, g=g, h=h, w=w: kernels.forward(i, g, h, w, w, 1e-5)
-            yield f"backward_{name}", lambda i=i, g=g, h=h, w=w, n=normed: kernels.backward(h, n, i, g, h, w, 1e-5)
+            yield f"forward_{name}", partial(_forward, i, g, h, w)
+            yield f"backward_{name}", partial(_backward, h, normed, i, g, h, w)
     i, g, h, w, normed = _inputs(*DTYPES[1], 256)
-    yield "backward_of_new", lambda: kernels.backward(h, None, i, g, h, w, 1e-5)
-    yield "backward_of_normed", lambda: kernels.backward(None, normed, i, g, h, w, 1e-5)
+    yield "backward_of_new", partial(_backward, h, None, i, g, h, w)
+    yield "backward_of_normed", partial(_backward, None, normed, i, g, h, w)

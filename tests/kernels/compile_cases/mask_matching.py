@@ -1,12 +1,34 @@
 """Launches of the assignment and mask-matching kernels: every tile and number of warps, wide and tall, the dtypes."""
 
+from functools import partial
+
 import torch
 
+from spot_kernels import mask_matching as operators
 from spot_kernels.gpu import linear_assignment, mask_matching
+
+EMPTY_COST = operators.EMPTY_TEACHER_COST
 
 
 def _labels(dtype, batch=64, tokens=196):
     return torch.empty(batch, tokens, dtype=dtype)
+
+
+def _linear_assignment(cost):
+    linear_assignment.linear_assignment(cost, operators.empty_assignment(cost))
+
+
+def _assign_masks(student, teacher, slots):
+    mask_matching.assign_masks(student, teacher, EMPTY_COST, *operators.empty_assigned(student, slots))
+
+
+def _match_masks(student, teacher, slots):
+    mask_matching.match_masks(student, teacher, slots, EMPTY_COST, operators.empty_renamed(teacher))
+
+
+def _overlap_counts(a, b, num_a, num_b, valid):
+    counts = operators.empty_counts(a, num_a, num_b)
+    mask_matching.overlap_counts(a, b, num_a, num_b, valid, operators.MOST_TOKENS, counts)
 
 
 def cases():
@@ -21,18 +43,17 @@ def cases():
         for rows, columns in sizes:
             cost = torch.empty(64, rows, columns, dtype=dtype)
             name = f"linear_assignment {rows}x{columns} {dtype}"
-            yield name, lambda cost=cost: linear_assignment.linear_assignment(cost)
+            yield name, partial(_linear_assignment, cost)
 
     integers = [(torch.int64, (7, 11, 24, 64)), (torch.uint8, (7,)), (torch.int32, (24,))]
     for dtype, numbers in integers:
         for slots in numbers:
             student, teacher = _labels(dtype), _labels(dtype)
-            for operator in (mask_matching.assign_masks, mask_matching.match_masks):
-                name = f"{operator.__name__} {slots} {dtype}"
-                yield name, lambda run=operator, s=student, t=teacher, k=slots: run(s, t, k)
+            yield f"assign_masks {slots} {dtype}", partial(_assign_masks, student, teacher, slots)
+            yield f"match_masks {slots} {dtype}", partial(_match_masks, student, teacher, slots)
 
     a, b = _labels(torch.int64, 8, 320 * 320), _labels(torch.uint8, 8, 320 * 320)
     for num_a, num_b in ((7, 7), (24, 255)):
         for valid in (None, _labels(torch.bool, 8, 320 * 320)):
             name = f"overlap_counts {num_a}x{num_b}{'' if valid is None else ' masked'}"
-            yield name, lambda na=num_a, nb=num_b, valid=valid: mask_matching.overlap_counts(a, b, na, nb, valid)
+            yield name, partial(_overlap_counts, a, b, num_a, num_b, valid)

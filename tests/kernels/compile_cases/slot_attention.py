@@ -5,8 +5,7 @@ from unittest.mock import patch
 
 import torch
 
-from spot_kernels.gpu import launch
-from spot_kernels.gpu import slot_attention as kernels
+from spot_kernels.gpu import launch, slot_attention, slot_attention_backward
 from spot_kernels.slot_attention import empty_gradients, empty_results
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,9 +28,9 @@ def both_ways(shape, dtype, attn=False, logits=False, updates=True, tf32=False):
     new, a, line, exact, sums = empty_results(q, k, v, True, True)
     a, line = a if attn else None, line if logits else None
     with patch.object(launch, "float32_precision", lambda device: "tf32" if tf32 and has_tf32() else "ieee"):
-        kernels.forward(q, k, v, 1e-8, new, exact, sums, a, line)
+        slot_attention.forward(q, k, v, 1e-8, new, exact, sums, a, line)
         grads = new if updates else None, a, line
-        kernels.backward(*grads, q, k, v, exact, sums, 1e-8, *empty_gradients(q, k, v))
+        slot_attention_backward.backward(*grads, q, k, v, exact, sums, 1e-8, *empty_gradients(q, k, v))
 
 
 def cases():

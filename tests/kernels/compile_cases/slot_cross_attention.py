@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from spot_kernels.gpu import slot_cross_attention as kernels
-from spot_kernels.slot_cross_attention import empty_gradients, empty_outputs
+from spot_kernels.slot_cross_attention import empty_gradients, empty_results
 
 # dtype, batch, heads, slots, width; 196 tokens
 SHAPES = (
@@ -42,7 +42,7 @@ def cases():
     for shape in SHAPES:
         name = "_".join(str(part).removeprefix("torch.") for part in shape)
         q, k, v = _inputs(*shape)
-        both = empty_outputs(q, k, True)
+        both = empty_results(q, k, True)
         yield f"forward_{name}", partial(_forward, q, k, v, *both)
         yield f"backward_{name}", partial(_backward, q, both[1], q, k, v)
         yield f"map_{name}", partial(_forward, q, k, None, None, both[1])

@@ -1,0 +1,122 @@
+"""Operations of the matrix products that a training step cannot do without: the arithmetic floor of the ladder.
+
+A product of [m, k] and [k, n] has 2·m·k·n. Backward has twice those of forward, as every product needs the gradients
+of both factors. Causal attention needs half of its N × N matrix. Counted once: the trunk of student, teacher and
+target; the teacher's decoder up to the last cross-attention's weights; of the student's slot attention in stage 2 only
+the last iteration has a backward pass. Softmax, LayerNorm, losses, Adam and matching are left out.
+`tests/bench/test_step_flops.py` compares with `torch.utils.flop_counter` on the reference step's parts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+from spot_fast.model.spot import Spot
+
+
+class Product(NamedTuple):
+    """A linear layer over the tokens of a batch: rows of each image, width in and out; which of its three products.
+
+    kind: `forward` (x Wᵀ), `input` (its gradient by x, g W) or `weight` (by W, gᵀ x).
+    """
+
+    rows: int
+    inputs: int
+    outputs: int
+    kind: str
+
+    def flops(self, batch: int) -> float:
+        return 2.0 * batch * self.rows * self.inputs * self.outputs
+
+
+TRAINED, FIRST, FROZEN = ("forward", "input", "weight"), ("forward", "weight"), ("forward",)
+
+
+def products(model: Spot, teacher: Spot | None) -> Counter[Product]:
+    """The products with weights over tokens that the trainer's step makes with cached features, and how often.
+
+    All that is large in a step but attention; what has a row for each slot only is left out.
+    """
+    products_of: Counter[Product] = Counter()
+    tokens, dim = model.encoder.num_tokens, model.encoder.dim
+
+    def layer(inputs: int, outputs: int, kinds: tuple[str, ...], times: int = 1, rows: int = tokens) -> None:
+        for kind in kinds:
+            products_of[Product(rows, inputs, outputs, kind)] += times
+
+    def slots(kinds: tuple[str, ...], first: tuple[str, ...]) -> None:
+        width = model.slot_encoder.slot_dim
+        layer(dim, dim, first)
+        layer(dim, dim, kinds)
+        layer(dim, width, kinds, times=2)  # k and v
+
+    def decode(one: Spot, kinds: tuple[str, ...], masks_only: bool) -> None:
+        blocks = len(one.decoder.transformer.blocks)
+        hidden = one.decoder.transformer.blocks[0].ffn[0].out_features
+        last = blocks - masks_only  # blocks whose cross-attention and FFN run to their end
+        layer(dim, dim, kinds)  # the input's projection
+        layer(dim, 3 * dim, kinds, times=blocks)
+        layer(dim, dim, kinds, times=blocks)
+        layer(dim, dim, kinds, times=blocks)  # queries of the cross-attention
+        layer(dim, dim, kinds, times=last)
+        layer(dim, hidden, kinds, times=last)
+        layer(hidden, dim, kinds, times=last)
+
+    slots(TRAINED, FIRST if model.last_blocks is None else TRAINED)
+    decode(model, TRAINED, masks_only=False)
+    if model.last_blocks is not None:
+        hidden, rows = model.last_blocks[0].mlp.fc1.out_features, tokens + model.encoder.num_prefix
+        for inputs, outputs in ((dim, 3 * dim), (dim, dim), (dim, hidden), (hidden, dim)):
+            layer(inputs, outputs, TRAINED, times=len(model.last_blocks), rows=rows)
+    if teacher is not None:
+        slots(FROZEN, FROZEN)
+        decode(teacher, FROZEN, masks_only=True)
+    return products_of
+
+
+def encoder(model: Spot, blocks: int, *, embed: bool = False) -> float:
+    """Forward of `blocks` ViT blocks for one image, with `embed` also of the patch embedding."""
+    one = model.encoder
+    tokens, dim = one.num_tokens + one.num_prefix, one.dim
+    block = one.vit.blocks[0]
+    hidden = block.mlp.fc1.out_features
+    products = blocks * (tokens * dim * (4 * dim + 2 * hidden) + 2 * tokens**2 * dim)
+    return 2 * (products + (one.num_tokens * 3 * one.patch_size**2 * dim if embed else 0))
+
+
+def slots(model: Spot) -> tuple[float, float, float]:
+    """Forward of the slot encoder for one image: its products over tokens, the earlier iterations, the last one."""
+    one, module = model.slot_encoder, model.slot_encoder.attention
+    tokens, dim, count, width = model.encoder.num_tokens, model.encoder.dim, one.num_slots, one.slot_dim
+    hidden = module.mlp[0].out_features
+    over_tokens = 2 * tokens * dim * (2 * dim + 2 * width)
+    iteration = 2 * count * (width * width + 2 * tokens * width + 6 * width * width + 2 * width * hidden)
+    return over_tokens, (module.iterations - 1) * iteration, iteration
+
+
+def decoder(model: Spot, *, masks_only: bool = False) -> float:
+    """Forward of the decoder for one image; masks_only: up to the last cross-attention's weights."""
+    one, count, width = model.decoder, model.slot_encoder.num_slots, model.slot_encoder.slot_dim
+    tokens, dim = model.encoder.num_tokens, model.encoder.dim
+    ffn = 2 * tokens * dim * one.transformer.blocks[0].ffn[0].out_features
+    attend = tokens * dim * 4 * dim + tokens**2 * dim  # half of the two products of N × N
+    query = tokens * dim * dim + count * dim * dim + tokens * count * dim  # q, k and the weights
+    rest = tokens * dim * dim + count * dim * dim + tokens * count * dim  # v, what is read from it, the projection
+    products = len(one.transformer.blocks) * (attend + query + rest + ffn) - (rest + ffn if masks_only else 0)
+    return 2 * (products + tokens * dim * dim + count * width * dim)
+
+
+def step(model: Spot, teacher: Spot | None, *, cached: bool) -> float:
+    """A training step for one image; cached: its frozen features are given."""
+    depth, first = len(model.encoder.vit.blocks), model.encoder.first_last_block
+    over_tokens, earlier, last = slots(model)
+    through = 3 if model.slot_encoder.attention.truncation == "none" else 1
+    total = 3 * (over_tokens + last + decoder(model)) + through * earlier
+    if not cached:
+        total += encoder(model, depth, embed=True)
+    if model.last_blocks is not None:
+        total += 3 * encoder(model, depth - first)
+    if teacher is not None:
+        total += sum(slots(teacher)) + decoder(teacher, masks_only=True)
+    return total

@@ -1,0 +1,72 @@
+"""The slot encoder (SPOT, section 3.1): LayerNorm and MLP on the features, then slot attention from initial slots."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from spot_fast.model.implementations import IMPLEMENTATIONS, Implementation
+from spot_kernels import SlotAttention
+from spot_kernels.modules.slot_attention import mlp
+
+INITIALISERS = ("gaussian", "learned")
+
+
+class SlotEncoder(nn.Module):
+    """Features [B, N, D] → slots [B, K, U].
+
+    init: `gaussian` draws the initial slots around one learned mean with one learned log-scale, at evaluation too;
+    `learned` has one embedding per slot. implementation: whose details the module has.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_slots: int,
+        slot_dim: int,
+        slot_mlp: int,
+        *,
+        heads: int = 1,
+        iterations: int = 3,
+        init: str = "gaussian",
+        truncation: str = "none",
+        implementation: Implementation = IMPLEMENTATIONS["spot"],
+    ) -> None:
+        super().__init__()
+        if init not in INITIALISERS:
+            raise ValueError(f"init={init!r} is unknown: use one of {', '.join(INITIALISERS)}")
+        self.num_slots, self.slot_dim, self.init = num_slots, slot_dim, init
+        self.norm = nn.LayerNorm(dim)
+        width = slot_dim if implementation.project else dim
+        self.mlp = mlp(dim, (implementation.project or 1) * dim, width, activation=implementation.activation)
+        if init == "gaussian":
+            self.slot_mean = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, slot_dim)))
+            self.slot_log_scale = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, slot_dim)))
+        else:
+            self.slot_embedding = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_slots, slot_dim)))
+        self.attention = SlotAttention(
+            width,
+            slot_dim,
+            mlp_hidden=slot_mlp,
+            heads=heads,
+            iterations=iterations,
+            truncation=truncation,
+            activation=implementation.activation,
+            **dict(implementation.slot_attention),
+        )
+
+    def initial_slots(self, batch: int, noise: Tensor | None = None) -> Tensor:
+        """Initial slots [B, K, U]. noise: the standard-normal draw [B, K, U] of `gaussian`; None draws it here."""
+        if self.init == "learned":
+            return self.slot_embedding.expand(batch, -1, -1)
+        shape = (batch, self.num_slots, self.slot_dim)
+        if noise is None:
+            noise = torch.randn(shape, device=self.slot_mean.device, dtype=self.slot_mean.dtype)
+        elif tuple(noise.shape) != shape:
+            raise ValueError(f"noise {tuple(noise.shape)} must be {shape}: one draw per image, slot and channel")
+        # The scale is learned as its logarithm, which keeps it positive.
+        return self.slot_mean + self.slot_log_scale.exp() * noise
+
+    def forward(self, features: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """features [B, N, D] → slots [B, K, U], attn [B, N, K] (summed over heads), logits [B, H, N, K]."""
+        return self.attention(self.mlp(self.norm(features)), self.initial_slots(features.shape[0], noise))

@@ -118,7 +118,9 @@ def test_constraints_pin_what_an_install_needs():
     for requirement in needed:
         name = canonicalize_name(requirement.name)
         if name not in ("setuptools", "wheel"):  # build requirements, which constraints do not concern
-            assert requirement.specifier.contains(pinned[name]), requirement
+            assert name in pinned and requirement.specifier.contains(pinned[name]), (
+                f"{requirement}: pin it in constraints.txt"
+            )
 
 
 def test_one_version():

@@ -1,15 +1,28 @@
-"""Settings of the whole suite: one thread (results do not depend on the machine), `torch.empty` filled with NaN."""
+"""Settings of the whole suite: one thread per test (results do not depend on the machine), `torch.empty` filled with
+NaN, as many processes as cores, and the check that no golden tensor was left uncompared."""
+
+from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+
+import golden_coverage
 
 # Without a GPU the Triton kernels run under its interpreter, which has to be known before triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)
+# Processes that tests start do not compete for the cores either.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Files whose tests share no set-up: each test goes to whichever process is free, a file of any other kind to one.
+_INDEPENDENT = {"test_compile_only.py"}
+# Files that take the longest begin first: one that began last would keep one process busy while the others idle.
+_LONGEST_FIRST = ["test_compile_only.py"]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -27,17 +40,46 @@ def fill_uninitialised_memory():
     torch.use_deterministic_algorithms(False)
 
 
-# What has to go last, in this order: what compiles beside all other tests, what asks what the others compared.
-_LAST = ["test_compile_only.py", "test_golden_coverage.py"]
+# ---- processes (pytest-xdist; without it everything runs in one)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """One process per core where whole folders are tested; single files and debugging sessions stay in this one."""
+    option = config.option
+    files_only = all(Path(argument.split("::")[0]).is_file() for argument in config.args)
+    chosen = getattr(option, "numprocesses", 0) is not None or hasattr(config, "workerinput")
+    if chosen or files_only or option.usepdb or option.collectonly:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cores > 1:
+        option.numprocesses = min(cores, 8)
+        option.dist = "loadfile"
+        option.loadscopereorder = False
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """A file's tests stay together, because they share fixtures, but for those of `_INDEPENDENT`."""
+    if config.option.dist != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return nodeid if Path(file).name in _INDEPENDENT else file
+
+    return Files(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: _LAST.index(item.path.name) + 1 if item.path.name in _LAST else 0)
+    rank = {name: number for number, name in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """The kernels compile on another core while the tests run on this one."""
-    compile_only = [item for item in session.items if item.path.name == "test_compile_only.py"]
-    if compile_only and len(compile_only) < len(session.items) and not session.config.option.collectonly:
-        compile_only[0].module.begin(jobs=1)
+# ---- golden coverage
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(golden_coverage.Coverage(config), "golden_coverage")

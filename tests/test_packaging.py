@@ -1,4 +1,4 @@
-"""What is installed: declared dependencies, a wheel with everything in it, with and without a C++ compiler.
+"""Protects the install: dependencies are declared and pinned, and a wheel holds everything.
 
 The builds use the setuptools of this environment (no isolation, no network) on a copy of the sources, so that nothing
 an earlier build has left in the checkout can help.
@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from paths import ROOT
 
@@ -29,11 +31,13 @@ LEFT_OUT = shutil.ignore_patterns(
 )
 
 
-def _python_files() -> dict[str, Path]:
+def _files(pattern: str = "*.py") -> dict[str, Path]:
+    """Name in the wheel → file of the packages that no build has made."""
     return {
         f"{package}/{path.relative_to(source).as_posix()}": path
         for package, source in SOURCES.items()
-        for path in source.rglob("*.py")
+        for path in source.rglob(pattern)
+        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith("libspot_native")
     }
 
 
@@ -61,24 +65,13 @@ def tree(tmp_path) -> Path:
 
 def _wheel(tree: Path, **environment: str) -> tuple[Path, str]:
     out = tree.parent / "wheels"
-    log = _python(
-        "-m",
-        "pip",
-        "wheel",
-        ".",
-        "-v",
-        "--no-build-isolation",
-        "--no-deps",
-        "--wheel-dir",
-        str(out),
-        cwd=tree,
-        **environment,
-    )
+    words = ["-m", "pip", "wheel", ".", "-v", "--no-build-isolation", "--no-deps", "--wheel-dir", str(out)]
+    log = _python(*words, cwd=tree, **environment)
     (wheel,) = out.iterdir()
     return wheel, log
 
 
-def _said(log: str) -> list[str]:
+def _notes(log: str) -> list[str]:
     return [line.strip() for line in log.splitlines() if "no native library" in line]
 
 
@@ -90,7 +83,7 @@ def test_every_import_is_declared():
     names = [*PROJECT["project"]["dependencies"], *extras["dali"], *extras["float8"]]
     declared = {re.split(r"[<>=!~\[; ]", name)[0].lower() for name in names}
     imported = {}
-    for file, path in _python_files().items():
+    for file, path in _files().items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
@@ -105,9 +98,29 @@ def test_every_import_is_declared():
     assert {name: file for name, file in imported.items() if DISTRIBUTION.get(name, name) not in known} == {}
 
 
-def test_every_folder_is_a_package():
-    folders = {Path(file).parent.as_posix().replace("/", ".") for file in _python_files()}
-    assert folders == set(PROJECT["tool"]["setuptools"]["packages"])
+def test_every_folder_with_python_files_is_a_package():
+    """setuptools finds only folders that have an __init__.py."""
+    assert {name for name, path in _files().items() if not (path.parent / "__init__.py").is_file()} == set()
+
+
+def test_constraints_pin_what_an_install_needs():
+    """The README's install passes constraints.txt: each requirement is pinned there, to a version that it allows."""
+    pins = [
+        Requirement(line)
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    ]
+    pinned = {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins}
+    extras = PROJECT["project"]["optional-dependencies"]
+    needed = map(
+        Requirement, [*PROJECT["project"]["dependencies"], *(name for names in extras.values() for name in names)]
+    )
+    for requirement in needed:
+        name = canonicalize_name(requirement.name)
+        if name not in ("setuptools", "wheel"):  # build requirements, which constraints do not concern
+            assert name in pinned and requirement.specifier.contains(pinned[name]), (
+                f"{requirement}: pin it in constraints.txt"
+            )
 
 
 def test_one_version():
@@ -118,7 +131,9 @@ def test_one_version():
 
 def test_readme_has_the_line_that_ci_runs():
     """`.ci/run` takes its test command from the README."""
-    assert "pip install -e '.[test]' && python -m pytest" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "pip install -c constraints.txt -e '.[test]' && python -m pytest" in (ROOT / "README.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_package_named_kernels_stays_importable(tmp_path):
@@ -134,14 +149,13 @@ def test_package_named_kernels_stays_importable(tmp_path):
 @has_compiler
 def test_wheel_works_from_another_folder(tree, tmp_path):
     wheel, log = _wheel(tree)
-    assert _said(log) == []
+    assert _notes(log) == []
     assert wheel.name.split("-")[2:4] == ["py3", "none"] and not wheel.name.endswith("-any.whl")
     files = set(zipfile.ZipFile(wheel).namelist())
-    data = {f"spot_fast/weights/{path.name}" for path in (ROOT / "spot_fast" / "weights").glob("*")}
-    data |= {f"spot_fast/reporting/templates/{name}" for name in ("page.html", "report.css")}
     library = {name for name in files if "libspot_native" in name}
-    assert data and len(library) == 1
-    assert {name for name in files if ".dist-info/" not in name} == {*_python_files(), *data, *library}
+    assert len(library) == 1
+    # weights, templates and style sheets too
+    assert {name for name in files if ".dist-info/" not in name} == {*_files("*"), *library}
     assert any(name.endswith("licenses/LICENSE") for name in files)
 
     site = tmp_path / "site"
@@ -155,11 +169,11 @@ def test_wheel_works_from_another_folder(tree, tmp_path):
 def test_install_without_compiler(tree):
     """CMake and the direct call both fail: one line, and a wheel for every platform."""
     wheel, log = _wheel(tree, CXX="no-such-compiler")
-    assert _said(log) == [
+    assert _notes(log) == [
         "spot_kernels: no native library, scipy and PyTorch are used instead (no-such-compiler not found)"
     ]
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")} == set(_python_files())
+    assert {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")} == set(_files())
 
 
 @pytest.mark.slow
@@ -171,7 +185,7 @@ def test_install_without_cmake(tree, tmp_path):
     (broken / "cmake").write_text("#!/bin/sh\nexit 1\n")
     (broken / "cmake").chmod(0o755)
     wheel, log = _wheel(tree, PATH=f"{broken}{os.pathsep}{os.environ['PATH']}")
-    assert _said(log) == []
+    assert _notes(log) == []
     assert any("libspot_native" in name for name in zipfile.ZipFile(wheel).namelist())
 
 

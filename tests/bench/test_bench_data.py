@@ -23,11 +23,14 @@ def in_small(monkeypatch):
     monkeypatch.setattr(evaluation_speed, "measure", lambda given, rounds: measured(given, 1))
     generated = evaluation_speed.generated
     monkeypatch.setattr(evaluation_speed, "generated", lambda images, **options: generated(2, **options))
+    cached = cache_speed.run
+    monkeypatch.setattr(cache_speed, "run", lambda images, *arguments: cached(32, *arguments))
     make = loader_speed.make_photos
     monkeypatch.setattr(cache_speed, "make_photos", lambda folder, count: make(folder, count, 64, 48))
     return loaded
 
 
+@pytest.mark.slow
 def test_rows_verdict_and_csv(in_small, tmp_path, capsys):
     assert bench_data.main(["--tiny", "--csv", str(tmp_path), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out

@@ -399,8 +399,9 @@ def test_assignment_must_be_optimal():
 
 
 def environment(**more: str) -> dict[str, str]:
-    """One thread: the tests share their cores."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ".:kernels", **more}
+    """One thread, because the tests share their cores, and no sign of pytest-xdist, which would disable benchmarks."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ".:kernels", **more}
 
 
 def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
@@ -436,24 +437,13 @@ def test_wrong_operator_fails_the_benchmark():
 def tiny_bench(tmp_path_factory):
     """All operators' benches at sizes that take no time: what was printed, and the folder of its CSV."""
     out = tmp_path_factory.mktemp("bench")
-    words = [
-        "-m",
-        "pytest",
-        "bench",
-        "--benchmark-only",
-        "--benchmark-quiet",
-        "--tiny",
-        "--bench-csv",
-        str(out),
-        "-q",
-        "-p",
-        "no:cacheprovider",
-    ]
-    done = run([sys.executable, *words], environment())
+    words = "-m pytest bench --benchmark-only --benchmark-quiet --tiny -q -p no:cacheprovider --bench-csv".split()
+    done = run([sys.executable, *words, str(out)], environment())
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, out
 
 
+@pytest.mark.slow
 def test_every_bench_runs_at_tiny_size(tiny_bench, capsys):
     printed, out = tiny_bench
     (path,) = out.glob("kernels_*_torch-*_triton-*.csv")
@@ -475,6 +465,7 @@ def test_gpu_script_runs_a_part(tmp_path):
         "GPU": str(tmp_path / "none"),
         "PYTHON": sys.executable,
         "DEVICE": "cpu",
+        "WORKERS": "0",
     }
     done = run(["bash", str(BENCH / "gpu_check.sh"), "correct"], environment(**more))
     assert done.returncode == 0 and "correct: exit code 0" in done.stdout, done.stdout + done.stderr

@@ -27,6 +27,7 @@ def too_slow(rounds, stages=(1, 2)):
     }
 
 
+@pytest.mark.slow
 def test_a_step_is_as_fast_against_the_reference_as_it_was():
     slow = too_slow(9)
     if slow:  # once more, and longer

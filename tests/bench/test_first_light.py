@@ -57,6 +57,7 @@ def kept(out: Path, part: str) -> list[tuple[dict[str, str], Row]]:
     return record.read(path)
 
 
+@pytest.mark.slow
 def test_rehearsal_runs_every_part(rehearsal):
     printed, out, _ = rehearsal
     ended = [line.partition(", ")[0] for line in printed.splitlines() if ": exit code" in line]
@@ -74,6 +75,7 @@ def test_rehearsal_runs_every_part(rehearsal):
             assert str(row).split("  ")[0] in printed
 
 
+@pytest.mark.slow
 def test_what_has_to_travel_is_far_below_the_limit(rehearsal):
     found = re.search(r"^travels: ([\d.]+) MiB of 64$", rehearsal[0], re.MULTILINE)
     if not (BENCH.parent / ".git").exists():
@@ -81,6 +83,7 @@ def test_what_has_to_travel_is_far_below_the_limit(rehearsal):
     assert float(found[1]) < 40
 
 
+@pytest.mark.slow
 def test_each_part_has_what_it_is_for(rehearsal):
     _, out, _ = rehearsal
     rows = {part: [row for _, row in kept(out, part)] for part in PARTS}
@@ -112,6 +115,7 @@ def test_each_part_has_what_it_is_for(rehearsal):
     assert {row.subject.partition(",")[0] for row in rows["rivals"]} >= rivals.WANTED.keys()
 
 
+@pytest.mark.slow
 def test_the_last_line_says_how_far_the_aims_are(rehearsal):
     printed, out, _ = rehearsal
     last = printed.splitlines()[-1]
@@ -149,6 +153,7 @@ def stand_in(tmp_path):
     return str(python)
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path, stand_in):
     began = time.monotonic()
     done = call(["operators", "layouts", "ceilings"], OUT=str(tmp_path), PYTHON=stand_in, LIMIT="12")

@@ -4,27 +4,17 @@ import json
 import re
 import shlex
 
-import numpy as np
 import pytest
 from PIL import Image
-from test_folder import coco_file
 
 import tfrecord_files as files
+from data_folders import labels, make_coco, make_folder, make_voc, save
 from spot_fast.config import preset
 from spot_fast.data import open_set, open_sets
 from spot_fast.data.__main__ import main
 from spot_fast.errors import UserError
 from spot_fast.training import arguments
 from spot_fast.training.schedule import learning_rate
-
-
-def save(path, image=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (image or Image.new("RGB", (20, 20), "red")).save(path)
-
-
-def labels(value=1):
-    return Image.fromarray(np.full((20, 20), value, np.uint8))
 
 
 @pytest.fixture
@@ -41,26 +31,6 @@ def check(capsys):
     return run
 
 
-def make_coco(root):
-    for split, count in (("train", 3), ("val", 2)):
-        names = [f"{n}.jpg" for n in range(count)]
-        coco_file(root / "annotations" / f"instances_{split}2017.json", names)
-        for name in names:
-            save(root / f"{split}2017" / name, Image.new("RGB", (30, 20), "red"))
-
-
-def make_voc(root):
-    inside = root / "VOCdevkit" / "VOC2012"
-    (inside / "ImageSets/Segmentation").mkdir(parents=True)
-    for split, names in (("trainaug", "abc"), ("val", "de")):
-        (inside / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names))
-        for name in names:
-            save(inside / "JPEGImages" / f"{name}.jpg")
-    for name in "de":
-        save(inside / "SegmentationObject" / f"{name}.png", labels())
-        save(inside / "SegmentationClass" / f"{name}.png", labels())
-
-
 def make_clips(root):
     for clip in ("train/00000000", "train/00000001", "validation/00000000"):
         for t in range(10):
@@ -73,11 +43,6 @@ def make_shards(root):
     one = files.clip([Image.new("RGB", (8, 8), "red")] * 10, [Image.new("L", (8, 8))] * 10)
     files.write_shards(root / "movi_e/128x128/1.0.0", "movi_e-train.tfrecord", [[one, one], [one]])
     files.write_shards(root / "movi_e/128x128/1.0.0", "movi_e-validation.tfrecord", [[one]])
-
-
-def make_folder(root):
-    for name in "abc":
-        save(root / f"{name}.jpg")
 
 
 def make_masks(root):

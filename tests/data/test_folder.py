@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import tiny_runs
+from data_folders import coco_file
 from spot_fast.config import preset
 from spot_fast.data import open_set, open_sets
 from spot_fast.data.datasets.folder import Folder, list_images
@@ -197,28 +198,6 @@ def test_masks_belong_to_the_upright_image(tmp_path):
     save(tmp_path / "a_mask.png", Image.fromarray(half(size=(20, 30))))
     val = open_folder(tmp_path, "val")
     assert val.rgb(0).size == (20, 30) and val.full_masks(0)[0].shape == (30, 20)
-
-
-BOX = [[0, 0, 10, 0, 10, 20, 0, 20]]
-OVERLAP = [[5, 0, 30, 0, 30, 20, 5, 20]]
-
-
-def coco_file(path, file_names, categories=(40, 7)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps(
-            {
-                "categories": [{"id": i} for i in categories],
-                "images": [
-                    {"id": f"i{n}", "file_name": name, "width": 30, "height": 20} for n, name in enumerate(file_names)
-                ],
-                "annotations": [
-                    {"image_id": "i0", "category_id": 7, "segmentation": BOX},
-                    {"image_id": "i0", "category_id": 40, "segmentation": OVERLAP},
-                ],
-            }
-        )
-    )
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import unicodedata
 import numpy as np
 import pytest
 from PIL import Image
-from test_folder import coco_file
 
 import tiny_runs
+from data_folders import coco_file
 from spot_fast.config import preset
 from spot_fast.data import Folder, Loader, open_set
 from spot_fast.data.datasets.folder import read_list

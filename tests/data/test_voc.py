@@ -5,34 +5,16 @@ import pytest
 import torch
 from PIL import Image
 
+from data_folders import make_labelled_voc
 from spot_fast.config import preset
 from spot_fast.data import open_set, open_sets
 from spot_fast.data.datasets.voc import read_names
 from spot_fast.errors import UserError
 
-PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0] + [255] * (253 * 3)
-
-
-def save_labels(path, labels):
-    image = Image.fromarray(labels.astype(np.uint8), mode="P")
-    image.putpalette(PALETTE)
-    image.save(path)
-
 
 @pytest.fixture
 def voc(tmp_path):
-    root = tmp_path / "VOCdevkit" / "VOC2012"
-    for folder in ("JPEGImages", "ImageSets/Segmentation", "SegmentationObject", "SegmentationClass"):
-        (root / folder).mkdir(parents=True)
-    for name, size in (("2007_000032", (40, 60)), ("2008_000001", (60, 40)), ("2009_000005", (50, 50))):
-        Image.linear_gradient("L").resize(size).convert("RGB").save(root / "JPEGImages" / f"{name}.jpg")
-    (root / "ImageSets/Segmentation/trainaug.txt").write_text("2008_000001\n2009_000005\n\n")
-    (root / "ImageSets/Segmentation/val.txt").write_text("2007_000032\n")
-    objects = np.zeros((60, 40), int)
-    objects[10:20, 5:15], objects[30:50, 20:40], objects[20:22] = 1, 2, 255
-    save_labels(root / "SegmentationObject" / "2007_000032.png", objects)
-    save_labels(root / "SegmentationClass" / "2007_000032.png", np.where(objects == 255, 255, (objects > 0) * 15))
-    return tmp_path
+    return make_labelled_voc(tmp_path)
 
 
 def test_rim_is_background(voc):

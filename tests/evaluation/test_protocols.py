@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import adjusted_rand_score
-from test_coco import MINI
-from test_movi import MINI as MOVI
-from test_scoring import SIZE, Images, small_model
-from test_voc import voc  # noqa: F401 - a fixture
 
+from data_folders import make_labelled_voc
+from paths import GOLDEN
+from small_models import SIZE, Images, small_model
 from spot_fast.config import preset
 from spot_fast.data import open_set
 from spot_fast.data.base import FullLabels, Masks
@@ -29,6 +28,7 @@ from spot_fast.evaluation.metrics import METRICS, OVERLAP, VOID, Scores, image_s
 from spot_fast.evaluation.protocols import PROTOCOLS, GroundTruth, _crop_first, _nearest_corner, chosen
 from spot_fast.evaluation.scoring import evaluate
 
+MINI, MOVI = GOLDEN / "coco_mini", GOLDEN / "movi_mini"
 S = 24
 
 
@@ -224,8 +224,8 @@ def test_annotations_read_once_serve_every_protocol():
         assert masks.classes is alone.classes is None or torch.equal(masks.classes, alone.classes)
 
 
-def test_voc_has_a_rim(voc):  # noqa: F811
-    val = open_set(preset("voc", data=str(voc)), "val")
+def test_voc_has_a_rim(tmp_path):
+    val = open_set(preset("voc", data=str(make_labelled_voc(tmp_path))), "val")
     full = val.full_labels(0, crowd=False)
     assert full.undecided.sum() == 2 * 40 and full.undecided[20:22].all() and not full.covered.any()
     assert (GroundTruth(PROTOCOLS["spot"], val).masks(0).instances >= 0).all()

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from test_check import make_coco, make_folder, make_voc, save
 
 import golden_tensors
 import tfrecord_files
+from data_folders import make_coco, make_folder, make_voc, save
 from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder
 from spot_fast.checkpoints.runs import MODEL, save_tensors, write_config
 from spot_fast.config import preset

@@ -1,8 +1,7 @@
-"""What all commands share: their options, errors as one line on stderr, exit codes.
+"""What all commands share: options, errors as one line on stderr, exit codes.
 
 A command module has a parser, a `main` that `command` decorates, and ends with `sys.exit(cli.run(main))`. Exit codes:
-0; 2 for bad input, with one sentence that says what to do; 130 after Ctrl-C. Any other error is a bug and shows its
-traceback.
+0; 2 for bad input, with a remedy; 130 after Ctrl-C. Any other error is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ run = terminal.run
 
 
 def command(after_interrupt: str) -> Callable[[Main], Callable[..., int]]:
-    """Decorates a command's `main(argv)`: what `failure` knows becomes a line on stderr and an exit code.
+    """Decorates a command's `main(argv)`: an error that `failure` knows becomes a line on stderr and an exit code.
 
-    after_interrupt: what a user may rely on after Ctrl-C, as the second half of a sentence.
+    after_interrupt: what holds after Ctrl-C, as the second half of a sentence.
     """
 
     def decorate(main: Main) -> Callable[..., int]:
@@ -52,10 +51,7 @@ def command(after_interrupt: str) -> Callable[[Main], Callable[..., int]]:
 def failure(
     error: BaseException, after_interrupt: str, out_of_memory: str = "use a smaller --batch-size"
 ) -> tuple[int, str] | None:
-    """(exit code, sentence) for an error that a user can do something about; None for a bug.
-
-    out_of_memory: what to do when the device's memory is full.
-    """
+    """(exit code, sentence) of an error that a user can mend; None for a bug. out_of_memory: the remedy for that."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, f"interrupted; {after_interrupt}"
     if isinstance(error, UserError):
@@ -71,7 +67,7 @@ def failure(
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports bad usage in one line, without the usage, and takes no abbreviated options."""
+    """An ArgumentParser that reports bad usage in one line and takes no abbreviated options."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -82,7 +78,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Number(argparse.Action):
-    """Stores a number; UserError where it is below `least` or not finite."""
+    """Stores a number; UserError if it is below `least` or not finite."""
 
     def __init__(self, *args: Any, least: float, **options: Any) -> None:
         super().__init__(*args, **({"type": int, "metavar": "N"} | options))
@@ -103,7 +99,7 @@ def add_device(parser: argparse._ActionsContainer) -> None:
 
 
 def add_threads(parser: argparse._ActionsContainer, more: str = "") -> None:
-    """--threads; more: what else --help says about the default."""
+    """more: what else --help says about the default."""
     parser.add_argument(
         "--threads",
         action=Number,
@@ -137,5 +133,5 @@ def add_workers(parser: argparse._ActionsContainer, default: int, about: str, le
 
 
 def add_runs_folder(parser: argparse._ActionsContainer, **options: Any) -> None:
-    """--runs, the folder of runs; options: of `add_argument`, such as another dest."""
+    """options: of `add_argument`, such as another dest."""
     parser.add_argument("--runs", **({"metavar": "DIR", "default": "runs"} | options))

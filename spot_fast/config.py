@@ -1,13 +1,13 @@
-"""Every option of a training run: one dataclass whose fields know all that is to be known about them.
+"""Every option of a training run: `Config`, a dataclass whose fields hold all that is known about them.
 
-A run is described by a `Config`: it is built from a preset (`preset("scenes", stage=1)`; `recipes` holds them), changed
-from the command line, written to `config.json` in the run folder and read back from there. A new option is a new field:
-its name with dashes is the command-line option, and its `Option` holds help, bounds, choices and how it behaves when a
-run resumes or a student is trained. Nothing else keeps a list of fields; `option_names` derives them.
+A `Config` is built from a preset (`preset("scenes", stage=1)`; `recipes` holds them), changed from the command line,
+and written to `config.json` in the run folder. A new option is a new field: its name with dashes is the command-line
+option, its `Option` holds the rest. No other list of fields exists; `option_names` derives them.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -18,7 +18,7 @@ from typing import Any
 from spot_fast import recipes
 from spot_fast.errors import UserError
 
-# Encoders take images normalised by these, of values in [0, 1].
+# Of the images that encoders take, with values in [0, 1] before.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -26,17 +26,17 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Option:
     """What is known about a field of `Config` beside its name, type and default.
 
-    help, group: its line in --help and the section that the line is in.
-    source: section or table of the paper that its default is from; empty for a choice of ours.
-    choices: all values it can have. names: gives the values that --help lists, where plugins may add to them.
+    help, group: its line in --help, and the section of that line.
+    source: section or table of the paper with its default; empty for a choice of ours.
+    choices: all its values. names: gives the values that --help lists, where plugins may add to them.
     least: the smallest value of a number.
-    path: what --help calls the path that the value is. keywords: values that are no path nevertheless.
-    resumable: changes nothing in the weights but for their last bits, so a resumed run may change it.
+    path: what --help calls a value that is a path. keywords: values that are none nevertheless.
+    resumable: changes only the last bits of the weights, so a resumed run may change it.
     keeps_auto: config.json holds what "auto" became, and a resumed run stays with it.
     inherited: a student takes its teacher's value unless its own command line sets another.
-    shared: what it is in words, if a student has to have the same value as its teacher.
+    shared: its name in words, if student and teacher must have the same value.
     validation: decides which validation images and masks there are.
-    only: (field, value) of the runs in which it has an effect, for `spot_fast.presets`.
+    only: (field, value) of the runs in which it has an effect.
     """
 
     help: str
@@ -55,350 +55,246 @@ class Option:
     only: tuple[str, Any] | None = None
 
 
-def _option(default: Any, help: str, group: str, **about: Any) -> Any:
+def _option(default: Any, help: str, *, group: str, **about: Any) -> Any:
     return field(default=default, metadata=vars(Option(help, group, **about)))
+
+
+_run = functools.partial(_option, group="run")
+_data = functools.partial(_option, group="data")
+_encoder = functools.partial(_option, group="frozen encoder")
+_slots = functools.partial(_option, group="slot attention")
+_decoder = functools.partial(_option, group="decoder", inherited=True)
+_optimisation = functools.partial(_option, group="optimisation")
 
 
 @dataclass(frozen=True)
 class Config:
     """One training run. Sizes in tokens, pixels or channels, rates per step; the defaults are SPOT's (section 4)."""
 
-    preset: str = _option(
+    preset: str = _run(
         "scenes",
         "data set, with + a method and an encoder if you like",
-        "run",
         names=lambda: recipes.DATA_SETS,
         validation=True,
     )
-    method: str = _option("spot", "how it is trained", "run", names=lambda: recipes.METHODS)
-    stage: int = _option(1, "1: reconstruction; 2: a student taught by a stage-1 run", "run", choices=(1, 2))
-    seed: int = _option(0, "seed of weights, data order, patch orders and slot noise", "run", least=0)
+    method: str = _run("spot", "how it is trained", names=lambda: recipes.METHODS)
+    stage: int = _run(1, "1: reconstruction; 2: a student taught by a stage-1 run", choices=(1, 2))
+    seed: int = _run(0, "seed of weights, data order, patch orders and slot noise", least=0)
 
-    precision: str = _option(
+    precision: str = _run(
         "auto",
         "float32, tf32 (a GPU rounds the factors of float32 products), bf16 (float32 weights), or auto: bf16 where the "
         "device multiplies it in hardware",
-        "run",
         choices=("auto", "float32", "tf32", "bf16"),
         keeps_auto=True,
     )
-    float8: bool = _option(
+    float8: bool = _run(
         False,
         "the decoder multiplies in float8 (bf16 runs on GPUs of compute capability 8.9 or more; needs torchao); the "
         "run reports the error on its first batch",
-        "run",
     )
-    compile: str = _option(
+    compile: str = _run(
         "auto",
         "compile forward and backward pass with torch.compile: yes, no, or auto: on a GPU",
-        "run",
         choices=("auto", "yes", "no"),
         resumable=True,
         keeps_auto=True,
     )
-    cuda_graph: str = _option(
+    cuda_graph: str = _run(
         "auto",
         "record the whole step as a CUDA graph and replay it: yes, no, or auto: on an NVIDIA GPU, in a run of one "
         "process",
-        "run",
         choices=("auto", "yes", "no"),
         resumable=True,
     )
-    on_bad_step: str = _option(
+    on_bad_step: str = _run(
         "stop",
         "when loss or gradient is not finite or the loss spikes: stop, or skip the step's update (ten in a row stop "
         "the run)",
-        "run",
         choices=("stop", "skip"),
         resumable=True,
     )
-    spike: float = _option(
-        5.0,
-        "a loss spikes when it is so many times the mean of the last 100 or so; 0 = never",
-        "run",
-        least=0,
-        resumable=True,
+    spike: float = _run(
+        5.0, "a loss spikes when it is so many times the mean of the last 100 or so; 0 = never", least=0, resumable=True
     )
-    log_every: int = _option(20, "steps between lines of metrics.jsonl and TensorBoard", "run", least=1)
-    save_every: int = _option(
-        500,
-        "steps between saved training states (every five minutes in any case)",
-        "run",
-        least=1,
-        resumable=True,
+    log_every: int = _run(20, "steps between lines of metrics.jsonl and TensorBoard", least=1)
+    save_every: int = _run(
+        500, "steps between saved training states (every five minutes in any case)", least=1, resumable=True
     )
-    eval_every: int = _option(5, "epochs between quick validations, 0 = only at the end", "run", least=0)
-    eval_images: int = _option(200, "validation images of a quick validation, 0 = none", "run", least=0)
+    eval_every: int = _run(5, "epochs between quick validations, 0 = only at the end", least=0)
+    eval_images: int = _run(200, "validation images of a quick validation, 0 = none", least=0)
 
-    data: str | None = _option(
-        None,
-        "folder of the data set (scenes need none)",
-        "data",
-        path="DIR",
-        resumable=True,
-        inherited=True,
-        validation=True,
+    data: str | None = _data(
+        None, "folder of the data set (scenes need none)", path="DIR", resumable=True, inherited=True, validation=True
     )
-    train_images: int = _option(
-        0,
-        "how many training images to use, 0 = all (scenes: how many to generate)",
-        "data",
-        least=0,
-        inherited=True,
+    train_images: int = _data(
+        0, "how many training images to use, 0 = all (scenes: how many to generate)", least=0, inherited=True
     )
-    val_images: int = _option(
+    val_images: int = _data(
         0,
         "how many validation images to use, 0 = all (scenes: how many to generate)",
-        "data",
         least=0,
         inherited=True,
         validation=True,
     )
-    image_size: int = _option(
+    image_size: int = _data(
         224,
         "side of the square the encoder sees, pixels",
-        "data",
         source="D.3",
         least=1,
         inherited=True,
         shared="image size, which makes the token grid",
         validation=True,
     )
-    mask_size: int = _option(
-        320,
-        "side of the square on which masks are compared, pixels",
-        "data",
-        least=1,
-        inherited=True,
-        validation=True,
+    mask_size: int = _data(
+        320, "side of the square on which masks are compared, pixels", least=1, inherited=True, validation=True
     )
-    crop: str = _option(
+    crop: str = _data(
         "center",
         "training crop after resizing the minor side",
-        "data",
         choices=("center", "random", "stretch"),
         inherited=True,
         validation=True,
     )
-    flip: bool = _option(True, "flip training images horizontally with probability 1/2", "data", inherited=True)
-    sbd: str | None = _option(
+    flip: bool = _data(True, "flip training images horizontally with probability 1/2", inherited=True)
+    sbd: str | None = _data(
         None,
         "folder of the SBD data set, from which VOC's trainaug list is made where VOC has none",
-        "data",
         path="DIR",
         resumable=True,
     )
-    loader: str = _option(
+    loader: str = _data(
         "auto",
         "what decodes images: dali, torch (Pillow), or auto: DALI where it is installed and there is a GPU",
-        "data",
         choices=("auto", "dali", "torch"),
         keeps_auto=True,
     )
-    workers: int | None = _option(
+    workers: int | None = _data(
         None,
         "threads, above 4 processes, that decode images (default: one a core, at most 16)",
-        "data",
         least=0,
         resumable=True,
     )
-    cache: str = _option(
+    cache: str = _data(
         "auto",
         "what is kept of the training images: nothing, decoded pixels, frozen features, or auto, which says what it "
         "chose and why",
-        "data",
         choices=("auto", "none", "pixels", "features"),
         resumable=True,
     )
-    cache_dir: str | None = _option(
-        None,
-        "folder of caches on disk (default: $SPOT_FAST_CACHE or ~/.cache/spot_fast)",
-        "data",
-        path="DIR",
-        resumable=True,
+    cache_dir: str | None = _data(
+        None, "folder of caches on disk (default: $SPOT_FAST_CACHE or ~/.cache/spot_fast)", path="DIR", resumable=True
     )
 
-    encoder: str = _option(
+    encoder: str = _encoder(
         "vit_base_patch16_224.dino",
         "preset or timm name of the ViT (presets bring their rates), or spot_scenes for the packaged one",
-        "frozen encoder",
         inherited=True,
         shared="encoder",
     )
-    encoder_weights: str | None = _option(
+    encoder_weights: str | None = _encoder(
         None,
         "safetensors or .pth file of the ViT; hub = let timm download; none = random",
-        "frozen encoder",
         path="FILE",
         keywords=("hub", "none"),
         resumable=True,
         inherited=True,
     )
-    pos_resize: str = _option(
+    pos_resize: str = _encoder(
         "dino",
         "how position embeddings are resampled to another grid",
-        "frozen encoder",
         choices=("dino", "timm"),
         inherited=True,
         shared="resampling of positions",
     )
-    feature_norm: bool = _option(
-        False,
-        "layer-normalise the encoder's features (no parameters)",
-        "frozen encoder",
-        inherited=True,
-        shared="feature_norm",
+    feature_norm: bool = _encoder(
+        False, "layer-normalise the encoder's features (no parameters)", inherited=True, shared="feature_norm"
     )
-    train_blocks: int = _option(
-        4,
-        "last encoder blocks that train in stage 2",
-        "frozen encoder",
-        source="D.2",
-        least=0,
-        only=("stage", 2),
+    train_blocks: int = _encoder(
+        4, "last encoder blocks that train in stage 2", source="D.2", least=0, only=("stage", 2)
     )
 
-    num_slots: int = _option(7, "slots K", "slot attention", least=1, inherited=True, shared="number of slots")
-    slot_dim: int = _option(256, "slot width U", "slot attention", source="D.2", least=1, inherited=True)
-    slot_mlp: int = _option(
-        1024, "hidden width of the slot MLP", "slot attention", source="D.2", least=1, inherited=True
-    )
-    slot_heads: int = _option(1, "heads of slot attention", "slot attention", source="authors' code", least=1)
-    slot_iterations: int = _option(
-        3, "slot-attention iterations", "slot attention", source="D.2", least=1, inherited=True
-    )
-    slot_init: str = _option(
-        "gaussian", "initial slots", "slot attention", source="3.3", choices=("gaussian", "learned")
-    )
-    truncation: str = _option(
+    num_slots: int = _slots(7, "slots K", least=1, inherited=True, shared="number of slots")
+    slot_dim: int = _slots(256, "slot width U", source="D.2", least=1, inherited=True)
+    slot_mlp: int = _slots(1024, "hidden width of the slot MLP", source="D.2", least=1, inherited=True)
+    slot_heads: int = _slots(1, "heads of slot attention", source="authors' code", least=1)
+    slot_iterations: int = _slots(3, "slot-attention iterations", source="D.2", least=1, inherited=True)
+    slot_init: str = _slots("gaussian", "initial slots", source="3.3", choices=("gaussian", "learned"))
+    truncation: str = _slots(
         "none",
         "which iterations gradients pass through",
-        "slot attention",
         source="authors' code",
         choices=("none", "fixed_point", "bi_level"),
     )
-    implementation: str = _option(
+    implementation: str = _slots(
         "spot",
         "whose details slot encoder and decoder have: those of SPOT's authors, of OCBench, of OCLF's DINOSAUR or of "
         "VideoSAUR's (see spot_fast.convert)",
-        "slot attention",
         choices=("spot", "ocbench", "dinosaur", "videosaur"),
         inherited=True,
     )
 
-    decoder: str = _option("transformer", "decoder: transformer or mlp", "decoder", inherited=True)
-    dec_blocks: int = _option(
-        4,
-        "transformer decoder blocks",
-        "decoder",
-        source="D.2",
-        least=1,
-        inherited=True,
-        only=("decoder", "transformer"),
-    )
-    dec_heads: int = _option(
+    decoder: str = _decoder("transformer", "decoder: transformer or mlp")
+    dec_blocks: int = _decoder(4, "transformer decoder blocks", source="D.2", least=1, only=("decoder", "transformer"))
+    dec_heads: int = _decoder(
         6,
         "heads of its self-attention, and of the first cross-attention",
-        "decoder",
         source="D.2",
         least=1,
-        inherited=True,
         only=("decoder", "transformer"),
     )
-    dec_cross_heads: int = _option(
-        0,
-        "heads of the later cross-attentions, 0 = dec_heads",
-        "decoder",
-        least=0,
-        inherited=True,
-        only=("decoder", "transformer"),
+    dec_cross_heads: int = _decoder(
+        0, "heads of the later cross-attentions, 0 = dec_heads", least=0, only=("decoder", "transformer")
     )
-    dec_mlp_hidden: int = _option(
-        2048,
-        "hidden width of the MLP decoder",
-        "decoder",
-        source="D.2",
-        least=1,
-        inherited=True,
-        only=("decoder", "mlp"),
+    dec_mlp_hidden: int = _decoder(
+        2048, "hidden width of the MLP decoder", source="D.2", least=1, only=("decoder", "mlp")
     )
-    mlp_slot_proj: bool = _option(
-        True,
-        "project slots to the feature width before the MLP decoder",
-        "decoder",
-        inherited=True,
-        only=("decoder", "mlp"),
+    mlp_slot_proj: bool = _decoder(
+        True, "project slots to the feature width before the MLP decoder", only=("decoder", "mlp")
     )
-    orders: str = _option(
-        "spot9",
-        "patch orders drawn in training",
-        "decoder",
-        source="3.2, 4.2 (A)",
-        choices=("spot9", "standard"),
-        inherited=True,
+    orders: str = _decoder(
+        "spot9", "patch orders drawn in training", source="3.2, 4.2 (A)", choices=("spot9", "standard")
     )
-    cappa: float = _option(
-        0.0,
-        "probability of a parallel (CapPa) step, standard order only",
-        "decoder",
-        least=0,
-        inherited=True,
-        only=("decoder", "transformer"),
+    cappa: float = _decoder(
+        0.0, "probability of a parallel (CapPa) step, standard order only", least=0, only=("decoder", "transformer")
     )
 
-    epochs: int = _option(50, "passes over the training images", "optimisation", least=1)
-    batch_size: int = _option(
+    epochs: int = _optimisation(50, "passes over the training images", least=1)
+    batch_size: int = _optimisation(
         64,
         "images a step, of all processes together; --lr stays what it is (the usual rule for Adam, not tried here: "
         "sqrt(k) times the rate for k times the images)",
-        "optimisation",
         source="D.2",
         least=1,
         inherited=True,
     )
-    accumulate: int = _option(
+    accumulate: int = _optimisation(
         1,
         "parts of a process's share of a batch that go through the model one after another, for small memories; the "
         "gradient is the whole batch's but for rounding",
-        "optimisation",
         least=1,
         resumable=True,
     )
-    lr: float = _option(4e-4, "peak learning rate", "optimisation", least=0)
-    lr_low: float = _option(4e-7, "learning rate approached at the end", "optimisation", least=0)
-    warmup_steps: int = _option(
-        10_000, "linear warm-up, rounded to whole epochs", "optimisation", source="D.2", least=0
+    lr: float = _optimisation(4e-4, "peak learning rate", least=0)
+    lr_low: float = _optimisation(4e-7, "learning rate approached at the end", least=0)
+    warmup_steps: int = _optimisation(10_000, "linear warm-up, rounded to whole epochs", source="D.2", least=0)
+    clip: float = _optimisation(
+        0.3, "largest infinity norm of the gradient, 0 = no clipping", source="authors' code", least=0
     )
-    clip: float = _option(
-        0.3,
-        "largest infinity norm of the gradient, 0 = no clipping",
-        "optimisation",
-        source="authors' code",
-        least=0,
+    att_weight: float = _optimisation(
+        0.005, "lambda, weight of L_ATT in stage 2", source="D.2", least=0, only=("stage", 2)
     )
-    att_weight: float = _option(
-        0.005,
-        "lambda, weight of L_ATT in stage 2",
-        "optimisation",
-        source="D.2",
-        least=0,
-        only=("stage", 2),
-    )
-    att_weight_final: float | None = _option(
-        None,
-        "lambda at the end of a cosine schedule (default: constant)",
-        "optimisation",
-        least=0,
-        only=("stage", 2),
+    att_weight_final: float | None = _optimisation(
+        None, "lambda at the end of a cosine schedule (default: constant)", least=0, only=("stage", 2)
     )
 
     @property
     def recipe(self) -> str:
-        """Data set and method as `--preset` takes them, the method where it is not spot."""
+        """Data set and method as `--preset` takes them, without the method if it is spot."""
         return self.preset if self.method == "spot" else f"{self.preset}+{self.method}"
 
     def warmup_epochs(self, images: int) -> int:
-        """Warm-up in whole epochs over so many images, as the authors' code rounds: images / batch is not rounded."""
+        """Warm-up in whole epochs over so many images. As in the authors' code, images / batch is not rounded."""
         return int(self.warmup_steps / (images / self.batch_size))
 
     def to_json(self) -> str:
@@ -419,13 +315,13 @@ class Config:
         return cls(**values)
 
     def fingerprint(self) -> str:
-        """sha256 of the settings that decide what the weights become: all but those that a resumed run may change."""
+        """sha256 of the settings that decide the weights: all that a resumed run may not change."""
         settings = {name: value for name, value in asdict(self).items() if not OPTIONS[name].resumable}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 OPTIONS: dict[str, Option] = {each.name: Option(**each.metadata) for each in fields(Config)}
-# The values that every preset has unless it sets another, with their sources.
+# The defaults that have a source. Every preset has them unless it sets another value.
 SOURCED_DEFAULTS: dict[str, recipes.Value] = {
     each.name: recipes.Value(each.default, OPTIONS[each.name].source)
     for each in fields(Config)
@@ -434,12 +330,12 @@ SOURCED_DEFAULTS: dict[str, recipes.Value] = {
 
 
 def option_names(trait: str) -> tuple[str, ...]:
-    """The fields whose `Option` has that trait, such as "inherited", in the order of `Config`."""
+    """The fields whose `Option` has a trait such as "inherited", in the order of `Config`."""
     return tuple(name for name, option in OPTIONS.items() if getattr(option, trait))
 
 
 def flag(name: str) -> str:
-    """A field as it is written on the command line."""
+    """A field's command-line option."""
     return "--" + name.replace("_", "-")
 
 
@@ -451,10 +347,7 @@ def _fits(value: Any, annotation: str) -> bool:
 
 
 def check_config(config: Config) -> Config:
-    """`config` itself; UserError that names the option, its value and the remedy where it makes no sense.
-
-    What depends on the encoder or the data is checked where they are opened.
-    """
+    """`config` itself; UserError for senseless values. Encoder and data are checked where they are opened."""
     for name, option in OPTIONS.items():
         value = getattr(config, name)
         if option.least is not None and value is not None and not (math.isfinite(value) and value >= option.least):
@@ -477,17 +370,12 @@ def check_config(config: Config) -> Config:
     return config
 
 
-def preset_names() -> list[str]:
-    """The data sets, which are what `Config.preset` holds."""
-    return list(recipes.DATA_SETS)
-
-
 def preset(name: str, stage: int = 1, **changes: Any) -> Config:
     """Config of a data set, method and encoder for one stage, with `changes` applied.
 
-    name joins the three with + in any order, such as "coco", "coco+dinosaur" or "voc+spot_mlp+mae_vitb16"; scenes,
-    spot and the data set's own encoder stand for what it leaves out. `method` and `encoder` may be among the changes:
-    an encoder that the presets know brings its rates under either of its names. UserError names what is unknown.
+    name joins the three with + in any order, such as "coco", "coco+dinosaur" or "voc+spot_mlp+mae_vitb16"; the rest
+    is scenes, spot and the data set's own encoder. `method` and `encoder` may be among the changes: an encoder that
+    the presets know brings its rates under either of its names. UserError names what is unknown.
     """
     data, method, encoder = recipes.split(name)
     for option, named in (("method", method), ("encoder", encoder)):

@@ -16,12 +16,12 @@ from spot_fast.checkpoints.encoder_weights import stored_weights
 from spot_fast.checkpoints.runs import CONFIG, find_folder, load_run
 from spot_fast.checkpoints.shared_folder import check_free, save_pretrained, unused_of
 from spot_fast.checkpoints.unpickle import read_checkpoint
-from spot_fast.config import Config, check_config, flag, preset_names
+from spot_fast.config import Config, check_config, flag
 from spot_fast.errors import UserError
 from spot_fast.files import atomic_write
 from spot_fast.model.decoders import decoder_name
 from spot_fast.model.spot import Spot
-from spot_fast.recipes import needs_data
+from spot_fast.recipes import DATA_SETS, needs_data
 
 SOURCES = ("authors", *third_party.KINDS)
 _SUFFIXES = (".pt", ".pth", ".tar")
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     assumed = parser.add_argument_group("settings that the tensors of a checkpoint do not show")
     assumed.add_argument(
         "--preset",
-        choices=preset_names(),
+        choices=list(DATA_SETS),
         help="data set and recipe (default: coco, or the one with as many learned slots)",
     )
     assumed.add_argument(

@@ -18,9 +18,17 @@ from spot_fast.errors import UserError
 from spot_fast.evaluation.json_results import json_results
 from spot_fast.evaluation.options import add_scoring_options, open_val_set, score
 from spot_fast.evaluation.protocols import PROTOCOLS, Protocol, chosen
-from spot_fast.evaluation.several_runs import ScoredRun, seed_groups, tables_by_protocol
 from spot_fast.evaluation.size_plot import SizeRow, check_target, plot_sizes
-from spot_fast.evaluation.tables import NOTES, group_report, mean_sizes, run_report, write_csv
+from spot_fast.evaluation.tables import (
+    NOTES,
+    ScoredRun,
+    group_report,
+    mean_sizes,
+    run_report,
+    seed_groups,
+    tables_by_protocol,
+    write_csv,
+)
 from spot_fast.files import writable_target, write_json
 from spot_fast.system.devices import usable_device
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from spot_fast import cli, recipes
-from spot_fast.config import OPTIONS, SOURCED_DEFAULTS, Config, Option, preset
+from spot_fast.config import OPTIONS, SOURCED_DEFAULTS, Config, Option, flag, preset
 from spot_fast.errors import UserError
 from spot_fast.published import METRICS, Score, scores
 from spot_fast.recipes import DATA_SETS, ENCODERS, METHODS
@@ -47,35 +47,30 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """A preset in full, as plain data: its parts, settings of each stage with sources, commands, scores and notes.
-
-    UserError names what is unknown.
-    """
+    """A preset in full, as plain data; UserError names what is unknown."""
     data, method, encoder = recipes.split(name)
-    named = {"data": data, "method": method, "encoder": encoder}
     # A method or an encoder alone is shown on COCO, where the paper has most of it.
-    shown_data = data or "coco"
-    whole = (shown_data, method or "spot", encoder or recipes.default_encoder(shown_data))
-    stages = [1] if METHODS[whole[1]].stage2 is None else [1, 2]
-    notes = [*METHODS[whole[1]].notes] if method else []
-    about = {}
+    shown_data, shown_method = data or "coco", method or "spot"
+    whole = (shown_data, shown_method, encoder or recipes.default_encoder(shown_data))
+    notes, about = [], {}
     if data:
         about["data"] = DATA_SETS[data].about
     if method:
         about["method"] = METHODS[method].about
+        notes += METHODS[method].notes
     if encoder:
         vit = ENCODERS[encoder]
         about["encoder"] = f"{vit.about} ({vit.licence}); weights: {vit.weights}"
         notes += vit.notes
     rows = scores(data, method, encoder)
-    if scores(whole[0]) and not rows:
+    if scores(shown_data) and not rows:
         notes.append("the paper has no scores of this combination")
     return {
         "name": name,
         "about": about,
-        "named": named,
+        "named": {"data": data, "method": method, "encoder": encoder},
         "shown": dict(zip(("data", "method", "encoder"), whole, strict=True)),
-        "settings": {f"stage {stage}": settings(*whole, stage) for stage in stages},
+        "settings": {f"stage {stage}": settings(*whole, stage) for stage in range(1, _stages(shown_method) + 1)},
         "commands": commands(*whole),
         "notes": notes,
         "scores": [_score(row) for row in rows],
@@ -83,7 +78,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def settings(data: str, method: str, encoder: str | None, stage: int) -> dict[str, dict[str, Any]]:
-    """Every value that the paper or this package chose: field → value and source."""
+    """Every value that the paper or a preset chose: field → value and source."""
     chosen = SOURCED_DEFAULTS | recipes.values(data, method, encoder, stage)
     config = preset("+".join(filter(None, (data, method, encoder))), stage)
     return {
@@ -94,7 +89,7 @@ def settings(data: str, method: str, encoder: str | None, stage: int) -> dict[st
 
 
 def _has_effect(option: Option, config: Config) -> bool:
-    """Whether an option changes anything in such a run; a registered decoder may read every option of decoders."""
+    """Whether an option has an effect in a run; a registered decoder may read every option of decoders."""
     if option.only is None:
         return True
     field, value = option.only
@@ -114,22 +109,25 @@ def commands(data: str, method: str, encoder: str | None) -> list[str]:
     if encoder == "moco_vitb16":
         words.append("--encoder-weights vit-b-300ep.pth.tar")
     line = " ".join(words)
-    stages = [line] if METHODS[method].stage2 is None else [line, f"{line} --stage 2"]
+    stages = [line, f"{line} --stage 2"][: _stages(method)]
     return [*stages, "python -m spot_fast.evaluate"]
 
 
+def _stages(method: str) -> int:
+    return 1 if METHODS[method].stage2 is None else 2
+
+
 def _score(row: Score) -> dict[str, Any]:
-    figures = {
-        metric: {"mean": mean, "std": deviation}
-        for metric, mean, deviation in zip(METRICS, row.means, row.deviations, strict=True)
-    }
     return {
         "data": row.data,
         "method": row.method,
         "encoder": row.encoder,
         "stage": row.stage,
         "masks": row.masks,
-        "percent": figures,
+        "percent": {
+            metric: {"mean": mean, "std": deviation}
+            for metric, mean, deviation in zip(METRICS, row.means, row.deviations, strict=True)
+        },
         "source": row.source,
         "note": row.note,
     }
@@ -139,18 +137,13 @@ def _everything() -> dict[str, Any]:
     return {
         "data": {name: {"about": one.about} for name, one in DATA_SETS.items()},
         "methods": {
-            name: {"about": one.about, "stages": 1 if one.stage2 is None else 2, "notes": list(one.notes)}
+            name: {"about": one.about, "stages": _stages(name), "notes": list(one.notes)}
             for name, one in METHODS.items()
         },
         "encoders": {
-            name: {
-                "about": one.about,
-                "timm": one.timm,
-                "licence": one.licence,
-                "weights": one.weights,
-                "notes": list(one.notes),
-            }
-            for name, one in ENCODERS.items()
+            name: {field: getattr(vit, field) for field in ("about", "timm", "licence", "weights")}
+            | {"notes": list(vit.notes)}
+            for name, vit in ENCODERS.items()
         },
         "scores": [_score(row) for row in scores()],
     }
@@ -165,12 +158,11 @@ def _list() -> str:
     ]
     lines += _section("data sets", ((name, one.about) for name, one in DATA_SETS.items()))
     lines += _section(
-        "methods",
-        ((name, one.about + ("" if one.stage2 is not None else "; stage 1 alone")) for name, one in METHODS.items()),
+        "methods", ((name, one.about + "; stage 1 alone" * (_stages(name) == 1)) for name, one in METHODS.items())
     )
     lines += _section("encoders", ((name, _about_encoder(name)) for name in ENCODERS))
     lines.append("scores of the paper, percent, decoder masks, mean ± standard deviation of 3 seeds where it has them")
-    lines += _table(main_scores(), with_data=True)
+    lines += _table(main_scores())
     lines += [
         "",
         "python -m spot_fast.presets NAME shows one in full: every value with its source, commands, all scores.",
@@ -179,20 +171,19 @@ def _list() -> str:
 
 
 def main_scores() -> list[Score]:
-    """The paper's own scores of decoder masks of what the presets train."""
+    """The paper's own scores of the decoder masks that presets train."""
     return [row for row in scores() if row.masks == "decoder" and _as_preset(row)]
 
 
 def score_name(row: Score) -> str:
-    """The preset of a row; an encoder that none has is in the row's note."""
+    """The preset of a row, whose note names an encoder without one."""
     encoder = [row.encoder] if row.encoder in ENCODERS and row.encoder != "dino_vitb16" else []
     return "+".join([row.data, row.method, *encoder])
 
 
 def _as_preset(row: Score) -> bool:
-    """What the preset trains to the end, as the paper's authors did: no ablation, no numbers of others."""
-    last = 1 if METHODS[row.method].stage2 is None else 2
-    return row.stage == last and row.note in ("", "100 epochs") and row.encoder in ENCODERS
+    """Whether a preset trains what the row scores: its last stage, no ablation, no numbers of others."""
+    return row.stage == _stages(row.method) and row.note in ("", "100 epochs") and row.encoder in ENCODERS
 
 
 def _about_encoder(name: str) -> str:
@@ -207,17 +198,15 @@ def _section(title: str, rows: Iterable[tuple[str, str]]) -> list[str]:
     return [title, *(f"  {name:<14} {text}" for name, text in rows), ""]
 
 
-def _table(rows: Sequence[Score], *, with_data: bool) -> list[str]:
-    """Aligned columns; stage and masks where they differ from row to row."""
-    head = ["preset", *([] if with_data else ["stage", "masks"]), *METRICS, "source", ""]
-    body = []
+def _table(rows: Sequence[Score], *, with_stages: bool = False) -> list[str]:
+    """Aligned columns. with_stages: also stage and masks, which differ from row to row."""
+    lines = [["preset", *(["stage", "masks"] if with_stages else []), *METRICS, "source", ""]]
     for row in rows:
-        place = [] if with_data else [str(row.stage), row.masks]
-        body.append([score_name(row), *place, *row.figures, row.source, row.note])
-    widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
+        stage = [str(row.stage), row.masks] if with_stages else []
+        lines.append([score_name(row), *stage, *row.figures, row.source, row.note])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
-        "  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-        for line in [head, *body]
+        "  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
     ]
 
 
@@ -240,19 +229,17 @@ def _page(about: dict[str, Any]) -> str:
     if about["notes"]:
         lines += ["", "notes", *(f"  {note}" for note in about["notes"])]
     if about["scores"]:
-        lines += ["", "scores of the paper, percent", *_table(_rows_of(about), with_data=False)]
+        lines += ["", "scores of the paper, percent", *_table(scores(*about["named"].values()), with_stages=True)]
     return "\n".join(lines)
 
 
-def _rows_of(about: dict[str, Any]) -> list[Score]:
-    named = about["named"]
-    return scores(named["data"], named["method"], named["encoder"])
-
-
 def _setting(name: str, value: dict[str, Any]) -> str:
-    shown = {True: "yes", False: "no"}[value["value"]] if isinstance(value["value"], bool) else value["value"]
-    shown = f"{shown:g}" if isinstance(shown, float) else shown
-    return f"  --{name.replace('_', '-'):<18} {shown!s:<32} {value['source']}"
+    shown = value["value"]
+    if isinstance(shown, bool):
+        shown = "yes" if shown else "no"
+    elif isinstance(shown, float):
+        shown = f"{shown:g}"
+    return f"  {flag(name):<20} {shown!s:<32} {value['source']}"
 
 
 if __name__ == "__main__":

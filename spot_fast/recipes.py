@@ -1,8 +1,7 @@
-"""What the presets set, each value with its source: data sets, methods and encoders are three independent choices.
+"""The values that presets set, with their sources: data sets, methods and encoders are three independent choices.
 
-Sources are sections and tables of the paper (arXiv 2312.00648v3): "D.2" is in its appendix. "authors' code" is
-gkakogeorgiou/spot. "ours" is a choice the paper does not speak of; `python -m spot_fast.presets NAME` shows all.
-What no preset sets is a default of `config.Config`.
+Sources are sections and tables of the paper (arXiv 2312.00648v3); "authors' code" is gkakogeorgiou/spot, "ours" a
+choice on which the paper is silent. `python -m spot_fast.presets NAME` shows them. The rest are `Config`'s defaults.
 """
 
 from __future__ import annotations
@@ -16,8 +15,6 @@ from spot_fast.errors import UserError
 
 
 class Value(NamedTuple):
-    """A field's value and where it is from."""
-
     value: Any
     source: str
 
@@ -31,11 +28,11 @@ def _from(source: str, **values: Any) -> dict[str, Value]:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Images and the settings that they need in both stages; stage2 holds what the second stage changes.
+    """Images and their settings in both stages; stage2 holds what the second stage changes.
 
-    folder: what examples of commands call its --data; None where it needs none.
-    own_settings: methods and encoders change nothing but what they are, their epochs, rates and lambda do not apply.
-    own_rates: the learning rates of an encoder do not apply.
+    folder: its --data in examples of commands; None where it needs none.
+    own_settings: epochs, rates and lambda of methods and encoders do not apply.
+    own_rates: the learning rates of encoders do not apply.
     """
 
     about: str
@@ -49,7 +46,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Method:
-    """A way of training. stage2 is None where there is only one stage; teachers are the methods whose stage 1 teaches.
+    """A way of training. stage2: None for a single stage. teachers: methods whose stage 1 teaches stage 2.
 
     by_data: data set → values that hold there alone.
     """
@@ -64,10 +61,10 @@ class Method:
 
 @dataclass(frozen=True)
 class Vit:
-    """A frozen encoder: its name for timm and what comes with it on the paper's data sets.
+    """A frozen encoder: timm's name, and settings for the paper's data sets.
 
-    untagged is timm's name without the tag, where that means the same weights.
-    rates holds learning rates, which COCO and PASCAL take; MOVi has its own.
+    untagged: timm's name without the tag, where that means the same weights.
+    rates: learning rates on COCO and PASCAL; MOVi has its own.
     """
 
     about: str
@@ -84,6 +81,7 @@ class Vit:
 # Stage 2 starts its student fresh, with learned slots whose gradient rule is bi-level.
 STAGE2 = _from("3.3", slot_init="learned", truncation="bi_level")
 
+_RATES = _from("D.2", lr=4e-4, lr_low=4e-7)
 _MOVI = {
     **_from("4.1, D.2", epochs=65),
     **_from("D.3", crop="stretch", flip=False, mask_size=128),
@@ -128,7 +126,7 @@ DATA_SETS: dict[str, DataSet] = {
         "COCO",
         {
             **_from("4.1, D.2", num_slots=7, epochs=50),
-            **_from("D.2", lr=4e-4, lr_low=4e-7),
+            **_RATES,
             **_from("D.3", crop="center", flip=True, mask_size=320),
         },
         folder="COCO",
@@ -138,7 +136,7 @@ DATA_SETS: dict[str, DataSet] = {
         "PASCAL VOC 2012",
         {
             **_from("4.1, D.2", num_slots=6, epochs=560),
-            **_from("D.2", lr=4e-4, lr_low=4e-7),
+            **_RATES,
             **_from("D.3", crop="random", flip=True, mask_size=320),
         },
         folder="VOCdevkit",
@@ -170,6 +168,7 @@ DATA_SETS: dict[str, DataSet] = {
 _RATES_ON_VOC = ("dino_vitb16", "moco_vitb16")  # encoders whose rates on PASCAL the paper gives
 _MLP = {**_from("D.1, Tab. 4", decoder="mlp"), **_from("no order to draw", orders="standard")}
 _LESS = _from("D.2", att_weight=0.001)
+_OWN_NUMBERS = "DINOSAUR's own numbers are of its authors' settings, some of ViT-S/8"
 _SILENT = "the paper does not say its epochs on {}: as SPOT's first stage"
 
 METHODS: dict[str, Method] = {
@@ -202,19 +201,12 @@ METHODS: dict[str, Method] = {
         "one patch order, no self-training: a re-implementation of DINOSAUR",
         _from("Tab. 1 (a)", orders="standard"),
         by_data={"coco": _from("Tab. 9, authors' code", epochs=100)},
-        notes=(
-            "--epochs 50 is row (a) of Table 1",
-            _SILENT.format("PASCAL and MOVi"),
-            "DINOSAUR's own numbers are of its authors' settings, some of ViT-S/8",
-        ),
+        notes=("--epochs 50 is row (a) of Table 1", _SILENT.format("PASCAL and MOVi"), _OWN_NUMBERS),
     ),
     "dinosaur_mlp": Method(
         "the MLP decoder, no self-training",
         _MLP,
-        notes=(
-            "the paper does not say its epochs: as SPOT's first stage",
-            "DINOSAUR's own numbers are of its authors' settings, some of ViT-S/8",
-        ),
+        notes=("the paper does not say its epochs: as SPOT's first stage", _OWN_NUMBERS),
     ),
     "cappa": Method(
         "one patch order, a quarter of the steps decode in parallel",
@@ -237,7 +229,6 @@ METHODS: dict[str, Method] = {
 }
 
 _META = "https://dl.fbaipublicfiles.com/"
-_RATES = _from("D.2", lr=4e-4, lr_low=4e-7)
 _AS_DINO = _from("as coco+dino_vitb16", lr=4e-4, lr_low=4e-7)
 _NOT_IN_PAPER = "not in the paper: rates and lambda as for DINO"
 ENCODERS: dict[str, Vit] = {
@@ -299,27 +290,27 @@ ENCODERS: dict[str, Vit] = {
 
 
 def timm_name(encoder: str) -> str:
-    """timm's name of an encoder that may be given by a name of ours."""
+    """timm's name of an encoder given by its or our name."""
     return ENCODERS[encoder].timm if encoder in ENCODERS else encoder
 
 
 def encoder_recipe(encoder: str) -> str | None:
-    """Our name of an encoder given by either name; None for one that no preset knows."""
+    """Our name of an encoder given by its or timm's name; None for one that no preset knows."""
     return next((name for name, vit in ENCODERS.items() if encoder in (name, vit.timm, vit.untagged)), None)
 
 
 def default_encoder(data: str) -> str | None:
-    """Our name of the encoder that a data set is trained with; None where its settings name another."""
+    """Our name of a data set's encoder; None where its settings name another."""
     return None if "encoder" in DATA_SETS[data].values else "dino_vitb16"
 
 
 def needs_data(data: str) -> bool:
-    """Whether --data has to name a folder of the data set; also true of one that is not registered in this process."""
+    """Whether the data set needs --data; true of one that is not registered in this process."""
     return data not in DATA_SETS or DATA_SETS[data].folder is not None
 
 
 def split(name: str) -> tuple[str | None, str | None, str | None]:
-    """(data set, method, encoder) of names joined with + in any order, None for what is not named.
+    """(data set, method, encoder) of names joined with + in any order, None for a missing one.
 
     UserError for an unknown name and for two of a kind.
     """
@@ -339,13 +330,13 @@ def split(name: str) -> tuple[str | None, str | None, str | None]:
 
 
 def _closest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence: the known name most like `name`, if one is."""
+    """The end of a sentence: the known name most like `name`, if any."""
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def check_method(method: str, stage: int) -> None:
-    """UserError where there is no such method or it has no such stage."""
+    """UserError if the method is unknown or lacks the stage."""
     if method not in METHODS:
         raise UserError(f"--method {method} is unknown: use one of {', '.join(METHODS)}{_closest(method, METHODS)}")
     if stage == 2 and METHODS[method].stage2 is None:
@@ -356,14 +347,13 @@ def check_method(method: str, stage: int) -> None:
 def values(data: str, method: str, encoder: str | None, stage: int) -> dict[str, Value]:
     """The values that a combination sets beside Config's defaults, later sources over earlier ones.
 
-    encoder: our name, None for one that the presets do not know or for the data set's own.
+    encoder: our name; None for the data set's own or one that no preset knows.
     """
     data_set, chosen = DATA_SETS[data], METHODS[method]
     result = dict(data_set.values)
     if stage == 2:
-        result |= STAGE2 | dict(data_set.stage2)
-    result |= chosen.values
-    result |= chosen.by_data.get(data, {})
+        result |= STAGE2 | data_set.stage2
+    result |= chosen.values | chosen.by_data.get(data, {})
     if stage == 2 and not data_set.own_settings:
         result |= chosen.stage2 or {}
     if encoder is not None:
@@ -372,10 +362,8 @@ def values(data: str, method: str, encoder: str | None, stage: int) -> dict[str,
         if not data_set.own_settings:
             result |= vit.values
         if not data_set.own_rates:
-            in_paper = data == "coco" or (data == "voc" and encoder in _RATES_ON_VOC)
-            result |= (
-                vit.rates
-                if in_paper
-                else {name: Value(value, f"as coco+{encoder}") for name, (value, _) in vit.rates.items()}
-            )
+            rates = vit.rates
+            if data != "coco" and not (data == "voc" and encoder in _RATES_ON_VOC):
+                rates = {name: Value(value, f"as coco+{encoder}") for name, (value, _) in rates.items()}
+            result |= rates
     return result

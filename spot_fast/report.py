@@ -18,7 +18,7 @@ from spot_fast.data.base import ImageSet
 from spot_fast.errors import UserError
 from spot_fast.evaluation.options import add_scoring_options, open_val_set, score
 from spot_fast.evaluation.protocols import chosen
-from spot_fast.evaluation.several_runs import seed_groups
+from spot_fast.evaluation.tables import seed_groups
 from spot_fast.files import atomic_write, writable_target
 from spot_fast.precision import resolve
 from spot_fast.reporting.introspection import PatchGradients, introspect, patch_gradients, read_image

@@ -12,7 +12,7 @@ import golden_tensors
 from golden_tensors import ROOT, assert_close, load
 from spot_fast import convert, evaluate, segment, train
 from spot_fast.checkpoints.official import convert as convert_official
-from spot_fast.checkpoints.official import load_official, official_weights
+from spot_fast.checkpoints.official import official_weights
 from spot_fast.checkpoints.runs import CONFIG, MODEL, load_run, read_config
 from spot_fast.checkpoints.unpickle import read_checkpoint
 from spot_fast.config import preset
@@ -46,7 +46,7 @@ def converted(tmp_path_factory):
 
 def test_a_converted_checkpoint_gives_the_authors_outputs(converted):
     model = load_run(converted).model
-    reference = load_official(FILE, num_slots=4, encoder_heads=3)
+    reference = convert_official(FILE, num_slots=4, encoder_heads=3).model()
     images, noise = load("checkpoints/images"), load("checkpoints/stage1_checkpoint_numpy1.slot_noise")
     output, expected = model.segment(images, noise=noise), reference.segment(images, noise=noise)
     exact = reference.double().segment(images.double(), noise=noise.double())

@@ -16,8 +16,8 @@ from spot_fast.model.vits import build_vit
 
 @dataclass(frozen=True)
 class Converted:
-    """learned: tensors by `Spot`'s names. vit: the frozen ViT's by timm's names, as stored. unused: tensors that no
-    model uses, kept so that converting back gives the same file. notes: for the user."""
+    """learned: tensors by `Spot`'s names. vit: the frozen ViT's by timm's names, as stored. unused: tensors kept only
+    so that converting back gives the same file. notes: for the user."""
 
     config: Config
     learned: Mapping[str, Tensor]

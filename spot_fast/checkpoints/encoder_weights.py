@@ -1,7 +1,7 @@
 """Weights of the frozen encoder: finds them (file, hub, package), reads, checks and loads them.
 
-A file may be a whole training's: the tensors alone, or below `model`, `state_dict`, `teacher` and the like beside an
-optimiser and settings, with names that begin with the modules around the ViT. The ViT is found by its patch embedding.
+A file may hold the tensors alone, or below `model`, `state_dict`, `teacher` and the like beside an optimiser and
+settings, with names that begin with the modules around the ViT. Its patch embedding shows where the ViT is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from spot_fast.system.optional import required
 
 _PATCHES = "patch_embed.proj.weight"
 _SPOT = "slot_attn.slot_attention.project_q.weight"
-# Modules that hold the ViT which a file's authors evaluate, if the file has several.
+# Modules with the ViT that its authors evaluate, if a file has several.
 _EVALUATED = (
     "teacher",  # DINO, iBOT, DINOv2
     "target_encoder",  # I-JEPA
@@ -41,18 +41,19 @@ _EVALUATED = (
 )
 # Modules that only wrap others: DDP, torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# Tensors that show by whose names a file has its ViT.
+# Tensors that show whose names a file has.
 _OTHER_NAMES = {
     "embeddings.patch_embeddings.projection.weight": "Hugging Face transformers",
     "conv_proj.weight": "torchvision",
     "visual.conv1.weight": "CLIP",
 }
-# Tensors beside or after the blocks that no feature depends on: heads, losses, decoders and their like.
+# Tensors on which no feature depends: heads, losses, decoders and their like.
 _HEAD = re.compile(
     r"(head|heads|\w+_head|head_dist|aux_head|fc|fc_norm|classifier|pre_logits|attn_pool|projector|projection|predictor"
     r"|prototypes|last_layer|decoder|decoder_\w+|mask_token|masked_embed|center|\w+_loss|queue|queue_ptr)(\..*)?"
 )
 _BUFFER = re.compile(r"(.*\.)?(num_batches_tracked|relative_position_index)")
+_ROPE_TABLE = re.compile(r"rope(_embed)?\..*")
 # Parts of a ViT, and the modules that may have such parts of their own: decoders, heads, an optimiser's named state.
 _PART = re.compile(r"(.*\.)?(blocks\.\d+\.|reg_token|register_tokens|cls_token|pos_embed|dist_token|norm_pre\.).*")
 _OWN_BLOCKS = re.compile(
@@ -65,9 +66,9 @@ _announced: set[Path] = set()  # files whose choice of a ViT has been printed
 
 
 def frozen_encoder(config: Config) -> Encoder:
-    """The encoder that `config` describes, with weights from a file, the hub or the package.
+    """The encoder of `config`, with weights from a file, the hub or the package.
 
-    Random weights (`--encoder-weights none`) are the same every time, and the global random state stays as it is.
+    Random weights (`--encoder-weights none`) are the same every time; the global random state does not advance.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(Stream.RANDOM_ENCODER, 0))
@@ -83,7 +84,7 @@ def encoder_metadata(encoder: Encoder, config: Config) -> dict[str, str]:
 
 
 def stored_weights(config: Config) -> dict[str, Tensor] | None:
-    """The weights that `config` names as they are stored, positions not resampled; None for random ones."""
+    """The weights of `config` as stored, positions not resampled; None for random ones."""
     if config.encoder_weights == "none":
         return None
     if config.encoder_weights not in (None, "hub"):
@@ -94,12 +95,12 @@ def stored_weights(config: Config) -> dict[str, Tensor] | None:
 
 
 def packaged_weights() -> Path:
-    """The file of the scenes ViT, which `python -m spot_fast.pretrain` wrote."""
+    """The scenes ViT, written by `python -m spot_fast.pretrain`."""
     return Path(str(resources.files("spot_fast") / "weights" / "scenes_vit.safetensors"))
 
 
 def _hub_weights(name: str) -> dict[str, Tensor]:
-    """The hub's weights of a timm model; fails within seconds if neither a cached copy nor the hub has them."""
+    """The hub's weights of a timm model; fails within seconds if neither cache nor hub has them."""
     if name in FILE_ONLY:
         raise UserError(
             f"neither timm nor the hub has the weights of --encoder {name}: download "
@@ -129,10 +130,10 @@ def _hub_weights(name: str) -> dict[str, Tensor]:
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The ViT's tensors in the file `path` by timm's names, float32; heads below the ViT are among them.
+    """The ViT's tensors (with its heads') in the file `path`, by timm's names, float32.
 
-    Of several ViTs it is the one that its authors evaluate, which is printed. UserError if the file has no ViT, or
-    several without a hint which is meant, or tensors that are no plain numbers.
+    Of several ViTs it is the one that its authors evaluate, which is printed. UserError if the file has no ViT, several
+    without a hint which is meant, or tensors that are no plain numbers.
     """
     path = Path(path)
     try:
@@ -190,7 +191,7 @@ def _prefix(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _refuse_scattered(path: Path, tensors: Mapping[str, Tensor], prefixes: list[str]) -> None:
-    """UserError for parts of a ViT outside the modules with a patch embedding: they may be missing blocks of it."""
+    """UserError for parts of a ViT outside the modules with a patch embedding, which may lack them."""
     outside = [
         name
         for name in tensors
@@ -205,7 +206,7 @@ def _refuse_scattered(path: Path, tensors: Mapping[str, Tensor], prefixes: list[
 
 
 def _without_vit(tensors: Mapping[str, Tensor]) -> str:
-    """The predicate of an error about a file without a ViT in timm's names."""
+    """An error's predicate about a file without a ViT in timm's names."""
     if not tensors:
         return "holds no tensors: pass a .safetensors or .pth file of the ViT"
     for theirs, library in _OTHER_NAMES.items():
@@ -234,8 +235,7 @@ def load_vit_weights(vit: nn.Module, weights: Mapping[str, Tensor], *, pos_resiz
     Heads may be left over and the final LayerNorm may be missing, because no feature depends on them. UserError names
     any other tensor that is missing, unexpected, not finite or of another shape.
     """
-    wanted = vit.state_dict()
-    weights = dict(weights)
+    wanted, weights = vit.state_dict(), dict(weights)
     if "reg_token" in wanted and "pos_embed" in weights and vit.no_embed_class:
         weights |= _class_token_with_position(weights)
     unexpected = _unexpected(weights, wanted, rope=getattr(vit, "rope", None) is not None)
@@ -275,7 +275,7 @@ def load_vit_weights(vit: nn.Module, weights: Mapping[str, Tensor], *, pos_resiz
 
 
 def _class_token_with_position(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """DINOv2's source keeps a position for the class token; timm, if there are registers, adds it to the token."""
+    """DINOv2's source has a position for the class token; timm, with registers, adds it to the token."""
     table = weights["pos_embed"]
     if "cls_token" not in weights or round((table.shape[1] - 1) ** 0.5) ** 2 != table.shape[1] - 1:
         return {}
@@ -287,22 +287,14 @@ def _unexpected(names: Mapping[str, Any], wanted: Mapping[str, Any], *, rope: bo
 
     rope: the ViT has rotary positions, whose table it computes itself.
     """
-    own_table = re.compile(r"rope(_embed)?\..*")
-    return [
-        name
-        for name in names
-        if name not in wanted
-        and not _HEAD.fullmatch(name)
-        and not _BUFFER.fullmatch(name)
-        and not _FINAL_NORM.fullmatch(name)
-        and not (rope and own_table.fullmatch(name))
-    ]
+    harmless = (_HEAD, _BUFFER, _FINAL_NORM, *[_ROPE_TABLE] * rope)
+    return [name for name in names if name not in wanted and not any(p.fullmatch(name) for p in harmless)]
 
 
 def _remedy(vit: nn.Module, weights: Mapping[str, Tensor]) -> str:
-    """The advice to use the --encoder that takes all of `weights`, if their shapes show it."""
+    """Advice to use the --encoder that takes all of `weights`, if their shapes show it."""
+    # Tensors do not show the number of heads: a ViT of the same width is assumed to have as many.
     same_width = _PATCHES in weights and weights[_PATCHES].shape[0] == vit.embed_dim
-    # Tensors do not show the number of heads: one of the same width is taken to have as many.
     for name in possible_names(weights, vit.blocks[0].attn.num_heads if same_width else None):
         try:
             with torch.device("meta"):

@@ -1,6 +1,6 @@
-"""Recognises files that are not what was expected: a Git LFS pointer, a saved web page, an archive.
+"""Recognises unexpected files: a Git LFS pointer, a saved web page, an archive.
 
-Readers that fail ask this module: the libraries' own messages about such files ("header too large") help nobody.
+For readers that fail: the libraries' own messages about such files ("header too large") help nobody.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import zlib
 from pathlib import Path
 
 _HEAD = 4096  # bytes that are read
+_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".tar")
 _HTML = re.compile(rb"<(!doctype\s+html|html|head|body|script|meta)\b", re.IGNORECASE)
 _CODE = re.compile(rb"<code>\s*([\w. -]{1,60})\s*</code>", re.IGNORECASE)
-# Other formats by their first bytes; a text without a remedy gets "pass another file".
+# Other formats by their first bytes. Without a remedy of its own it is "pass another file".
 _SIGNATURES = (
     (b"BZh", "is compressed by bzip2: unpack it first"),
     (b"\xfd7zXZ\0", "is compressed by xz: unpack it first"),
@@ -30,12 +31,14 @@ _SIGNATURES = (
 
 
 def file_problem(path: Path, wanted: str = "weights", *, text: bool = False) -> str | None:
-    """What the file `path` is instead of a complete file of `wanted`: a predicate with its remedy; None if unknown.
+    """A predicate with a remedy for a file `path` that is no complete file of `wanted`; None if unknown.
 
-    Reads a few kilobytes, whatever the name's suffix. text: `wanted` is text itself.
+    The name's suffix does not count. text: `wanted` is text itself.
     """
     if path.is_dir():
-        return _folder(path, wanted)
+        files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
+        example = f", such as {files[0]}" if files else ""
+        return f"is a folder: pass the file of {wanted} in it{example}"
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
@@ -60,12 +63,6 @@ def file_problem(path: Path, wanted: str = "weights", *, text: bool = False) -> 
 def _only_zeros(path: Path) -> bool:
     with path.open("rb") as file:
         return not any(any(block) for block in iter(lambda: file.read(1 << 20), b""))
-
-
-def _folder(path: Path, wanted: str) -> str:
-    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pth", ".pt", ".tar"))
-    example = f", such as {files[0]}" if files else ""
-    return f"is a folder: pass the file of {wanted} in it{example}"
 
 
 def _inflated(head: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: whether it can be reached, and models downloaded from it."""
+"""The Hugging Face hub: whether it answers, and models downloaded from it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def hub_answers() -> bool:
     if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
         return False
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy") or os.environ.get("HF_ENDPOINT"):
-        return True  # reached by a proxy or mirror: the download will show
+        return True  # by a proxy or mirror: the download will show
     answered = []
 
     def connect() -> None:
@@ -38,10 +38,9 @@ def hub_answers() -> bool:
 
 
 def hub_folder(name: str, needed: Sequence[str]) -> Path:
-    """The local folder of the hub's model `owner/name` or `owner/name@revision`.
+    """The local folder of the hub's model `owner/name` or `owner/name@revision`, downloaded or cached.
 
-    The model is downloaded, or taken from the cache if the hub does not answer. UserError if neither gives a folder
-    with the `needed` files.
+    UserError if neither gives a folder with the `needed` files.
     """
     hub = required("huggingface_hub", f"{name} on the hub", "huggingface_hub")
     repository, _, revision = name.partition("@")
@@ -52,7 +51,7 @@ def hub_folder(name: str, needed: Sequence[str]) -> Path:
                 repository, revision=revision or None, allow_patterns=list(_FILES), local_files_only=not answers
             )
         )
-    except Exception as error:  # the hub's client raises its own exceptions and those of several libraries below it
+    except Exception as error:  # its client raises its own exceptions and those of several libraries below it
         reason = str(error).strip().splitlines()[0][:120] if answers and str(error).strip() else "it does not answer"
         raise UserError(
             f"{name} is no file or folder here, and the hub does not give it ({reason}): check the name, "

@@ -1,4 +1,4 @@
-"""The model card of a saved model: its settings, how to load it, scores, and the licence of its encoder's weights."""
+"""A saved model's card: settings, how to load it, scores, and the licence of its encoder's weights."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _PAPER = "[SPOT, CVPR 2024](https://arxiv.org/abs/2312.00648)"
 
 
 def encoder_licence(name: str) -> tuple[str, str]:
-    """The licence of the encoder `name`'s weights: the hub's identifier, and a phrase with publisher and licence.
+    """The licence of an encoder's weights: the hub's identifier, and a phrase with publisher and licence.
 
     Source: the publishers' repositories and timm's model cards.
     """
     for part, identifier, licence, owner in (
-        # "dino" is part of the names above it, so it comes after them
+        # "dino" is part of the names above it
         ("dinov3", "other", "DINOv3 License", "Meta's DINOv3"),
         ("dinov2", "apache-2.0", "Apache License 2.0", "Meta's DINOv2"),
         ("dino", "apache-2.0", "Apache License 2.0", "Meta's DINO"),
@@ -37,10 +37,7 @@ def encoder_licence(name: str) -> tuple[str, str]:
 
 
 def card(config: Config, scores: Mapping[str, float], sha256: str, *, included: bool, source: str | None) -> str:
-    """The text of README.md, with the hub's front matter.
-
-    included: whether the encoder's weights are in the folder. source: where the model comes from.
-    """
+    """The text of README.md. included: whether the encoder's weights are in the folder. source: of the model."""
     identifier, licence = encoder_licence(config.encoder)
     assumed = " (identified by their shapes or by hand)" if included else ""
     where = "in `encoder.safetensors`" if included else "not in this folder: spot_fast finds them by that name"
@@ -56,12 +53,12 @@ def card(config: Config, scores: Mapping[str, float], sha256: str, *, included: 
         "",
         f"Takes images apart into {config.num_slots} slots without labels ({_PAPER}): frozen ViT `{config.encoder}` "
         f"at {config.image_size} px, {config.slot_init} slots of width {config.slot_dim}, {decoder_name(config)}.",
-        *([f"Converted from {source}."] if source else []),
-        *(
-            [f"Details as in {config.implementation}, not as in the authors' SPOT."]
-            if config.implementation != "spot"
-            else []
-        ),
+    ]
+    if source:
+        parts.append(f"Converted from {source}.")
+    if config.implementation != "spot":
+        parts.append(f"Details as in {config.implementation}, not as in the authors' SPOT.")
+    parts += [
         "",
         "```python",
         "import spot_fast",

@@ -1,7 +1,7 @@
 """Checkpoints of the authors' implementation (gkakogeorgiou/spot, `.pt.tar`) → `Spot`, and back.
 
-The state dict is the file itself or its entry `model`, beside an optimiser's state that is ignored. Tensors show most
-of the Config; `assumptions` lists the rest, which has defaults.
+The state dict is the file itself or its entry `model`. Tensors show most of the Config; `assumptions` lists the rest,
+which has defaults.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from spot_fast.model.spot import Spot
 from spot_fast.model.tensor_checks import require_plain
 from spot_fast.model.vits import vit_name
 
-# The data set by the number of learned slots, which the file shows.
+# The data set by the number of learned slots.
 _PRESETS = {7: "coco", 6: "voc", 11: "movi_c", 24: "movi_e"}
 # Tensors whose shapes show settings.
 _NEEDED = (
@@ -34,7 +34,7 @@ _NEEDED = (
     "slot_attn.slot_attention.project_q.weight",
     "slot_attn.slot_attention.mlp.0.weight",
 )
-# Defaults of the authors' training code, whatever our preset has.
+# Defaults of the authors' training code.
 _DEFAULTS = dict(
     feature_norm=False, encoder_weights=None, slot_heads=1, slot_iterations=3, dec_heads=6, dec_cross_heads=0
 )
@@ -66,9 +66,9 @@ def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def _trained_blocks(state: Mapping[str, Tensor]) -> int:
-    """The number of last blocks that train, after checking that the student's encoder differs in no others.
+    """The number of last blocks that train, at most the authors' four.
 
-    The authors train four. A difference elsewhere is an error, since it would be lost: `Spot` keeps the last blocks.
+    UserError if the student's encoder differs elsewhere, which would be lost: `Spot` keeps the last blocks alone.
     """
     depth = _depth(state, "encoder.")
     for name, value in state.items():
@@ -102,11 +102,7 @@ def _trained_blocks(state: Mapping[str, Tensor]) -> int:
 def infer_config(
     source: str | os.PathLike | Mapping[str, Any], *, encoder_heads: int | None = None, **changes: Any
 ) -> Config:
-    """The Config that a checkpoint's tensors imply, with `changes` applied.
-
-    Tensors do not show the data set (a preset, see `assumptions`), the number of gaussian slots, heads (the authors'
-    defaults are taken), λ and the optimiser's settings.
-    """
+    """The Config that a checkpoint's tensors imply, with `changes` applied; `assumptions` lists the rest."""
     state = official_weights(source)
     slots = "slot_attn.slot_attention."
     stage = 2 if any(name.startswith("second_encoder.") for name in state) else 1
@@ -142,9 +138,10 @@ def infer_config(
 
 def assumptions(config: Config) -> list[str]:
     """The values of an inferred `config` that no tensor shows, as options of spot_fast.convert."""
-    gaussian = config.slot_init == "gaussian"
-    lines = [f"--preset {config.preset}" + ("" if gaussian else f" ({config.num_slots} slots)")]
-    lines += [f"--num-slots {config.num_slots}"] if gaussian else []
+    if config.slot_init == "gaussian":
+        lines = [f"--preset {config.preset}", f"--num-slots {config.num_slots}"]
+    else:
+        lines = [f"--preset {config.preset} ({config.num_slots} slots)"]
     lines.append(f"--slot-iterations {config.slot_iterations}")
     if config.decoder == "transformer":
         lines.append(f"--dec-heads {config.dec_heads}")
@@ -182,7 +179,7 @@ def official_state_dict(
     state = official_weights(source)
     config = config or infer_config(state)
     if config.stage == 2:
-        # `encoder.` is the student's here: its last blocks are kept, the rest equals the frozen `second_encoder.`.
+        # `encoder.` is the student's: its last blocks are kept, the rest equals the frozen `second_encoder.`.
         first = _depth(state, "encoder.") - config.train_blocks
         renamed = {}
         for name, value in state.items():
@@ -192,7 +189,7 @@ def official_state_dict(
             elif not name.startswith("encoder."):
                 renamed[name.removeprefix("second_")] = value
         state = renamed
-    # The authors project q, k and v apart; `Spot` has one matrix, to which each of them is a third.
+    # The authors' projections of q, k and v are thirds of one matrix in `Spot`.
     result: dict[str, Tensor] = {}
     thirds: dict[str, list[Tensor | None]] = {}
     for name, value in state.items():
@@ -216,23 +213,16 @@ def official_state_dict(
 
 
 def _transformer_only(name: str, config: Config) -> bool:
-    """Whether the authors' models with the MLP decoder hold the parameter without using it."""
+    """Whether the authors' models with the MLP decoder hold the parameter but do not use it."""
     unused = ("decoder.input_proj.", "decoder.bos") + (() if config.mlp_slot_proj else ("decoder.slot_proj.",))
     return name.startswith(unused)
 
 
 def _reshape(name: str, value: Tensor) -> Tensor:
-    """`value` without the authors' axes of length 1, which are there for broadcasting."""
+    """`value` without the authors' axes of length 1."""
     if name in ("decoder.bos", "decoder.positions"):
         return value.reshape(-1, value.shape[-1])
     return value.reshape(-1) if name == "decoder.mask_token" else value
-
-
-def load_official(
-    source: str | os.PathLike | Mapping[str, Any], *, encoder_heads: int | None = None, **changes: Any
-) -> Spot:
-    """A Spot in eval mode with a checkpoint's weights, encoder included; arguments as in `convert`."""
-    return convert(source, encoder_heads=encoder_heads, **changes).model()
 
 
 def convert(
@@ -243,8 +233,7 @@ def convert(
     Args:
         source: as in `official_state_dict`.
         encoder_heads: attention heads of the ViT, by default one per 64 channels.
-        changes: Config fields that the file does not show, such as num_slots (gaussian slots share their parameters),
-            dec_heads or dec_cross_heads.
+        changes: Config fields that the file does not show, such as num_slots (gaussian slots share their parameters).
     """
     state = official_weights(source)
     config = infer_config(state, encoder_heads=encoder_heads, **changes)
@@ -254,7 +243,7 @@ def convert(
     # Converting back shows which tensors `Spot` does not keep.
     unused = {}
     for name, value in state.items():
-        name = "dec." + name.removeprefix("tf_dec.") if name.startswith("tf_dec.") else name
+        name = re.sub(r"^tf_dec\.", "dec.", name)
         if name not in back or not torch.equal(back[name].to(value.dtype), value):
             unused[name] = value
     return Converted(config, learned, vit, unused)
@@ -269,10 +258,8 @@ def learned_tensors(source: str | os.PathLike | Mapping[str, Any], config: Confi
 def authors_state_dict(model: Spot, vit: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """A model's state dict in the authors' names and shapes, complete for their strict loading.
 
-    vit: the frozen encoder's weights as they were before positions were resampled; by default the model's own.
-
-    Raises:
-        UserError: for a model that the authors' code cannot build.
+    vit: the frozen encoder's weights before positions were resampled; by default the model's own. UserError for a model
+    that the authors' code cannot build.
     """
     config = model.config
     rope = getattr(model.encoder.vit, "rope", None) is not None

@@ -36,8 +36,8 @@ _TOP = {"bos_tokens": "bos", "mask_token": "mask_token", "pos_embed": "positions
 def spot_name(name: str) -> tuple[str, int | None] | None:
     """The authors' parameter name → (name in `Spot`, its third (q, k, v) or None for all of it).
 
-    None for tensors that `Spot` does not keep: causal masks, and the mask token of a DINOv2 encoder. The student's
-    encoder (beside `second_encoder.`) is the caller's: its names depend on the number of trained blocks.
+    None for tensors that `Spot` does not keep: causal masks, and the mask token of a DINOv2 encoder. The caller renames
+    the student's encoder, whose names depend on the number of trained blocks.
     """
     head, _, rest = name.partition(".")
     if name in _TOP:
@@ -81,10 +81,7 @@ def _decoder_name(name: str) -> tuple[str, int | None] | None:
 
 
 def frozen_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The frozen encoder's weights in an official state dict, in timm's names: the second encoder's if there is one.
-
-    Values are as stored: positions are not resampled, and tensors that timm's ViT lacks are kept.
-    """
+    """The frozen encoder's weights in an official state dict, in timm's names and as stored."""
     prefix = "second_encoder." if any(name.startswith("second_encoder.") for name in state) else "encoder."
     return {_vit_name(name.removeprefix(prefix)): value for name, value in state.items() if name.startswith(prefix)}
 
@@ -92,16 +89,14 @@ def frozen_vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def official_tensors(
     learned: Mapping[str, Tensor], vit: Mapping[str, Tensor], *, tokens: int, mlp: bool
 ) -> dict[str, Tensor]:
-    """The authors' state dict of a Spot's learned tensors and its frozen encoder's, which have timm's names.
+    """The authors' state dict of a Spot's learned tensors and its frozen encoder's (`vit`, timm's names).
 
-    tokens: patch tokens N, the size of the causal masks that the authors' blocks hold.
-    mlp: whether the decoder is the MLP. The authors' model then has parameters that it does not use but whose strict
-    loading needs them: they are zeros and ones.
+    tokens: patch tokens N, the size of the causal masks in the authors' blocks.
+    mlp: whether the decoder is the MLP. Strict loading then needs parameters that the authors' model does not use: they
+    are zeros and ones.
     """
-    result: dict[str, Tensor] = {}
     blocks = {name: value for name, value in learned.items() if name.startswith("last_blocks.")}
-    prefix = "second_encoder." if blocks else "encoder."
-    result.update(_official_vit(vit, prefix))
+    result = _official_vit(vit, "second_encoder." if blocks else "encoder.")
     if blocks:
         result.update(_official_vit(vit, "encoder."))
         depth = 1 + max(_numbers(vit, r"blocks\.(\d+)\."))
@@ -126,7 +121,7 @@ def official_tensors(
 
 
 def _official(name: str, value: Tensor, mlp: bool) -> dict[str, Tensor]:
-    """The authors' tensors, one or three, of a learned tensor of `Spot` outside the last encoder blocks."""
+    """The authors' tensors, one or three, of a learned tensor outside the last encoder blocks."""
     head, _, rest = name.partition(".")
     if head == "slot_encoder":
         part, _, rest = rest.partition(".")

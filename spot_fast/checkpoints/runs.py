@@ -1,11 +1,11 @@
 """Run folders: their files, their models, and which of them a user means.
 
 A run folder holds `config.json`, `metrics.jsonl`, `training_state.safetensors` (everything a resumed run needs),
-`tensorboard/` and, once training is finished, `model.safetensors`: the learned tensors, with the name and the hash of
-the frozen encoder's weights instead of the weights.
+`tensorboard/` and, once training is finished, `model.safetensors`: the learned tensors, with name and hash of the
+frozen encoder's weights.
 
-`load_run` also takes a folder that was saved to be shared (`shared_folder`), which can hold the encoder's weights, and
-a checkpoint file of the authors' implementation (`official`).
+`load_run` also takes a folder saved to be shared (`shared_folder`), which can hold the encoder's weights, and a
+checkpoint file of the authors' implementation (`official`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _announced: set[Path] = set()  # checkpoint files whose assumptions have been pr
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its model is in eval mode; metadata as in `model.safetensors` (all values are strings)."""
+    """A finished run: its model in eval mode, metadata as in `model.safetensors`."""
 
     path: Path
     config: Config
@@ -56,7 +56,6 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
         return self.path.resolve().name
 
 
@@ -66,8 +65,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
     def write(partial: Path) -> None:
         save_file(tensors, partial, dict(metadata))
-        # safetensors creates files that only their owner can read: give them the permissions that the umask grants,
-        # which can only be read by setting it.
+        # safetensors creates files that only their owner can read: they get the permissions of the umask, which can
+        # only be read by setting it.
         mask = os.umask(0)
         os.umask(mask)
         with suppress(OSError):  # a file system without permissions
@@ -94,7 +93,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file alone."""
     with _reading(path) as file:
         return file.metadata() or {}
 
@@ -104,7 +102,7 @@ def write_config(folder: Path, config: Config) -> None:
 
 
 def read_config(folder: Path, *, like: Config | None = None) -> Config:
-    """The Config of a run folder or checkpoint file; UserError if there is none or it cannot be used.
+    """The Config of a run folder or checkpoint file; UserError if it is missing or cannot be used.
 
     encoder_weights becomes the absolute path of a file in the folder. like: gives the preset and the number of gaussian
     slots, which a checkpoint file does not show.
@@ -128,7 +126,7 @@ def read_config(folder: Path, *, like: Config | None = None) -> Config:
 
 
 def _file_config(path: Path, like: Config | None) -> Config:
-    """The Config of a checkpoint file of the authors, which holds its encoder's weights itself."""
+    """The Config of a checkpoint file of the authors, which holds its encoder's weights."""
     contents = read_checkpoint(path)
     if kind := recognise(contents):
         raise UserError(f"{path} is a checkpoint of {kind}, not of the authors: python -m spot_fast.convert {path} OUT")
@@ -150,7 +148,7 @@ def _print_assumptions(path: Path, config: Config) -> None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run folder has a trained model; a checkpoint file always has."""
+    """Whether a run folder has a trained model; a checkpoint file always has."""
     return folder.is_file() or (folder / MODEL).is_file()
 
 
@@ -164,12 +162,8 @@ def load_run(
 ) -> Run:
     """The finished run in folder `path`, or the model in checkpoint file `path`, on `device` in eval mode.
 
-    Args:
-        encoder: shared instead of built anew; it must have the weights that the run was trained with.
-        like: see `read_config`.
-        model_class: class of the model, Spot or a subclass.
-
-    UserError if the run is missing, unfinished or damaged, or if the encoder's weights are not the run's.
+    encoder: shared instead of built anew. like: see `read_config`. UserError if the run is missing, unfinished or
+    damaged, or if the encoder's weights are not those that it was trained with.
     """
     folder = Path(path)
     config = read_config(folder, like=like)
@@ -183,7 +177,7 @@ def load_run(
     else:
         tensors, metadata = read_tensors(folder / MODEL)
         encoder = frozen_encoder(config) if encoder is None else encoder
-    # The learned tensors mean nothing with other features: a wrong file of encoder weights must not pass silently.
+    # With other features the learned tensors mean nothing.
     sha256, trained_with = encoder.weights_hash(), metadata.get("encoder_sha256", "none")
     if sha256 != trained_with:
         raise UserError(
@@ -225,7 +219,7 @@ def find_run(
 ) -> Path:
     """The newest finished (or unfinished) run below `root`, optionally of one preset, one stage and some methods.
 
-    Runs with `encoder` are preferred. UserError, naming the first method, if there is none.
+    Runs with `encoder` are preferred. UserError, which names the first method, without such a run.
     """
     runs = [
         folder
@@ -253,10 +247,8 @@ def find_run(
 
 
 def find_folder(name: str | os.PathLike, root: str | os.PathLike = "runs") -> Path:
-    """The run that a user names by its path, its name below `root`, or `owner/name` on the hub.
-
-    The hub is asked only if there is no local folder `owner`.
-    """
+    """The run that a user names by its path, its name below `root`, or, without a local folder `owner`, by its
+    `owner/name` on the hub."""
     below, path = Path(root) / name, Path(name)
     if not path.exists() and below.is_dir():
         return below
@@ -266,7 +258,7 @@ def find_folder(name: str | os.PathLike, root: str | os.PathLike = "runs") -> Pa
 
 
 def open_runs(names: Sequence[str], root: str | os.PathLike) -> list[Run]:
-    """The runs that a user names, or the newest finished one below `root` if none is named, all on the CPU.
+    """The runs that a user names, or the newest finished one below `root`, all on the CPU.
 
     All are opened before any is used: a missing one should not cost the minutes that the others take.
     """

@@ -1,6 +1,6 @@
-"""A model as one folder that can be moved and shared: written by `save_pretrained`, read by `load_run`.
+"""A model as a folder that can be moved and shared: written by `save_pretrained`, read by `load_run`.
 
-It holds `config.json` (without paths of this machine), `model.safetensors` (the learned tensors), a model card, and in
+It holds `config.json` (without local paths), `model.safetensors` (the learned tensors), a model card, and in
 `encoder.safetensors` the frozen encoder's weights unless they are packaged or on the hub.
 """
 
@@ -42,12 +42,12 @@ def save_pretrained(
     """Writes `model` to a new `folder`, whole or not at all.
 
     Args:
-        origin: the run or folder that the model was loaded from.
-        scores: for the model card, fractions by name; by default the last validation of `origin`.
-        vit: weights of the frozen encoder to write, as they were before positions were resampled (timm's names); by
-            default those of their file, and none if they are packaged or on the hub.
+        origin: run or folder that the model was loaded from.
+        scores: for the card, fractions by name; by default the last validation of `origin`.
+        vit: the frozen encoder's weights before positions were resampled (timm's names); by default those of their
+            file, and none if they are packaged or on the hub.
         unused: tensors for `UNUSED`; by default those of `origin`.
-        source: where the model comes from, for the card.
+        source: of the model, for the card.
 
     Raises:
         UserError: if `folder` exists or cannot be written, or the model is not in float32.
@@ -88,7 +88,7 @@ def save_pretrained(
 
 
 def _stored_weights(model: Spot) -> Mapping[str, Tensor]:
-    """The frozen encoder's weights as its file has them, or the model's own if the file does not exist any more."""
+    """The frozen encoder's weights in its file, or the model's own if the file does not exist any more."""
     try:
         return stored_weights(model.config) or model.encoder.vit.state_dict()
     except UserError:
@@ -110,13 +110,13 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unused_of(origin: Path | None) -> dict[str, Tensor]:
-    """The tensors in the `UNUSED` file of a folder, if it has one."""
+    """The tensors in a folder's `UNUSED` file, if it has one."""
     path = origin and origin / UNUSED
     return read_tensors(path)[0] if path and path.is_file() else {}
 
 
 def last_scores(run: Path | None) -> dict[str, float]:
-    """The last validation in a run folder's metrics; empty if there is none."""
+    """The last validation in a run folder's metrics; empty without one."""
     path = run and run / METRICS
     if not path or not path.is_file():
         return {}

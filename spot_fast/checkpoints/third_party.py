@@ -1,4 +1,4 @@
-"""Checkpoints of other slot models on frozen features → `Spot`'s tensors, if their mathematics is the same.
+"""Checkpoints of other slot models on frozen features → `Spot`'s tensors, if the mathematics is the same.
 
 | kind | repository, files | models that convert |
 |---|---|---|
@@ -27,7 +27,7 @@ from spot_fast.model.vits import vit_name
 from spot_kernels.modules import from_state_dict_of
 
 KINDS = ("ocbench", "videosaur", "dinosaur")
-# A tensor that every checkpoint of a kind has, and of that kind only.
+# A tensor that every checkpoint of a kind has, and no other.
 _SIGNATURES = {
     "ocbench": re.compile(r"(.*\.)?aggregat\.norm1kv\.weight"),
     "videosaur": re.compile(r"(.*\.)?corrector\.norm_features\.weight"),
@@ -44,8 +44,8 @@ def recognise(contents: Mapping[str, Any]) -> str | None:
 def convert(kind: str, contents: Mapping[str, Any], *, encoder_heads: int | None = None, **changes: Any) -> Converted:
     """Converts a checkpoint of `kind` (one of `KINDS`), as read by `read_checkpoint`.
 
-    encoder_heads and changes (Config fields): settings that tensors do not show, as in `official.infer_config`.
-    UserError for a checkpoint of another kind, or of a model whose mathematics is not `Spot`'s.
+    encoder_heads, changes: as in `official.convert`. UserError for a checkpoint of another kind, or of a model whose
+    mathematics is not `Spot`'s.
     """
     read = {"ocbench": _ocbench, "videosaur": _videosaur, "dinosaur": _dinosaur}[kind]
     if recognise(contents) != kind:
@@ -85,7 +85,7 @@ def _state(contents: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 class _Remaining:
-    """The tensors of a state dict that have not been converted yet; readers take them out until none is left."""
+    """The tensors of a state dict that are not converted yet; readers take them out until none is left."""
 
     def __init__(self, kind: str, state: dict[str, Tensor]) -> None:
         self.kind, self.state = kind, state
@@ -99,11 +99,11 @@ class _Remaining:
         self.state = under
 
     def take(self, name: str, *, default: Tensor | None = None) -> Tensor:
-        """Removes and returns a tensor; KeyError if it is missing and there is no default."""
+        """Removes and returns a tensor; KeyError if it is missing without a default."""
         return self.state.pop(name) if default is None else self.state.pop(name, default)
 
     def under(self, prefix: str) -> dict[str, Tensor]:
-        """Removes and returns all tensors whose names begin with `prefix`, by their names without it."""
+        """Removes and returns the tensors below `prefix`, by their names without it."""
         return {name.removeprefix(prefix): self.state.pop(name) for name in list(self.state) if name.startswith(prefix)}
 
     def layer(self, theirs: str, ours: str, *, bias: bool = True) -> dict[str, Tensor]:
@@ -115,7 +115,7 @@ class _Remaining:
         return learned
 
     def slot_attention(self, prefix: str, initial: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Slot attention and its initial slots, by `SlotEncoder`'s names, and the Config fields they decide."""
+        """Slot attention and its initial slots, by `Spot`'s names, and the Config fields they decide."""
         own = {name: self.state.pop(name) for name in list(self.state) if name.startswith((prefix, initial))}
         try:
             tensors = from_state_dict_of(self.kind, own, prefix=prefix, initial_prefix=initial)
@@ -136,7 +136,7 @@ class _Remaining:
         return learned | {"slot_encoder.slot_embedding": mean[0]}, values
 
     def vit(self, prefix: str) -> dict[str, Tensor]:
-        """The ViT. These models lack the final LayerNorm, on which no feature depends: it gets ones and zeros."""
+        """The ViT. Its final LayerNorm, on which no feature depends, is missing: it gets ones and zeros."""
         weights = self.under(prefix)
         for needed in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"):
             if needed not in weights:
@@ -153,12 +153,12 @@ class _Remaining:
         hidden = learned["decoder.mlp.0.weight"].shape[0]
         return learned, dict(decoder="mlp", orders="standard", mlp_slot_proj=False, dec_mlp_hidden=hidden)
 
-    def projection(self, prefix: str, times: int) -> dict[str, Tensor]:
-        """LayerNorm, and the MLP from features, of width D, through times · D to slot width."""
+    def projection(self, prefix: str, times: int | None = None) -> dict[str, Tensor]:
+        """LayerNorm, and the MLP from features, of width D, through times · D to slot width. times: None for any."""
         learned = self.layer(f"{prefix}0", "slot_encoder.norm")
         learned |= self.layer(f"{prefix}1", "slot_encoder.mlp.0") | self.layer(f"{prefix}3", "slot_encoder.mlp.2")
         hidden, width = learned["slot_encoder.mlp.0.weight"].shape
-        if hidden != times * width:
+        if times is not None and hidden != times * width:
             raise UserError(
                 f"the MLP on the features has {hidden} hidden channels: {self.kind} has {times * width}, so this is "
                 "another model"
@@ -186,22 +186,15 @@ def _ocbench(remaining: _Remaining) -> _Read:
             "this checkpoint of ocbench lacks the nine-order transformer decoder of its SPOT "
             "(decode.bos, decode.norm0): its other models have no counterpart here"
         )
-    prefix = "encode_backbone.1."  # module 0 resizes images
-    vit, values = remaining.vit(prefix), {}
+    vit, values = remaining.vit("encode_backbone.1."), {}  # module 0 resizes images
     learned, slots = remaining.slot_attention("aggregat.", "initializ.")
-    frozen = (
-        remaining.vit(prefix.replace("encode_backbone", "encode_backbone2"))
-        if any(name.startswith("encode_backbone2") for name in remaining.state)
-        else None
-    )
-    # A second backbone is the frozen teacher of the target features; the first one is then a student's.
-    if frozen is not None:
+    # A second backbone is the frozen one of the target features; the first one is then a student's.
+    if any(name.startswith("encode_backbone2") for name in remaining.state):
         values["stage"] = 2
+        frozen = remaining.vit("encode_backbone2.1.")
         learned |= _last_blocks(vit, frozen)
         vit = frozen
-    learned |= remaining.layer("encode_project.0", "slot_encoder.norm")
-    learned |= remaining.layer("encode_project.1", "slot_encoder.mlp.0")
-    learned |= remaining.layer("encode_project.3", "slot_encoder.mlp.2")
+    learned |= remaining.projection("encode_project.")
     learned["decoder.bos"] = remaining.take("decode.bos").flatten(0, -2)
     for theirs, ours in (("project1", "input_proj"), ("project2", "slot_proj")):
         learned |= remaining.layer(f"decode.{theirs}.0", f"decoder.{ours}.0", bias=False)
@@ -212,7 +205,8 @@ def _ocbench(remaining: _Remaining) -> _Read:
     for number in range(blocks):
         learned |= _ocbench_block(remaining, number)
     width = learned["decoder.bos"].shape[-1]
-    grid, patch = _grid(vit), vit["patch_embed.proj.weight"].shape[-1]
+    # Patches per side; the table may have a position for the class token too.
+    grid, patch = int(vit["pos_embed"].shape[1] ** 0.5), vit["patch_embed.proj.weight"].shape[-1]
     values |= slots | dict(
         dec_blocks=blocks,
         dec_heads=4 if width < 768 else 6,
@@ -222,16 +216,12 @@ def _ocbench(remaining: _Remaining) -> _Read:
         pos_resize="timm",
         train_blocks=4,
     )
-    return (
-        values,
-        learned,
-        vit,
-        [
-            "OCBench brings images to 256 px and scales them by 0.875, bicubic; here they are resized at once to "
-            f"{grid * patch} px",
-            "its metrics differ, too: python -m spot_fast.evaluate --protocol ocbench",
-        ],
-    )
+    notes = [
+        "OCBench brings images to 256 px and scales them by 0.875, bicubic; here they are resized at once to "
+        f"{grid * patch} px",
+        "its metrics differ, too: python -m spot_fast.evaluate --protocol ocbench",
+    ]
+    return values, learned, vit, notes
 
 
 def _ocbench_block(remaining: _Remaining, number: int) -> dict[str, Tensor]:
@@ -247,11 +237,8 @@ def _ocbench_block(remaining: _Remaining, number: int) -> dict[str, Tensor]:
     }
     learned |= remaining.layer(f"{theirs}.multihead_attn.out_proj", f"{ours}.cross_attention.project_o", bias=False)
     learned |= remaining.layer(f"{theirs}.norm3", f"{ours}.norm_ffn")
-    return (
-        learned
-        | remaining.layer(f"{theirs}.linear1", f"{ours}.ffn.0")
-        | remaining.layer(f"{theirs}.linear2", f"{ours}.ffn.2")
-    )
+    learned |= remaining.layer(f"{theirs}.linear1", f"{ours}.ffn.0")
+    return learned | remaining.layer(f"{theirs}.linear2", f"{ours}.ffn.2")
 
 
 def _last_blocks(student: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -268,11 +255,6 @@ def _last_blocks(student: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) ->
                 "spot_fast trains only these"
             )
     return learned
-
-
-def _grid(vit: Mapping[str, Tensor]) -> int:
-    """Patches per side of a ViT's position table, which may have a position for the class token too."""
-    return int(vit["pos_embed"].shape[1] ** 0.5)
 
 
 def _videosaur(remaining: _Remaining) -> _Read:

@@ -1,9 +1,9 @@
 """Reads checkpoints (`.pt`, `.pth`, `.ckpt`, `.tar`, `.safetensors`) without running any code in them.
 
-PyTorch's restricted unpickler knows tensors and plain containers. Checkpoints of whole trainings hold other objects
-beside their tensors: `argparse.Namespace`, paths, dates, configurations. Stand-ins take the place of these classes and
-keep their data: nothing that the file names is imported or run. A file that *calls* something is refused, naming the
-callee, except for constructors known to hold only data and for classes of the user's own code.
+PyTorch's restricted unpickler knows tensors and plain containers. Checkpoints hold other objects beside them:
+`argparse.Namespace`, paths, dates, configurations. Stand-ins take the place of these classes and keep their data:
+nothing that the file names is imported or run. A file that *calls* something is refused, naming the callee, except for
+constructors known to hold only data and for classes of the user's own code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from spot_fast.errors import UserError
 
 
 class Data:
-    """Takes the place of an object whose contents nobody needs."""
+    """Replaces an object whose contents nobody needs."""
 
     def __init__(self, *arguments: Any) -> None:
         pass
@@ -39,7 +39,7 @@ class Data:
         pass
 
 
-# Names that a file may call, and what is called instead.
+# Names that a file may call, and their replacements.
 _CALLED: dict[str, Callable[..., Any]] = {
     "collections.defaultdict": lambda *arguments: {},
     "collections.deque": lambda *arguments: [],
@@ -74,17 +74,19 @@ _CALLED: dict[str, Callable[..., Any]] = {
         )
     },
 }
-# Packages, with Python 2's names, whose classes are not the user's own data: calling them may do something.
+# Packages, with Python 2's names, whose classes are no data of the user: calling them may do something.
 _NO_DATA = {"torch", "numpy", *sys.stdlib_module_names, *IMPORT_MAPPING, *REVERSE_IMPORT_MAPPING.values()}
 _WHOLE = (
     "checkpoint {} holds a whole model object, not a state dict: save its tensors alone with "
     "torch.save(model.state_dict(), 'weights.pth')"
 )
+# A damaged file may raise any of these.
+_DAMAGE = (SafetensorError, RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError)
 _SAVE_ALONE = "torch.save(torch.load(FILE, weights_only=False)['model'], 'weights.pth')"
 
 
 class _StandIn(type):
-    """Metaclass of stand-ins for classes that a file names; their instances are OrderedDicts with the object's data."""
+    """Metaclass of stand-ins for a file's classes; their instances are OrderedDicts with the object's data."""
 
     def __call__(cls, *arguments: Any) -> Any:
         raise pickle.UnpicklingError(f"GLOBAL {cls.__name__} is called")
@@ -106,7 +108,7 @@ class _OwnClass(_StandIn):
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """The file's contents as plain data; UserError if it is no checkpoint or would run code when loaded.
 
-    Tensors in PyTorch's zip format are memory-mapped: they stay on the disk until they are used.
+    Tensors in PyTorch's zip format are memory-mapped.
     """
     path = Path(path)
     if not path.is_file():
@@ -116,16 +118,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         contents = load_file(path) if _is_safetensors(path) else _unpickled(path)
     except pickle.UnpicklingError as error:
         raise UserError(_refusal(path, error)) from None
-    except (
-        SafetensorError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except _DAMAGE as error:
         raise UserError(_unreadable(path, error)) from None
     if not isinstance(contents, Mapping):
         kind = type(contents).__name__
@@ -156,7 +149,6 @@ def _unpickled(path: Path) -> Any:
 
 
 def _in_place_of(name: str) -> Callable[..., Any]:
-    """The stand-in for a name that PyTorch's unpickler does not know."""
     module, _, own = name.rpartition(".")
     if name not in _CALLED and own[:1].isupper() and module.split(".")[0] not in _NO_DATA:
         return _OwnClass(name)
@@ -164,13 +156,13 @@ def _in_place_of(name: str) -> Callable[..., Any]:
 
 
 def _load(path: Path, allowed: list[Any]) -> Any:
-    """The contents; UnpicklingError if the file names anything that is neither PyTorch's nor `allowed`."""
+    """UnpicklingError if the file names anything that is neither PyTorch's nor `allowed`."""
     with torch.serialization.safe_globals(allowed):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def _allowed() -> list[tuple[Any, str]]:
-    """NumPy's scalars under every name that a file may have for them."""
+    """NumPy's scalars under all their names in files."""
     scalar = np.float64(0).__reduce__()[0]  # its module, and so its pickled name, differs between NumPy versions
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?SU"}
@@ -206,7 +198,7 @@ def _names(path: Path) -> set[str]:
 
 
 def _today(module: str, name: str) -> str:
-    """Python 3's name for a name in a pickle of protocol 2, which stores Python 2's."""
+    """Python 3's name for Python 2's, which a pickle of protocol 2 stores."""
     module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
     return f"{module}.{name}"
 
@@ -248,6 +240,6 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of an error's message without PyTorch's advice about its own options, or the error's type."""
+    """The first line of an error's message without PyTorch's advice about its options, or the error's type."""
     lines = re.split(r"WeightsUnpickler error: |trusted source\.\s", str(error))[-1].strip().splitlines()
     return lines[0][:120] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Baseline masks, which need no training: blocks of the image, and k-means of its features. A model has to beat both.
+"""Baseline masks without training, which a model has to beat: blocks of the image, and k-means of its features.
 
 Block masks are those of SPOT's Table 6: columns of equal width, each cut into blocks of equal height. k-means runs per
 image on the features that the decoder reconstructs.
@@ -17,7 +17,7 @@ from spot_fast.random_streams import Stream, generator
 from spot_fast.system.devices import send
 
 MAX_COLUMNS = 4
-# Columns and masks that the paper chose for each data set; and the whole image as one mask, the reference for FG-ARI.
+# Columns and masks in the paper's Table 6; and the whole image as one mask, the reference for FG-ARI.
 PUBLISHED_BLOCKS = {"coco": (2, 7), "voc": (2, 6), "movi_c": (3, 11), "movi_e": (4, 24)}
 ONE_BLOCK = (1, 1)
 STARTS = 4
@@ -28,8 +28,8 @@ _CHECK_EVERY = 8  # iterations between checks for convergence on a GPU
 def block_masks(columns: int, num_masks: int, size: int) -> Tensor:
     """int64 [size, size] in 0…num_masks-1: columns of num_masks // columns blocks each, the last with the remainder.
 
-    Numbered down the columns, left to right. Widths and heights are rounded up: the last column and the last block of
-    each are smaller, or missing where the side has too few pixels.
+    Numbered down the columns, left to right. Widths and heights are rounded up, so the last column and the last blocks
+    are smaller, or missing if the side has too few pixels.
     """
     if not 1 <= columns <= num_masks:
         raise ValueError(f"columns is {columns}: give 1 to num_masks ({num_masks})")
@@ -44,33 +44,28 @@ def block_masks(columns: int, num_masks: int, size: int) -> Tensor:
 
 
 def block_mask_candidates(num_masks: int, size: int) -> dict[int, Tensor]:
-    """`block_masks` of every column count from 1 to 4 that num_masks allows: {columns: int64 [size, size]}.
+    """`block_masks` of 1 to 4 columns, at most num_masks: {columns: int64 [size, size]}.
 
-    "The best block mask" of a model with K slots is the candidate of K masks with the highest mBO_i.
+    The block masks of a model with K slots are the candidate of K masks with the highest mBO_i.
     """
     return {columns: block_masks(columns, num_masks, size) for columns in range(1, min(MAX_COLUMNS, num_masks) + 1)}
 
 
 def published_layouts(preset: str) -> list[tuple[int, int]]:
-    """Columns and masks of the block masks in SPOT's Table 6 for the data set of `preset`, the single mask last."""
+    """Columns and masks of the block masks in SPOT's Table 6 for a data set, the single mask last."""
     return [PUBLISHED_BLOCKS[preset], ONE_BLOCK] if preset in PUBLISHED_BLOCKS else [ONE_BLOCK]
 
 
 def kmeans_labels(
-    features: Tensor,
-    k: int,
-    seed: int = 0,
-    *,
-    indices: Tensor | None = None,
-    normalise: bool = True,
+    features: Tensor, k: int, seed: int = 0, *, indices: Tensor | None = None, normalise: bool = True
 ) -> Tensor:
     """k-means of each image's tokens: features [B, N, D] → int64 [B, N] in 0…k-1, on the features' device.
 
     Greedy k-means++ starts (the best of 2 + ln k draws for each centre), Lloyd's iterations until no label changes (at
-    most 100), best of 4 starts by the sum of squared distances. A cluster that runs empty moves to the token farthest
-    from its own centre. normalise: scale tokens to unit length first, so that distance is cosine distance.
+    most 100), best of 4 starts by the sum of squared distances. An empty cluster moves to the token farthest from its
+    own centre. normalise: scale tokens to unit length, for cosine distance.
 
-    Deterministic: the draws of image b depend on seed and indices[b] (default: b) only, not on the batch it comes in.
+    The draws of image b depend on seed and indices[b] (default: b) alone, not on its batch.
     """
     if features.ndim != 3:
         raise ValueError(f"features has shape {list(features.shape)}: expected [B, N, D]")
@@ -86,8 +81,7 @@ def kmeans_labels(
     trials = 2 + int(math.log(k))
     draws = [generator(Stream.KMEANS, seed, i).random((STARTS, k, trials), dtype=np.float32) for i in indices]
     draws = torch.from_numpy(np.array(draws, np.float32).reshape(batch, STARTS, k, trials))
-    draws = send(draws, points.device)
-    centres = _plus_plus(points, draws)
+    centres = _plus_plus(points, send(draws, points.device))
     labels = torch.full((batch, STARTS, tokens), -1, device=points.device)
     # A check waits for a GPU, so it is rare there; iterations beyond convergence change nothing.
     every = _CHECK_EVERY if _reading_waits(points.device) else 1
@@ -139,7 +133,7 @@ def _plus_plus(points: Tensor, draws: Tensor) -> Tensor:
 
 
 def _means(points: Tensor, labels: Tensor, nearest: Tensor, k: int) -> Tensor:
-    """Mean of each cluster [B, R, k, D]; the j-th empty one moves to the j-th of the tokens by distance `nearest`."""
+    """Mean of each cluster [B, R, k, D]; the j-th empty one moves to the token with the j-th largest `nearest`."""
     batch, starts, _ = labels.shape
     member = F.one_hot(labels, k).to(points.dtype)
     sums = (member.transpose(2, 3).flatten(1, 2) @ points).unflatten(1, (starts, k))

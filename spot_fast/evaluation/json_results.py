@@ -11,14 +11,13 @@ from spot_fast import __version__
 from spot_fast.evaluation.metrics import METRICS, SIZE_BINS
 from spot_fast.evaluation.protocols import Protocol
 from spot_fast.evaluation.scoring import Row
-from spot_fast.evaluation.several_runs import ScoredRun, tables_by_protocol
-from spot_fast.evaluation.tables import mean_rows, mean_sizes
+from spot_fast.evaluation.tables import ScoredRun, mean_rows, mean_sizes, tables_by_protocol
 
 
 def json_results(
     runs: Sequence[ScoredRun], groups: Sequence[Sequence[int]], protocols: Sequence[Protocol], settings: dict
 ) -> dict:
-    """Everything about `runs`; groups: indices of those that differ only in their seed."""
+    """groups: indices of `runs` that differ only in their seed."""
     return {
         "protocol": protocols[0].name,
         "protocols": {protocol.name: {"about": protocol.about, "source": protocol.source} for protocol in protocols},
@@ -31,7 +30,7 @@ def json_results(
 
 
 def _summary(group: Sequence[ScoredRun]) -> list[dict]:
-    """Mean and deviation of a seed group, an entry for each protocol."""
+    """An entry for each protocol."""
     return [
         {
             "preset": group[0].config.preset,
@@ -56,7 +55,7 @@ def _mean_std(score: tuple[float, float] | None) -> dict[str, float] | None:
 
 
 def _size_bin(index: int, **values: object) -> dict:
-    """Values of instances larger than "above" and at most "to", as fractions of the label map."""
+    """Values of instances larger than "above", at most "to", fractions of the label map."""
     return {"above": SIZE_BINS[index], "to": SIZE_BINS[index + 1], **values}
 
 
@@ -73,9 +72,7 @@ def _run(run: ScoredRun) -> dict:
     ]
     return {
         "run": run.name,
-        "preset": run.config.preset,
-        "stage": run.config.stage,
-        "seed": run.config.seed,
+        **{name: getattr(run.config, name) for name in ("preset", "stage", "seed")},
         "data": evaluation.data,
         "images": evaluation.images,
         "skipped": evaluation.skipped,
@@ -92,10 +89,7 @@ def _run(run: ScoredRun) -> dict:
 
 def _row(row: Row) -> dict:
     return {
-        "masks": row.masks,
-        "num_masks": row.num_masks,
-        "orders": row.orders,
-        "columns": row.columns,
+        **{name: getattr(row, name) for name in ("masks", "num_masks", "orders", "columns")},
         **{name: row.scores[name] for name in METRICS},
         "counted": row.counted,
         "sizes": [_size_bin(index, mbo_i=mean, instances=number) for index, (mean, number) in enumerate(row.sizes)],

@@ -1,16 +1,16 @@
 """mBO, mIoU and FG-ARI of predicted label maps, all from one table of pixel counts per image.
 
 A pixel of the ground truth has an instance g and a class h. Each pair (g, h) in an image gets a number j, and c[k, j]
-counts the pixels of predicted label k and pair j, in one pass over the pixels. Summing columns of the same instance, or
-of the same class, gives the contingency tables of all metrics (SPOT, section 4), with areas as row and column sums:
+counts the pixels of predicted label k and pair j, in one pass. Summing columns of the same instance, or class, gives
+the contingency tables of all metrics (SPOT, section 4), with areas as row and column sums:
 
     IoU[k, g] = c[k, g] / (area of k + area of g - c[k, g])
     mBO       = mean over non-empty ground-truth masks g > 0 of max_k IoU[k, g]
     mIoU      = mean over the same masks of IoU under the one-to-one matching that maximises it; unmatched masks give 0
     FG-ARI    = adjusted Rand index of c without column 0 (pixels of the ground truth's background)
 
-Label 0 of the ground truth is background. Predictions have no background: each of the K masks counts. `Rules` states
-how other code bases than SPOT's count (protocols.py names them). Counts are 64-bit integers.
+Label 0 of the ground truth is background; each of the K predicted masks counts. `Rules` are those of other code bases
+than SPOT's (protocols.py names them).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from spot_kernels import linear_assignment, mask_labels, overlap_counts
 
 METRICS = ("mbo_i", "mbo_c", "miou", "fg_ari")
 MAX_LABEL = 255  # of the ground truth; with larger labels each image is renumbered
-# Labels of the ground truth for pixels without a single instance. VOID: counted nowhere. OVERLAP: background in the
-# truth, and a predicted mask of their own.
+# Labels of pixels without a single instance. VOID: counted nowhere. OVERLAP: background in the truth, and a predicted
+# mask of their own.
 VOID, OVERLAP = -1, -2
 # Bounds of instance sizes, as fractions of the label map: SPOT, Fig. 7.
 SIZE_BINS = (0.0, 0.005, 0.01, 0.05, 0.1, 0.2, 0.5, 0.8, 1.0)
 _MOST_MASKS = 256
-_MOST_CODES = 1 << 16  # possible pairs; beyond, only those that occur are listed
+_MOST_CODES = 1 << 16  # possible pairs; above, only those that occur are listed
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class Pairs:
 def labels_from_soft(masks: Tensor, size: int) -> Tensor:
     """Hard label maps of soft masks on the patch grid.
 
-    masks [B, N, K], N = G x G in raster order, K at most 256 → uint8 [B, size, size] in 0…K-1: each mask is resized
-    bilinearly (corners not aligned), then the largest wins, the first of equals. ValueError where N is not a square
-    number or a mask is not finite.
+    masks [B, N, K], N = G x G in raster order, K at most 256 → uint8 [B, size, size] in 0…K-1: masks are resized
+    bilinearly (corners not aligned), then the largest wins, the first of equals. ValueError if N is not a square number
+    or a mask is not finite.
     """
     if masks.ndim != 3 or not 1 <= masks.shape[2] <= _MOST_MASKS:
         raise ValueError(f"masks has shape {list(masks.shape)}: expected [B, N, K] with K of 1 to {_MOST_MASKS}")
@@ -97,9 +97,9 @@ def labels_from_soft(masks: Tensor, size: int) -> Tensor:
 def pair_labels(instances: Tensor, classes: Tensor | None = None, ignore: Tensor | None = None) -> Pairs:
     """Numbers the pairs of instance and class of each image.
 
-    instances and classes [B, H, W] are integer maps of labels from 0 on, possibly with gaps, VOID or OVERLAP; where
-    ignore [B, H, W] is not 0 both are VOID. With labels above 255 each image is renumbered from 1, in order: no score
-    depends on the numbers. On a GPU this waits for the device twice. ValueError names a map that does not fit.
+    instances and classes [B, H, W] are integer maps of labels from 0 on (with gaps), VOID or OVERLAP; where ignore
+    [B, H, W] is not 0 both are VOID. With labels above 255 each image is renumbered from 1, in order: no score depends
+    on the numbers. Waits for a GPU twice. ValueError names a map that does not fit.
     """
     maps = [instances] if classes is None else [instances, classes]
     for labels in maps:
@@ -120,7 +120,7 @@ def pair_labels(instances: Tensor, classes: Tensor | None = None, ignore: Tensor
     (low, high), (low_class, high_class) = bounds[0], bounds[-1]
     wide = 1 if classes is None else high_class - low_class + 1
     codes = (high - low + 1) * wide + 1
-    # Code 0 is a void pixel. int32 until it has to be an index: on a CPU the cost is the bytes that this moves.
+    # Code 0 is a void pixel. int32 until it must be an index: on a CPU this costs as many bytes as it moves.
     code = maps[0].to(torch.int32 if codes < 2**31 else torch.int64) - (low - 1)
     if classes is not None:
         code = code.sub_(1).mul_(wide).add_(maps[1].to(code.dtype)).sub_(low_class - 1)
@@ -133,8 +133,7 @@ def pair_labels(instances: Tensor, classes: Tensor | None = None, ignore: Tensor
         listed, codes = listed.cpu(), len(listed)
     else:
         listed = torch.arange(codes)
-    present = torch.zeros(len(code), codes, dtype=torch.bool, device=code.device).scatter_(1, code, True)
-    present = present.cpu()
+    present = torch.zeros(len(code), codes, dtype=torch.bool, device=code.device).scatter_(1, code, True).cpu()
     number = present.cumsum(1) - 1  # each image numbers the codes that it has, in order
     pairs = int(present.sum(1).max())
     image, index = present.nonzero(as_tuple=True)
@@ -160,15 +159,14 @@ def _renumbered(labels: Tensor) -> Tensor:
     rows = []
     for image in labels:
         values, number = image.clamp(min=0).unique(return_inverse=True)
-        # Background keeps 0 and VOID and OVERLAP their values; without background objects still begin at 1.
+        # Objects begin at 1, also without background.
         rows.append(torch.where(image > 0, number + (values[0] > 0), image))
     return torch.stack(rows)
 
 
 def count_pairs(pred: Tensor, num_pred: int, truth: Pairs) -> Tensor:
     """Pixel counts of each predicted label and pair: int64 [B, num_pred, J] on pred's device; pred [B, H, W]."""
-    pairs = truth.instances.shape[1]
-    return overlap_counts(pred.flatten(1), truth.labels.flatten(1), num_pred, pairs)
+    return overlap_counts(pred.flatten(1), truth.labels.flatten(1), num_pred, truth.instances.shape[1])
 
 
 def count_overlaps(pred: Tensor, num_pred: int, truth: Tensor, ignore: Tensor | None = None) -> Tensor:
@@ -185,8 +183,7 @@ def count_overlaps(pred: Tensor, num_pred: int, truth: Tensor, ignore: Tensor | 
 def merge_columns(counts: Tensor, of: Tensor) -> Tensor:
     """Adds up pairs of the same label: counts [B, K, J] of pairs, of [B, J] their labels → [B, K, labels].
 
-    VOID pairs are left out. OVERLAP pairs go to one more row, a predicted mask of these pixels alone, in column 0 (the
-    background).
+    VOID pairs are left out. OVERLAP pairs go to one more row, a predicted mask of their own, in column 0 (background).
     """
     labels = max(0, int(of.max()) if of.numel() else 0) + 1
     overlap = of == OVERLAP
@@ -218,7 +215,7 @@ def _check_map(name: str, labels: Tensor, shape: torch.Size) -> None:
 def pairwise_iou(counts: Tensor) -> tuple[Tensor, Tensor]:
     """IoU of every predicted with every ground-truth mask, float64 [B, K, J], and whether the latter has pixels [B, J].
 
-    counts [B, K, J] from `count_overlaps`; column 0 is the background's.
+    counts [B, K, J] from `count_overlaps`.
     """
     area = counts.sum(1)
     union = counts.sum(2)[:, :, None] + area[:, None] - counts
@@ -238,7 +235,7 @@ def matched_iou(iou: Tensor, present: Tensor) -> Tensor:
 
 
 def _matched(values: Tensor, columns: Tensor) -> Tensor:
-    """values [B, K, J] at each row's column, columns [B, K]: [B, K], 0 for a row without a column (-1)."""
+    """values [B, K, J] at columns [B, K]: [B, K], 0 for a row without a column (-1)."""
     if not values.shape[2]:
         return values.new_zeros(columns.shape)
     return values.gather(2, columns.clamp(min=0)[..., None])[..., 0] * (columns >= 0)
@@ -247,8 +244,8 @@ def _matched(values: Tensor, columns: Tensor) -> Tensor:
 def foreground_ari(counts: Tensor) -> Tensor:
     """Adjusted Rand index over foreground pixels of each image: float64 [B], 1 where its denominator is 0.
 
-    counts [B, K, J] from `count_overlaps`. The last steps are Python integers: at 320 x 320 the products of pair
-    counts exceed 64 bits.
+    counts [B, K, J] from `count_overlaps`. In Python integers at the end: at 320 x 320 products of pair counts exceed
+    64 bits.
     """
     objects = counts[:, :, 1:]
     both = _pairs(objects).sum((1, 2)).tolist()
@@ -270,9 +267,9 @@ def _pairs(count: Tensor) -> Tensor:
 def scores_of_counts(counts: Tensor, truth: Pairs, rules: Rules = SPOT_RULES) -> dict[str, Tensor]:
     """Each metric of each image as a fraction, float64 [B], NaN where it is not counted, from `count_pairs` on the CPU.
 
-    Also "objects" int64 [B]: the number of masks that mBO_i is a mean over; "size_counts" int64 and "size_sums" float64
-    [B, bins]: the number of instances in each of SIZE_BINS (above its lower bound, at most its upper; pixels that are
-    not void, as a fraction of the label map), and the sum of their best IoU.
+    Also "objects" int64 [B], the number of masks in mBO_i; "size_counts" int64 and "size_sums" float64 [B, bins], the
+    number of instances in each of SIZE_BINS (above its lower bound, at most its upper; without void pixels, as a
+    fraction of the label map), and the sum of their best IoU.
     """
     pixels = truth.labels[0].numel() if len(truth) else 0
     table = merge_columns(counts, truth.instances)
@@ -299,10 +296,10 @@ def scores_of_counts(counts: Tensor, truth: Pairs, rules: Rules = SPOT_RULES) ->
 
 
 def _cosine_matched(table: Tensor, iou: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """mBO and mIoU over the objects with a partner, and the number of these, each [B]."""
+    """mBO and mIoU over the objects with a partner, and their number, each [B]."""
     areas = table.sum(2)[:, :, None].double(), table.sum(1)[:, None, 1:].double()
     cosine = table[:, :, 1:] / ((areas[0] * areas[1]).sqrt() + 1e-6)
-    # Absent objects cost so much that they get a partner only when no present one is left.
+    # Absent objects cost so much that they get a partner only if no present one is left.
     columns = linear_assignment((1 - cosine).masked_fill(~present[:, None, 1:], 1e4))
     paired = _matched(present[:, None, 1:].expand_as(cosine).long(), columns)
     best = _matched(iou[:, :, 1:].amax(1, keepdim=True).expand_as(cosine), columns) if cosine.shape[2] else paired
@@ -333,8 +330,7 @@ def image_scores(
     """`scores_of_counts` of label maps.
 
     pred [B, H, W] in 0…num_pred-1; instances, classes and ignore [B, H, W] as in `data.base.Masks`. An image without
-    masks (only background, or all void) has no mBO and no mIoU, but an FG-ARI of 1. mbo_c is NaN throughout where
-    classes is None.
+    objects has no mBO and no mIoU, but an FG-ARI of 1. mbo_c is NaN without classes.
     """
     _check_pred(pred, num_pred, instances)
     truth = pair_labels(instances, classes, ignore)
@@ -367,20 +363,19 @@ class Scores:
         return torch.cat([empty, *(batch[name] for batch in self._batches)])
 
     def per_image(self) -> dict[str, Tensor]:
-        """Each metric of every image in the order of addition: float64 [n], NaN where it is not counted."""
+        """Each metric of every image, in order: float64 [n], NaN where it is not counted."""
         return {name: self._all(name, torch.empty(0, dtype=torch.float64)) for name in METRICS}
 
     def objects(self) -> Tensor:
-        """The number of masks that each image's mBO_i is a mean over: int64 [n]."""
+        """The number of masks in each image's mBO_i: int64 [n]."""
         return self._all("objects", torch.empty(0, dtype=torch.int64))
 
     def counted(self) -> dict[str, int]:
-        """How many images each metric counts."""
+        """The number of images that each metric counts."""
         return {name: int((~values.isnan()).sum()) for name, values in self.per_image().items()}
 
     def result(self) -> dict[str, float | None]:
-        """Each metric's mean over the images that count, or with `Rules.per_object` over all objects, as a fraction;
-        None where nothing counts (mbo_c: no classes)."""
+        """Each metric's mean over the counted images, or with `Rules.per_object` over all objects; None without any."""
         weights = dict.fromkeys(("mbo_i", "miou"), self.objects()) if self.rules.per_object else {}
         means = {}
         for name, values in self.per_image().items():
@@ -389,7 +384,7 @@ class Scores:
         return means
 
     def by_size(self) -> list[tuple[float | None, int]]:
-        """mBO_i over the instances in each of SIZE_BINS, a fraction, None without instances, and their number."""
+        """mBO_i over the instances in each of SIZE_BINS, None without instances, and their number."""
         bins = len(SIZE_BINS) - 1
         numbers = self._all("size_counts", torch.empty(0, bins, dtype=torch.int64)).sum(0).tolist()
         sums = self._all("size_sums", torch.empty(0, bins, dtype=torch.float64)).sum(0).tolist()

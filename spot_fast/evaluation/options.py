@@ -1,4 +1,4 @@
-"""What the commands evaluate and report share: options, the validation images of a run, scoring as the options say."""
+"""Shared by the commands evaluate and report: options, a run's validation images, scoring as the options say."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spot_fast.system.cpu_threads import computing
 
 
 def add_scoring_options(parser: argparse.ArgumentParser, *, protocol: str, protocol_note: str = "") -> None:
-    """RUN ..., --data, --runs, --protocol (its default and a note) and how runs are scored, but for --precision."""
+    """RUN ... and how runs are scored, but for --precision; protocol: the default, with a note in --help."""
     parser.add_argument(
         "runs",
         nargs="*",
@@ -44,7 +44,7 @@ def add_scoring_options(parser: argparse.ArgumentParser, *, protocol: str, proto
 
 
 def open_val_set(config: Config, data: str | None, opened: dict[str, ImageSet]) -> ImageSet:
-    """The validation images of a run, from the folder `data` if that is given; `opened` shares them among runs."""
+    """The validation images of a run, from the folder `data` if given; `opened` shares them among runs."""
     if data:
         config = replace(config, data=data)
     key = repr([getattr(config, name) for name in option_names("validation")])
@@ -56,7 +56,7 @@ def open_val_set(config: Config, data: str | None, opened: dict[str, ImageSet]) 
 def score(
     model: Spot, val_set: ImageSet, protocols: Sequence[str], args: argparse.Namespace, device: torch.device
 ) -> Evaluation:
-    """Scores a run's model on `device`; afterwards it is on the CPU, so that the next one has the memory."""
+    """Scores a model on `device`; afterwards it is on the CPU, so that the next one has the memory."""
     with computing(args.threads, device) as adapt:
         result = evaluate(
             model.to(device),

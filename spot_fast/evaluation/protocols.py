@@ -1,11 +1,10 @@
-"""Protocols: how published code bases turn masks into scores. They count differently, and so their numbers differ.
+"""Protocols: how published code bases turn masks into scores. They count differently, so their numbers differ.
 
-A protocol is a size of label maps, a conversion of annotations to a label map, and `metrics.Rules`. All use the centred
-square of an image (MOVi frames: all of it), so one forward pass serves every protocol, and only the counting differs:
-the model's input is always the run's own, whatever size and filter the code base uses. Each protocol names the source
-and commit that it follows.
+A protocol is a size of label maps, a conversion of annotations to a label map, and `metrics.Rules`; it names the source
+and commit that it follows. All use the centred square of an image (MOVi frames: all of it) and the run's own input,
+whatever size and filter the code base has, so one forward pass serves every protocol.
 
-Annotations differ as well. Where a data set lacks those that a code base reads, its own are used: OCBench reads COCO's
+Annotations differ as well. If a data set lacks those that a code base reads, its own are used: OCBench reads COCO's
 panoptic maps (here instances_val2017.json, where a pixel of several instances is the earlier one's) and VOC 2007 (here
 VOC 2012 val). Sets without crowd regions, overlaps or undecided pixels use their own label maps, resized by the nearest
 neighbour. MOVi is scored frame by frame; SlotDiffusion scores whole clips.
@@ -31,7 +30,7 @@ class Protocol:
     """One way of scoring.
 
     about, source    a line each: its peculiarities, and their source
-    size, stretched  side of the label map, pixels, for photos and for frames that are stretched; 0: the run's mask_size
+    size, stretched  side of the label map, pixels, for photos and for stretched frames; 0: the run's mask_size
     truth            (annotations at full size, size) → Masks with VOID and OVERLAP; None: the set's own `val_masks`
     crowd            COCO's crowd regions are instances
     ignored          label of pixels that a set without full annotations ignores; None: they keep their own
@@ -77,7 +76,7 @@ def _masked(labels: np.ndarray, where: np.ndarray, value: int) -> np.ndarray:
 
 
 def _oclf_truth(full: FullLabels, size: int) -> Masks:
-    # VOC's two maps disagree in places: a pixel is an instance's where both label it.
+    # VOC's two maps disagree here and there: a pixel is an instance's if both label it.
     both = (full.instances > 0) & (full.top_classes > 0)
     instances = _masked(np.where(both, full.instances, 0), full.covered | full.undecided, VOID)
     classes = _masked(np.where(both, full.top_classes, 0), full.undecided, VOID)
@@ -156,7 +155,7 @@ PROTOCOLS = {
 
 
 def chosen(names: str | Sequence[str]) -> list[Protocol]:
-    """The protocols of "spot,oclf" or ["spot", "oclf"], each once, in that order; "all": every one."""
+    """The protocols of "spot,oclf" or ["spot", "oclf"], each once, in that order; or "all"."""
     words = names.split(",") if isinstance(names, str) else list(names)
     words = list(dict.fromkeys(word.strip() for word in words if word.strip()))
     if words == ["all"]:
@@ -182,9 +181,9 @@ class GroundTruth:
             self._set.mask_size = self._size
 
     def masks(self, index: int, read: dict[bool, FullLabels] | None = None) -> Masks:
-        """int label maps, all of one size, with VOID and OVERLAP; UserError where they cannot be read.
+        """int label maps, all of one size, with VOID and OVERLAP; UserError if they cannot be read.
 
-        read: the image's annotations with and without crowd regions, shared between protocols; filled in here.
+        read: the image's annotations with and without crowd regions, filled in here and shared between protocols.
         """
         full_labels = getattr(self._set, "full_labels", None)
         if self.protocol.truth is not None and full_labels is not None:

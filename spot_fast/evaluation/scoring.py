@@ -1,7 +1,7 @@
 """Scores a model on a validation set: decoder and slot masks, beside block masks and k-means.
 
-One pass over the images scores every protocol (protocols.py). Slot noise and k-means starts are functions of
-(seed, image), so scores do not depend on the batch size.
+One pass over the images scores every protocol. Slot noise and k-means starts are functions of (seed, image), so scores
+do not depend on the batch size.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Row:
     """Scores of one kind of masks.
 
     masks: decoder, slots, blocks (the best of several layouts), layout (a given one) or kmeans. scores: fractions, None
-    where nothing counts. counted: number of images that each score is a mean over. orders: patch orders averaged, for
-    decoder masks. columns: of block masks. sizes: mBO_i and number of the instances in each of metrics.SIZE_BINS.
-    per_image: the metrics, NaN where not counted, and "objects", of each image of `Evaluation.labels`.
+    where nothing counts. counted: number of images in each score. orders: number of patch orders averaged, for decoder
+    masks. columns: of block masks. sizes: mBO_i and number of the instances in each of metrics.SIZE_BINS. per_image:
+    the metrics, NaN where not counted, and "objects", of each image of `Evaluation.labels`.
     """
 
     masks: str
@@ -77,7 +77,7 @@ class Table:
     unlabelled: list[str] = field(default_factory=list)
 
     def row(self, masks: str, orders: int | None = None) -> Row:
-        """The row of `masks`; for "decoder" with so many patch orders averaged."""
+        """The row of `masks`, averaged over so many patch orders."""
         return next(r for r in self.rows if r.masks == masks and r.orders == orders)
 
 
@@ -87,8 +87,8 @@ class Evaluation:
 
     tables: one for each protocol. images: their number. data: name of the set. reconstruction: mean squared error of
     the prediction by the number of patch orders averaged. labels, indices: of the images, in order. skipped: label of
-    each image that cannot be scored → reason. notes: other data left out. Seconds are per image: in all, and for the
-    metrics alone (all rows and protocols, with upsampling).
+    each image that cannot be scored → reason. notes: other data left out. Seconds per image: in all, and for metrics
+    alone (all rows and protocols, with upsampling).
     """
 
     tables: list[Table]
@@ -135,14 +135,13 @@ def evaluate(
 ) -> Evaluation:
     """Scores `model`, on its device, on the first `limit` (0 = all) images of `val_set`.
 
-    Decoder masks are those of one slot-attention pass, in patch order 0 and averaged over all orders; k-means runs on
-    the frozen target features with as many clusters as slots; block masks are the best by mBO_i of 1 to 4 columns with
+    Decoder masks are those of one slot-attention pass, in patch order 0 and averaged over all orders. k-means runs on
+    the frozen target features with as many clusters as slots. Block masks are the best by mBO_i of 1 to 4 columns with
     as many masks as slots, and each of `layouts` (columns, masks). `workers` threads read ahead (0: none). precision:
-    float32, tf32, bf16 or auto, of the model alone. Images that cannot be read, or whose masks cannot, are skipped and
-    named in `Evaluation.skipped`.
+    of the model alone. Images that cannot be read, or whose masks cannot, go to `Evaluation.skipped`.
 
-    UserError where the set has no masks, no image can be read, more than one image and more than 1 % cannot be read, or
-    a protocol is unknown.
+    UserError if the set has no masks, no image can be read, more than one image and more than 1 % cannot be read, or a
+    protocol is unknown.
     """
     if not val_set.has_masks:
         raise UserError(
@@ -163,7 +162,7 @@ def evaluate(
 
     def load(index: int) -> tuple[int, Tensor, list[Masks]]:
         read: dict[bool, FullLabels] = {}
-        # int16 where it fits: stacking and copying to the device move a quarter of the bytes.
+        # int16 if it fits: stacking and copying to the device move a quarter of the bytes.
         return index, val_set.val_image(index), [_small(truth.masks(index, read)) for truth in truths]
 
     skipped: dict[str, str] = {}
@@ -205,8 +204,8 @@ def read_images(
 ) -> Iterator[tuple]:
     """`load` of each index, in order, read ahead by threads; an image's error goes to `skipped` by its label.
 
-    Errors are UserError and what odd files make libraries raise; others are raised here. done is called after every
-    image. Pillow and NumPy release the interpreter lock where the time goes.
+    Such errors are UserError and those that odd files make libraries raise. done is called after every image. Pillow
+    and NumPy release the interpreter lock for most of the time.
     """
     with closing(read_ahead(load, indices, depth=_AHEAD, workers=workers, name="evaluate")) as futures:
         for index, future in zip(indices, futures, strict=True):
@@ -222,7 +221,7 @@ def read_images(
 
 
 def _require_few(skipped: dict[str, str], count: int, val_set: ImageSet) -> None:
-    """UserError where so many images were skipped that scores of the others would not be the set's."""
+    """UserError if so many images were skipped that the scores would not be the set's."""
     if len(skipped) > max(1, MAX_CORRUPT * count):
         first = "; ".join(f"{label}: {reason}" for label, reason in list(skipped.items())[:3])
         raise UserError(
@@ -251,7 +250,7 @@ class _Pass:
         self.labels: list[str] = []
         self.indices: list[int] = []
         self.metric_seconds = 0.0
-        # A batch's soft masks are stacked in this order; k-means labels join them as one-hot vectors.
+        # Order in which a batch's soft masks are stacked; k-means labels are one-hot vectors among them.
         self.soft = [*(("decoder", orders) for orders in self.orders), ("slots", None), ("kmeans", None)]
         self.layouts = list(layouts)
         self.blocks: dict[int, list[tuple[tuple, int, Tensor]]] = {}  # mask size → key, masks, label map
@@ -276,12 +275,12 @@ class _Pass:
                 decoded[model.num_orders] = mean_of_orders(chain([first], orders))
         clusters = kmeans_labels(target, self.num_slots, self.seed, indices=torch.tensor(indices))
         errors = [F.mse_loss(decoded[orders][0].float(), target.float()) for orders in self.orders]
-        self.squared_error += torch.stack(errors).double() * len(indices)  # read at the end: nothing waits for it here
+        self.squared_error += torch.stack(errors).double() * len(indices)  # stays on the device: nothing waits for it
 
         start = time.perf_counter()
         soft = [*(decoded[orders][1] for orders in self.orders), slot_attn, F.one_hot(clusters, self.num_slots)]
         soft = torch.stack([m.float() for m in soft])
-        predicted: dict[int, Tensor] = {}  # label maps of all kinds by mask size: protocols share them
+        predicted: dict[int, Tensor] = {}  # label maps of all kinds by mask size, shared by protocols
         for index, protocol in enumerate(self.protocols):
             truth = stack_truth([m[index] for m in masks], self.device)
             has_object = (truth.instances > 0).any(1).tolist()
@@ -296,7 +295,7 @@ class _Pass:
                 (key, count_pairs(block.expand(len(indices), -1, -1), number, truth))
                 for key, number, block in self._blocks(size)
             ]
-            # All counts in one copy, so that the device is waited for once.
+            # All counts in one copy, which waits for the device once.
             flat = torch.cat([c.flatten() for _, c in counts]).cpu().split([c.numel() for _, c in counts])
             for (key, c), part in zip(counts, flat, strict=True):
                 self.scores[index].setdefault(key, Scores(protocol.rules)).add_counts(part.view(c.shape), truth)
@@ -306,17 +305,10 @@ class _Pass:
 
     def _blocks(self, size: int) -> list[tuple[tuple, int, Tensor]]:
         if size not in self.blocks:
-            best = [
-                (("blocks", columns), self.num_slots, labels)
-                for columns, labels in block_mask_candidates(self.num_slots, size).items()
-            ]
-            fixed = [
-                (("layout", columns, masks), masks, block_masks(columns, masks, size))
-                for columns, masks in self.layouts
-            ]
-            self.blocks[size] = [
-                (key, masks, send(labels.to(torch.uint8), self.device)) for key, masks, labels in best + fixed
-            ]
+            number, candidates = self.num_slots, block_mask_candidates(self.num_slots, size)
+            blocks = [(("blocks", columns), number, labels) for columns, labels in candidates.items()]
+            blocks += [(("layout", *layout), layout[1], block_masks(*layout, size)) for layout in self.layouts]
+            self.blocks[size] = [(key, k, send(labels.to(torch.uint8), self.device)) for key, k, labels in blocks]
         return self.blocks[size]
 
     def tables(self) -> list[Table]:
@@ -353,6 +345,6 @@ class _Pass:
 
 
 def stack_truth(masks: Sequence[Masks], device: torch.device) -> Pairs:
-    """The ground truth of a batch, each image's from `GroundTruth.masks`, on the device."""
+    """The ground truth of a batch on the device, from `GroundTruth.masks` of each image."""
     classes = None if masks[0].classes is None else send(torch.stack([m.classes for m in masks]), device)
     return pair_labels(send(torch.stack([m.instances for m in masks]), device), classes)

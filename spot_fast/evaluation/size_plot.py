@@ -22,8 +22,8 @@ FORMATS = (".png", ".svg")
 class SizeRow:
     """One line of the plot.
 
-    name: notes in brackets at its end are left out. means: mBO_i as a fraction for each of SIZE_BINS, None without an
-    instance. deviations: over runs that differ only in their seed. colour: number in the colour cycle.
+    name: notes in brackets at its end are left out. means: mBO_i as a fraction in each of SIZE_BINS, None without an
+    instance. deviations: over seeds. colour: number in the colour cycle.
     """
 
     name: str
@@ -43,17 +43,14 @@ class SizeRow:
 
 
 def check_target(path: Path) -> None:
-    """UserError where a plot cannot be written to `path`: another ending, or no matplotlib."""
+    """UserError if `path` has another ending, or matplotlib is missing."""
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"--size-plot {path} does not end in {' or '.join(FORMATS)}: name a file that does")
     required("matplotlib.figure", f"--size-plot {path}", "matplotlib")
 
 
 def plot_sizes(path: Path, title: str, rows: Sequence[SizeRow], instances: Sequence[int]) -> None:
-    """Writes a plot of `rows` atomically; instances: their number in each size bin.
-
-    UserError where it cannot be drawn or written.
-    """
+    """Writes a plot of `rows` atomically; instances: their number in each size bin. UserError on failure."""
     try:
         from matplotlib.figure import Figure  # not pyplot: no window, no state to clean up
 
@@ -74,7 +71,7 @@ def plot_sizes(path: Path, title: str, rows: Sequence[SizeRow], instances: Seque
 
 
 def draw_sizes(axes: Axes, rows: Sequence[SizeRow], instances: Sequence[int]) -> None:
-    """Draws a line for each row over size bins of equal width, labelled with their number of instances."""
+    """Draws a line for each row over size bins, labelled with their number of instances."""
     for row in rows:
         heights = [100 * row.means[i] for i in row.bins]
         spreads = [100 * row.deviations[i] for i in row.bins] if row.deviations and any(row.deviations) else None

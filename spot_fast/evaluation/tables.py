@@ -1,18 +1,19 @@
-"""Evaluations as text tables, and as CSV with a line for each image and kind of masks."""
+"""Evaluations of one or several runs as text tables, and as CSV with a line for each image and kind of masks."""
 
 from __future__ import annotations
 
 import csv
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from spot_fast.config import Config
 from spot_fast.evaluation.baselines import MAX_COLUMNS, STARTS
 from spot_fast.evaluation.metrics import METRICS, SIZE_BINS
 from spot_fast.evaluation.scoring import Evaluation, Row, Table
-from spot_fast.evaluation.several_runs import ScoredRun, tables_by_protocol
 from spot_fast.files import atomic_write
 
 TITLES = {"mbo_i": "mBO_i", "mbo_c": "mBO_c", "miou": "mIoU", "fg_ari": "FG-ARI"}
@@ -28,6 +29,26 @@ NOTES = (
     f"[3] per image on the frozen features that the decoder reconstructs, at unit length; best of {STARTS} starts",
     "[4] the layout of SPOT's Table 6",
 )
+
+
+@dataclass(frozen=True)
+class ScoredRun:
+    name: str
+    config: Config
+    evaluation: Evaluation
+
+
+def seed_groups(configs: Sequence[Config]) -> list[list[int]]:
+    """Indices of runs that differ only in their seed, two or more each."""
+    groups: dict[str, list[int]] = {}
+    for index, config in enumerate(configs):
+        groups.setdefault(replace(config, seed=0).to_json(), []).append(index)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def tables_by_protocol(runs: Sequence[ScoredRun]) -> list[tuple[Table, ...]]:
+    """For each protocol the tables of all runs."""
+    return list(zip(*(run.evaluation.tables for run in runs), strict=True))
 
 
 def table(titles: Sequence[str], cells: Sequence[Sequence[str]], heading: Sequence[str] = ()) -> str:
@@ -50,7 +71,7 @@ def spread(score: tuple[float, float] | None) -> str:
 
 
 def evaluation_table(scored: Table) -> str:
-    """The table in percent, without a heading line."""
+    """All scores in percent."""
     rows = scored.rows
     return table([r.title for r in rows], [[percent(r.scores[name]) for name in METRICS] for r in rows])
 
@@ -63,7 +84,7 @@ def size_table(scored: Table) -> str:
 
 
 def unlabelled_line(scored: Table) -> str:
-    """Names the images without an object; empty without such images."""
+    """Names the images without an object; empty without any."""
     names = scored.unlabelled
     if not names:
         return ""
@@ -72,13 +93,12 @@ def unlabelled_line(scored: Table) -> str:
 
 
 def shared_title(rows: Sequence[Row]) -> str:
-    """Title of rows of one kind from several tables: the best block masks may differ in their number of columns."""
+    """Title of rows of one kind from several tables, whose best block masks may differ in their columns."""
     titles = {row.title for row in rows}
     return titles.pop() if len(titles) == 1 else "block masks, best columns [2]"
 
 
 def _aligned(tables: Sequence[Table]) -> Iterator[tuple[str, tuple[Row, ...]]]:
-    """Title and rows, one of each table."""
     for rows in zip(*(t.rows for t in tables), strict=True):
         yield shared_title(rows), rows
 
@@ -89,7 +109,7 @@ def _mean(values: Sequence[float | None]) -> tuple[float, float] | None:
 
 
 def mean_rows(tables: Sequence[Table]) -> list[tuple[str, dict[str, tuple[float, float] | None]]]:
-    """Title and (mean, standard deviation with n - 1) of each metric, row by row, of two or more tables."""
+    """Title and (mean, standard deviation) of each metric, row by row, of two or more tables."""
     return [
         (title, {name: _mean([r.scores[name] for r in rows]) for name in METRICS}) for title, rows in _aligned(tables)
     ]
@@ -118,10 +138,6 @@ def mean_size_table(tables: Sequence[Table]) -> str:
 def run_report(run: ScoredRun, sizes: bool) -> str:
     """All tables of a run under headings; sizes: also mBO_i by instance size."""
     config, evaluation = run.config, run.evaluation
-    losses = ", ".join(
-        f"{loss:.4f} ({'order 0' if orders == 1 else f'{orders} orders'})"
-        for orders, loss in evaluation.reconstruction.items()
-    )
     count = f"{evaluation.images} image{'s' * (evaluation.images != 1)}"
     lines = []
     for scored in evaluation.tables:
@@ -136,6 +152,10 @@ def run_report(run: ScoredRun, sizes: bool) -> str:
             lines += [_SIZES_HEADING, "", size_table(scored), ""]
         if line := unlabelled_line(scored):
             lines += [line, ""]
+    losses = ", ".join(
+        f"{loss:.4f} ({'order 0' if orders == 1 else f'{orders} orders'})"
+        for orders, loss in evaluation.reconstruction.items()
+    )
     lines.append(
         f"reconstruction loss {losses} · {1000 * evaluation.seconds_per_image:.1f} ms an image, "
         f"{1000 * evaluation.metric_seconds_per_image:.1f} of them metrics"
@@ -163,8 +183,8 @@ def group_report(group: Sequence[ScoredRun], sizes: bool) -> str:
 def write_csv(path: Path, evaluations: Sequence[tuple[str, Evaluation]]) -> None:
     """Writes a line for each run, image, protocol and kind of masks atomically; a skipped image has one line a run.
 
-    Scores are fractions, empty where an image is not counted; `objects` is the number of masks that its mBO_i is a mean
-    over; `note` says why an image was skipped or that it has no object.
+    Scores are fractions, empty if an image is not counted; `objects` is the number of masks in its mBO_i; `note` says
+    why an image was skipped or that it has no object.
     """
 
     def write(partial: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line of `spot_fast.train`: every field of `Config` is an option, with the preset's value as default."""
+"""The command line of `spot_fast.train`: every field of `Config` is an option, by default with the preset's value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from spot_fast.config import OPTIONS, Config, flag, option_names, preset
 from spot_fast.errors import UserError
 from spot_fast.recipes import DATA_SETS, needs_data, split, timm_name
 
-_METAVARS = {"int": "N", "float": "X", "str": "NAME"}
 _EPILOG = """presets: {without} (generated, needs no data), {with_data} (need --data PATH); with + a
 method and an encoder where they are not SPOT's own: coco+dinosaur, coco+mae_vitb16, voc+spot_mlp+moco_vitb16.
 All of them with their sources and the paper's numbers: python -m spot_fast.presets
@@ -31,7 +30,7 @@ examples:
 
 @dataclass(frozen=True)
 class Arguments:
-    """A parsed command line. `given` holds the Config fields that were on it, preset and stage included."""
+    """A parsed command line. given: the Config fields that were on it."""
 
     given: dict[str, Any]
     teacher: str | None
@@ -54,15 +53,15 @@ class Arguments:
         return self.given.get("stage", 1)
 
     def config(self, preset_name: str | None = None, **defaults: Any) -> Config:
-        """The preset's Config with what was given; defaults stand for method and encoder where they were not."""
+        """The preset's Config with the given fields; `defaults` replace those not given."""
         changes = {name: value for name, value in self.given.items() if name not in ("preset", "stage")}
         return preset(preset_name or self.preset, self.stage, **(defaults | changes))
 
 
 def parse(argv: Sequence[str] | None = None) -> Arguments:
-    """Arguments of a command line; exits with code 2 and a sentence where an option is unknown or malformed.
+    """Arguments of a command line; exits with code 2 for an unknown or malformed option.
 
-    UserError where preset or method is unknown, or has no such stage.
+    UserError if preset or method is unknown or lacks the stage.
     """
     # --help shows the defaults of a preset, so the options that select one are parsed first.
     first = cli.Parser(add_help=False)
@@ -73,19 +72,21 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     known = vars(first.parse_known_args(argv)[0])
     defaults = preset(known.pop("preset"), 2 if known.pop("stage") == "2" else 1, **known)
     values = vars(_parser(defaults).parse_args(argv))
-    own = {each.name for each in fields(Arguments)} - {"given"}
-    given = {name: value for name, value in values.items() if name not in own}
+    given = {name: values.pop(name) for name in list(values) if name in OPTIONS}
     for name in option_names("keeps_auto"):
         if given.get(name) == "auto":  # asks for the default, also of a run that has settled on one
             del given[name]
-    given = _absolute(_named_parts(given, has_data=values["teacher"] is not None or values["resume"] is not None))
-    return Arguments(given=given, **{name: values[name] for name in own})
+    given = _named_parts(given, has_data=values["teacher"] is not None or values["resume"] is not None)
+    for name in option_names("path"):  # absolute, so that they also hold when the run is used from another folder
+        if given.get(name) is not None and given[name] not in OPTIONS[name].keywords:
+            given[name] = os.path.abspath(given[name])
+    return Arguments(given=given, **values)
 
 
 def _named_parts(given: dict[str, Any], *, has_data: bool) -> dict[str, Any]:
-    """`given` with the parts of --preset as preset, method and encoder, each only where it was named.
+    """`given` with the named parts of --preset as preset, method and encoder.
 
-    has_data: another run determines the data set. UserError where --data is of a set that nothing names.
+    has_data: another run determines the data set. UserError for --data of a set that nothing names.
     """
     name = given.get("preset", "scenes")
     data, method, encoder = split(name)
@@ -95,20 +96,9 @@ def _named_parts(given: dict[str, Any], *, has_data: bool) -> dict[str, Any]:
             f"as --preset coco+{name}"
         )
     encoder = encoder or given.get("encoder")
-    parts = {"method": method, "encoder": encoder and timm_name(encoder)}
+    parts = {"preset": data if "preset" in given else None, "method": method, "encoder": encoder and timm_name(encoder)}
     rest = {key: value for key, value in given.items() if key != "preset"}
-    if "preset" in given and data is not None:
-        rest["preset"] = data
     return rest | {key: value for key, value in parts.items() if value is not None}
-
-
-def _absolute(given: dict[str, Any]) -> dict[str, Any]:
-    """Paths that also hold when the run is used from another folder."""
-    return given | {
-        name: os.path.abspath(given[name])
-        for name in option_names("path")
-        if given.get(name) is not None and given[name] not in OPTIONS[name].keywords
-    }
 
 
 def _parser(defaults: Config) -> argparse.ArgumentParser:
@@ -134,7 +124,7 @@ def _parser(defaults: Config) -> argparse.ArgumentParser:
 
 
 def _add_own_options(run: argparse._ArgumentGroup) -> None:
-    """The options that are no settings of a run: where it is, where it computes, what it shows."""
+    """The options that are no fields of `Config`."""
     run.add_argument(
         "--teacher",
         metavar="RUN",
@@ -189,25 +179,27 @@ def _add_field(group: argparse._ArgumentGroup, each: Field, default: Any) -> Non
         text += f": {', '.join(option.names())}"
         default = each.default  # not what this very command line has chosen
     if default is not None:
-        shown = {True: "yes", False: "no"}[default] if kind == "bool" else default
+        shown = ("yes" if default else "no") if kind == "bool" else default
         text += f" (default: {shown})"
     text = text.replace("%", "%%")
     if kind == "bool":
         group.add_argument(flag(each.name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         return
-    choices = option.choices
+    kind, metavar = {"int": (int, "N"), "float": (float, "X"), "str": (str, "NAME")}[kind]
+    if option.choices:
+        metavar = "{" + ",".join(map(str, option.choices)) + "}"
     group.add_argument(
         flag(each.name),
-        type={"int": int, "float": float, "str": str}[kind],
-        choices=choices,
-        metavar=option.path or ("{" + ",".join(map(str, choices)) + "}" if choices else _METAVARS[kind]),
+        type=kind,
+        choices=option.choices,
+        metavar=option.path or metavar,
         default=argparse.SUPPRESS,
         help=text,
     )
 
 
 def conflicts(config: Config, given: dict[str, Any]) -> list[str]:
-    """Sentences about options on the command line that a resumed run of `config` may not change."""
+    """Sentences about given options that a resumed run of `config` may not change."""
     return [
         f"{flag(name)} is {value} but the run has {getattr(config, name)}"
         for name, value in given.items()
@@ -216,5 +208,5 @@ def conflicts(config: Config, given: dict[str, Any]) -> list[str]:
 
 
 def with_resumable(config: Config, given: dict[str, Any]) -> Config:
-    """A run's `config` with those options of the command line that a resumed run may change."""
+    """A run's `config` with those given options that a resumed run may change."""
     return replace(config, **{name: value for name, value in given.items() if OPTIONS[name].resumable})

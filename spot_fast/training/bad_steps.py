@@ -1,4 +1,4 @@
-"""Bad steps: a loss or gradient that is not finite, or a spike of the loss. Detected without waiting for the device."""
+"""Bad steps, whose loss or gradient is not finite or whose loss spikes. Detected without waiting for the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from spot_fast.errors import UserError
 
 MOST_IN_A_ROW = 10
-# A loss is compared with the mean of about the last _WINDOW losses, once there have been _FEWEST.
+# A loss is compared with the mean of about the last _WINDOW losses, once there are _FEWEST.
 _WINDOW, _FEWEST = 100, 20
 
 
@@ -30,8 +30,8 @@ class BadStep(NamedTuple):
 class BadSteps:
     """The bad steps of a run; the host knows them after `read`, which waits for the device.
 
-    spike: a loss above so many times the mean of the losses before it is bad; 0: any finite loss is good.
-    steps: the bad ones, oldest first. mean: float32 [2] on the device, the mean loss and the steps it is made of.
+    spike: a loss above so many times the mean of those before it is bad; 0: any finite loss is good.
+    steps: the bad ones, oldest first. mean: float32 [2] on the device, the mean loss and its number of steps.
     """
 
     def __init__(self, device: torch.device, spike: float) -> None:
@@ -41,10 +41,7 @@ class BadSteps:
         self._unread: list[tuple[int, Tensor]] = []
 
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Verdict on a step's loss and gradient norm, scalars: 1 if it is bad, the loss, the mean before it.
-
-        float32 [3] on the device. A good loss goes into the mean.
-        """
+        """Verdict on a step's loss and gradient norm: float32 [3], 1 if it is bad, the loss, the mean before it."""
         loss, norm = loss.detach().float(), norm.detach().float()
         mean, count = self.mean.unbind()
         bad = ~(loss.isfinite() & norm.isfinite())
@@ -58,25 +55,26 @@ class BadSteps:
         return verdict
 
     def note(self, step: int, verdict: Tensor) -> None:
-        """Keeps the verdict on `step`, unread; the tensor may not change afterwards."""
+        """Keeps the verdict on `step`, unread; it may not change afterwards."""
         self._unread.append((step, verdict))
 
     def read(self) -> int | None:
         """Brings `steps` up to date. Returns the step that was the tenth bad one in a row, None if none was."""
         last = None
-        if self._unread:
-            numbers, verdicts = zip(*self._unread, strict=True)
-            self._unread.clear()
-            for step, (bad, loss, mean) in zip(numbers, torch.stack(verdicts).tolist(), strict=True):
-                if bad:
-                    self.steps.append(BadStep(step, loss, mean))
-                    recent = [each.step for each in self.steps[-MOST_IN_A_ROW:]]
-                    if recent == list(range(step - MOST_IN_A_ROW + 1, step + 1)):
-                        last = last or step
+        if not self._unread:
+            return last
+        numbers, verdicts = zip(*self._unread, strict=True)
+        self._unread.clear()
+        for step, (bad, loss, mean) in zip(numbers, torch.stack(verdicts).tolist(), strict=True):
+            if bad:
+                self.steps.append(BadStep(step, loss, mean))
+                recent = [each.step for each in self.steps[-MOST_IN_A_ROW:]]
+                if recent == list(range(step - MOST_IN_A_ROW + 1, step + 1)):
+                    last = last or step
         return last
 
     def count(self, after: int) -> int:
-        """How many bad steps, of those read, come after step `after`."""
+        """The number of bad steps, of those read, after step `after`."""
         return sum(each.step > after for each in self.steps)
 
     def restore(self, steps: list[list[float]], mean: Tensor, reported: int) -> None:

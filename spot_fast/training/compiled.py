@@ -1,7 +1,7 @@
-"""torch.compile around the forward pass and losses of a step, and the backward pass that goes with it.
+"""torch.compile around a step's forward pass and losses, with their backward pass.
 
-What changes from step to step (features, patch orders, slot noise, lambda) enters as tensors, so that none of it
-compiles anything anew. A CapPa run has two graphs, one for its parallel steps; nothing else has more than one.
+All that changes from step to step enters as tensors, so nothing is compiled anew. A CapPa run has two graphs, one for
+its parallel steps; every other run has one.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from spot_fast.config import OPTIONS
 from spot_fast.errors import UserError
 from spot_kernels import dispatch
-
-COMPILE = ("auto", "yes", "no")
 
 
 def resolve_compile(choice: str, device: torch.device) -> str:
     """`auto` → yes on a GPU that Triton compiles for, else no; ValueError for an unknown name.
 
-    On a CPU a graph takes a minute to compile and the step is no faster: preset scenes with two cores, 98 ms without,
-    82 to 110 with (epoch lines of `python -m spot_fast.train --stage 1 --compile yes`).
+    On a CPU a graph takes a minute to compile and the step is no faster: 82 to 110 ms instead of 98 (preset scenes, two
+    cores, epoch lines of `python -m spot_fast.train --stage 1 --compile yes`).
     """
-    if choice not in COMPILE:
-        raise ValueError(f"--compile {choice} is unknown: use one of {', '.join(COMPILE)}")
+    if choice not in OPTIONS["compile"].choices:
+        raise ValueError(f"--compile {choice} is unknown: use one of {', '.join(OPTIONS['compile'].choices)}")
     if choice != "auto":
         return choice
     able = device.type == "cuda" and dispatch.TRITON and torch.cuda.get_device_capability(device) >= (7, 0)
@@ -35,7 +34,7 @@ def resolve_compile(choice: str, device: torch.device) -> str:
 
 
 def signature(arguments: Any) -> Hashable:
-    """What a compiled or recorded function of `arguments`, a pytree, depends on: shapes, dtypes and plain values."""
+    """All of `arguments`, a pytree, that a compiled or recorded function depends on: shapes, dtypes, plain values."""
     leaves, structure = pytree.tree_flatten(arguments)
     return structure, *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
 
@@ -44,11 +43,11 @@ class Compiled:
     """`function` compiled as one graph for each `signature` of its arguments.
 
     It returns a dict of losses, of which `loss` is differentiated by `parameters`. The backward pass is compiled when
-    it first runs, so the first call of each signature runs it once for nothing: whatever the compiler cannot do fails
-    there. Then UserError is raised or, if `optional`, everything runs uncompiled and `say` prints why.
+    it first runs, so the first call of each signature runs it once for nothing. If the compiler fails there, UserError
+    is raised or, if `optional`, everything runs uncompiled and `say` prints why.
 
-    `say` also prints how long the first call took. torch keeps what Inductor compiles ($TORCHINDUCTOR_CACHE_DIR), so
-    that a second run takes a fraction of it.
+    `say` also prints the seconds of the first call. A second run takes a fraction of them, because torch keeps what
+    Inductor compiles ($TORCHINDUCTOR_CACHE_DIR).
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class Compiled:
         return self._function(*arguments)
 
     def _run_both_ways(self, function: Callable[..., dict[str, Tensor]], arguments: tuple) -> None:
-        """Runs forward and backward and leaves nothing behind: gradients are not added to the parameters'."""
+        """Runs forward and backward, and discards the gradients."""
         loss = function(*arguments)["loss"]
         if loss.requires_grad:
             torch.autograd.grad(loss, self._parameters, allow_unused=True)

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: means of its losses, a progress bar, lines, TensorBoard events."""
+"""A run's output while it trains: means of losses, a progress bar, lines, TensorBoard events."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from spot_fast.errors import one_line
 
 
 class Meter:
-    """Sums of the numbers that a step returns, over the current interval and the current epoch.
+    """Sums of the numbers (`names`) that steps return, over the current interval and the current epoch.
 
-    names: of the numbers, in the order of the first step's. The sums stay on the device: nothing waits for a step
-    until `read` is called.
+    They stay on the device: nothing waits for a step until `read`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,7 +29,7 @@ class Meter:
         self.interval, self.epoch = (torch.zeros(len(names), dtype=torch.float64, device=self.device) for _ in "ie")
 
     def add(self, values: dict[str, Tensor], bad: Tensor) -> None:
-        """Scalars of one step by name; where bad [] is 1 they are left out."""
+        """Adds the scalars of one step, unless bad [] is 1."""
         if not self.names:
             self._start(tuple(values))
         # masked_fill, because NaN times zero would still be NaN.
@@ -39,7 +38,7 @@ class Meter:
         self.epoch += counted
 
     def read(self, sums: Tensor, steps: int) -> dict[str, float]:
-        """Means over `steps` of `interval` or `epoch`, whose sums begin again; NaN without a step."""
+        """Means over `steps` of `interval` or `epoch`, which then begin again; NaN without a step."""
         means = dict(zip(self.names, (sums / steps).tolist(), strict=True))
         sums.zero_()
         return means
@@ -87,21 +86,20 @@ class Events:
 
 
 class Display:
-    """Bar on a terminal, lines everywhere; TensorBoard scalars in `folder`/tensorboard. A quiet one shows nothing."""
+    """Bar on a terminal, lines everywhere; TensorBoard scalars in `folder`/tensorboard. quiet: nothing of these."""
 
     def __init__(
         self, folder: Path, *, title: str, step: int, total_steps: int, tensorboard: bool, quiet: bool = False
     ) -> None:
         self.step, self.total_steps, self._quiet = step, total_steps, quiet
-        tensorboard = tensorboard and not quiet
         self._bar = tqdm(
             total=total_steps, initial=step, desc=title, unit="step", disable=quiet or None, dynamic_ncols=True
         )
         self._first, self._start = step, 0.0
-        self._events = Events(folder / "tensorboard", step, self.line) if tensorboard else None
+        self._events = Events(folder / "tensorboard", step, self.line) if tensorboard and not quiet else None
 
     def advance(self) -> None:
-        """One step more. The clock starts after the first, which compiles and allocates."""
+        """One step more. The first, which compiles and allocates, is not timed."""
         self.step += 1
         if self.step == self._first + 1:
             self._start = time.monotonic()
@@ -124,7 +122,7 @@ class Display:
             self._bar.write(text)
 
     def time_left(self) -> str:
-        """Estimate of the remaining time, such as 12 min; empty before the second step."""
+        """Estimate, such as 12 min; empty before the second step."""
         done = self.step - self._first - 1
         if done < 1:
             return ""

@@ -1,12 +1,13 @@
 """A whole training step recorded once as a CUDA graph and replayed: one launch instead of a thousand.
 
-A recording has the addresses of its tensors and the values of its Python numbers in it. So everything that changes from
-step to step comes in as a tensor, whose contents are copied to where the recording reads them; weights, moments and
-whatever else the step updates in place stay where they are.
+A recording holds the addresses of its tensors and the values of its Python numbers. So all that changes from step to
+step comes in as tensors, which are copied to where the recording reads them; the step updates weights and moments in
+place.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -14,22 +15,22 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from spot_fast.config import OPTIONS
 from spot_fast.errors import UserError
 from spot_fast.training.compiled import signature
 
-CUDA_GRAPH = ("auto", "yes", "no")
 # Steps made before one is recorded: they compile kernels, make Adam's moments, and let libraries allocate.
 WARMUP = 3
 
 
 def resolve_cuda_graph(choice: str, device: torch.device, processes: int) -> str:
-    """`auto` → yes on an NVIDIA GPU in a run of one process, else no; UserError for a yes where it cannot be.
+    """`auto` → yes on an NVIDIA GPU in a run of one process, else no; UserError for a yes on another device.
 
-    Several processes record only where it is asked for: their exchanges of gradients (NCCL) are then part of the
-    recording, which has not been tried on several GPUs yet.
+    Several processes record only on request: their exchanges of gradients (NCCL) are then part of the recording, which
+    has not been tried on several GPUs yet.
     """
-    if choice not in CUDA_GRAPH:
-        raise ValueError(f"--cuda-graph {choice} is unknown: use one of {', '.join(CUDA_GRAPH)}")
+    if choice not in OPTIONS["cuda_graph"].choices:
+        raise ValueError(f"--cuda-graph {choice} is unknown: use one of {', '.join(OPTIONS['cuda_graph'].choices)}")
     able = device.type == "cuda" and torch.version.cuda is not None
     if choice == "yes" and not able:
         raise UserError(f"--cuda-graph yes needs an NVIDIA GPU, not {device}: use auto or no")
@@ -39,43 +40,39 @@ def resolve_cuda_graph(choice: str, device: torch.device, processes: int) -> str
 class Recorder:
     """Records on a stream of its own, on which it also warms up.
 
-    One stream for all of it: the caching allocator keeps the memory of each stream apart, so every further one would
-    hold another set of activations.
+    Each stream has its own memory in the caching allocator, so a second one would hold another set of activations.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: torch.cuda.Stream | None = None
 
-    def _side(self) -> torch.cuda.Stream:
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self._device)
-        return self._stream
+    @functools.cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self._device)
 
     def warm_up(self, function: Callable[[], Any]) -> Any:
-        """Runs `function` where recordings are made, in line with the present stream."""
-        stream, now = self._side(), torch.cuda.current_stream(self._device)
-        stream.wait_stream(now)
-        with torch.cuda.stream(stream):
+        """Runs `function` on the stream of recordings, in line with the present one."""
+        now = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(now)
+        with torch.cuda.stream(self._stream):
             results = function()
-        now.wait_stream(stream)
+        now.wait_stream(self._stream)
         return results
 
     def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """Records what `function` does on the GPU, which it does not do yet: (replay, results, which replays
-        overwrite)."""
+        """Records the GPU work of `function` without running it: (replay, results, which replays overwrite)."""
         graph = torch.cuda.CUDAGraph()
-        # Only this thread's calls count as part of the recording: others copy batches to the GPU meanwhile.
-        capture = torch.cuda.graph(graph, stream=self._side(), capture_error_mode="thread_local")
+        # Only this thread's calls are recorded: other threads copy batches to the GPU meanwhile.
+        capture = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
         with torch.cuda.device(self._device), capture:
             results = function()
         return graph.replay, results
 
 
 class Graphed:
-    """`function`, for each `signature` of its arguments recorded at the fourth call and replayed from then on.
+    """`function`, recorded at the fourth call of each `signature` and replayed from then on.
 
-    Arguments and results are pytrees of tensors and plain values. Where recording fails UserError is raised or, if
+    Arguments and results are pytrees of tensors and plain values. If recording fails, UserError is raised or, if
     `optional`, everything runs unrecorded and `say` prints why.
     """
 

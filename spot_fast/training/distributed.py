@@ -2,14 +2,14 @@
 
     torchrun --nproc-per-node N -m spot_fast.train ...
 
-`World` is what a process knows of the others. Gradients are averaged over all of them during backward, in pieces
-(`shared_gradients`; NCCL on GPUs, gloo on CPUs), so that every process takes the same step; the losses travel with
-them. All else goes through gloo and waits for no GPU. Rank 0 alone decides (`on_rank_0`), writes and prints.
+Gradients, and the losses with them, are averaged over all processes during backward (`shared_gradients`; NCCL on GPUs,
+gloo on CPUs), so that every process takes the same step. All else goes through gloo and waits for no GPU. Rank 0 alone
+decides (`on_rank_0`), writes and prints.
 
-How a run ends. A stop is agreed on before each step, so all stop at the same one. A failure in preparation is raised
-in all processes (`on_rank_0`, `on_all_ranks`). In the loop a process that fails leaves its sentence in the store that
-torchrun keeps, and ends; the others find its connection closed at their next exchange (`Ended`). On GPUs, those that
-wait for its gradients are ended by torchrun after 30 s.
+How a run ends. Processes agree on a stop before each step, so all stop at the same one. A failure in preparation is
+raised in all (`on_rank_0`, `on_all_ranks`). In the loop a process that fails leaves its error in torchrun's store and
+ends; the others find its connection closed at their next exchange (`Ended`). On GPUs, torchrun ends those that wait for
+its gradients after 30 s.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from spot_fast.errors import UserError
 from spot_fast.system.devices import named_device
@@ -35,20 +35,17 @@ from spot_fast.training.shared_gradients import LocalGradients, SharedGradients
 T = TypeVar("T")
 
 _START = timedelta(minutes=10)
-# Rank 0 may build caches for days. A process that ends is noticed by its connection, however long this is.
+# Rank 0 may build caches for days. Of a process that ends, its closed connection shows at once.
 _WAIT = timedelta(days=30)
 _REPORT = timedelta(seconds=5)  # within which rank 0 prints why a run ends
 
 
 class Ended(UserError):
-    """Another process of the run has ended, or has failed at what all have to do; the message has its reason."""
+    """Another process of the run has ended or failed; the message has its reason."""
 
 
 class World:
-    """Process `rank` of the `size` that train together; in a single process every method does the local thing.
-
-    local_rank: the process's number on its machine.
-    """
+    """Process `rank` of the `size` that train together. local_rank: its number on its machine."""
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: dist.Store | None = None) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
@@ -59,13 +56,12 @@ class World:
 
     @property
     def is_rank_0(self) -> bool:
-        """Whether this is the process that writes and prints."""
         return self.rank == 0
 
     # ---- preparation
 
     def on_rank_0(self, make: Callable[[], T]) -> T:
-        """The result of `make`, run on rank 0 alone, on all ranks; its exception, SystemExit too, is raised on all."""
+        """Runs `make` on rank 0 alone; its result, or exception (SystemExit too), reaches all ranks."""
         if self.size == 1:
             return make()
         message, failed = [None], None
@@ -114,7 +110,7 @@ class World:
         return values
 
     def device(self, name: str | None) -> torch.device:
-        """This process's device: --device, on GPUs the one of its local rank; UserError where there are too few."""
+        """This process's device: --device, on GPUs the one of its local rank; UserError if there are too few."""
         kind = named_device(name)
         if self.size == 1:
             return kind
@@ -136,7 +132,7 @@ class World:
         return kind
 
     def connect(self, device: torch.device) -> None:
-        """Gradients on `device` can be averaged after this; all processes call it."""
+        """Prepares the averaging of gradients on `device`; all processes call it."""
         if self.size > 1 and device.type == "cuda":
             self._gradients = dist.new_group(backend="nccl")
 
@@ -147,12 +143,15 @@ class World:
                 flat = torch.cat([parameter.flatten() for parameter in parameters])
                 with self._exchange():
                     dist.broadcast(flat, src=0, group=self._gradients)
-                _copy_back(flat, parameters)
+                parts = flat.split([parameter.numel() for parameter in parameters])
+                torch._foreach_copy_(
+                    list(parameters), [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+                )
 
     # ---- steps
 
     def agree(self, stop: bool, corrupt: dict[str, str]) -> bool:
-        """Whether any process wants to stop: the same answer in all. Also reports `corrupt` images to rank 0."""
+        """Whether any process wants to stop. Also reports `corrupt` images to rank 0."""
         if self.size == 1:
             return stop
         if not self.is_rank_0 and len(corrupt) > self._reported_corrupt:
@@ -170,7 +169,7 @@ class World:
         return SharedGradients(parameters, self.size, self._gradients, self._exchange)
 
     def corrupt_elsewhere(self) -> dict[str, str]:
-        """{label: reason} of the images that the other processes could not read."""
+        """{label: reason} of images that other processes could not read."""
         corrupt: dict[str, str] = {}
         for rank in range(1, self.size):
             if self._store.check([f"corrupt/{rank}"]):
@@ -180,9 +179,9 @@ class World:
     # ---- the end
 
     def leave(self, error: BaseException) -> None:
-        """Lets the others know why this process ends, before it does; rank 0 has printed its `error` already.
+        """Reports to the others why this process ends; rank 0 has printed its `error` already.
 
-        Connections stay open until then: closing a GPU's may wait for a process that is gone.
+        Connections stay open: closing a GPU's may wait for a process that is gone.
         """
         self._ending = True
         if self.size == 1:
@@ -197,20 +196,20 @@ class World:
                 self._store.set("error", f"process {self.rank}: {_sentence(error)}")
 
     def _after_rank_0(self, code: object = None) -> object:
-        """Waits until rank 0 has printed its error: torchrun ends all processes when one of them ends with an error."""
+        """Waits until rank 0 has printed its error: torchrun ends all processes when one ends with an error."""
         with contextlib.suppress(RuntimeError):
             self._store.wait(["reported"], _REPORT)
         return code
 
     def close(self) -> None:
-        """Ends the connections, after all has gone well."""
+        """Ends the connections of a run without an error."""
         if self.size > 1:
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
 
     @contextlib.contextmanager
     def _exchange(self) -> Iterator[None]:
-        """Turns the failure of an exchange into `Ended`, with the last sentence of the process that is gone."""
+        """Turns the failure of an exchange into `Ended`, with the reason of the process that is gone."""
         try:
             yield
         except RuntimeError as error:
@@ -228,7 +227,7 @@ class World:
 
 
 def join() -> World:
-    """The world of the processes that torchrun has started, or this process alone; UserError where they do not meet."""
+    """The processes that torchrun has started, or this one alone; UserError if they do not meet."""
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1 or "RANK" not in os.environ:
         return World()
@@ -246,13 +245,6 @@ def join() -> World:
     world = World(rank, size, int(os.environ.get("LOCAL_RANK", rank)), dist.PrefixStore("spot_fast", store))
     signal.signal(signal.SIGTERM, world._interrupt)
     return world
-
-
-def _copy_back(flat: Tensor, into: Sequence[Tensor]) -> None:
-    """Copies consecutive values of `flat` into the tensors that were concatenated."""
-    sizes = [tensor.numel() for tensor in into]
-    parts = flat[: sum(sizes)].split(sizes)
-    torch._foreach_copy_(list(into), [part.view_as(tensor) for part, tensor in zip(parts, into, strict=True)])
 
 
 def _sentence(error: BaseException) -> str:

@@ -1,7 +1,7 @@
 """The loss of a training step: its terms by name, their weights, their sum (SPOT, sections 3.1 and 3.2).
 
-A further term is an entry in `loss_terms`, and in `loss_weights` where its weight is not 1. Log, console and report
-take the names from here.
+A further term is an entry in `loss_terms`, and in `loss_weights` if its weight is not 1. Log, console and report take
+its name from here.
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ from spot_kernels import match_masks
 
 
 def loss_terms(output: SpotOutput, target: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-    """Unweighted terms, scalars in float32 at least.
-
-    rec: L_REC. att: L_ATT, where there are the teacher's labels [B, N], which is in stage 2.
-    """
+    """Unweighted terms, scalars in float32 at least: rec, L_REC; with the teacher's labels [B, N] also att, L_ATT."""
     terms = {"rec": reconstruction_loss(output.prediction, target)}
     if labels is not None:
         terms["att"], _ = attention_loss(output.slot_logits, output.slot_attn, labels)
@@ -35,7 +32,7 @@ def loss_weights(config: Config, step: int, total_steps: int, device: torch.devi
 
 
 def weighted_sum(terms: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`loss`, the sum in the order of `terms`, and of several terms each as `loss_<name>`, unweighted."""
+    """`loss`, the sum in the order of `terms`; of several terms also each, unweighted, as `loss_<name>`."""
     weighted = [weights[name] * term if name in weights else term for name, term in terms.items()]
     total = weighted[0]
     for term in weighted[1:]:
@@ -45,16 +42,15 @@ def weighted_sum(terms: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[s
 
 
 def teacher_labels(masks: Tensor) -> Tensor:
-    """Teacher's decoder masks [B, N, K] → hard labels int64 [B, N]; the lower slot wins a tie."""
+    """The teacher's decoder masks [B, N, K] → hard labels int64 [B, N]; the lower slot wins a tie."""
     return masks.argmax(-1)
 
 
 def attention_loss(student_logits: Tensor, student_attn: Tensor, teacher_labels: Tensor) -> tuple[Tensor, Tensor]:
     """L_ATT and the teacher's labels in the student's numbering.
 
-    Student and teacher masks are matched one to one per image by IoU (Hungarian); L_ATT is the cross-entropy of the
-    student's slot-attention logits against the matched labels, mean over tokens, unweighted. Renaming the labels
-    equals permuting the logits' slots.
+    The masks of student and teacher are matched one to one per image by IoU (Hungarian). L_ATT is the cross-entropy of
+    the student's slot-attention logits against the matched labels, mean over tokens, unweighted.
 
     Args:
         student_logits: slot-attention logits of the last iteration [B, 1, N, K].
@@ -72,6 +68,6 @@ def attention_loss(student_logits: Tensor, student_attn: Tensor, teacher_labels:
         )
     renamed = match_masks(student_attn.detach().argmax(-1), teacher_labels, slots)
     logits = student_logits.squeeze(1).to(torch.promote_types(student_logits.dtype, torch.float32))
-    # A broken matching labels tokens -1. Without ignore_index that is an assertion on the device, which ends the
-    # process without saying where.
+    # A broken matching labels tokens -1. Without ignore_index an assertion on the device would end the process without
+    # saying where.
     return F.cross_entropy(logits.flatten(0, 1), renamed.flatten(), ignore_index=-1), renamed

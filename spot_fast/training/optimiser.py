@@ -14,7 +14,7 @@ _STATE = "adam."
 def adam(parameters: Iterable[nn.Parameter], *, graphed: bool = False) -> torch.optim.Adam:
     """Adam (0.9, 0.999) without weight decay; the learning rate is set before every step.
 
-    graphed: its step may be recorded as a CUDA graph; the rate is then a tensor on the device.
+    graphed: its step may be recorded as a CUDA graph, so the rate is a tensor on the device.
     """
     parameters = list(parameters)
     fused = all(parameter.device.type in _FUSED for parameter in parameters)
@@ -23,9 +23,9 @@ def adam(parameters: Iterable[nn.Parameter], *, graphed: bool = False) -> torch.
 
 
 def update(optimiser: torch.optim.Adam, bad: Tensor) -> None:
-    """Adam's step. bad: [] float32 on the device; where it is 1 nothing changes, neither moments nor step count.
+    """Adam's step. bad: [] float32 on the device, which the host never reads: if it is 1, nothing changes.
 
-    The host never reads it. Only fused Adam supports this; on a device without it the step is always made.
+    Only fused Adam supports this; elsewhere the step is always made.
     """
     # The attribute by which GradScaler tells fused Adam to leave a step out.
     optimiser.found_inf = bad if optimiser.param_groups[0]["fused"] else None
@@ -44,7 +44,7 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
 def clip_by_infinity_norm(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     """Scales all gradients by min(1, limit / (norm + 1e-6)), norm being their largest absolute value; 0 = no clipping.
 
-    Returns the norm before clipping, a scalar on the device; NaN where a gradient has one. Waits for nothing.
+    Returns the norm before clipping, a scalar on the device; NaN if a gradient has one.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
@@ -60,7 +60,7 @@ def clip_by_infinity_norm(parameters: Sequence[nn.Parameter], limit: float) -> T
 
 
 def optimiser_tensors(optimiser: torch.optim.Adam, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-    """Moments and step count of every parameter that has had a gradient, as adam.<what>.<parameter name>."""
+    """Moments and step counts of all parameters that have had a gradient, as adam.<what>.<parameter name>."""
     return {
         f"{_STATE}{what}.{names[parameter]}": value
         for parameter, state in optimiser.state.items()

@@ -1,7 +1,4 @@
-"""What a run keeps on disk: the state from which it can be resumed, and the model at its end.
-
-The trainer gives and takes tensors and facts (texts by name); nothing here knows the trainer.
-"""
+"""The state from which a run can be resumed, and its model at the end: tensors and facts (texts by name) on disk."""
 
 from __future__ import annotations
 
@@ -17,8 +14,8 @@ from spot_fast.errors import UserError
 
 
 def write_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str], *, kept: str) -> None:
-    """Replaces the state in run folder `path`. kept: ends the UserError about a tensor that is not finite."""
-    # One transfer to the host instead of one a tensor; Adam's step counts may lie on another device.
+    """Replaces the state in run folder `path`. kept: end of the UserError about a tensor that is not finite."""
+    # One transfer to the host instead of one a tensor; Adam's step counts may be on another device.
     device = next(iter(tensors.values())).device
     finite = torch.stack([value.isfinite().all().to(device) for value in tensors.values()])
     if not finite.all():
@@ -28,7 +25,7 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, s
 
 
 def write_model(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
-    """Writes the model file, whose presence says that the run is finished."""
+    """Writes the model file, whose presence marks the run as finished."""
     _write(path, MODEL, tensors, {**facts, "finished": "true"})
 
 
@@ -42,7 +39,7 @@ def _write(path: Path, name: str, tensors: Mapping[str, Tensor], facts: Mapping[
 def read_state(path: Path, facts: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and facts of the saved state.
 
-    UserError where its settings, data, encoder or teacher are not those of the run at hand, given by its `facts`.
+    UserError if its settings, data, encoder or teacher are not those of the present run, given by its `facts`.
     """
     tensors, saved = read_tensors(path / STATE)
     for name, what in (
@@ -57,19 +54,12 @@ def read_state(path: Path, facts: Mapping[str, str]) -> tuple[dict[str, Tensor],
                 f"{path} cannot be resumed: it began with other {what} ({before[:12]}, now {now[:12]}): "
                 "restore them or train again"
             )
-    _require_same_images(path, json.loads(saved["sample"]), json.loads(facts["sample"]))
-    return tensors, saved
-
-
-def _require_same_images(path: Path, before: list[str], now: list[str]) -> None:
-    """UserError where most of the sampled training images have changed since the run began.
-
-    The folder may have moved, and single images may have been repaired.
-    """
-    pairs = [pair for pair in zip(before, now, strict=False) if all(pair)]
-    changed = sum(was != content for was, content in pairs)
-    if 2 * changed > len(pairs):
+    # Most of the sampled images must be the same. Their folder may have moved, single ones may have been repaired.
+    pairs = zip(json.loads(saved["sample"]), json.loads(facts["sample"]), strict=False)
+    same = [before == now for before, now in pairs if before and now]
+    if 2 * same.count(False) > len(same):
         raise UserError(
-            f"{path} cannot be resumed: {changed} of {len(pairs)} training images that were compared "
+            f"{path} cannot be resumed: {same.count(False)} of {len(same)} training images that were compared "
             "are not those it began with: give --data their folder or train again"
         )
+    return tensors, saved

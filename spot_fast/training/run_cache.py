@@ -22,7 +22,7 @@ from spot_fast.training.step import Forward
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a run will cache, and the fields of its frozen features where these may be cached."""
+    """A run's cache, and the fields of its frozen features if these may be cached."""
 
     plan: Plan
     fields: list[feature_cache.Field]
@@ -31,16 +31,11 @@ class Chosen:
 def frozen_fields(config: Config, forward: Forward, encoder_sha256: str, loader_kind: str) -> list[feature_cache.Field]:
     """The fields of `Forward.frozen_features`, each with a key of all that it depends on besides the image."""
     one = torch.zeros(1, 3, config.image_size, config.image_size, dtype=torch.uint8)
-    # The encoder's name too: heads, activations and epsilons do not show in its weights.
-    words = (
-        timm_name(config.encoder),
-        encoder_sha256,
-        config.feature_norm,
-        forward.precision,
-        forward.device.type,
-        loader_kind,
+    # With the encoder's name: heads, activations and epsilons do not show in its weights.
+    key = (
+        f"{timm_name(config.encoder)} {encoder_sha256} {config.feature_norm} {forward.precision} "
+        f"{forward.device.type} {loader_kind}"
     )
-    key = " ".join(map(str, words))
     keys = key, f"{key} {forward.model.encoder.first_last_block}"
     return [
         feature_cache.Field(name, tuple(value.shape[1:]), value.dtype, key)
@@ -49,9 +44,9 @@ def frozen_fields(config: Config, forward: Forward, encoder_sha256: str, loader_
 
 
 def choose(config: Config, loader: Loader, forward: Forward, encoder_sha256: str, world: World) -> Chosen:
-    """The cache that pays for a run of `loader`'s images.
+    """The cache that pays for a run of `loader`'s images; UserError if --cache or --cache-dir cannot be met.
 
-    UserError where what --cache or --cache-dir asks for cannot be. Nothing is written.
+    Nothing is written.
     """
     fields = []
     if config.cache in ("auto", "features"):
@@ -84,14 +79,14 @@ def open_source(
     world: World,
     say: Callable[[str], None],
 ) -> tuple[Loader, feature_cache.FeatureCache | None]:
-    """Opens the chosen cache: (the run's loader from here on, the features of its batches where they are cached).
+    """Opens the chosen cache: (the run's loader from here on, the features of its batches if they are cached).
 
-    Rank 0 builds what is missing on disk, then all ranks read it. decoding: the line about who decodes. UserError
-    where a cache cannot be written, or more images are corrupt than the loader tolerates.
+    Rank 0 builds what is missing on disk, then all ranks read it. decoding: the line about the decoder. UserError if a
+    cache cannot be written, or more images are corrupt than the loader tolerates.
     """
     device, function = forward.device, forward.frozen_features
     image_set, plan, fields = loader.image_set, chosen.plan, chosen.fields
-    # A cache in memory is held whole by every process, on its own device: any image may be in its next shard.
+    # Every process holds the whole cache in memory, on its own device: any image may be in its next shard.
     holder = device if plan.device is not None and plan.device.type == device.type else plan.device
     if isinstance(image_set, ImageFiles) and not plan.complete:
         say(decoding)
@@ -123,7 +118,7 @@ def open_source(
 def _not_built(
     config: Config, loader: Loader, function: feature_cache.Function, chosen: Chosen, say: Callable[[str], None]
 ) -> str:
-    """Completes the stores on disk. Returns "", or with --cache auto the reason why that is impossible."""
+    """Completes the stores on disk. Returns "", or with --cache auto why that is impossible."""
     plan = chosen.plan
     try:
         if plan.kind == "pixels":

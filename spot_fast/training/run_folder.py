@@ -1,4 +1,4 @@
-"""A run's folder: made once, locked by one process at a time, its metrics cut back when the run resumes."""
+"""A run's folder: locked by one process at a time, its metrics cut back when the run resumes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CORRUPT = "corrupt.txt"
 
 
 class RunFolder:
-    """An open run folder, locked against other processes until it is closed or this process ends in any way."""
+    """An open run folder, locked against other processes until it is closed or this process ends."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,15 +42,13 @@ class RunFolder:
     def create(cls, config: Config, *, root: Path, out: Path | None = None) -> RunFolder:
         """A new folder with `config`: `out`, or the next free root/<preset>[-<method>]-stage<stage>-<NNN>."""
         if out is None:
-            path = _next_folder(root, f"{config.recipe.replace('+', '-')}-stage{config.stage}")
-        else:
-            path = out
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                remedy = "add --resume to go on with it" if (path / CONFIG).is_file() else "choose another folder"
-                raise UserError(f"--out {path} is not an empty folder: {remedy}")
-            path.mkdir(parents=True, exist_ok=True)
-        folder = cls(path)
-        write_config(path, config)
+            out = _next_folder(root, f"{config.recipe.replace('+', '-')}-stage{config.stage}")
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            remedy = "add --resume to go on with it" if (out / CONFIG).is_file() else "choose another folder"
+            raise UserError(f"--out {out} is not an empty folder: {remedy}")
+        out.mkdir(parents=True, exist_ok=True)
+        folder = cls(out)
+        write_config(out, config)
         return folder
 
     def log(self, **record: Any) -> None:
@@ -59,11 +57,11 @@ class RunFolder:
             self._metrics.write((json.dumps(finite(record), allow_nan=False) + "\n").encode())
 
     def write_corrupt(self, corrupt: dict[str, str]) -> None:
-        """corrupt.txt: a line with label and reason for each image that could not be read; no file without any."""
+        """corrupt.txt: a line with label and reason for each unreadable image; no file without any."""
         if not corrupt:
             return
         file = self.path / CORRUPT
-        # Bytes of file names, which need not be UTF-8, are kept.
+        # File names need not be UTF-8: their bytes are kept.
         before = file.read_bytes().decode(errors="surrogateescape") if file.is_file() else ""
         new = {f"{' '.join(label.split(chr(10)))}\t{' '.join(why.split())}" for label, why in corrupt.items()}
         # Lines of the run's earlier parts stay.
@@ -72,7 +70,7 @@ class RunFolder:
             atomic_write(file, lambda partial: partial.write_bytes(text.encode(errors="surrogateescape")))
 
     def sync(self) -> None:
-        """Returns when metrics are on the disk: call it before saving a state that includes their steps."""
+        """Returns when metrics are on the disk. Call it before saving a state that includes their steps."""
         with self._writing():
             sync(self._metrics.fileno())
 

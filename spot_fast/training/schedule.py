@@ -1,7 +1,4 @@
-"""Learning rate and lambda of every step (SPOT, section 4; the rounding is the authors' implementation's).
-
-Both are pure functions of the step, so a resumed run needs nothing but the step.
-"""
+"""Learning rate and lambda as functions of the step (SPOT, section 4; rounded as in the authors' implementation)."""
 
 from __future__ import annotations
 
@@ -14,9 +11,9 @@ from spot_fast.errors import UserError
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Linear warm-up from 0 to `peak`, then a cosine to `low`.
+    """Linear warm-up from 0 to `peak`, then a cosine to `low`. Steps count from 0.
 
-    Steps count from 0. Both parts contain the peak, so it occurs twice; `low` lies one step beyond the last.
+    Both parts contain the peak, so it occurs twice; `low` is one step beyond the last.
     """
 
     peak: float
@@ -29,7 +26,7 @@ class LearningRate:
         if step < self.warmup_steps:
             if self.warmup_steps == 1:
                 return 0.0
-            # The peak itself, which the product below may miss by rounding.
+            # The product may miss the peak by rounding.
             return self.peak if step == self.warmup_steps - 1 else step * (self.peak / (self.warmup_steps - 1))
         return cosine(self.peak, self.low, step - self.warmup_steps, self.total_steps - self.warmup_steps)
 
@@ -40,10 +37,9 @@ def cosine(first: float, last: float, step: int, steps: int) -> float:
 
 
 def learning_rate(config: Config, images: int) -> LearningRate:
-    """The schedule of a run over `images` training images; UserError when the warm-up is longer than the run.
+    """The schedule of a run over `images` training images; UserError if the warm-up is longer than the run.
 
-    The warm-up has whole epochs: int(warmup_steps / (images / batch)), with images / batch not rounded, while an epoch
-    has floor(images / batch) steps.
+    An epoch has floor(images / batch) steps, while `Config.warmup_epochs` does not round images / batch.
     """
     steps_per_epoch = images // config.batch_size
     epochs = config.warmup_epochs(images)

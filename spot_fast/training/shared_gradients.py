@@ -1,15 +1,14 @@
 """Gradients averaged over the processes of a run while backward still computes others.
 
-All gradients lie in one flat buffer, cut into pieces in the order in which backward reaches their parameters: from the
-last to the first. A parameter's gradient is a view of its piece, so nothing is gathered before the exchange nor copied
-back after it. A piece is sent when its last gradient has arrived; pieces are sent in the same order in every process,
-which keeps the exchanges apart.
+All gradients are views of one flat buffer, so nothing is gathered before the exchange nor copied back after it. The
+buffer is cut into pieces in the order in which backward reaches their parameters: from the last to the first. A piece
+is sent when its last gradient has arrived. All processes send pieces in the same order, which keeps exchanges apart.
 
-Some steps leave a parameter without a gradient (CapPa's mask token in a step that is not parallel). Such a parameter
-has none afterwards either, as in one process, so that Adam leaves it alone. From the first such step on it belongs to
-the last piece, which waits for the end of backward anyway: it carries the losses.
+Some steps leave a parameter without a gradient (CapPa's mask token in a step that is not parallel). It stays without
+one, as in a single process, so that Adam leaves it alone. From the first such step on it belongs to the last piece,
+which carries the losses and so waits for the end of backward anyway.
 
-A compiled backward pass is one call that gives all gradients at its end, so there only the adding up overlaps.
+A compiled backward pass gives all gradients at its end, so there only the adding up overlaps.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# Large enough to be exchanged at full speed, small enough that the last one does not keep anyone waiting.
+# Large enough for the full speed of exchanges, small enough that nobody waits long for the last one.
 PIECE_BYTES = 25 * 2**20
 _ALIGNED = 16  # gradients begin at multiples of so many elements
 _LOSSES = 8  # room for the losses at the end of the last piece
 
 
 class LocalGradients:
-    """Gradients of a single process: there is nothing to do."""
+    """Gradients of a single process, which need no exchange."""
 
     def start(self) -> None:
         """Before the backward passes of a step."""
@@ -37,12 +36,12 @@ class LocalGradients:
         """Before the last backward pass of a step."""
 
     def finish(self, losses: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """After the last backward pass: the means of `losses` over the processes; gradients are means from here on."""
+        """After the last backward pass: makes gradients means over the processes, and returns those of `losses`."""
         return tuple(losses)
 
 
 class SharedGradients(LocalGradients):
-    """The gradients of `parameters` in `size` processes, which call the same methods.
+    """The gradients of `parameters` in `size` processes, which all call the same methods.
 
     group: of the exchange, None for the default one. exchanging: a context for each exchange, which may turn its
     errors into others. `finish` leaves the same bits in all processes.
@@ -67,8 +66,7 @@ class SharedGradients(LocalGradients):
             parameter.register_post_accumulate_grad_hook(self._arrived)
 
     def _lay_out(self) -> None:
-        """Cuts the buffer into pieces of whole parameters; the last one has the rare ones, and room for the losses."""
-        # Backward reaches the last layers first, so the first piece is complete, and sent, first.
+        """Cuts the buffer into pieces of whole parameters; the last one has the rare ones and room for the losses."""
         pieces: list[list[nn.Parameter]] = [[]]
         filled = 0
         for parameter in reversed(self._parameters):
@@ -98,11 +96,11 @@ class SharedGradients(LocalGradients):
 
     @property
     def pieces(self) -> int:
-        """How many exchanges a step makes; the last one carries the losses."""
+        """The number of exchanges in a step."""
         return len(self._buffers)
 
     def start(self) -> None:
-        # Autograd adds into a gradient that exists: here into the buffer itself.
+        # Autograd adds into existing gradients: here into the buffer.
         self._flat.zero_()
         for parameter, view in self._views.items():
             parameter.grad = view
@@ -120,7 +118,7 @@ class SharedGradients(LocalGradients):
         self._has_gradient.add(parameter)
         if self._sharing:  # before the last pass a gradient is a partial sum
             self._missing[self._piece_of[parameter]].discard(parameter)
-            # The last piece waits for the losses.
+            # In order, and without the last piece, which waits for the losses.
             while len(self._out) < len(self._buffers) - 1 and not self._missing[len(self._out)]:
                 self._send()
 

@@ -3,9 +3,9 @@
     draws = draw(step)                                 everything random, a function of (seed, step)
     verdict, values = update(batch, draws, weights)    everything else, with `Forward.losses` in its middle
 
-`Trainer.train_step` sets the learning rate, gives the losses' weights and calls the two. `compiled.Compiled` may wrap
-`Forward.losses` and `cuda_graph.Graphed` may wrap `Update`, so neither does host work: whatever changes from step to
-step comes in as a tensor, and nothing waits for the device.
+`Trainer.train_step` calls the two. `compiled.Compiled` may wrap `Forward.losses` and `cuda_graph.Graphed` may wrap
+`Update`, so neither does host work: all that changes from step to step comes in as tensors, and nothing waits for the
+device.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from spot_fast.training.shared_gradients import LocalGradients
 
 @dataclass(frozen=True)
 class Draws:
-    """What is drawn for one step, a pytree; None where the model needs nothing.
+    """Random values of one step, a pytree; None where the model needs none.
 
     order, teacher_order: patch orders, int64 [] on the device. noise, teacher_noise: of the initial slots [B, K, U].
-    parallel: whether it is a CapPa step. decoder: what the student's decoder draws for its own losses, each [B, …].
+    parallel: whether it is a CapPa step. decoder: draws of the student's decoder for its own losses, each [B, …].
     """
 
     order: Tensor | None
@@ -48,7 +48,7 @@ class Draws:
     decoder: dict[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, rows: slice) -> Draws:
-        """What was drawn for these images of the batch; orders are the whole batch's."""
+        """The draws of these images of the batch; orders are the whole batch's."""
         noise, teacher_noise = (None if one is None else one[rows] for one in (self.noise, self.teacher_noise))
         decoder = {name: tensor[rows] for name, tensor in self.decoder.items()}
         return replace(self, noise=noise, teacher_noise=teacher_noise, decoder=decoder)
@@ -60,8 +60,8 @@ pytree.register_dataclass(Draws)
 class Draw:
     """draw(step) → Draws. `shard`: this process's rows of a batch.
 
-    A decoder with a method `draws(batch_size, generator)` adds to them: a dict of tensors [B, …] on the generator's
-    device, which its `losses` gets back (see `Forward.terms`).
+    A decoder's method `draws(batch_size, generator)` adds to them a dict of tensors [B, …] on the generator's device,
+    for its `losses` (see `Forward.terms`).
     """
 
     def __init__(self, config: Config, model: Spot, teacher: Spot | None, *, device: torch.device, shard: slice):
@@ -79,8 +79,7 @@ class Draw:
         draws = Draws(order, noise, teacher_order, teacher_noise, parallel)
         if hasattr(self.model.decoder, "draws"):
             draws = replace(draws, decoder=self.model.decoder.draws(config.batch_size, self.generator))
-        # Everything is drawn for the whole batch and cut afterwards, so that an image gets the same noise however
-        # many processes share the batch.
+        # Drawn for the whole batch and cut afterwards: an image's noise does not depend on the number of processes.
         return draws[self.shard]
 
     def _order_and_noise(self, model: Spot) -> tuple[Tensor | None, Tensor | None]:
@@ -98,20 +97,20 @@ class Draw:
 
 
 class Forward:
-    """Batch and draws → losses of `model` (stage 2: with its teacher), in a run's precision on its device."""
+    """Batch and draws → losses of `model` (stage 2: with its teacher), in a run's precision."""
 
     def __init__(self, model: Spot, teacher: Spot | None, *, precision: str, device: torch.device):
         self.model, self.teacher, self.precision, self.device = model, teacher, precision, device
 
     def autocast(self) -> AbstractContextManager:
-        """The run's precision. Under tf32 what `float32_products` sets belongs to it."""
+        """The run's precision; tf32 also needs `float32_products`."""
         return autocast(self.precision, self.device)
 
     @torch.no_grad()
     def frozen_features(self, images: Tensor) -> tuple[Tensor, ...]:
-        """uint8 images [B, 3, S, S] → what never changes: target [B, N, D], in stage 2 also the trunk's output.
+        """uint8 images [B, 3, S, S] → target features [B, N, D], in stage 2 also the trunk's output.
 
-        In bfloat16 in a bf16 run, so that cached features and those computed anew are the same.
+        In bfloat16 in a bf16 run, so that cached features equal those computed anew.
         """
         with self.autocast():
             hidden = self.model.encoder.trunk(normalise(images.to(self.device, non_blocking=True)))
@@ -120,7 +119,7 @@ class Forward:
         return tuple(t.bfloat16() for t in frozen) if self.precision == "bf16" else frozen
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Features for the slots, and target features, both [B, N, D]; in stage 1 they are the same."""
+        """Features for the slots and target features, both [B, N, D]; in stage 1 they are the same."""
         frozen = batch.features or self.frozen_features(batch.images)
         target, *hidden = (features.float() for features in frozen)
         return (self.model.encoder.finish(hidden[0], self.model.last_blocks) if hidden else target), target
@@ -134,8 +133,8 @@ class Forward:
     def terms(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """Unweighted loss terms by name, scalars.
 
-        A decoder with a method `losses(output: SpotOutput, target, draws.decoder)` adds its own, a dict of scalars
-        with weight 1; one that it calls `rec` takes the place of the reconstruction loss.
+        A decoder's method `losses(output: SpotOutput, target, draws.decoder)` adds its own, a dict of scalars with
+        weight 1; one called `rec` replaces the reconstruction loss.
         """
         with self.autocast():
             features, target = self.features(batch)
@@ -147,7 +146,7 @@ class Forward:
         return loss_terms(output, target, labels) | {name: term.float() for name, term in own.items()}
 
     def losses(self, batch: Batch, draws: Draws, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss`, the sum that is differentiated, and of several terms each: see `losses.weighted_sum`."""
+        """See `losses.weighted_sum`; `loss` is differentiated."""
         return weighted_sum(self.terms(batch, draws), weights)
 
 
@@ -157,8 +156,8 @@ class Forward:
 class Update:
     """update(batch, draws, weights) → verdict, values: all of a step on the device, from a batch to new weights.
 
-    losses: `Forward.losses` or its compiled form. accumulate: how many equal parts of a batch go through it one after
-    another. verdict: float32 [3], see `BadSteps.judge`. values: the losses and `grad_norm`, scalars.
+    losses: `Forward.losses` or its compiled form. accumulate: number of equal parts of a batch that go through it one
+    after another. verdict: float32 [3], see `BadSteps.judge`. values: the losses and `grad_norm`, scalars.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Stage 2's teacher: finding its run, inheriting its settings, checking that it fits the student."""
+"""Stage 2's teacher: finds its run, inherits its settings, checks that it fits the student."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spot_fast.recipes import METHODS
 def find_teacher(name: str | None, root: Path, preset: str, method: str = "spot", encoder: str | None = None) -> Path:
     """The teacher's run folder: the one named, or the newest finished stage-1 run that can teach preset and method.
 
-    encoder: preferred where there are runs of several. `check_teacher` checks whether the teacher fits.
+    encoder: preferred if runs have several. `check_teacher` checks whether the teacher fits.
     """
     if name is not None:
         folder = find_folder(name, root)
@@ -37,7 +37,7 @@ def find_teacher(name: str | None, root: Path, preset: str, method: str = "spot"
 
 
 def student_method(given: str | None, folder: Path, teacher: Config) -> str:
-    """A student's method: the one `given`, or the one that its teacher's implies; UserError where they do not fit."""
+    """A student's method: `given`, or the one that its teacher implies; UserError if they do not fit."""
     if given is None:
         if METHODS[teacher.method].stage2 is not None:
             return teacher.method
@@ -52,7 +52,7 @@ def student_method(given: str | None, folder: Path, teacher: Config) -> str:
 
 
 def inherit(config: Config, teacher: Config, given: Iterable[str]) -> tuple[Config, list[str]]:
-    """`config` with the teacher's values of all fields but those `given` by the user, and the names that changed."""
+    """`config` with the teacher's values of all inherited fields but those `given`, and the names that changed."""
     taken = {
         name: getattr(teacher, name)
         for name in option_names("inherited")
@@ -62,7 +62,7 @@ def inherit(config: Config, teacher: Config, given: Iterable[str]) -> tuple[Conf
 
 
 def check_teacher(folder: Path, teacher: Config, config: Config) -> None:
-    """UserError where the teacher cannot teach a student of `config`; it names both values."""
+    """UserError if the teacher cannot teach a student of `config`; it names both values."""
     if teacher.stage != 1:
         raise UserError(f"--teacher {folder} is a stage-{teacher.stage} run: a teacher is a stage-1 run")
     for name in option_names("shared"):

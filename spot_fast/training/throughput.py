@@ -1,4 +1,4 @@
-"""A run's speed against its device's peak: FLOPs of a step, MFU, memory; a profile on request."""
+"""A run's speed: FLOPs of a step, MFU, memory; a profile on request."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WARMUP = 5  # steps before those that are profiled
 _ROWS = 40
 
 # TFLOP/s of dense matrix products, (bf16 with float32 sums, float32 without TF32), from the makers' data sheets at
-# full power. The longest name that the device's own name contains counts.
+# full power. Of the names that the device's own name contains the longest counts.
 _PEAKS: dict[str, tuple[float, float]] = {
     "A100": (312, 19.5),
     "A10": (125, 31.2),
@@ -47,17 +47,17 @@ _PEAKS: dict[str, tuple[float, float]] = {
 
 
 def peak_by_name(name: str, precision: str) -> float | None:
-    """FLOP/s of the device that PyTorch calls `name` in a precision; None for one that is not in the table."""
+    """FLOP/s of the device that PyTorch calls `name`; None if it is not in the table."""
     known = [part for part in _PEAKS if re.search(rf"(?<![A-Za-z0-9]){re.escape(part)}(?![A-Za-z0-9])", name)]
     if not known:
         return None
     bf16, float32 = _PEAKS[max(known, key=len)]
-    # All these cards multiply TF32 at half the rate of bfloat16.
+    # All of them multiply TF32 at half the rate of bfloat16.
     return 1e12 * {"bf16": bf16, "tf32": bf16 / 2, "float32": float32}[precision]
 
 
 def measured_peak(device: torch.device, precision: str, seconds: float = 1.0) -> float:
-    """FLOP/s of `device` in square matrix products of that precision: the best of what fits into `seconds`."""
+    """FLOP/s of `device` in square matrix products of a precision: the best within `seconds`."""
     side = 8192 if device.type == "cuda" else 2048
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     # Not random: the run's generators must not advance.
@@ -79,9 +79,9 @@ def _wait(device: torch.device) -> None:
 
 
 def count_flops(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> int:
-    """FLOPs of the matrix products in `loss` and its gradient; gradients are computed and discarded.
+    """FLOPs of the matrix products in `loss` and its gradient, which is discarded.
 
-    Counted on plain PyTorch whatever the run uses, and causal attention counts in full.
+    Counted on plain PyTorch whatever the run uses; causal attention counts in full.
     """
     with use_backend("torch"), sdpa_kernel(SDPBackend.MATH), _Counter() as counter:
         torch.autograd.grad(loss(), list(parameters), allow_unused=True)
@@ -89,7 +89,7 @@ def count_flops(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) 
 
 
 class _Counter(TorchDispatchMode):
-    """PyTorch's FlopCounterMode without its hooks on modules, which fail where a module is called without gradients."""
+    """PyTorch's FlopCounterMode without its hooks on modules, which fail on modules called without gradients."""
 
     flops = 0
 
@@ -101,7 +101,7 @@ class _Counter(TorchDispatchMode):
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU the peak that tensors took, on a CPU the process's peak resident size."""
+    """Bytes: on a GPU the peak of its tensors, on a CPU the process's peak resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -127,7 +127,7 @@ class Pace:
 class Throughput:
     """Milliseconds a step, peak memory in bytes, and MFU as a fraction.
 
-    MFU needs `peak`, the device's FLOP/s, and `flops`, those of a step in this process; 0 or None are unknown.
+    MFU needs `peak`, the device's FLOP/s, and `flops`, those of a step in this process; 0 or None: unknown.
     """
 
     def __init__(self, device: torch.device, precision: str) -> None:
@@ -146,7 +146,7 @@ class Profile:
     """PyTorch's profiler over `steps` steps after the first few; 0: no profile.
 
     Writes profile.json, a trace for chrome://tracing or Perfetto, and profile.txt, a table of operations by time, into
-    `folder`, and prints their paths with `say`. Call `step` after every step and `close` at the end.
+    `folder`. Call `step` after every step and `close` at the end.
     """
 
     def __init__(self, folder: Path, steps: int, device: torch.device, say: Callable[[str], None]) -> None:
@@ -164,8 +164,7 @@ class Profile:
             self._profiler.step()
             self._left -= 1
             if not self._left:
-                self._profiler.stop()
-                self._profiler = None
+                self.close()
 
     def _write(self, profiler: profile) -> None:
         table = profiler.key_averages().table(sort_by=self._by, row_limit=_ROWS, max_name_column_width=60)
@@ -174,7 +173,7 @@ class Profile:
         self._say(f"profile: the table is {self._folder / TABLE}, the trace {self._folder / TRACE}")
 
     def close(self) -> None:
-        """Writes a profile that the run's end cuts short."""
+        """Ends the profile and writes it, also if the run's end cuts it short."""
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler = None

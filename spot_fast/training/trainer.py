@@ -1,8 +1,7 @@
-"""The training loop of both stages: epochs, log, validation, saved states. What a step does is in `step`.
+"""The training loop of both stages: epochs, log, validation, saved states. `step` has a single step.
 
-Nothing random is carried from step to step: patch orders, slot noise, the sequence of images and the schedules are all
-functions of (seed, step). So the state of a run is its weights, Adam's moments and the step, and a killed run
-continues bit for bit.
+Patch orders, slot noise, the sequence of images and the schedules are functions of (seed, step). So the state of a run
+is its weights, Adam's moments and the step, and a killed run continues bit for bit.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ _MODEL = "model."  # prefix of the model's tensors in a saved state
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: finished, or asked to stop at `step`; the seconds it took and its last quick validation."""
+    """A run's end: finished, or stopped on request at `step`; its seconds, and the scores of its last validation."""
 
     finished: bool
     step: int
@@ -64,10 +63,10 @@ class Outcome:
 
 
 class Trainer:
-    """A run of `config` on `device`; stage 2 needs its teacher's folder. UserError where something is missing.
+    """A run of `config` on `device`; stage 2 needs its teacher's folder. UserError if something is missing.
 
-    Of several processes (`world`) each has a Trainer, for its shard of every batch; all call the same methods.
-    fixed_threads: keep the number of CPU threads also while other programs use the CPU.
+    Each process of `world` has a Trainer for its shard of every batch; all call the same methods.
+    fixed_threads: keep the number of CPU threads while other programs use the CPU.
     """
 
     def __init__(
@@ -159,7 +158,7 @@ class Trainer:
             torch.manual_seed(seed_of(Stream.INITIAL_WEIGHTS, config.seed, config.stage))
             self.model = Spot(config, encoder).to(device).train()
         if self.precision == "bf16":
-            # What is frozen needs no float32 master weights: autocast would round them anew in every step.
+            # Frozen weights need no float32 master: autocast would round them anew in every step.
             store_in_bfloat16(encoder)
             if self.teacher is not None:
                 store_in_bfloat16(self.teacher.decoder)
@@ -171,7 +170,7 @@ class Trainer:
             self.float8_layers = float8.convert(self.model.decoder)
 
     def say(self, text: str) -> None:
-        """Prints a line, above the progress bar where there is one."""
+        """Prints a line, above the progress bar if there is one."""
         if self.display is None:
             print(text)
         else:
@@ -188,7 +187,7 @@ class Trainer:
         self.bad_steps.note(self.step + 1, verdict)
 
     def flops(self, batch: Batch) -> int:
-        """FLOPs of a step of this process, counted on the first image of its batch; nothing changes by it."""
+        """FLOPs of a step of this process, counted on the first image of its batch; changes nothing."""
         one = slice(0, 1)
         arguments = batch[one], self.draw(0)[one], loss_weights(self.config, 0, self.total_steps, self.device)
         flops = count_flops(lambda: self.forward.losses(*arguments)["loss"], self.parameters)
@@ -210,7 +209,7 @@ class Trainer:
     def run(self, folder: RunFolder | OthersFolder, *, tensorboard: bool = True, profile: int = 0) -> Outcome:
         """Trains from the state in `folder` to the end, or until Ctrl-C or SIGTERM; saves the state either way.
 
-        profile: how many steps go into a profile in `folder`.
+        profile: number of steps in a profile.
         """
         config, world = self.config, self.world
         self.clock = time.monotonic()
@@ -228,7 +227,7 @@ class Trainer:
             tensorboard=tensorboard,
             quiet=not world.is_rank_0,
         )
-        # Compiled code contains its number of threads, and processes that train together have to add in one order.
+        # Compiled code contains its number of threads, and processes that train together must add in one order.
         if self.device.type == "cpu" and config.compile == "no" and world.size == 1 and not self.fixed_threads:
             self.threads = CpuThreads(self.num_threads, self.say)
         try:
@@ -240,7 +239,7 @@ class Trainer:
                 try:
                     self._train(folder, recorder, stop)
                 except Ended:
-                    # A step on a GPU may wait for the other process for ever: there the last saved state remains.
+                    # A GPU's step may wait for the other process for ever: there the last saved state remains.
                     if self.device.type == "cpu":
                         self.save(folder)
                     raise
@@ -282,12 +281,12 @@ class Trainer:
             self.save(folder)
 
     def batches(self) -> Iterator[Batch]:
-        """The rest of the current epoch: batches of images, or of their frozen features where those are cached."""
+        """The rest of the current epoch: batches of images, or of their cached features."""
         epoch, start = divmod(self.step, self.loader.steps_per_epoch)
         if self.cache is not None:
             return self.cache.epoch(self.loader, epoch, start, self.device)
         batches = self.loader.epoch(epoch, start)
-        # DALI's batches are on the device already, and images in memory need no time on a CPU.
+        # DALI's batches are on the device already; on a CPU, images in memory are there at once.
         if self.loader.kind == "torch" and (self.device.type == "cuda" or self.loader.image_set is not self.train_set):
             return prefetch.to_device(batches, self.device)
         return batches
@@ -295,13 +294,13 @@ class Trainer:
     # ---- cached features or pixels
 
     def choose_cache(self) -> None:
-        """Decides what is cached of the images; UserError where what --cache asks for cannot be. Writes nothing."""
+        """Chooses the cache; UserError if --cache cannot be met. Writes nothing."""
         with float32_products(self.precision):
             sha256 = self.encoder_metadata["encoder_sha256"]
             self.chosen = choose(self.config, self.loader, self.forward, sha256, self.world)
 
     def _open_cache(self) -> None:
-        """Builds or opens the cache, if one was chosen, and reads from it from here on."""
+        """Builds or opens the cache, and reads from it from here on."""
         if self.step == self.total_steps:
             return
         if self.chosen is None:
@@ -332,14 +331,14 @@ class Trainer:
                 self.say(skipped_images_line(skipped))
             folder.log(kind="validation", step=self.step, epoch=epoch, **scores)
             self.display.numbers("validation", scores)
-            # Validation is no training: its seconds do not count against the images per second.
+            # Its seconds do not count against the images per second.
             for pace in self.paces.values():
                 pace.restart(self.step)
         left = self.display.time_left()
         self.say(epoch_line(epoch, config.epochs, self.step, self.total_steps, values, scores, left))
 
     def _means(self, kind: str, sums: Tensor, steps: int) -> dict[str, float]:
-        """Means of a meter's sums, with learning rate and pace; UserError where the run is to stop."""
+        """Means of a meter's sums, with learning rate and pace; UserError if bad steps stop the run."""
         self._require_good()
         values = self.meter.read(sums, steps - self.bad_steps.count(after=self.step - steps))
         pace = self.paces[kind].read(self.step)
@@ -351,10 +350,7 @@ class Trainer:
         }
 
     def validate(self, skipped: dict[str, str] | None = None) -> dict[str, float]:
-        """Quick scores of the model as it is; empty where there is nothing to validate on.
-
-        skipped: gets the label of each image that cannot be read, and the reason.
-        """
+        """Quick scores of the model; empty without validation images. skipped: gets the unreadable ones."""
         if self.val_set is None:
             return {}
         with float32_products(self.precision), self.forward.autocast():
@@ -376,7 +372,7 @@ class Trainer:
             self.say(skipped_line(new, len(self.bad_steps.steps), _first_few(images[new[0].step])))
 
     def _require_good(self) -> None:
-        """UserError where a step was bad and the run is to stop then, or too many were."""
+        """UserError if a step was bad and the run is to stop then, or too many were."""
         if (last := self.bad_steps.read()) is not None:
             raise too_many(last, self._kept())
         if self.config.on_bad_step == "stop" and self.bad_steps.steps:
@@ -387,13 +383,13 @@ class Trainer:
             raise UserError(f"the loss or its gradient is not finite at {where}, or go on with --on-bad-step skip")
 
     def _image_labels(self, step: int) -> list[str]:
-        """Labels of the images of the whole batch of a step, counted from 1."""
+        """Labels of all images of a step, counted from 1."""
         epoch, index = divmod(step - 1, self.loader.steps_per_epoch)
         indices = self.loader.order(epoch).split(self.config.batch_size)[index]
         return [self.train_set.label(i) for i in indices.tolist()]
 
     def _kept(self) -> str:
-        """The end of the sentence of a run that stops with an error."""
+        """The end of an error's sentence."""
         return (
             f"the state of step {self.saved_step} is kept, train again with a lower --lr or --clip "
             f"(--lr is {self.config.lr}, --clip {self.config.clip})"
@@ -426,12 +422,8 @@ class Trainer:
         }
 
     def _about(self) -> dict[str, str]:
-        """What the state and the model file say about the run."""
-        about = {
-            "step": str(self.step),
-            "stage": str(self.config.stage),
-            **self.encoder_metadata,
-        }
+        """Facts in both the state and the model file."""
+        about = {"step": str(self.step), "stage": str(self.config.stage), **self.encoder_metadata}
         if self.teacher_path is not None:
             about |= {"teacher": self.teacher_path.name, "teacher_sha256": self.teacher_sha256}
         return about
@@ -449,13 +441,13 @@ class Trainer:
         self.seconds = float(facts["seconds"])
 
     def save(self, folder: RunFolder | OthersFolder) -> None:
-        """Replaces the saved state, unless the present one is not finite: then UserError. Only rank 0 writes."""
+        """Replaces the saved state; UserError if the present one is not finite. Only rank 0 writes."""
         if self.world.is_rank_0:
             self._require_good()
             self.tick()
             self.loader.note_corrupt(self.world.corrupt_elsewhere())
             folder.write_corrupt(self.loader.corrupt)
-            # The log is on the disk before the state is: a resumed run cuts what is too much and cannot add.
+            # The log goes to the disk before the state: a resumed run can cut lines, but not add them.
             folder.sync()
             resume_state.write_state(folder.path, *self.state(), kept=self._kept())
             self.saved_step, self.save_clock = self.step, time.monotonic()

@@ -28,10 +28,10 @@ def quick_validation(
 ) -> dict[str, float]:
     """Scores of the readable ones among the first `images` images, in patch order 0, with the same noise every time.
 
-    val_loss is the reconstruction loss; mbo_i_decoder and mbo_i_slots are fractions, missing without masks. Nothing is
-    drawn from PyTorch's generators, so that a run with validation trains as one without.
+    val_loss is the reconstruction loss; mbo_i_decoder and mbo_i_slots are fractions, missing without masks. PyTorch's
+    generators do not advance, so a run with validation trains as one without.
 
-    skipped: gets the label of each unreadable image and the reason; even if all are, training goes on.
+    skipped: gets the label of each unreadable image and the reason.
     """
     scores = {"decoder": Scores(), "slots": Scores()}
     truths = GroundTruth(PROTOCOLS["spot"], val_set) if val_set.has_masks else None
@@ -39,13 +39,12 @@ def quick_validation(
     def load(index: int):
         return index, val_set.val_image(index), truths and truths.masks(index)
 
-    error, seen = 0.0, 0
+    error, seen, slots = 0.0, 0, model.slot_encoder
     skipped = {} if skipped is None else skipped
     readable = read_images(load, val_set, range(min(images, len(val_set))), WORKERS, skipped)
     while batch := list(islice(readable, batch_size)):
         numbers, squares, masks = zip(*batch, strict=True)
         features, target = model.encode(normalise(send(torch.stack(squares), device)))
-        slots = model.slot_encoder
         noise = None
         if slots.init == "gaussian":
             noise = send(slot_noise(0, numbers, slots.num_slots, slots.slot_dim), device)
@@ -64,7 +63,7 @@ def quick_validation(
 
 
 def skipped_images_line(skipped: dict[str, str]) -> str:
-    """The line about images that validation could not read."""
+    """The line about images that validation cannot read."""
     label, reason = next(iter(skipped.items()))
     others = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
     return f"validation leaves out {label}{others}: {reason}"

@@ -9,8 +9,8 @@ from golden_tensors import ROOT, assert_close, load
 from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.checkpoints.official import (
     authors_state_dict,
+    convert,
     infer_config,
-    load_official,
     official_state_dict,
     official_weights,
 )
@@ -26,7 +26,7 @@ STORED = "checkpoints/stage1_checkpoint_numpy1."
 
 
 def official(**changes):
-    return load_official(FILE, num_slots=SETTINGS["slots"], encoder_heads=SETTINGS["heads"], **changes)
+    return convert(FILE, num_slots=SETTINGS["slots"], encoder_heads=SETTINGS["heads"], **changes).model()
 
 
 def outputs(dtype):
@@ -154,12 +154,12 @@ def test_a_tensor_that_no_module_takes_is_an_error():
         ("dec.blocks.0.self_attn.q_norm.weight", "which the authors' decoders do not"),
     ):
         with pytest.raises(UserError, match=words):
-            load_official(state | {name: torch.ones(2)}, encoder_heads=3, num_slots=7)
+            convert(state | {name: torch.ones(2)}, encoder_heads=3, num_slots=7).model()
     name = "slot_attn.slot_attention.mlp.0.weight"
     with pytest.raises(UserError, match=f"{name} is quantised"):
-        load_official(state | {name: state[name].to(torch.float8_e5m2)}, encoder_heads=3, num_slots=7)
+        convert(state | {name: state[name].to(torch.float8_e5m2)}, encoder_heads=3, num_slots=7).model()
     with pytest.raises(UserError, match="tensor slot_encoder.attention.mlp.0.weight has .* NaN or infinite"):
-        load_official(state | {name: state[name] * float("nan")}, encoder_heads=3, num_slots=7)
+        convert(state | {name: state[name] * float("nan")}, encoder_heads=3, num_slots=7).model()
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_the_way_back_is_the_authors_state_dict(build, official_state):
 
 def test_cappas_positions_go_back_too():
     state = golden_tensors.stage1_state_dict() | golden_tensors.state_dict("decoder_variants:parallel_decoding/")
-    model = load_official(state, num_slots=7, encoder_heads=3)
+    model = convert(state, num_slots=7, encoder_heads=3).model()
     back = authors_state_dict(model)
     assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
 

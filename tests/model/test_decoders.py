@@ -6,7 +6,7 @@ import torch
 import golden_models
 import golden_tensors
 from golden_tensors import assert_close, load
-from spot_fast.checkpoints.official import load_official
+from spot_fast.checkpoints.official import convert
 from spot_fast.model.decoders import AutoregressiveDecoder, MlpDecoder
 from spot_fast.model.spot import reconstruction_loss
 
@@ -120,7 +120,7 @@ def variant(name, drop):
     """The stage-1 model with the parameters of one decoder variant."""
     state = {key: value for key, value in golden_tensors.stage1_state_dict().items() if not key.startswith(drop)}
     state |= golden_tensors.state_dict(f"decoder_variants:{name}/")
-    return load_official(state, num_slots=7, encoder_heads=3)
+    return convert(state, num_slots=7, encoder_heads=3).model()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import golden_tensors
-from spot_fast.checkpoints.official import load_official
+from spot_fast.checkpoints.official import convert
 from spot_fast.checkpoints.official_names import spot_name
 from spot_fast.model.spot import Spot
 
@@ -14,11 +14,11 @@ _FROZEN_BLOCKS = 8  # blocks of the golden student's encoder that stay frozen
 
 def stage1(dtype: torch.dtype = torch.float32, **changes) -> Spot:
     """The golden stage-1 model; `changes` are Config fields (such as slot_heads) that its tensors do not show."""
-    return load_official(golden_tensors.stage1_state_dict(), num_slots=7, encoder_heads=3, **changes).to(dtype)
+    return convert(golden_tensors.stage1_state_dict(), num_slots=7, encoder_heads=3, **changes).model().to(dtype)
 
 
 def stage2(dtype: torch.dtype = torch.float32, **changes) -> Spot:
-    return load_official(golden_tensors.stage2_state_dict(), num_slots=7, encoder_heads=3, **changes).to(dtype)
+    return convert(golden_tensors.stage2_state_dict(), num_slots=7, encoder_heads=3, **changes).model().to(dtype)
 
 
 def parameter(model: Spot, official: str, *, grad: bool) -> torch.Tensor:

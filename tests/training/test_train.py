@@ -16,8 +16,9 @@ import torch
 from image_files import make_images
 from spot_fast import train
 from spot_fast.checkpoints.runs import CONFIG, METRICS, MODEL, STATE, load_run, read_config, read_metadata
-from spot_fast.config import Config, preset, preset_names
+from spot_fast.config import Config, preset
 from spot_fast.precision import resolve
+from spot_fast.recipes import DATA_SETS
 from spot_fast.training import arguments, trainer
 from spot_fast.training.run_folder import RunFolder
 from spot_fast.training.trainer import Trainer
@@ -123,7 +124,7 @@ def test_every_field_is_an_option_with_help(capsys):
     text = capsys.readouterr().out
     for field in fields(Config):
         assert f"--{field.name.replace('_', '-')}" in text and field.metadata["help"].split()[0] in text
-    for name in (*preset_names(), "--teacher", "--resume", "--runs", "--threads", "--device"):
+    for name in (*DATA_SETS, "--teacher", "--resume", "--runs", "--threads", "--device"):
         assert name in text
     assert max(map(len, text.splitlines())) <= 125
 

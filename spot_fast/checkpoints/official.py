@@ -169,12 +169,8 @@ def official_state_dict(
 ) -> dict[str, Tensor]:
     """State dict in `Spot`'s names: `encoder.vit.` the frozen encoder in timm's names, `last_blocks.` the student's.
 
-    Args:
-        source: a `.pt.tar` file, its loaded contents, or a state dict in the authors' names.
-        config: of the model to convert to, by default `infer_config(source)`.
-
-    Raises:
-        UserError: for a file that is unsafe, damaged or from another method.
+    source: a `.pt.tar` file, its loaded contents, or a state dict in the authors' names. config: by default
+    `infer_config(source)`. UserError for a file that is unsafe, damaged or from another method.
     """
     state = official_weights(source)
     config = config or infer_config(state)
@@ -228,12 +224,10 @@ def _reshape(name: str, value: Tensor) -> Tensor:
 def convert(
     source: str | os.PathLike | Mapping[str, Any], *, encoder_heads: int | None = None, **changes: Any
 ) -> Converted:
-    """Converts a checkpoint of the authors.
+    """Converts a checkpoint of the authors; source as in `official_state_dict`.
 
-    Args:
-        source: as in `official_state_dict`.
-        encoder_heads: attention heads of the ViT, by default one per 64 channels.
-        changes: Config fields that the file does not show, such as num_slots (gaussian slots share their parameters).
+    encoder_heads: attention heads of the ViT, by default one per 64 channels. changes: Config fields that the file does
+    not show, such as num_slots (gaussian slots share their parameters).
     """
     state = official_weights(source)
     config = infer_config(state, encoder_heads=encoder_heads, **changes)
@@ -250,7 +244,7 @@ def convert(
 
 
 def learned_tensors(source: str | os.PathLike | Mapping[str, Any], config: Config) -> dict[str, Tensor]:
-    """A checkpoint's tensors without the frozen encoder's, for `Spot.load_learned_state_dict`."""
+    """For `Spot.load_learned_state_dict`: a checkpoint's tensors without the frozen encoder's."""
     state = official_state_dict(source, config)
     return {name: value for name, value in state.items() if not name.startswith("encoder.")}
 

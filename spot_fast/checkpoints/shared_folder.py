@@ -41,16 +41,14 @@ def save_pretrained(
 ) -> Path:
     """Writes `model` to a new `folder`, whole or not at all.
 
-    Args:
-        origin: run or folder that the model was loaded from.
-        scores: for the card, fractions by name; by default the last validation of `origin`.
-        vit: the frozen encoder's weights before positions were resampled (timm's names); by default those of their
-            file, and none if they are packaged or on the hub.
-        unused: tensors for `UNUSED`; by default those of `origin`.
-        source: of the model, for the card.
+    origin: run or folder that the model was loaded from.
+    scores: for the card, fractions by name; by default the last validation of `origin`.
+    vit: the frozen encoder's weights before positions were resampled (timm's names); by default those of their file,
+        and none if they are packaged or on the hub.
+    unused: tensors for `UNUSED`; by default those of `origin`.
+    source: of the model, for the card.
 
-    Raises:
-        UserError: if `folder` exists or cannot be written, or the model is not in float32.
+    UserError if `folder` exists or cannot be written, or the model is not in float32.
     """
     folder, config = Path(folder), model.config
     check_free(folder)

@@ -62,7 +62,7 @@ SPOT_RULES = Rules()
 class Pairs:
     """Ground truth of B images as pairs of instance and class.
 
-    labels     [B, H, W] int16 or int64 on the device of the maps: the number of each pixel's pair
+    labels     [B, H, W] int16 or int64 on the maps' device: the number of each pixel's pair
     instances  [B, J] int64 on the CPU: each pair's instance, VOID or OVERLAP; VOID beyond the image's last pair
     classes    [B, J] likewise; all VOID without classes
     """
@@ -148,7 +148,7 @@ def pair_labels(instances: Tensor, classes: Tensor | None = None, ignore: Tensor
 
 
 def _bounds(maps: list[Tensor]) -> list[tuple[int, int]]:
-    """Smallest and largest label of each map."""
+    """(smallest, largest) label of each map."""
     bounds = torch.stack([bound.long() for labels in maps for bound in labels.aminmax()]).tolist()
     return list(zip(bounds[::2], bounds[1::2], strict=True))
 
@@ -172,8 +172,7 @@ def count_pairs(pred: Tensor, num_pred: int, truth: Pairs) -> Tensor:
 def count_overlaps(pred: Tensor, num_pred: int, truth: Tensor, ignore: Tensor | None = None) -> Tensor:
     """Pixel counts of each pair of labels: int64 [B, num_pred, J] on the CPU, J = largest ground-truth label + 1.
 
-    pred [B, H, W] in 0…num_pred-1 and truth [B, H, W] in 0…255 (with gaps) are integer maps; a pixel where ignore
-    [B, H, W] is not 0 is void. Larger labels are renumbered as in `pair_labels`.
+    pred [B, H, W] in 0…num_pred-1; truth and ignore as instances and ignore of `pair_labels`.
     """
     _check_pred(pred, num_pred, truth)
     pairs = pair_labels(truth, None, ignore)
@@ -229,7 +228,7 @@ def best_overlap(iou: Tensor, present: Tensor) -> Tensor:
 
 
 def matched_iou(iou: Tensor, present: Tensor) -> Tensor:
-    """mIoU of each image: float64 [B], NaN where no mask is present. iou [B, K, J], present [B, J]."""
+    """mIoU of each image, as `best_overlap`."""
     # Absent masks have IoU 0 with every prediction: matching them too changes no sum.
     return _matched(iou, linear_assignment(1 - iou)).sum(1) / present.sum(1)
 
@@ -308,7 +307,7 @@ def _cosine_matched(table: Tensor, iou: Tensor, present: Tensor) -> tuple[Tensor
 
 
 def _by_size(iou: Tensor, area: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
-    """Sum of best IoU float64 [B, bins] and number int64 [B, bins] of the instances in each size bin."""
+    """size_sums and size_counts of `scores_of_counts`."""
     bins = len(SIZE_BINS) - 1
     sums, numbers = iou.new_zeros(len(iou), bins), area.new_zeros(len(iou), bins)
     area = area[:, 1:]

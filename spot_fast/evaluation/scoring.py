@@ -106,12 +106,12 @@ class Evaluation:
         return next(t for t in self.tables if t.protocol == protocol)
 
     def row(self, masks: str, orders: int | None = None) -> Row:
-        """A row of the first protocol's table."""
+        """A row of the first table."""
         return self.tables[0].row(masks, orders)
 
 
 def slot_noise(seed: int, indices: Sequence[int], num_slots: int, slot_dim: int) -> Tensor:
-    """Standard-normal draws [B, K, U] for the initial slots of images `indices`; each a function of (seed, index)."""
+    """Standard-normal draws [B, K, U] for the initial slots of images `indices`, functions of (seed, index)."""
     draws = np.empty((len(indices), num_slots, slot_dim), np.float32)
     for draw, index in zip(draws, indices, strict=True):
         generator(Stream.EVALUATION_SLOTS, seed, index).standard_normal(dtype=np.float32, out=draw)

@@ -52,13 +52,9 @@ def attention_loss(student_logits: Tensor, student_attn: Tensor, teacher_labels:
     The masks of student and teacher are matched one to one per image by IoU (Hungarian). L_ATT is the cross-entropy of
     the student's slot-attention logits against the matched labels, mean over tokens, unweighted.
 
-    Args:
-        student_logits: slot-attention logits of the last iteration [B, 1, N, K].
-        student_attn: their softmax [B, N, K]; its argmax is the student's hard mask.
-        teacher_labels: int64 [B, N], as from `teacher_labels`.
-
-    Returns:
-        loss, a scalar in float32 at least; renamed labels int64 [B, N].
+    student_logits: [B, 1, N, K] of the last iteration. student_attn: their softmax [B, N, K], whose argmax is the
+    student's hard mask. teacher_labels: int64 [B, N]. Returns the loss, a scalar in float32 at least, and the renamed
+    labels, int64 [B, N].
     """
     batch, tokens, slots = student_attn.shape
     if tuple(student_logits.shape) != (batch, 1, tokens, slots):

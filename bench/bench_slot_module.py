@@ -19,7 +19,7 @@ from harness.kernel_bench import Case, Function, Problem, Setting, compiled, ran
 from harness.kernel_clock import Work
 from harness.kernel_rows import COMPILE, EAGER, MODULE, OURS
 
-from spot_kernels.modules.slot_attention import SlotAttention
+from spot_kernels import SlotAttention
 
 OURS_COMPILED = "ours, compiled"
 AUTOCAST = "bf16 autocast"

@@ -67,8 +67,8 @@ def sources(images: Folder, folder: Path, *, workers: int, encoder: str, device:
         "files": lambda epoch: ((batch.images,) for batch in files.epoch(epoch)),
         "pixel cache": lambda epoch: ((batch.images,) for batch in pixels.epoch(epoch)),
         "features computed": lambda epoch: (function(batch.images) for batch in pixels.epoch(epoch)),
-        "feature cache, disk": lambda epoch: on_disk.epoch(pixels, epoch, 0, device),
-        "feature cache, memory": lambda epoch: held.epoch(pixels, epoch, 0, device),
+        "feature cache, disk": lambda epoch: (batch.features for batch in on_disk.epoch(pixels, epoch, 0, device)),
+        "feature cache, memory": lambda epoch: (batch.features for batch in held.epoch(pixels, epoch, 0, device)),
     }
 
 

@@ -111,7 +111,7 @@ install_dali() {
 
 decoding() {
   install_dali || return 3
-  limited_pytest 120 tests/data/test_dali_loader.py tests/data/test_prefetch.py tests/training/test_trainer_caches.py |
+  limited_pytest 120 tests/data/test_dali_loader.py tests/data/test_prefetch.py tests/training/test_run_cache.py |
     tee "$OUT/data_tests_gpu.txt"
   "$PYTHON" bench/bench_data.py --device "$DEVICE" ${QUICK:+--tiny} --csv "$OUT" | tee "$OUT/data_gpu.txt"
 }

@@ -1,10 +1,10 @@
-"""DINOSAUR with an MLP decoder (Seitzer et al., 2023) in small, on generated scenes.
+"""A small DINOSAUR with an MLP decoder (Seitzer et al., 2023), on generated scenes.
 
 A frozen self-supervised ViT turns an image of 128 × 128 into 16 × 16 features; slot attention groups them; an MLP
-decodes every slot at every position to a feature and a weight, and the weighted sum over slots has to rebuild the
+decodes every slot at every position to a feature and a weight; the loss compares the weighted sum over slots with the
 features.
 
-`SlotAttention` is written as the paper's framework has it, without us; one call of `spot_kernels.patch` replaces it.
+`SlotAttention` is written as in the paper's framework; `spot_kernels.patch` makes it run on our operators.
 
     python examples/dinosaur_mlp.py [--steps N] [--batch-size B] [--no-patch]
 """
@@ -36,10 +36,10 @@ class Residual(nn.Module):
 
 def mlp(inputs: int, hidden: int, outputs: int, layers: int = 1) -> list[nn.Module]:
     widths = [inputs, *[hidden] * layers]
-    found: list[nn.Module] = []
+    modules: list[nn.Module] = []
     for before, after in zip(widths, widths[1:], strict=False):
-        found += [nn.Linear(before, after), nn.ReLU(inplace=True)]
-    return [*found, nn.Linear(hidden, outputs)]
+        modules += [nn.Linear(before, after), nn.ReLU(inplace=True)]
+    return [*modules, nn.Linear(hidden, outputs)]
 
 
 class SlotAttention(nn.Module):
@@ -101,4 +101,4 @@ class DinosaurMlp(nn.Module):
 
 
 if __name__ == "__main__":
-    sys.exit(side_by_side.main(DinosaurMlp, IMAGE_SIZE, "DINOSAUR-MLP in small, before and after spot_kernels.patch"))
+    sys.exit(side_by_side.main(DinosaurMlp, IMAGE_SIZE, "A small DINOSAUR-MLP, before and after spot_kernels.patch"))

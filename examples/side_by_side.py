@@ -1,7 +1,7 @@
 """Trains a model and its patched copy side by side: the same batches and random draws, one step of each in turn.
 
-What the examples share: their command line, this loop, and the lines they print. A step's speed is the median, over
-steps, of how many times as fast the patched model was in that same step, so that a busy machine slows both.
+The examples share this command line, loop and output. Speeds are medians of ratios, patched to plain, of the same step,
+so that a busy machine slows both.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from spot_fast.data import Scenes
 from spot_kernels import patch
 
-CALLS = 30  # of slot attention alone
-WARM_UP = 2  # steps that are not counted in times
+CALLS = 30  # timed calls of slot attention alone
+WARM_UP = 2  # first steps, left out of the times
 
 
 def main(build: Callable[[], nn.Module], size: int, description: str, argv: Sequence[str] | None = None) -> int:
-    """build() makes the model; model(images uint8 [B, 3, size, size]) gives the loss of a batch."""
+    """Runs the command line of an example. build() makes the model; model(images uint8 [B, 3, size, size]) → loss."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--steps", type=int, default=40, help="training steps (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="images a step (default: %(default)s)")
@@ -37,14 +37,14 @@ def main(build: Callable[[], nn.Module], size: int, description: str, argv: Sequ
     models = {"plain": build().to(device)}
     if not options.no_patch:
         models["patched"] = copy.deepcopy(models["plain"])
-        found = patch(models["patched"])
-        print(found, flush=True)
+        report = patch(models["patched"])
+        print(report, flush=True)
     images = Scenes(min(options.steps, 32) * options.batch_size, "train", size=size).images.to(device)
     batches = images.split(options.batch_size)
     if options.no_patch:
         train(models, batches, options.steps)
         return 0
-    path = found.replaced[0].path
+    path = report.replaced[0].path
     gradients = [gradients_of(model, path, batches[0]) for model in models.values()]
     losses, times = train(models, batches, options.steps)
     print(faster("training step", times["plain"], times["patched"]))
@@ -59,7 +59,7 @@ def main(build: Callable[[], nn.Module], size: int, description: str, argv: Sequ
 
 
 def gradients_of(model: nn.Module, path: str, images: Tensor) -> Tensor:
-    """All gradients of the module at `path` in one vector, in float64: no ReLU changes its side by rounding there."""
+    """All gradients of the module at `path` in one vector; in float64, where rounding flips no ReLU."""
     model = copy.deepcopy(model).double()
     torch.manual_seed(0)
     model(images).backward()
@@ -73,6 +73,7 @@ def train(
     optimisers = {name: torch.optim.Adam(model.parameters(), lr=4e-4) for name, model in models.items()}
     losses, times = ({name: [] for name in models} for _ in range(2))
     for step in range(steps):
+        # in turns, so that neither model always runs first
         for name in list(models)[:: -1 if step % 2 else 1]:
             torch.manual_seed(step)
             start = now()
@@ -83,8 +84,8 @@ def train(
             times[name].append(now() - start)
             losses[name].append(loss.item())
         if step == 0 or (step + 1) % max(steps // 5, 1) == 0:
-            found = ", ".join(f"{name} {values[-1]:.6g}" for name, values in losses.items())
-            print(f"step {step + 1}: loss {found}", flush=True)
+            latest = ", ".join(f"{name} {values[-1]:.6g}" for name, values in losses.items())
+            print(f"step {step + 1}: loss {latest}", flush=True)
     return losses, times
 
 
@@ -102,7 +103,7 @@ def faster(what: str, plain: Sequence[float], patched: Sequence[float]) -> str:
 
 
 def alone(models: dict[str, nn.Module], path: str, images: Tensor) -> list[list[float]]:
-    """Seconds of the module at `path` by itself, forward and backward, on the inputs that it has in the model."""
+    """Seconds of forward and backward of the module at `path`, of each model, on the inputs that it gets in there."""
     modules = [model.get_submodule(path) for model in models.values()]
     inputs: list[Any] = []
     hook = modules[0].register_forward_pre_hook(lambda _, args: inputs.extend(args))

@@ -1,10 +1,10 @@
-"""SLATE (Singh et al., 2021) in small, on generated scenes: a dVAE's tokens, slots of them, a transformer back to them.
+"""A small SLATE (Singh et al., 2021), on generated scenes.
 
-An image of 64 × 64 becomes 16 × 16 discrete tokens; slot attention groups their embeddings; an autoregressive
-transformer that sees nothing but the slots and the tokens so far predicts each next token. Both parts train together:
-squared error of the dVAE's reconstruction, cross-entropy of the tokens.
+A dVAE turns an image of 64 × 64 into 16 × 16 discrete tokens; slot attention groups their embeddings; an autoregressive
+transformer predicts each next token from the slots and the tokens before it. Both parts train together: squared error
+of the dVAE's reconstruction, cross-entropy of the tokens.
 
-`SlotAttention` is written as that model has it, without us; one call of `spot_kernels.patch` replaces it.
+`SlotAttention` is written as in that model; `spot_kernels.patch` makes it run on our operators.
 
     python examples/slate.py [--steps N] [--batch-size B] [--no-patch]
 """
@@ -99,7 +99,7 @@ class Slate(nn.Module):
         self.register_buffer("future", nn.Transformer.generate_square_subsequent_mask(TOKENS), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, 64, 64] → loss: an image's squared error and the cross-entropy of its tokens."""
+        """uint8 [B, 3, 64, 64] → loss per image: squared error and cross-entropy of its tokens."""
         images = images.to(self.positions.dtype) / 255
         logits = F.log_softmax(self.dvae.encoder(images), dim=1)
         soft = F.gumbel_softmax(logits, TEMPERATURE, dim=1)
@@ -114,4 +114,4 @@ class Slate(nn.Module):
 
 
 if __name__ == "__main__":
-    sys.exit(side_by_side.main(Slate, 64, "SLATE in small, before and after spot_kernels.patch"))
+    sys.exit(side_by_side.main(Slate, 64, "A small SLATE, before and after spot_kernels.patch"))

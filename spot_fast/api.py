@@ -21,7 +21,8 @@ from torch import Tensor
 
 from spot_fast.checkpoints.runs import find_folder, find_run, load_run
 from spot_fast.checkpoints.shared_folder import save_pretrained
-from spot_fast.data.decoding.transforms import to_rgb, to_tensor
+from spot_fast.data.decoding.opening import to_rgb
+from spot_fast.data.decoding.transforms import to_tensor
 from spot_fast.model import spot
 from spot_fast.segmentation.overlays import labels_at
 from spot_fast.segmentation.segmenter import Segments, model_segmenter

@@ -1,13 +1,17 @@
-"""Everything that can be set about a run, as one flat dataclass, and how presets fill it.
+"""Every option of a training run: one dataclass whose fields know all that is to be known about them.
 
 A run is described by a `Config`: it is built from a preset (`preset("scenes", stage=1)`; `recipes` holds them), changed
-from the command line, written to `config.json` in the run folder and read back from there. Field names are the
-command-line names with underscores; `help` is what `--help` prints.
+from the command line, written to `config.json` in the run folder and read back from there. A new option is a new field:
+its name with dashes is the command-line option, and its `Option` holds help, bounds, choices and how it behaves when a
+run resumes or a student is trained. Nothing else keeps a list of fields; `option_names` derives them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -18,162 +22,384 @@ from spot_fast.errors import UserError
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def _option(default: Any, help: str, group: str, choices: tuple | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "group": group, "choices": choices})
+@dataclass(frozen=True)
+class Option:
+    """What is known about a field of `Config` beside its name, type and default.
+
+    help, group: its line in --help and the section that the line is in.
+    source: section or table of the paper that its default is from; empty for a choice of ours.
+    choices: all values it can have. names: gives the values that --help lists, where plugins may add to them.
+    least: the smallest value of a number.
+    path: what --help calls the path that the value is. keywords: values that are no path nevertheless.
+    resumable: changes nothing in the weights but for their last bits, so a resumed run may change it.
+    keeps_auto: config.json holds what "auto" became, and a resumed run stays with it.
+    inherited: a student takes its teacher's value unless its own command line sets another.
+    shared: what it is in words, if a student has to have the same value as its teacher.
+    validation: decides which validation images and masks there are.
+    only: (field, value) of the runs in which it has an effect, for `spot_fast.presets`.
+    """
+
+    help: str
+    group: str
+    source: str = ""
+    choices: tuple[Any, ...] | None = None
+    names: Callable[[], Iterable[str]] | None = None
+    least: float | None = None
+    path: str | None = None
+    keywords: tuple[str, ...] = ()
+    resumable: bool = False
+    keeps_auto: bool = False
+    inherited: bool = False
+    shared: str = ""
+    validation: bool = False
+    only: tuple[str, Any] | None = None
+
+
+def _option(default: Any, help: str, group: str, **about: Any) -> Any:
+    return field(default=default, metadata=vars(Option(help, group, **about)))
 
 
 @dataclass(frozen=True)
 class Config:
     """One training run. Sizes in tokens, pixels or channels, rates per step; the defaults are SPOT's (section 4)."""
 
-    preset: str = _option("scenes", "data set, with + a method and an encoder if you like", "run")
-    method: str = _option("spot", "how it is trained", "run")
-    stage: int = _option(1, "1: reconstruction; 2: a student taught by a stage-1 run", "run", (1, 2))
-    seed: int = _option(0, "seed of weights, data order, patch orders and slot noise", "run")
+    preset: str = _option(
+        "scenes",
+        "data set, with + a method and an encoder if you like",
+        "run",
+        names=lambda: recipes.DATA_SETS,
+        validation=True,
+    )
+    method: str = _option("spot", "how it is trained", "run", names=lambda: recipes.METHODS)
+    stage: int = _option(1, "1: reconstruction; 2: a student taught by a stage-1 run", "run", choices=(1, 2))
+    seed: int = _option(0, "seed of weights, data order, patch orders and slot noise", "run", least=0)
 
     precision: str = _option(
         "auto",
-        "float32, tf32 (a GPU rounds the factors of float32 products), bf16 (float32 "
-        "weights), or auto: bf16 where the device multiplies it in hardware; config.json keeps "
-        "the choice",
+        "float32, tf32 (a GPU rounds the factors of float32 products), bf16 (float32 weights), or auto: bf16 where the "
+        "device multiplies it in hardware",
         "run",
-        ("auto", "float32", "tf32", "bf16"),
+        choices=("auto", "float32", "tf32", "bf16"),
+        keeps_auto=True,
     )
     float8: bool = _option(
         False,
-        "the decoder multiplies in float8 (bf16 runs on GPUs of compute capability 8.9 or "
-        "more; needs torchao); the run says how far its first batch is off",
+        "the decoder multiplies in float8 (bf16 runs on GPUs of compute capability 8.9 or more; needs torchao); the "
+        "run reports the error on its first batch",
         "run",
     )
     compile: str = _option(
         "auto",
-        "compile forward and backward pass with torch.compile: yes, no, or auto: on a "
-        "GPU; config.json keeps the choice",
+        "compile forward and backward pass with torch.compile: yes, no, or auto: on a GPU",
         "run",
-        ("auto", "yes", "no"),
+        choices=("auto", "yes", "no"),
+        resumable=True,
+        keeps_auto=True,
     )
     cuda_graph: str = _option(
         "auto",
-        "record the whole step as a CUDA graph and replay it: yes, no, or auto: on an "
-        "NVIDIA GPU, in a run of one process",
+        "record the whole step as a CUDA graph and replay it: yes, no, or auto: on an NVIDIA GPU, in a run of one "
+        "process",
         "run",
-        ("auto", "yes", "no"),
+        choices=("auto", "yes", "no"),
+        resumable=True,
     )
     on_bad_step: str = _option(
         "stop",
-        "when loss or gradient is not finite or the loss leaps: stop, or skip the "
-        "step's update (ten in a row stop the run)",
+        "when loss or gradient is not finite or the loss spikes: stop, or skip the step's update (ten in a row stop "
+        "the run)",
         "run",
-        ("stop", "skip"),
+        choices=("stop", "skip"),
+        resumable=True,
     )
     spike: float = _option(
-        5.0, "a loss leaps when it is so many times the mean of the last 100 or so; 0 = never", "run"
+        5.0,
+        "a loss spikes when it is so many times the mean of the last 100 or so; 0 = never",
+        "run",
+        least=0,
+        resumable=True,
     )
-    log_every: int = _option(20, "steps between lines of metrics.jsonl and TensorBoard", "run")
-    save_every: int = _option(500, "steps between saved training states (every five minutes in any case)", "run")
-    eval_every: int = _option(5, "epochs between quick validations, 0 = only at the end", "run")
-    eval_images: int = _option(200, "validation images of a quick validation, 0 = none", "run")
+    log_every: int = _option(20, "steps between lines of metrics.jsonl and TensorBoard", "run", least=1)
+    save_every: int = _option(
+        500,
+        "steps between saved training states (every five minutes in any case)",
+        "run",
+        least=1,
+        resumable=True,
+    )
+    eval_every: int = _option(5, "epochs between quick validations, 0 = only at the end", "run", least=0)
+    eval_images: int = _option(200, "validation images of a quick validation, 0 = none", "run", least=0)
 
-    data: str | None = _option(None, "folder of the data set (scenes need none)", "data")
-    train_images: int = _option(0, "how many training images to use, 0 = all (scenes: how many to generate)", "data")
-    val_images: int = _option(0, "how many validation images to use, 0 = all (scenes: how many to generate)", "data")
-    image_size: int = _option(224, "side of the square the encoder sees, pixels", "data")
-    mask_size: int = _option(320, "side of the square on which masks are compared, pixels", "data")
-    crop: str = _option(
-        "center", "training crop after resizing the minor side", "data", ("center", "random", "stretch")
+    data: str | None = _option(
+        None,
+        "folder of the data set (scenes need none)",
+        "data",
+        path="DIR",
+        resumable=True,
+        inherited=True,
+        validation=True,
     )
-    flip: bool = _option(True, "flip training images horizontally with probability 1/2", "data")
+    train_images: int = _option(
+        0,
+        "how many training images to use, 0 = all (scenes: how many to generate)",
+        "data",
+        least=0,
+        inherited=True,
+    )
+    val_images: int = _option(
+        0,
+        "how many validation images to use, 0 = all (scenes: how many to generate)",
+        "data",
+        least=0,
+        inherited=True,
+        validation=True,
+    )
+    image_size: int = _option(
+        224,
+        "side of the square the encoder sees, pixels",
+        "data",
+        source="D.3",
+        least=1,
+        inherited=True,
+        shared="image size, which makes the token grid",
+        validation=True,
+    )
+    mask_size: int = _option(
+        320,
+        "side of the square on which masks are compared, pixels",
+        "data",
+        least=1,
+        inherited=True,
+        validation=True,
+    )
+    crop: str = _option(
+        "center",
+        "training crop after resizing the minor side",
+        "data",
+        choices=("center", "random", "stretch"),
+        inherited=True,
+        validation=True,
+    )
+    flip: bool = _option(True, "flip training images horizontally with probability 1/2", "data", inherited=True)
     sbd: str | None = _option(
-        None, "folder of the SBD data set, from which VOC's trainaug list is made where VOC has none", "data"
+        None,
+        "folder of the SBD data set, from which VOC's trainaug list is made where VOC has none",
+        "data",
+        path="DIR",
+        resumable=True,
     )
     loader: str = _option(
         "auto",
-        "what decodes images: dali, torch (Pillow), or auto: DALI where it is installed and "
-        "there is a GPU; config.json keeps the choice",
+        "what decodes images: dali, torch (Pillow), or auto: DALI where it is installed and there is a GPU",
         "data",
-        ("auto", "dali", "torch"),
+        choices=("auto", "dali", "torch"),
+        keeps_auto=True,
     )
     workers: int | None = _option(
-        None, "threads, above 4 processes, that decode images (default: one a core, at most 16)", "data"
+        None,
+        "threads, above 4 processes, that decode images (default: one a core, at most 16)",
+        "data",
+        least=0,
+        resumable=True,
     )
     cache: str = _option(
         "auto",
-        "what is kept of the training images: nothing, decoded pixels, frozen features, or "
-        "auto, which says what it chose and why",
+        "what is kept of the training images: nothing, decoded pixels, frozen features, or auto, which says what it "
+        "chose and why",
         "data",
-        ("auto", "none", "pixels", "features"),
+        choices=("auto", "none", "pixels", "features"),
+        resumable=True,
     )
     cache_dir: str | None = _option(
-        None, "folder of caches on disk (default: $SPOT_FAST_CACHE or ~/.cache/spot_fast)", "data"
+        None,
+        "folder of caches on disk (default: $SPOT_FAST_CACHE or ~/.cache/spot_fast)",
+        "data",
+        path="DIR",
+        resumable=True,
     )
 
     encoder: str = _option(
         "vit_base_patch16_224.dino",
         "preset or timm name of the ViT (presets bring their rates), or spot_scenes for the packaged one",
-        "encoder",
+        "frozen encoder",
+        inherited=True,
+        shared="encoder",
     )
     encoder_weights: str | None = _option(
-        None, "safetensors or .pth file of the ViT; hub = let timm download; none = random", "encoder"
+        None,
+        "safetensors or .pth file of the ViT; hub = let timm download; none = random",
+        "frozen encoder",
+        path="FILE",
+        keywords=("hub", "none"),
+        resumable=True,
+        inherited=True,
     )
     pos_resize: str = _option(
-        "dino", "how position embeddings are resampled to another grid", "encoder", ("dino", "timm")
+        "dino",
+        "how position embeddings are resampled to another grid",
+        "frozen encoder",
+        choices=("dino", "timm"),
+        inherited=True,
+        shared="resampling of positions",
     )
-    feature_norm: bool = _option(False, "layer-normalise the encoder's features (no parameters)", "encoder")
-    train_blocks: int = _option(4, "last encoder blocks that train in stage 2", "encoder")
+    feature_norm: bool = _option(
+        False,
+        "layer-normalise the encoder's features (no parameters)",
+        "frozen encoder",
+        inherited=True,
+        shared="feature_norm",
+    )
+    train_blocks: int = _option(
+        4,
+        "last encoder blocks that train in stage 2",
+        "frozen encoder",
+        source="D.2",
+        least=0,
+        only=("stage", 2),
+    )
 
-    num_slots: int = _option(7, "slots K", "slots")
-    slot_dim: int = _option(256, "slot width U", "slots")
-    slot_mlp: int = _option(1024, "hidden width of the slot MLP", "slots")
-    slot_heads: int = _option(1, "heads of slot attention", "slots")
-    slot_iterations: int = _option(3, "slot-attention iterations", "slots")
-    slot_init: str = _option("gaussian", "initial slots", "slots", ("gaussian", "learned"))
+    num_slots: int = _option(7, "slots K", "slot attention", least=1, inherited=True, shared="number of slots")
+    slot_dim: int = _option(256, "slot width U", "slot attention", source="D.2", least=1, inherited=True)
+    slot_mlp: int = _option(
+        1024, "hidden width of the slot MLP", "slot attention", source="D.2", least=1, inherited=True
+    )
+    slot_heads: int = _option(1, "heads of slot attention", "slot attention", source="authors' code", least=1)
+    slot_iterations: int = _option(
+        3, "slot-attention iterations", "slot attention", source="D.2", least=1, inherited=True
+    )
+    slot_init: str = _option(
+        "gaussian", "initial slots", "slot attention", source="3.3", choices=("gaussian", "learned")
+    )
     truncation: str = _option(
-        "none", "which iterations gradients pass through", "slots", ("none", "fixed_point", "bi_level")
+        "none",
+        "which iterations gradients pass through",
+        "slot attention",
+        source="authors' code",
+        choices=("none", "fixed_point", "bi_level"),
     )
-
     implementation: str = _option(
         "spot",
-        "whose details slot encoder and decoder have: those of SPOT's authors, of "
-        "OCBench, of OCLF's DINOSAUR or of VideoSAUR's (see spot_fast.convert)",
-        "slots",
-        ("spot", "ocbench", "dinosaur", "videosaur"),
+        "whose details slot encoder and decoder have: those of SPOT's authors, of OCBench, of OCLF's DINOSAUR or of "
+        "VideoSAUR's (see spot_fast.convert)",
+        "slot attention",
+        choices=("spot", "ocbench", "dinosaur", "videosaur"),
+        inherited=True,
     )
 
-    decoder: str = _option("transformer", "decoder: transformer or mlp", "decoder")
-    dec_blocks: int = _option(4, "transformer decoder blocks", "decoder")
-    dec_heads: int = _option(6, "heads of its self-attention, and of the first cross-attention", "decoder")
-    dec_cross_heads: int = _option(0, "heads of the later cross-attentions, 0 = dec_heads", "decoder")
-    dec_mlp_hidden: int = _option(2048, "hidden width of the MLP decoder", "decoder")
-    mlp_slot_proj: bool = _option(True, "project slots to the feature width before the MLP decoder", "decoder")
-    orders: str = _option("spot9", "patch orders drawn in training", "decoder", ("spot9", "standard"))
-    cappa: float = _option(0.0, "probability of a parallel (CapPa) step, standard order only", "decoder")
+    decoder: str = _option("transformer", "decoder: transformer or mlp", "decoder", inherited=True)
+    dec_blocks: int = _option(
+        4,
+        "transformer decoder blocks",
+        "decoder",
+        source="D.2",
+        least=1,
+        inherited=True,
+        only=("decoder", "transformer"),
+    )
+    dec_heads: int = _option(
+        6,
+        "heads of its self-attention, and of the first cross-attention",
+        "decoder",
+        source="D.2",
+        least=1,
+        inherited=True,
+        only=("decoder", "transformer"),
+    )
+    dec_cross_heads: int = _option(
+        0,
+        "heads of the later cross-attentions, 0 = dec_heads",
+        "decoder",
+        least=0,
+        inherited=True,
+        only=("decoder", "transformer"),
+    )
+    dec_mlp_hidden: int = _option(
+        2048,
+        "hidden width of the MLP decoder",
+        "decoder",
+        source="D.2",
+        least=1,
+        inherited=True,
+        only=("decoder", "mlp"),
+    )
+    mlp_slot_proj: bool = _option(
+        True,
+        "project slots to the feature width before the MLP decoder",
+        "decoder",
+        inherited=True,
+        only=("decoder", "mlp"),
+    )
+    orders: str = _option(
+        "spot9",
+        "patch orders drawn in training",
+        "decoder",
+        source="3.2, 4.2 (A)",
+        choices=("spot9", "standard"),
+        inherited=True,
+    )
+    cappa: float = _option(
+        0.0,
+        "probability of a parallel (CapPa) step, standard order only",
+        "decoder",
+        least=0,
+        inherited=True,
+        only=("decoder", "transformer"),
+    )
 
-    epochs: int = _option(50, "passes over the training images", "optimisation")
+    epochs: int = _option(50, "passes over the training images", "optimisation", least=1)
     batch_size: int = _option(
         64,
-        "images a step, of all processes together; --lr stays what it is (the usual rule for "
-        "Adam, not tried here: sqrt(k) times the rate for k times the images)",
+        "images a step, of all processes together; --lr stays what it is (the usual rule for Adam, not tried here: "
+        "sqrt(k) times the rate for k times the images)",
         "optimisation",
+        source="D.2",
+        least=1,
+        inherited=True,
     )
     accumulate: int = _option(
         1,
-        "parts of a process's share of a batch that go through the model one after another, "
-        "for small memories; the gradient is the whole batch's but for rounding",
+        "parts of a process's share of a batch that go through the model one after another, for small memories; the "
+        "gradient is the whole batch's but for rounding",
         "optimisation",
+        least=1,
+        resumable=True,
     )
-    lr: float = _option(4e-4, "peak learning rate", "optimisation")
-    lr_low: float = _option(4e-7, "learning rate approached at the end", "optimisation")
-    warmup_steps: int = _option(10_000, "linear warm-up, rounded to whole epochs", "optimisation")
-    clip: float = _option(0.3, "largest infinity norm of the gradient, 0 = no clipping", "optimisation")
-    att_weight: float = _option(0.005, "lambda, weight of L_ATT in stage 2", "optimisation")
+    lr: float = _option(4e-4, "peak learning rate", "optimisation", least=0)
+    lr_low: float = _option(4e-7, "learning rate approached at the end", "optimisation", least=0)
+    warmup_steps: int = _option(
+        10_000, "linear warm-up, rounded to whole epochs", "optimisation", source="D.2", least=0
+    )
+    clip: float = _option(
+        0.3,
+        "largest infinity norm of the gradient, 0 = no clipping",
+        "optimisation",
+        source="authors' code",
+        least=0,
+    )
+    att_weight: float = _option(
+        0.005,
+        "lambda, weight of L_ATT in stage 2",
+        "optimisation",
+        source="D.2",
+        least=0,
+        only=("stage", 2),
+    )
     att_weight_final: float | None = _option(
-        None, "lambda at the end of a cosine schedule (default: constant)", "optimisation"
+        None,
+        "lambda at the end of a cosine schedule (default: constant)",
+        "optimisation",
+        least=0,
+        only=("stage", 2),
     )
 
     @property
     def recipe(self) -> str:
         """Data set and method as `--preset` takes them, the method where it is not spot."""
         return self.preset if self.method == "spot" else f"{self.preset}+{self.method}"
+
+    def warmup_epochs(self, images: int) -> int:
+        """Warm-up in whole epochs over so many images, as the authors' code rounds: images / batch is not rounded."""
+        return int(self.warmup_steps / (images / self.batch_size))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -182,13 +408,73 @@ class Config:
     def from_json(cls, text: str) -> Config:
         """Config from `config.json`; raises ValueError on an unknown key or a value of the wrong type."""
         values = json.loads(text)
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(set(values) - OPTIONS.keys())
         if unknown:
             raise ValueError(f"config has unknown keys {', '.join(unknown)}: it was written by another version")
         if (method := values.get("method", "spot")) not in recipes.METHODS:
             raise ValueError(f"method {method!r} is unknown: it was written by another version")
+        for each in fields(cls):
+            if each.name in values and not _fits(values[each.name], each.type):
+                raise ValueError(f"{each.name} is {values[each.name]!r}, not {each.type}")
         return cls(**values)
+
+    def fingerprint(self) -> str:
+        """sha256 of the settings that decide what the weights become: all but those that a resumed run may change."""
+        settings = {name: value for name, value in asdict(self).items() if not OPTIONS[name].resumable}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+OPTIONS: dict[str, Option] = {each.name: Option(**each.metadata) for each in fields(Config)}
+# The values that every preset has unless it sets another, with their sources.
+SOURCED_DEFAULTS: dict[str, recipes.Value] = {
+    each.name: recipes.Value(each.default, OPTIONS[each.name].source)
+    for each in fields(Config)
+    if OPTIONS[each.name].source
+}
+
+
+def option_names(trait: str) -> tuple[str, ...]:
+    """The fields whose `Option` has that trait, such as "inherited", in the order of `Config`."""
+    return tuple(name for name, option in OPTIONS.items() if getattr(option, trait))
+
+
+def flag(name: str) -> str:
+    """A field as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    kinds = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None)}
+    wanted = annotation.split(" | ")
+    # To Python, True is an int.
+    return "bool" in wanted if isinstance(value, bool) else any(isinstance(value, kinds[kind]) for kind in wanted)
+
+
+def check_config(config: Config) -> Config:
+    """`config` itself; UserError that names the option, its value and the remedy where it makes no sense.
+
+    What depends on the encoder or the data is checked where they are opened.
+    """
+    for name, option in OPTIONS.items():
+        value = getattr(config, name)
+        if option.least is not None and value is not None and not (math.isfinite(value) and value >= option.least):
+            raise UserError(f"{flag(name)} is {value}: use {option.least} or more")
+    if 0 < config.spike <= 1:
+        raise UserError(
+            f"--spike {config.spike} takes ordinary losses for spikes: use more than 1, or 0 to accept every loss"
+        )
+    if config.lr == 0:
+        raise UserError("--lr is 0: nothing would be learned, use more")
+    if config.lr_low > config.lr:
+        raise UserError(f"--lr-low {config.lr_low} is above the peak --lr {config.lr}: lower it")
+    if config.slot_dim % config.slot_heads:
+        raise UserError(f"--slot-heads {config.slot_heads} does not divide --slot-dim {config.slot_dim}: change one")
+    if config.orders != "standard" and (config.cappa > 0 or config.decoder == "mlp"):
+        refused = f"--cappa {config.cappa}" if config.cappa > 0 else "--decoder mlp"
+        raise UserError(f"{refused} works in the standard patch order only: add --orders standard")
+    if config.stage == 2 and config.slot_heads != 1:
+        raise UserError(f"--slot-heads {config.slot_heads}: the student of stage 2 needs 1")
+    return config
 
 
 def preset_names() -> list[str]:
@@ -211,9 +497,8 @@ def preset(name: str, stage: int = 1, **changes: Any) -> Config:
     data, method = data or "scenes", method or changes.get("method") or "spot"
     encoder = encoder or changes.get("encoder")
     recipes.check_method(method, stage)
-    own = "dino_vitb16" if data != "scenes" else None
-    found = recipes.values(data, method, recipes.encoder_recipe(encoder) if encoder else own, stage)
-    values = {field: value for field, (value, _) in found.items()}
+    known = recipes.encoder_recipe(encoder) if encoder else recipes.default_encoder(data)
+    values = {name: value for name, (value, _) in recipes.values(data, method, known, stage).items()}
     if encoder:
         changes = changes | {"encoder": recipes.timm_name(encoder)}
     return replace(Config(preset=data, method=method, stage=stage, **values), **changes)

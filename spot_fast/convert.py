@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
+from spot_fast import cli
 from spot_fast.checkpoints import official, third_party
 from spot_fast.checkpoints.encoder_weights import stored_weights
 from spot_fast.checkpoints.runs import CONFIG, find_folder, load_run
 from spot_fast.checkpoints.shared_folder import check_free, save_pretrained, unused_of
 from spot_fast.checkpoints.unpickle import read_checkpoint
-from spot_fast.config import Config, preset_names
+from spot_fast.config import Config, check_config, flag, preset_names
 from spot_fast.errors import UserError
 from spot_fast.files import atomic_write
 from spot_fast.model.decoders import decoder_name
 from spot_fast.model.spot import Spot
-from spot_fast.system import terminal
-from spot_fast.training.arguments import check_config
+from spot_fast.recipes import needs_data
 
 SOURCES = ("authors", *third_party.KINDS)
 _SUFFIXES = (".pt", ".pth", ".tar")
@@ -41,8 +41,9 @@ examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m spot_fast.convert",
+        argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_EPILOG,
         description="Reads a checkpoint without running code in it and writes a folder that every command takes as a\n"
@@ -65,19 +66,30 @@ def _parser() -> argparse.ArgumentParser:
         choices=preset_names(),
         help="data set and recipe (default: coco, or the one with as many learned slots)",
     )
-    assumed.add_argument("--num-slots", type=int, metavar="K", help="gaussian slots (default: the preset's)")
-    assumed.add_argument("--slot-iterations", type=int, metavar="N", help="slot-attention iterations (default: 3)")
+    assumed.add_argument(
+        "--num-slots", action=cli.Number, least=1, metavar="K", help="gaussian slots (default: the preset's)"
+    )
+    assumed.add_argument(
+        "--slot-iterations", action=cli.Number, least=1, metavar="N", help="slot-attention iterations (default: 3)"
+    )
     assumed.add_argument(
         "--dec-heads",
-        type=int,
+        action=cli.Number,
+        least=1,
         metavar="N",
         help="heads of the transformer decoder (default: 6; ocbench below width 768: 4)",
     )
     assumed.add_argument(
-        "--dec-cross-heads", type=int, metavar="N", help="heads of its later cross-attentions (default: as many)"
+        "--dec-cross-heads",
+        action=cli.Number,
+        least=1,
+        metavar="N",
+        help="heads of its later cross-attentions (default: as many)",
     )
     assumed.add_argument(
         "--cappa",
+        action=cli.Number,
+        least=0,
         type=float,
         metavar="P",
         help="probability of a parallel step of a CapPa decoder; "
@@ -90,41 +102,24 @@ def _parser() -> argparse.ArgumentParser:
         "or DINOv2's of the shape; MAE's where positions are fixed sines)",
     )
     assumed.add_argument(
-        "--encoder-heads", type=int, metavar="N", help="heads of a ViT without a name (default: one per 64 channels)"
+        "--encoder-heads",
+        action=cli.Number,
+        least=1,
+        metavar="N",
+        help="heads of a ViT without a name (default: one per 64 channels)",
     )
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    terminal.any_character()
-    args = _parser().parse_args(argv)
-    try:
-        print("\n".join(_convert(args)))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-_ASSUMED = (
-    "preset",
-    "num_slots",
-    "slot_iterations",
-    "dec_heads",
-    "dec_cross_heads",
-    "cappa",
-    "encoder",
-    "encoder_heads",
-)
+@cli.command("OUT is whole or not there")
+def main(argv: Sequence[str] | None = None) -> None:
+    print("\n".join(_convert(_parser().parse_args(argv))))
 
 
 def _convert(args: argparse.Namespace) -> list[str]:
     """Converts as the command line says; returns the lines to print."""
     out = args.out
-    given = {name: value for name in _ASSUMED if (value := getattr(args, name)) is not None}
-    for name, value in given.items():
-        if isinstance(value, int) and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: use 1 or more")
+    given = {name: value for name, value in vars(args).items() if name not in ("source", "out", "kind", "to")}
     check_free(out)
     source = find_folder(args.source)
     to = args.to if args.to != "auto" else "authors" if out.suffix in _SUFFIXES else "folder"
@@ -135,7 +130,7 @@ def _convert(args: argparse.Namespace) -> list[str]:
     if not source.exists():
         raise UserError(f"{args.source} is no file, folder or run: give a checkpoint file, or a run to write")
     if args.kind != "auto" or given:
-        option = "--from" if args.kind != "auto" else f"--{next(iter(given)).replace('_', '-')}"
+        option = "--from" if args.kind != "auto" else flag(next(iter(given)))
         raise UserError(
             f"{option} belongs to checkpoint files, but {source} is a run, whose {CONFIG} has all settings: "
             "leave the option out"
@@ -228,7 +223,7 @@ def _written(out: Path) -> list[str]:
 
 
 def _next(out: Path, config: Config) -> list[str]:
-    data = "" if config.preset == "scenes" else " --data DATA"
+    data = " --data DATA" if needs_data(config.preset) else ""
     lines = ["next:", f"  python -m spot_fast.evaluate {out}{data}", f"  python -m spot_fast.segment IMAGE --run {out}"]
     if config.stage == 1:
         lines.append(f"  python -m spot_fast.train --stage 2 --preset {config.preset}{data} --teacher {out}")
@@ -236,4 +231,4 @@ def _next(out: Path, config: Config) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run(main))
+    sys.exit(cli.run(main))

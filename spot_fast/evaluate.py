@@ -11,21 +11,17 @@ from pathlib import Path
 
 import torch
 
-from spot_fast.checkpoints.runs import find_folder, find_run, load_run
+from spot_fast import cli
+from spot_fast.checkpoints.runs import open_runs
 from spot_fast.data.base import ImageSet
 from spot_fast.errors import UserError
-from spot_fast.evaluation.baselines import published_layouts
 from spot_fast.evaluation.json_results import json_results
+from spot_fast.evaluation.options import add_scoring_options, open_val_set, score
 from spot_fast.evaluation.protocols import PROTOCOLS, Protocol, chosen
-from spot_fast.evaluation.scoring import WORKERS, evaluate
-from spot_fast.evaluation.several_runs import ScoredRun, open_val_set, seed_groups, tables_by_protocol
+from spot_fast.evaluation.several_runs import ScoredRun, seed_groups, tables_by_protocol
 from spot_fast.evaluation.size_plot import SizeRow, check_target, plot_sizes
 from spot_fast.evaluation.tables import NOTES, group_report, mean_sizes, run_report, write_csv
-from spot_fast.files import writable_target
-from spot_fast.plain_json import write_json
-from spot_fast.precision import PRECISIONS
-from spot_fast.system import terminal
-from spot_fast.system.cpu_threads import add_option, computing
+from spot_fast.files import writable_target, write_json
 from spot_fast.system.devices import usable_device
 
 
@@ -41,7 +37,7 @@ def _wrapped(text: str, indent: str = "") -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m spot_fast.evaluate",
         description=_wrapped(
             "Scores the decoder masks and slot masks of trained runs on their validation images, "
@@ -63,23 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "runs",
-        nargs="*",
-        metavar="RUN",
-        help="folder of a run, name of one below --runs, checkpoint file of the authors, or owner/name "
-        "on the hub (default: the newest finished run)",
-    )
-    parser.add_argument("--data", metavar="PATH", help="folder of the data set (default: the one the run trained on)")
-    parser.add_argument(
-        "--runs", dest="root", default="runs", metavar="DIR", help="folder with the runs (default: runs)"
-    )
-    parser.add_argument(
-        "--protocol",
-        default="spot",
-        metavar="NAME[,NAME]",
-        help=f"{', '.join(PROTOCOLS)}, several with commas, or all: a table each (default: spot)",
-    )
+    add_scoring_options(parser, protocol="spot", protocol_note=": a table each")
     parser.add_argument("--sizes", action="store_true", help="also print mBO_i by the size of the instances")
     parser.add_argument(
         "--size-plot",
@@ -90,48 +70,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--csv", metavar="FILE", help="also write a line for each image, kind of masks and protocol")
     parser.add_argument("--json", metavar="FILE", help="also write everything as JSON; scores as fractions")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N images (default: all)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=WORKERS,
-        metavar="N",
-        help="threads that read images and masks ahead, 0 = none (default: one a processor, at most "
-        f"8; here {WORKERS})",
+    cli.add_precision(
+        parser,
+        "float32",
+        "of the model; bf16 is faster where the hardware has it and moves scores by a few tenths of a percent; tf32 is "
+        "for GPUs",
     )
-    add_option(parser)
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="float32",
-        help="of the model; bf16 is faster where the hardware has it and moves scores by a few tenths "
-        "of a percent; tf32 is for GPUs (default: float32)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of slot noise and of k-means (default: 0)")
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda or cuda:N (default: a GPU where there is one)",
-    )
+    cli.add_seed(parser, "slot noise and of k-means")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    terminal.any_character()
+@cli.command("files have the runs that were scored to their end, if any")
+def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    try:
-        _evaluate(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; files have the runs that were scored to their end, if any", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _evaluate(args: argparse.Namespace) -> None:
     protocols = chosen(args.protocol)
     targets = {
         name: writable_target(name, getattr(args, name.replace("-", "_"))) for name in ("json", "csv", "size-plot")
@@ -139,30 +90,16 @@ def _evaluate(args: argparse.Namespace) -> None:
     if targets["size-plot"]:
         check_target(targets["size-plot"])
     device = usable_device(args.device)
-    paths = [find_folder(name, args.root) for name in args.runs] or [find_run(args.root)]
     # All runs are opened before the first is measured: a missing one should not cost the others' minutes.
-    runs = [load_run(path) for path in paths]
+    runs = open_runs(args.runs, args.root)
     scored: list[ScoredRun] = []
     opened: dict[str, ImageSet] = {}
     for run in runs:
         val_set = open_val_set(run.config, args.data, opened)
-        with computing(args.threads, device) as adapt:
-            result = evaluate(
-                run.model.to(device),
-                val_set,
-                protocols=[p.name for p in protocols],
-                layouts=published_layouts(run.config.preset),
-                batch_size=args.batch_size,
-                seed=args.seed,
-                limit=args.limit,
-                workers=args.workers,
-                precision=args.precision,
-                between_batches=adapt,
-            )
+        result = score(run.model, val_set, [protocol.name for protocol in protocols], args, device)
         scored.append(ScoredRun(run.name, run.config, result))
-        run.model.to("cpu")
         # On disk before it is printed: neither a terminal nor a later run can lose it.
-        failed = _write(args, targets, protocols, scored)
+        failed = _write(args, targets, protocols, scored, device)
         print(run_report(scored[-1], args.sizes), end="\n\n", flush=True)
     for group in seed_groups([run.config for run in scored]):
         print(group_report([scored[index] for index in group], args.sizes), end="\n\n")
@@ -174,11 +111,16 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _write(
-    args: argparse.Namespace, targets: dict[str, Path | None], protocols: list[Protocol], runs: list[ScoredRun]
+    args: argparse.Namespace,
+    targets: dict[str, Path | None],
+    protocols: list[Protocol],
+    runs: list[ScoredRun],
+    device: torch.device,
 ) -> UserError | None:
     """Writes the files of the options; returns the first error, to be raised after the scores are printed."""
     groups = seed_groups([run.config for run in runs])
-    settings = {name: getattr(args, name) for name in ("seed", "batch_size", "limit", "device", "precision")}
+    settings = {name: getattr(args, name) for name in ("seed", "batch_size", "limit", "precision")}
+    settings["device"] = str(device)
     writers = {
         "json": lambda target: write_json(target, json_results(runs, groups, protocols, settings)),
         "csv": lambda target: write_csv(target, [(run.name, run.evaluation) for run in runs]),
@@ -216,4 +158,4 @@ def _plot(target: Path, runs: list[ScoredRun], groups: list[list[int]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run(main))
+    sys.exit(cli.run(main))

@@ -1,12 +1,15 @@
-"""Files that appear whole or not at all."""
+"""Writing files that appear whole or not at all, JSON that every reader takes, and paths with a home folder."""
 
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -79,7 +82,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def reason(error: Exception) -> str:
-    """What the operating system or safetensors says about a file that failed."""
+    """The operating system's or safetensors' own words about a file that failed."""
     text = str(error)
     if isinstance(error, OSError):
         return error.strerror or text
@@ -88,18 +91,18 @@ def reason(error: Exception) -> str:
 
 
 def writable_target(option: str, name: str | None) -> Path | None:
-    """The file that --`option` names, None without one.
+    """The file that --`option` names; UserError where it is a folder, its folder is missing, or it cannot be written.
 
-    UserError where it is a folder, lies in no folder, or cannot be written.
+    Called before hours of work: `atomic_write` finds out only after them.
     """
     if name is None:
         return None
     target = Path(name)
     if target.is_dir() or not target.parent.is_dir():
-        reason = "is a folder" if target.is_dir() else f"lies in {target.parent}, which is not a folder"
-        raise UserError(f"--{option} {target} {reason}: give a file name in a folder that exists")
+        problem = "is a folder" if target.is_dir() else f"lies in {target.parent}, which is not a folder"
+        raise UserError(f"--{option} {target} {problem}: give a file name in a folder that exists")
     try:
-        # As `atomic_write` will: a read-only disk or a full quota has to show before hours of work, not after.
+        # A byte, not only a name: full disks and quotas refuse no earlier.
         with tempfile.TemporaryFile(dir=target.parent) as file:
             file.write(b" ")
     except OSError as error:
@@ -107,3 +110,32 @@ def writable_target(option: str, name: str | None) -> Path | None:
             f"--{option} {target} cannot be written ({error.strerror}): choose a file in a folder that you may write to"
         ) from None
     return target
+
+
+def finite(value: Any) -> Any:
+    """`value` with null in place of numbers that are not finite, which JSON cannot hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` indented, in UTF-8, without NaN and Infinity. UserError where the file cannot be written."""
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # A file name that is not UTF-8 has surrogates, which become JSON's own escapes.
+    atomic_write(path, lambda partial: partial.write_bytes(text.encode(errors="backslashreplace")))
+
+
+def expanded(name: str) -> Path | None:
+    """`name` with a leading ~ or ~user as that home folder; None where there is none.
+
+    A process may have no home folder: containers run as numbers that no passwd file knows.
+    """
+    if not name.startswith("~"):
+        return Path(name)
+    if name.split(os.sep)[0] == "~" and os.environ.get("HOME") == "":
+        return None  # os.path.expanduser takes it for the root
+    path = os.path.expanduser(name)
+    return None if path.startswith("~") else Path(path)

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from spot_fast.config import OPTIONS
 from spot_fast.errors import UserError
-
-PRECISIONS = ("auto", "float32", "tf32", "bf16")
 
 
 def cpu_has_bfloat16() -> bool:
@@ -29,8 +28,9 @@ def resolve(precision: str, device: torch.device) -> str:
 
     ValueError for an unknown name, UserError for tf32 on a device without it.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"--precision {precision} is unknown: use one of {', '.join(PRECISIONS)}")
+    choices = OPTIONS["precision"].choices
+    if precision not in choices:
+        raise ValueError(f"--precision {precision} is unknown: use one of {', '.join(choices)}")
     if precision == "tf32" and not (device.type == "cuda" and torch.cuda.is_tf32_supported()):
         raise UserError(
             f"--precision tf32 needs an NVIDIA GPU of compute capability 8.0 or more, not {device}: use "

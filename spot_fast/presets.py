@@ -6,38 +6,31 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from typing import Any
 
-from spot_fast import recipes
-from spot_fast.config import Config, preset
+from spot_fast import cli, recipes
+from spot_fast.config import OPTIONS, SOURCED_DEFAULTS, Config, Option, preset
 from spot_fast.errors import UserError
 from spot_fast.published import METRICS, Score, scores
-from spot_fast.recipes import DATA_SETS, ENCODERS, METHODS, Value
-from spot_fast.system import terminal
-
-# What the data set of a command is called.
-_PLACES = {"scenes": "", "coco": "COCO", "voc": "VOCdevkit", "movi_c": "MOVI_C", "movi_e": "MOVI_E", "folder": "PHOTOS"}
+from spot_fast.recipes import DATA_SETS, ENCODERS, METHODS
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    terminal.any_character()
+@cli.command("nothing was written")
+def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     try:
-        if args.name is None:
-            found = _everything()
-            print(json.dumps(found, indent=2, ensure_ascii=False) if args.json else _list())
-        else:
-            found = describe(args.name)
-            print(json.dumps(found, indent=2, ensure_ascii=False) if args.json else _page(found))
+        about = _everything() if args.name is None else describe(args.name)
     except UserError as error:
-        print(f"error: {str(error).replace('--preset ', '', 1)}", file=sys.stderr)
-        return 2
-    return 0
+        # Here the name is no value of an option.
+        raise UserError(str(error).replace("--preset ", "", 1)) from None
+    if args.json:
+        print(json.dumps(about, indent=2, ensure_ascii=False))
+    else:
+        print(_list() if args.name is None else _page(about))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m spot_fast.presets",
         description="Lists what --preset of python -m spot_fast.train takes: a data set, a method and an encoder, each "
         "optional, joined with +, such as coco+dinosaur+mae_vitb16; with the paper's scores.",
@@ -60,9 +53,9 @@ def describe(name: str) -> dict[str, Any]:
     """
     data, method, encoder = recipes.split(name)
     named = {"data": data, "method": method, "encoder": encoder}
-    whole = (data or "coco", method or "spot", encoder or (None if data == "scenes" else "dino_vitb16"))
-    if data is None:  # a method or an encoder alone is shown on COCO, where the paper has most of it
-        whole = ("coco", *whole[1:])
+    # A method or an encoder alone is shown on COCO, where the paper has most of it.
+    shown_data = data or "coco"
+    whole = (shown_data, method or "spot", encoder or recipes.default_encoder(shown_data))
     stages = [1] if METHODS[whole[1]].stage2 is None else [1, 2]
     notes = [*METHODS[whole[1]].notes] if method else []
     about = {}
@@ -75,9 +68,7 @@ def describe(name: str) -> dict[str, Any]:
         about["encoder"] = f"{vit.about} ({vit.licence}); weights: {vit.weights}"
         notes += vit.notes
     rows = scores(data, method, encoder)
-    if whole[0] in ("scenes", "folder"):
-        rows = []
-    elif not rows:
+    if scores(whole[0]) and not rows:
         notes.append("the paper has no scores of this combination")
     return {
         "name": name,
@@ -93,35 +84,33 @@ def describe(name: str) -> dict[str, Any]:
 
 def settings(data: str, method: str, encoder: str | None, stage: int) -> dict[str, dict[str, Any]]:
     """Every value that the paper or this package chose: field → value and source."""
-    found = recipes.COMMON | recipes.values(data, method, encoder, stage)
+    chosen = SOURCED_DEFAULTS | recipes.values(data, method, encoder, stage)
     config = preset("+".join(filter(None, (data, method, encoder))), stage)
-    skipped = _irrelevant(config)
-    order = [field.name for field in fields(Config) if field.name in found and field.name not in skipped]
-    assert all(getattr(config, name) == found[name].value for name in order)
-    return {name: _value(found[name]) for name in order}
+    return {
+        name: {"value": getattr(config, name), "source": chosen[name].source}
+        for name, option in OPTIONS.items()
+        if name in chosen and _has_effect(option, config)
+    }
 
 
-def _irrelevant(config: Config) -> set[str]:
-    """Fields that change nothing in such a run."""
-    # A registered decoder may read any of them.
-    others = {"transformer": {"dec_mlp_hidden"}, "mlp": {"dec_blocks", "dec_heads", "cappa"}}
-    decoder = others.get(config.decoder, set())
-    return decoder | ({"att_weight", "train_blocks"} if config.stage == 1 else set())
-
-
-def _value(value: Value) -> dict[str, Any]:
-    return {"value": value.value, "source": value.source}
+def _has_effect(option: Option, config: Config) -> bool:
+    """Whether an option changes anything in such a run; a registered decoder may read every option of decoders."""
+    if option.only is None:
+        return True
+    field, value = option.only
+    registered = field == "decoder" and config.decoder not in ("transformer", "mlp")
+    return registered or getattr(config, field) == value
 
 
 def commands(data: str, method: str, encoder: str | None) -> list[str]:
     """The training commands of both stages, and evaluation."""
     parts = [data, *([method] if method != "spot" else [])]
-    parts += [encoder] if encoder and (data == "scenes" or encoder != "dino_vitb16") else []
+    parts += [encoder] if encoder and encoder != recipes.default_encoder(data) else []
     words = ["python -m spot_fast.train"]
     if parts != ["scenes"]:
         words.append(f"--preset {'+'.join(parts)}")
-    if place := _PLACES[data]:
-        words.append(f"--data {place}")
+    if folder := DATA_SETS[data].folder:
+        words.append(f"--data {folder}")
     if encoder == "moco_vitb16":
         words.append("--encoder-weights vit-b-300ep.pth.tar")
     line = " ".join(words)
@@ -207,10 +196,11 @@ def _as_preset(row: Score) -> bool:
 
 
 def _about_encoder(name: str) -> str:
-    vit, rates = ENCODERS[name], ENCODERS[name].rates
-    lam = vit.values.get("att_weight", recipes.COMMON["att_weight"]).value
+    vit = ENCODERS[name]
+    own = SOURCED_DEFAULTS | DATA_SETS["coco"].values | vit.values | vit.rates
+    lr, lr_low, lam = (own[setting].value for setting in ("lr", "lr_low", "att_weight"))
     paper = "; not in the paper" if any("not in the paper" in note for note in vit.notes) else ""
-    return f"{vit.about}; lr {rates['lr'].value:g} to {rates['lr_low'].value:g}, lambda {lam:g}{paper}"
+    return f"{vit.about}; lr {lr:g} to {lr_low:g}, lambda {lam:g}{paper}"
 
 
 def _section(title: str, rows: Iterable[tuple[str, str]]) -> list[str]:
@@ -231,31 +221,31 @@ def _table(rows: Sequence[Score], *, with_data: bool) -> list[str]:
     ]
 
 
-def _page(found: dict[str, Any]) -> str:
-    lines = [f"{found['named'][kind]}: {text}" for kind, text in found["about"].items()]
-    if left_out := [kind for kind, value in found["named"].items() if value is None and found["shown"][kind]]:
-        lines.append("shown with " + " and ".join(f"{kind} {found['shown'][kind]}" for kind in left_out))
+def _page(about: dict[str, Any]) -> str:
+    lines = [f"{about['named'][kind]}: {text}" for kind, text in about["about"].items()]
+    if left_out := [kind for kind, value in about["named"].items() if value is None and about["shown"][kind]]:
+        lines.append("shown with " + " and ".join(f"{kind} {about['shown'][kind]}" for kind in left_out))
     lines += [
         "",
-        *(f"  {command}" for command in found["commands"]),
+        *(f"  {command}" for command in about["commands"]),
         "",
         "Sources on the right are sections and tables of the paper, arXiv 2312.00648v3.",
         "",
     ]
-    first, *rest = found["settings"].values()
+    first, *rest = about["settings"].values()
     lines += ["settings (stage 1)" if rest else "settings", *(_setting(*item) for item in first.items())]
     if rest:
         changed = {name: value for name, value in rest[0].items() if first.get(name) != value}
         lines += ["", "stage 2 changes", *(_setting(*item) for item in changed.items())]
-    if found["notes"]:
-        lines += ["", "notes", *(f"  {note}" for note in found["notes"])]
-    if found["scores"]:
-        lines += ["", "scores of the paper, percent", *_table(_rows_of(found), with_data=False)]
+    if about["notes"]:
+        lines += ["", "notes", *(f"  {note}" for note in about["notes"])]
+    if about["scores"]:
+        lines += ["", "scores of the paper, percent", *_table(_rows_of(about), with_data=False)]
     return "\n".join(lines)
 
 
-def _rows_of(found: dict[str, Any]) -> list[Score]:
-    named = found["named"]
+def _rows_of(about: dict[str, Any]) -> list[Score]:
+    named = about["named"]
     return scores(named["data"], named["method"], named["encoder"])
 
 
@@ -266,4 +256,4 @@ def _setting(name: str, value: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run(main))
+    sys.exit(cli.run(main))

@@ -15,6 +15,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from spot_fast import cli
 from spot_fast.checkpoints.encoder_weights import packaged_weights
 from spot_fast.config import preset
 from spot_fast.data.datasets.scenes import Scenes
@@ -32,7 +34,6 @@ from spot_fast.model.encoder import normalise, use_plain_attention
 from spot_fast.model.timm_import import import_timm
 from spot_fast.model.vits import build_vit
 from spot_fast.precision import autocast, resolve
-from spot_fast.system import terminal
 
 
 class MaskedAutoencoder(nn.Module):
@@ -103,41 +104,37 @@ def pretrain(steps: int, batch: int, images: int, lr: float, seed: int) -> tuple
     return model.vit.eval(), float(torch.stack(recent[-max(1, steps // 10) :]).mean())
 
 
-def main(arguments: list[str] | None = None) -> int:
-    terminal.any_character()
-    parser = argparse.ArgumentParser(
-        "spot_fast.pretrain",
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="python -m spot_fast.pretrain",
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=packaged_weights(), help="file to write")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--images", type=int, default=12288, help="scenes to train on")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
-    try:
-        for name in ("steps", "batch", "images"):
-            if getattr(args, name) < 1:
-                raise UserError(f"--{name} is {getattr(args, name)}: use 1 or more")
-        if not 0 < args.lr < math.inf:
-            raise UserError(f"--lr is {args.lr}: use a number above 0, such as 1e-3")
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        writable_target("out", str(args.out))  # fails before the training rather than after it
-        start = time.monotonic()
-        vit, loss = pretrain(args.steps, args.batch, args.images, args.lr, args.seed)
-        if not math.isfinite(loss):
-            raise UserError(f"the loss became {loss}: nothing is written, use a lower --lr than {args.lr}")
-        state = {name: value.detach().half().contiguous() for name, value in vit.state_dict().items()}
-        about = {"made_by": "spot_fast.pretrain", "steps": str(args.steps), "loss": f"{loss:.4f}"}
-        atomic_write(args.out, lambda path: path.write_bytes(save(state, about)))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("--out", type=Path, default=packaged_weights(), metavar="FILE", help="file to write")
+    parser.add_argument("--steps", action=cli.Number, least=1, default=1500, help="training steps")
+    parser.add_argument("--batch", action=cli.Number, least=1, default=128, help="scenes a step")
+    parser.add_argument("--images", action=cli.Number, least=1, default=12288, help="scenes to train on")
+    parser.add_argument("--lr", action=cli.Number, least=0, type=float, metavar="X", default=1e-3, help="peak rate")
+    parser.add_argument("--seed", action=cli.Number, least=0, default=0, help="seed of weights and batches")
+    return parser
+
+
+@cli.command("nothing was written")
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    if args.lr == 0:
+        raise UserError("--lr is 0: use a number above 0, such as 1e-3")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    writable_target("out", str(args.out))  # before the training, not after it
+    start = time.monotonic()
+    vit, loss = pretrain(args.steps, args.batch, args.images, args.lr, args.seed)
+    if not math.isfinite(loss):
+        raise UserError(f"the loss became {loss}: nothing is written, use a lower --lr than {args.lr}")
+    state = {name: value.detach().half().contiguous() for name, value in vit.state_dict().items()}
+    about = {"made_by": "spot_fast.pretrain", "steps": str(args.steps), "loss": f"{loss:.4f}"}
+    atomic_write(args.out, lambda partial: partial.write_bytes(save(state, about)))
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB, loss {loss:.4f}, {time.monotonic() - start:.0f} s")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run(main))
+    sys.exit(cli.run(main))

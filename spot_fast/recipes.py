@@ -2,12 +2,13 @@
 
 Sources are sections and tables of the paper (arXiv 2312.00648v3): "D.2" is in its appendix. "authors' code" is
 gkakogeorgiou/spot. "ours" is a choice the paper does not speak of; `python -m spot_fast.presets NAME` shows all.
+What no preset sets is a default of `config.Config`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,12 +31,20 @@ def _from(source: str, **values: Any) -> dict[str, Value]:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Images and what they need in both stages; stage2 holds what its second stage changes."""
+    """Images and the settings that they need in both stages; stage2 holds what the second stage changes.
+
+    folder: what examples of commands call its --data; None where it needs none.
+    own_settings: methods and encoders change nothing but what they are, their epochs, rates and lambda do not apply.
+    own_rates: the learning rates of an encoder do not apply.
+    """
 
     about: str
     title: str
     values: Values
     stage2: Values = field(default_factory=dict)
+    folder: str | None = "DATA"
+    own_settings: bool = False
+    own_rates: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,27 +81,6 @@ class Vit:
     notes: tuple[str, ...] = ()
 
 
-# What every preset has unless it says otherwise: Config's defaults, whose sources are these.
-COMMON: dict[str, Value] = {
-    **_from("D.3", image_size=224),
-    **_from(
-        "D.2",
-        slot_dim=256,
-        slot_mlp=1024,
-        slot_iterations=3,
-        dec_blocks=4,
-        dec_heads=6,
-        dec_mlp_hidden=2048,
-        batch_size=64,
-        warmup_steps=10_000,
-        att_weight=0.005,
-        train_blocks=4,
-    ),
-    **_from("3.2, 4.2 (A)", orders="spot9"),
-    **_from("authors' code", clip=0.3, slot_heads=1),
-    **_from("3.3", slot_init="gaussian"),
-    **_from("authors' code", truncation="none"),
-}
 # Stage 2 starts its student fresh, with learned slots whose gradient rule is bi-level.
 STAGE2 = _from("3.3", slot_init="learned", truncation="bi_level")
 
@@ -131,6 +119,9 @@ DATA_SETS: dict[str, DataSet] = {
             eval_every=2,
         ),
         _from("ours", epochs=6),
+        folder=None,
+        own_settings=True,
+        own_rates=True,
     ),
     "coco": DataSet(
         "COCO 2017, 118,287 images to train, 5,000 to evaluate",
@@ -140,6 +131,7 @@ DATA_SETS: dict[str, DataSet] = {
             **_from("D.2", lr=4e-4, lr_low=4e-7),
             **_from("D.3", crop="center", flip=True, mask_size=320),
         },
+        folder="COCO",
     ),
     "voc": DataSet(
         "PASCAL VOC 2012, trainaug (10,582) to train, val (1,449) to evaluate",
@@ -149,30 +141,33 @@ DATA_SETS: dict[str, DataSet] = {
             **_from("D.2", lr=4e-4, lr_low=4e-7),
             **_from("D.3", crop="random", flip=True, mask_size=320),
         },
+        folder="VOCdevkit",
     ),
     "movi_c": DataSet(
         "MOVi-C, nine frames of each clip to train, all to evaluate",
         "MOVi-C",
         {**_from("4.1, D.2", num_slots=11), **_MOVI},
         _MOVI2,
+        folder="MOVI_C",
+        own_rates=True,
     ),
     "movi_e": DataSet(
         "MOVi-E, nine frames of each clip to train, all to evaluate",
         "MOVi-E",
         {**_from("4.1, D.2", num_slots=24), **_MOVI},
         _MOVI2,
+        folder="MOVI_E",
+        own_rates=True,
     ),
     "folder": DataSet(
         "your images, with masks or without; settings as coco",
         "a folder of images",
         _from("as coco", num_slots=7, epochs=50, lr=4e-4, lr_low=4e-7, crop="center", flip=True, mask_size=320),
+        folder="PHOTOS",
     ),
 }
 
-# Which data sets take which of the paper's values: scenes have their own throughout.
-_PUBLISHED = ("coco", "voc", "movi_c", "movi_e", "folder")
-_COCO_RATES = ("coco", "voc", "folder")
-_SAID_ON_VOC = ("dino_vitb16", "moco_vitb16")  # whose rates on PASCAL the paper gives
+_RATES_ON_VOC = ("dino_vitb16", "moco_vitb16")  # encoders whose rates on PASCAL the paper gives
 _MLP = {**_from("D.1, Tab. 4", decoder="mlp"), **_from("no order to draw", orders="standard")}
 _LESS = _from("D.2", att_weight=0.001)
 _SILENT = "the paper does not say its epochs on {}: as SPOT's first stage"
@@ -313,70 +308,74 @@ def encoder_recipe(encoder: str) -> str | None:
     return next((name for name, vit in ENCODERS.items() if encoder in (name, vit.timm, vit.untagged)), None)
 
 
+def default_encoder(data: str) -> str | None:
+    """Our name of the encoder that a data set is trained with; None where its settings name another."""
+    return None if "encoder" in DATA_SETS[data].values else "dino_vitb16"
+
+
+def needs_data(data: str) -> bool:
+    """Whether --data has to name a folder of the data set; also true of one that is not registered in this process."""
+    return data not in DATA_SETS or DATA_SETS[data].folder is not None
+
+
 def split(name: str) -> tuple[str | None, str | None, str | None]:
-    """(data set, method, encoder) of names joined with + in any order, None for what is not named; UserError."""
-    chosen: list[str | None] = [None, None, None]
-    kinds = (DATA_SETS, METHODS, ENCODERS)
+    """(data set, method, encoder) of names joined with + in any order, None for what is not named.
+
+    UserError for an unknown name and for two of a kind.
+    """
+    kinds = {"data sets": DATA_SETS, "methods": METHODS, "encoders": ENCODERS}
+    chosen: dict[str, str] = {}
     for part in name.split("+"):
-        for place, kind in enumerate(kinds):
-            if part in kind:
-                if chosen[place] is not None:
-                    word = ("data sets", "methods", "encoders")[place]
-                    raise UserError(f"--preset {name} has two {word}: choose {chosen[place]} or {part}")
-                chosen[place] = part
-                break
-        else:
-            raise UserError(f"--preset {name} is unknown: {unknown(part)}")
-    return chosen[0], chosen[1], chosen[2]
+        kind = next((kind for kind, known in kinds.items() if part in known), None)
+        if kind is None:
+            raise UserError(
+                f"--preset {name} is unknown: use one of {', '.join(DATA_SETS)}, with + a method and an encoder that "
+                f"python -m spot_fast.presets lists{_closest(part, [*DATA_SETS, *METHODS, *ENCODERS])}"
+            )
+        if kind in chosen:
+            raise UserError(f"--preset {name} has two {kind}: choose {chosen[kind]} or {part}")
+        chosen[kind] = part
+    return chosen.get("data sets"), chosen.get("methods"), chosen.get("encoders")
 
 
-def unknown(part: str) -> str:
-    """The end of a sentence about a name that is no data set, method or encoder: what there is, and the closest."""
-    every = [*DATA_SETS, *METHODS, *ENCODERS]
-    close = difflib.get_close_matches(part.lower(), every, n=1, cutoff=0.4)
-    return (
-        f"use one of {', '.join(DATA_SETS)}, with + a method and an encoder that python -m spot_fast.presets lists"
-        + (f"; did you mean {close[0]}?" if close else "")
-    )
+def _closest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence: the known name most like `name`, if one is."""
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def check_method(method: str, stage: int) -> None:
     """UserError where there is no such method or it has no such stage."""
     if method not in METHODS:
-        close = difflib.get_close_matches(method, METHODS, n=1, cutoff=0.4)
-        raise UserError(
-            f"--method {method} is unknown: use one of {', '.join(METHODS)}"
-            + (f"; did you mean {close[0]}?" if close else "")
-        )
+        raise UserError(f"--method {method} is unknown: use one of {', '.join(METHODS)}{_closest(method, METHODS)}")
     if stage == 2 and METHODS[method].stage2 is None:
         student = "spot_mlp" if method == "dinosaur_mlp" else "spot"
         raise UserError(f"--method {method} has no stage 2, it is stage 1 alone: use --method {student} for a student")
 
 
 def values(data: str, method: str, encoder: str | None, stage: int) -> dict[str, Value]:
-    """What a combination sets beside Config's defaults, later sources over earlier ones.
+    """The values that a combination sets beside Config's defaults, later sources over earlier ones.
 
     encoder: our name, None for one that the presets do not know or for the data set's own.
     """
-    chosen = METHODS[method]
-    result = dict(DATA_SETS[data].values)
+    data_set, chosen = DATA_SETS[data], METHODS[method]
+    result = dict(data_set.values)
     if stage == 2:
-        result |= STAGE2 | dict(DATA_SETS[data].stage2)
+        result |= STAGE2 | dict(data_set.stage2)
     result |= chosen.values
     result |= chosen.by_data.get(data, {})
-    published = data in _PUBLISHED
-    if stage == 2 and published:
+    if stage == 2 and not data_set.own_settings:
         result |= chosen.stage2 or {}
     if encoder is not None:
         vit = ENCODERS[encoder]
         result["encoder"] = Value(vit.timm, vit.source)
-        if published:
+        if not data_set.own_settings:
             result |= vit.values
-        if data in _COCO_RATES:
-            said = data == "coco" or (data == "voc" and encoder in _SAID_ON_VOC)
+        if not data_set.own_rates:
+            in_paper = data == "coco" or (data == "voc" and encoder in _RATES_ON_VOC)
             result |= (
                 vit.rates
-                if said
+                if in_paper
                 else {name: Value(value, f"as coco+{encoder}") for name, (value, _) in vit.rates.items()}
             )
     return result

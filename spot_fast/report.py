@@ -12,16 +12,15 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from spot_fast import __version__
-from spot_fast.checkpoints.runs import Run, find_folder, find_run, load_run
+from spot_fast import __version__, cli
+from spot_fast.checkpoints.runs import Run, open_runs
 from spot_fast.data.base import ImageSet
 from spot_fast.errors import UserError
-from spot_fast.evaluation.baselines import published_layouts
-from spot_fast.evaluation.protocols import PROTOCOLS, chosen
-from spot_fast.evaluation.scoring import WORKERS, evaluate
-from spot_fast.evaluation.several_runs import open_val_set, seed_groups
+from spot_fast.evaluation.options import add_scoring_options, open_val_set, score
+from spot_fast.evaluation.protocols import chosen
+from spot_fast.evaluation.several_runs import seed_groups
 from spot_fast.files import atomic_write, writable_target
-from spot_fast.precision import PRECISIONS, resolve
+from spot_fast.precision import resolve
 from spot_fast.reporting.introspection import PatchGradients, introspect, patch_gradients, read_image
 from spot_fast.reporting.page import page
 from spot_fast.reporting.records import (
@@ -33,8 +32,6 @@ from spot_fast.reporting.records import (
     read_log,
     state_metadata,
 )
-from spot_fast.system import terminal
-from spot_fast.system.cpu_threads import add_option, computing
 from spot_fast.system.devices import usable_device
 from spot_fast.system.optional import required
 
@@ -44,102 +41,48 @@ _FEW_PATCHES, _FEW_IMAGES = 100, 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m spot_fast.report",
         description="Writes one self-contained HTML file about trained runs: what was trained and how fast, curves, "
         "scores beside baselines under every protocol, mBO_i by instance size, a gallery, masks by patch order, "
         "attention by iteration, gradient norm per patch. Runs that differ in their seed only also get mean ± "
         "standard deviation.",
     )
-    parser.add_argument(
-        "runs",
-        nargs="*",
-        metavar="RUN",
-        help="folder of a run, or name of one below --runs (default: the newest finished)",
+    add_scoring_options(
+        parser, protocol="all", protocol_note="; spot is among them in any case, images are chosen by it"
     )
     parser.add_argument("--out", default="report.html", metavar="FILE", help="what to write (default: report.html)")
-    parser.add_argument("--data", metavar="PATH", help="folder of the data set (default: the one the run trained on)")
-    parser.add_argument(
-        "--runs", dest="root", default="runs", metavar="DIR", help="folder with the runs (default: runs)"
-    )
-    parser.add_argument(
-        "--protocol",
-        default="all",
-        metavar="NAME[,NAME]",
-        help=f"{', '.join(PROTOCOLS)}, several with commas, or all; spot is among them in any case, "
-        "images are chosen by it (default: all)",
-    )
     parser.add_argument(
         "--images",
-        type=int,
+        action=cli.Number,
+        least=1,
         default=3,
-        metavar="N",
         help="images of each part of the gallery: best, median, worst, random (default: 3)",
     )
     parser.add_argument(
         "--gradient-images",
-        type=int,
-        metavar="N",
+        action=cli.Number,
+        least=0,
         help="images that the gradient norm is a mean over, 0 = leave it out (default: "
-        f"{_GRADIENT_IMAGES}; {_FEW_IMAGES} on a CPU with more than {_FEW_PATCHES} patches a "
-        "image)",
+        f"{_GRADIENT_IMAGES}; {_FEW_IMAGES} on a CPU with more than {_FEW_PATCHES} patches an image)",
     )
-    parser.add_argument(
-        "--limit", type=int, default=0, metavar="N", help="evaluate only the first N images (default: all)"
-    )
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=WORKERS,
-        metavar="N",
-        help=f"threads that read images and masks ahead, 0 = none (default: {WORKERS})",
-    )
-    add_option(parser)
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="float32",
-        help="of the model, but for gradients, which are float32 (default: float32)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of slot noise, k-means and the random images (default: 0)"
-    )
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda or cuda:N (default: a GPU where there is one)",
-    )
+    cli.add_precision(parser, "float32", "of the model, but for gradients, which are float32")
+    cli.add_seed(parser, "slot noise, k-means and the random images")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    terminal.any_character()
+@cli.command("no file was written")
+def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    words = sys.argv[1:] if argv is None else argv
-    try:
-        _report(args, shlex.join(["python", "-m", "spot_fast.report", *words]))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted, no file was written", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _report(args: argparse.Namespace, command: str) -> None:
-    _check(args)
     required("matplotlib.figure", "a report", "matplotlib")  # drawing comes last: a missing package must show now
+    command = shlex.join(["python", "-m", "spot_fast.report", *(sys.argv[1:] if argv is None else argv)])
     # Images are chosen by their scores under SPOT's protocol.
     args.protocols = list(dict.fromkeys(["spot", *(protocol.name for protocol in chosen(args.protocol))]))
     out = writable_target("out", args.out)
     device = usable_device(args.device)
-    paths = [find_folder(name, args.root) for name in args.runs] or [find_run(args.root)]
-    if len({path.resolve() for path in paths}) < len(paths):
+    runs = open_runs(args.runs, args.root)
+    if len({run.path.resolve() for run in runs}) < len(runs):
         raise UserError(f"a run is named twice in {' '.join(args.runs)}: name each once")
-    # All runs are opened before the first is measured: a missing one should not cost the others' minutes.
-    runs = [load_run(path) for path in paths]
     opened: dict[str, ImageSet] = {}
     image_sets = [open_val_set(run.config, args.data, opened) for run in runs]
     report = Report(
@@ -160,20 +103,6 @@ def _report(args: argparse.Namespace, command: str) -> None:
     text = page(report)
     atomic_write(out, lambda partial: partial.write_text(text, encoding="utf-8"))
     print(f"{out.resolve()}  {out.stat().st_size / 1e6:.1f} MB, open it in a browser")
-
-
-def _check(args: argparse.Namespace) -> None:
-    for name, least in (
-        ("images", 1),
-        ("limit", 0),
-        ("batch_size", 1),
-        ("workers", 0),
-        ("seed", 0),
-        ("gradient_images", 0),
-    ):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: use {least} or more")
 
 
 def _settings(args: argparse.Namespace, device: torch.device) -> dict[str, str]:
@@ -197,20 +126,7 @@ def _measure(report: Report, shown: SetRecord, args: argparse.Namespace, device:
     records = [report.runs[index] for index in shown.run_indices]
     if image_set.has_masks:
         for record in records:
-            with computing(args.threads, device) as adapt:
-                record.evaluation = evaluate(
-                    record.run.model.to(device),
-                    image_set,
-                    protocols=args.protocols,
-                    layouts=published_layouts(record.run.config.preset),
-                    batch_size=args.batch_size,
-                    seed=args.seed,
-                    limit=args.limit,
-                    workers=args.workers,
-                    precision=args.precision,
-                    between_batches=adapt,
-                )
-            record.run.model.to("cpu")
+            record.evaluation = score(record.run.model, image_set, args.protocols, args, device)
     if not len(image_set):
         return
     picks = choose_images(
@@ -257,4 +173,4 @@ def _gradients(run: Run, image_set: ImageSet, args: argparse.Namespace, device: 
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run(main))
+    sys.exit(cli.run(main))

@@ -31,17 +31,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from spot_fast import cli
 from spot_fast.errors import UserError
 from spot_fast.evaluation.scoring import WORKERS
 from spot_fast.model.vits import SCENES_ENCODER
-from spot_fast.precision import PRECISIONS
 from spot_fast.segmentation.batch import MAX_SHEET, Outputs, segment_all, sources_of
 from spot_fast.segmentation.files import check_overwriting, find_images, output_names, save
 from spot_fast.segmentation.grids import FITS, Fit, fit_of
 from spot_fast.segmentation.overlays import contact_sheet
 from spot_fast.segmentation.segmenter import CLUSTER_SIZE, Segmenter, cluster_segmenter, run_segmenter
-from spot_fast.system import terminal
-from spot_fast.system.cpu_threads import add_option, computing
+from spot_fast.system.cpu_threads import computing
 from spot_fast.system.devices import usable_device
 
 _MOST_LINES = 10  # with more images none gets a line of its own
@@ -49,7 +48,7 @@ _MASKS = {"decoder": ("decoder",), "slots": ("slots",), "both": ("decoder", "slo
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m spot_fast.segment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
@@ -94,49 +93,29 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--scenes",
-        type=int,
+        action=cli.Number,
+        least=0,
         default=0,
-        metavar="N",
         help="also segment N generated validation scenes; needs no image",
     )
     parser.add_argument("--encoder", metavar="NAME", help="without a run: cluster the features of this timm ViT")
     parser.add_argument("--encoder-weights", metavar="FILE", help="its weights (default: timm's own, from the hub)")
     parser.add_argument("--clusters", type=int, default=6, metavar="K", help="clusters for --encoder (default: 6)")
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=16,
-        metavar="N",
-        help="images at a time, fewer where grids are larger; changes nothing but rounding (default: 16)",
+    cli.add_batch_size(parser, 16, "images at a time, fewer where grids are larger; changes nothing but rounding")
+    cli.add_workers(parser, WORKERS, "threads that read and write images", least=1)
+    cli.add_threads(parser)
+    cli.add_precision(
+        parser, "auto", "of the model; auto is bf16 where the device multiplies it in hardware, else float32"
     )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=WORKERS,
-        metavar="N",
-        help=f"threads that read and write images (default: one a processor, at most 8; here {WORKERS})",
-    )
-    add_option(parser)
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        help="of the model; auto is bf16 where the device multiplies it in hardware, else float32 (default: auto)",
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1... (default: cuda if there is one)")
+    cli.add_device(parser)
     return parser.parse_args(argv)
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.scenes < 0:
-        raise UserError(f"--scenes {args.scenes}: use 0 or more")
     if not args.images and not args.scenes:
         raise UserError(
             "nothing to segment: name images, folders or lists, or ask for generated images with --scenes N"
         )
-    for option in ("batch-size", "workers"):
-        if (value := getattr(args, option.replace("-", "_"))) < 1:
-            raise UserError(f"--{option} {value}: use 1 or more")
     if args.run and args.encoder:
         raise UserError(f"--run {args.run} has its own encoder: drop --encoder {args.encoder} or --run")
     if args.encoder and (args.masks or args.slots):
@@ -178,8 +157,9 @@ def _fit(args: argparse.Namespace, segmenter: Segmenter) -> Fit:
     return fit
 
 
-def run(args: argparse.Namespace) -> int:
-    """Segments the images of `args` and prints a summary; returns the exit code."""
+@cli.command("what was written is whole")
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parse(argv)
     _check(args)
     files = find_images(args.images, args.out, lambda note: print(f"note: {note}", file=sys.stderr))
     paths = [path for path, _ in files]
@@ -226,20 +206,7 @@ def run(args: argparse.Namespace) -> int:
         f"{done} image{'s' * (done != 1)} in {seconds:.1f} s, {done / seconds:.1f} images/s: "
         f"{args.out}/NAME_{{{','.join(outputs.endings)}}}"
     )
-    return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    terminal.any_character()
-    try:
-        return run(_parse(argv))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; what was written is whole", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run(main))
+    sys.exit(cli.run(main))

@@ -1,7 +1,7 @@
-"""python -m spot_fast.train: trains stage 1 or stage 2, on generated scenes unless told otherwise.
+"""python -m spot_fast.train: trains stage 1 or stage 2, by default on generated scenes.
 
-Under torchrun all processes do the same; what depends on files that come and go is decided by rank 0, which writes and
-prints (`distributed`).
+Under torchrun all processes run this. Rank 0 alone decides whatever depends on files that may change meanwhile, writes
+and prints (`distributed`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from spot_fast import cli
 from spot_fast.checkpoints.runs import (
     CONFIG,
     STATE,
@@ -24,31 +25,30 @@ from spot_fast.checkpoints.runs import (
     run_folders,
     write_config,
 )
-from spot_fast.config import Config
+from spot_fast.config import Config, check_config
 from spot_fast.errors import UserError
 from spot_fast.precision import resolve
 from spot_fast.recipes import METHODS
-from spot_fast.system import terminal
 from spot_fast.system.cpu_threads import available_cores
 from spot_fast.system.devices import usable_device
-from spot_fast.training.arguments import Arguments, check_config, conflicts, parse, with_free
+from spot_fast.training.arguments import Arguments, conflicts, parse, with_resumable
 from spot_fast.training.compiled import resolve_compile
 from spot_fast.training.console import duration, scores_text
 from spot_fast.training.distributed import World, join
-from spot_fast.training.resume_state import FREE
 from spot_fast.training.run_folder import CORRUPT, OthersFolder, RunFolder, is_free
 from spot_fast.training.teacher import check_teacher, find_teacher, inherit, student_method
 from spot_fast.training.throughput import measured_peak
 from spot_fast.training.trainer import Outcome, Trainer
 
-_INTERRUPTED = 130
+_GOES_ON = "python -m spot_fast.train --resume goes on from the last saved state"
+_OUT_OF_MEMORY = "use a smaller --batch-size or --cache none, or --accumulate 2 for half a batch at a time"
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What to train: a new run, or the one in the folder `path`; threads: None is one for each core that it may use.
+    """A new run, or the one in the folder `path`. threads: None is one for each core that the process may use.
 
-    fixed_threads: their number is never changed, however busy the machine is.
+    fixed_threads: keep their number however busy the machine is.
     """
 
     config: Config
@@ -58,51 +58,27 @@ class _Job:
     fixed_threads: bool = False
 
 
+@cli.command(_GOES_ON)
 def main(argv: Sequence[str] | None = None) -> int:
-    terminal.any_character()
-    try:
-        world = join()
-    except UserError as error:
-        return _fail(str(error))
+    world = join()
     try:
         code = _train(world, argv)
-        world.close()
-        return code
-    except KeyboardInterrupt as error:
-        failure, sentence = error, ""
-    except torch.OutOfMemoryError as error:
-        failure = error
-        sentence = (
-            "the device's memory is full: use a smaller --batch-size or --cache none, or --accumulate 2 for "
-            "half a batch at a time"
-        )
-    except OSError as error:
-        failure = error
-        sentence = (
-            f"{error.filename or 'a file'} cannot be used ({error.strerror or error}): check the path, its "
-            "permissions and the free space"
-        )
-    except UserError as error:
-        failure, sentence = error, str(error)
     except BaseException as error:
+        known = cli.failure(error, _GOES_ON, _OUT_OF_MEMORY)
+        # Before the other processes hear of it: torchrun ends all as soon as one of them has ended.
+        if known is not None and world.is_rank_0:
+            print(f"error: {known[1]}", file=sys.stderr)
         world.leave(error)
-        raise
-    if world.main and not sentence:
-        print("interrupted; python -m spot_fast.train --resume goes on from the last saved state", file=sys.stderr)
-    elif world.main:
-        _fail(sentence)
-    world.leave(failure)
-    return 2 if sentence else _INTERRUPTED
-
-
-def _fail(sentence: str) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
-    return 2
+        if known is None:
+            raise
+        return known[0]
+    world.close()
+    return code
 
 
 def _train(world: World, argv: Sequence[str] | None) -> int:
-    args = world.first(lambda: parse(argv))
-    device = world.together(lambda: usable_device(args.device, world.device))
+    args = world.on_rank_0(lambda: parse(argv))
+    device = world.on_all_ranks(lambda: usable_device(args.device, world.device))
     world.connect(device)
     with ExitStack() as stack:
         opened: list[RunFolder] = []  # in rank 0
@@ -120,11 +96,11 @@ def _train(world: World, argv: Sequence[str] | None) -> int:
                 opened.append(stack.enter_context(RunFolder.create(trainer.config, root=args.runs, out=args.out)))
             return opened[0].path
 
-        job = world.first(prepare)
+        job = world.on_rank_0(prepare)
         if job is None:
             return 0
         torch.set_num_threads(job.threads or min(torch.get_num_threads(), available_cores()))
-        trainer = world.together(
+        trainer = world.on_all_ranks(
             lambda: Trainer(
                 job.config, device=device, teacher=job.teacher, world=world, fixed_threads=job.fixed_threads
             )
@@ -133,17 +109,13 @@ def _train(world: World, argv: Sequence[str] | None) -> int:
             raise UserError(
                 f"images are decoded by {' and '.join(sorted(kinds))} in different processes: add --loader torch"
             )
-        trainer.choose_cache()  # before there is a run folder: it is told if it cannot be
-        path = world.first(folder)
-        return _run(trainer, opened[0] if world.main else OthersFolder(path), args)
+        trainer.choose_cache()  # an impossible --cache is an error before a run folder is made
+        path = world.on_rank_0(folder)
+        return _run(trainer, opened[0] if world.is_rank_0 else OthersFolder(path), args)
 
 
 def _job(args: Arguments, device: torch.device, world: World) -> _Job | None:
-    """What the command line asks for; None where there is nothing to train."""
-    if args.threads is not None and args.threads < 1:
-        raise UserError(f"--threads {args.threads}: use 1 or more")
-    if args.profile < 0:
-        raise UserError(f"--profile {args.profile}: use the number of steps to profile, 1 or more")
+    """The run that the command line asks for; None where there is nothing to train."""
     path = _run_to_resume(args) if args.resume is not None else None
     if path is not None:
         return _resume(args, path, device, world)
@@ -176,7 +148,7 @@ def _new_config(args: Arguments) -> tuple[Config, Path | None]:
 
 
 def _run_to_resume(args: Arguments) -> Path | None:
-    """The run that --resume means; None where there is nothing to resume and a new run has to begin."""
+    """The run that --resume means; None where there is nothing to resume and a new run begins."""
     if args.resume:
         return find_folder(args.resume, args.runs)
     if args.out is not None:
@@ -184,10 +156,10 @@ def _run_to_resume(args: Arguments) -> Path | None:
     everything = list(run_folders(args.runs))
     wanted = (args.preset, args.stage)
     alike = [(path, config) for path, config in everything if (config.preset, config.stage) == wanted]
-    fitting = [(path, config) for path, config in alike if not conflicts(config, args.given, FREE)]
+    fitting = [(path, config) for path, config in alike if not conflicts(config, args.given)]
     unfinished = [(path, config) for path, config in fitting if not is_finished(path)]
     if unfinished:
-        # Of several, the one that this command line would have begun; the newest of equals.
+        # Of several, the run whose settings differ least from this command line's; the newest of equals.
         line = asdict(args.config())
         free = [(path, config) for path, config in unfinished if is_free(path)] or unfinished[:1]
         return min(free, key=lambda run: sum(line[name] != value for name, value in asdict(run[1]).items()))[0]
@@ -195,7 +167,7 @@ def _run_to_resume(args: Arguments) -> Path | None:
         return fitting[0][0]
     for path, _ in alike:
         if not is_finished(path):
-            return path  # its conflicts are told when it is opened
+            return path  # `_resume` reports its conflicts
     others = [path for path, _ in everything if not is_finished(path)]
     if others and not args.given:
         raise UserError(
@@ -208,9 +180,9 @@ def _run_to_resume(args: Arguments) -> Path | None:
 
 def _resume(args: Arguments, path: Path, device: torch.device, world: World) -> _Job | None:
     config = read_config(path)
-    if different := conflicts(config, args.given, FREE):
+    if different := conflicts(config, args.given):
         raise UserError(f"{path} cannot be resumed: {different[0]}; drop the option, or drop --resume for a new run")
-    config = check_config(with_free(config, args.given, FREE))
+    config = check_config(with_resumable(config, args.given))
     if args.print_config:
         print(config.to_json(), end="")
         return None
@@ -224,7 +196,7 @@ def _resume(args: Arguments, path: Path, device: torch.device, world: World) -> 
 
 
 def _same_machine(args: Arguments, about: dict[str, str], device: torch.device, world: World) -> int:
-    """As many threads as before, 0 = PyTorch's choice; says so where the arithmetic may differ from before."""
+    """The number of threads, as before; 0 = PyTorch's choice. Prints a note where the arithmetic may differ."""
     threads = args.threads or int(about.get("threads", 0))
     if threads:
         torch.set_num_threads(threads)
@@ -250,8 +222,8 @@ def _same_teacher(args: Arguments, config: Config, about: dict[str, str], path: 
 
 
 def _run(trainer: Trainer, folder: RunFolder | OthersFolder, args: Arguments) -> int:
-    if not trainer.world.main:
-        return 0 if trainer.run(folder, tensorboard=False).finished else _INTERRUPTED
+    if not trainer.world.is_rank_0:
+        return 0 if trainer.run(folder, tensorboard=False).finished else cli.INTERRUPTED
     config, device, path = trainer.config, trainer.device, folder.path
     threads, processes = torch.get_num_threads(), trainer.world.size
     where = f"CPU with {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else str(device)
@@ -280,13 +252,13 @@ def _run(trainer: Trainer, folder: RunFolder | OthersFolder, args: Arguments) ->
             f"stopped at step {outcome.step} of {outcome.total_steps}: go on with python -m spot_fast.train "
             f"--resume {path}"
         )
-        return _INTERRUPTED
+        return cli.INTERRUPTED
     print(_summary(path, config, outcome))
     return 0
 
 
 def _summary(path: Path, config: Config, outcome: Outcome) -> str:
-    """What a user wants to know at the end, and what to type next."""
+    """The result of a finished run, and the commands to type next."""
     lines = [f"{path} is finished: {outcome.total_steps} steps in {duration(outcome.seconds)}"]
     if outcome.scores:
         lines.append(scores_text(outcome.scores))
@@ -303,4 +275,4 @@ def _summary(path: Path, config: Config, outcome: Outcome) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run(main))
+    sys.exit(cli.run(main))

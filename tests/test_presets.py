@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from image_files import make_images
 from spot_fast import presets, recipes, train
 from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.checkpoints.runs import CONFIG, MODEL, find_run, write_config
-from spot_fast.config import Config, preset
-from spot_fast.data import open_set
+from spot_fast.config import SOURCED_DEFAULTS, Config, check_config, preset
+from spot_fast.data import READERS, Folder, Reader, open_set
 from spot_fast.errors import UserError
 from spot_fast.model.encoder import Encoder
 from spot_fast.model.spot import Spot
 from spot_fast.model.vits import build_vit
 from spot_fast.published import SCORES, scores
 from spot_fast.recipes import DATA_SETS, ENCODERS, METHODS
-from spot_fast.training.arguments import check_config, parse
+from spot_fast.training.arguments import parse
 from spot_fast.training.teacher import find_teacher
 from tiny_runs import options
 
@@ -90,14 +91,12 @@ def test_every_combination_is_a_valid_config_with_a_source_for_every_value():
     for name, stage in combinations():
         config = check_config(preset(name, stage))
         assert Config.from_json(config.to_json()) == config
-        found = recipes.COMMON | recipes.values(
+        found = SOURCED_DEFAULTS | recipes.values(
             config.preset, config.method, recipes.encoder_recipe(config.encoder), stage
         )
         changed = {field for field, value in asdict(config).items() if value != defaults[field]}
         assert changed - {"preset", "method", "stage"} <= found.keys()
         assert all(source for _, source in found.values())
-    for field, value in recipes.COMMON.items():
-        assert defaults[field] == value.value, field
 
 
 def test_names_come_in_any_order_and_as_options():
@@ -307,3 +306,38 @@ def test_presets_and_readers_are_the_same_sets():
         if name != "scenes":
             with pytest.raises(UserError, match=f"--preset {name} needs --data PATH"):
                 open_set(preset(name), "train")
+
+
+def test_a_registered_data_set_is_a_preset_like_any_other(tmp_path, monkeypatch, capsys):
+    """Two entries, a reader and a recipe: every command knows it, methods and encoders bring the values of COCO."""
+    monkeypatch.setitem(READERS, "photos", Reader(Folder, "a folder of photos"))
+    monkeypatch.setitem(DATA_SETS, "photos", recipes.DataSet("our photos", "photos", DATA_SETS["coco"].values))
+    assert presets.main([]) == 0
+    assert "\n  photos         our photos\n" in capsys.readouterr().out
+    for name in ("photos", "photos+spot_mlp+mae_vitb16"):
+        assert presets.main([name, "--json"]) == 0
+        about = json.loads(capsys.readouterr().out)
+        assert presets.main([name]) == 0
+        assert f"  python -m spot_fast.train --preset {name} --data DATA --stage 2\n" in capsys.readouterr().out
+        assert about["scores"] == [] and not any("no scores" in note for note in about["notes"])
+    stage2 = about["settings"]["stage 2"]
+    assert stage2["att_weight"] == {"value": 0.001, "source": "D.2"}
+    assert stage2["lr"] == {"value": 2e-4, "source": "as coco+mae_vitb16"}
+    make_images(tmp_path, 3)
+    words = ["--preset", "photos", "--data", str(tmp_path)]
+    assert train.main([*words, "--print-config"]) == 0
+    config = Config.from_json(capsys.readouterr().out)
+    assert len(open_set(config, "train")) == 3
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    assert ", photos (need --data PATH)" in capsys.readouterr().out
+    assert train.main(["--preset", "photos"]) == 2
+    assert "--preset photos needs --data PATH, a folder of photos" in capsys.readouterr().err
+
+
+def test_a_registered_encoder_without_rates_has_those_of_the_data_set(monkeypatch, capsys):
+    vit = recipes.Vit("a small ViT", timm="vit_mini", source="ours", licence="yours", weights="mini.safetensors")
+    monkeypatch.setitem(ENCODERS, "mini", vit)
+    assert presets.main([]) == 0
+    assert "  mini           a small ViT; lr 0.0004 to 4e-07, lambda 0.005\n" in capsys.readouterr().out
+    assert preset("movi_e+mini") == preset("movi_e", encoder="vit_mini")

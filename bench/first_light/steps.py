@@ -28,10 +28,13 @@ from harness.step_runs import TrainerSteps, settings, write_teacher
 from torch import Tensor
 
 from imitated_graph import ImitatedRecorder, rate_on_device
+from spot_fast.data.batch import Batch
 from spot_fast.training.compiled import Compiled
 from spot_fast.training.cuda_graph import Graphed
 from spot_fast.training.cuda_graph import Recorder as GraphRecorder
+from spot_fast.training.losses import loss_weights
 from spot_fast.training.optimiser import adam
+from spot_fast.training.step import Update
 from spot_fast.training.trainer import Trainer
 from spot_kernels import use_backend
 
@@ -55,26 +58,24 @@ class Stage:
 
     def be(self, variant: str) -> None:
         """Makes the next steps those of `variant`; weights, moments and recordings stay."""
-        trainer = self.trainer
-        plain = variant == EAGER or variant == GRAPH and not self.options.gpu  # what is compiled cannot be imitated
-        trainer.forward = trainer.losses if plain else self.forward
-        trainer.update = self.graphed if variant == GRAPH else trainer.update_weights
+        plain = variant == EAGER or variant == GRAPH and not self.options.gpu  # compiled code cannot be imitated
+        self.update.losses = self.trainer.forward.losses if plain else self.compiled
+        self.trainer.update = self.graphed if variant == GRAPH else self.update
 
     @functools.cached_property
-    def forward(self) -> Callable:
-        """The compiled forward pass."""
-        made = Compiled(
-            self.trainer.losses, self.trainer.parameters, backend="inductor" if self.options.gpu else "eager"
-        )
-        made.say = lambda text: None
-        return made
+    def update(self) -> Update:
+        """The trainer's own update, which runs eagerly: `settings` has neither compilation nor graph."""
+        return self.trainer.update
+
+    @functools.cached_property
+    def compiled(self) -> Compiled:
+        backend = "inductor" if self.options.gpu else "eager"
+        return Compiled(self.trainer.forward.losses, self.trainer.parameters, backend=backend, say=lambda text: None)
 
     @functools.cached_property
     def graphed(self) -> Graphed:
         recorder = GraphRecorder(self.options.device) if self.options.gpu else ImitatedRecorder(self.state)
-        made = Graphed(self.trainer.update_weights, recorder)
-        made.say = lambda text: None
-        return made
+        return Graphed(self.update, recorder, say=lambda text: None)
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
@@ -88,7 +89,7 @@ class Stage:
         """Everything that a step changes in place."""
         trainer = self.trainer
         moments = [t for one in trainer.optimiser.state.values() for t in one.values() if isinstance(t, Tensor)]
-        return [trainer.bad_steps.state, *(p.data for p in trainer.parameters), *moments]
+        return [trainer.bad_steps.mean, *(p.data for p in trainer.parameters), *moments]
 
     def restore(self, kept: list[Tensor]) -> None:
         for value, before in zip(self.state(), kept, strict=True):
@@ -115,7 +116,7 @@ def stage_of(number: int, options: Options) -> Iterator[Stage]:
         steps = TrainerSteps(config, options.device, teacher, cached=True)
     trainer = steps.trainer
     if options.gpu:
-        trainer.optimiser = adam(trainer.parameters, graphed=True)
+        trainer.optimiser = trainer.update.optimiser = adam(trainer.parameters, graphed=True)
     else:
         rate_on_device(trainer)
     trainer.step = _FIRST_STEP
@@ -125,11 +126,11 @@ def stage_of(number: int, options: Options) -> Iterator[Stage]:
 # ---- right or wrong
 
 
-def gradients(stage: Stage, function: Callable, batch: tuple[Tensor, ...]) -> Tensor:
+def gradients(stage: Stage, function: Callable, batch: Batch) -> Tensor:
     """Of a batch, all in one vector, float32."""
     trainer = stage.trainer
-    weight = torch.full((), trainer.config.att_weight, device=trainer.device)
-    loss, *_ = function(batch, trainer.draw(_FIRST_STEP), weight)
+    weights = loss_weights(trainer.config, _FIRST_STEP, trainer.total_steps, trainer.device)
+    loss = function(batch, trainer.draw(_FIRST_STEP), weights)["loss"]
     found = torch.autograd.grad(loss, trainer.parameters, allow_unused=True)
     pairs = zip(found, trainer.parameters, strict=True)
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
@@ -142,29 +143,29 @@ class Checks:
         self.stage, trainer = stage, stage.trainer
         self.batch = next(stage.steps.batches)
         self.weights = [p.detach().clone() for p in trainer.parameters]
-        teach = trainer.teach
+        forward = trainer.forward
+        teach = forward.teach
         if trainer.teacher is not None:  # a label that falls on another side is no error of the gradients
-            features = self.batch[0].float()
-            with trainer.autocast():
+            features = self.batch.features[0].float()
+            with forward.autocast():
                 labels = teach(features, trainer.draw(_FIRST_STEP))
-            trainer.teach = lambda target, draws: labels
+            forward.teach = lambda target, draws: labels
         try:
-            precision = trainer.precision
             with use_backend("torch"):
-                trainer.precision = "float32"
-                self.exact = gradients(stage, trainer.losses, self.batch)
-                trainer.precision = precision
-                self.plain = self.error(gradients(stage, trainer.losses, self.batch))
-            self.found = {EAGER: self.error(gradients(stage, trainer.losses, self.batch))}
+                forward.precision = "float32"
+                self.exact = gradients(stage, forward.losses, self.batch)
+                forward.precision = trainer.precision
+                self.plain = self.error(gradients(stage, forward.losses, self.batch))
+            self.found = {EAGER: self.error(gradients(stage, forward.losses, self.batch))}
         finally:
-            trainer.teach = teach
+            forward.teach = teach
 
     def of_compiled(self) -> None:
         """Finds the error of the compiled pass, at the weights of the others."""
         with torch.no_grad():
             for parameter, before in zip(self.stage.trainer.parameters, self.weights, strict=True):
                 parameter.copy_(before)
-        self.found[COMPILED] = self.error(gradients(self.stage, self.stage.forward, self.batch))
+        self.found[COMPILED] = self.error(gradients(self.stage, self.stage.compiled, self.batch))
 
     def error(self, found: Tensor) -> float:
         return ((found - self.exact).norm() / self.exact.norm()).item()

@@ -26,7 +26,6 @@ from harness.machine import ROOT, commit, cores, cpu_name
 from harness.tables import (
     CONFIG,
     EVALUATION,
-    FREE,
     MODEL,
     BenchError,
     Result,
@@ -37,6 +36,7 @@ from harness.tables import (
     write_csv,
 )
 from harness.targets import target_file
+from spot_fast.config import option_names
 
 OUT_OF_TIME = 3
 TRAINER = ("-m", "spot_fast.train")  # what Python is given to train a run
@@ -263,8 +263,8 @@ class Runner:
         if done.returncode:
             raise BenchError(f"{plan.name} cannot be trained: {_last_line(done.stderr)}")
         now, then = json.loads(done.stdout), json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        for name in sorted(now.keys() | then.keys()):
-            if name not in FREE and now.get(name) not in (then.get(name), "auto"):  # a run keeps what auto became
+        for name in sorted((now.keys() | then.keys()) - set(option_names("resumable"))):
+            if now.get(name) not in (then.get(name), "auto"):  # a run keeps what auto became
                 raise BenchError(
                     f"{folder} was trained with {name} {then.get(name)} and now it is {now.get(name)}: "
                     "remove the folder or give another --out"

@@ -24,6 +24,8 @@ from spot_fast.data import Batch
 from spot_fast.data.caching import feature_cache
 from spot_fast.model.encoder import normalise
 from spot_fast.model.spot import Spot
+from spot_fast.training.console import Meter
+from spot_fast.training.run_cache import frozen_fields
 from spot_fast.training.trainer import Trainer
 
 # What makes steps small: 16 tokens of 128 channels.
@@ -118,8 +120,11 @@ class TrainerSteps:
         self.trainer = Trainer(config, device=device, teacher=teacher)
         if cached:
             trainer = self.trainer
+            fields = frozen_fields(
+                config, trainer.forward, trainer.encoder_metadata["encoder_sha256"], trainer.loader.kind
+            )
             trainer.cache = feature_cache.in_memory(
-                trainer.loader, trainer.frozen_features, trainer.frozen_fields(), device, progress=False
+                trainer.loader, trainer.forward.frozen_features, fields, device, progress=False
             )
         self.batches = _batches(self.trainer)
 
@@ -134,11 +139,11 @@ class TrainerSteps:
 
     def first(self) -> Outcome:
         """The first step, with what it computed."""
-        sums = self.trainer.meter.interval
-        sums.zero_()
+        trainer = self.trainer
+        trainer.meter = Meter(trainer.device)
         self.next()
-        loss, _, _, norm = sums.tolist()
-        return Outcome(loss, _gradients(self.trainer.parameters, norm, self.trainer.config.clip))
+        values = trainer.meter.read(trainer.meter.interval, 1)
+        return Outcome(values["loss"], _gradients(trainer.parameters, values["grad_norm"], trainer.config.clip))
 
 
 class ReferenceSteps:
@@ -186,7 +191,7 @@ class ReferenceSteps:
         return Outcome(values.loss, _gradients(self.reference.parameters, values.norm, self.reference.clip))
 
 
-def _batches(trainer: Trainer) -> Iterator[Batch | tuple[Tensor, ...]]:
+def _batches(trainer: Trainer) -> Iterator[Batch]:
     while True:
         yield from trainer.batches()
 

@@ -20,6 +20,7 @@ from statistics import mean, stdev
 from safetensors import safe_open
 
 from harness.machine import gpu_name
+from spot_fast.config import option_names
 
 METRICS = ("mbo_i", "mbo_c", "miou", "fg_ari")
 _TITLES = ("mBO_i", "mBO_c", "mIoU", "FG-ARI")
@@ -46,22 +47,8 @@ ABOUT = (
     "val_images",
     "train_seconds",
 )
-# Files of a run folder, and settings of a run that change nothing in its weights.
+# Files of a run folder.
 CONFIG, MODEL, STATE, EVALUATION = "config.json", "model.safetensors", "training_state.safetensors", "evaluation.json"
-FREE = (
-    "accumulate",
-    "data",
-    "sbd",
-    "encoder_weights",
-    "workers",
-    "cache",
-    "cache_dir",
-    "compile",
-    "cuda_graph",
-    "save_every",
-    "on_bad_step",
-    "spike",
-)
 _FIELDS = (*ABOUT, "masks", "orders", "columns", *METRICS)
 
 
@@ -248,7 +235,7 @@ def read_run(folder: Path, about: dict[str, str]) -> Result:
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     (run,) = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))["runs"]
     state = read_metadata(folder / STATE)
-    settings = {name: value for name, value in config.items() if name not in (*FREE, "seed")}
+    settings = {name: value for name, value in config.items() if name not in (*option_names("resumable"), "seed")}
     settings |= {name: state.get(name) for name in ("images", "encoder_sha256")}  # whatever their paths were
     about = about | {
         "threads": state.get("threads", ""),

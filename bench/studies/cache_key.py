@@ -1,4 +1,4 @@
-"""Seconds that it takes to know whether a large set's files are those that were cached (`data/caching/identity.py`).
+"""Seconds that it takes to know whether a large set's files are those that were cached (`data/listing/identity.py`).
 
     python bench/studies/cache_key.py [--files 118287] [--folder DIR]
 
@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
 from harness.machine import cpu_name
 
-from spot_fast.data.caching.identity import Files
+from spot_fast.data.listing.identity import Files
 
 ROUNDS = 5
 

@@ -103,7 +103,7 @@ def measure(rank: int, size: int, port: int, args: argparse.Namespace, teacher: 
         # seeds differ, so that processes have other images; the weights have to be the same
         for parameter in trainer.parameters:
             dist.broadcast(parameter.data, src=0)
-        trainer.gradients = ways(trainer.parameters, size, way)
+        trainer.update.gradients = ways(trainer.parameters, size, way)
         steps.next()
         gradients[way] = [None if p.grad is None else p.grad.clone() for p in trainer.parameters]
         running[way] = steps
@@ -121,7 +121,7 @@ def measure(rank: int, size: int, port: int, args: argparse.Namespace, teacher: 
     if rank == 0:
         for way, seconds in times.items():
             ratio = median(a / b for a, b in zip(seconds, times[NONE], strict=True))
-            shared = running[way].trainer.gradients
+            shared = running[way].trainer.update.gradients
             pieces = shared.pieces if isinstance(shared, SharedGradients) else int(way == AT_THE_END)
             error = 0.0 if way == NONE else max(_apart(a, b) for a, b in zip(gradients[way], expected, strict=True))
             results.put(

@@ -38,15 +38,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
 from harness.step_runs import settings, write_teacher
 
-from spot_fast.data import open_set
+from spot_fast.data import Batch, open_set
 from spot_fast.data.caching.feature_cache import FeatureCache
 from spot_fast.evaluation.protocols import GroundTruth, chosen
 from spot_fast.evaluation.scoring import _Pass
 from spot_fast.segmentation.segmenter import model_segmenter
-from spot_fast.training import bad_steps
-from spot_fast.training import console as progress
+from spot_fast.training.bad_steps import BadSteps
+from spot_fast.training.console import Meter
+from spot_fast.training.losses import loss_weights
 from spot_fast.training.optimiser import adam, clip_by_infinity_norm, set_learning_rate, update
-from spot_fast.training.trainer import Draws, Trainer
+from spot_fast.training.step import Draws
+from spot_fast.training.trainer import Trainer
 from spot_kernels import dispatch
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -178,9 +180,9 @@ class Study:
             for model in (trainer.model, trainer.teacher):
                 if model is not None:
                     to_gpu(model)
-            trainer.device = CUDA
+            trainer.device = trainer.draw.device = trainer.forward.device = CUDA
             trainer.parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-            trainer.meter, trainer.bad_steps = progress.Meter(CUDA), bad_steps.BadSteps(CUDA, config.spike)
+            trainer.meter, trainer.bad_steps = Meter(CUDA), BadSteps(CUDA, config.spike)
         self.images = torch.zeros(config.batch_size, 3, config.image_size, config.image_size, dtype=torch.uint8)
 
     @contextlib.contextmanager
@@ -195,40 +197,43 @@ class Study:
             section.findings.append(Finding(ERROR, reason, _line(traceback.extract_tb(error.__traceback__))))
 
     def draws(self) -> Draws:
-        """As `Trainer.draw`, whose generator there is none of without a GPU."""
-        self.trainer.generator = None
-        order, noise = self.trainer._draw_for(self.trainer.model)
+        """As `Draw` makes them, but without its generator, which needs a GPU."""
+        draw = self.trainer.draw
+        draw.generator = None
+        order, noise = draw._order_and_noise(draw.model)
         teacher_order, teacher_noise = (None, None)
-        if self.trainer.teacher is not None:
-            teacher_order, teacher_noise = self.trainer._draw_for(self.trainer.teacher)
+        if draw.teacher is not None:
+            teacher_order, teacher_noise = draw._order_and_noise(draw.teacher)
         return Draws(order, noise, teacher_order, teacher_noise, False)
 
     def run(self) -> list[Section]:
         trainer, config = self.trainer, self.trainer.config
-        features = weight = draws = None
+        batch = weights = draws = None
+        indices = torch.arange(config.batch_size)
         with self.mode:  # what a prefetcher has brought to the GPU
             images = torch.empty(self.images.shape, dtype=torch.uint8, device=CUDA)
         with self.section("frozen features of images on the GPU"):
-            features = trainer.frozen_features(images)
+            features = trainer.forward.frozen_features(images)
+            batch = Batch(None, indices, indices > 0, features)
         with self.section("cached features held on the GPU"):
             rows = len(trainer.train_set)
             held = [torch.empty(rows, *f.shape[1:], dtype=f.dtype, device=CUDA) for f in features]
             FeatureCache([], 1, tensors=held).take(torch.empty(config.batch_size, dtype=torch.int64, device=CUDA))
         with self.section("what is drawn"):
             draws = self.draws()
-            weight = torch.full((), 0.005, device=CUDA)
+            weights = loss_weights(config, 0, trainer.total_steps, CUDA)
         if trainer.teacher is not None:
-            with self.section("teaching"), trainer.autocast():
-                trainer.teach(features[0].float(), draws)
+            with self.section("teaching"), trainer.forward.autocast():
+                trainer.forward.teach(features[0].float(), draws)
         with self.section("losses"):
-            losses = trainer.losses(features, draws, weight)
+            losses = trainer.forward.losses(batch, draws, weights)
         # a wait would break the graph, which is an error
         with self.section("losses as one graph of torch.compile", watched=False) as section:
-            self.compiled(section, features, draws, weight)
+            self.compiled(section, batch, draws, weights)
         with self.mode, Watch(Section("making Adam, before the first step")):
             optimiser = adam(trainer.parameters, graphed=True)
         with self.section("after backward: clip, judge, Adam, meter"), torch.no_grad():
-            self.after_backward(optimiser, [loss.detach() for loss in losses])
+            self.after_backward(optimiser, {name: loss.detach() for name, loss in losses.items()})
         with self.section("evaluation, results to the host"), torch.no_grad():
             self.evaluation()
         with self.section("segmentation, results to the host"):
@@ -248,18 +253,18 @@ class Study:
             return graph
 
         torch._dynamo.reset()
-        torch.compile(self.trainer.losses, fullgraph=True, dynamic=False, backend=note)(*arguments)
+        torch.compile(self.trainer.forward.losses, fullgraph=True, dynamic=False, backend=note)(*arguments)
 
-    def after_backward(self, optimiser: torch.optim.Adam, losses: Sequence[Tensor]) -> None:
+    def after_backward(self, optimiser: torch.optim.Adam, losses: dict[str, Tensor]) -> None:
         trainer, config = self.trainer, self.trainer.config
         for parameter in trainer.parameters:
             parameter.grad = torch.empty_like(parameter)
         set_learning_rate(optimiser, 1e-4)
-        losses = trainer.gradients.finish(losses)
+        means = dict(zip(losses, trainer.update.gradients.finish(list(losses.values())), strict=True))
         norm = clip_by_infinity_norm(trainer.parameters, config.clip)
-        verdict = trainer.bad_steps.judge(losses[0], norm)
+        verdict = trainer.bad_steps.judge(means["loss"], norm)
         update(optimiser, verdict[0])
-        trainer.meter.add(*losses, norm, verdict[0])
+        trainer.meter.add({**means, "grad_norm": norm}, verdict[0])
         trainer.bad_steps.note(1, verdict)
 
     def evaluation(self) -> None:

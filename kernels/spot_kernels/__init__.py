@@ -9,7 +9,7 @@ from spot_kernels.dispatch import chosen_backend, use_backend
 from spot_kernels.gru_norm import gru_norm
 from spot_kernels.mask_labels import mask_labels
 from spot_kernels.mask_matching import assign_masks, linear_assignment, match_masks, overlap_counts
-from spot_kernels.modules.slot_attention import PermutedDecoder, PermutedDecoderBlock, SlotAttention
+from spot_kernels.modules import PermutedDecoder, PermutedDecoderBlock, SlotAttention
 from spot_kernels.patching.patch import PatchReport, patch, unpatch
 from spot_kernels.permuted_attention import permuted_causal_attention
 from spot_kernels.shift_by_order import shift_by_order

@@ -21,13 +21,14 @@ from spot_fast.checkpoints.hub import hub_answers
 from spot_fast.checkpoints.official_names import frozen_vit
 from spot_fast.checkpoints.unpickle import read_checkpoint
 from spot_fast.config import Config, preset
-from spot_fast.errors import UserError
+from spot_fast.errors import UserError, one_line
 from spot_fast.model.encoder import Encoder, resample_positions
 from spot_fast.model.tensor_checks import require_filled, require_finite, require_plain
 from spot_fast.model.timm_import import import_timm
 from spot_fast.model.vits import FILE_ONLY, SCENES_ENCODER, build_vit, possible_names
+from spot_fast.random_streams import Stream, seed_of
 from spot_fast.recipes import ENCODERS, timm_name
-from spot_fast.system.optional import required, said
+from spot_fast.system.optional import required
 
 _PATCHES = "patch_embed.proj.weight"
 _SPOT = "slot_attn.slot_attention.project_q.weight"
@@ -69,7 +70,7 @@ def frozen_encoder(config: Config) -> Encoder:
     Random weights (`--encoder-weights none`) are the same every time, and the global random state stays as it is.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed_of(Stream.RANDOM_ENCODER, 0))
         vit = build_vit(config)
     if (weights := stored_weights(config)) is not None:
         load_vit_weights(vit, weights, pos_resize=config.pos_resize, source=config.encoder_weights or config.encoder)
@@ -122,7 +123,7 @@ def _hub_weights(name: str) -> dict[str, Tensor]:
         return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     except Exception as error:
         raise UserError(
-            f"the hub does not give the weights of --encoder {name} ({said(error)}): try again, or pass "
+            f"the hub does not give the weights of --encoder {name} ({one_line(error)}): try again, or pass "
             f"--encoder-weights FILE (from huggingface.co/{cfg.hf_hub_id}, model.safetensors)"
         ) from error
 

@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def read_config(folder: Path, *, like: Config | None = None) -> Config:
     if not path.is_file():
         raise UserError(f"{folder} has no {CONFIG}: it is not the folder of a run")
     try:
-        config = _typed(Config.from_json(path.read_text(encoding="utf-8")))
+        config = Config.from_json(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError, AttributeError) as error:
         problem = str(error)
         if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
@@ -147,18 +147,6 @@ def _print_assumptions(path: Path, config: Config) -> None:
             file=sys.stderr,
             flush=True,
         )
-
-
-def _typed(config: Config) -> Config:
-    """`config` itself; TypeError if a value is not of its field's type."""
-    kinds = {"int": int, "float": (int, float), "str": str, "bool": bool, "None": type(None)}
-    for field in fields(Config):
-        value = getattr(config, field.name)
-        wanted = [kinds[name] for name in field.type.split(" | ")]
-        # bool is a subclass of int, but true is no number of images.
-        if not any(isinstance(value, kind) for kind in wanted) or (isinstance(value, bool) and bool not in wanted):
-            raise TypeError(f"{field.name} is {value!r}, not {field.type}")
-    return config
 
 
 def is_finished(folder: Path) -> bool:
@@ -275,3 +263,11 @@ def find_folder(name: str | os.PathLike, root: str | os.PathLike = "runs") -> Pa
     if not path.exists() and not path.parent.exists() and _HUB_ID.fullmatch(str(name)):
         return hub_folder(str(name), (CONFIG, MODEL))
     return path
+
+
+def open_runs(names: Sequence[str], root: str | os.PathLike) -> list[Run]:
+    """The runs that a user names, or the newest finished one below `root` if none is named, all on the CPU.
+
+    All are opened before any is used: a missing one should not cost the minutes that the others take.
+    """
+    return [load_run(path) for path in [find_folder(name, root) for name in names] or [find_run(root)]]

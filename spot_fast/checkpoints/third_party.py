@@ -24,7 +24,7 @@ from spot_fast.config import preset
 from spot_fast.errors import UserError
 from spot_fast.model.tensor_checks import require_plain
 from spot_fast.model.vits import vit_name
-from spot_kernels.modules.name_maps import from_state_dict_of
+from spot_kernels.modules import from_state_dict_of
 
 KINDS = ("ocbench", "videosaur", "dinosaur")
 # A tensor that every checkpoint of a kind has, and of that kind only.

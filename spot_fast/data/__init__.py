@@ -1,61 +1,107 @@
-"""Data sets (one file each), transforms and the loader. `open_sets` finds the data that a configuration asks for."""
+"""Data sets. `READERS` holds what is known about each, `open_sets` opens what a configuration asks for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from spot_fast.config import Config
 from spot_fast.data.base import ImageFiles, ImageSet, Masks
-from spot_fast.data.datasets import coco, folder, movi, voc
+from spot_fast.data.batch import Batch
+from spot_fast.data.datasets import coco, folder, movi, movi_check, scenes, voc
 from spot_fast.data.datasets.folder import Folder
 from spot_fast.data.datasets.movi_tfrecord import open_clips
 from spot_fast.data.datasets.scenes import Scenes
-from spot_fast.data.loading.loader import Batch, Loader
+from spot_fast.data.inspection import Found
+from spot_fast.data.loading.loader import Loader
 from spot_fast.errors import UserError
 
-# preset → what opens a split of it, and what its --data has to be; one of your own goes in here (docs/extending.md)
-READERS: dict[str, tuple[Callable[..., ImageFiles], str]] = {
-    "coco": (coco.Coco, f"a folder with {coco.EXPECTED}"),
-    "voc": (voc.Voc, f"a folder with {voc.EXPECTED}"),
-    "movi_c": (partial(open_clips, release="movi_c"), f"a folder with {movi.EXPECTED}"),
-    "movi_e": (partial(open_clips, release="movi_e"), f"a folder with {movi.EXPECTED}"),
-    "folder": (Folder, f"a folder of {folder.EXPECTED}"),
+
+@dataclass(frozen=True)
+class Reader:
+    """A data set: how it is opened, recognised and checked. Its settings are in `recipes.DATA_SETS`.
+
+    open        open(data, split, *, image_size, mask_size, crop, flip, limit, **options) → ImageSet
+    needs       what --data has to be, for messages; "" if the set needs no --data
+    options     fields of Config that `open` takes besides
+    takes_list  --data may be a text file too
+    title       its name in `data check`; "" for the recipe's
+    recognises  whether a path holds this data set; `data check` asks the readers in their order
+    remarks     what `data check` says about an opened split besides
+    inspect     inspect(path, decode) → Found, if `data check` cannot simply open both splits
+    """
+
+    open: Callable[..., ImageSet]
+    needs: str = ""
+    options: tuple[str, ...] = ()
+    takes_list: bool = False
+    title: str = ""
+    recognises: Callable[[Path], bool] = lambda path: False
+    remarks: Callable[[ImageSet], list[str]] = lambda image_set: []
+    inspect: Callable[[Path, bool], Found] | None = None
+
+
+def _movi(name: str) -> Reader:
+    return Reader(
+        partial(open_clips, release=name),
+        f"a folder with {movi.EXPECTED}",
+        recognises=lambda path: movi_check.recognised(path) == name,
+        inspect=partial(movi_check.inspect, name=name),
+    )
+
+
+# By the name of the preset. Register your own here (docs/extending.md).
+READERS: dict[str, Reader] = {
+    "scenes": Reader(scenes.open_scenes),
+    "coco": Reader(
+        coco.Coco,
+        f"a folder with {coco.EXPECTED}",
+        title="COCO 2017",
+        recognises=coco.recognises,
+        remarks=coco.remarks,
+    ),
+    "voc": Reader(
+        voc.Voc,
+        f"a folder with {voc.EXPECTED}",
+        options=("sbd",),
+        title="PASCAL VOC 2012",
+        recognises=voc.recognises,
+        remarks=voc.remarks,
+    ),
+    "movi_c": _movi("movi_c"),
+    "movi_e": _movi("movi_e"),
+    "folder": Reader(Folder, f"a folder of {folder.EXPECTED}", takes_list=True, title="image folder"),
 }
 
 
 def open_set(config: Config, split: str) -> ImageSet:
-    """The "train" or the "val" images of `config.preset`, read from `config.data`.
+    """Opens the "train" or the "val" images of `config.preset` at `config.data`.
 
     `train_images` and `val_images` limit them to the first so many, 0 takes all. UserError says what is missing and
     where it is expected.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}: use 'train' or 'val'")
-    if config.preset == "scenes":
-        image_set = Scenes.from_config(config, split)
-        image_set.flip = config.flip and split == "train"
-        return image_set
     if config.preset not in READERS:
-        raise UserError(f"--preset {config.preset} has no data set: use scenes, {', '.join(READERS)}")
-    reader, expected = READERS[config.preset]
-    needs = f"--preset {config.preset} needs --data PATH, {expected}"
-    if not config.data:
-        raise UserError(needs)
-    if not Path(config.data).is_dir() and (config.preset != "folder" or not Path(config.data).is_file()):
-        raise UserError(f"--data {config.data} is not a folder: {needs}")
-    if config.preset == "voc":
-        reader = partial(reader, sbd=config.sbd)
-    limit = config.train_images if split == "train" else config.val_images
-    return reader(
+        raise UserError(f"--preset {config.preset} has no data set: use {', '.join(READERS)}")
+    reader = READERS[config.preset]
+    if reader.needs:
+        needs = f"--preset {config.preset} needs --data PATH, {reader.needs}"
+        if not config.data:
+            raise UserError(needs)
+        if not Path(config.data).is_dir() and not (reader.takes_list and Path(config.data).is_file()):
+            raise UserError(f"--data {config.data} is not a folder: {needs}")
+    return reader.open(
         config.data,
         split,
         image_size=config.image_size,
         mask_size=config.mask_size,
         crop=config.crop,
         flip=config.flip and split == "train",
-        limit=limit,
+        limit=config.train_images if split == "train" else config.val_images,
+        **{name: getattr(config, name) for name in reader.options},
     )
 
 
@@ -64,4 +110,16 @@ def open_sets(config: Config) -> tuple[ImageSet, ImageSet]:
     return open_set(config, "train"), open_set(config, "val")
 
 
-__all__ = ["Batch", "Folder", "ImageFiles", "ImageSet", "Loader", "Masks", "READERS", "Scenes", "open_set", "open_sets"]
+__all__ = [
+    "READERS",
+    "Batch",
+    "Folder",
+    "ImageFiles",
+    "ImageSet",
+    "Loader",
+    "Masks",
+    "Reader",
+    "Scenes",
+    "open_set",
+    "open_sets",
+]

@@ -10,31 +10,22 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from spot_fast import cli
 from spot_fast.data import check
 from spot_fast.data.caching.plan import folder_of, text
 from spot_fast.data.caching.store import Cached, cached, remove
 from spot_fast.errors import UserError
 from spot_fast.files import atomic_write
-from spot_fast.system import terminal
 
-_INTERRUPTED = 130
 _MAX_JOBS = 16
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see --help)", file=sys.stderr)
-        sys.exit(2)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m spot_fast.data", allow_abbrev=False, description="Looks after data sets.")
+    parser = cli.Parser(prog="python -m spot_fast.data", description="Looks after data sets.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="check|caches")
     command = commands.add_parser(
         "check",
-        allow_abbrev=False,
         help="say what a folder holds, what is wrong with it and how to train on it",
         description="Says what PATH holds (COCO, VOC, MOVi as PNG clips or TFRecord, a folder or a list of images), "
         "how many images and masks, what is missing or damaged, and the command to train with.",
@@ -49,15 +40,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--jobs",
-        metavar="N",
-        type=int,
+        action=cli.Number,
+        least=1,
         default=min(_MAX_JOBS, os.cpu_count() or 1),
         help="threads (default: one a core)",
     )
     command.add_argument("--list", metavar="FILE", type=Path, help="write the names of missing and damaged files there")
     command = commands.add_parser(
         "caches",
-        allow_abbrev=False,
         help="list the caches of pixels and features on disk, and remove them",
         description="Lists what training has cached on disk: size, day, data set. A removed cache is built again when "
         "it is needed.",
@@ -69,29 +59,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@cli.command("run it again for the rest")
 def main(argv: Sequence[str] | None = None) -> int:
-    terminal.any_character()
     args = _parser().parse_args(argv)
-    try:
-        return _caches(args) if args.command == "caches" else _check(args)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
+    return _caches(args) if args.command == "caches" else _check(args)
 
 
 def _check(args: argparse.Namespace) -> int:
-    if args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: use 1 or more")
     if args.list is not None and not args.list.parent.is_dir():
         raise UserError(f"--list {args.list}: the folder {args.list.parent} does not exist")
-    found = check.find(args.path, sbd=args.sbd, decode=args.decode)
+    options = {"sbd": args.sbd}
+    found = check.find(args.path, options, decode=args.decode)
     check.inspect(found, jobs=args.jobs)
     if args.list is not None:
         _write_list(args.list, check.bad_files(found))
-    for line in check.report(args.path, found, sbd=args.sbd):
+    for line in check.report(args.path, found, options):
         print(line)
     sentence = check.verdict(found)
     if sentence is None:
@@ -139,4 +121,4 @@ def _write_list(path: Path, bad: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(terminal.run(main))
+    sys.exit(cli.run(main))

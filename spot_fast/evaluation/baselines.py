@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spot_fast.random_streams import Stream, generator
 from spot_fast.system.devices import send
 
 MAX_COLUMNS = 4
@@ -22,7 +23,6 @@ ONE_BLOCK = (1, 1)
 STARTS = 4
 _MAX_ITERATIONS = 100
 _CHECK_EVERY = 8  # iterations between checks for convergence on a GPU
-_KMEANS_STREAM = 1  # keeps these draws apart from other draws of the same (seed, image)
 
 
 def block_masks(columns: int, num_masks: int, size: int) -> Tensor:
@@ -84,10 +84,7 @@ def kmeans_labels(
     if normalise:
         points = F.normalize(points, dim=-1)
     trials = 2 + int(math.log(k))
-    draws = [
-        np.random.default_rng((seed, int(i), _KMEANS_STREAM)).random((STARTS, k, trials), dtype=np.float32)
-        for i in indices
-    ]
+    draws = [generator(Stream.KMEANS, seed, i).random((STARTS, k, trials), dtype=np.float32) for i in indices]
     draws = torch.from_numpy(np.array(draws, np.float32).reshape(batch, STARTS, k, trials))
     draws = send(draws, points.device)
     centres = _plus_plus(points, draws)

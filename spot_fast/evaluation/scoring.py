@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from spot_fast.data.base import FullLabels, ImageSet, Masks
 from spot_fast.data.loading.loader import MAX_CORRUPT
+from spot_fast.data.loading.read_ahead import read_ahead
 from spot_fast.errors import UserError
 from spot_fast.evaluation.baselines import block_mask_candidates, block_masks, kmeans_labels
 from spot_fast.evaluation.metrics import Pairs, Scores, count_pairs, labels_from_soft, pair_labels
@@ -29,11 +29,11 @@ from spot_fast.evaluation.protocols import GroundTruth, Protocol, chosen
 from spot_fast.model.encoder import normalise
 from spot_fast.model.spot import Spot, mean_of_orders
 from spot_fast.precision import autocast, float32_products, resolve
+from spot_fast.random_streams import Stream, generator
 from spot_fast.system.devices import send
 
 WORKERS = min(8, os.cpu_count() or 1)
 _AHEAD = 64  # images read beyond the one in use
-_NOISE_STREAM = 0  # keeps these draws apart from other draws of the same (seed, image)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def slot_noise(seed: int, indices: Sequence[int], num_slots: int, slot_dim: int)
     """Standard-normal draws [B, K, U] for the initial slots of images `indices`; each a function of (seed, index)."""
     draws = np.empty((len(indices), num_slots, slot_dim), np.float32)
     for draw, index in zip(draws, indices, strict=True):
-        np.random.default_rng((seed, int(index), _NOISE_STREAM)).standard_normal(dtype=np.float32, out=draw)
+        generator(Stream.EVALUATION_SLOTS, seed, index).standard_normal(dtype=np.float32, out=draw)
     return torch.from_numpy(draws)
 
 
@@ -168,7 +168,7 @@ def evaluate(
 
     skipped: dict[str, str] = {}
     with tqdm(total=count, desc="evaluate", unit="image", disable=None if progress else True) as bar:
-        readable = read_ahead(load, val_set, range(count), workers, skipped, bar.update)
+        readable = read_images(load, val_set, range(count), workers, skipped, bar.update)
         while batch := list(islice(readable, batch_size)):
             between_batches()
             _require_few(skipped, count, val_set)
@@ -195,7 +195,7 @@ def evaluate(
     )
 
 
-def read_ahead(
+def read_images(
     load: Callable[[int], tuple],
     image_set: ImageSet,
     indices: Sequence[int],
@@ -203,43 +203,22 @@ def read_ahead(
     skipped: dict[str, str],
     done: Callable[[], object] = lambda: None,
 ) -> Iterator[tuple]:
-    """`load` of each index, in order, by threads that are ahead; an image's error goes to `skipped` by its label.
+    """`load` of each index, in order, read ahead by threads; an image's error goes to `skipped` by its label.
 
     Errors are UserError and what odd files make libraries raise; others are raised here. done is called after every
     image. Pillow and NumPy release the interpreter lock where the time goes.
     """
-
-    def settle(index: int, result: Callable[[], tuple]) -> tuple | None:
-        try:
-            return result()
-        except (ValueError, ArithmeticError, OSError, MemoryError) as error:
-            label = image_set.label(index)
-            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            skipped[f"{label} ({index})" if label in skipped else label] = reason
-            return None
-
-    if not workers:
-        results = (settle(index, lambda index=index: load(index)) for index in indices)
-        for item in results:
-            if item is not None:
+    with closing(read_ahead(load, indices, depth=_AHEAD, workers=workers, name="evaluate")) as futures:
+        for index, future in zip(indices, futures, strict=True):
+            try:
+                item = future.result()
+            except (ValueError, ArithmeticError, OSError, MemoryError) as error:
+                label = image_set.label(index)
+                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                skipped[f"{label} ({index})" if label in skipped else label] = reason
+            else:
                 yield item
             done()
-        return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="evaluate")
-    try:
-        waiting, ahead = iter(indices), deque()
-        while True:
-            while len(ahead) <= _AHEAD and (index := next(waiting, None)) is not None:
-                ahead.append((index, pool.submit(load, index)))
-            if not ahead:
-                return
-            index, future = ahead.popleft()
-            item = settle(index, future.result)
-            if item is not None:
-                yield item
-            done()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _require_few(skipped: dict[str, str], count: int, val_set: ImageSet) -> None:

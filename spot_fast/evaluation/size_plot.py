@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spot_fast.errors import UserError
+from spot_fast.errors import UserError, one_line
 from spot_fast.evaluation.metrics import SIZE_BINS
 from spot_fast.files import atomic_write
-from spot_fast.system.optional import required, said
+from spot_fast.system.optional import required
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +69,7 @@ def plot_sizes(path: Path, title: str, rows: Sequence[SizeRow], instances: Seque
         raise
     except Exception as error:
         raise UserError(
-            f"--size-plot {path} cannot be drawn ({said(error)}): mend matplotlib, or leave the option out"
+            f"--size-plot {path} cannot be drawn ({one_line(error)}): mend matplotlib, or leave the option out"
         ) from error
 
 

@@ -18,7 +18,7 @@ from spot_fast.model.encoder import Encoder
 from spot_fast.model.implementations import IMPLEMENTATIONS
 from spot_fast.model.patch_orders import patch_orders
 from spot_kernels import PermutedDecoder, shift_by_order
-from spot_kernels.modules.slot_attention import linear
+from spot_kernels.modules import linear
 
 
 def _projection(inputs: int, outputs: int) -> nn.Sequential:

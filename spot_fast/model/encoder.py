@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spot_fast.config import IMAGENET_MEAN, IMAGENET_STD, Config
+from spot_fast.config import IMAGENET_MEAN, IMAGENET_STD
 from spot_fast.errors import UserError
 
 
@@ -139,11 +139,6 @@ class Encoder(nn.Module):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
             digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
-
-
-def encoder_identity(encoder: Encoder, config: Config) -> dict[str, str]:
-    """Name and sha256 of the frozen weights: what is kept of them beside a trained model."""
-    return {"name": config.encoder, "sha256": encoder.weights_hash()}
 
 
 def use_plain_attention(blocks: Iterable[nn.Module]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from spot_fast.model.implementations import IMPLEMENTATIONS, Implementation
 from spot_kernels import SlotAttention
-from spot_kernels.modules.slot_attention import mlp
+from spot_kernels.modules import mlp
 
 INITIALISERS = ("gaussian", "learned")
 

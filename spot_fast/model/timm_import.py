@@ -13,8 +13,7 @@ from types import ModuleType
 
 import torch
 
-from spot_fast.errors import UserError
-from spot_fast.system.optional import said
+from spot_fast.errors import UserError, one_line
 
 _declared: list[torch.library.Library] = []  # kept alive: a collected Library removes its operators
 
@@ -30,7 +29,7 @@ def import_timm() -> ModuleType:
             missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
             if not missing:
                 raise UserError(
-                    f"timm cannot be imported ({said(error)}): pip install timm torchvision, in the "
+                    f"timm cannot be imported ({one_line(error)}): pip install timm torchvision, in the "
                     "versions that fit this torch"
                 ) from error
         library = torch.library.Library("torchvision", "FRAGMENT")

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,9 +16,9 @@ from spot_fast.checkpoints.runs import METRICS, STATE, Run, read_metadata
 from spot_fast.data.base import ImageSet, Masks
 from spot_fast.errors import UserError
 from spot_fast.evaluation.scoring import Evaluation
+from spot_fast.random_streams import Stream, generator
 from spot_fast.reporting.introspection import Introspection, PatchGradients
 
-_CHOICE_STREAM = 3  # keeps the draw of images apart from other draws of the same seed
 CHOICES = ("best", "median", "worst", "random")
 
 
@@ -172,9 +171,9 @@ def choose_images(
     first so many images, 0 = all.
     """
     count = min(len(image_set), limit or len(image_set))
-    generator = np.random.default_rng((seed, _CHOICE_STREAM))
+    draws = generator(Stream.GALLERY, seed)
     if not evaluations:
-        drawn = sorted(generator.choice(count, min(2 * each, count), replace=False).tolist())
+        drawn = sorted(draws.choice(count, min(2 * each, count), replace=False).tolist())
         return [Choice("random", index, image_set.label(index), None) for index in drawn]
     indices = evaluations[0].indices
     scores = torch.stack([image_scores(e) for e in evaluations]).mean(0)
@@ -184,7 +183,7 @@ def choose_images(
     middle = max(0, (len(ranked) - each) // 2)
     ranks = {"best": ranked[:each], "median": ranked[middle : middle + each], "worst": ranked[::-1][:each]}
     rest = [i for i in counted if not any(i in some for some in ranks.values())]
-    ranks["random"] = sorted(generator.choice(rest, min(each, len(rest)), replace=False).tolist()) if rest else []
+    ranks["random"] = sorted(draws.choice(rest, min(each, len(rest)), replace=False).tolist()) if rest else []
     seen: set[int] = set()
     chosen = []
     for why in CHOICES:

@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spot_fast.data import Scenes
-from spot_fast.data.decoding import transforms
+from spot_fast.data.decoding.opening import memory_of, open_rgb
+from spot_fast.data.loading.read_ahead import read_ahead
 from spot_fast.data.masks.fit import stored_size
 from spot_fast.errors import CorruptImage
 from spot_fast.segmentation import files, overlays
@@ -53,7 +54,7 @@ class Source:
     def open(self) -> Image.Image:
         """Upright RGB; CorruptImage where the file is no image."""
         if self.path is not None:
-            return transforms.open_rgb(self.path, upright=True)
+            return open_rgb(self.path, upright=True)
         return Image.fromarray(self.pixels.permute(1, 2, 0).numpy())
 
 
@@ -141,7 +142,7 @@ def segment_all(
 
     def prepare(index: int) -> _Prepared:
         source, on_sheet = sources[index], contact_sheet and index < MAX_SHEET
-        with transforms.memory_of(source.origin.image):
+        with memory_of(source.origin.image):
             return in_turn(
                 source.size,
                 lambda: _prepare(index, source.open(), fit, segmenter.patch, outputs.overlay, on_sheet),
@@ -171,7 +172,7 @@ def segment_all(
 
     try:
         with tqdm(total=len(sources), desc="segment", unit="image", disable=None if progress else True) as bar:
-            for future in _read_ahead(pool, prepare, len(sources), _AHEAD * batch_size + workers):
+            for future in read_ahead(prepare, range(len(sources)), depth=_AHEAD * batch_size + workers, pool=pool):
                 try:
                     prepared = future.result()
                 except CorruptImage as error:
@@ -193,18 +194,6 @@ def segment_all(
         large.shutdown()
         torch.set_num_threads(torch.get_num_threads())  # undoes the pools' limit for threads started from now on
     return results
-
-
-def _read_ahead(
-    pool: ThreadPoolExecutor, prepare: Callable[[int], _Prepared], count: int, depth: int
-) -> Iterator[Future]:
-    """`prepare` of each index in order, begun so many images ahead."""
-    ahead: deque[Future] = deque()
-    for index in range(count):
-        ahead.append(pool.submit(prepare, index))
-        if len(ahead) > depth:
-            yield ahead.popleft()
-    yield from ahead
 
 
 def _prepare(index: int, image: Image.Image, fit: Fit, patch: int, panel: bool, on_sheet: bool) -> _Prepared:

@@ -21,6 +21,7 @@ from spot_fast.model.regrid import at_grid, sharing_copy
 from spot_fast.model.spot import Spot
 from spot_fast.model.vits import SCENES_ENCODER
 from spot_fast.precision import autocast, float32_products, resolve
+from spot_fast.random_streams import Stream, seed_of
 from spot_fast.segmentation.colours import MAX_LABELS
 from spot_fast.system.devices import send
 
@@ -89,7 +90,7 @@ def model_segmenter(
     precision = resolve(precision, device)
     noise = None
     if config.slot_init == "gaussian":
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed_of(Stream.SEGMENTATION_SLOTS, seed))
         noise = send(torch.randn(1, config.num_slots, config.slot_dim, generator=generator), device)
 
     def segment_with(model: Spot) -> Segment:

@@ -1,1 +1,1 @@
-"""What the machine and the terminal are like: devices, threads, signals, optional packages."""
+"""The machine: devices, CPU threads, signals, the terminal, optional packages."""

@@ -1,15 +1,14 @@
-"""As many CPU threads as other programs leave cores to.
+"""One CPU thread for each core that other programs leave free.
 
-PyTorch's threads meet some thousand times in a step and wait for each other by spinning. Where another program takes
-one of their cores, those that spin hold the others while the one that they wait for stands in a queue: on two cores a
-step took 331 ms instead of 88, and 136 with one thread (2026-11-27). So commands check now and then how much
-of their cores others use, and compute with fewer threads for as long as that lasts. The number of threads decides in
-which sequence numbers are added, hence the last bits of a result: --threads N never changes it.
+PyTorch's threads synchronise some thousand times in a step, by spinning. Where another program takes one of their
+cores, the spinning threads keep the other cores busy while the thread that they wait for is not scheduled: on two cores
+a step took 331 ms instead of 88, and 136 with one thread (2026-11-27). So commands measure now and then how much of
+their cores others use, and compute with fewer threads while that lasts. The number of threads decides in which order
+numbers are added, hence the last bits of a result: --threads N never changes it.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import sys
@@ -20,12 +19,11 @@ from pathlib import Path
 
 import torch
 
-from spot_fast.errors import UserError
-
 _CGROUPS = Path("/sys/fs/cgroup")
-_EVERY = 0.5  # seconds from look to look; the system counts in hundredths
-_TAKEN, _FREE = 0.25, 0.1  # of a core: others take it if they use more, and have left it if they use less
-_CALM = 3  # looks in a row that find a core free before it is used again
+_EVERY = 0.5  # seconds between measurements; the system counts in hundredths
+# Of a core: others take it if they use more, and have left it if they use less.
+_TAKEN, _FREE = 0.25, 0.1
+_CALM = 3  # measurements in a row with a free core before it is used again
 
 
 def available_cores() -> int:
@@ -37,8 +35,8 @@ def available_cores() -> int:
 class CpuThreads:
     """Keeps PyTorch's threads, `most` of them, off cores that other programs use.
 
-    say: is told once, in a sentence, that there are fewer threads. busy_seconds: what all programs have used of the
-    `cores` cores together so far, None where the system does not tell.
+    say: gets one sentence, the first time that there are fewer threads. busy_seconds: CPU seconds that all programs
+    have used on the `cores` cores so far, None where the system does not report them.
     """
 
     def __init__(
@@ -58,7 +56,7 @@ class CpuThreads:
         torch.set_num_threads(most)
 
     def adapt(self) -> None:
-        """Between two steps: looks if it is time to, and changes the number of threads where it should be another."""
+        """Between two steps: measures if it is time to, and changes the number of threads if it should be another."""
         if self._clock() - self._last[0] < _EVERY:
             return
         now, busy, own = self._measure()
@@ -89,24 +87,12 @@ class CpuThreads:
         return self._clock(), self._busy(), self._own()
 
 
-def add_option(parser: argparse.ArgumentParser) -> None:
-    """--threads, for `computing`."""
-    parser.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="CPU threads that compute (default: one a core, fewer while other programs use it)",
-    )
-
-
 @contextmanager
 def computing(threads: int | None, device: torch.device) -> Iterator[Callable[[], None]]:
     """Inside, PyTorch computes with so many threads; None: with one a core at most, and fewer on a CPU that others use.
 
-    What it yields is to be called between batches. UserError for --threads below 1.
+    What it yields is to be called between batches.
     """
-    if threads is not None and threads < 1:
-        raise UserError(f"--threads {threads}: use 1 or more")
     before = torch.get_num_threads()
     try:
         if threads is not None or device.type != "cpu":
@@ -119,13 +105,13 @@ def computing(threads: int | None, device: torch.device) -> Iterator[Callable[[]
 
 
 def _busy_seconds() -> float | None:
-    """Of the cores of this process's affinity, since the machine was started; time that a hypervisor took counts."""
+    """On the cores of this process's affinity, since the machine was started; time that a hypervisor took counts."""
     try:
         cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
         lines = [line.split() for line in Path("/proc/stat").read_text().splitlines() if line.startswith("cpu")]
         times = [list(map(int, words[1:9])) for words in lines if words[0] in cores]
         ticks = os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, AttributeError):  # no Linux, or one that keeps it to itself
+    except (OSError, ValueError, AttributeError):  # not Linux, or no permission
         return None
     if not any(map(any, times)):
         return None
@@ -140,7 +126,7 @@ def _quota() -> float:
             if period_path:
                 words += (_CGROUPS / period_path).read_text().split()
             quota, period = map(float, words)
-        except (OSError, ValueError):  # not there, or "max"
+        except (OSError, ValueError):  # no such file, or "max"
             continue
         if quota > 0 and period > 0:
             return quota / period

@@ -15,7 +15,7 @@ def named_device(name: str | None) -> torch.device:
 
 
 def usable_device(name: str | None, choose: Callable[[str | None], torch.device] = named_device) -> torch.device:
-    """The device that `choose` makes of --device; UserError where there is none or nothing can be put on it."""
+    """The device that `choose` makes of --device; UserError where it is unknown or takes no tensor."""
     try:
         device = choose(name)
         torch.zeros(1, device=device)

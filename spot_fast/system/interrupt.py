@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that a loop can answer when it is ready."""
+"""Ctrl-C and SIGTERM as a request that a loop answers between two steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands' output: no character and no reader that has gone ends a command.
+"""Standard output and error that cannot fail: neither a character nor a closed pipe ends a command.
 
 A terminal may know Latin-1 or ASCII only, `| head` stops reading, and the disk of `> log` may be full. None of these is
 a reason to lose an hour's results or to stop a training.
@@ -32,7 +32,7 @@ _NO_READER = (errno.EPIPE, errno.EIO, errno.ECONNRESET)
 
 
 def run(main: Callable[[], int]) -> int:
-    """`main()` as a process: its exit code, or 2 where the output of one that went well could not be written."""
+    """Runs `main` as a process: its exit code, or 2 where it succeeded but its output could not be written."""
     outputs = [_outlasting(name) for name in ("stdout", "stderr")]
     code = main()
     sys.stdout.flush()
@@ -44,7 +44,7 @@ def run(main: Callable[[], int]) -> int:
 
 
 def any_character() -> None:
-    """From now on standard output and error replace what their encoding lacks, whoever has put them there."""
+    """From now on standard output and error replace characters that their encoding lacks."""
     codecs.register_error(_ERRORS, _plain)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -52,7 +52,7 @@ def any_character() -> None:
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """What is written for characters that the terminal's encoding does not have."""
+    """The replacement of characters that the terminal's encoding lacks."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lost = error.object[error.start : error.end]
@@ -60,7 +60,7 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 
 
 class _Raw(io.RawIOBase):
-    """Writes to a file descriptor; once that fails, what follows goes nowhere."""
+    """Writes to a file descriptor; once that fails, to /dev/null."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -90,9 +90,9 @@ class _Raw(io.RawIOBase):
 
 
 def _outlasting(name: str) -> _Raw | None:
-    """Puts a stream that takes anything in the place of sys.stdout or sys.stderr; None where there is none to outlast.
+    """Replaces sys.stdout or sys.stderr by a stream that never fails; None where it was closed.
 
-    One that a library has put there stays.
+    A stream that a library has installed stays, and None is returned, too.
     """
     codecs.register_error(_ERRORS, _plain)
     stream = getattr(sys, name)

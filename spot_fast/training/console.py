@@ -1,9 +1,9 @@
-"""What a run tells while it trains: sums that stay on the device, a bar, lines, TensorBoard."""
+"""What a run shows while it trains: means of its losses, a progress bar, lines, TensorBoard events."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,58 +11,55 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from spot_fast.system.optional import said
+from spot_fast.errors import one_line
 
 
 class Meter:
-    """Sums of losses and gradient norm over the current interval and the current epoch.
+    """Sums of the numbers that a step returns, over the current interval and the current epoch.
 
-    Everything stays on the device: nothing waits for a step until `read` is called.
+    names: of the numbers, in the order of the first step's. The sums stay on the device: nothing waits for a step
+    until `read` is called.
     """
 
-    NAMES = ("loss", "loss_rec", "loss_att", "grad_norm")
-
     def __init__(self, device: torch.device) -> None:
-        self.interval, self.epoch = (torch.zeros(len(self.NAMES), dtype=torch.float64, device=device) for _ in "ie")
+        self.device = device
+        self._start(())
 
-    def add(self, loss: Tensor, loss_rec: Tensor, loss_att: Tensor, grad_norm: Tensor, bad: Tensor) -> None:
-        """Scalars of one step; where bad [] is 1 they are left out."""
-        values = torch.stack((loss, loss_rec, loss_att, grad_norm)).detach().double().masked_fill(bad > 0, 0.0)
-        self.interval += values
-        self.epoch += values
+    def _start(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self.interval, self.epoch = (torch.zeros(len(names), dtype=torch.float64, device=self.device) for _ in "ie")
+
+    def add(self, values: dict[str, Tensor], bad: Tensor) -> None:
+        """Scalars of one step by name; where bad [] is 1 they are left out."""
+        if not self.names:
+            self._start(tuple(values))
+        # masked_fill, because NaN times zero would still be NaN.
+        counted = torch.stack([values[name] for name in self.names]).detach().double().masked_fill(bad > 0, 0.0)
+        self.interval += counted
+        self.epoch += counted
 
     def read(self, sums: Tensor, steps: int) -> dict[str, float]:
-        """Means over `steps` of `interval` or `epoch`, which starts again; NaN without a step."""
-        means = dict(zip(self.NAMES, (sums / steps).tolist(), strict=True))
+        """Means over `steps` of `interval` or `epoch`, whose sums begin again; NaN without a step."""
+        means = dict(zip(self.names, (sums / steps).tolist(), strict=True))
         sums.zero_()
         return means
 
-
-class Pace:
-    """Images a second since it was last read."""
-
-    def __init__(self, batch_size: int, step: int) -> None:
-        self.batch_size = batch_size
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        self._step, self._clock = step, time.monotonic()
-
-    def read(self, step: int) -> float:
-        pace = (step - self._step) * self.batch_size / max(time.monotonic() - self._clock, 1e-9)
-        self.restart(step)
-        return pace
+    def restore(self, names: Sequence[str], interval: Tensor, epoch: Tensor) -> None:
+        """Continues saved sums."""
+        self._start(names)
+        self.interval.copy_(interval)
+        self.epoch.copy_(epoch)
 
 
 class Events:
-    """TensorBoard's event files in `folder`. What goes wrong with them is said once, and the run goes on without."""
+    """TensorBoard's event files in `folder`. A failure is reported once, and the run goes on without events."""
 
     def __init__(self, folder: Path, step: int, say: Callable[[str], None]) -> None:
         self._say, self._writer = say, None
         with self._without_on_failure():
             from torch.utils.tensorboard import SummaryWriter
 
-            # Events of steps that a killed run logged and this one will log again are hidden.
+            # A killed run may have logged steps that this one logs again: TensorBoard hides the older events.
             self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def add(self, group: str, values: dict[str, float], step: int) -> None:
@@ -78,13 +75,13 @@ class Events:
 
     @contextmanager
     def _without_on_failure(self) -> Iterator[None]:
-        # Anything: protobuf of another version when it is imported, a full disk in the thread that writes.
+        # Any exception: another protobuf fails at the import, a full disk in the thread that writes.
         try:
             yield
         except Exception as error:
             self._writer = None
             self._say(
-                f"note: TensorBoard's events are not written from here on ({said(error)}); metrics.jsonl has all "
+                f"note: TensorBoard's events are not written from here on ({one_line(error)}); metrics.jsonl has all "
                 "numbers, --no-tensorboard leaves events out"
             )
 
@@ -104,7 +101,7 @@ class Display:
         self._events = Events(folder / "tensorboard", step, self.line) if tensorboard else None
 
     def advance(self) -> None:
-        """One step more. The clock starts with the first, which is not like the others."""
+        """One step more. The clock starts after the first, which compiles and allocates."""
         self.step += 1
         if self.step == self._first + 1:
             self._start = time.monotonic()
@@ -127,7 +124,7 @@ class Display:
             self._bar.write(text)
 
     def time_left(self) -> str:
-        """Estimate for what remains, in words; empty before there is anything to estimate from."""
+        """Estimate of the remaining time, such as 12 min; empty before the second step."""
         done = self.step - self._first - 1
         if done < 1:
             return ""
@@ -156,10 +153,11 @@ def epoch_line(
     scores: dict[str, float],
     time_left: str,
 ) -> str:
-    """One line about an epoch, scores of a validation at its end included."""
+    """One line about an epoch, with the scores of a validation at its end."""
     losses = f"loss {values['loss']:.4f}"
-    if "loss_att" in values:
-        losses += f" (rec {values['loss_rec']:.4f}, att {values['loss_att']:.4f})"
+    terms = [f"{name.removeprefix('loss_')} {value:.4f}" for name, value in values.items() if name.startswith("loss_")]
+    if terms:
+        losses += f" ({', '.join(terms)})"
     parts = [
         f"epoch {epoch}/{epochs}",
         f"step {step}/{total_steps}",

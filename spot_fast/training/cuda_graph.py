@@ -7,14 +7,15 @@ whatever else the step updates in place stay where they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from spot_fast.errors import UserError
-from spot_fast.nested import leaves, map_tensors, shapes_and_values
+from spot_fast.training.compiled import signature
 
 CUDA_GRAPH = ("auto", "yes", "no")
 # Steps made before one is recorded: they compile kernels, make Adam's moments, and let libraries allocate.
@@ -64,7 +65,7 @@ class Recorder:
         """Records what `function` does on the GPU, which it does not do yet: (replay, results, which replays
         overwrite)."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads copy batches to the GPU meanwhile.
+        # Only this thread's calls count as part of the recording: others copy batches to the GPU meanwhile.
         capture = torch.cuda.graph(graph, stream=self._side(), capture_error_mode="thread_local")
         with torch.cuda.device(self._device), capture:
             results = function()
@@ -72,34 +73,41 @@ class Recorder:
 
 
 class Graphed:
-    """`function`, recorded at its fourth call and replayed from then on.
+    """`function`, for each `signature` of its arguments recorded at the fourth call and replayed from then on.
 
-    That is so for each combination of shapes and of arguments that are no tensors. Arguments are tensors, tuples and
-    dataclasses of them, and plain values. Where a recording fails UserError is raised or, if `optional`, `say` is told
-    and everything runs as it is.
+    Arguments and results are pytrees of tensors and plain values. Where recording fails UserError is raised or, if
+    `optional`, everything runs unrecorded and `say` prints why.
     """
 
-    def __init__(self, function: Callable[..., Any], recorder: Recorder, *, optional: bool = False) -> None:
-        self._function, self._recorder, self._optional = function, recorder, optional
-        self._calls: dict[tuple, int] = {}
-        self._recorded: dict[tuple, tuple[tuple, Callable[[], None], Any]] = {}
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        recorder: Recorder,
+        *,
+        optional: bool = False,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self._function, self._recorder, self._optional, self._say = function, recorder, optional, say
+        self._calls: dict[Hashable, int] = {}
+        # Of each signature: the arguments' tensors that the recording reads, its replay, the results it overwrites.
+        self._recorded: dict[Hashable, tuple[Any, Callable[[], None], Any]] = {}
         self._given_up = False
-        self.say: Callable[[str], None] = print
 
     @property
     def recorded(self) -> bool:
-        """Whether there is a recording, and none has failed."""
+        """Whether a recording exists, and none has failed."""
         return bool(self._recorded) and not self._given_up
 
     def __call__(self, *arguments: Any) -> Any:
         if self._given_up:
             return self._function(*arguments)
-        key = shapes_and_values(arguments)
+        key = signature(arguments)
         if key not in self._recorded:
             self._calls[key] = self._calls.get(key, 0) + 1
+            # Warm-up steps are real steps of the run. Recording runs nothing, so the first replay is the next step.
             if self._calls[key] <= WARMUP:
                 return self._recorder.warm_up(lambda: self._function(*arguments))
-            own = map_tensors(arguments, Tensor.clone)
+            own = pytree.tree_map_only(Tensor, Tensor.clone, arguments)
             try:
                 self._recorded[key] = own, *self._recorder.record(lambda: self._function(*own))
             except RuntimeError as error:
@@ -109,13 +117,14 @@ class Graphed:
                         f"the step cannot be recorded as a CUDA graph ({reason}): use --cuda-graph no"
                     ) from error
                 self._given_up = True
-                self.say(f"the step cannot be recorded as a CUDA graph ({reason}): it is launched piece by piece")
+                self._say(f"the step cannot be recorded as a CUDA graph ({reason}): it is launched piece by piece")
                 return self._function(*arguments)
             if len(self._recorded) == 1:
-                self.say("the step was recorded as a CUDA graph")
+                self._say("the step was recorded as a CUDA graph")
         own, replay, results = self._recorded[key]
-        for ours, given in zip(leaves(own), leaves(arguments), strict=True):
+        for ours, given in zip(pytree.tree_leaves(own), pytree.tree_leaves(arguments), strict=True):
             if isinstance(ours, Tensor):
                 ours.copy_(given, non_blocking=True)
         replay()
-        return map_tensors(results, Tensor.clone)
+        # The next replay overwrites its results.
+        return pytree.tree_map_only(Tensor, Tensor.clone, results)

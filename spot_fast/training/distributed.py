@@ -4,12 +4,12 @@
 
 `World` is what a process knows of the others. Gradients are averaged over all of them during backward, in pieces
 (`shared_gradients`; NCCL on GPUs, gloo on CPUs), so that every process takes the same step; the losses travel with
-them. All else goes through gloo and waits for no GPU. Rank 0 alone decides (`first`), writes and prints.
+them. All else goes through gloo and waits for no GPU. Rank 0 alone decides (`on_rank_0`), writes and prints.
 
-How a run ends. A stop is agreed on before each step, so all stop at the same one. What fails in preparation fails in
-all processes (`first`, `together`). In the loop a process that fails leaves its sentence in the store that torchrun
-keeps, and ends; the others find its connection closed at their next exchange (`Ended`). On GPUs, those that wait for
-its gradients are ended by torchrun after 30 s.
+How a run ends. A stop is agreed on before each step, so all stop at the same one. A failure in preparation is raised
+in all processes (`on_rank_0`, `on_all_ranks`). In the loop a process that fails leaves its sentence in the store that
+torchrun keeps, and ends; the others find its connection closed at their next exchange (`Ended`). On GPUs, those that
+wait for its gradients are ended by torchrun after 30 s.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ T = TypeVar("T")
 _START = timedelta(minutes=10)
 # Rank 0 may build caches for days. A process that ends is noticed by its connection, however long this is.
 _WAIT = timedelta(days=30)
-_TOLD = timedelta(seconds=5)
+_REPORT = timedelta(seconds=5)  # within which rank 0 prints why a run ends
 
 
 class Ended(UserError):
@@ -45,9 +45,9 @@ class Ended(UserError):
 
 
 class World:
-    """Process `rank` of the `size` that train together; without others every method does the local thing.
+    """Process `rank` of the `size` that train together; in a single process every method does the local thing.
 
-    main: whether this is the process that writes and prints. local_rank: which of the processes on this machine it is.
+    local_rank: the process's number on its machine.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: dist.Store | None = None) -> None:
@@ -55,29 +55,30 @@ class World:
         self._store = store
         self._gradients: dist.ProcessGroup | None = None  # None: the default group, which is gloo's
         self._ending = False
-        self._told_corrupt = 0
+        self._reported_corrupt = 0
 
     @property
-    def main(self) -> bool:
+    def is_rank_0(self) -> bool:
+        """Whether this is the process that writes and prints."""
         return self.rank == 0
 
     # ---- preparation
 
-    def first(self, make: Callable[[], T]) -> T:
-        """What `make` gives in rank 0, where alone it runs; its exception, SystemExit too, is raised in all."""
+    def on_rank_0(self, make: Callable[[], T]) -> T:
+        """The result of `make`, run on rank 0 alone, on all ranks; its exception, SystemExit too, is raised on all."""
         if self.size == 1:
             return make()
-        told, failed = [None], None
-        if self.main:
+        message, failed = [None], None
+        if self.is_rank_0:
             try:
-                told = [("value", make())]
+                message = [("value", make())]
             except SystemExit as error:
-                told, failed = [("exit", error.code)], error
+                message, failed = [("exit", error.code)], error
             except Exception as error:
-                told, failed = [("error", _sentence(error))], error
+                message, failed = [("error", _sentence(error))], error
         with self._exchange():
-            dist.broadcast_object_list(told, src=0)
-        kind, value = told[0]
+            dist.broadcast_object_list(message, src=0)
+        kind, value = message[0]
         if kind == "value":
             return value
         self._ending = True
@@ -85,8 +86,8 @@ class World:
             raise failed
         raise SystemExit(self._after_rank_0(value)) if kind == "exit" else Ended(value)
 
-    def together(self, make: Callable[[], T]) -> T:
-        """What `make` gives in this process; where it fails in one, it fails in all. `make` exchanges nothing."""
+    def on_all_ranks(self, make: Callable[[], T]) -> T:
+        """Runs `make` on all ranks; a failure on one is raised on all. `make` must not exchange anything itself."""
         if self.size == 1:
             return make()
         made, failed = None, None
@@ -99,7 +100,7 @@ class World:
         if not reasons:
             return made
         self._ending = True
-        if failed is not None and (self.main or not isinstance(failed, UserError)):
+        if failed is not None and (self.is_rank_0 or not isinstance(failed, UserError)):
             raise failed
         rank, sentence = reasons[0]
         raise Ended(sentence if len(reasons) == self.size else f"process {rank}: {sentence}")
@@ -139,8 +140,8 @@ class World:
         if self.size > 1 and device.type == "cuda":
             self._gradients = dist.new_group(backend="nccl")
 
-    def copy_from_first(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Gives `parameters` the values they have in rank 0, to the last bit."""
+    def copy_from_rank_0(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Gives `parameters` the values that they have on rank 0, to the last bit."""
         if self.size > 1:
             with torch.no_grad():
                 flat = torch.cat([parameter.flatten() for parameter in parameters])
@@ -151,11 +152,11 @@ class World:
     # ---- steps
 
     def agree(self, stop: bool, corrupt: dict[str, str]) -> bool:
-        """Whether any process wants to stop: the same answer in all. Also tells rank 0 of `corrupt` images."""
+        """Whether any process wants to stop: the same answer in all. Also reports `corrupt` images to rank 0."""
         if self.size == 1:
             return stop
-        if not self.main and len(corrupt) > self._told_corrupt:
-            self._told_corrupt = len(corrupt)
+        if not self.is_rank_0 and len(corrupt) > self._reported_corrupt:
+            self._reported_corrupt = len(corrupt)
             self._store.set(f"corrupt/{self.rank}", json.dumps(dict(corrupt)))
         wanted = torch.tensor(int(stop))
         with self._exchange():
@@ -163,42 +164,42 @@ class World:
         return bool(wanted)
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> LocalGradients:
-        """What averages the gradients of `parameters` over the processes, in their place."""
+        """Averages the gradients of `parameters` over the processes, in place."""
         if self.size == 1:
             return LocalGradients()
         return SharedGradients(parameters, self.size, self._gradients, self._exchange)
 
     def corrupt_elsewhere(self) -> dict[str, str]:
         """{label: reason} of the images that the other processes could not read."""
-        found: dict[str, str] = {}
+        corrupt: dict[str, str] = {}
         for rank in range(1, self.size):
             if self._store.check([f"corrupt/{rank}"]):
-                found |= json.loads(self._store.get(f"corrupt/{rank}"))
-        return found
+                corrupt |= json.loads(self._store.get(f"corrupt/{rank}"))
+        return corrupt
 
     # ---- the end
 
     def leave(self, error: BaseException) -> None:
-        """Before this process ends because of `error`, which rank 0 has printed: lets the others know why.
+        """Lets the others know why this process ends, before it does; rank 0 has printed its `error` already.
 
-        Connections stay open until it has ended: a GPU's may wait for a process that is gone.
+        Connections stay open until then: closing a GPU's may wait for a process that is gone.
         """
         self._ending = True
         if self.size == 1:
             return
         sys.stderr.flush()
         with contextlib.suppress(RuntimeError):
-            if self.main:
-                self._store.set("told", "")
+            if self.is_rank_0:
+                self._store.set("reported", "")
             elif isinstance(error, Ended):
                 self._after_rank_0()
             else:
                 self._store.set("error", f"process {self.rank}: {_sentence(error)}")
 
     def _after_rank_0(self, code: object = None) -> object:
-        """Waits until rank 0 has told the user: torchrun ends all processes when one of them ends with an error."""
+        """Waits until rank 0 has printed its error: torchrun ends all processes when one of them ends with an error."""
         with contextlib.suppress(RuntimeError):
-            self._store.wait(["told"], _TOLD)
+            self._store.wait(["reported"], _REPORT)
         return code
 
     def close(self) -> None:
@@ -221,7 +222,7 @@ class World:
             raise Ended(f"another process of the run has ended ({reason})") from error
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        """SIGTERM outside the loop: as Ctrl-C, but nothing where this process is about to say why it ends."""
+        """SIGTERM outside the loop: as Ctrl-C, but ignored while this process reports why it ends."""
         if not self._ending:
             raise KeyboardInterrupt
 
@@ -248,7 +249,7 @@ def join() -> World:
 
 
 def _copy_back(flat: Tensor, into: Sequence[Tensor]) -> None:
-    """Copies the values of `flat`, one tensor after another, to where they came from."""
+    """Copies consecutive values of `flat` into the tensors that were concatenated."""
     sizes = [tensor.numel() for tensor in into]
     parts = flat[: sum(sizes)].split(sizes)
     torch._foreach_copy_(list(into), [part.view_as(tensor) for part, tensor in zip(parts, into, strict=True)])

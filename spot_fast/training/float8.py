@@ -1,7 +1,7 @@
 """The decoder's matrix products in float8, through torchao: `--float8`.
 
 Weights stay float32; each product scales and rounds its factors (e4m3; gradients e5m2) and sums in float32. What that
-costs in accuracy is measured on a run's first batch and told.
+costs in accuracy is measured on a run's first batch and printed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from spot_fast.errors import UserError
 from spot_fast.system.optional import required
 
 _CAPABILITY = (8, 9)
-_MULTIPLE = 16  # of a layer's widths
+_MULTIPLE = 16  # the hardware multiplies tiles of 16: a layer's widths must be multiples
 
 
 def require(device: torch.device) -> None:
@@ -28,7 +28,7 @@ def require(device: torch.device) -> None:
 
 
 def convert(decoder: nn.Module, *, emulate: bool = False) -> int:
-    """Has the decoder's linear layers whose widths are multiples of 16 multiply in float8; returns how many.
+    """Makes the decoder's linear layers, where their widths are multiples of 16, multiply in float8; returns how many.
 
     Parameters and their names stay. emulate: the same rounding on a device that cannot multiply float8.
     """
@@ -51,7 +51,7 @@ def _layers(decoder: nn.Module) -> list[nn.Linear]:
 
 @contextlib.contextmanager
 def left_out(decoder: nn.Module) -> Iterator[None]:
-    """Inside, the converted layers multiply as they did before."""
+    """A context in which the converted layers multiply as they did before."""
     layers = _layers(decoder)
     for layer in layers:
         layer.forward = partial(nn.Linear.forward, layer)
@@ -63,7 +63,7 @@ def left_out(decoder: nn.Module) -> Iterator[None]:
 
 
 def errors(decoder: nn.Module, loss, parameters: Sequence[nn.Parameter]) -> tuple[float, float]:
-    """Relative difference that float8 makes to what `loss()` gives, and to its gradients (norm of the difference)."""
+    """Relative errors from float8: of the value of `loss()`, and of its gradients (norm of the difference)."""
 
     def outcome() -> tuple[Tensor, Tensor]:
         value = loss()

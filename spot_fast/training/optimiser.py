@@ -25,9 +25,10 @@ def adam(parameters: Iterable[nn.Parameter], *, graphed: bool = False) -> torch.
 def update(optimiser: torch.optim.Adam, bad: Tensor) -> None:
     """Adam's step. bad: [] float32 on the device; where it is 1 nothing changes, neither moments nor step count.
 
-    Nobody looks at it on the host. Only the fused Adam knows it; on a device without one the step is always made.
+    The host never reads it. Only fused Adam supports this; on a device without it the step is always made.
     """
-    optimiser.found_inf = bad if optimiser.param_groups[0]["fused"] else None  # as GradScaler tells it
+    # The attribute by which GradScaler tells fused Adam to leave a step out.
+    optimiser.found_inf = bad if optimiser.param_groups[0]["fused"] else None
     optimiser.step()
 
 
@@ -43,13 +44,13 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
 def clip_by_infinity_norm(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
     """Scales all gradients by min(1, limit / (norm + 1e-6)), norm being their largest absolute value; 0 = no clipping.
 
-    Returns the norm before clipping, a scalar on the device that nobody has waited for; NaN where a gradient has one.
+    Returns the norm before clipping, a scalar on the device; NaN where a gradient has one. Waits for nothing.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         raise ValueError("no parameter has a gradient: call backward() first")
     if gradients[0].device.type == "cpu":
-        # Ten times faster than the norms, whose reduction over absolute values is not vectorised on a CPU.
+        # aminmax is ten times faster than norm on a CPU, whose reduction over absolute values is not vectorised.
         norm = torch.stack([bound for gradient in gradients for bound in gradient.aminmax()]).abs().max()
     else:
         norm = torch.stack(torch._foreach_norm(gradients, float("inf"))).max()
@@ -70,11 +71,11 @@ def optimiser_tensors(optimiser: torch.optim.Adam, names: Mapping[nn.Parameter, 
 def load_optimiser_tensors(
     optimiser: torch.optim.Adam, names: Mapping[nn.Parameter, str], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Puts back what `optimiser_tensors` gave."""
+    """Restores what `optimiser_tensors` returned."""
     by_name = {name: parameter for parameter, name in names.items()}
     for key, value in tensors.items():
         if key.startswith(_STATE):
             what, name = key.removeprefix(_STATE).split(".", 1)
             parameter = by_name[name]
-            # A copy: what was read may lie at any address, and the arithmetic must not depend on alignment.
+            # A copy, because a tensor from a file may lie at any address and its alignment would change the last bits.
             optimiser.state[parameter][what] = value.to(parameter.device, copy=True)

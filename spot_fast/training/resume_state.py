@@ -1,146 +1,75 @@
-"""What a run keeps on disk: the state from which it goes on, and the model at its end."""
+"""What a run keeps on disk: the state from which it can be resumed, and the model at its end.
+
+The trainer gives and takes tensors and facts (texts by name); nothing here knows the trainer.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from spot_fast.checkpoints.runs import MODEL, STATE, read_tensors, save_tensors
-from spot_fast.config import Config
 from spot_fast.errors import UserError
-from spot_fast.training.optimiser import load_optimiser_tensors, optimiser_tensors
-from spot_fast.training.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from spot_fast.training.trainer import Trainer
-
-# Settings that change nothing in the weights of a run that goes well, but for the last bits: a resumed run may have
-# others than it began with.
-FREE = (
-    "accumulate",
-    "data",
-    "sbd",
-    "encoder_weights",
-    "workers",
-    "cache",
-    "cache_dir",
-    "compile",
-    "cuda_graph",
-    "save_every",
-    "on_bad_step",
-    "spike",
-)
 
 
-def config_hash(config: Config) -> str:
-    """sha256 of the settings that decide what the weights become."""
-    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
-    # Runs that were begun before there was a choice go on.
-    for name, value in (("implementation", "spot"), ("float8", False)):
-        if settings[name] == value:
-            del settings[name]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def save(trainer: Trainer, folder: RunFolder) -> None:
-    """Puts the present state in the place of the last one, unless it is not finite: then UserError."""
-    tensors = {f"model.{name}": value for name, value in trainer.model.learned_state_dict().items()}
-    tensors |= optimiser_tensors(trainer.optimiser, trainer.names)
-    finite = torch.stack([value.isfinite().all().to(trainer.device) for value in tensors.values()])
+def write_state(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str], *, kept: str) -> None:
+    """Replaces the state in run folder `path`. kept: ends the UserError about a tensor that is not finite."""
+    # One transfer to the host instead of one a tensor; Adam's step counts may lie on another device.
+    device = next(iter(tensors.values())).device
+    finite = torch.stack([value.isfinite().all().to(device) for value in tensors.values()])
     if not finite.all():
         name = list(tensors)[int((~finite).nonzero()[0])]
-        raise UserError(f"{name} is not finite after step {trainer.step}: {trainer.kept()}")
-    tensors |= {
-        "meter.interval": trainer.meter.interval,
-        "meter.epoch": trainer.meter.epoch,
-        "bad_steps": trainer.bad_steps.state,
-    }
-    trainer.loader.note_corrupt(trainer.world.corrupt_elsewhere())
-    folder.write_corrupt(trainer.loader.corrupt)
-    folder.sync()
-    _write(
-        trainer,
-        folder,
-        STATE,
-        tensors,
-        {
-            "config": config_hash(trainer.config),
-            "skipped": json.dumps(trainer.bad_steps.found),
-            "images": str(len(trainer.train_set)),
-            "seconds": f"{trainer.seconds:.1f}",
-            "teacher_path": str(trainer.teacher_path.resolve()) if trainer.teacher_path else "",
-            "threads": str(trainer.num_threads),
-            "fixed_threads": "yes" if trainer.fixed_threads else "no",
-            "device": trainer.device.type,
-            "torch": torch.__version__,
-            "processes": str(trainer.world.size),
-            "sample": json.dumps(trainer.train_set.sample()),
-        },
-    )
+        raise UserError(f"{name} is not finite after step {facts['step']}: {kept}")
+    _write(path, STATE, tensors, facts)
 
 
-def write_model(trainer: Trainer, folder: RunFolder) -> None:
-    """The model file, whose presence says that the run is finished."""
-    _write(trainer, folder, MODEL, trainer.model.learned_state_dict(), {"finished": "true"})
+def write_model(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
+    """Writes the model file, whose presence says that the run is finished."""
+    _write(path, MODEL, tensors, {**facts, "finished": "true"})
 
 
-def _write(trainer: Trainer, folder: RunFolder, name: str, tensors: dict[str, Tensor], more: dict[str, str]) -> None:
-    """A file of the run, with what every one of them says about it and `more`."""
-    about = {
-        "step": str(trainer.step),
-        "stage": str(trainer.config.stage),
-        "encoder": trainer.identity["name"],
-        "encoder_sha256": trainer.identity["sha256"],
-    }
-    if trainer.teacher_path is not None:
-        about |= {"teacher": trainer.teacher_path.name, "teacher_sha256": trainer.teacher_sha256}
+def _write(path: Path, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
     try:
-        save_tensors(folder.path / name, tensors, about | more)
+        save_tensors(path / name, dict(tensors), dict(facts))
     except UserError as error:
-        raise UserError(f"{error}; go on with python -m spot_fast.train --resume {folder.path}") from error
+        raise UserError(f"{error}; go on with python -m spot_fast.train --resume {path}") from error
 
 
-def restore(trainer: Trainer, folder: RunFolder) -> None:
-    """Gives `trainer` the saved state; UserError where settings, data, encoder or teacher are not the same."""
-    tensors, about = read_tensors(folder.path / STATE)
-    for name, ours, what in (
-        ("config", config_hash(trainer.config), "settings"),
-        ("images", str(len(trainer.train_set)), "training images"),
-        ("encoder_sha256", trainer.identity["sha256"], "encoder weights"),
-        ("teacher_sha256", trainer.teacher_sha256 if trainer.teacher_path else "", "teacher"),
+def read_state(path: Path, facts: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and facts of the saved state.
+
+    UserError where its settings, data, encoder or teacher are not those of the run at hand, given by its `facts`.
+    """
+    tensors, saved = read_tensors(path / STATE)
+    for name, what in (
+        ("config", "settings"),
+        ("images", "training images"),
+        ("encoder_sha256", "encoder weights"),
+        ("teacher_sha256", "teacher"),
     ):
-        if about.get(name, "") != ours:
+        before, now = saved.get(name, ""), facts.get(name, "")
+        if before != now:
             raise UserError(
-                f"{folder.path} cannot be resumed: it began with other {what} "
-                f"({about.get(name, '')[:12]}, now {ours[:12]}): restore them or train again"
+                f"{path} cannot be resumed: it began with other {what} ({before[:12]}, now {now[:12]}): "
+                "restore them or train again"
             )
-    _require_images(folder, json.loads(about.get("sample", "[]")), trainer.train_set.sample())
-    model = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    trainer.model.load_learned_state_dict(model)
-    load_optimiser_tensors(trainer.optimiser, trainer.names, tensors)
-    trainer.meter.interval.copy_(tensors["meter.interval"])
-    trainer.meter.epoch.copy_(tensors["meter.epoch"])
-    trainer.step = trainer.saved_step = int(about["step"])
-    steps_per_epoch = trainer.loader.steps_per_epoch
-    logged = max(trainer.step - trainer.step % every for every in (trainer.config.log_every, steps_per_epoch))
-    trainer.bad_steps.restore(json.loads(about["skipped"]), tensors["bad_steps"], told=logged)
-    trainer.seconds = float(about["seconds"])
+    _require_same_images(path, json.loads(saved["sample"]), json.loads(facts["sample"]))
+    return tensors, saved
 
 
-def _require_images(folder: RunFolder, before: list[str], now: list[str]) -> None:
-    """UserError where most of the training images that are compared hold something else than when the run began.
+def _require_same_images(path: Path, before: list[str], now: list[str]) -> None:
+    """UserError where most of the sampled training images have changed since the run began.
 
-    They may lie elsewhere, and single ones may have been mended.
+    The folder may have moved, and single images may have been repaired.
     """
     pairs = [pair for pair in zip(before, now, strict=False) if all(pair)]
-    others = sum(was != content for was, content in pairs)
-    if 2 * others > len(pairs):
+    changed = sum(was != content for was, content in pairs)
+    if 2 * changed > len(pairs):
         raise UserError(
-            f"{folder.path} cannot be resumed: {others} of {len(pairs)} training images that were compared "
+            f"{path} cannot be resumed: {changed} of {len(pairs)} training images that were compared "
             "are not those it began with: give --data their folder or train again"
         )

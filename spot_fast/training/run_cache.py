@@ -1,4 +1,4 @@
-"""What a run caches of its training images, and from where it reads them afterwards (`data.cache` chooses)."""
+"""Chooses and opens a run's cache of its training images: frozen features, decoded pixels or nothing."""
 
 from __future__ import annotations
 
@@ -11,59 +11,67 @@ from spot_fast.config import Config
 from spot_fast.data import Loader
 from spot_fast.data.base import ImageFiles
 from spot_fast.data.caching import feature_cache, pixel_cache
-from spot_fast.data.caching import plan as cache
+from spot_fast.data.caching.plan import Plan, folder_of, plan
 from spot_fast.data.caching.rebuild import require_complete
 from spot_fast.data.caching.store import NotBuilt
 from spot_fast.data.loading.loader import MAX_THREADS
+from spot_fast.recipes import timm_name
 from spot_fast.training.distributed import World
+from spot_fast.training.step import Forward
 
 
 @dataclass(frozen=True)
 class Chosen:
     """What a run will cache, and the fields of its frozen features where these may be cached."""
 
-    plan: cache.Plan
+    plan: Plan
     fields: list[feature_cache.Field]
 
 
-@dataclass(frozen=True)
-class Source:
-    """loader: gives the run's batches; features: the frozen features of what it would give, None where they are not
-    cached."""
+def frozen_fields(config: Config, forward: Forward, encoder_sha256: str, loader_kind: str) -> list[feature_cache.Field]:
+    """The fields of `Forward.frozen_features`, each with a key of all that it depends on besides the image."""
+    one = torch.zeros(1, 3, config.image_size, config.image_size, dtype=torch.uint8)
+    # The encoder's name too: heads, activations and epsilons do not show in its weights.
+    words = (
+        timm_name(config.encoder),
+        encoder_sha256,
+        config.feature_norm,
+        forward.precision,
+        forward.device.type,
+        loader_kind,
+    )
+    key = " ".join(map(str, words))
+    keys = key, f"{key} {forward.model.encoder.first_last_block}"
+    return [
+        feature_cache.Field(name, tuple(value.shape[1:]), value.dtype, key)
+        for name, key, value in zip(("target", "hidden"), keys, forward.frozen_features(one), strict=False)
+    ]
 
-    loader: Loader
-    features: feature_cache.FeatureCache | None = None
 
-
-def choose(
-    config: Config,
-    loader: Loader,
-    fields: Callable[[], list[feature_cache.Field]],
-    *,
-    device: torch.device,
-    world: World,
-) -> Chosen:
-    """What pays for a run whose images `loader` gives; fields: what is known of its features, asked for if needed.
+def choose(config: Config, loader: Loader, forward: Forward, encoder_sha256: str, world: World) -> Chosen:
+    """The cache that pays for a run of `loader`'s images.
 
     UserError where what --cache or --cache-dir asks for cannot be. Nothing is written.
     """
-    kept = fields() if config.cache in ("auto", "features") else []
+    fields = []
+    if config.cache in ("auto", "features"):
+        fields = frozen_fields(config, forward, encoder_sha256, loader.kind)
     if world.size > 1 and config.cache != "none" and isinstance(loader.image_set, ImageFiles):
-        # Other machines have copies of the images, with inodes of their own.
-        loader.image_set.take_key(world.first(loader.image_set.content_key))
-    plan = world.first(
-        lambda: cache.plan(
+        # The key hashes inodes, which differ where another machine has a copy of the images.
+        loader.image_set.take_key(world.on_rank_0(loader.image_set.content_key))
+    chosen = world.on_rank_0(
+        lambda: plan(
             config.cache,
             loader.image_set,
-            kept,
+            fields,
             epochs=config.epochs,
-            device=device,
-            folder=cache.folder_of(config.cache_dir),
+            device=forward.device,
+            folder=folder_of(config.cache_dir),
             decoder=loader.decoder,
             processes=world.size,
         )
     )
-    return Chosen(plan, kept)
+    return Chosen(chosen, fields)
 
 
 def open_source(
@@ -71,49 +79,51 @@ def open_source(
     loader: Loader,
     decoding: str,
     chosen: Chosen,
-    function: feature_cache.Function,
+    forward: Forward,
     *,
-    device: torch.device,
     world: World,
     say: Callable[[str], None],
-) -> Source:
-    """Caches what was chosen; rank 0 builds what is on disk, then all read it.
+) -> tuple[Loader, feature_cache.FeatureCache | None]:
+    """Opens the chosen cache: (the run's loader from here on, the features of its batches where they are cached).
 
-    function: gives the fields of a batch of images. decoding: the sentence about who decodes. UserError where a cache
-    cannot be written, or more images are corrupt than the loader puts up with.
+    Rank 0 builds what is missing on disk, then all ranks read it. decoding: the line about who decodes. UserError
+    where a cache cannot be written, or more images are corrupt than the loader tolerates.
     """
-    image_set, plan, kept = loader.image_set, chosen.plan, chosen.fields
-    # Each process holds all rows of what is held in memory, on its own device.
+    device, function = forward.device, forward.frozen_features
+    image_set, plan, fields = loader.image_set, chosen.plan, chosen.fields
+    # A cache in memory is held whole by every process, on its own device: any image may be in its next shard.
     holder = device if plan.device is not None and plan.device.type == device.type else plan.device
     if isinstance(image_set, ImageFiles) and not plan.complete:
         say(decoding)
     say(plan.reason)
-    if plan.on_disk is not None and (reason := world.first(lambda: _not_built(config, loader, function, chosen, say))):
+    if plan.on_disk is not None and (
+        reason := world.on_rank_0(lambda: _not_built(config, loader, function, chosen, say))
+    ):
         say(f"nothing is cached: {reason}")
-        return Source(loader)
+        return loader, None
     if plan.kind == "pixels":
-        return Source(_pixels(config, loader, plan, holder, world))
+        return _pixels(config, loader, plan, holder, world), None
     if plan.kind != "features":
-        return Source(loader)
+        return loader, None
     if plan.on_disk is None:
-        progress = None if world.main else False
-        found = world.together(lambda: feature_cache.in_memory(loader, function, kept, holder, progress))
+        progress = None if world.is_rank_0 else False
+        features = world.on_all_ranks(lambda: feature_cache.in_memory(loader, function, fields, holder, progress))
     else:
-        found = world.together(
-            lambda: feature_cache.opened(loader, kept, feature_cache.stores_of(image_set, kept, plan.on_disk))
+        features = world.on_all_ranks(
+            lambda: feature_cache.opened(loader, fields, feature_cache.stores_of(image_set, fields, plan.on_disk))
         )
         if holder is not None:
-            world.together(lambda: found.hold(holder))
-    # Nothing is decoded any more, and a decoder on the GPU would go on holding memory.
+            world.on_all_ranks(lambda: features.hold(holder))
+    # A new loader without a decoder: nothing is decoded from here on, and DALI would go on holding GPU memory.
     rows = Loader(image_set, config.batch_size, config.seed, rank=world.rank, world=world.size)
     rows.note_corrupt(loader.corrupt)
-    return Source(rows, found)
+    return rows, features
 
 
 def _not_built(
     config: Config, loader: Loader, function: feature_cache.Function, chosen: Chosen, say: Callable[[str], None]
 ) -> str:
-    """Completes the stores on disk. Why that is impossible, where the user has not asked for a cache; else ""."""
+    """Completes the stores on disk. Returns "", or with --cache auto the reason why that is impossible."""
     plan = chosen.plan
     try:
         if plan.kind == "pixels":
@@ -129,14 +139,14 @@ def _not_built(
     return ""
 
 
-def _pixels(config: Config, loader: Loader, plan: cache.Plan, holder: torch.device | None, world: World) -> Loader:
+def _pixels(config: Config, loader: Loader, plan: Plan, holder: torch.device | None, world: World) -> Loader:
     def opened() -> pixel_cache.CachedPixels:
         store = pixel_cache.store_of(loader.image_set, plan.on_disk, loader.decoder)
         require_complete([store])
         return pixel_cache.CachedPixels(loader.image_set, store, holder)
 
-    pixels = world.together(opened)
-    # Its rows are only copied: threads do, and a process would be sent a copy of the whole file.
+    pixels = world.on_all_ranks(opened)
+    # Rows are only copied, for which threads suffice; a worker process would get a copy of the whole file.
     rows = Loader(
         pixels, config.batch_size, config.seed, min(loader.workers, MAX_THREADS), rank=world.rank, world=world.size
     )

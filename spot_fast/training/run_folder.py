@@ -1,4 +1,4 @@
-"""The folder a run writes to: made once, owned by one process at a time, its metrics cut back when it resumes."""
+"""A run's folder: made once, locked by one process at a time, its metrics cut back when the run resumes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from typing import Any
 from spot_fast.checkpoints.runs import CONFIG, METRICS, write_config
 from spot_fast.config import Config
 from spot_fast.errors import UserError
-from spot_fast.files import atomic_write, sync
-from spot_fast.plain_json import finite
+from spot_fast.files import atomic_write, finite, sync
 
 CORRUPT = "corrupt.txt"
 
 
 class RunFolder:
-    """An open run folder. No other process can open it until it is closed or this process ends, however it ends."""
+    """An open run folder, locked against other processes until it is closed or this process ends in any way."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -32,11 +31,11 @@ class RunFolder:
             os.close(self._lock)
             raise UserError(f"run {path} is being trained by another process: wait for it or stop it") from None
         except OSError:
-            pass  # a file system without locks: nothing can be said about other processes
-        # What a killed process was writing.
+            pass  # a file system without locks: two processes could train in one folder
+        # Partial files of a killed process.
         for partial in [*path.glob(".tmp*"), *path.glob(".*.tmp")]:
             partial.unlink(missing_ok=True)
-        # Unbuffered: a line is with the operating system at once, and nothing is left to write when a write has failed.
+        # Unbuffered: a kill loses no line, and after a full disk no buffer is left that fails again at close.
         self._metrics = open(path / METRICS, "ab", buffering=0)
 
     @classmethod
@@ -55,7 +54,7 @@ class RunFolder:
         return folder
 
     def log(self, **record: Any) -> None:
-        """Appends a line to metrics.jsonl; a number that is not finite becomes null, for which JSON has no word."""
+        """Appends a line to metrics.jsonl; a number that is not finite becomes null, because JSON has no NaN."""
         with self._writing():
             self._metrics.write((json.dumps(finite(record), allow_nan=False) + "\n").encode())
 
@@ -64,16 +63,16 @@ class RunFolder:
         if not corrupt:
             return
         file = self.path / CORRUPT
-        # Names are written as they are on the disk, which need not be UTF-8.
+        # Bytes of file names, which need not be UTF-8, are kept.
         before = file.read_bytes().decode(errors="surrogateescape") if file.is_file() else ""
         new = {f"{' '.join(label.split(chr(10)))}\t{' '.join(why.split())}" for label, why in corrupt.items()}
-        # What an earlier part of the run has met stays in.
+        # Lines of the run's earlier parts stay.
         text = "\n".join(sorted(new.union(filter(None, before.split("\n"))))) + "\n"
         if text != before:
             atomic_write(file, lambda partial: partial.write_bytes(text.encode(errors="surrogateescape")))
 
     def sync(self) -> None:
-        """Metrics are on the disk when this returns: call it before a state is saved that includes their step."""
+        """Returns when metrics are on the disk: call it before saving a state that includes their steps."""
         with self._writing():
             sync(self._metrics.fileno())
 
@@ -107,7 +106,7 @@ class RunFolder:
 
 
 class OthersFolder:
-    """A run folder that another process of the same run writes: what is written here goes nowhere."""
+    """The run folder on ranks other than 0, which write nothing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -29,6 +29,7 @@ class LearningRate:
         if step < self.warmup_steps:
             if self.warmup_steps == 1:
                 return 0.0
+            # The peak itself, which the product below may miss by rounding.
             return self.peak if step == self.warmup_steps - 1 else step * (self.peak / (self.warmup_steps - 1))
         return cosine(self.peak, self.low, step - self.warmup_steps, self.total_steps - self.warmup_steps)
 
@@ -45,7 +46,7 @@ def learning_rate(config: Config, images: int) -> LearningRate:
     has floor(images / batch) steps.
     """
     steps_per_epoch = images // config.batch_size
-    epochs = int(config.warmup_steps / (images / config.batch_size))
+    epochs = config.warmup_epochs(images)
     if epochs > config.epochs:
         raise UserError(
             f"--warmup-steps {config.warmup_steps} is {epochs} epochs but --epochs is {config.epochs}: use "

@@ -2,8 +2,8 @@
 
 All gradients lie in one flat buffer, cut into pieces in the order in which backward reaches their parameters: from the
 last to the first. A parameter's gradient is a view of its piece, so nothing is gathered before the exchange nor copied
-back after it. A piece goes out when its last gradient is there; pieces go out in the same sequence in every process,
-which is what keeps the exchanges apart.
+back after it. A piece is sent when its last gradient has arrived; pieces are sent in the same order in every process,
+which keeps the exchanges apart.
 
 Some steps leave a parameter without a gradient (CapPa's mask token in a step that is not parallel). Such a parameter
 has none afterwards either, as in one process, so that Adam leaves it alone. From the first such step on it belongs to
@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 # Large enough to be exchanged at full speed, small enough that the last one does not keep anyone waiting.
 PIECE_BYTES = 25 * 2**20
-_ALIGNED = 16  # elements at whose multiples gradients begin
-_LOSSES = 8  # room at the end of the last piece, for more than a step has
+_ALIGNED = 16  # gradients begin at multiples of so many elements
+_LOSSES = 8  # room for the losses at the end of the last piece
 
 
 class LocalGradients:
-    """Those of a single process: nothing to do."""
+    """Gradients of a single process: there is nothing to do."""
 
     def start(self) -> None:
         """Before the backward passes of a step."""
@@ -68,6 +68,7 @@ class SharedGradients(LocalGradients):
 
     def _lay_out(self) -> None:
         """Cuts the buffer into pieces of whole parameters; the last one has the rare ones, and room for the losses."""
+        # Backward reaches the last layers first, so the first piece is complete, and sent, first.
         pieces: list[list[nn.Parameter]] = [[]]
         filled = 0
         for parameter in reversed(self._parameters):
@@ -101,6 +102,7 @@ class SharedGradients(LocalGradients):
         return len(self._buffers)
 
     def start(self) -> None:
+        # Autograd adds into a gradient that exists: here into the buffer itself.
         self._flat.zero_()
         for parameter, view in self._views.items():
             parameter.grad = view
@@ -116,9 +118,9 @@ class SharedGradients(LocalGradients):
     def _arrived(self, parameter: nn.Parameter) -> None:
         """Autograd has added a pass's gradient of `parameter`."""
         self._has_gradient.add(parameter)
-        if self._sharing:
+        if self._sharing:  # before the last pass a gradient is a partial sum
             self._missing[self._piece_of[parameter]].discard(parameter)
-            # the last piece goes with the losses
+            # The last piece waits for the losses.
             while len(self._out) < len(self._buffers) - 1 and not self._missing[len(self._out)]:
                 self._send()
 
@@ -128,6 +130,8 @@ class SharedGradients(LocalGradients):
 
     @torch.no_grad()
     def finish(self, losses: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        if len(losses) > _LOSSES:
+            raise ValueError(f"{len(losses)} losses: several processes exchange at most {_LOSSES}")
         room = self._buffers[-1][-_LOSSES:]
         room[: len(losses)] = torch.stack([loss.detach() for loss in losses])
         while len(self._out) < len(self._buffers):
@@ -137,16 +141,17 @@ class SharedGradients(LocalGradients):
                 work.wait()
         self._flat /= self._size
         means = tuple(room[: len(losses)].clone().unbind())
+        # Adam leaves a parameter without a gradient alone. Zeros would decay its moments.
         without = [parameter for parameter in self._parameters if parameter not in self._has_gradient]
         for parameter in without:
             parameter.grad = None
         if not self._rare.issuperset(without):
             self._rare.update(without)
             self._earlier.append(self._flat)
-            self._lay_out()  # for the next step; this step's gradients stay where they are
+            self._lay_out()  # for the next step; this one's gradients stay in the old buffer
         return means
 
 
 def _room(parameter: nn.Parameter) -> int:
-    """Elements of the buffer that a parameter takes: gradients begin where whole vectors can be read."""
+    """Elements of the buffer that a parameter takes, rounded up so that the next one is aligned for vector loads."""
     return -(-parameter.numel() // _ALIGNED) * _ALIGNED

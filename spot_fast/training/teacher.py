@@ -1,4 +1,4 @@
-"""Stage 2's teacher: which run it is, what the student takes over from it, and whether the two fit."""
+"""Stage 2's teacher: finding its run, inheriting its settings, checking that it fits the student."""
 
 from __future__ import annotations
 
@@ -10,47 +10,17 @@ from pathlib import Path
 import torch
 
 from spot_fast.checkpoints.runs import MODEL, find_folder, find_run, is_finished, load_run, read_config
-from spot_fast.config import Config
+from spot_fast.config import OPTIONS, Config, flag, option_names
 from spot_fast.errors import UserError
 from spot_fast.model.encoder import Encoder
 from spot_fast.model.spot import Spot
 from spot_fast.recipes import METHODS
 
-# Where student and teacher have to agree, and where a user who changed stage 1 expects the same of stage 2. Initial
-# slots, gradient rule, heads of slot attention and optimisation are the stage's own.
-INHERITED = (
-    "data",
-    "train_images",
-    "val_images",
-    "image_size",
-    "mask_size",
-    "crop",
-    "flip",
-    "encoder",
-    "encoder_weights",
-    "pos_resize",
-    "feature_norm",
-    "num_slots",
-    "slot_dim",
-    "slot_mlp",
-    "slot_iterations",
-    "implementation",
-    "decoder",
-    "dec_blocks",
-    "dec_heads",
-    "dec_cross_heads",
-    "dec_mlp_hidden",
-    "mlp_slot_proj",
-    "orders",
-    "cappa",
-    "batch_size",
-)
-
 
 def find_teacher(name: str | None, root: Path, preset: str, method: str = "spot", encoder: str | None = None) -> Path:
     """The teacher's run folder: the one named, or the newest finished stage-1 run that can teach preset and method.
 
-    Of several kinds, one with the encoder that was asked for; whether it fits, `check_teacher` says.
+    encoder: preferred where there are runs of several. `check_teacher` checks whether the teacher fits.
     """
     if name is not None:
         folder = find_folder(name, root)
@@ -67,7 +37,7 @@ def find_teacher(name: str | None, root: Path, preset: str, method: str = "spot"
 
 
 def student_method(given: str | None, folder: Path, teacher: Config) -> str:
-    """The method of a student: the one `given`, or what follows from its teacher's; UserError where they do not fit."""
+    """A student's method: the one `given`, or the one that its teacher's implies; UserError where they do not fit."""
     if given is None:
         if METHODS[teacher.method].stage2 is not None:
             return teacher.method
@@ -82,31 +52,25 @@ def student_method(given: str | None, folder: Path, teacher: Config) -> str:
 
 
 def inherit(config: Config, teacher: Config, given: Iterable[str]) -> tuple[Config, list[str]]:
-    """`config` with the teacher's values of the fields that the user has not `given`, and the names that changed."""
+    """`config` with the teacher's values of all fields but those `given` by the user, and the names that changed."""
     taken = {
         name: getattr(teacher, name)
-        for name in INHERITED
+        for name in option_names("inherited")
         if name not in set(given) and getattr(teacher, name) != getattr(config, name)
     }
     return replace(config, **taken), sorted(taken)
 
 
 def check_teacher(folder: Path, teacher: Config, config: Config) -> None:
-    """UserError that names both values where the teacher cannot teach a student of `config`."""
+    """UserError where the teacher cannot teach a student of `config`; it names both values."""
     if teacher.stage != 1:
         raise UserError(f"--teacher {folder} is a stage-{teacher.stage} run: a teacher is a stage-1 run")
-    for name, what in (
-        ("num_slots", "number of slots"),
-        ("encoder", "encoder"),
-        ("image_size", "image size, which makes the token grid"),
-        ("feature_norm", "feature_norm"),
-        ("pos_resize", "resampling of positions"),
-    ):
+    for name in option_names("shared"):
         theirs, ours = getattr(teacher, name), getattr(config, name)
         if theirs != ours:
             raise UserError(
-                f"the teacher {folder} has {name} {theirs} but --{name.replace('_', '-')} is {ours}: both need the "
-                f"same {what}, drop the option or choose another --teacher"
+                f"the teacher {folder} has {name} {theirs} but {flag(name)} is {ours}: both need the "
+                f"same {OPTIONS[name].shared}, drop the option or choose another --teacher"
             )
 
 

@@ -1,4 +1,4 @@
-"""How fast a run is beside what its device could do: FLOPs of a step, peaks, memory; a profile on request."""
+"""A run's speed against its device's peak: FLOPs of a step, MFU, memory; a profile on request."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ TRACE, TABLE = "profile.json", "profile.txt"
 _WARMUP = 5  # steps before those that are profiled
 _ROWS = 40
 
-# TFLOP/s of dense matrix products, (bf16 with float32 sums, float32 without TF32), as the makers' data sheets say for
-# the card's full power. The longest name in the device's own name counts.
+# TFLOP/s of dense matrix products, (bf16 with float32 sums, float32 without TF32), from the makers' data sheets at
+# full power. The longest name that the device's own name contains counts.
 _PEAKS: dict[str, tuple[float, float]] = {
     "A100": (312, 19.5),
     "A10": (125, 31.2),
@@ -60,7 +60,7 @@ def measured_peak(device: torch.device, precision: str, seconds: float = 1.0) ->
     """FLOP/s of `device` in square matrix products of that precision: the best of what fits into `seconds`."""
     side = 8192 if device.type == "cuda" else 2048
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    # Not random numbers: the run's generators stay as they are.
+    # Not random: the run's generators must not advance.
     one, other = (torch.linspace(-1, 1, side * side, device=device).view(side, side).to(dtype) for _ in "ab")
     best, end = float("inf"), time.monotonic() + seconds
     with float32_products(precision):
@@ -79,9 +79,9 @@ def _wait(device: torch.device) -> None:
 
 
 def count_flops(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter]) -> int:
-    """FLOPs of the matrix products in `loss` and in its gradient; gradients are computed and thrown away.
+    """FLOPs of the matrix products in `loss` and its gradient; gradients are computed and discarded.
 
-    Counted on plain PyTorch, whatever runs: attention counts in full also where it is causal.
+    Counted on plain PyTorch whatever the run uses, and causal attention counts in full.
     """
     with use_backend("torch"), sdpa_kernel(SDPBackend.MATH), _Counter() as counter:
         torch.autograd.grad(loss(), list(parameters), allow_unused=True)
@@ -101,16 +101,34 @@ class _Counter(TorchDispatchMode):
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU the most that tensors have held, on a CPU the most that the process has been resident."""
+    """Bytes: on a GPU the peak that tensors took, on a CPU the process's peak resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
 
 
+class Pace:
+    """Images per second since the last reading."""
+
+    def __init__(self, batch_size: int, step: int) -> None:
+        self.batch_size = batch_size
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self._step, self._clock = step, time.monotonic()
+
+    def read(self, step: int) -> float:
+        pace = (step - self._step) * self.batch_size / max(time.monotonic() - self._clock, 1e-9)
+        self.restart(step)
+        return pace
+
+
 class Throughput:
-    """Numbers beside images/s: milliseconds of a step, peak memory in bytes, and MFU as a fraction where `peak`, FLOP/s
-    of the device, and `flops`, those of a step in this process, are known."""
+    """Milliseconds a step, peak memory in bytes, and MFU as a fraction.
+
+    MFU needs `peak`, the device's FLOP/s, and `flops`, those of a step in this process; 0 or None are unknown.
+    """
 
     def __init__(self, device: torch.device, precision: str) -> None:
         self.device, self.flops = device, 0
@@ -125,10 +143,10 @@ class Throughput:
 
 
 class Profile:
-    """PyTorch's profiler over `steps` steps after the first few; 0 steps are none.
+    """PyTorch's profiler over `steps` steps after the first few; 0: no profile.
 
-    Writes profile.json, a trace for chrome://tracing or Perfetto, and profile.txt, a table of where the time goes, into
-    `folder`; says so with `say`. Call `step` after every step and `close` at the end.
+    Writes profile.json, a trace for chrome://tracing or Perfetto, and profile.txt, a table of operations by time, into
+    `folder`, and prints their paths with `say`. Call `step` after every step and `close` at the end.
     """
 
     def __init__(self, folder: Path, steps: int, device: torch.device, say: Callable[[str], None]) -> None:
@@ -156,7 +174,7 @@ class Profile:
         self._say(f"profile: the table is {self._folder / TABLE}, the trace {self._folder / TRACE}")
 
     def close(self) -> None:
-        """Writes what there is of a profile that the run's end cuts short."""
+        """Writes a profile that the run's end cuts short."""
         if self._profiler is not None:
             self._profiler.stop()
             self._profiler = None

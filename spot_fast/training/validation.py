@@ -1,4 +1,4 @@
-"""A quick look at a model in training: reconstruction loss and mBO_i on a few validation images."""
+"""Quick validation of a model in training: reconstruction loss and mBO_i on a few images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from spot_fast.data.base import ImageSet
 from spot_fast.evaluation.metrics import Scores, count_pairs, labels_from_soft
 from spot_fast.evaluation.protocols import PROTOCOLS, GroundTruth
-from spot_fast.evaluation.scoring import WORKERS, read_ahead, slot_noise, stack_truth
+from spot_fast.evaluation.scoring import WORKERS, read_images, slot_noise, stack_truth
 from spot_fast.model.encoder import normalise
 from spot_fast.model.spot import Spot
 from spot_fast.system.devices import send
@@ -26,11 +26,12 @@ def quick_validation(
     device: torch.device,
     skipped: dict[str, str] | None = None,
 ) -> dict[str, float]:
-    """Scores of those of the first `images` images that can be read, in patch order 0; the same noise every time.
+    """Scores of the readable ones among the first `images` images, in patch order 0, with the same noise every time.
 
-    skipped: gets the label of each other image and the reason. It never ends a training, not even where all are.
-    val_loss is the reconstruction loss; mbo_i_decoder and mbo_i_slots are fractions, missing without masks. Draws
-    nothing from PyTorch's generators.
+    val_loss is the reconstruction loss; mbo_i_decoder and mbo_i_slots are fractions, missing without masks. Nothing is
+    drawn from PyTorch's generators, so that a run with validation trains as one without.
+
+    skipped: gets the label of each unreadable image and the reason; even if all are, training goes on.
     """
     scores = {"decoder": Scores(), "slots": Scores()}
     truths = GroundTruth(PROTOCOLS["spot"], val_set) if val_set.has_masks else None
@@ -40,7 +41,7 @@ def quick_validation(
 
     error, seen = 0.0, 0
     skipped = {} if skipped is None else skipped
-    readable = read_ahead(load, val_set, range(min(images, len(val_set))), WORKERS, skipped)
+    readable = read_images(load, val_set, range(min(images, len(val_set))), WORKERS, skipped)
     while batch := list(islice(readable, batch_size)):
         numbers, squares, masks = zip(*batch, strict=True)
         features, target = model.encode(normalise(send(torch.stack(squares), device)))
@@ -63,7 +64,7 @@ def quick_validation(
 
 
 def skipped_images_line(skipped: dict[str, str]) -> str:
-    """What training says about images that its validation could not read."""
+    """The line about images that validation could not read."""
     label, reason = next(iter(skipped.items()))
     others = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
     return f"validation leaves out {label}{others}: {reason}"

@@ -462,7 +462,7 @@ def test_a_graph_that_replays_nothing_is_no_go(stand_in_gpu, tmp_path, monkeypat
     """All of a stage's path on a GPU but the GPU; as many graphed steps as plain ones do not end where those do."""
     monkeypatch.setattr(steps, "adam", lambda parameters, graphed: optimiser.adam(parameters))
     monkeypatch.setattr(
-        steps, "Compiled", lambda function, parameters, backend: Compiled(function, parameters, backend="eager")
+        steps, "Compiled", lambda *given, backend, **options: Compiled(*given, backend="eager", **options)
     )
     recorder = Recorder("steps", tmp_path, rehearsal=True)
     steps.steps(recorder, stand_in_gpu, Time(60), 1)

@@ -10,8 +10,7 @@ import torch
 from image_files import folder, make_images
 from spot_fast.data import Scenes
 from spot_fast.data.__main__ import main
-from spot_fast.data.caching import feature_cache, pixel_cache
-from spot_fast.data.caching import plan as cache
+from spot_fast.data.caching import feature_cache, pixel_cache, plan
 from spot_fast.data.caching.feature_cache import Field
 from spot_fast.errors import UserError
 
@@ -24,17 +23,17 @@ def planned(tmp_path, monkeypatch):
     """Plans for ten images: (mode, options of the set, room in bytes by place) → Plan."""
     make_images(tmp_path, 10)
 
-    def plan(mode="auto", *, scenes=False, epochs=10, device=CPU, cpu=10**6, gpu=10**6, disk=10**6, **options):
+    def made(mode="auto", *, scenes=False, epochs=10, device=CPU, cpu=10**6, gpu=10**6, disk=10**6, **options):
         free = {"cpu": cpu, "cuda": gpu}
-        monkeypatch.setattr(cache, "free_bytes", lambda place: free[place.type])
-        monkeypatch.setattr(cache, "free_disk", lambda path: disk + cache._DISK_MARGIN)
+        monkeypatch.setattr(plan, "free_bytes", lambda place: free[place.type])
+        monkeypatch.setattr(plan, "free_disk", lambda path: disk + plan._DISK_MARGIN)
         image_set = Scenes(10, "train", size=16) if scenes else folder(tmp_path, **options)
         image_set.flip = options.get("flip", False)
-        found = cache.plan(mode, image_set, FIELD, epochs=epochs, device=device, folder=tmp_path / "cache")
+        found = plan.plan(mode, image_set, FIELD, epochs=epochs, device=device, folder=tmp_path / "cache")
         assert not (tmp_path / "cache").exists()
         return found
 
-    return plan
+    return made
 
 
 def where(plan):
@@ -56,8 +55,8 @@ def where(plan):
         ({}, ("features", None, True), "are built once in"),
         ({"epochs": 1}, ("none", None, False), "needed once"),
         ({"flip": True, "epochs": 2}, ("pixels", None, True), "once mirrored and once not, so features are not cached"),
-        ({"crop": "random"}, ("pixels", None, True), "a random crop of image folder has no end of outcomes"),
-        ({"crop": "random", "epochs": 1}, ("none", None, False), "no end of outcomes"),
+        ({"crop": "random"}, ("pixels", None, True), "a random crop of image folder has unlimited outcomes"),
+        ({"crop": "random", "epochs": 1}, ("none", None, False), "unlimited outcomes"),
         ({"disk": 18_000}, ("features", "cpu", False), "for this run alone"),
         ({"disk": 18_000, "cpu": 18_000}, ("pixels", None, True), "cannot be kept"),
         (
@@ -113,9 +112,9 @@ def test_what_is_complete_is_read_whatever_the_disk_has_left(tmp_path, monkeypat
     with store.building() as writer:
         for _ in range(10):
             writer.append(np.zeros(1000, np.uint8))
-    monkeypatch.setattr(cache, "free_disk", lambda path: 0)
-    monkeypatch.setattr(cache, "free_bytes", lambda place: 0)
-    found = cache.plan(mode, image_set, FIELD, epochs=10, device=CPU, folder=where)
+    monkeypatch.setattr(plan, "free_disk", lambda path: 0)
+    monkeypatch.setattr(plan, "free_bytes", lambda place: 0)
+    found = plan.plan(mode, image_set, FIELD, epochs=10, device=CPU, folder=where)
     assert found.complete and found.on_disk == where and "10 kB" in found.reason
     assert f"are read from {where}" in found.reason
 
@@ -133,32 +132,32 @@ def test_without_a_folder_features_are_held_in_memory_or_nothing_is_kept(tmp_pat
         where.mkdir()
         monkeypatch.setattr("os.access", lambda path, mode: False)
         says = "cache cannot be written to"
-    monkeypatch.setattr(cache, "free_bytes", lambda place: 10**6)
-    found = cache.plan("auto", image_set, FIELD, epochs=10, device=CPU, folder=where)
+    monkeypatch.setattr(plan, "free_bytes", lambda place: 10**6)
+    found = plan.plan("auto", image_set, FIELD, epochs=10, device=CPU, folder=where)
     assert found.kind == "features" and found.on_disk is None and found.reason.endswith(says)
     with pytest.raises(UserError, match=re.escape(says)):
-        cache.plan("pixels", image_set, FIELD, epochs=10, device=CPU, folder=where)
-    monkeypatch.setattr(cache, "free_bytes", lambda place: 0)
-    found = cache.plan("auto", image_set, FIELD, epochs=10, device=CPU, folder=where)
+        plan.plan("pixels", image_set, FIELD, epochs=10, device=CPU, folder=where)
+    monkeypatch.setattr(plan, "free_bytes", lambda place: 0)
+    found = plan.plan("auto", image_set, FIELD, epochs=10, device=CPU, folder=where)
     assert found.kind == "none" and found.reason.endswith(says)
     with pytest.raises(UserError, match=re.escape(says)):
-        cache.plan("features", image_set, FIELD, epochs=10, device=CPU, folder=where)
+        plan.plan("features", image_set, FIELD, epochs=10, device=CPU, folder=where)
 
 
 def test_the_folder_is_an_option_a_variable_or_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("SPOT_FAST_CACHE", raising=False)
-    assert cache.folder_of(None) == tmp_path / ".cache" / "spot_fast"
+    assert plan.folder_of(None) == tmp_path / ".cache" / "spot_fast"
     monkeypatch.setenv("SPOT_FAST_CACHE", "/elsewhere")
-    assert str(cache.folder_of(None)) == "/elsewhere"
-    assert cache.folder_of(str(tmp_path / "given")) == tmp_path / "given"
-    assert cache.folder_of("~/given") == tmp_path / "given"
+    assert str(plan.folder_of(None)) == "/elsewhere"
+    assert plan.folder_of(str(tmp_path / "given")) == tmp_path / "given"
+    assert plan.folder_of("~/given") == tmp_path / "given"
     monkeypatch.setenv("SPOT_FAST_CACHE", "~/there")
-    assert cache.folder_of(None) == tmp_path / "there"
+    assert plan.folder_of(None) == tmp_path / "there"
     monkeypatch.setenv("SPOT_FAST_CACHE", "")
-    assert cache.folder_of(None) == tmp_path / ".cache" / "spot_fast"
+    assert plan.folder_of(None) == tmp_path / ".cache" / "spot_fast"
     with pytest.raises(UserError, match="--cache-dir is empty"):
-        cache.folder_of("")
+        plan.folder_of("")
 
 
 @pytest.mark.parametrize("home", [None, ""])
@@ -169,13 +168,13 @@ def test_a_process_may_have_no_home(monkeypatch, tmp_path, capsys, home):
     if home is not None:
         monkeypatch.setenv("HOME", home)
     monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
-    assert cache.folder_of(None) is None
+    assert plan.folder_of(None) is None
     with pytest.raises(UserError, match="--cache-dir ~/given: the home folder is not known"):
-        cache.folder_of("~/given")
-    assert cache.folder_of(str(tmp_path)) == tmp_path
+        plan.folder_of("~/given")
+    assert plan.folder_of(str(tmp_path)) == tmp_path
     assert main(["caches"]) == 2 and "$HOME is not set: name one with --cache-dir" in capsys.readouterr().err
     monkeypatch.setenv("SPOT_FAST_CACHE", str(tmp_path))
-    assert cache.folder_of(None) == tmp_path and main(["caches"]) == 0
+    assert plan.folder_of(None) == tmp_path and main(["caches"]) == 0
 
 
 def test_caches_in_a_folder_that_may_only_be_read_are_listed(monkeypatch, tmp_path, capsys):
@@ -190,11 +189,11 @@ def test_a_cache_dir_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").write_text("")
     for given in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=f"--cache-dir {given} is not a folder that can be made and written to"):
-            cache.folder_of(str(given))
-        assert cache.free_disk(given) == 0
+            plan.folder_of(str(given))
+        assert plan.free_disk(given) == 0
 
 
 def test_free_memory_and_disk_are_numbers_of_this_machine(tmp_path):
-    assert 2**20 < cache.free_bytes(CPU) < 2**50
-    assert cache._read_number("/no/such/file") == 0
-    assert 0 < cache.free_disk(tmp_path / "not" / "there") < 2**60
+    assert 2**20 < plan.free_bytes(CPU) < 2**50
+    assert plan._read_number("/no/such/file") == 0
+    assert 0 < plan.free_disk(tmp_path / "not" / "there") < 2**60

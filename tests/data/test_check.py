@@ -243,7 +243,7 @@ def test_what_is_no_data_set(tmp_path, check, capsys):
     (tmp_path / "a.txt").write_text("b\n")
     assert "lists no image that exists" in check(tmp_path / "a.txt")[2]
     make_folder(tmp_path)
-    assert "--jobs 0: use 1 or more" in check(tmp_path, "--jobs", "0")[2]
+    assert "--jobs is 0: use 1 or more" in check(tmp_path, "--jobs", "0")[2]
     with pytest.raises(SystemExit) as stop:
         main(["check"])
     assert (

@@ -5,8 +5,8 @@ import io
 import pytest
 from PIL import Image
 
-from spot_fast.data import damage
-from spot_fast.data.damage import data_damage, file_damage
+from spot_fast.data.decoding import damage
+from spot_fast.data.decoding.damage import data_damage, file_damage
 
 
 def encoded(kind, **options):

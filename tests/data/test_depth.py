@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from spot_fast.data import Folder
-from spot_fast.data.damage import file_damage
-from spot_fast.data.decoding import depth, transforms
+from spot_fast.data.decoding import depth, opening
+from spot_fast.data.decoding.damage import file_damage
 
 VALUES = np.random.default_rng(0).integers(0, 4096, (9, 7, 4))
 VALUES[0, 0] = 4095
@@ -35,7 +35,7 @@ def png(values, bits=16, more=b"", after=b""):
 
 
 def rgb(encoded):
-    return np.asarray(transforms.open_rgb("a.png", encoded))
+    return np.asarray(opening.open_rgb("a.png", encoded))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -59,7 +59,7 @@ def test_sixteen_bits_that_are_used_lose_their_low_byte():
 @pytest.mark.parametrize("compression", ["raw", "tiff_deflate"])
 def test_tiff(tmp_path, compression):
     Image.fromarray(VALUES[..., 0].astype(np.uint16)).save(tmp_path / "a.tif", compression=compression)
-    assert np.array_equal(transforms.open_rgb(tmp_path / "a.tif"), (VALUES[..., :1] >> 4).repeat(3, -1))
+    assert np.array_equal(opening.open_rgb(tmp_path / "a.tif"), (VALUES[..., :1] >> 4).repeat(3, -1))
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -87,14 +87,14 @@ def test_tiff_of_colours(tmp_path, order):
     head = struct.pack(f"{order}2sHI4H", b"II" if order == "<" else b"MM", 42, 16, 16, 16, 16, 16)
     table = struct.pack(f"{order}H", len(entries)) + b"".join(packed(*entry) for entry in entries) + b"\0" * 4
     (tmp_path / "a.tif").write_bytes((head + table).ljust(200, b"\0") + pixels)
-    assert np.array_equal(transforms.open_rgb(tmp_path / "a.tif"), VALUES[..., :3] >> 4)
+    assert np.array_equal(opening.open_rgb(tmp_path / "a.tif"), VALUES[..., :3] >> 4)
 
 
 def test_dark_images_keep_their_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     (tmp_path / "a.png").write_bytes(png(VALUES[..., :3], more=chunk(b"eXIf", exif.tobytes()[6:])))
-    turned = transforms.open_rgb(tmp_path / "a.png", upright=True)
+    turned = opening.open_rgb(tmp_path / "a.png", upright=True)
     assert np.array_equal(turned, np.rot90(VALUES[..., :3] >> 4, -1))
 
 
@@ -124,7 +124,7 @@ def test_text_that_pillow_refuses_costs_no_image(tmp_path, text, where):
     path.write_bytes(png(VALUES[..., :3] >> 4, bits=8, **{where: text}))
     images = Folder(tmp_path, image_size=16)
     assert images.val_image(0).shape == (3, 16, 16)
-    assert np.array_equal(transforms.open_rgb(path), VALUES[..., :3] >> 4)
+    assert np.array_equal(opening.open_rgb(path), VALUES[..., :3] >> 4)
     assert file_damage(path) is None and file_damage(path, decode=True) is None
 
 

@@ -30,8 +30,10 @@ def in_memory(loader, function=mean_and_corner):
 
 def assert_same_epoch(cache, loader, epoch, start=0):
     plain = Loader(loader.image_set, loader.batch_size, loader.seed)
-    for batch, fields in zip(plain.epoch(epoch, start), cache.epoch(loader, epoch, start, CPU), strict=True):
-        for ours, expected in zip(fields, mean_and_corner(batch.images), strict=True):
+    for batch, cached in zip(plain.epoch(epoch, start), cache.epoch(loader, epoch, start, CPU), strict=True):
+        assert cached.images is None and torch.equal(cached.indices, batch.indices)
+        assert torch.equal(cached.flipped, batch.flipped)
+        for ours, expected in zip(cached.features, mean_and_corner(batch.images), strict=True):
             assert ours.dtype == expected.dtype and torch.equal(ours, expected)
 
 

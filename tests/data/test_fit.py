@@ -230,6 +230,6 @@ def test_training_does_not_look_at_masks(tmp_path):
     (tmp_path / "annotations/instances_val2017.json").rename(tmp_path / "annotations/instances_train2017.json")
     photo(tmp_path / "train2017" / f"{NAME}.jpg", orientation=6)
     train = Coco(tmp_path, "train", image_size=SIZE)
-    assert train.rgb(0).size == (90, 60) and train._turned == {}
+    assert train.rgb(0).size == (90, 60) and train._upright_masks == {}
     train.train_image(0, np.random.default_rng(0))
-    assert train._turned == {}
+    assert train._upright_masks == {}

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from spot_fast.data.base import ImageFiles
-from spot_fast.data.caching import identity
+from spot_fast.data.listing import identity
 
 
 @pytest.fixture(autouse=True)

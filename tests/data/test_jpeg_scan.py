@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from spot_fast.data.damage import data_damage
+from spot_fast.data.decoding.damage import data_damage
 from spot_fast.data.decoding.jpeg_scan import _last_bytes_decide, _single_scan, broken, lost_inside
 
 RNG = np.random.default_rng(0)

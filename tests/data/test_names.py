@@ -13,8 +13,8 @@ from data_folders import coco_file
 from spot_fast.config import preset
 from spot_fast.data import Folder, Loader, open_set
 from spot_fast.data.datasets.folder import read_list
-from spot_fast.data.datasets.names import alike, listed, located, read_lines
 from spot_fast.data.datasets.voc import read_names
+from spot_fast.data.listing.names import alike, listed, located, read_lines
 from spot_fast.errors import CorruptImage, UserError
 from spot_fast.evaluation.scoring import Evaluation
 from spot_fast.evaluation.tables import write_csv
@@ -126,7 +126,7 @@ def test_a_name_that_differs_in_case_is_told(tmp_path):
     image(tmp_path / "IMG.JPG")
     images = Folder([tmp_path / "IMG.JPG"], image_size=16)
     images.paths = [tmp_path / "img.jpg", tmp_path / "other.jpg"]
-    with pytest.raises(CorruptImage, match=r"img\.jpg does not exist, but IMG\.JPG is there: names have to agree in"):
+    with pytest.raises(CorruptImage, match=r"img\.jpg does not exist, but IMG\.JPG does: names have to agree in"):
         images.val_image(0)
     with pytest.raises(CorruptImage, match=r"other\.jpg does not exist$"):
         images.val_image(1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from spot_fast.config import preset
+from spot_fast.data import open_sets
 from spot_fast.data.datasets.scenes import CLASSES, MAX_HIDDEN, MAX_OBJECTS, MIN_AREA, MIN_OBJECTS, Scenes, draw_scenes
 
 
@@ -74,7 +75,7 @@ def test_objects_differ_from_what_is_around_them():
 
 def test_interface_of_the_data_set():
     config = preset("scenes", train_images=5, val_images=7)
-    train, val = Scenes.from_config(config, "train"), Scenes.from_config(config, "val")
+    train, val = open_sets(config)
     assert (len(train), len(val)) == (5, 7) and not train.flip and not train.random_crop
     assert val.has_masks and val.has_classes
     masks = val.val_masks(2)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from spot_fast.data import Folder
-from spot_fast.data.decoding import transforms
+from spot_fast.data.decoding import opening, transforms
 from spot_fast.errors import CorruptImage
 
 
@@ -69,7 +69,7 @@ GREY = np.array([[0, 64], [128, 255]], np.uint8)
 def test_every_mode_becomes_rgb(tmp_path, image, expected):
     path = tmp_path / "image.tif"
     image.save(path)
-    rgb = transforms.open_rgb(path)
+    rgb = opening.open_rgb(path)
     assert rgb.mode == "RGB"
     assert np.abs(np.asarray(rgb).astype(int) - np.asarray(expected, int)[..., None]).max() <= 1
 
@@ -79,15 +79,15 @@ def test_transparent_palette(tmp_path):
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
     image.save(tmp_path / "p.png", transparency=1)
-    assert np.asarray(transforms.open_rgb(tmp_path / "p.png")).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+    assert np.asarray(opening.open_rgb(tmp_path / "p.png")).tolist() == [[[10, 20, 30], [255, 255, 255]]]
 
 
 def test_exif_orientation_is_obeyed_where_asked(tmp_path):
     image, exif = Image.new("RGB", (4, 2)), Image.Exif()
     exif[0x0112] = 6
     image.save(tmp_path / "turned.jpg", exif=exif)
-    assert transforms.open_rgb(tmp_path / "turned.jpg").size == (4, 2)
-    assert transforms.open_rgb(tmp_path / "turned.jpg", upright=True).size == (2, 4)
+    assert opening.open_rgb(tmp_path / "turned.jpg").size == (4, 2)
+    assert opening.open_rgb(tmp_path / "turned.jpg", upright=True).size == (2, 4)
 
 
 def test_corrupt_files_are_named(tmp_path, monkeypatch):
@@ -106,11 +106,11 @@ def test_corrupt_files_are_named(tmp_path, monkeypatch):
         ("gone.png", "does not exist"),
     ):
         with pytest.raises(CorruptImage, match=rf"image .*{name} .*{reason}"):
-            transforms.open_rgb(tmp_path / name)
+            opening.open_rgb(tmp_path / name)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     noise.save(tmp_path / "large.png")
     with pytest.raises(CorruptImage, match=r"large.png cannot be read: .*decompression bomb"):
-        transforms.open_rgb(tmp_path / "large.png")
+        opening.open_rgb(tmp_path / "large.png")
 
 
 @pytest.mark.parametrize("size", [(900, 40), (40, 900), (1601, 30), (9000, 250)])

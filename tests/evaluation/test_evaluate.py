@@ -176,15 +176,15 @@ def wrong(tmp_path_factory):
         (["made/other"], "model.safetensors does not fit its config.json"),
         (["made/coco"], "--preset coco needs --data PATH"),
         (["made/coco", "--data", "nowhere"], "--data nowhere is not a folder"),
-        (["made/whole", "--limit", "-1"], "limit -1"),
-        (["made/whole", "--batch-size", "0"], "batch size 0"),
-        (["made/whole", "--seed", "-4"], "seed -4"),
+        (["made/whole", "--limit", "-1"], "--limit is -1: use 0 or more"),
+        (["made/whole", "--batch-size", "0"], "--batch-size is 0: use 1 or more"),
+        (["made/whole", "--seed", "-4"], "--seed is -4: use 0 or more"),
         (["made/whole", "--json", "no/such/folder.json"], "--json no/such/folder.json lies in no/such"),
         (["made/whole", "--json", "made"], "--json made is a folder"),
         (["made/whole", "--protocol", "dino"], "--protocol dino is unknown: use all"),
         (["made/whole", "--csv", "made"], "--csv made is a folder"),
         (["made/whole", "--size-plot", "made/plot.pdf"], "--size-plot made/plot.pdf does not end in .png or .svg"),
-        (["made/whole", "--workers", "-1"], "workers -1"),
+        (["made/whole", "--workers", "-1"], "--workers is -1: use 0 or more"),
         (["made/whole", "--device", "gpu"], "--device gpu cannot be used"),
         (["made/whole", "nothing"], "run nothing is not a folder"),
     ],
@@ -247,7 +247,7 @@ def test_scores_are_printed_where_a_file_cannot_be_written(here, call, monkeypat
 
 def test_a_target_that_cannot_be_written_is_reported_before_anything_is_scored(here, call, monkeypatch):
     make_run(here / "runs" / "a")
-    monkeypatch.setattr(command, "load_run", lambda *_: pytest.fail("a run was opened"))
+    monkeypatch.setattr(command, "open_runs", lambda *_: pytest.fail("a run was opened"))
 
     def read_only(*_, **__):
         raise OSError(30, "Read-only file system")
@@ -261,16 +261,16 @@ def test_a_target_that_cannot_be_written_is_reported_before_anything_is_scored(h
 def test_json_has_no_nan_and_any_name(here, call, monkeypatch):
     """Losses of a model that diverged, names that are not UTF-8: every reader of JSON takes them."""
     make_run(here / "runs" / "a")
-    evaluate = command.evaluate
+    scored = command.score
 
     def odd(*args, **options):
         return replace(
-            evaluate(*args, **options),
+            scored(*args, **options),
             reconstruction={1: float("nan"), 9: float("inf")},
             skipped={"caf\udce9.jpg": "damaged"},
         )
 
-    monkeypatch.setattr(command, "evaluate", odd)
+    monkeypatch.setattr(command, "score", odd)
     assert call("--limit", 2, "--json", "t.json", "--csv", "t.csv")[0] in (0, 2)
 
     def refuse(word):
@@ -339,7 +339,7 @@ def test_a_broken_matplotlib_is_reported_first_and_costs_no_scores(here, call, m
         for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
             patch.delitem(sys.modules, name)
         code, out, err = call("--size-plot", "p.png")
-    assert code == 2 and out == "" and "which is there but cannot be imported (AttributeError: _ARRAY_API" in err
+    assert code == 2 and out == "" and "which is installed but cannot be imported (AttributeError: _ARRAY_API" in err
 
     def fail(*_, **__):
         raise RuntimeError("Failed to find font")

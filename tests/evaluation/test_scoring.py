@@ -16,7 +16,7 @@ from spot_fast.errors import UserError
 from spot_fast.evaluation import scoring as evaluation
 from spot_fast.evaluation.baselines import block_masks, kmeans_labels, published_layouts
 from spot_fast.evaluation.metrics import METRICS, SIZE_BINS, image_scores, labels_from_soft
-from spot_fast.evaluation.scoring import Evaluation, Row, Table, evaluate, read_ahead, slot_noise
+from spot_fast.evaluation.scoring import Evaluation, Row, Table, evaluate, read_images, slot_noise
 from spot_fast.evaluation.tables import (
     evaluation_table,
     mean_rows,
@@ -175,7 +175,7 @@ def test_one_odd_image_does_not_end_an_evaluation(model):
     assert result.skipped == {"same.jpg": "ValueError: of some library"}
     assert [r.scores for r in result.tables[0].rows] == [r.scores for r in plain.tables[0].rows]
     skipped = {}
-    list(read_ahead(lambda i: Odd(4).val_masks(1), Odd(4), range(3), 0, skipped))
+    list(read_images(lambda i: Odd(4).val_masks(1), Odd(4), range(3), 0, skipped))
     assert len(skipped) == 3  # images of one name are counted each
 
 
@@ -291,7 +291,7 @@ def test_threads_read_ahead_in_order(model, monkeypatch):
     images = Slow(9, broken=(0, 5))
     skipped, finished = {}, []
     found = list(
-        read_ahead(
+        read_images(
             lambda i: (i, images.val_image(i)), images, range(9), 3, skipped, lambda: finished.append(len(finished))
         )
     )

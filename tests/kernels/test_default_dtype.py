@@ -13,8 +13,7 @@ from operator_calls import calls, with_gradients
 from spot_fast.evaluation.metrics import image_scores, labels_from_soft
 from spot_fast.model.encoder import normalise
 from spot_fast.segmentation.overlays import labels_at
-from spot_kernels import SlotAttention, native, use_backend
-from spot_kernels.modules.slot_attention import PermutedDecoder
+from spot_kernels import PermutedDecoder, SlotAttention, native, use_backend
 
 DEFAULTS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BACKENDS = [

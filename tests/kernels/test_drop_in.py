@@ -8,8 +8,8 @@ import torch
 from kernel_tier import GRADIENT, OUTPUT, assert_as_exact, joined
 from paths import ROOT
 from published_variants import BATCH, CASES, HIDDEN, SLOT_WIDTH, SLOTS, TOKENS, random_state
+from spot_kernels.modules import VARIANTS, SlotAttention
 from spot_kernels.modules.name_maps import NAMES, from_state_dict_of
-from spot_kernels.modules.slot_attention import VARIANTS, SlotAttention
 
 README = ROOT / "kernels" / "README.md"
 
@@ -59,7 +59,7 @@ def run(case, dtype, *, published, seed=0):
 
 
 def comparable(case, grads):
-    """Flax has no bias in two gates of the hidden state: ours gets a gradient there that it has no place for."""
+    """Flax has no bias in two gates of the hidden state: drop the gradients of ours there."""
     if variant_of(case) == "savi":
         grads = grads | {"gru.bias_hh": grads["gru.bias_hh"][2 * SLOT_WIDTH :]}
     return grads
@@ -244,10 +244,10 @@ def test_wrong_state_dicts_are_one_clear_error():
         from_state_dict_of("dinosaur", random_state(CASES["dinosaur"][1]) | both)
 
     module = SlotAttention.like("slate", 12, SLOT_WIDTH, mlp_hidden=HIDDEN)
-    with pytest.raises(ValueError, match="missing initial.mean, initial.scale; without a place nothing"):
+    with pytest.raises(ValueError, match="missing initial.mean, initial.scale; unexpected nothing"):
         module.load_variant("slate", state)
     module = SlotAttention.like("slate", 12, SLOT_WIDTH, mlp_hidden=None, initial=None)
-    with pytest.raises(ValueError, match="missing nothing; without a place mlp.0.bias, "):
+    with pytest.raises(ValueError, match="missing nothing; unexpected mlp.0.bias, "):
         module.load_variant("slate", state)
     module = SlotAttention.like("slate", 12, SLOT_WIDTH, mlp_hidden=HIDDEN, initial=None, bias=True)
     with pytest.raises(ValueError, match="missing project_k.bias, project_q.bias, project_v.bias; "):

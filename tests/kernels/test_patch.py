@@ -1,4 +1,4 @@
-"""`patch` on modules rebuilt from published formulas: same numbers, same everything else; what it leaves, and why."""
+"""`patch` on modules rebuilt from published formulas: results and everything else stay; what is left alone, and why."""
 
 import copy
 import functools
@@ -16,6 +16,7 @@ from kernel_tier import DEVICE, needs_triton
 from published_modules import SLOT_WIDTH, SLOTS, WIDTH
 from spot_kernels import PatchReport, SlotAttention, dispatch, patch, unpatch, use_backend
 from spot_kernels.patching.implementations import IMPLEMENTATIONS
+from spot_kernels.patching.switches import has_attribute, unknown_reads
 
 INPUTS = {
     "alone": ((3, 25, SLOT_WIDTH),),
@@ -229,8 +230,8 @@ def test_copies_are_patched_modules_of_their_own(duplicate):
     assert type(model.grouping["slots"]) is not published.Slate
 
 
-def test_a_replica_looks_at_its_own_parameters():
-    """nn.DataParallel copies the attributes of a module: a function bound to it would look at the first device's."""
+def test_a_replica_uses_its_own_parameters():
+    """nn.DataParallel copies the attributes of a module: a function bound to it would use those of the first device."""
     module = build("SLATE")
     patch(module)
     replica = module._replicate_for_data_parallel()
@@ -238,7 +239,7 @@ def test_a_replica_looks_at_its_own_parameters():
 
 
 class SlotAttentionModel(Model):
-    """A name that speaks of slot attention, of what holds it."""
+    """Named after slot attention, but only holds it."""
 
 
 def test_a_model_named_after_slot_attention_is_not_reported_for_it():
@@ -258,7 +259,7 @@ def test_a_single_slot(name):
 
 def test_report_names_every_module_and_a_second_call_changes_nothing():
     model = Model()
-    model.mine = SlotAttention(WIDTH, SLOT_WIDTH, mlp_hidden=None)
+    model.ours = SlotAttention(WIDTH, SLOT_WIDTH, mlp_hidden=None)
     report = patch(model)
     kind = type(model.grouping["slots"])
     assert isinstance(report, PatchReport) and len(report.replaced) == 2
@@ -266,14 +267,14 @@ def test_report_names_every_module_and_a_second_call_changes_nothing():
         "module           class          implementation  replaced              note",
         "grouping.slots   SlotAttention  SLATE           attention and update",
         "grouping.others  SlotAttention  SLATE           attention and update",
-        "mine             SlotAttention  spot_kernels    nothing               runs on our operators as it is",
+        "ours             SlotAttention  spot_kernels    nothing               runs on our operators as it is",
     ]
     again = patch(model)
     assert [x.note for x in again.replaced] == ["was patched before"] * 2
     assert type(model.grouping["slots"]) is kind
-    said = str(patch(nn.Linear(2, 2)))
-    assert said.startswith("no slot attention found: nothing was replaced (looked for the layers of ")
-    assert "SLATE, STEVE, BO-QSA" in said and "slot_attention_step" in said
+    empty = str(patch(nn.Linear(2, 2)))
+    assert empty.startswith("no slot attention found: nothing was replaced (looked for the modules of ")
+    assert "SLATE, STEVE, BO-QSA" in empty and "slot_attention_step" in empty
 
 
 def test_patch_leaves_gradients_modes_buffers_and_random_states():
@@ -337,7 +338,7 @@ def test_hooks_of_the_module_itself_are_called_and_not_by_the_comparison():
     assert seen == [(3, 25, SLOTS)]
 
 
-# What has the shape of a known module and is another one. Each is left as it was, for its own reason.
+# Modules with the attributes of a known one that are not it. Each is left as it was, for its own reason.
 @published.published_as("SlotAttention")
 class OtherFormula(published.Slate):
     """Softmax over tokens."""
@@ -395,17 +396,8 @@ class OtherArguments(published.Slate):
         return published.Slate.forward(self, inputs, slots)
 
 
-class Derived(published.Slate):
-    def forward(self, inputs, slots):
-        return super().forward(inputs, slots)
-
-
-class Adapted(nn.Linear):
-    pass
-
-
 class GroupedSlotAttention(nn.Module):
-    """Of another name."""
+    """Known as slot attention by its name only."""
 
 
 def changed(change):
@@ -423,41 +415,38 @@ def changed(change):
         (DrawsMore, "SLATE", "its forward computes something else: it draws other random numbers"),
         (Detached, "SLATE", "its forward computes something else: gradients differ by"),
         (Fails, "SLATE", "it could not be compared: RuntimeError: only on Tuesdays"),
-        (OtherArguments, "", "closest to SLATE, but its forward takes (self, inputs, slots, mask=None)"),
-        (Derived, "", "closest to SLATE, but Derived has a forward of its own"),
         (
-            lambda: changed(lambda m: setattr(m, "project_q", Adapted(SLOT_WIDTH, SLOT_WIDTH, bias=False))),
+            OtherArguments,
             "",
-            "closest to SLATE, but project_q is a Adapted",
+            "fits no known form (closest is SLATE, but its forward takes (self, inputs, slots, mask=None)): ",
         ),
         (
-            lambda: changed(lambda m: setattr(m, "gate", nn.Linear(2, 2))),
+            lambda: changed(lambda m: delattr(m, "epsilon")),
             "",
-            "closest to SLATE, but it has a layer gate",
-        ),
-        (
-            lambda: changed(lambda m: m.register_buffer("table", torch.zeros(1))),
-            "",
-            "closest to SLATE, but it has a buffer table",
+            "fits no known form (closest is SLATE, but it has no epsilon): ",
         ),
         (
             lambda: changed(lambda m: setattr(m, "project_k", nn.Linear(WIDTH, 8, bias=False))),
-            "",
-            "closest to SLATE, but project_k has the size (12, 8), which does not fit the other layers",
+            "SLATE",
+            "it could not be compared: RuntimeError: ",
         ),
-        (lambda: changed(lambda m: delattr(m, "epsilon")), "", "closest to SLATE, but its epsilon is 'missing'"),
         (lambda: changed(lambda m: m.gru.register_forward_hook(print)), "SLATE", "its layer gru has hooks"),
         (
             lambda: changed(lambda m: setattr(m, "forward", functools.partial(print))),
             "SLATE",
             "its forward was replaced on the instance",
         ),
+        (
+            lambda: changed(lambda m: m.mlp.compile(backend="eager")),
+            "SLATE",
+            "its layer mlp is compiled: patch before torch.compile",
+        ),
         (lambda: changed(lambda m: m.compile(backend="eager")), "SLATE", "is compiled: patch before torch.compile"),
         (lambda: published.Slate().to("meta"), "SLATE", "its parameters are on the meta device: move them first"),
         (GroupedSlotAttention, "", "fits no known form (closest is "),
     ],
 )
-def test_what_is_not_known_is_left_alone_with_a_reason(build_it, implementation, note):
+def test_an_unknown_module_is_left_alone_with_a_reason(build_it, implementation, note):
     module = build_it()
     kind, attributes = type(module), dict(vars(module))
     found = only(patch(module))
@@ -470,16 +459,62 @@ def test_a_compiled_model_is_left_alone():
     assert only(patch(torch.compile(published.Slate(), backend="eager"))).note.startswith("is compiled")
 
 
-def test_a_class_derived_without_changing_methods_is_known():
-    class Larger(published.Slate):
-        def __init__(self):
-            super().__init__(heads=2)
+class Derived(published.Slate):
+    def __init__(self):
+        super().__init__(heads=2)
 
-    module = Larger()
-    assert patch(module).replaced and isinstance(module, Larger)
+    def forward(self, inputs, slots):
+        return super().forward(inputs, slots)
 
 
-def test_another_thing_than_a_module_is_one_sentence():
+class LowRankAdapter(nn.Linear):
+    def __init__(self):
+        super().__init__(SLOT_WIDTH, SLOT_WIDTH)
+        self.down, self.up = nn.Linear(SLOT_WIDTH, 2), nn.Linear(2, SLOT_WIDTH)
+
+    def forward(self, x):
+        return super().forward(x) + self.up(self.down(x))
+
+
+class ScaledGru(nn.GRUCell):
+    def forward(self, updates, slots):
+        return 0.5 * super().forward(updates, slots)
+
+
+@pytest.mark.parametrize(
+    "build_it",
+    [
+        Derived,
+        lambda: changed(lambda m: setattr(m, "project_q", LowRankAdapter())),
+        lambda: changed(lambda m: setattr(m, "gru", ScaledGru(SLOT_WIDTH, SLOT_WIDTH))),
+        lambda: changed(lambda m: setattr(m, "mlp", nn.Sequential(nn.Linear(SLOT_WIDTH, SLOT_WIDTH), nn.Dropout(0.5)))),
+        lambda: changed(lambda m: nn.utils.parametrizations.weight_norm(m.project_k)),
+        lambda: changed(lambda m: setattr(m, "norm_slots", nn.Identity())),
+        lambda: changed(lambda m: setattr(m, "unused", nn.Linear(2, 2))),
+        lambda: changed(lambda m: m.register_buffer("unused", torch.zeros(1))),
+    ],
+    ids=["derived", "adapter", "GRU", "MLP", "weight norm", "no norm", "unused layer", "unused buffer"],
+)
+def test_layers_of_any_kind_stay_and_the_module_around_them_is_replaced(build_it):
+    """The replacement calls the layers that the module has; what the forward does not read does not matter."""
+    module = build_it().eval()
+    before = run(module, inputs_of("SLATE"))
+    assert only(patch(module)).implementation == "SLATE"
+    assert_equal_to_rounding(run(module, inputs_of("SLATE")), before)
+
+
+@pytest.mark.parametrize("known", [known for known in IMPLEMENTATIONS if not known.default_noise], ids=lambda k: k.name)
+def test_the_table_lists_what_replacements_read(known):
+    """Else a module that lacks an attribute would be replaced, and fail; or one would be left alone for no reason."""
+    module = build(known.name)
+    assert patch(module).replaced
+    read = {name.removeprefix("self.") for name in unknown_reads(module, known.methods, known=())}
+    read = {name for name in read if has_attribute(module, name) and not name.startswith(("_published", "__"))}
+    # a width of the layers is no switch and so not among them
+    assert read | (known.reads & {"slot_size"}) == known.reads
+
+
+def test_a_model_that_is_no_module_raises():
     for function in (patch, unpatch):
         with pytest.raises(ValueError, match=f"{function.__name__}: model is a dict: pass a torch.nn.Module"):
             function({})

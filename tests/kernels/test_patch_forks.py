@@ -1,4 +1,4 @@
-"""What `patch` makes of forks: switches of their own, other names, default dtypes, and what it says of the rest."""
+"""`patch` on forks: switches of their own, other class names, default dtypes, and the notes about the rest."""
 
 import copy
 import sys
@@ -17,7 +17,7 @@ from spot_kernels.patching.implementations import IMPLEMENTATIONS
 
 @pytest.mark.parametrize("fork", FORKS, ids=lambda fork: fork.__name__)
 def test_a_fork_that_reads_a_switch_of_its_own_is_left_alone(fork):
-    """At its default it computes what the known form does: only reading its code tells them apart."""
+    """At its default it computes what the known form does, so a comparison of outputs cannot detect it."""
     module = fork()
     kind = type(module)
     found = only(patch(module))
@@ -44,7 +44,7 @@ def test_a_class_of_another_name_is_known_by_its_structure(fork):
         (frameworks.OcBenchWithAllAttention, "OCBench, attention of every iteration"),
     ],
 )
-def test_of_forms_with_the_same_layers_the_one_that_agrees_is_taken(kind, name):
+def test_among_forms_with_the_same_layers_the_one_that_agrees_is_chosen(kind, name):
     module = kind()
     kind.__name__, before = "Grouping", kind.__name__
     try:
@@ -60,7 +60,7 @@ class OtherFormula(Fork):
 
 
 class Refiner(nn.Module):
-    """Slot attention of no known form, of a name that does not say so."""
+    """Slot attention of no known form and without a telling name."""
 
     def __init__(self):
         super().__init__()
@@ -68,25 +68,26 @@ class Refiner(nn.Module):
         self.cell, self.norm = nn.GRUCell(8, 8), nn.LayerNorm(8)
 
 
-def test_slot_attention_of_no_known_form_is_reported_with_a_way_out():
+def test_slot_attention_of_no_known_form_is_reported_with_a_remedy():
     (found,) = patch(nn.Sequential(nn.Linear(8, 8), Refiner())).modules
     assert (found.path, found.implementation, found.replaced) == ("1", "", "")
     assert found.note.startswith("fits no known form (closest is ")
     assert found.note.endswith(" more): its forward can call spot_kernels.slot_attention_step")
 
 
-def test_another_formula_in_known_layers_is_told_by_its_numbers():
+def test_another_formula_in_known_layers_is_detected_by_its_results():
     found = only(patch(OtherFormula()))
     assert found.implementation == "SLATE"
     assert found.note.startswith("its forward computes something else: results differ by")
 
 
-def test_a_note_names_a_few_differences_and_counts_the_rest():
+def test_a_note_names_three_differences_and_counts_the_rest():
     class SlotAttention(nn.Module):
         pass
 
     note = only(patch(SlotAttention())).note
-    assert note.startswith("closest to ") and note.count(";") == 2 and note.endswith(" more") and len(note) < 160
+    assert note.startswith("fits no known form (closest is ") and note.count(";") == 2
+    assert note.endswith(" more): its forward can call spot_kernels.slot_attention_step") and len(note) < 200
 
 
 @published.published_as("SlotAttention")
@@ -149,7 +150,7 @@ def test_noise_in_the_default_dtype_is_drawn_as_it_was(kind, base, inputs):
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
-def test_constants_in_the_default_dtype_are_no_other_formula():
+def test_constants_in_the_default_dtype_are_not_another_formula():
     assert only(patch(DefaultConstant())).replaced
 
 
@@ -188,9 +189,9 @@ def test_forms_are_known_in_float16(known):
     assert only(patch(build(known).half())).replaced
 
 
-def test_operators_that_do_not_work_in_a_dtype_are_found(monkeypatch):
-    """About as far from float64 as the original is, not as far as one likes."""
-    from spot_kernels.patching import published as ours
+def test_operators_that_fail_in_a_dtype_are_detected(monkeypatch):
+    """Errors above the original's own error against float64 are rejected."""
+    from spot_kernels.patching import replacements as ours
 
     right = ours._attend
     monkeypatch.setattr(

@@ -136,7 +136,7 @@ def without_bias(module):
     ],
 )
 def test_a_layer_changed_after_patching_computes_what_it_computes_in_the_published_forward(change, backend):
-    """Exchanged, wrapped, hooked, parametrised or pruned: the fused GRU and LayerNorm would pass by all of it."""
+    """Exchanged, wrapped, hooked, parametrised or pruned: the fused GRU and LayerNorm would bypass all of it."""
     module, plain = pair("SLATE")
     change(module)
     change(plain)

@@ -52,14 +52,14 @@ def test_a_layer_of_a_patched_module_may_be_sharded(group):
 
 
 @pytest.mark.parametrize("where", ["itself", "around", "inside"])
-def test_a_sharded_module_is_left_with_the_right_order_in_words(where, group):
+def test_a_sharded_module_is_left_with_the_right_order_in_the_note(where, group):
     model = nn.Sequential(build("SLATE"))
     fsdp.fully_shard({"itself": model[0], "around": model, "inside": model[0].project_k}[where], mesh=group)
     (found,) = patch(model).modules
     assert found.replaced == "" and found.note == "is sharded: patch before fully_shard or FullyShardedDataParallel"
 
 
-def test_fsdp1_is_left_with_the_right_order_in_words():
+def test_fsdp1_is_left_with_the_right_order_in_the_note():
     model = fsdp.FullyShardedDataParallel(nn.Sequential(build("STEVE")), device_id=torch.device("cpu"))
     notes = [found.note for found in patch(model).modules]
     assert notes == ["is sharded: patch before fully_shard or FullyShardedDataParallel"]

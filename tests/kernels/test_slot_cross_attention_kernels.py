@@ -6,7 +6,7 @@ import torch
 from kernel_tier import DEVICE, GRADIENT, OUTPUT, assert_as_exact, needs_triton
 from spot_kernels import dispatch
 from spot_kernels.dispatch import chosen_backend, use_backend
-from spot_kernels.modules.permuted_decoder import PermutedDecoderBlock
+from spot_kernels.modules import PermutedDecoderBlock
 from spot_kernels.slot_cross_attention import (
     _backward,
     _forward,

@@ -154,4 +154,4 @@ def test_help_names_the_defaults(capsys):
     with pytest.raises(SystemExit) as stop:
         report.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and "(default: the newest finished)" in text and "(default: report.html)" in text
+    assert stop.value.code == 0 and "(default: the newest finished run)" in text and "(default: report.html)" in text

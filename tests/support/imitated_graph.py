@@ -41,7 +41,7 @@ class Operators(TorchDispatchMode):
 
 
 class ImitatedRecorder:
-    """In the place of `graph.Recorder`; state: all that the function changes in place, asked for when it records."""
+    """Stands in for `cuda_graph.Recorder`. state: returns all that the function changes in place, when recording."""
 
     def __init__(self, state: Callable[[], Iterable[Tensor]]) -> None:
         self._state = state
@@ -50,7 +50,7 @@ class ImitatedRecorder:
         return function()
 
     def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """Does not run what it records: everything that changes in place is put back."""
+        """Leaves everything as it was: what the recorded run changes in place is restored."""
         operators = Operators()
         kept = [(value, value.clone()) for value in self._state()]
         with operators:
@@ -63,7 +63,7 @@ class ImitatedRecorder:
 
 def rate_on_device(trainer: Trainer) -> Trainer:
     """`trainer` with the Adam of recorded steps, whose learning rate is a float32 tensor."""
-    trainer.optimiser = adam(trainer.parameters, graphed=True)
+    trainer.optimiser = trainer.update.optimiser = adam(trainer.parameters, graphed=True)
     trainer.optimiser.param_groups[0]["capturable"] = False  # which it is on GPUs only
     return trainer
 
@@ -74,8 +74,7 @@ def graphed(trainer: Trainer) -> Trainer:
 
     def state() -> Iterable[Tensor]:
         moments = (tensor for one in trainer.optimiser.state.values() for tensor in one.values())
-        return [trainer.bad_steps.state, *(p.data for p in trainer.parameters), *moments]
+        return [trainer.bad_steps.mean, *(p.data for p in trainer.parameters), *moments]
 
-    trainer.update = Graphed(trainer.update_weights, ImitatedRecorder(state))
-    trainer.update.say = lambda text: None
+    trainer.update = Graphed(trainer.update, ImitatedRecorder(state), say=lambda text: None)
     return trainer

@@ -138,6 +138,15 @@ class OnALayer(Fork):
         return self.gru.temperature
 
 
+class ExtraLayer(Fork):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Identity()
+
+    def divisor(self):
+        return self.gate(1.0)
+
+
 class Global(Fork):
     def divisor(self):
         return TEMPERATURE
@@ -200,7 +209,7 @@ class Lambda(Fork):
 
 
 class RareBranch(Fork):
-    """No small example comes there."""
+    """The small inputs of the comparison never take it."""
 
     def __init__(self):
         super().__init__()
@@ -299,6 +308,7 @@ FORKS = [
     Configuration,
     OwnFunction,
     OnALayer,
+    ExtraLayer,
     Global,
     GlobalDict,
     GlobalObject,
@@ -321,7 +331,7 @@ FORKS = [
 
 
 class Harmless(Fork):
-    """Attributes that say nothing that layers and known numbers do not, and code that reads nothing else."""
+    """Attributes that repeat widths of layers, and code that reads nothing else."""
 
     def __init__(self):
         super().__init__()

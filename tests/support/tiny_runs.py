@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from spot_fast.checkpoints.runs import METRICS, MODEL
 from spot_fast.config import Config, preset
+from spot_fast.data.batch import Batch
 from spot_fast.training import trainer as trainer_module
 from spot_fast.training.run_folder import RunFolder
 from spot_fast.training.trainer import Outcome, Trainer
@@ -58,6 +60,11 @@ def train(root: Path, config: Config, teacher: Path | None = None) -> tuple[Path
 def go_on(path: Path, config: Config, teacher: Path | None = None) -> Outcome:
     with RunFolder(path) as folder:
         return Trainer(config, device=CPU, teacher=teacher).run(folder, tensorboard=False)
+
+
+def with_features(trainer: Trainer, batch: Batch) -> Batch:
+    """A batch of images as a cache would give it: their frozen features."""
+    return replace(batch, images=None, features=trainer.forward.frozen_features(batch.images))
 
 
 @contextlib.contextmanager

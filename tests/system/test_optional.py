@@ -1,4 +1,4 @@
-"""Packages that are missing, or there and broken: one sentence with the package and what to install."""
+"""Packages that are missing or broken: one sentence with the package and what to install."""
 
 import json
 import sys
@@ -27,21 +27,21 @@ from spot_fast.system.optional import required
         ("syntax error", "SyntaxError: invalid syntax"),
     ],
 )
-def test_a_broken_package_is_told_with_its_reason(tmp_path, monkeypatch, line, words):
+def test_a_broken_package_is_reported_with_its_reason(tmp_path, monkeypatch, line, words):
     (tmp_path / "broken_package.py").write_text(line + "\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError) as caught:
         required("broken_package", "--plot", "broken")
-    assert f"--plot needs broken_package, which is there but cannot be imported ({words}" in str(caught.value)
+    assert f"--plot needs broken_package, which is installed but cannot be imported ({words}" in str(caught.value)
     assert str(caught.value).endswith("): pip install --force-reinstall broken")
 
 
-def test_a_missing_package_is_told_without_one():
+def test_a_missing_package_is_reported_without_one():
     with pytest.raises(UserError, match="^--plot needs no_such_package: pip install it$"):
         required("no_such_package.part", "--plot", "it")
 
 
-def test_pycocotools_that_is_not_there_is_told_instead_of_the_annotation(tmp_path, monkeypatch):
+def test_missing_pycocotools_is_reported_instead_of_the_annotation(tmp_path, monkeypatch):
     image = {"id": 1, "file_name": "a.jpg", "width": 4, "height": 4}
     drawn = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [[0, 0, 3, 0, 3, 3]]}
     file = tmp_path / "instances.json"

@@ -81,7 +81,7 @@ def test_every_command_is_run_so():
     commands = [path for path in ROOT.rglob("*.py") if '"__main__"' in path.read_text() and path.name != "processes.py"]
     assert len(commands) == 8
     for path in commands:
-        assert "sys.exit(terminal.run(main))" in path.read_text(), path
+        assert "sys.exit(cli.run(main))" in path.read_text(), path
 
 
 def test_a_command_that_is_called_by_a_program_replaces_characters_too(monkeypatch):

@@ -1,4 +1,4 @@
-"""--on-bad-step skip: a step that is not finite, or whose loss leaps, leaves no trace in the weights and is told of."""
+"""--on-bad-step skip: a step that is not finite, or whose loss spikes, changes no weight and is reported."""
 
 from dataclasses import replace
 
@@ -11,6 +11,7 @@ from spot_fast.checkpoints.runs import MODEL, STATE
 from spot_fast.errors import UserError
 from spot_fast.training.bad_steps import MOST_IN_A_ROW, BadSteps
 from spot_fast.training.optimiser import adam, update
+from spot_fast.training.step import Forward
 from spot_fast.training.trainer import Trainer
 from tiny_runs import CPU, assert_same_run, go_on, metrics, stop_after, tiny, train
 
@@ -23,13 +24,18 @@ def broken(monkeypatch):
     """Multiplies the loss of the given steps of a run, counted from 1, by `value`."""
 
     def breaks(*steps: int, value: float = NAN) -> None:
-        losses = Trainer.losses
+        losses, train_step, now = Forward.losses, Trainer.train_step, [0]
+
+        def counted_step(self, batch):
+            now[0] = self.step + 1
+            train_step(self, batch)
 
         def broken_losses(self, *arguments):
-            loss, *others = losses(self, *arguments)
-            return (loss * value if self.step + 1 in steps else loss, *others)
+            values = losses(self, *arguments)
+            return {**values, "loss": values["loss"] * value} if now[0] in steps else values
 
-        monkeypatch.setattr(Trainer, "losses", broken_losses)
+        monkeypatch.setattr(Trainer, "train_step", counted_step)
+        monkeypatch.setattr(Forward, "losses", broken_losses)
 
     return breaks
 
@@ -45,7 +51,7 @@ def leave_out(monkeypatch, *steps: int) -> None:
     monkeypatch.setattr(Trainer, "train_step", step_or_nothing)
 
 
-def told(path) -> list[int]:
+def reported(path) -> list[int]:
     return [step for line in metrics(path) if line["kind"] == "skipped" for step in line["steps"]]
 
 
@@ -56,7 +62,7 @@ def test_weights_are_those_of_a_run_without_the_updates(steps, value, tmp_path, 
     monkeypatch.undo()
     leave_out(monkeypatch, *steps)
     expected, _ = train(tmp_path, tiny(**SKIP))
-    assert outcome.finished and told(path) == list(steps)
+    assert outcome.finished and reported(path) == list(steps)
     weights, others = load_file(path / MODEL), load_file(expected / MODEL)
     assert all(torch.equal(weights[name], others[name]) for name in others)
     assert f"({len(steps)} so far)" in capsys.readouterr().out
@@ -72,7 +78,7 @@ def test_means_are_those_of_the_steps_that_count(tmp_path, broken):
     assert lines["train", 8]["loss"] is each[2] is None
     assert lines["epoch", 6]["loss"] == pytest.approx((each[1] + each[3] + each[4]) / 3)
     assert lines["epoch", 12]["loss"] == pytest.approx((each[9] + each[10] + each[11]) / 3)
-    # Told at the end of an interval or an epoch, whichever comes first.
+    # Reported at the end of an interval or an epoch, whichever comes first.
     assert {step: lines["skipped", step]["steps"] for kind, step in lines if kind == "skipped"} == {
         4: [2],
         6: [5, 6],
@@ -97,7 +103,7 @@ def test_stopping_between_a_broken_step_and_its_report_changes_nothing(tmp_path,
             go_on(parts, config)
     assert go_on(parts, config).finished
     assert_same_run(parts, whole)
-    assert told(parts) == [10, 11, 13]
+    assert reported(parts) == [10, 11, 13]
 
 
 def test_a_run_that_stopped_can_go_on_without_the_step(tmp_path, broken):
@@ -106,7 +112,7 @@ def test_a_run_that_stopped_can_go_on_without_the_step(tmp_path, broken):
         train(tmp_path, tiny(save_every=5))
     path = tmp_path / "scenes-stage1-001"
     assert go_on(path, replace(tiny(save_every=5), on_bad_step="skip")).finished
-    assert told(path) == [14]
+    assert reported(path) == [14]
 
 
 @pytest.mark.parametrize("log_every, save_every", [(4, 1000), (1000, 7)])
@@ -130,41 +136,41 @@ def test_nine_in_a_row_do_not():
     bad_steps = BadSteps(CPU, spike=5.0)
     for step in range(1, 31):
         assert judged(bad_steps, step, 1.0, NAN if step % 10 else 1.0) == bool(step % 10)
-    assert bad_steps.read() is None and bad_steps.count(after=20) == 9 and len(bad_steps.news()) == 27
-    assert bad_steps.news() == []
+    assert bad_steps.read() is None and bad_steps.count(after=20) == 9 and len(bad_steps.unreported()) == 27
+    assert bad_steps.unreported() == []
     judged(bad_steps, 31, NAN)
-    assert bad_steps.read() is None and [each.step for each in bad_steps.news()] == [31]
+    assert bad_steps.read() is None and [each.step for each in bad_steps.unreported()] == [31]
 
 
 @pytest.mark.parametrize("spike", [5.0, 0.0])
-def test_a_loss_leaps_beside_the_mean_of_those_before_it(spike):
-    """Not in the first steps, whose mean says little; a falling loss is none; what leapt is not in the mean."""
+def test_a_spike_is_a_loss_far_above_the_mean_before_it(spike):
+    """Never in the first steps, whose mean says little; a falling loss is no spike; a spike is not in the mean."""
     bad_steps = BadSteps(CPU, spike)
     falling = [8.0, 41.0, *(0.995**step for step in range(200))]
     assert not any(judged(bad_steps, step, loss) for step, loss in enumerate(falling, 1))
-    mean = bad_steps.state[0].item()
+    mean = bad_steps.mean[0].item()
     assert falling[-1] < mean < 3 * falling[-1]
     assert judged(bad_steps, 203, 5.1 * mean) == judged(bad_steps, 204, 5.1 * mean) == (spike > 0)
     if spike:
-        assert bad_steps.state[0].item() == mean and not judged(bad_steps, 205, 4.9 * mean)
+        assert bad_steps.mean[0].item() == mean and not judged(bad_steps, 205, 4.9 * mean)
         bad_steps.read()
-        assert str(bad_steps.found[0]) == f"step 203 (loss {5.1 * mean:.3g}, before it {mean:.3g} on average)"
+        assert str(bad_steps.steps[0]) == f"step 203 (loss {5.1 * mean:.3g}, before it {mean:.3g} on average)"
 
 
 @pytest.mark.parametrize("on_bad_step", ["skip", "stop"])
-def test_a_leap_is_told_with_its_images(on_bad_step, tmp_path, broken, capsys):
+def test_a_spike_is_reported_with_its_images(on_bad_step, tmp_path, broken, capsys):
     broken(22, value=50.0)
     config = tiny(on_bad_step=on_bad_step, eval_images=0)
     if on_bad_step == "stop":
-        told_of = (
-            r"the loss leapt at step 22 \(loss .*, before it .* on average\), images train scene \d+, .*: the "
+        message = (
+            r"the loss spiked at step 22 \(loss .*, before it .* on average\), images train scene \d+, .*: the "
             "state of step 0 is kept.*--on-bad-step skip"
         )
-        with pytest.raises(UserError, match=told_of):
+        with pytest.raises(UserError, match=message):
             train(tmp_path, config)
         return
     path, outcome = train(tmp_path, config)
-    assert outcome.finished and told(path) == [22]
+    assert outcome.finished and reported(path) == [22]
     (line,) = [line for line in metrics(path) if line["kind"] == "skipped"]
     trainer = Trainer(config, device=CPU)
     epoch, step = divmod(21, trainer.loader.steps_per_epoch)

@@ -6,8 +6,9 @@ from torch._dynamo.utils import counters
 
 from spot_fast.errors import UserError
 from spot_fast.training.compiled import Compiled, resolve_compile
-from spot_fast.training.trainer import Draws, Trainer
-from tiny_runs import CPU, tiny, train
+from spot_fast.training.step import Draws
+from spot_fast.training.trainer import Trainer
+from tiny_runs import CPU, tiny, train, with_features
 
 STANDARD = {"orders": "standard"}
 SMALL = {"dec_blocks": 1, "slot_iterations": 2}
@@ -35,14 +36,14 @@ def pair(stage, changes, teacher, backend) -> tuple[Trainer, Trainer]:
     """The same run without and with compilation."""
     teacher = teacher if stage == 2 else None
     plain, compiled = (Trainer(tiny(stage, **changes), device=CPU, teacher=teacher) for _ in "pc")
-    compiled.forward = Compiled(compiled.losses, compiled.parameters, backend=backend)
-    compiled.forward.say = lambda text: None
+    compiled.update.losses = Compiled(
+        compiled.forward.losses, compiled.parameters, backend=backend, say=lambda text: None
+    )
     return plain, compiled
 
 
-def all_orders(trainer: Trainer, step: int) -> Draws:
-    """What `trainer` draws, but in nine steps all nine orders, and with cappa a parallel step in every two."""
-    drawn = Trainer.draw(trainer, step)
+def all_orders(trainer: Trainer, drawn: Draws, step: int) -> Draws:
+    """What `trainer` has drawn, but in nine steps all nine orders, and with cappa a parallel step in every two."""
     order, teacher_order = (
         None if o is None else torch.tensor(i % 9) for o, i in ((drawn.order, step), (drawn.teacher_order, step + 4))
     )
@@ -53,10 +54,12 @@ def all_orders(trainer: Trainer, step: int) -> Draws:
 def test_nine_orders_are_one_graph_that_gives_eager_gradients(stage, changes, cached, graphs, teacher, monkeypatch):
     plain, compiled = pair(stage, changes, teacher, "eager")
     for trainer in (plain, compiled):
-        monkeypatch.setattr(trainer, "draw", lambda step, trainer=trainer: all_orders(trainer, step))
+        monkeypatch.setattr(
+            trainer, "draw", lambda step, trainer=trainer, draw=trainer.draw: all_orders(trainer, draw(step), step)
+        )
     batches = [batch for _ in range(2) for batch in plain.batches()][:10]
     if cached:
-        batches = [plain.frozen_features(batch.images) for batch in batches]
+        batches = [with_features(plain, batch) for batch in batches]
     for batch in batches:
         for trainer in (plain, compiled):
             trainer.train_step(batch)
@@ -93,19 +96,18 @@ def test_compiled_code_gives_eager_gradients_to_rounding(stage, backend, teacher
 
 def test_what_cannot_be_compiled_is_a_sentence():
     def reads_the_device(value):
-        return value * 2 if value.sum() > 0 else value
+        return {"loss": value * 2 if value.sum() > 0 else value}
 
     with pytest.raises(UserError, match="cannot be compiled .*--compile no"):
         Compiled(reads_the_device, [], backend="eager")(torch.ones(2))
 
 
-def test_the_first_call_alone_is_told():
-    told = []
-    function = Compiled(lambda value: (value * 2,), [], backend="eager")
-    function.say = told.append
+def test_only_the_first_call_is_reported():
+    said = []
+    function = Compiled(lambda value: {"loss": value * 2}, [], backend="eager", say=said.append)
     for _ in range(3):
-        assert function(torch.ones(2))[0].tolist() == [2, 2]
-    assert len(told) == 1 and "compiled in" in told[0]
+        assert function(torch.ones(2))["loss"].tolist() == [2, 2]
+    assert len(said) == 1 and "compiled in" in said[0]
 
 
 def test_auto_compiles_on_a_gpu_only():
@@ -149,11 +151,12 @@ def runs_forward_only():
 def test_what_cannot_be_compiled_runs_uncompiled_unless_it_was_asked_for(backend, optional):
     said = []
     weight = torch.ones(1, requires_grad=True)
-    compiled = Compiled(lambda x: (x * weight * 2, x), [weight], backend=backend(), optional=optional)
-    compiled.say = said.append
+    compiled = Compiled(
+        lambda x: {"loss": x * weight * 2, "x": x}, [weight], backend=backend(), optional=optional, say=said.append
+    )
     if optional:
         for _ in range(2):
-            loss, _ = compiled(torch.ones(1))
+            loss = compiled(torch.ones(1))["loss"]
             loss.backward()
         assert loss.item() == 2 and weight.grad.item() == 4  # that of two backward passes, none added by the attempt
         assert len(said) == 1 and "compiles nothing" in said[0] and said[0].endswith("it runs uncompiled")
@@ -174,18 +177,24 @@ def test_what_is_wrong_without_a_compiler_too_is_its_own_error(optional):
             raise ArithmeticError("a defect of the model")
 
     weight = torch.ones(1, requires_grad=True)
-    compiled = Compiled(lambda x: (Wrong.apply(x * weight),), [weight], backend="eager", optional=optional)
-    compiled.say = lambda text: None
+    compiled = Compiled(
+        lambda x: {"loss": Wrong.apply(x * weight)}, [weight], backend="eager", optional=optional, say=lambda text: None
+    )
     with pytest.raises((ArithmeticError, UserError), match="a defect of the model|cannot be compiled"):
-        compiled(torch.ones(1))[0].backward()
+        compiled(torch.ones(1))["loss"].backward()
 
 
 def test_a_run_goes_on_where_its_backward_pass_cannot_be_compiled(monkeypatch, teacher):
     """Through the trainer, with parallel steps that are compiled later than the others: the bits of a plain run."""
     plain, compiled = pair(1, SMALL | STANDARD | {"cappa": 0.5}, teacher, "eager")
-    compiled.forward = Compiled(compiled.losses, compiled.parameters, backend=compiles_forward_only(), optional=True)
     said = []
-    compiled.forward.say = said.append
+    compiled.update.losses = Compiled(
+        compiled.forward.losses,
+        compiled.parameters,
+        backend=compiles_forward_only(),
+        optional=True,
+        say=said.append,
+    )
     for batch in plain.batches():
         for trainer in (plain, compiled):
             trainer.train_step(batch)

@@ -1,6 +1,7 @@
 """A recorded step does what the step does, whatever changes between steps. Recordings are imitated on the CPU."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from imitated_graph import ImitatedRecorder, graphed, rate_on_device
 from spot_fast.errors import UserError
 from spot_fast.training.cuda_graph import WARMUP, Graphed, Recorder, resolve_cuda_graph
 from spot_fast.training.trainer import Trainer
-from tiny_runs import CPU, assert_same_run, go_on, stop_after, tiny, train
+from tiny_runs import CPU, assert_same_run, go_on, stop_after, tiny, train, with_features
 
 CASES = [
     (1, {}),
@@ -34,22 +35,22 @@ def test_recorded_steps_are_the_steps(stage, changes, teacher):
     rate_on_device(plain)
     graphed(recorded)
     orders, calls = set(), []
-    update_weights = recorded.update._function
-    recorded.update._function = lambda *arguments: calls.append(1) or update_weights(*arguments)
+    update = recorded.update._function
+    recorded.update._function = lambda *arguments: calls.append(1) or update(*arguments)
     batches = list(plain.batches())
     while plain.step < 16:
         if plain.model.num_orders > 1:
             orders.add(int(plain.draw(plain.step).order))
         batch = batches[plain.step % len(batches)]
         if stage == 2:
-            batch = plain.frozen_features(batch.images)
+            batch = with_features(plain, batch)
         for trainer in (plain, recorded):
             trainer.train_step(batch)
             trainer.step += 1
         for one, other in zip(plain.parameters, recorded.parameters, strict=True):
             assert torch.equal(one, other), (plain.step, plain.names[one])
     assert torch.equal(plain.meter.epoch, recorded.meter.epoch)
-    assert torch.equal(plain.bad_steps.state, recorded.bad_steps.state)
+    assert torch.equal(plain.bad_steps.mean, recorded.bad_steps.mean)
     # After the steps that warm up and the one that is recorded, for parallel steps too, no Python runs.
     assert len(calls) == (WARMUP + 1) * (2 if changes.get("cappa") else 1)
     assert len(orders) > 4 or plain.model.num_orders == 1
@@ -58,8 +59,7 @@ def test_recorded_steps_are_the_steps(stage, changes, teacher):
 def test_the_imitation_finds_a_number_that_was_baked_in():
     rate = [1.0]
     weight = torch.zeros(())
-    step = Graphed(lambda x: weight.add_(x * rate[0]), ImitatedRecorder(lambda: [weight]))
-    step.say = lambda text: None
+    step = Graphed(lambda x: weight.add_(x * rate[0]), ImitatedRecorder(lambda: [weight]), say=lambda text: None)
     for rate[0] in (1.0, 1.0, 1.0, 2.0, 3.0):
         step(torch.ones(()))
     assert weight.item() == 1 + 1 + 1 + 2 + 2
@@ -67,14 +67,15 @@ def test_the_imitation_finds_a_number_that_was_baked_in():
 
 def test_a_bad_step_is_left_out_of_a_replay_too():
     trainer = graphed(Trainer(tiny(on_bad_step="skip", eval_images=0), device=CPU))
-    batch = trainer.frozen_features(next(iter(trainer.batches())).images)
+    batch = with_features(trainer, next(iter(trainer.batches())))
     for step in range(1, 9):
         before = [p.detach().clone() for p in trainer.parameters]
-        trainer.train_step((batch[0] * (float("nan") if step == 6 else 1.0),))
+        broken = (batch.features[0] * (float("nan") if step == 6 else 1.0),)
+        trainer.train_step(replace(batch, features=broken))
         trainer.step += 1
         same = all(torch.equal(p, old) for p, old in zip(trainer.parameters, before, strict=True))
         assert same == (step in (1, 6))  # the learning rate of step 1 is 0
-    assert trainer.bad_steps.read() is None and [each.step for each in trainer.bad_steps.found] == [6]
+    assert trainer.bad_steps.read() is None and [each.step for each in trainer.bad_steps.steps] == [6]
 
 
 def test_a_run_of_recorded_steps_resumes_to_the_same_bits(tmp_path, monkeypatch):
@@ -100,8 +101,7 @@ def test_what_cannot_be_recorded_is_launched_unless_it_was_asked_for(optional):
             raise RuntimeError("operation not permitted when stream is capturing")
 
     said = []
-    step = Graphed(lambda x: x + 1, Broken(list), optional=optional)
-    step.say = said.append
+    step = Graphed(lambda x: x + 1, Broken(list), optional=optional, say=said.append)
     for _ in range(WARMUP):
         step(torch.ones(1))
     if optional:
@@ -135,8 +135,7 @@ def test_warming_up_and_recording_share_one_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: type("Graph", (), {"replay": lambda self: None})())
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream, capture_error_mode: within(stream))
-    step = Graphed(lambda x: x + 1, Recorder(torch.device("cuda")))
-    step.say = lambda text: None
+    step = Graphed(lambda x: x + 1, Recorder(torch.device("cuda")), say=lambda text: None)
     for _ in range(WARMUP + 2):
         assert step(torch.ones(1)).item() == 2
     assert step.recorded and len(made) == 1 and used == made * (WARMUP + 1)
@@ -174,4 +173,4 @@ def test_recorded_steps_are_the_steps_on_a_gpu(stage, changes, compiled, teacher
     for one, other in zip(plain.parameters, recorded.parameters, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     assert recorded.update.recorded
-    assert recorded.bad_steps.read() is None and not recorded.bad_steps.found
+    assert recorded.bad_steps.read() is None and not recorded.bad_steps.steps

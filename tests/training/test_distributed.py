@@ -73,8 +73,8 @@ def save_gradients(rank: int) -> None:
     def recorded(self, batch):
         train_step(self, batch)
         if self.step == 0:
-            found = {name: parameter.grad for parameter, name in self.names.items() if parameter.grad is not None}
-            torch.save((found, batch.images, batch.indices), f"first-{rank}.pt")
+            gradients = {name: p.grad for p, name in self.names.items() if p.grad is not None}
+            torch.save((gradients, batch.images, batch.indices), f"first-{rank}.pt")
 
     Trainer.train_step = recorded
 

@@ -123,14 +123,14 @@ def test_kernels_multiply_as_the_user_has_set_it(users_setting):
 
 def test_a_tf32_run_is_tf32_in_steps_caches_and_validation_only(tmp_path, monkeypatch):
     trainer = Trainer(tiny(epochs=2), device=CPU)
-    trainer.precision = "tf32"
+    trainer.precision = trainer.forward.precision = "tf32"
     seen = {}
     for name in ("train_step", "_open_cache"):
         method = getattr(trainer, name)
 
-        def spied(argument, name=name, method=method):
+        def spied(*arguments, name=name, method=method):
             seen.setdefault(name, set()).add(torch.get_float32_matmul_precision())
-            return method(argument)
+            return method(*arguments)
 
         monkeypatch.setattr(trainer, name, spied)
     monkeypatch.setattr(

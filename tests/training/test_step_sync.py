@@ -6,7 +6,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spot_fast.training.trainer import Trainer
-from tiny_runs import CPU, tiny, train
+from tiny_runs import CPU, tiny, with_features
 
 STANDARD = {"orders": "standard"}
 CASES = [
@@ -52,11 +52,6 @@ class Functions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("teacher"), tiny(eval_images=0, epochs=1))[0]
-
-
 @pytest.mark.parametrize(
     "wait",
     [
@@ -81,21 +76,21 @@ def test_no_step_reads_a_number(stage, changes, teacher):
     trainer = Trainer(tiny(stage, **changes), device=CPU, teacher=teacher if stage == 2 else None)
     orders = set()
     batches = list(trainer.batches())
-    cached = [trainer.frozen_features(batch.images) for batch in batches]
+    cached = [with_features(trainer, batch) for batch in batches]
     # As many steps as it takes to draw every order.
     while len(orders) < trainer.model.num_orders:
         orders.add(0 if trainer.model.num_orders == 1 else int(trainer.draw(trainer.step).order))
         with Operators(), Functions():
             trainer.train_step((cached if trainer.step % 2 else batches)[trainer.step % len(batches)])
         trainer.step += 1
-    assert trainer.bad_steps.read() is None and not trainer.bad_steps.found
+    assert trainer.bad_steps.read() is None and not trainer.bad_steps.steps
 
 
 def assert_no_step_waits_for_the_gpu(stage, changes, teacher):
     device = torch.device("cuda")
     trainer = Trainer(tiny(stage, **changes), device=device, teacher=teacher if stage == 2 else None)
     batches = list(trainer.batches())
-    cached = [trainer.frozen_features(batch.images.to(device)) for batch in batches]
+    cached = [with_features(trainer, batch) for batch in batches]
     # Kernels are compiled and Adam's moments made in the first steps, also in those of a parallel step.
     for step in range(40):
         debug_mode = "error" if step >= 20 else "default"
@@ -105,7 +100,7 @@ def assert_no_step_waits_for_the_gpu(stage, changes, teacher):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         trainer.step += 1
-    assert trainer.bad_steps.read() is None and not trainer.bad_steps.found
+    assert trainer.bad_steps.read() is None and not trainer.bad_steps.steps
 
 
 @needs_gpu

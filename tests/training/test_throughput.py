@@ -18,12 +18,7 @@ from spot_fast.training.throughput import (
     peak_memory,
 )
 from spot_fast.training.trainer import Trainer
-from tiny_runs import CPU, STEPS, options, tiny, train
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("teacher"), tiny(eval_images=0))[0]
+from tiny_runs import CPU, STEPS, options, tiny, with_features
 
 
 def test_flops_of_linear_layers():
@@ -58,7 +53,7 @@ def test_flops_of_a_step(teacher):
     }.items():
         batch = next(trainer.batches())
         counts[name] = trainer.flops(batch)
-        counts[name, "cached"] = trainer.flops(trainer.frozen_features(batch.images))
+        counts[name, "cached"] = trainer.flops(with_features(trainer, batch))
     assert counts["two"] == 2 * counts["one"]
     assert counts["one", "cached"] < counts["one"] < counts["student"]
     # The encoder's linear layers: 12 D² multiplications a token and block, and the patches; attention is on top.
@@ -136,4 +131,4 @@ def test_profile_and_mfu_of_a_run(tmp_path, monkeypatch, capsys):
         {"step_ms", "mfu", "peak_memory"} <= line.keys() for line in lines if line["kind"] != "validation"
     )
     assert command.main([*words, "--profile", "-1"]) == 2
-    assert "--profile -1: use the number of steps" in capsys.readouterr().err
+    assert "--profile is -1: use 0 or more" in capsys.readouterr().err

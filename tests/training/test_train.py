@@ -150,7 +150,7 @@ def test_help_shows_the_defaults_of_preset_and_stage(capsys):
         ("--lr 0", "--lr is 0: nothing would be learned"),
         ("--lr-low 1", "--lr-low 1.0 is above the peak --lr 0.001"),
         ("--seed -1", "--seed is -1: use 0 or more"),
-        ("--threads 0", "--threads 0: use 1 or more"),
+        ("--threads 0", "--threads is 0: use 1 or more"),
         ("--slot-heads 5 --slot-dim 64", "--slot-heads 5 does not divide --slot-dim 64"),
         ("--cappa 0.25", "--cappa 0.25 works in the standard patch order only: add --orders standard"),
         ("--decoder mlp", "--decoder mlp works in the standard patch order only"),
@@ -167,7 +167,7 @@ def test_help_shows_the_defaults_of_preset_and_stage(capsys):
         ("--teacher x", "--teacher x belongs to stage 2"),
         ("--resume nowhere", "run nowhere is not a folder"),
         ("--spike -1", "--spike is -1.0: use 0 or more"),
-        ("--spike 0.5", "--spike 0.5 calls ordinary losses leaps: use more than 1, or 0 for never"),
+        ("--spike 0.5", "--spike 0.5 takes ordinary losses for spikes: use more than 1, or 0 to accept"),
         ("--cuda-graph yes --device cpu", "--cuda-graph yes needs an NVIDIA GPU, not cpu: use auto or no"),
         (
             "--image-size 32 --encoder-weights none",
@@ -178,12 +178,12 @@ def test_help_shows_the_defaults_of_preset_and_stage(capsys):
         ("--method dino", "--method dino is unknown: use one of spot, spot_ens"),
         ("--accumulate 3", "--accumulate 3 does not divide the 8 images of a process"),
         ("--precision tf32 --device cpu", "--precision tf32 needs an NVIDIA GPU"),
-        ("--profile -1", "--profile -1: use the number of steps to profile"),
+        ("--profile -1", "--profile is -1: use 0 or more"),
         ("--cache-dir /dev/null/x", "--cache-dir /dev/null/x is not a folder that can be made and written to"),
         (
             "--preset folder --data {images} --encoder spot_scenes --image-size 16 --mask-size 16 --dec-heads 4 "
             "--crop random --cache features",
-            "--cache features: a random crop of image folder train has no end of outcomes",
+            "--cache features: a random crop of image folder train has unlimited outcomes",
         ),
         ("--preset folder --data {images} --sbd x --cache none --loader tape", "argument --loader: invalid choice"),
         (
@@ -380,7 +380,7 @@ def test_an_unwritable_place_is_one_sentence(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("broken", ["import", "folder", "while it trains", "at the end"])
-def test_a_broken_tensorboard_is_told_once_and_the_run_goes_on(tmp_path, monkeypatch, capsys, broken):
+def test_a_broken_tensorboard_is_reported_once_and_the_run_goes_on(tmp_path, monkeypatch, capsys, broken):
     """Such as protobuf of another version, or a full disk in the thread that writes."""
     monkeypatch.chdir(tmp_path)
     if broken == "import":

@@ -1,17 +1,20 @@
-"""Pieces that the modules share: initialised linear layers and MLPs, splitting into heads and back, the GRU before a
-LayerNorm."""
+"""What the modules share: initialised linear layers and MLPs, heads, checks of options, the GRU with its LayerNorm."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules import module as modules
+from torch.nn.modules import module as torch_module
 
 from spot_kernels import dispatch
 from spot_kernels.gru_norm import gru_norm
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
+# An eps that keeps the mean over tokens defined if every weight of a slot has underflowed, and changes no other sum.
+TINY = 1e-30
 
 
 def linear(
@@ -19,7 +22,7 @@ def linear(
 ) -> nn.Linear:
     """Linear layer with zero bias and `xavier` or `kaiming` (for a ReLU behind it) uniform weights times `gain`.
 
-    `parts` > 1: that many layers of outputs/parts rows each, initialised one by one and stored under one another.
+    parts: number of layers with outputs/parts rows each that are stored as one; each is initialised by its own shape.
     """
     layer = nn.Linear(inputs, outputs, bias=bias)
     for weight in layer.weight.data.chunk(parts):
@@ -36,9 +39,9 @@ def linear(
 def mlp(
     inputs: int, hidden: int, outputs: int, *, gain: float = 1.0, activation: str = "relu", dropout: float = 0.0
 ) -> nn.Sequential:
-    """Linear (kaiming), ReLU or GELU, dropout if there is any, Linear (xavier × gain).
+    """Linear (kaiming), ReLU or GELU, dropout if above 0, Linear (xavier × gain).
 
-    The layers with parameters are called 0 and 2 with dropout, too.
+    The layers with parameters have the names 0 and 2 with and without dropout, so that checkpoints fit both.
     """
     layers = nn.Sequential()
     layers.add_module("0", linear(inputs, hidden, init="kaiming"))
@@ -64,39 +67,33 @@ def check_heads(name: str, width: int, heads: int) -> None:
         raise ValueError(f"{name}={heads} does not divide the width {width}: choose a divisor")
 
 
-def is_exactly(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling `layer` does what a plain `kind` does and nothing else, so that its parameters may be used
-    without calling it: no derived type (adapters, parametrisations, shards), no hooks, no method of its own.
-    """
-    own = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
-    if type(layer) is not kind or any(own) or layer._compiled_call_impl is not None:
-        return False
-    if any(_hooks_of_all_modules()) or "forward" in layer.__dict__:
-        return False
-    # DTensor, quantised tensors and their like say what they are made of
-    return not any(hasattr(parameter, "__tensor_flatten__") for parameter in layer._parameters.values())
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(choices)}")
 
 
-def _hooks_of_all_modules() -> tuple[dict, ...]:
-    """The hooks that PyTorch calls for every module (`register_module_forward_hook` and its like)."""
-    return (
-        modules._global_forward_hooks,
-        modules._global_forward_pre_hooks,
-        modules._global_backward_hooks,
-        modules._global_backward_pre_hooks,
-    )
+def eps_in_sum(updates: torch.Tensor, sums: torch.Tensor, eps: float) -> torch.Tensor:
+    """Moves eps from the weights into their sum: updates Σ a v / Σ a, sums Σ a over tokens → Σ a v / (Σ a + eps)."""
+    return updates * (sums / (sums + eps)).to(updates.dtype)
+
+
+def gru_step(gru: nn.GRUCell, updates: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """updates [B, K, I], slots [B, K, U] → new slots [B, K, U]."""
+    return gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
 
 
 def gru_and_norm(
     gru: nn.GRUCell, norm: nn.LayerNorm, updates: torch.Tensor, slots: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """updates [B, K, I], slots [B, K, U] → new slots and their LayerNorm: in one kernel after the GRU's products on a
-    GPU, by the two layers elsewhere, and wherever one of them is more than PyTorch's own layer (`is_exactly`).
+    """updates [B, K, I], slots [B, K, U] → new slots and their LayerNorm.
+
+    On a GPU one kernel follows the two matrix products of the GRU. Elsewhere, and if a layer is more than PyTorch's own
+    (`is_exactly`), the two layers are called.
     """
-    hidden = slots.flatten(0, 1)
     if dispatch.choose("gru_norm", updates) != "triton" or not _fusible(gru, norm, slots.shape[-1]):
-        new = gru(updates.flatten(0, 1), hidden).view_as(slots)
+        new = gru_step(gru, updates, slots)
         return new, norm(new)
+    hidden = slots.flatten(0, 1)
     gates_input = F.linear(updates.flatten(0, 1), gru.weight_ih, gru.bias_ih)
     gates_hidden = F.linear(hidden, gru.weight_hh, gru.bias_hh)
     new, normed = gru_norm(gates_input, gates_hidden, hidden, norm.weight, norm.bias, norm.eps)
@@ -107,3 +104,22 @@ def _fusible(gru: nn.Module, norm: nn.Module, width: int) -> bool:
     if not (is_exactly(gru, nn.GRUCell) and is_exactly(norm, nn.LayerNorm)):
         return False
     return norm.normalized_shape == (width,) and norm.weight is not None and norm.bias is not None
+
+
+def is_exactly(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of `layer` does what a plain `kind` does and nothing else, so that its parameters can be used
+    without the call: no derived type (adapters, parametrisations, shards), no hooks, no method of its own.
+    """
+    own_hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    global_hooks = (
+        torch_module._global_forward_hooks,
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_backward_hooks,
+        torch_module._global_backward_pre_hooks,
+    )
+    if type(layer) is not kind or any(own_hooks) or any(global_hooks):
+        return False
+    if layer._compiled_call_impl is not None or "forward" in layer.__dict__:
+        return False
+    # DTensor, quantised tensors and their like wrap other tensors
+    return not any(hasattr(parameter, "__tensor_flatten__") for parameter in layer._parameters.values())

@@ -1,7 +1,7 @@
-"""Parameter names of published slot-attention modules → those of `spot_kernels.SlotAttention`.
+"""Parameters of published slot-attention modules → those of `spot_kernels.SlotAttention`, by name.
 
-`NAMES` says for each implementation which file its names come from (public repositories) and what each is called here.
-Weights that TensorFlow and Flax keep as [in, out] are transposed, their GRU gates reordered.
+`NAMES` has the names of each implementation, with the public repository and file that they come from. Weights that
+TensorFlow and Flax keep as [in, out] are transposed, and the gates of their GRUs reordered.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _EVELINEHONG = {
     "fc2": "mlp.2",
 }
 
-# Implementation → its name of a layer or parameter → ours. Where two become the same one, a state dict has only one.
+# Implementation → its name of a layer or parameter → ours. If two map to the same one, a state dict has only one.
 NAMES: dict[str, dict[str, str]] = {
     # google-research/google-research, slot_attention/model.py, SlotAttention; attribute names, as in its checkpoints
     "locatello": {
@@ -172,15 +172,15 @@ _MLP = ("norm_mlp.weight", "norm_mlp.bias", "mlp.0.weight", "mlp.0.bias", "mlp.2
 def from_state_dict_of(
     variant: str, state: Mapping[str, Any], *, prefix: str = "", initial_prefix: str | None = None
 ) -> dict[str, torch.Tensor]:
-    """The state dict of a published implementation, with our names, shapes and gate order.
+    """Converts the state dict of a published implementation to our names, shapes and gate order.
 
     Args:
         variant: one of `NAMES`.
         state: its parameters, tensors or NumPy arrays. Names may be joined by dots or slashes, or nested (Flax);
             TensorFlow's `/.ATTRIBUTES/VARIABLE_VALUE` and its optimiser's slots are dropped.
-        prefix: only names that begin with it are looked at, and without it. With "" every name has to be known.
-        initial_prefix: where the initialiser's parameters are, if not under `prefix`; in SLATE's checkpoint
-            `slot_attn.slot_attention.` is the prefix, `slot_attn.` the initialiser's. They may be absent.
+        prefix: it is cut off, and names without it are ignored. With "" every name has to be known.
+        initial_prefix: prefix of the initial slots' parameters, if not `prefix`: in SLATE's checkpoint `prefix` is
+            `slot_attn.slot_attention.`, `initial_prefix` is `slot_attn.`. These parameters may be missing.
 
     Raises:
         ValueError: naming the variant if it is unknown, or the parameters that are unknown or missing.
@@ -195,18 +195,18 @@ def from_state_dict_of(
         else:
             layers[names[layer]][1][name[len(layer) :].removeprefix(".")] = torch.as_tensor(value)
     convert = {"locatello": _from_keras, "savi": _from_flax}.get(variant, _from_torch)
-    found: dict[str, torch.Tensor] = {}
+    converted: dict[str, torch.Tensor] = {}
     for ours, (theirs, parameters) in layers.items():
-        found.update(convert(ours, parameters))
+        converted.update(convert(ours, parameters))
         unknown += [f"{theirs}.{parameter}" for parameter in parameters]
-    required = [*_REQUIRED, *(_MLP if any(name in found for name in _MLP) else ())]
-    missing = [name for name in required if name not in found]
+    required = [*_REQUIRED, *(_MLP if any(name in converted for name in _MLP) else ())]
+    missing = [name for name in required if name not in converted]
     if unknown or missing:
         raise ValueError(
             f"this is not the state dict of {variant}: unknown {', '.join(sorted(unknown)) or 'nothing'}; "
             f"missing (by our names) {', '.join(missing) or 'nothing'}"
         )
-    return found
+    return converted
 
 
 def _dotted(name: str) -> str:
@@ -239,7 +239,8 @@ def _selected(
                 yield inner, value
 
 
-# Each converter takes what it knows out of `parameters` and gives it with our names.
+# Each converter removes the parameters that it knows from `parameters`, so that unknown ones are left, and returns them
+# by our names.
 
 
 def _take(layer: str, parameters: dict[str, torch.Tensor], names: Mapping[str, str]) -> dict[str, torch.Tensor]:
@@ -262,11 +263,11 @@ def _from_keras(layer: str, parameters: dict[str, torch.Tensor]) -> dict[str, to
         return _take(layer, parameters, {"gamma": "weight", "beta": "bias"})
     if layer != "gru":
         return _transposed(_take(layer, parameters, {"kernel": "weight", "bias": "bias"}))
-    found = _transposed(_take(layer, parameters, {"kernel": "weight_ih", "recurrent_kernel": "weight_hh"}))
+    converted = _transposed(_take(layer, parameters, {"kernel": "weight_ih", "recurrent_kernel": "weight_hh"}))
     if "bias" in parameters:
-        found["gru.bias_ih"], found["gru.bias_hh"] = parameters.pop("bias")
+        converted["gru.bias_ih"], converted["gru.bias_hh"] = parameters.pop("bias")
     # Keras keeps update, reset, candidate; PyTorch reset, update, candidate
-    thirds = {name: value.chunk(3) for name, value in found.items()}
+    thirds = {name: value.chunk(3) for name, value in converted.items()}
     return {name: torch.cat((reset, update, new)) for name, (update, reset, new) in thirds.items()}
 
 
@@ -274,20 +275,22 @@ def _from_flax(layer: str, parameters: dict[str, torch.Tensor]) -> dict[str, tor
     if layer in _NORMS:
         return _take(layer, parameters, {"scale": "weight", "bias": "bias"})
     if layer != "gru":
-        found = _take(layer, parameters, {"kernel": "weight", "bias": "bias"})
+        converted = _take(layer, parameters, {"kernel": "weight", "bias": "bias"})
         # q, k, v: [in, H, d]; the projection of all heads: [H, d, out]
         joined = (0, -2) if layer == "project_out" else (1, -1)
-        return _transposed({name: x.flatten(*joined) if name.endswith("weight") else x for name, x in found.items()})
-    found = {}
+        if f"{layer}.weight" in converted:
+            converted[f"{layer}.weight"] = converted[f"{layer}.weight"].flatten(*joined)
+        return _transposed(converted)
+    converted = {}
     for kind, gates in (("ih", ("ir", "iz", "in")), ("hh", ("hr", "hz", "hn"))):
         if all(f"{gate}.kernel" in parameters for gate in gates):
             weights = [parameters.pop(f"{gate}.kernel").T for gate in gates]
-            # of the hidden state's gates the candidate alone has a bias
+            # of the hidden state's gates only the candidate has a bias
             biases = [parameters.pop(f"{gate}.bias", weights[0].new_zeros(len(weights[0]))) for gate in gates]
-            found |= {f"gru.weight_{kind}": torch.cat(weights), f"gru.bias_{kind}": torch.cat(biases)}
-    return found
+            converted |= {f"gru.weight_{kind}": torch.cat(weights), f"gru.bias_{kind}": torch.cat(biases)}
+    return converted
 
 
-def _transposed(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _transposed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights from [in, out] to [out, in]."""
-    return {name: value.T.contiguous() if value.dim() == 2 else value for name, value in found.items()}
+    return {name: value.T.contiguous() if value.dim() == 2 else value for name, value in weights.items()}

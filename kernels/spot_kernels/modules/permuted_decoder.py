@@ -1,6 +1,6 @@
-"""The decoder's modules: transformer blocks that decode patch tokens in any order while they stay in raster layout.
+"""The permuted decoder: transformer blocks that decode patch tokens in any order while they stay in raster layout.
 
-Tokens are [B, N, D]; a patch order is an int64 tensor [N] or [B, N] and moves nothing.
+Tokens are [B, N, D]; a patch order is an int64 tensor [N] or [B, N] that only masks attention: no token moves.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spot_kernels.modules.layers import ACTIVATIONS, check_heads, linear, merge_heads, mlp, split_heads
+from spot_kernels.modules.layers import ACTIVATIONS, check_choice, check_heads, linear, merge_heads, mlp, split_heads
 from spot_kernels.permuted_attention import permuted_causal_attention
 from spot_kernels.slot_cross_attention import slot_cross_attention, slot_cross_map
 
 
 class PermutedSelfAttention(nn.Module):
-    """Bias-free multi-head self-attention, causal in a given order; without an order every token sees all."""
+    """Bias-free multi-head self-attention, causal in a given order; without an order all tokens see all."""
 
     def __init__(self, dim: int, heads: int, *, gain: float):
         super().__init__()
@@ -40,7 +40,7 @@ class PermutedSelfAttention(nn.Module):
 
 
 class SlotCrossAttention(nn.Module):
-    """Bias-free multi-head attention of tokens to slots; gives the map averaged over heads when asked."""
+    """Bias-free multi-head attention of tokens to slots; returns the map averaged over heads if asked for."""
 
     def __init__(self, dim: int, heads: int, *, gain: float):
         super().__init__()
@@ -68,7 +68,7 @@ class SlotCrossAttention(nn.Module):
         return self.project_o(merge_heads(out)), mean_map
 
     def map(self, tokens: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """The map [B, N, K] without the output, whose projections are then left out."""
+        """The map [B, N, K] alone, without the projections to v and to the output."""
         q, k = self.project_q(tokens), self.project_k(slots)
         return slot_cross_map(split_heads(q, self.heads), split_heads(k, self.heads))
 
@@ -94,36 +94,43 @@ class PermutedDecoderBlock(nn.Module):
         self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None, *, return_map: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """tokens [B, N, D], slots [B, K, D] → tokens [B, N, D], cross-attention map [B, N, K] or None."""
-        return self.look(self.listen(tokens, order), *self.cross_attention.keys_values(slots), return_map=return_map)
+        tokens = self.attend_to_tokens(tokens, order)
+        return self.attend_to_slots(tokens, *self.cross_attention.keys_values(slots), return_map=return_map)
 
-    def listen(self, tokens: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-        """The self-attention's part of the block, [B, N, D]."""
+    def attend_to_tokens(self, tokens: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+        """The first part of the block, self-attention: tokens [B, N, D] → tokens [B, N, D]."""
         normed = self.norm_self(tokens)
         return (normed if self.first else tokens) + self.self_attention(normed, order)
 
-    def look(
+    def attend_to_slots(
         self, tokens: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_map: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The rest of the block: cross-attention to the slots' k and v [B, H, K, d], FFN; and the map or None."""
+        """The rest of the block: cross-attention to the slots' k and v [B, H, K, d], and FFN → tokens, map or None."""
         out, mean_map = self.cross_attention.attend(self.norm_cross(tokens), k, v, return_map=return_map)
         tokens = tokens + out
         return tokens + self.ffn(self.norm_ffn(tokens)), mean_map
 
     def map(self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-        """The map [B, N, K] and nothing beyond it."""
-        return self.cross_attention.map(self.norm_cross(self.listen(tokens, order)), slots)
+        """The map [B, N, K] alone, without the FFN and what else comes after it."""
+        return self.cross_attention.map(self.norm_cross(self.attend_to_tokens(tokens, order)), slots)
 
 
 class PermutedDecoder(nn.Module):
     """Stack of `PermutedDecoderBlock`, by default with a final LayerNorm (SPOT, section 3.1).
 
+        decoder = PermutedDecoder(768, blocks=4, heads=6)
+        out, attn = decoder(tokens, slots, torch.randperm(196))  # tokens [B, 196, 768], slots [B, K, 768]
+
     Args:
         dim: width D of tokens and slots.
-        blocks: how many blocks.
+        blocks: number of blocks, at least 1.
         heads: heads of every self-attention and of the first block's cross-attention.
-        cross_heads: heads of the cross-attention in the blocks after the first; None = heads.
-        activation: `relu` or `gelu`, of the FFNs.
+        cross_heads: heads of the cross-attention in the blocks after the first; None: heads.
+        activation: of the FFNs, `relu` or `gelu`.
         final_norm: False: the last block's output is the prediction.
+
+    Raises:
+        ValueError: naming the option that is unknown, too small, or does not divide the width.
     """
 
     def __init__(
@@ -139,8 +146,7 @@ class PermutedDecoder(nn.Module):
         super().__init__()
         if blocks < 1:
             raise ValueError(f"blocks={blocks}: the decoder needs at least one")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r} is unknown: use one of {', '.join(ACTIVATIONS)}")
+        check_choice("activation", activation, ACTIVATIONS)
         gain = (3 * blocks) ** -0.5
         self.blocks = nn.ModuleList(
             PermutedDecoderBlock(
@@ -153,9 +159,10 @@ class PermutedDecoder(nn.Module):
     def forward(
         self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """tokens [B, N, D], slots [B, K, D], order [N] or [B, N] (None: no causal mask) → out [B, N, D], map [B, N, K].
+        """Decodes tokens [B, N, D] with slots [B, K, D] in an order [N] or [B, N] (None: no causal mask).
 
-        The map is the last block's cross-attention softmax averaged over heads.
+        Returns:
+            out [B, N, D]; the last block's cross-attention [B, N, K], averaged over heads.
         """
         for block in self.blocks[:-1]:
             tokens, _ = block(tokens, slots, order)
@@ -163,7 +170,7 @@ class PermutedDecoder(nn.Module):
         return self.norm(tokens), mean_map
 
     def masks(self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-        """The map [B, N, K] of `forward` alone, without the work behind it: what a teacher is asked for."""
+        """The map [B, N, K] of `forward` without the work behind it, for a teacher, of whom nothing else is used."""
         for block in self.blocks[:-1]:
             tokens, _ = block(tokens, slots, order)
         return self.blocks[-1].map(tokens, slots, order)
@@ -171,15 +178,16 @@ class PermutedDecoder(nn.Module):
     def decode_orders(
         self, tokens: torch.Tensor, slots: torch.Tensor, orders: torch.Tensor, sources: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """`forward` in several orders, one after the other; what does not depend on the order is computed once.
+        """Yields `forward` for several orders, one after the other.
 
-        That is everything up to the first self-attention, and the slots' keys and values.
+        What does not depend on the order is computed once: everything up to the first self-attention, and the keys and
+        values of the slots.
 
         Args:
             tokens: all inputs that occur in any order, [B, M, D].
             slots: [B, K, D].
             orders: int64 [P, N].
-            sources: int64 [P, N], which of the M inputs stands at each raster position.
+            sources: int64 [P, N], the index among the M inputs of the token at each raster position.
         """
         first, last = self.blocks[0], len(self.blocks) - 1
         normed = first.norm_self(tokens)
@@ -188,5 +196,7 @@ class PermutedDecoder(nn.Module):
         for order, source in zip(orders, sources, strict=True):
             x = normed.index_select(1, source) + first.self_attention.attend(qkv.index_select(1, source), order)
             for i, (block, kv) in enumerate(zip(self.blocks, slots_kv, strict=True)):
-                x, mean_map = block.look(block.listen(x, order) if i else x, *kv, return_map=i == last)
+                if i > 0:  # the first block's self-attention is done
+                    x = block.attend_to_tokens(x, order)
+                x, mean_map = block.attend_to_slots(x, *kv, return_map=i == last)
             yield self.norm(x), mean_map

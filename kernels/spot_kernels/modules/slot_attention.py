@@ -1,45 +1,31 @@
-"""Drop-in modules on the operators: `SlotAttention` with its `InitialSlots`, and `PermutedDecoder`.
-
-Tokens are in raster layout [B, N, D] everywhere. The options of `SlotAttention` cover the published
-variants: `VARIANTS` lists them, and `spot_kernels.modules.name_maps` knows their parameters by name.
-"""
+"""`SlotAttention`, whose options cover the published variants: `VARIANTS` lists them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from spot_kernels.modules.layers import ACTIVATIONS, check_heads, gru_and_norm, linear, merge_heads, mlp, split_heads
-from spot_kernels.modules.name_maps import from_state_dict_of
-from spot_kernels.modules.permuted_decoder import (
-    PermutedDecoder,
-    PermutedDecoderBlock,
-    PermutedSelfAttention,
-    SlotCrossAttention,
+from spot_kernels.modules.initial_slots import InitialSlots
+from spot_kernels.modules.layers import (
+    ACTIVATIONS,
+    TINY,
+    check_choice,
+    check_heads,
+    eps_in_sum,
+    gru_and_norm,
+    gru_step,
+    linear,
+    merge_heads,
+    mlp,
+    split_heads,
 )
+from spot_kernels.modules.name_maps import from_state_dict_of
 from spot_kernels.slot_attention import slot_attention_step
 
-__all__ = [
-    "VARIANTS",
-    "InitialSlots",
-    "PermutedDecoder",
-    "PermutedDecoderBlock",
-    "PermutedSelfAttention",
-    "SlotAttention",
-    "SlotCrossAttention",
-    "linear",
-    "mlp",
-]
-
 TRUNCATIONS = ("none", "fixed_point", "bi_level")
-INITIALS = ("gaussian", "slot_gaussian", "learned")
-SPREADS = ("exp", "softplus", "abs")
-# Keeps the mean over tokens defined where every weight of a slot has underflowed; no other sum notices it.
-_TINY = 1e-30
 
 # What `SlotAttention.like` sets; every option that is not named has the default of `SlotAttention`.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -55,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "untitled_ai": {"initial": "gaussian"},
     # Singh et al. 2021
     "slate": {"initial": "gaussian"},
-    # Singh et al. 2022: between iterations only is there an MLP
+    # Singh et al. 2022: the MLP runs between iterations only
     "steve": {"iterations": 2, "mlp_last": False, "initial": "gaussian"},
     # Seitzer et al. 2023
     "dinosaur": {"initial": "gaussian"},
@@ -76,117 +62,48 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _known(name: str, value: str, options: Iterable[str]) -> None:
-    if value not in options:
-        raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(options)}")
-
-
-class InitialSlots(nn.Module):
-    """The slots before the first iteration.
-
-    Args:
-        slot_dim: width U of the slots.
-        kind: `gaussian`: drawn around one learned `mean` for all slots, with one learned `scale`; `slot_gaussian`: a
-            mean and scale for each slot; `learned`: the mean of each slot itself.
-        num_slots: K. Any number of slots may be asked of a `gaussian`, this one is its default.
-        spread: what gives the standard deviation from `scale`: exp (scale is its logarithm), softplus or abs.
-        eval_noise: whether noise is drawn at evaluation, too, as nearly everywhere; without it the slots are the mean.
-    """
-
-    def __init__(
-        self,
-        slot_dim: int,
-        kind: str = "gaussian",
-        *,
-        num_slots: int | None = None,
-        spread: str = "exp",
-        eval_noise: bool = True,
-    ):
-        super().__init__()
-        _known("initial", kind, INITIALS)
-        _known("spread", spread, SPREADS)
-        if kind != "gaussian" and num_slots is None:
-            raise ValueError(f"initial={kind!r} has parameters for each slot: pass num_slots")
-        if num_slots is not None and num_slots < 1:
-            raise ValueError(f"num_slots={num_slots}: pass at least 1")
-        self.kind, self.num_slots, self.spread, self.eval_noise = kind, num_slots, spread, eval_noise
-        shape = (1, 1 if kind == "gaussian" else num_slots, slot_dim)
-        self.mean = nn.Parameter(torch.empty(shape))
-        nn.init.xavier_uniform_(self.mean if kind == "gaussian" else self.mean.data[0])
-        if kind != "learned":
-            # a standard deviation of about 1, whatever the parametrisation
-            self.scale = nn.Parameter(torch.full(shape, {"exp": 0.0, "softplus": 0.5413, "abs": 1.0}[spread]))
-            if spread == "exp":
-                nn.init.xavier_uniform_(self.scale if kind == "gaussian" else self.scale.data[0])
-
-    def forward(
-        self, batch: int, num_slots: int | None = None, *, noise: torch.Tensor | None = None, jitter: float = 0.0
-    ) -> torch.Tensor:
-        """Initial slots [B, K, U].
-
-        noise: the standard-normal draw [B, K, U]; None draws it here. jitter: of `learned` slots only, their standard
-        deviation in units of their own mean (BO-QSA lowers it from 1 to 0 during training). ValueError for a number
-        of slots that the parameters do not have, or noise of another shape.
-        """
-        num_slots = num_slots if num_slots is not None else self.num_slots
-        if num_slots is None:
-            raise ValueError("initial slots: pass num_slots, to this call or to the constructor")
-        if self.kind != "gaussian" and num_slots != self.num_slots:
-            raise ValueError(f"initial slots: num_slots={num_slots}, but there are parameters for {self.num_slots}")
-        mean = self.mean.expand(batch, num_slots, -1)
-        if self.kind == "learned" and not jitter:
-            return mean
-        if noise is None and not (self.training or self.eval_noise):
-            return mean
-        if noise is None:
-            noise = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device)
-        elif noise.shape != mean.shape:
-            raise ValueError(f"initial slots: noise {tuple(noise.shape)} must be {tuple(mean.shape)}")
-        if self.kind == "learned":
-            return mean + noise * jitter * mean.detach()
-        spread = {"exp": torch.exp, "softplus": F.softplus, "abs": torch.abs}[self.spread]
-        return mean + spread(self.scale) * noise
-
-
 class SlotAttention(nn.Module):
     """Slot attention (Locatello et al., 2020, algorithm 1), by default as in SPOT, section 3.1.
 
-    k and v are projections of LN(inputs), k scaled. Each iteration attends with q = projection of LN(slots), feeds the
-    updates to a GRU whose hidden state is the slots, and adds an MLP of LN(slots). `SlotAttention.like` sets the
-    options as a published variant has them.
+    k and v are projections of LN(inputs), k scaled. Each iteration attends with q, a projection of LN(slots), feeds the
+    updates to a GRU whose state is the slots, and adds an MLP of LN(slots).
+
+        slot_attention = SlotAttention(768, 256, mlp_hidden=1024, initial="gaussian")
+        slots, attn, logits = slot_attention(features, num_slots=7)  # features [B, N, 768], slots [B, 7, 256]
+
+    `SlotAttention.like("dinosaur", …)` sets the options of a published variant, `load_variant` loads its parameters.
 
     Args:
         input_dim: width D of the inputs.
         slot_dim: width U of the slots.
-        mlp_hidden: hidden width of the slot MLP; None: no MLP.
+        mlp_hidden: hidden width of the MLP; None: no MLP.
         heads: attention heads.
-        iterations: how often the slots are refined, at least 1; a call may say otherwise.
-        truncation: which way gradients go. `none`: through all iterations; `fixed_point`: through the last one only;
-            `bi_level`: as fixed_point, and straight through to the initial slots as well (BO-QSA).
+        iterations: number of refinements, at least 1; a call may override it.
+        truncation: the way of the gradients. `none`: through all iterations; `fixed_point`: through the last one only;
+            `bi_level`: as `fixed_point`, and straight through to the initial slots (BO-QSA).
         eps: keeps the mean over tokens defined.
         eps_in: `weights`: eps is added to the attention before it is normalised over tokens; `sum`: to its sum only.
-        joint_heads: whether the softmax runs over heads × slots jointly, or over the slots of each head.
-        inner_dim: width of q, k and v; None = slot_dim.
-        out_dim: width of a projection, with bias, of the updates of all heads; None: there is none.
+        joint_heads: True: one softmax over heads × slots; False: one over the slots of each head.
+        inner_dim: width of q, k and v; None: slot_dim.
+        out_dim: width of a projection, with bias, of the updates of all heads; None: no projection.
         bias: whether the projections to q, k and v have a bias.
-        scale: of the logits; None = (inner_dim / heads)^-1/2.
-        update: `gru`; without one the updates `replace` the slots or are added to them (`residual`).
-        hidden: what the GRU goes on from: the `slots`, or LN(slots), the `normed` ones that q is projected from.
-        activation: `relu` or `gelu`, of the MLP.
+        scale: factor of the logits; None: (inner_dim / heads)^-1/2.
+        update: `gru`; or, without a GRU, the updates `replace` the slots or are added to them (`residual`).
+        hidden: the state of the GRU: the `slots`, or the `normed` slots that q is projected from.
+        activation: of the MLP, `relu` or `gelu`.
         mlp_norm: `pre`: slots + MLP(LN(slots)); `post`: LN(slots + MLP(slots)); `none`: slots + MLP(slots).
         mlp_residual: False: without the `slots +`.
-        mlp_last: whether the MLP also follows the last iteration (not in STEVE).
-        dropout: in training, of the MLP's hidden units (OCBench).
-        drop_path: in training, the probability for a sample that an iteration leaves out its MLP; the others are
-            scaled up (BO-QSA).
+        mlp_last: False: no MLP after the last iteration (STEVE).
+        dropout: probability for hidden units of the MLP, in training (OCBench).
+        drop_path: probability that a sample skips the MLP of an iteration, in training; the others are scaled up
+            (BO-QSA).
         norm_eps: eps of every LayerNorm.
-        initial: `gaussian`, `slot_gaussian` or `learned`: the module owns `InitialSlots`, as `initial`; None: it does
-            not, and initial slots are passed to each call.
-        num_slots: K, see `InitialSlots`.
-        spread, eval_noise: see `InitialSlots`.
+        initial: `gaussian`, `slot_gaussian` or `learned`: the module owns `InitialSlots`, as `initial`; None: initial
+            slots are passed to each call.
+        num_slots, spread, eval_noise: of `InitialSlots`.
 
     Raises:
-        ValueError: naming the option that does not exist or does not fit the others.
+        ValueError: naming the option that is unknown or does not fit the others.
     """
 
     def __init__(
@@ -223,12 +140,12 @@ class SlotAttention(nn.Module):
         inner_dim = inner_dim or slot_dim
         check_heads("heads", inner_dim, heads)
         _check_iterations(iterations)
-        _known("truncation", truncation, TRUNCATIONS)
-        _known("eps_in", eps_in, ("weights", "sum"))
-        _known("update", update, ("gru", "residual", "replace"))
-        _known("hidden", hidden, ("slots", "normed"))
-        _known("activation", activation, ACTIVATIONS)
-        _known("mlp_norm", mlp_norm, ("pre", "post", "none"))
+        check_choice("truncation", truncation, TRUNCATIONS)
+        check_choice("eps_in", eps_in, ("weights", "sum"))
+        check_choice("update", update, ("gru", "residual", "replace"))
+        check_choice("hidden", hidden, ("slots", "normed"))
+        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("mlp_norm", mlp_norm, ("pre", "post", "none"))
         for name, probability in (("drop_path", drop_path), ("dropout", dropout)):
             if not 0 <= probability < 1:
                 raise ValueError(f"{name}={probability} must be a probability below 1")
@@ -267,15 +184,21 @@ class SlotAttention(nn.Module):
     def like(
         cls, variant: str, input_dim: int, slot_dim: int, *, mlp_hidden: int | None, **options: Any
     ) -> SlotAttention:
-        """The module with the options of a published variant, one of `VARIANTS`; `options` go before the variant's.
+        """The module with the options of a published variant.
 
-        Widths, heads and numbers of slots are the caller's, as they are the checkpoint's.
+        Args:
+            variant: one of `VARIANTS`.
+            options: of the constructor, before those of the variant. Widths, heads and the number of slots are always
+                the caller's, as they differ between checkpoints.
+
+        Raises:
+            ValueError: for an unknown variant, or as the constructor.
         """
-        _known("variant", variant, VARIANTS)
+        check_choice("variant", variant, VARIANTS)
         options = {**VARIANTS[variant], **options}
         heads = options.get("heads", 1)
         if variant == "savi" and heads > 1:
-            # its heads are concatenated and projected to the width of one
+            # heads are concatenated, then projected to the width of one
             options.setdefault("out_dim", (options.get("inner_dim") or slot_dim) // heads)
         if variant == "lucidrains_heads":
             options.setdefault("out_dim", slot_dim)
@@ -283,30 +206,31 @@ class SlotAttention(nn.Module):
             options.setdefault("scale", slot_dim**-0.5)
         module = cls(input_dim, slot_dim, mlp_hidden=mlp_hidden, **options)
         if variant == "untitled_ai" and module.initial is not None:
-            # buffers there
+            # they are buffers in the published class
             module.initial.requires_grad_(False)
         return module
 
     def load_variant(
         self, variant: str, state: Mapping[str, Any], *, prefix: str = "", initial_prefix: str | None = None
     ) -> None:
-        """Loads the parameters of a published implementation, by its own names: see `from_state_dict_of`.
+        """Loads the parameters of a published implementation by its own names, see `from_state_dict_of`.
 
-        Raises ValueError naming parameters that are unknown, missing or of another shape than this module's; those of
-        the initialiser, too, if the module owns one.
+        Raises:
+            ValueError: naming the parameters, those of the module's `initial` included, that are unknown, missing or
+                of another shape.
         """
-        found = from_state_dict_of(variant, state, prefix=prefix, initial_prefix=initial_prefix)
+        loaded = from_state_dict_of(variant, state, prefix=prefix, initial_prefix=initial_prefix)
         own = self.state_dict()
-        missing, unknown = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+        missing, unknown = sorted(own.keys() - loaded.keys()), sorted(loaded.keys() - own.keys())
         if missing or unknown:
             raise ValueError(
                 f"{variant} state does not fit this module's options: missing {', '.join(missing) or 'nothing'}; "
-                f"without a place {', '.join(unknown) or 'nothing'}"
+                f"unexpected {', '.join(unknown) or 'nothing'}"
             )
-        for name, value in found.items():
+        for name, value in loaded.items():
             if value.shape != own[name].shape:
                 raise ValueError(f"{variant} state: {name} {tuple(value.shape)} must be {tuple(own[name].shape)}")
-        self.load_state_dict(found)
+        self.load_state_dict(loaded)
 
     def forward(
         self,
@@ -317,11 +241,19 @@ class SlotAttention(nn.Module):
         iterations: int | None = None,
         noise: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """inputs [B, N, D], initial slots [B, K, U] → slots [B, K, U], attn [B, N, K], logits [B, H, N, K].
+        """Groups inputs [B, N, D] into slots.
 
-        attn (summed over heads; averaged where each head has its own softmax) and logits are those of the last
-        iteration, before its update. Without `slots` the initialiser makes them, with `num_slots` and `noise` as
-        `InitialSlots` takes them. iterations: instead of the module's.
+        Args:
+            slots: initial slots [B, K, U]; None: the module's `initial` makes them.
+            num_slots, noise: for `initial`, see `InitialSlots`.
+            iterations: instead of the module's.
+
+        Returns:
+            slots [B, K, U]; attention [B, N, K], summed over heads (averaged if each has its own softmax); logits
+            [B, H, N, K]. Attention and logits are those of the last iteration, before its update.
+
+        Raises:
+            ValueError: if there are no initial slots, or both `slots` and what would make them.
         """
         slots = self._initial(inputs.shape[0], slots, num_slots, noise)
         iterations = self.iterations if iterations is None else iterations
@@ -330,13 +262,14 @@ class SlotAttention(nn.Module):
         k = self._split(self.project_k(inputs) * self.scale)
         v = self._split(self.project_v(inputs))
         initial = slots
+        # Truncated gradients never reach these iterations, so they build no graph.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.truncation == "none"):
             for _ in range(iterations - 1):
                 slots, _, _ = self._refine(k, v, slots, last=False)
         if self.truncation != "none":
             slots = slots.detach()
         if self.truncation == "bi_level":
-            # The value stays, the gradient of the last iteration's input goes to the initial slots.
+            # Straight through: adds 0, and sends the gradient of the last iteration's input to the initial slots.
             slots = slots + (initial - initial.detach())
         return self._refine(k, v, slots, last=True)
 
@@ -348,18 +281,18 @@ class SlotAttention(nn.Module):
                 raise ValueError("slot attention: pass initial slots, or build the module with initial=…")
             return self.initial(batch, num_slots, noise=noise)
         if num_slots is not None or noise is not None:
-            raise ValueError("slot attention: slots were passed, so num_slots and noise say nothing: drop them")
+            raise ValueError("slot attention: slots were passed, so num_slots and noise have no effect: drop them")
         return slots
 
     def _split(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B, N, inner] → [B, H, N, d], or [B·H, 1, N, d] where heads do not compete with one another."""
+        """[B, N, inner] → [B, H, N, d], or [B·H, 1, N, d] if each head has its own softmax."""
         tokens = split_heads(tokens, self.heads)
         return tokens if self.joint_heads else tokens.flatten(0, 1).unsqueeze(1)
 
     def _refine(
         self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, last: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """One iteration. k (scaled) and v as `_split` gives them; attn and logits come with the last one."""
+        """One iteration → slots, attn, logits; k (scaled) and v as from `_split`; attn and logits: None unless last."""
         updates, attn, logits = self._attend(k, v, slots, last)
         if self.project_out is not None:
             updates = self.project_out(updates)
@@ -376,15 +309,13 @@ class SlotAttention(nn.Module):
             q,
             k,
             v,
-            eps=_TINY if in_sum else self.eps,
+            eps=TINY if in_sum else self.eps,
             return_attn=last or in_sum and not joint,
             return_logits=last or in_sum and joint,
         )
         if in_sum:
-            # Σ a v / (Σ a + eps) = Σ a v / Σ a · Σ a / (Σ a + eps)
             weights = logits.transpose(1, 2).flatten(2).softmax(-1) if joint else attn
-            sums = weights.sum(1).view(*updates.shape[:3], 1)
-            updates = updates * (sums / (sums + self.eps)).to(updates.dtype)
+            updates = eps_in_sum(updates, weights.sum(1).view(*updates.shape[:3], 1), self.eps)
         if not self.joint_heads:
             size = (slots.shape[0], self.heads)
             updates = updates.squeeze(1).unflatten(0, size)
@@ -399,7 +330,7 @@ class SlotAttention(nn.Module):
         elif pre:
             slots, normed = gru_and_norm(self.gru, self.norm_mlp, updates, slots)
         else:
-            slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
+            slots = gru_step(self.gru, updates, slots)
         if not with_mlp:
             return slots
         if pre and normed is None:

@@ -1,1 +1,1 @@
-"""`patch(model)`: published slot attention inside a model that exists runs on our operators, in place."""
+"""`spot_kernels.patch(model)`: slot attention of published implementations runs on our operators, in place."""

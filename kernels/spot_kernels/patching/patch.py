@@ -1,14 +1,16 @@
 """`patch(model)`: published slot-attention modules inside a model run on our operators, in place; `unpatch(model)`.
 
-A module is known by its layers, parameters, numbers and method signatures (`implementations`), whatever its class is
-called, and is replaced only after its own forward and ours agreed on small inputs (`patch_check`) and if its code reads
-no attribute or global that the known form does not have (`forward_reads`). Anything else is left alone, and the report
-says why.
+A module is replaced in four steps, and left alone with a reason in the report where one of them fails:
 
-Replacing a module exchanges its class for one derived from it, in which only the methods that `implementations` lists
-are others. So parameters, state-dict keys, hooks, `isinstance` and the optimiser's references stay, and deepcopy,
-pickle, replicas and torch.compile, which all go by the class, find the methods of the module they look at; a function
-bound to the instance would not survive those.
+1. it has the attributes and methods of a published class (`implementations`), whatever its own class is called;
+2. nothing is attached that the replacement would bypass: hooks on its layers, torch.compile, sharding;
+3. its own forward and ours agree on small inputs (`comparison`);
+4. its code reads nothing that ours does not (`switches`): what has no effect now may have one later.
+
+Replacing a module exchanges its class for one derived from it, in which only the methods of `implementations` are
+ours. So parameters, state-dict keys, hooks, `isinstance` and the optimiser's references stay; and deepcopy, pickle,
+replicas and torch.compile, which all go by the class, bind the methods to the module at hand: a function bound to the
+instance would not survive those.
 """
 
 from __future__ import annotations
@@ -17,32 +19,29 @@ import copyreg
 import functools
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from spot_kernels.modules.slot_attention import SlotAttention
-from spot_kernels.patching.class_shape import Sizes
 from spot_kernels.patching.comparison import disagreement
-from spot_kernels.patching.forward_reads import read_by_code, unknown_attributes
 from spot_kernels.patching.implementations import IMPLEMENTATIONS, Implementation
+from spot_kernels.patching.switches import has_attribute, unknown_reads
 
-_UNKNOWN = "fits no known form"
-_STEP = "its forward can call spot_kernels.slot_attention_step"
+_REMEDY = "its forward can call spot_kernels.slot_attention_step"
 _SHARDED = "is sharded: patch before fully_shard or FullyShardedDataParallel"
-_READS = "its forward reads"
-_NAMED_DIFFERENCES = 3
-_LOOKS_LIKE_ONE = re.compile(r"slot_?att|att\w*slot", re.IGNORECASE)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_NAME_OF_SLOT_ATTENTION = re.compile(r"slot_?att|att\w*slot", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Patched:
     """One slot-attention module of a model.
 
-    path: as in `named_modules`. implementation: whose it is, empty where that is not known. replaced: what of it,
-    empty: nothing. note: why it was left alone, or what else there is to know.
+    path: as in `named_modules`. implementation: whose it is, empty if unknown. replaced: what of it, empty: nothing.
+    note: why it was left alone, or what else there is to know.
     """
 
     path: str
@@ -54,7 +53,7 @@ class Patched:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What `patch` found, in the model's order. Prints as a table."""
+    """The slot-attention modules that `patch` saw, in the model's order. Prints as a table."""
 
     modules: tuple[Patched, ...]
 
@@ -68,13 +67,15 @@ class PatchReport:
 
     def __str__(self) -> str:
         if not self.modules:
-            forms = ", ".join(dict.fromkeys(re.split(", | \\(", known.name)[0] for known in IMPLEMENTATIONS))
-            looked_for = f"looked for the layers of {forms}; of another form, {_STEP}"
-            return f"no slot attention found: nothing was replaced ({looked_for})"
+            known = ", ".join(dict.fromkeys(re.split(", | \\(", known.name)[0] for known in IMPLEMENTATIONS))
+            return (
+                f"no slot attention found: nothing was replaced (looked for the modules of {known}; of another form, "
+                f"{_REMEDY})"
+            )
         rows = [("module", "class", "implementation", "replaced", "note")]
         for module in self.modules:
-            known, done = module.implementation or "unknown", module.replaced or "nothing"
-            rows.append((module.path or "(the model)", module.class_name, known, done, module.note))
+            implementation, replaced = module.implementation or "unknown", module.replaced or "nothing"
+            rows.append((module.path or "(the model)", module.class_name, implementation, replaced, module.note))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         return "\n".join(
             "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip()
@@ -83,36 +84,46 @@ class PatchReport:
 
 
 def patch(model: nn.Module) -> PatchReport:
-    """Known slot-attention modules in `model`, or the model itself, run on our operators from now on.
+    """Makes the published slot-attention modules in `model`, or the model itself, run on our operators, in place.
 
-    Outputs and gradients stay, up to rounding, and so do random draws. A second call changes nothing. Patch before
-    torch.compile and fully_shard, and while no other thread makes tensors: the default dtype is float64 for moments.
+        report = spot_kernels.patch(model)
+        print(report)
+
+    Outputs and gradients stay up to rounding, random draws exactly. A second call changes nothing; `unpatch` undoes it.
+    Patch before torch.compile and fully_shard, and while no other thread makes tensors: during the comparison the
+    default dtype of the process is float64.
 
     Returns:
-        a report; print it.
+        which modules were replaced, and which were left alone and why.
 
     Raises:
-        ValueError: where `model` is not a torch.nn.Module.
+        ValueError: if `model` is not a torch.nn.Module.
     """
-    _check("patch", model)
-    found, wrapped = [], {}
+    _check_is_module("patch", model)
+    entries, wrapped, unknown = [], {}, []
     for path, module in list(model.named_modules()):
         if reason := _wrapped(module):
             wrapped[path] = reason
-        entry = _patch_one(path, module, next((wrapped[x] for x in wrapped if _is_inside(path, x)), ""))
+        entry = _patch_one(path, module, next((wrapped[outer] for outer in wrapped if _is_inside(path, outer)), ""))
         if entry is not None:
-            found.append(entry)
-    # Where no more is known than that it looks like slot attention, it is often a model that holds the module.
-    holders = {a.path for a in found for b in found if a is not b and _is_inside(b.path, a.path)}
-    return PatchReport(tuple(a for a in found if not a.note.startswith(_UNKNOWN) or a.path not in holders))
+            entries.append(entry)
+            if not entry.implementation:
+                unknown.append(entry)
+    # An unknown class with a name like SlotAttentionModel often is the model that holds the module.
+    holders = [a for a in unknown if any(a is not b and _is_inside(b.path, a.path) for b in entries)]
+    return PatchReport(tuple(entry for entry in entries if entry not in holders))
 
 
 def unpatch(model: nn.Module) -> list[str]:
-    """Gives every module that `patch` replaced its own class back. Returns their paths.
+    """Gives every module that `patch` replaced its own class back.
 
-    Raises ValueError where `model` is not a torch.nn.Module.
+    Returns:
+        the paths of these modules, as in `named_modules`.
+
+    Raises:
+        ValueError: if `model` is not a torch.nn.Module.
     """
-    _check("unpatch", model)
+    _check_is_module("unpatch", model)
     paths = []
     for path, module in model.named_modules():
         if hasattr(type(module), "_published_class"):
@@ -122,8 +133,8 @@ def unpatch(model: nn.Module) -> list[str]:
 
 
 def _without_ours(kind: type) -> type:
-    """The class without what `patch` put in: the published one itself, or one as fully_shard or a parametrisation has
-    derived from the patched class since, derived from the published one.
+    """The class without what `patch` put in: the published class itself; or, if fully_shard or a parametrisation
+    derived a class from the patched one since, such a class derived from the published one.
     """
     if "_published_class" in vars(kind):
         return kind._published_class
@@ -132,13 +143,91 @@ def _without_ours(kind: type) -> type:
     return type(kind)(kind.__name__, bases, body)
 
 
-def _check(name: str, model: Any) -> None:
+def _check_is_module(function: str, model: Any) -> None:
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{name}: model is a {type(model).__name__}: pass a torch.nn.Module")
+        raise ValueError(f"{function}: model is a {type(model).__name__}: pass a torch.nn.Module")
 
 
 def _is_inside(path: str, outer: str) -> bool:
     return not outer or path == outer or path.startswith(f"{outer}.")
+
+
+def _patch_one(path: str, module: nn.Module, wrapped: str) -> Patched | None:
+    """Replaces the module if it can be. None: it is no slot attention. wrapped: why nothing at this path can be."""
+    kind = type(module)
+    entry = functools.partial(Patched, path, kind.__name__)
+    if hasattr(kind, "_published_class"):
+        known = _implementation(kind._published_as)
+        return entry(known.name, known.replaced, "; ".join(filter(None, ("was patched before", known.note))))
+    if isinstance(module, SlotAttention):
+        return entry("spot_kernels", "", "runs on our operators as it is")
+    mismatches = {known.name: _mismatches(module, known) for known in IMPLEMENTATIONS}
+    fitting = [known for known in IMPLEMENTATIONS if not mismatches[known.name]]
+    if not fitting and not _resembles_slot_attention(module):
+        return None
+    if not fitting:
+        closest = min(mismatches, key=lambda name: len(mismatches[name]))
+        unlike = _enumerated(mismatches[closest], "; ")
+        return entry("", "", wrapped or f"fits no known form (closest is {closest}, but {unlike}): {_REMEDY}")
+    if obstacle := wrapped or _obstacle(module, fitting[0]):
+        return entry(fitting[0].name, "", obstacle)
+    # Some forms have the same attributes: the first one that agrees is taken. A fork of one of them differs from each;
+    # the note is about the one with which it agreed but for a switch.
+    notes = []
+    for known in fitting:
+        try:
+            patched = _patched_class(kind, known.name)
+        except Exception as error:  # a metaclass or __init_subclass__ may refuse
+            return entry(known.name, "", f"no class can be derived from it: {error}")
+        if note := disagreement(module, patched, known.example_calls):
+            notes.append((known.name, note))
+        elif switches := unknown_reads(module, known.methods, known.reads):
+            read = _enumerated(switches, ", ")
+            notes.insert(0, (known.name, f"its forward reads {read}, which {known.name} does not: {_REMEDY}"))
+        else:
+            module.__class__ = patched
+            return entry(known.name, known.replaced, known.note)
+    name, note = notes[0]
+    return entry(name, "", note)
+
+
+def _mismatches(module: nn.Module, known: Implementation) -> list[str]:
+    """What a module lacks that the replacement of an implementation needs."""
+    mismatches = [f"it has no {name}" for name in sorted(known.reads) if not has_attribute(module, name)]
+    for name, replacement in known.methods.items():
+        original = inspect.getattr_static(type(module), name, None)
+        if not inspect.isfunction(original):
+            mismatches.append(f"it has no method {name}")
+        elif _arguments(original) != _arguments(replacement):
+            mismatches.append(f"its {name} takes {inspect.signature(original)}")
+    return mismatches
+
+
+def _arguments(function: Any) -> list[tuple[str, Any, Any]]:
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+def _resembles_slot_attention(module: nn.Module) -> bool:
+    """By the name of its class, or by a GRU cell beside projections and a LayerNorm."""
+    layers = [*module.children()]
+    projections = sum(isinstance(layer, (nn.Linear, nn.Sequential)) for layer in layers)
+    cells_and_norms = all(any(isinstance(layer, kind) for layer in layers) for kind in (nn.GRUCell, nn.LayerNorm))
+    return bool(_NAME_OF_SLOT_ATTENTION.search(type(module).__name__)) or (cells_and_norms and projections >= 3)
+
+
+def _obstacle(module: nn.Module, known: Implementation) -> str:
+    """What of the module its replacement would bypass or the comparison would trigger; empty: nothing."""
+    for name in known.methods:
+        if name in vars(module):
+            return f"its {name} was replaced on the instance"
+    if any(type(parameter).__name__ == "DTensor" for parameter in module.parameters()):
+        return _SHARDED
+    for path, layer in module.named_modules():
+        if path and (reason := _wrapped(layer)):
+            return f"its layer {path} {reason}"
+        if path and any(getattr(layer, hooks, None) for hooks in _HOOKS):
+            return f"its layer {path} has hooks"
+    return ""
 
 
 def _wrapped(module: nn.Module) -> str:
@@ -150,127 +239,19 @@ def _wrapped(module: nn.Module) -> str:
     return _SHARDED if {base.__name__ for base in kind.__mro__} & {"FSDPModule", "FullyShardedDataParallel"} else ""
 
 
-def _patch_one(path: str, module: nn.Module, wrapped: str) -> Patched | None:
-    """Replaces the module if it is a known one. None: it is no slot attention."""
-    kind = type(module)
-
-    def entry(implementation: str, replaced: str, note: str = "") -> Patched:
-        return Patched(path, kind.__name__, implementation, replaced, note)
-
-    if hasattr(kind, "_published_class"):
-        known = _implementation(kind._published_as)
-        return entry(known.name, known.replaced, "; ".join(filter(None, ("was patched before", known.note))))
-    if isinstance(module, SlotAttention):
-        return entry("spot_kernels", "", "runs on our operators as it is")
-    # those whose class has the module's name go first
-    named = [known for known in IMPLEMENTATIONS if _named_class(kind, known)]
-    others = [known for known in IMPLEMENTATIONS if known not in named and known.shape.has_layers_of(module)]
-    compared = [(known, *_compare(module, known)) for known in [*named, *others]]
-    fitting = [(known, sizes) for known, differences, sizes in compared if not differences]
-    if not fitting and not named and not _looks_like_one(module):
-        return None
-    if any(type(parameter).__name__ == "DTensor" for parameter in module.parameters()):
-        wrapped = wrapped or _SHARDED
-    if not fitting:
-        compared = compared or [(known, *_compare(module, known)) for known in IMPLEMENTATIONS]
-        known, differences, _ = min(compared[: len(named) or None], key=lambda item: len(item[1]))
-        if wrapped:
-            return entry("", "", wrapped)
-        if named:
-            return entry("", "", f"closest to {known.name}, but {_listed(differences)}")
-        return entry("", "", f"{_UNKNOWN} (closest is {known.name}, but {_listed(differences)}): {_STEP}")
-    if reason := wrapped or _obstacle(module, fitting[0][0]):
-        return entry(fitting[0][0].name, "", reason)
-    reasons = []
-    for known, sizes in fitting:
-        patched, reason = _examined(module, known, sizes)
-        if not reason:
-            module.__class__ = patched
-            return entry(known.name, known.replaced, known.note)
-        reasons.append((known.name, reason))
-    # of forms with the same layers, the one with which it agreed but for a switch
-    name, reason = next((item for item in reasons if item[1].startswith(_READS)), reasons[0])
-    return entry(name, "", reason)
-
-
-def _examined(module: nn.Module, known: Implementation, sizes: Sizes) -> tuple[type | None, str]:
-    """The class to give to the module, and why it must not have it; empty: it may."""
-    try:
-        patched = _patched_class(type(module), known.name)
-    except Exception as error:  # a metaclass or __init_subclass__ may refuse
-        return None, f"no class can be derived from it: {error}"
-    reason, asked_for = disagreement(module, patched, lambda module, draw: known.calls(module, sizes, draw))
-    if reason:
-        return None, reason
-    attributes, data = read_by_code(module, known.methods)
-    unknown = unknown_attributes(module, attributes | asked_for, known.shape.attributes, set(sizes.values()))
-    if unknown := sorted({f"self.{name}" for name in unknown} | data):
-        return None, f"{_READS} {_listed(unknown, ', ')}, which {known.name} does not: {_STEP}"
-    return patched, ""
-
-
-def _listed(things: list[str], between: str = "; ") -> str:
-    """The first few, and how many more there are."""
-    more = len(things) - _NAMED_DIFFERENCES
-    return between.join(things[:_NAMED_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
-
-
-def _looks_like_one(module: nn.Module) -> bool:
-    """By the name of its class, or by a GRU cell beside projections and a LayerNorm."""
-    layers = [*module.children()]
-    projections = sum(isinstance(layer, (nn.Linear, nn.Sequential)) for layer in layers)
-    has = [any(isinstance(layer, kind) for layer in layers) for kind in (nn.GRUCell, nn.LayerNorm)]
-    return bool(_LOOKS_LIKE_ONE.search(type(module).__name__)) or (all(has) and projections >= 3)
+def _enumerated(things: Iterable[str], separator: str) -> str:
+    """The first three, and how many more there are."""
+    first, rest = list(things)[:3], list(things)[3:]
+    return separator.join(first) + (f" and {len(rest)} more" if rest else "")
 
 
 def _implementation(name: str) -> Implementation:
     return next(known for known in IMPLEMENTATIONS if known.name == name)
 
 
-def _named_class(kind: type, known: Implementation) -> type | None:
-    """The class of that implementation's name that `kind` is, or is derived from."""
-    return next((base for base in kind.__mro__ if base.__name__ == known.shape.name), None)
-
-
-def _compare(module: nn.Module, known: Implementation) -> tuple[list[str], Sizes]:
-    """In what the module's class and layers differ from an implementation's, and the sizes of its layers."""
-    kind, base = type(module), _named_class(type(module), known)
-    differences, sizes = known.shape.compare(module)
-    for name, function in known.methods.items():
-        original = inspect.getattr_static(kind, name, None)
-        if base is not None and not inspect.isfunction(vars(base).get(name)):
-            differences.append(f"{base.__name__} defines no method {name}")
-        elif base is not None and original is not vars(base)[name]:
-            differences.append(f"{kind.__name__} has a {name} of its own")
-        elif not inspect.isfunction(original):
-            differences.append(f"it has no method {name}")
-        elif _arguments(original) != _arguments(function):
-            differences.append(f"its {name} takes {inspect.signature(original)}")
-    return differences, sizes
-
-
-def _arguments(function: Any) -> list[tuple[str, Any, Any]]:
-    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
-
-
-def _obstacle(module: nn.Module, known: Implementation) -> str:
-    """What a known module has that its forward of ours would pass by."""
-    for name in known.methods:
-        if name in vars(module):
-            return f"its {name} was replaced on the instance"
-    for path, layer in module.named_modules():
-        if path and any(_hooks(layer)):
-            return f"its layer {path} has hooks"
-    return ""
-
-
-def _hooks(layer: nn.Module) -> Iterator[Any]:
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        yield getattr(layer, name, None)
-
-
 @functools.cache
 def _patched_class(published: type, name: str) -> type:
+    known = _implementation(name)
     body = {
         "__module__": published.__module__,
         "__qualname__": published.__qualname__,
@@ -279,9 +260,9 @@ def _patched_class(published: type, name: str) -> type:
         "__prepare_scriptable__": _refuse_script,
         "_published_class": published,
         "_published_as": name,
-        "_published_default_noise": _implementation(name).default_noise,
+        "_published_default_noise": known.default_noise,
     }
-    return type(published)(published.__name__, (published,), body | _implementation(name).methods)
+    return type(published)(published.__name__, (published,), body | known.methods)
 
 
 def _refuse_script(self: nn.Module) -> Any:

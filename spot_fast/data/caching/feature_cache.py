@@ -1,7 +1,7 @@
-"""What a frozen function makes of every training image, computed once: in memory, on the device or on disk.
+"""Frozen features of every training image, computed once: in memory, on the device or on disk.
 
-Pays where an image has few outcomes: one if nothing is augmented, two if it is mirrored or not. Row
-`index * outcomes + mirrored` holds an outcome. A run that reads the rows sees what it would have computed.
+It pays if an image has few outcomes: one without augmentation, two with mirroring. Row `index * outcomes + mirrored`
+holds an outcome. A run that reads the rows gets what it would have computed.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spot_fast.data.base import ImageSet
+from spot_fast.data.batch import Batch
 from spot_fast.data.caching.rebuild import readable_again, refill, require_complete, require_unchanged
 from spot_fast.data.caching.store import Store, located
 from spot_fast.data.loading.loader import Loader
 from spot_fast.data.loading.prefetch import to_device
 from spot_fast.system.devices import send
 
-# uint8 images [B, 3, S, S] → one tensor a field, its first axis the image's.
+# uint8 images [B, 3, S, S] → one tensor [B, …] for each field.
 Function = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Field:
-    """One result of the function: shape and dtype of an image's, and `key`, everything its values depend on but the
-    images (weights, precision)."""
+    """One result of the function: its shape and dtype for an image; `key` names all that its values depend on besides
+    the images (weights, precision)."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,12 +45,12 @@ class Field:
 
 
 def outcomes(image_set: ImageSet) -> int:
-    """How many different training squares an image gives: 1, or 2 with mirroring; 0 stands for no end of them."""
+    """How many different training squares an image gives: 1, or 2 with mirroring; 0 = unlimited (random crops)."""
     return 0 if image_set.random_crop else 1 + image_set.flip
 
 
 def stores_of(image_set: ImageSet, fields: Sequence[Field], folder: Path) -> list[Store]:
-    """A store below `folder` for each field, complete or not."""
+    """The store of each field below `folder`, complete or not."""
     stores = []
     for field in fields:
         words = (image_set.content_key(), outcomes(image_set), field.name, field.shape, field.dtype, field.key)
@@ -68,10 +69,10 @@ def stores_of(image_set: ImageSet, fields: Sequence[Field], folder: Path) -> lis
 
 
 class FeatureCache:
-    """The function's results for every outcome; rows are numbered as above.
+    """The function's results for every outcome, in rows as above.
 
-    tensors: one a field, [rows, *shape], where they are held in memory; else they are read from `stores`.
-    corrupt: label and reason of images that have no row of their own, by index.
+    tensors: one for each field, [rows, *shape], if held in memory; else rows are read from `stores`.
+    corrupt: label and reason of images without a row of their own, by index.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class FeatureCache:
         self.corrupt = corrupt or {}
 
     def take(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Rows int64 [B] of each field, where they are held (on the CPU if they are read)."""
+        """Rows int64 [B] of each field, on the device that holds them (the CPU if read from disk)."""
         if self.tensors is not None:
             rows = send(rows, self.tensors[0].device)
             return tuple(tensor.index_select(0, rows) for tensor in self.tensors)
@@ -104,24 +105,31 @@ class FeatureCache:
                 tensor[rows[0] : rows[-1] + 1] = part.to(device)
         self.tensors, self.stores = held, None
 
-    def epoch(self, loader: Loader, epoch: int, start_step: int, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-        """What `loader.epoch` would give, as the fields of each batch on `device`."""
+    def epoch(self, loader: Loader, epoch: int, start_step: int, device: torch.device) -> Iterator[Batch]:
+        """What `loader.epoch` would give, as batches of features on `device`."""
+        steps = self._steps(loader, epoch, start_step)
         if self.tensors is None or self.tensors[0].device.type != device.type:
-            return to_device((self.take(rows) for rows in self._rows(loader, epoch, start_step)), device)
-        return self._held_epoch(list(self._rows(loader, epoch, start_step)), device)
+            return to_device((self._batch(*step) for step in steps), device)
+        return self._held_epoch(list(steps), device)
 
-    def _held_epoch(self, steps: list[Tensor], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-        """Batches of what `device` holds. The numbers of all rows go there at once, not a few in every step."""
+    def _held_epoch(self, steps: list[tuple[Tensor, Tensor, Tensor]], device: torch.device) -> Iterator[Batch]:
+        """Batches of rows that `device` holds. The row numbers of all steps are copied there at once."""
         if steps:
-            for rows in send(torch.cat(steps), device).split(len(steps[0])):
-                yield self.take(rows)
+            all_rows = send(torch.cat([rows for _, _, rows in steps]), device).split(len(steps[0][-1]))
+            for (indices, flipped, _), rows in zip(steps, all_rows, strict=True):
+                yield self._batch(indices, flipped, rows)
 
-    def _rows(self, loader: Loader, epoch: int, start_step: int) -> Iterator[Tensor]:
+    def _batch(self, indices: Tensor, flipped: Tensor, rows: Tensor) -> Batch:
+        return Batch(None, indices, flipped, self.take(rows))
+
+    def _steps(self, loader: Loader, epoch: int, start_step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Image indices, which are mirrored, and row numbers of each step."""
         flips = loader.flips(epoch)
         for indices in loader.steps(epoch, start_step):
             if self.corrupt:
                 indices = loader.stand_ins(epoch, indices, self.corrupt)
-            yield indices * self.outcomes + (flips[indices] if self.outcomes > 1 else 0)
+            flipped = flips[indices]
+            yield indices, flipped, indices * self.outcomes + (flipped if self.outcomes > 1 else 0)
 
 
 def _typed(rows: np.ndarray, field: Field) -> Tensor:
@@ -142,7 +150,7 @@ def in_memory(
                 rows = (indices * per_image + mirrored)[good].to(device)
                 for tensor, result in zip(held, fields_of, strict=True):
                     tensor[rows] = result[good.to(result.device)].to(device)
-            corrupt |= _told(loader, indices[~good].tolist())
+            corrupt |= _reasons(loader, indices[~good].tolist())
             bar.update(len(indices))
     return FeatureCache(fields, per_image, tensors=held, corrupt=corrupt)
 
@@ -154,10 +162,10 @@ def build(
     progress: bool | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Completes `stores`, one a field, with what `function` makes of the loader's images.
+    """Completes `stores`, one for each field, with the results of `function` for the loader's images.
 
-    Images that could not be read when an earlier build came to them are tried again. UserError where more are corrupt
-    than the loader puts up with, NotBuilt where a store cannot be written or images change meanwhile.
+    Images that an earlier build could not read are tried again. UserError if more are corrupt than the loader
+    tolerates, NotBuilt if a store cannot be written or images change meanwhile.
     """
     per_image, count = outcomes(loader.image_set), len(loader.image_set)
     if readable := readable_again(loader.image_set, sorted(_corrupt(stores, per_image))):
@@ -176,10 +184,11 @@ def build(
 
 
 def opened(loader: Loader, fields: Sequence[Field], stores: Sequence[Store]) -> FeatureCache:
-    """Reads from complete `stores`; UserError where one is not, or more images were corrupt than the loader puts up
-    with."""
+    """Reads from complete `stores`; UserError if one is incomplete, or more images were corrupt than the loader
+    tolerates."""
     require_complete(stores)
     corrupt = _corrupt(stores, outcomes(loader.image_set))
+    # Labels of today: the store's may be of another folder with the same images.
     corrupt = {index: (loader.image_set.label(index), reason) for index, (_, reason) in corrupt.items()}
     loader.note_corrupt(dict(corrupt.values()))
     return FeatureCache(fields, outcomes(loader.image_set), stores=stores, corrupt=corrupt)
@@ -187,7 +196,7 @@ def opened(loader: Loader, fields: Sequence[Field], stores: Sequence[Store]) -> 
 
 def _corrupt(stores: Sequence[Store], per_image: int) -> dict[int, tuple[str, str]]:
     """Label and reason, by index, of the images that lack a row in any store."""
-    return {row // per_image: found for store in stores for row, found in store.corrupt.items()}
+    return {row // per_image: why for store in stores for row, why in store.corrupt.items()}
 
 
 def _refill(
@@ -199,28 +208,29 @@ def _refill(
         for field, store in enumerate(stores):
             batches = [result[field].cpu().contiguous().view(torch.uint8).flatten(1).numpy() for result in results]
             rows = [
-                (index * per_image + mirrored, rows[place], 0, 0)
+                (index * per_image + mirrored, rows[position], 0, 0)
                 for mirrored, rows in enumerate(batches)
-                for place, index in enumerate(some.tolist())
-                if good[place]
+                for position, index in enumerate(some.tolist())
+                if good[position]
             ]
             refill(store, rows, say)
 
 
 def _append(loader: Loader, writers, indices: Tensor, good: Tensor, results: list[tuple[Tensor, ...]]) -> None:
-    told = _told(loader, indices[~good].tolist())
+    reasons = _reasons(loader, indices[~good].tolist())
     per_image = len(results)
     for field, writer in enumerate(writers):
         if writer is None:
             continue
         batches = [result[field].cpu().contiguous().view(torch.uint8).flatten(1).numpy() for result in results]
-        for place, index in enumerate(indices.tolist()):
+        for position, index in enumerate(indices.tolist()):
             for mirrored, rows in enumerate(batches):
                 if index * per_image + mirrored >= writer.written:
-                    writer.append(rows[place], corrupt=told.get(index))
+                    writer.append(rows[position], corrupt=reasons.get(index))
 
 
-def _told(loader: Loader, corrupt: list[int]) -> dict[int, tuple[str, str]]:
+def _reasons(loader: Loader, corrupt: list[int]) -> dict[int, tuple[str, str]]:
+    """Label and reason of corrupt images, by index."""
     labels = {index: loader.image_set.label(index) for index in corrupt}
     return {index: (label, loader.corrupt[label]) for index, label in labels.items()}
 
@@ -228,10 +238,10 @@ def _told(loader: Loader, corrupt: list[int]) -> dict[int, tuple[str, str]]:
 def _compute(
     loader: Loader, function: Function, indices: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]]:
-    """(indices int64 [b], which of them are images bool [b], results of each outcome) of the images asked for.
+    """(indices int64 [b], which of them could be read bool [b], results of each outcome) of the images `indices`.
 
-    `function` always sees a full batch (of several processes: a process's share of one), because the last bits of its
-    results may depend on how many there are.
+    `function` always gets a full batch (of several processes: a shard of one), because the last bits of its results
+    may depend on the batch size.
     """
     size = loader.batch_size // loader.world
     wanted = list(indices.split(size))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -18,16 +16,17 @@ from spot_fast.data.base import ImageFiles, ImageSet, Masks
 from spot_fast.data.caching.rebuild import readable_again, refill, require_unchanged
 from spot_fast.data.caching.store import Store, Writer, located
 from spot_fast.data.loading.loader import Loader
+from spot_fast.data.loading.read_ahead import read_ahead
 from spot_fast.errors import CorruptImage
 from spot_fast.system.devices import send
 
-_SAMPLE = 64  # images by which the size of a cache of random crops is estimated
+_SAMPLE = 64  # images from which the size of a cache for random crops is estimated
 
 
 class CachedPixels(ImageSet):
-    """`image_set` with its training images from a store; everything else, validation too, is the set's own.
+    """`image_set` with its training images from a store; everything else, validation included, is the set's own.
 
-    images is there where all images are squares: indexed with int64 [B] it gives uint8 [B, 3, S, S].
+    images exists if all images are squares: indexed with int64 [B] it gives uint8 [B, 3, S, S].
     """
 
     def __init__(self, image_set: ImageFiles, store: Store, device: torch.device | None = None) -> None:
@@ -68,7 +67,7 @@ class CachedPixels(ImageSet):
 
 
 class _Squares:
-    """All images of a store of squares, indexed by int64 [B]; on `device` if that is given."""
+    """All images of a store of squares, indexed by int64 [B]; held on `device` if given."""
 
     def __init__(self, store: Store, device: torch.device | None) -> None:
         self.store = store
@@ -94,7 +93,7 @@ def store_of(image_set: ImageFiles, folder: Path, decoder: str = Loader.kind) ->
 
 
 def expected_bytes(image_set: ImageFiles) -> int:
-    """Size of the pixel store: exact where images are squares, else by the first images that can be read."""
+    """Size of the pixel store: exact if images are squares, else estimated from the first readable images."""
     if not image_set.random_crop:
         return 3 * image_set.image_size**2 * len(image_set)
     sizes = []
@@ -109,10 +108,10 @@ def expected_bytes(image_set: ImageFiles) -> int:
 
 
 def build(loader: Loader, store: Store, *, progress: bool | None = None, say: Callable[[str], None] = print) -> None:
-    """Writes the images that `store` lacks, as `loader` decodes them; UserError where too many are corrupt.
+    """Writes the images that `store` lacks, as `loader` decodes them; UserError if too many are corrupt.
 
-    Those that could not be read when an earlier build came to them are tried again. NotBuilt where the store cannot be
-    written or images change meanwhile.
+    Images that an earlier build could not read are tried again. NotBuilt if the store cannot be written or images
+    change meanwhile.
     """
     image_set = loader.image_set
     decode = _uncropped if image_set.random_crop else _squares
@@ -156,10 +155,10 @@ def _append(loader: Loader, writer: Writer, index: int, image: Tensor | None) ->
 
 
 def _squares(loader: Loader, indices: Sequence[int]) -> Iterator[Tensor | None]:
-    """The images asked for, None for a corrupt one."""
+    """The images `indices`, None for a corrupt one."""
     size = loader.batch_size // loader.world
     wanted = [part for part in torch.tensor(indices, dtype=torch.int64).split(size) if len(part)]
-    # Full batches: what decodes may be built for so many.
+    # Full batches: DALI's pipeline is built for one size.
     full = [torch.cat([indices, indices[:1].expand(size - len(indices))]) for indices in wanted]
     with closing(loader.batches_of(full)) as batches:
         for indices, batch in zip(wanted, batches, strict=True):
@@ -170,32 +169,12 @@ def _squares(loader: Loader, indices: Sequence[int]) -> Iterator[Tensor | None]:
 def _uncropped(loader: Loader, indices: Sequence[int]) -> Iterator[Tensor | None]:
     """The same before the crop, decoded by Pillow in threads."""
     image_set = loader.image_set
-
-    def load(index: int) -> Tensor | CorruptImage:
-        try:
-            return image_set.prepared(index)
-        except CorruptImage as error:
-            return error
-
-    def settled(index: int, found: Tensor | CorruptImage) -> Tensor | None:
-        if not isinstance(found, CorruptImage):
-            return found
-        loader.note_corrupt({image_set.label(index): str(found)})
-        return None
-
-    if not loader.workers:
-        for index in indices:
-            yield settled(index, load(index))
-        return
-    pool = ThreadPoolExecutor(loader.workers, thread_name_prefix="pixels")
-    waiting: deque = deque()
-    try:
-        for index in indices:
-            waiting.append((index, pool.submit(load, index)))
-            if len(waiting) > 4 * loader.workers:
-                index, future = waiting.popleft()
-                yield settled(index, future.result())
-        for index, future in waiting:
-            yield settled(index, future.result())
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    ahead = read_ahead(image_set.prepared, indices, depth=4 * loader.workers, workers=loader.workers, name="pixels")
+    with closing(ahead):
+        for index, future in zip(indices, ahead, strict=True):
+            try:
+                image = future.result()
+            except CorruptImage as error:
+                loader.note_corrupt({image_set.label(index): str(error)})
+                image = None
+            yield image

@@ -1,7 +1,7 @@
-"""What is kept of the training images between epochs and between runs, and where: features, pixels or nothing.
+"""Decides what to cache of the training images between epochs and runs, and where: features, pixels or nothing.
 
-Frozen features are best, where an image has one outcome or two and their size allows; a random crop has no end of
-outcomes, so there decoded pixels are kept. Features live in the device's memory, in the machine's, or on disk.
+Frozen features are best if an image has one outcome or two and their size allows; a random crop has unlimited
+outcomes, so decoded pixels are cached instead. Features live in the device's memory, in the machine's, or on disk.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from spot_fast.data.caching import pixel_cache
 from spot_fast.data.caching.feature_cache import Field, outcomes, stores_of
 from spot_fast.data.caching.store import Store
 from spot_fast.errors import UserError
-from spot_fast.home import expanded
+from spot_fast.files import expanded
 
-_SHARE = 0.5  # of the free memory or disk that a cache takes unasked
+_SHARE = 0.5  # of the free memory or disk that a cache takes by default
 _DISK_MARGIN = 2**28  # left free in any case
 
 
 @dataclass(frozen=True)
 class Plan:
-    """kind: none, pixels or features. device: whose memory holds them, None where they are read from `on_disk`, a
-    folder (None: not on disk). complete: they are there already. reason: the sentence that tells the user."""
+    """kind: none, pixels or features. device: whose memory holds them, None if they are read from the folder `on_disk`
+    (None: not on disk). complete: already on disk. reason: the sentence for the user."""
 
     kind: str
     reason: str
@@ -38,9 +38,9 @@ class Plan:
 
 
 def folder_of(given: str | None) -> Path | None:
-    """--cache-dir, $SPOT_FAST_CACHE or ~/.cache/spot_fast, which need not be there yet; None where there is no home.
+    """--cache-dir, $SPOT_FAST_CACHE or ~/.cache/spot_fast, which need not exist yet; None without a home folder.
 
-    UserError for a --cache-dir that is no folder and cannot become one.
+    UserError for a --cache-dir that is no folder and cannot be made one.
     """
     named = os.environ.get("SPOT_FAST_CACHE") if given is None else given
     folder = expanded(named or "~/.cache/spot_fast")
@@ -56,19 +56,19 @@ def folder_of(given: str | None) -> Path | None:
 
 
 def _existing(folder: Path) -> Path:
-    """`folder`, or the nearest thing above it that exists."""
+    """`folder`, or its nearest parent that exists."""
     while not os.path.exists(folder) and folder != folder.parent:
         folder = folder.parent
     return folder
 
 
 def _can_be_written(folder: Path) -> bool:
-    there = _existing(folder)
-    return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
+    existing = _existing(folder)
+    return os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)
 
 
 def _no_room(folder: Path | None) -> str:
-    """Why not enough can be written to `folder`."""
+    """Why `folder` cannot take the cache."""
     if folder is None:
         return "there is no folder for it, $HOME is not set (name one with --cache-dir)"
     if not _can_be_written(folder):
@@ -87,28 +87,29 @@ def plan(
     decoder: str = "torch",
     processes: int = 1,
 ) -> Plan:
-    """What to keep of `image_set` for so many epochs on `device`; mode is none, pixels, features or auto.
+    """Plans what to cache of `image_set` for so many epochs on `device`; mode is none, pixels, features or auto.
 
-    fields: the frozen features of an image; folder: of caches, None where there is none; decoder: the loader's;
-    processes: how many train together, each with a copy of what is held in memory. UserError where what was asked for
-    is impossible, or too large for memory and disk.
+    fields: the frozen features of an image; folder: of caches, None if there is none; decoder: the loader's;
+    processes: how many train together, each with a copy of what is held in memory. UserError if the requested mode is
+    impossible, or too large for memory and disk.
     """
     if mode == "none":
         return Plan("none", "nothing is cached: --cache none")
     if mode == "pixels":
         return _pixels(image_set, folder, device, decoder, asked=True, why="--cache pixels")
     if not outcomes(image_set):
-        why = f"a random crop of {image_set.name} has no end of outcomes, so its features cannot be cached"
+        why = f"a random crop of {image_set.name} has unlimited outcomes, so its features cannot be cached"
         if mode == "features":
             raise UserError(f"--cache features: {why}: use --cache pixels, or --crop center or stretch")
         return _pixels(image_set, folder, device, decoder, asked=False, why=why, epochs=epochs)
-    found = _features(image_set, fields, folder, device, asked=mode == "features", processes=processes)
-    if mode == "features" or (found.kind == "features" and epochs > outcomes(image_set)):
-        return found
-    if found.kind == "features":
+    features = _features(image_set, fields, folder, device, asked=mode == "features", processes=processes)
+    if mode == "features" or (features.kind == "features" and epochs > outcomes(image_set)):
+        return features
+    why = features.reason
+    if features.kind == "features":
         times = "once" if epochs == 1 else f"in {epochs} epochs about once mirrored and once not"
-        found = Plan("none", f"every image is needed {times}, so features are not cached")
-    return _pixels(image_set, folder, device, decoder, asked=False, why=found.reason, epochs=epochs)
+        why = f"every image is needed {times}, so features are not cached"
+    return _pixels(image_set, folder, device, decoder, asked=False, why=why, epochs=epochs)
 
 
 def _features(
@@ -124,19 +125,13 @@ def _features(
     sides = ", mirrored and not" if outcomes(image_set) == 2 else ""
     what = f"features of {len(image_set)} images{sides}, {text(size)} in {_dtype(fields)}"
     share = 1.0 if asked else _SHARE
-    # A GPU also has to hold the training itself, whatever was asked for.
-    holder = next(
-        (
-            place
-            for place in dict.fromkeys([device, torch.device("cpu")])
-            if (
-                size * processes <= share * free_bytes(place)
-                if place.type == "cpu"
-                else size <= _SHARE * free_bytes(place)
-            )
-        ),
-        None,
-    )
+
+    def fits(memory: torch.device) -> bool:
+        if memory.type == "cpu":  # all processes share it
+            return size * processes <= share * free_bytes(memory)
+        return size <= _SHARE * free_bytes(memory)  # even on request: a GPU has to hold the training too
+
+    holder = next(filter(fits, dict.fromkeys([device, torch.device("cpu")])), None)
     if not image_set.content_key():
         if holder is not None:
             copies = f", in each of {processes} processes" if processes > 1 else ""
@@ -226,7 +221,7 @@ def _dtype(fields: Sequence[Field]) -> str:
 
 
 def text(size: float) -> str:
-    """Bytes for people."""
+    """A size in bytes in readable units, such as 1.2 GB."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}"
@@ -235,7 +230,7 @@ def text(size: float) -> str:
 
 
 def free_disk(folder: Path) -> int:
-    """Bytes that can be written below `folder`, which need not be there yet; 0 where nothing can be."""
+    """Bytes that can be written below `folder`, which need not exist yet; 0 if it is not writable."""
     return shutil.disk_usage(_existing(folder)).free if _can_be_written(folder) else 0
 
 
@@ -255,7 +250,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _read_number(file: str, after: str = "") -> int:
-    """The integer that follows the word `after` in `file`, 0 where there is none."""
+    """The integer that follows the word `after` in `file`, 0 if there is none."""
     try:
         words = Path(file).read_text(encoding="utf-8").split()
         return int(words[words.index(after) + 1 if after else 0])

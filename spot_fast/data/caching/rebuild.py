@@ -1,4 +1,4 @@
-"""What may happen to images between two looks at them: unreadable ones come back, files change under a build."""
+"""What may happen to images between two builds: unreadable ones become readable, files change meanwhile."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spot_fast.errors import CorruptImage, UserError
 
 
 def readable_again(image_set: ImageSet, corrupt: Iterable[int]) -> list[int]:
-    """Those of `corrupt` that can be read today: the disk, a server, permissions or Pillow may have been the reason."""
+    """Those of `corrupt` that can be read now: the disk, a server, permissions or Pillow may have been the reason."""
 
     def is_read(index: int) -> bool:
         try:
@@ -25,7 +25,7 @@ def readable_again(image_set: ImageSet, corrupt: Iterable[int]) -> list[int]:
 
 
 def refill(store: Store, rows: Sequence[tuple[int, np.ndarray, int, int]], say: Callable[[str], None]) -> None:
-    """`Store.refill`, or a note where the store may only be read."""
+    """`Store.refill`, or a note if the store may only be read."""
     rows = [row for row in rows if row[0] in store.corrupt]
     if not rows:
         return
@@ -36,7 +36,7 @@ def refill(store: Store, rows: Sequence[tuple[int, np.ndarray, int, int]], say: 
 
 
 def require_unchanged(image_set: ImageSet, indices: Iterable[int]) -> None:
-    """NotBuilt where one of the images is not what the set's key says: its row would be found under that key."""
+    """NotBuilt if an image has changed since the set's key was made: its row would be stored under the old key."""
     if changed := image_set.changed(indices):
         raise NotBuilt(
             f"image {image_set.label(changed[0])} has changed since the run began: {image_set.name} cannot "
@@ -45,7 +45,7 @@ def require_unchanged(image_set: ImageSet, indices: Iterable[int]) -> None:
 
 
 def require_complete(stores: Iterable[Store]) -> None:
-    """UserError where a store that has just been built is not there."""
+    """UserError if this process does not see a store that another has just built."""
     for store in stores:
         if not store.complete:
             raise UserError(

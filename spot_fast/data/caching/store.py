@@ -7,9 +7,9 @@ A store is a folder:
     index.bin     for each row its offset, length, height, width, CRC-32 and whether the image was corrupt
     corrupt.json  label and reason of corrupt images, by row
 
-A row counts once its line is in the index, which is written after the row itself: a killed build goes on behind the
-last counted row. One process builds at a time, the others wait for it. To read a complete store takes no more than
-permission to read it. Where another user's can be neither read nor completed, there is one of one's own beside it.
+A row counts once its line is in the index, which is written after the row itself: a build that follows a killed one
+continues after the last counted row. One process builds at a time, others wait for it. Reading a complete store needs
+no write permission. If another user's store can be neither read nor completed, a user gets an own store beside it.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from spot_fast.files import atomic_write, sync
 _LINE = np.dtype(
     [("offset", "<i8"), ("size", "<i8"), ("height", "<i4"), ("width", "<i4"), ("check", "<u4"), ("corrupt", "<u4")]
 )
-_CHECK_ON_RESUME = 64  # last rows whose checksums are compared before a build goes on
+_CHECK_ON_RESUME = 64  # last rows whose checksums are compared before a build continues
 
 
 class NotBuilt(UserError):
-    """A cache cannot be completed; a run that has not asked for it goes on without one."""
+    """A cache cannot be completed; a run that did not request it continues without one."""
 
 
 class Store:
-    """`count` rows in `folder`, which `building` makes; `about` describes them. A complete store can be read.
+    """`count` rows in `folder`, written by `building`; `about` describes them. Only a complete store can be read.
 
-    instead_of: another user's store of the same rows that this one is for want of.
+    instead_of: another user's unusable store of the same rows.
     """
 
     def __init__(self, folder: Path, count: int, about: dict[str, object], instead_of: Path | None = None) -> None:
@@ -65,7 +65,7 @@ class Store:
         except OSError as error:
             self._unreadable = error
             self.written, self.lines, self.corrupt = 0, np.empty(0, _LINE), {}
-        # The rows of corrupt images are never used, and may be half replaced.
+        # Rows of corrupt images are never used, and a kill may have left them half replaced: they need no check.
         self._checked = self.lines["corrupt"].astype(bool)
 
     def _read_index(self) -> None:
@@ -75,16 +75,16 @@ class Store:
             size = 0
         self.written = min(size // _LINE.itemsize, self.count)
         self.lines = np.fromfile(self._index, _LINE, self.written) if self.written else np.empty(0, _LINE)
-        found: dict[int, tuple[str, str]] = {}
+        reasons: dict[int, tuple[str, str]] = {}
         if os.path.isfile(self.folder / "corrupt.json"):
             try:
                 words = json.loads((self.folder / "corrupt.json").read_text(encoding="utf-8"))
-                found = {int(row): (label, reason) for row, (label, reason) in words.items()}
+                reasons = {int(row): (label, reason) for row, (label, reason) in words.items()}
             except (ValueError, TypeError, AttributeError):
                 raise self._damaged("corrupt.json cannot be read") from None
-        # Label and reason by row; the index says which rows, a kill may have come before the words about them.
+        # Label and reason by row. The index decides which rows: a kill may have prevented corrupt.json.
         self.corrupt = {
-            row: found.get(row, (f"row {row}", "it could not be read"))
+            row: reasons.get(row, (f"row {row}", "it could not be read"))
             for row in np.flatnonzero(self.lines["corrupt"]).tolist()
         }
 
@@ -94,11 +94,11 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows that are written."""
+        """Bytes of the rows written so far."""
         return int((self.lines["offset"] + self.lines["size"]).max()) if self.written else 0
 
     def can_be_built(self) -> bool:
-        """Whether this process may write what is missing, or another one is writing it."""
+        """Whether this process may write the missing rows, or another one is writing them."""
         if not os.path.lexists(self.folder):
             return True
         if self._unreadable is not None:
@@ -112,9 +112,9 @@ class Store:
 
     @contextmanager
     def building(self, say: Callable[[str], None] = print) -> Iterator[Writer | None]:
-        """A writer that appends what is missing, or None where nothing is; waits while another process builds.
+        """A writer for the missing rows, None if there are none; waits while another process builds.
 
-        NotBuilt where it cannot be written.
+        NotBuilt if the store cannot be written.
         """
         if self.complete:
             yield None
@@ -135,7 +135,7 @@ class Store:
 
     @contextmanager
     def _locked(self, say: Callable[[str], None]) -> Iterator[None]:
-        """The store as it is while no other process writes it."""
+        """Locks the store against other writers and reads its state again."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = _open_lock(self.folder)
@@ -159,9 +159,9 @@ class Store:
             os.close(lock)
 
     def refill(self, rows: Iterable[tuple[int, np.ndarray, int, int]], say: Callable[[str], None] = print) -> None:
-        """Puts (row, data, height, width) in the place of corrupt images that can be read now.
+        """Replaces the rows of corrupt images by (row, data, height, width).
 
-        What has the complete store open goes on without them. NotBuilt where it cannot be written.
+        Processes that have the complete store open continue without them. NotBuilt if the store cannot be written.
         """
         with self._locked(say):
             try:
@@ -170,6 +170,7 @@ class Store:
                         if row not in self.corrupt:
                             continue
                         content, old = _content(data), self.lines[row]
+                        # First the data, then the line: a kill between them leaves the row corrupt, never wrong.
                         same = int(old["size"]) == len(content)
                         offset = file.seek(int(old["offset"])) if same else file.seek(0, os.SEEK_END)
                         _write(file, content)
@@ -185,7 +186,7 @@ class Store:
             self._open()
 
     def _write_corrupt(self) -> None:
-        # As ASCII: the bytes of a name that is not UTF-8 have no other form in a text.
+        # As ASCII: names that are not UTF-8 can be written in no other way.
         self._write_words("corrupt.json", json.dumps(self.corrupt, indent=1))
 
     def _write_words(self, name: str, words: str) -> None:
@@ -199,11 +200,11 @@ class Store:
         reason = error.strerror or error
         return NotBuilt(
             f"the cache {self.folder} cannot be written ({reason}): free some space or use --cache none or "
-            "another --cache-dir; what is there is kept"
+            "another --cache-dir; rows written so far are kept"
         )
 
     def _drop_damaged_end(self) -> None:
-        """Forgets the last rows as far as a power failure has kept them from the disk."""
+        """Drops last rows that a power failure has kept from the disk."""
         kept = self.written
         present = self._rows.stat().st_size if self._rows.is_file() else 0
         with open(self._rows, "rb") if present else open(os.devnull, "rb") as file:
@@ -213,10 +214,10 @@ class Store:
                 if zlib.crc32(file.read(int(line["size"]))) != line["check"]:
                     kept = row
         self.written, self.lines = kept, self.lines[:kept]
-        self.corrupt = {row: found for row, found in self.corrupt.items() if row < kept}
+        self.corrupt = {row: why for row, why in self.corrupt.items() if row < kept}
 
     def check(self, rows: np.ndarray) -> None:
-        """Compares rows with their checksums, each once in a process; UserError where one differs."""
+        """Compares rows with their checksums, each once in a process; UserError if one differs."""
         for row in rows[~self._checked[rows]].tolist():
             if zlib.crc32(self._slice(row)) != self.lines[row]["check"]:
                 raise self._damaged(f"row {row} differs from its checksum")
@@ -227,12 +228,12 @@ class Store:
         return self._bytes[int(line["offset"]) : int(line["offset"] + line["size"])]
 
     def row(self, row: int) -> np.ndarray:
-        """The bytes of one row, uint8 [size], a view; UserError where they are damaged."""
+        """The bytes of one row, uint8 [size], a view; UserError if they are damaged."""
         self.check(np.array([row]))
         return self._slice(row)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Copies of rows that all have the same length: uint8 [len(rows), size]; UserError where one is damaged."""
+        """Copies of rows of equal length: uint8 [len(rows), size]; UserError if one is damaged."""
         self.check(rows)
         if isinstance(self._bytes, _Unmapped):
             return np.stack([self._slice(row) for row in rows.tolist()])
@@ -244,7 +245,7 @@ class Store:
 
 
 class _Unmapped:
-    """The bytes of a file, by slices, where its file system has no memory mapping."""
+    """The bytes of a file by slices, for file systems without memory mapping."""
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "rb", buffering=0)
@@ -270,8 +271,7 @@ def _mapped(path: Path) -> np.ndarray | _Unmapped:
 
 
 def located(folder: Path, name: str, count: int, about: dict[str, object]) -> Store:
-    """The store `name` below `folder`; where it is another user's who lets nobody read or complete it, this user's
-    own, complete or not."""
+    """The store `name` below `folder`; this user's own where another user's cannot be read or completed."""
     shared = folder / name
     try:
         store = Store(shared, count, about)
@@ -285,7 +285,7 @@ def located(folder: Path, name: str, count: int, about: dict[str, object]) -> St
 
 @dataclass(frozen=True)
 class Cached:
-    """A store on disk: what its rows are, in words, its size, the day it was last built on, whether it is complete."""
+    """A store on disk: its rows in words, its size, the day it was last written, whether it is complete."""
 
     folder: Path
     what: str
@@ -318,11 +318,11 @@ def _size(folder: Path) -> int:
 
 
 def remove(store: Cached) -> None:
-    """Deletes a store; UserError while a process builds it, or where it may not be deleted."""
+    """Deletes a store; UserError while a process builds it, or without permission."""
     if _is_locked(store.folder):
         raise UserError(f"the cache {store.folder} is being built by another process: stop it or wait for it")
     try:
-        # Without about.json it is no cache any more, wherever a kill comes between.
+        # Without about.json it is no cache any more, even if a kill interrupts the rest.
         (store.folder / "about.json").unlink()
         shutil.rmtree(store.folder)
     except OSError as error:
@@ -331,7 +331,7 @@ def remove(store: Cached) -> None:
 
 
 def _open_lock(folder: Path) -> int:
-    """The lock of a store, open; one that another user made may be open for reading alone."""
+    """Opens the lock of a store; another user's lock for reading only."""
     try:
         return os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
@@ -342,7 +342,7 @@ def _open_lock(folder: Path) -> int:
 
 
 def _is_locked(folder: Path) -> bool:
-    """Whether a process writes the store; not known, and False, where there are no locks."""
+    """Whether a process writes the store; False on file systems without locks, where nobody knows."""
     try:
         lock = os.open(folder / "lock", os.O_RDONLY)
     except OSError:
@@ -357,7 +357,7 @@ def _is_locked(folder: Path) -> bool:
 
 
 class Writer:
-    """Appends rows to an incomplete store; closed, everything written is on the disk."""
+    """Appends rows to an incomplete store; when it is closed, they are on the disk."""
 
     def __init__(self, store: Store) -> None:
         self._store, self._end = store, store.nbytes
@@ -374,7 +374,7 @@ class Writer:
     def append(
         self, row: np.ndarray, *, height: int = 0, width: int = 0, corrupt: tuple[str, str] | None = None
     ) -> None:
-        """One more row of any dtype and shape; for a corrupt image also its label and reason."""
+        """Appends a row of any dtype and shape; corrupt: label and reason of a corrupt image."""
         data = _content(row)
         line = np.array((self._end, len(data), height, width, zlib.crc32(data), corrupt is not None), _LINE)
         if corrupt is not None:
@@ -400,7 +400,7 @@ class Writer:
 
 
 def _appended(path: Path, size: int) -> io.FileIO:
-    """A file opened behind its first `size` bytes, what follows them is cut off."""
+    """Opens a file for appending after its first `size` bytes; what follows them is cut off."""
     file = open(path, "ab", buffering=0)
     if file.tell() > size:
         file.truncate(size)

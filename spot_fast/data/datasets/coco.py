@@ -1,24 +1,25 @@
 """COCO 2017 as it is distributed: annotations/instances_*.json beside the image folders.
 
-Label maps are those of `instances`. A class is the place of its category in the list of COCO's ids, from 1 to 80. A
-set in COCO's layout that lists other categories has its own, numbered by their place in its list.
+`masks.instances` draws the label maps. Classes are numbered from 1 to 80 by position in the list of COCO's category
+ids. A set in COCO's layout with other categories has its own classes, numbered by position in its list.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from spot_fast.data.base import FullLabels, ImageFiles, Masks
-from spot_fast.data.datasets.names import located
+from spot_fast.data.listing.names import located
 from spot_fast.data.masks.instances import Instances, read_images
 from spot_fast.errors import UserError
 
 # COCO's 80 things: ids run to 90 with ten numbers left out.
 _LEFT_OUT = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 CLASS_OF_CATEGORY = {
-    category: place for place, category in enumerate((i for i in range(1, 91) if i not in _LEFT_OUT), start=1)
+    category: number for number, category in enumerate((i for i in range(1, 91) if i not in _LEFT_OUT), start=1)
 }
 EXPECTED = (
     "annotations/instances_train2017.json and train2017/ to train, annotations/instances_val2017.json and "
@@ -30,22 +31,13 @@ class Coco(ImageFiles):
     """One split ("train" or "val") of COCO under `root`; the image folders may also lie in `root`/images.
 
     Images are in the order of the annotation file, at most `limit` of them (0 = all). Only "val" has masks. Training
-    takes images as they are stored, evaluation those that have the size the file tells, stored or turned upright.
+    takes images as they are stored, evaluation in the orientation that has the size in the annotation file.
+    geometry: options of ImageFiles.
     """
 
     has_classes = True
 
-    def __init__(
-        self,
-        root: str | Path,
-        split: str,
-        *,
-        image_size: int = 224,
-        mask_size: int = 320,
-        crop: str = "center",
-        flip: bool = False,
-        limit: int = 0,
-    ) -> None:
+    def __init__(self, root: str | Path, split: str, *, limit: int = 0, **geometry: Any) -> None:
         self.name = f"COCO {split}2017"
         self.has_masks = split == "val"
         self.annotation_file = Path(root) / "annotations" / f"instances_{split}2017.json"
@@ -61,7 +53,7 @@ class Coco(ImageFiles):
             raise UserError(f"{self.annotation_file} lists no images")
         self.image_ids = [image.id for image in self.listed]
         paths = [located(folder / image.file_name) for image in self.listed]
-        super().__init__(paths, image_size=image_size, mask_size=mask_size, crop=crop, flip=flip)
+        super().__init__(paths, **geometry)
 
     def full_masks(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(instances, classes, ignore), each int32 [height, width] at the size of the image."""
@@ -74,7 +66,7 @@ class Coco(ImageFiles):
         return Masks(*(self.square_labels(labels) for labels in self.full_masks(index)))
 
     def full_labels(self, index: int, *, crowd: bool) -> FullLabels:
-        """As `full_masks`, for other protocols than SPOT's; crowd: whether crowd regions are instances or nothing."""
+        """As `full_masks`, for protocols other than SPOT's. crowd: draw crowd regions as instances, or not at all."""
         self.fitting(index, self.drawn_size(index), self.instances.path)
         return self.instances.full_labels(self.listed[index], crowd=crowd)
 
@@ -82,12 +74,28 @@ class Coco(ImageFiles):
         return self.instances.size(self.listed[index]) if self.has_masks else None
 
     def upright_alike(self, index: int) -> bool:
-        # COCO's own masks are on the stored pixels; whoever draws masks on other photos sees them upright.
+        # COCO's own masks were drawn on the stored pixels; annotators of other photos see them upright.
         image = self.listed[index]
         return not (isinstance(image.id, int) and image.file_name.endswith(f"{image.id:012}.jpg"))
 
     def label(self, index: int) -> str:
         return self.listed[index].file_name
+
+
+def recognises(path: Path) -> bool:
+    """Whether `path` has an annotation file or an image folder of COCO 2017."""
+    return any(
+        (path / "annotations" / f"instances_{split}2017.json").is_file()
+        or any((path / inside / f"{split}2017").is_dir() for inside in ("", "images"))
+        for split in ("train", "val")
+    )
+
+
+def remarks(images: Coco) -> list[str]:
+    if not images.has_masks or images.instances.class_of is CLASS_OF_CATEGORY:
+        return []
+    count = len(images.instances.class_of)
+    return [f"its {count} categories are its own, not COCO's: classes are their positions in its list"]
 
 
 def _image_folder(root: Path, name: str) -> Path:

@@ -1,17 +1,17 @@
 """Any folder of images, or any list of image files, with or without masks.
 
 Splits: train/ and val/ (or validation/, valid/) in the folder or in its images/ are training and validation images;
-a folder without both, or a list, is used for either. Masks are looked for in this order:
+without both, the folder or list serves as both. Masks are searched in this order:
 
 - a COCO instances file: a .json with "images", "annotations" and segmentations in the validation folder, the folder
-  itself or its annotations/. The images are those it lists; names are relative to where it lies, to the validation
-  folder, to the folder or to its images/. Classes are numbered from 1 in the order of its categories.
+  itself or its annotations/. The images are those it lists; names are relative to its own folder, the validation
+  folder, the folder or its images/. Classes are numbered from 1 in the order of its categories.
 - an indexed PNG for an image, palette or grey, whose values are instances and 0 background: photo_mask.png beside
   photo.jpg, or masks/…/photo.png for images/…/photo.jpg. In a palette PNG 255 is a rim, as in VOC, and background.
-  TIFF, GIF and BMP will do too; of several PNG goes first. These names may be in capitals.
+  TIFF, GIF and BMP work too, PNG is preferred. These names may be in upper case.
 
-Where some images have masks, those are the validation images. Masks are never taken as images. Training reads no
-masks. What else of a folder is taken or left out: `listing` and `label_maps`; how a list may be written: `names`.
+If some images have masks, those are the validation images. Masks never count as images. Training reads no masks.
+`listing` decides what else of a folder is an image, and how lists are read.
 """
 
 from __future__ import annotations
@@ -19,17 +19,26 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from spot_fast.data.base import ImageFiles, Masks
-from spot_fast.data.datasets.label_maps import without_labels
-from spot_fast.data.datasets.listing import extensions, list_folder
-from spot_fast.data.datasets.names import composed, is_windows, listed, located, read_lines
+from spot_fast.data.listing.label_maps import without_labels
+from spot_fast.data.listing.names import (
+    MASK,
+    composed,
+    is_windows,
+    listed,
+    located,
+    masks_in,
+    read_lines,
+    without_ending,
+)
+from spot_fast.data.listing.search import extensions, list_folder
 from spot_fast.data.masks import fit
 from spot_fast.data.masks.instances import Instances, Listed, is_instances_file
 from spot_fast.data.masks.labels import open_labels
-from spot_fast.data.masks.mask_names import MASK, masks_in, without_ending
 from spot_fast.errors import UserError
 
 EXPECTED = "images, or a text file that lists images"
@@ -39,27 +48,18 @@ Sources = str | Path | Iterable[str | Path]
 
 
 class Folder(ImageFiles):
-    """Images of folders or files, cropped as COCO's; `limit` 0 = all. Turned upright by EXIF, unless masks are not.
+    """Images of folders or files, cropped like COCO's; `limit` 0 = all. Turned upright by EXIF unless masks are not.
 
-    split: "train" or "val"; None for all images, without masks. A file among `sources` is an image, but a single
-    source that is no image by its name is a text file that lists some, one a line, relative to where it lies.
+    split: "train" or "val"; None for all images, without masks. A file among `sources` is an image; a single source
+    that is no image by its name is a text file that lists images, one a line, relative to its folder. geometry:
+    options of ImageFiles.
     """
 
-    def __init__(
-        self,
-        sources: Sources,
-        split: str | None = None,
-        *,
-        image_size: int = 224,
-        mask_size: int = 320,
-        crop: str = "center",
-        flip: bool = False,
-        limit: int = 0,
-    ) -> None:
+    def __init__(self, sources: Sources, split: str | None = None, *, limit: int = 0, **geometry: Any) -> None:
         self.name = "image folder" if split is None else f"image folder {split}"
-        self.masks: list[Path] = []  # of each image, where they are files
+        self.masks: list[Path] = []  # of each image, if masks are files
         self.instances: Instances | None = None
-        self.listed: list[Listed] = []  # each image, where they are in a COCO instances file
+        self.listed: list[Listed] = []  # each image, if masks are in a COCO instances file
         root = Path(sources) if isinstance(sources, str | Path) else None
         if root is not None and root.is_dir():
             paths = self._of_folder(root, split)
@@ -70,35 +70,28 @@ class Folder(ImageFiles):
             raise UserError("no images given: name an image or a folder of images")
         self.has_masks = bool(self.masks) or self.instances is not None
         self.has_classes = self.instances is not None and self.instances.class_of is not None
-        super().__init__(
-            paths[:limit] if limit else paths,
-            image_size=image_size,
-            mask_size=mask_size,
-            crop=crop,
-            flip=flip,
-            upright=True,
-        )
+        super().__init__(paths[:limit] if limit else paths, upright=True, **geometry)
 
     def _of_folder(self, root: Path, split: str | None) -> list[Path]:
         folder = _split_folder(root, split)
         if split == "val" and (file := _instances_file(folder, root)):
             self.instances = Instances(file)
             others = file.parent, root, root / "images", _split_folder(root, "train")
-            found = [(_locate(image.file_name, folder, others), image) for image in self.instances.images]
-            found = [(path, image) for path, image in found if path.is_relative_to(folder)]
-            if not found:
+            images = [(_locate(image.file_name, folder, others), image) for image in self.instances.images]
+            images = [(path, image) for path, image in images if path.is_relative_to(folder)]
+            if not images:
                 raise UserError(f"{file} lists no images in {folder}: put the annotations of these images there")
-            self.listed, self.notes = [image for _, image in found], self.instances.notes
-            return [path for path, _ in found]
+            self.listed, self.notes = [image for _, image in images], self.instances.notes
+            return [path for path, _ in images]
         paths, self.notes = list_noted(folder)
         return self._with_masks(paths, root) if split == "val" else paths
 
     def _with_masks(self, paths: list[Path], root: Path | None) -> list[Path]:
-        """Those of `paths` that have masks, all where none has."""
-        places: dict[Path, list[dict[str, Path]]] = {}
-        found = [(path, mask) for path in paths if (mask := _mask_of(path, root, places))]
-        self.masks = [mask for _, mask in found]
-        return [path for path, _ in found] or paths
+        """Those of `paths` that have masks; all if none has."""
+        masks_of: dict[Path, list[dict[str, Path]]] = {}
+        with_masks = [(path, mask) for path in paths if (mask := _mask_of(path, root, masks_of))]
+        self.masks = [mask for _, mask in with_masks]
+        return [path for path, _ in with_masks] or paths
 
     def label(self, index: int) -> str:
         return str(self.paths[index])
@@ -133,14 +126,14 @@ class Folder(ImageFiles):
 def list_images(sources: Sources) -> list[Path]:
     """Image files of folders (recursively, by extension, sorted) and files (as they are, whatever their name).
 
-    Of folders, hidden files and folders, the masks of images and label maps are left out. UserError names a source
-    that does not exist or a folder without images.
+    Hidden files and folders, masks of images and label maps in folders are left out. UserError names a source that
+    does not exist or a folder without images.
     """
     return list_noted(sources)[0]
 
 
 def list_noted(sources: Sources) -> tuple[list[Path], list[str]]:
-    """`list_images`, and a line for each kind of file that was left out of folders."""
+    """`list_images`, and a line for each kind of file left out of folders."""
     if isinstance(sources, str | Path):
         sources = [sources]
     found: list[Path] = []
@@ -165,7 +158,7 @@ def list_noted(sources: Sources) -> tuple[list[Path], list[str]]:
 
 
 def _without_masks(paths: list[Path], root: Path) -> list[Path]:
-    """`paths` but for photo_mask.png beside a photo, and for masks/ beside images/."""
+    """`paths` without photo_mask.png beside a photo, and without masks/ beside images/."""
     stems = {(path.parent, composed(path.stem)) for path in paths}
     mask_folders = {folder for folder in {path.parent for path in paths} if _in_masks(folder, root)}
 
@@ -177,7 +170,7 @@ def _without_masks(paths: list[Path], root: Path) -> list[Path]:
 
 
 def _in_masks(folder: Path, root: Path) -> bool:
-    """Whether `folder` is, or lies in, a folder masks/ under `root` that has images/ beside it."""
+    """Whether `folder` is, or is inside, a folder masks/ under `root` that has images/ beside it."""
     parts = folder.relative_to(root).parts
     return any(
         part.lower() == "masks" and _folders(root.joinpath(*parts[:i]), "images") for i, part in enumerate(parts)
@@ -185,7 +178,7 @@ def _in_masks(folder: Path, root: Path) -> bool:
 
 
 def _folders(base: Path, name: str) -> list[Path]:
-    """The folders of that name in `base`, in any capitals."""
+    """The folders of that name in `base`, in any case."""
     try:
         return sorted(
             (base / inside for inside in os.listdir(base) if inside.lower() == name and (base / inside).is_dir()),
@@ -195,31 +188,31 @@ def _folders(base: Path, name: str) -> list[Path]:
         return []
 
 
-def _mask_of(path: Path, root: Path | None, places: dict[Path, list[dict[str, Path]]]) -> Path | None:
-    """The mask file of an image. places: `_mask_places` of each folder; what is looked up is added."""
+def _mask_of(path: Path, root: Path | None, masks_of: dict[Path, list[dict[str, Path]]]) -> Path | None:
+    """The mask file of an image. masks_of: `_masks_for` by folder, filled as folders occur."""
     folder = path.parent
-    if folder not in places:
-        places[folder] = _mask_places(folder, root)
-    beside, *apart = places[folder]
+    if folder not in masks_of:
+        masks_of[folder] = _masks_for(folder, root)
+    beside, *apart = masks_of[folder]
     stem = composed(path.stem)
     found = [beside.get(stem + MASK), *(masks.get(stem) or masks.get(stem + MASK) for masks in apart)]
     return next(filter(None, found), None)
 
 
-def _mask_places(folder: Path, root: Path | None) -> list[dict[str, Path]]:
-    """Masks by name in the folder itself, then in the folders masks/ that stand for an images/ in its path.
+def _masks_for(folder: Path, root: Path | None) -> list[dict[str, Path]]:
+    """Masks by name in the folder itself, then in the folders masks/ beside an images/ in its path.
 
-    images/ is looked for below `root` (None: anywhere in the path).
+    images/ counts below `root` (None: anywhere in the path).
     """
-    parts, places = folder.parts, [folder]
+    parts, folders = folder.parts, [folder]
     for i in reversed(range(len(root.parts) if root else 0, len(parts))):
         if parts[i].lower() == "images":
-            places += [masks.joinpath(*parts[i + 1 :]) for masks in _folders(Path(*parts[:i]), "masks")]
-    return list(map(masks_in, places))
+            folders += [masks.joinpath(*parts[i + 1 :]) for masks in _folders(Path(*parts[:i]), "masks")]
+    return list(map(masks_in, folders))
 
 
 def _split_folder(root: Path, split: str | None) -> Path:
-    """The folder of a split: `root` itself where it has no training and validation folders."""
+    """The folder of a split: `root` itself if it has no training and validation folders."""
     for base in (root, root / "images") if split else ():
         validation = next((base / name for name in _VALIDATION if (base / name).is_dir()), None)
         if validation and (base / "train").is_dir():
@@ -228,15 +221,17 @@ def _split_folder(root: Path, split: str | None) -> Path:
 
 
 def _instances_file(folder: Path, root: Path) -> Path | None:
-    """The COCO instances file for the validation images in `folder`; UserError where it is not clear which."""
-    for place in dict.fromkeys([folder, root, root / "annotations"]):
-        images = {path.stem for path in place.glob("*") if path.suffix.lower() in extensions()}
-        # Annotation tools write a file for each image, with the image in it: those are not read.
-        files = [file for file in sorted(place.glob("*.json")) if file.stem not in images and is_instances_file(file)]
+    """The COCO instances file for the validation images in `folder`; UserError if there are several."""
+    for candidate in dict.fromkeys([folder, root, root / "annotations"]):
+        images = {path.stem for path in candidate.glob("*") if path.suffix.lower() in extensions()}
+        # Annotation tools write a file for each image, with the image in it: reading those would take minutes.
+        files = [
+            file for file in sorted(candidate.glob("*.json")) if file.stem not in images and is_instances_file(file)
+        ]
         chosen = [file for file in files if "val" in file.stem.lower()] or files
         if len(chosen) > 1:
             raise UserError(
-                f"{place} has several COCO instances files ({', '.join(file.name for file in chosen)}): "
+                f"{candidate} has several COCO instances files ({', '.join(file.name for file in chosen)}): "
                 'leave one there, or one with "val" in its name'
             )
         if chosen:
@@ -245,7 +240,7 @@ def _instances_file(folder: Path, root: Path) -> Path | None:
 
 
 def _locate(name: str, folder: Path, others: Iterable[Path]) -> Path:
-    """The file `name` in `folder` or one of the others, in `folder` where none has it."""
+    """The file `name` in `folder` or one of the others; in `folder` if none has it."""
     found = (located(base / name) for base in (folder, *others))
     return next(filter(os.path.isfile, found), folder / name)
 
@@ -264,7 +259,7 @@ def read_list(file: Path) -> list[Path]:
             f"{file} is neither a folder, nor an image by its name, nor a text file that lists images ({error})"
         ) from None
     paths = [listed(line, file.parent) for line in lines]
-    # Lines that begin with # are notes, unless there is such a file.
+    # Lines that begin with # are comments, unless such a file exists.
     paths = [path for path, line in zip(paths, lines, strict=True) if line[0] != "#" or os.path.isfile(path)]
     if not any(map(os.path.isfile, paths)):
         windows = next(filter(is_windows, lines), None)

@@ -1,8 +1,8 @@
 """MOVi-C and MOVi-E as PNG clips: train/<clip>/NNNNNNNN_image.png, validation/<clip>/ with NNNNNNNN_mask_MM.png too.
 
 Frames are stretched to the square, bicubically (SPOT, section 6). Evaluation uses every frame of a clip, training nine
-drawn at random, the same nine whatever the run's seed, so that both stages see the same images. Mask 00 is the
-background; there are no classes. `movi_tfrecord` reads the same clips from the release itself.
+random ones, the same nine for every seed of a run, so that both stages see the same images. Mask 00 is the background;
+there are no classes. `movi_tfrecord` reads the same clips from the release itself.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -35,12 +35,11 @@ class Movi(ImageFiles):
         root: str | Path,
         split: str,
         *,
-        image_size: int = 224,
         mask_size: int = 128,
         crop: str = "stretch",
-        flip: bool = False,
         limit: int = 0,
         frames_per_clip: int = TRAIN_FRAMES,
+        **geometry: Any,
     ) -> None:
         self.name = f"MOVi {split}"
         self.has_masks = split == "val"
@@ -56,7 +55,7 @@ class Movi(ImageFiles):
                 break
         if not paths:
             raise UserError(f"{folder} has no clips with *_image.png frames: MOVi needs {EXPECTED}")
-        super().__init__(paths, image_size=image_size, mask_size=mask_size, crop=crop, flip=flip)
+        super().__init__(paths, mask_size=mask_size, crop=crop, **geometry)
 
     def label(self, index: int) -> str:
         return f"{self.paths[index].parent.name}/{self.paths[index].name}"
@@ -93,7 +92,7 @@ def _number(file: Path) -> int:
 
 
 def draw_frames(clip: str, frames: Sequence[T], count: int) -> list[T]:
-    """`count` of the clip's frames in order; the draw depends on the clip's name and the number of frames alone."""
+    """`count` random frames of a clip in order; the draw depends only on the clip's name and the number of frames."""
     rng = np.random.default_rng(zlib.crc32(clip.encode()))
     chosen = rng.choice(len(frames), min(count, len(frames)), replace=False) if frames else []
     return [frames[i] for i in sorted(chosen)]

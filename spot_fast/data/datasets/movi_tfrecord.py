@@ -24,16 +24,16 @@ _PRESETS = ("movi_c", "movi_e")
 _SHARD = re.compile(r"(?P<set>.+)-(?P<split>train|validation)\.tfrecord-\d{5}-of-(?P<count>\d{5})")
 _OTHER_SHARD = re.compile(r".+-(train|validation)\.(?P<format>array_record|riegeli|parquet)-\d{5}-of-\d{5}")
 _DEPTH = 6  # folders below the root that are searched
-_INTERLEAVED, _BLOCK = 16, 16  # files that TensorFlow Datasets reads in turns, and records a turn
+_INTERLEAVED, _BLOCK = 16, 16  # files that TensorFlow Datasets reads in turn, and records per turn
 VIDEO, MASKS = "video", "segmentations"  # names of the features
 
 
 class MoviRecords(ImageFiles):
-    """One split ("train" or "val") of the shards found under `root`, as `movi.Movi` gives it.
+    """One split ("train" or "val") of the shards under `root`, as `movi.Movi` gives it.
 
-    release: which set to take where `root` holds several, such as "movi_c". Opening reads the headers of the records
-    that `limit` frames need (0 = all). All clips have as many frames as the first. UserError names a shard that is
-    missing, cut off or damaged, CorruptImage a record.
+    release: which set to take if `root` holds several, such as "movi_c". Opening reads the headers of the records that
+    `limit` frames need (0 = all). All clips have as many frames as the first. UserError names a shard that is missing,
+    cut off or damaged, CorruptImage a record.
     """
 
     def __init__(
@@ -42,23 +42,22 @@ class MoviRecords(ImageFiles):
         split: str,
         *,
         release: str = "",
-        image_size: int = 224,
         mask_size: int = 128,
         crop: str = "stretch",
-        flip: bool = False,
         limit: int = 0,
         frames_per_clip: int = movi.TRAIN_FRAMES,
+        **geometry: Any,
     ) -> None:
         self.name = f"MOVi {split}"
         self.has_masks = split == "val"
         self.shards = find_shards(Path(root), movi.SPLITS[split], release)
-        self._places: dict[tuple[int, str], list[tuple[int, int]]] = {}
+        self._offsets: dict[tuple[int, str], list[tuple[int, int]]] = {}
         self.records: list[tfrecord.Record] = []
         self.frames: list[tuple[int, int]] = []  # clip and frame of each image
         count = 0
         for clip, record in enumerate(read_order(map(shard_records, self.shards))):
             self.records.append(record)
-            count = count or len(self._places_of(clip, VIDEO))
+            count = count or len(self._offsets_of(clip, VIDEO))
             every = list(range(count))
             drawn = every if self.has_masks else movi.draw_frames(_clip_name(clip), every, frames_per_clip)
             self.frames += [(clip, frame) for frame in drawn]
@@ -70,9 +69,9 @@ class MoviRecords(ImageFiles):
                 f"{self.shards[0].parent} has no frames in its {movi.SPLITS[split]} shards: download them again"
             )
         paths = [self.records[clip].path / _clip_name(clip) / f"{frame:08d}_image.png" for clip, frame in self.frames]
-        super().__init__(paths, image_size=image_size, mask_size=mask_size, crop=crop, flip=flip)
+        super().__init__(paths, mask_size=mask_size, crop=crop, **geometry)
         self.drawn = f"{frames_per_clip} frames a clip"
-        self._shard_places = {path: place for place, path in enumerate(dict.fromkeys(r.path for r in self.records))}
+        self._shard_indices = {path: index for index, path in enumerate(dict.fromkeys(r.path for r in self.records))}
 
     def label(self, index: int) -> str:
         return f"{self.paths[index].parent.name}/{self.paths[index].name}"
@@ -93,45 +92,45 @@ class MoviRecords(ImageFiles):
         return self._stored(index, MASKS)
 
     def sources(self) -> list[Path]:
-        return list(self._shard_places)
+        return list(self._shard_indices)
 
     def source(self, index: int) -> int:
-        return self._shard_places[self.records[self.frames[index][0]].path]
+        return self._shard_indices[self.records[self.frames[index][0]].path]
 
     def _stored(self, index: int, feature: str) -> bytes:
         clip, frame = self.frames[index]
-        places = self._places_of(clip, feature)
-        if frame >= len(places):
+        offsets = self._offsets_of(clip, feature)
+        if frame >= len(offsets):
             raise CorruptImage(
-                f"clip {_clip_name(clip)} ({self.records[clip]}) has {len(places)} {feature}, none for frame {frame}"
+                f"clip {_clip_name(clip)} ({self.records[clip]}) has {len(offsets)} {feature}, none for frame {frame}"
             )
-        return tfrecord.read(self.records[clip], *places[frame])
+        return tfrecord.read(self.records[clip], *offsets[frame])
 
-    def _places_of(self, clip: int, feature: str) -> list[tuple[int, int]]:
-        """Where the frames of a clip lie; found once, so that later images of the clip cost one read each."""
-        places = self._places.get((clip, feature))
-        if places is None:
-            places = tfrecord.Example(self.records[clip]).bytes_list(feature)
-            if not places:
+    def _offsets_of(self, clip: int, feature: str) -> list[tuple[int, int]]:
+        """(offset, length) of each frame of a clip; kept, so that later images of the clip cost one read each."""
+        offsets = self._offsets.get((clip, feature))
+        if offsets is None:
+            offsets = tfrecord.Example(self.records[clip]).bytes_list(feature)
+            if not offsets:
                 raise CorruptImage(f'{self.records[clip]} has no feature "{feature}": it is not a clip of MOVi')
-            self._places[clip, feature] = places
-        return places
+            self._offsets[clip, feature] = offsets
+        return offsets
 
 
 def open_clips(root: str | Path, split: str, *, release: str = "", **options: Any) -> ImageFiles:
-    """One split of MOVi under `root`: PNG clips where there are any, TFRecord shards otherwise."""
-    if (Path(root) / movi.SPLITS[split]).is_dir():  # of the millions of files in it none is looked at
+    """Opens one split of MOVi under `root`: PNG clips if there are any, else TFRecord shards."""
+    if (Path(root) / movi.SPLITS[split]).is_dir():  # a listing of its millions of files would take minutes
         return movi.Movi(root, split, **options)
     if not releases(Path(root), movi.SPLITS[split]):
         refuse_other_formats(Path(root))
-        return movi.Movi(root, split, **options)  # says what is missing
+        return movi.Movi(root, split, **options)  # its error names what is missing
     return MoviRecords(root, split, release=release, **options)
 
 
 def find_shards(root: Path, split: str, release: str = "") -> list[Path]:
     """Paths of all shards of a split ("train" or "validation") under `root`, in order, existing or not.
 
-    UserError where there are none, or where there are several sets and `release` does not tell which.
+    UserError if there are none, or several sets between which `release` does not decide.
     """
     found = releases(root, split)
     if not found:
@@ -149,19 +148,23 @@ def find_shards(root: Path, split: str, release: str = "") -> list[Path]:
 
 def releases(root: Path, split: str) -> list[tuple[Path, str, str]]:
     """(folder, name such as "movi_c", number of shards as written) of the sets under `root` with a shard of `split`."""
-    found: dict[tuple[Path, str, str], None] = {}
+    return all_releases(root)[split]
+
+
+def all_releases(root: Path) -> dict[str, list[tuple[Path, str, str]]]:
+    """`releases` of each split ("train" and "validation"): the tree is searched once."""
+    found: dict[str, dict[tuple[Path, str, str], None]] = {split: {} for split in movi.SPLITS.values()}
     for folder, file in _files(root):
-        shard = _SHARD.fullmatch(file)
-        if shard and shard["split"] == split:
-            found[folder, shard["set"], shard["count"]] = None
-    return list(found)
+        if shard := _SHARD.fullmatch(file):
+            found[shard["split"]][folder, shard["set"], shard["count"]] = None
+    return {split: list(sets) for split, sets in found.items()}
 
 
 def _files(root: Path) -> Iterator[tuple[Path, str]]:
     """(folder, name) of the files under `root` that may be shards."""
     depth = len(root.parts)
     for folder, inside, files in os.walk(root):
-        # A download that was not finished lies in a folder of its own.
+        # Unfinished downloads have folders of their own.
         inside[:] = sorted(name for name in inside if "incomplete" not in name and not name.startswith("."))
         if len(Path(folder).parts) - depth >= _DEPTH:
             inside.clear()
@@ -169,7 +172,7 @@ def _files(root: Path) -> Iterator[tuple[Path, str]]:
 
 
 def refuse_other_formats(root: Path) -> None:
-    """UserError where `root` holds shards that TensorFlow Datasets wrote in a format that is not read here."""
+    """UserError if `root` holds shards that TensorFlow Datasets wrote in a format that is not read here."""
     for folder, file in _files(root):
         if shard := _OTHER_SHARD.fullmatch(file):
             convert = f"tfds convert_format --dataset_dir={folder} --out_file_format=tfrecord --out_dir=OTHER_DIR"
@@ -181,7 +184,7 @@ def refuse_other_formats(root: Path) -> None:
 
 
 def shard_records(path: Path) -> Iterator[tfrecord.Record]:
-    """The clips of a shard; UserError where it is missing, cut off or damaged."""
+    """The clips of a shard; UserError if it is missing, cut off or damaged."""
     if not path.is_file():
         raise UserError(
             f"{path} is missing: download all shards of the split (a few are enough for as many "
@@ -191,12 +194,12 @@ def shard_records(path: Path) -> Iterator[tfrecord.Record]:
 
 
 def read_order(files: Iterable[Iterator[tfrecord.Record]]) -> Iterator[tfrecord.Record]:
-    """Records in the order of an unshuffled tfds.load: blocks of 16 in turn from 16 files that are open at a time."""
+    """Records in the order of an unshuffled tfds.load: blocks of 16 in turn from 16 open files."""
     waiting, more = iter(files), True
     turns: list[Iterator[tfrecord.Record] | None] = [None] * _INTERLEAVED
     while more or any(file is not None for file in turns):
         for turn, file in enumerate(turns):
-            # A file that has ended is followed by the next one only when its turn comes again.
+            # TFDS replaces a file that has ended only when its turn comes again.
             if file is None and (file := next(waiting, None)) is None:
                 more = False
                 continue

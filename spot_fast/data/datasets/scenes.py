@@ -4,9 +4,9 @@ An image is a pure function of (seed, index): every random number is a hash of t
 images are the same whatever the batch they are drawn in, on any machine up to one grey level. Training images have
 even hash keys and validation images odd ones, so the two never share an image.
 
-How one is drawn: candidates for objects are placed one after another, each in front of the earlier ones; a candidate
-stays if its size is in range and it hides at most `MAX_HIDDEN` of every object behind it. Outlines are radius tables
-r(angle), one a class. Colours are evaluated once, per pixel, from the parameters of the object that owns the pixel.
+Candidate objects are placed one after another, each in front of the earlier ones; a candidate stays if its size is in
+range and it hides at most `MAX_HIDDEN` of every object behind it. Outlines are radius tables r(angle), one per class.
+Colours are evaluated once per pixel, from the parameters of the object that owns the pixel.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spot_fast.config import Config
 from spot_fast.data.base import ImageSet, Masks
 from spot_fast.errors import UserError
 
@@ -88,7 +87,7 @@ def draw_scenes(seed: int, index: np.ndarray, size: int) -> tuple[np.ndarray, np
     """Images by their indices.
 
     index [n] int64 → images uint8 [n, size, size, 3], instances uint8 [n, size, size] (0 = ground, 1… by depth, back to
-    front) and classes uint8 [n, size, size] (0 = ground, else 1 + place in `CLASSES`).
+    front) and classes uint8 [n, size, size] (0 = ground, else 1 + index in `CLASSES`).
     """
     index = np.asarray(index, dtype=np.int64)
     parts = [_draw_chunk(seed, index[i : i + _CHUNK], size) for i in range(0, len(index), _CHUNK)]
@@ -184,7 +183,16 @@ class Scenes(ImageSet):
     has_masks = True
     has_classes = True
 
-    def __init__(self, count: int, split: str, *, size: int = 64, mask_size: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        count: int,
+        split: str,
+        *,
+        size: int = 64,
+        mask_size: int | None = None,
+        seed: int = 0,
+        flip: bool = False,
+    ) -> None:
         if split not in ("train", "val"):
             raise ValueError(f"split is {split!r}: use 'train' or 'val'")
         if count < 0:
@@ -194,17 +202,11 @@ class Scenes(ImageSet):
                 f"mask_size is {mask_size} but scenes are drawn at {size}: --mask-size must equal "
                 "--image-size for scenes, whose masks are exact at that size"
             )
-        self.split, self.count, self.size = split, count, size
+        self.split, self.count, self.size, self.flip = split, count, size, flip
         index = np.arange(count, dtype=np.int64) * 2 + (split == "val")
         images, instances, classes = draw_scenes(seed, index, size)
         self.images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         self.instances, self.classes = torch.from_numpy(instances), torch.from_numpy(classes)
-
-    @classmethod
-    def from_config(cls, config: Config, split: str) -> Scenes:
-        # The scenes are a data set, not a draw: the run's seed does not change them.
-        count = config.train_images if split == "train" else config.val_images
-        return cls(count, split, size=config.image_size, mask_size=config.mask_size)
 
     def __len__(self) -> int:
         return self.count
@@ -220,3 +222,13 @@ class Scenes(ImageSet):
 
     def val_masks(self, index: int) -> Masks:
         return Masks(self.instances[index].long(), self.classes[index].long())
+
+
+def open_scenes(
+    data: str | None, split: str, *, image_size: int, mask_size: int, crop: str, flip: bool, limit: int
+) -> Scenes:
+    """`limit` scenes, as `data.open_set` asks for them; they are neither read from `data` nor cropped.
+
+    The run's seed does not change them: they are a data set, not a draw.
+    """
+    return Scenes(limit, split, size=image_size, mask_size=mask_size, flip=flip)

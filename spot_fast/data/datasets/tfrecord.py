@@ -2,8 +2,8 @@
 
 A record is its length (uint64), the masked CRC-32C of those eight bytes, the data, and the masked CRC-32C of the
 data; numbers are little-endian. An Example is the protobuf message {1: Features}, Features the map
-{1: {1: name, 2: Feature}}, and a Feature is one of {1: list of bytes}, {2: list of float}, {3: list of int64}. Only
-what is asked for is read: an image in a record of megabytes costs its own bytes and a few headers.
+{1: {1: name, 2: Feature}}, and a Feature is one of {1: list of bytes}, {2: list of float}, {3: list of int64}. Values
+are read on demand: an image in a record of megabytes costs its own bytes and a few headers.
 """
 
 from __future__ import annotations
@@ -11,79 +11,28 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-
 from spot_fast.errors import CorruptImage, UserError
+from spot_fast.system.optional import required
 
-_POLYNOMIAL = 0x82F63B78  # Castagnoli's, bits reversed
 _MASK_DELTA = 0xA282EAD8
 _HEADER, _FOOTER = 12, 4
-_LANES = 4096  # parts of a long message that are divided side by side
 _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5  # wire types
 
 
-def crc32c(data: bytes) -> int:
-    """CRC-32C of `data`. NumPy divides the parts of a long message at once."""
-    crc, done = 0xFFFFFFFF, 0
-    words = len(data) // (2 * _LANES)
-    if words >= 16:
-        lanes = np.frombuffer(data, "<u2", _LANES * words).reshape(_LANES, words).T.astype(np.uint32)
-        crcs, table = np.zeros(_LANES, np.uint32), _tables()[1]
-        for word in lanes:
-            crcs = table[(crcs ^ word) & 0xFFFF] ^ (crcs >> 16)
-        a, b, c, d = _shift_tables(2 * words)
-        for lane in crcs.tolist():
-            crc = a[crc & 255] ^ b[crc >> 8 & 255] ^ c[crc >> 16 & 255] ^ d[crc >> 24] ^ lane
-        done = 2 * words * _LANES
-    table = _tables()[0]
-    for byte in data[done:]:
-        crc = table[(crc ^ byte) & 255] ^ (crc >> 8)
-    return crc ^ 0xFFFFFFFF
-
-
-@lru_cache(maxsize=1)
-def _tables() -> tuple[list[int], np.ndarray]:
-    """Remainders of one byte (list of 256) and of two (uint32 [65536])."""
-    values = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        values = np.where(values & 1, values >> 1 ^ _POLYNOMIAL, values >> 1).astype(np.uint32)
-    two = np.arange(65536, dtype=np.uint32)
-    for _ in range(2):
-        two = values[two & 255] ^ (two >> 8)
-    return values.tolist(), two
-
-
-@lru_cache(maxsize=8)
-def _shift_tables(count: int) -> list[list[int]]:
-    """What `count` zero bytes make of a remainder, by its four bytes: it is linear, so by their exclusive or."""
-    table = np.array(_tables()[0], np.uint32)
-
-    def apply(operator: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """`operator` [32], the images of the single bits, on uint32 `values`."""
-        bits = values[..., None] >> np.arange(32, dtype=np.uint32) & 1
-        return np.bitwise_xor.reduce(np.where(bits == 1, operator, 0), axis=-1).astype(np.uint32)
-
-    single = np.uint32(1) << np.arange(32, dtype=np.uint32)
-    power, result = table[single & 255] ^ (single >> 8), single
-    while count:
-        if count & 1:
-            result = apply(power, result)
-        power, count = apply(power, power), count >> 1
-    return [apply(result, np.arange(256, dtype=np.uint32) << 8 * place).tolist() for place in range(4)]
-
-
 def masked_crc32c(data: bytes) -> int:
-    """The CRC-32C as TFRecord stores it: rotated right by 15 bits, plus a constant."""
-    crc = crc32c(data)
+    """The CRC-32C as TFRecord stores it: rotated right by 15 bits, plus a constant.
+
+    The cache's rows have the other CRC-32, zlib's.
+    """
+    crc = required("crc32c", "reading TFRecord files", "crc32c").crc32c(data)
     return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
 class Record:
-    """Where a record's data lies: `length` bytes from `offset` on in `path`; `number` counts from 0 in the file."""
+    """Position of a record's data: `length` bytes from `offset` in `path`; `number` counts from 0 in the file."""
 
     path: Path
     number: int
@@ -95,9 +44,9 @@ class Record:
 
 
 def records(path: Path) -> Iterator[Record]:
-    """The file's records in order; reads nothing but their headers.
+    """The file's records in order; reads only their headers.
 
-    UserError names the file and the record where the file is cut off or the length does not have its checksum.
+    UserError names the file and the record if the file is cut off or the length does not match its checksum.
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -120,7 +69,7 @@ def records(path: Path) -> Iterator[Record]:
 
 
 def read(record: Record, offset: int, length: int) -> bytes:
-    """`length` bytes of the record's file; CorruptImage where they cannot be read."""
+    """Reads `length` bytes of the record's file; CorruptImage if that fails."""
     try:
         with open(record.path, "rb", buffering=0) as file:
             data = os.pread(file.fileno(), length, offset)
@@ -132,7 +81,7 @@ def read(record: Record, offset: int, length: int) -> bytes:
 
 
 def verified(record: Record) -> bytes:
-    """The record's data; CorruptImage where it does not have its checksum."""
+    """The record's data; CorruptImage if it does not match its checksum."""
     data = read(record, record.offset, record.length + _FOOTER)
     if masked_crc32c(data[:-_FOOTER]) != int.from_bytes(data[-_FOOTER:], "little"):
         raise CorruptImage(f"{record} is damaged: its data does not have its checksum; download the file again")
@@ -140,9 +89,9 @@ def verified(record: Record) -> bytes:
 
 
 class Example:
-    """The features of a record that holds a tf.train.Example, by name; values are read when they are asked for.
+    """The features of a record that holds a tf.train.Example, by name; values are read on demand.
 
-    CorruptImage where the record is no such message.
+    CorruptImage if the record is no such message.
     """
 
     def __init__(self, record: Record) -> None:
@@ -163,13 +112,13 @@ class Example:
         return name in self._features
 
     def bytes_list(self, name: str) -> list[tuple[int, int]]:
-        """(offset in the file, length) of each value of a feature of bytes; none where there is no such feature."""
+        """(offset in the file, length) of each value of a feature of bytes; empty if there is no such feature."""
         with self._open() as window:
             lists = window.inside(*self._features.get(name, (0, 0)), 1)
             return [(start, end - start) for values in lists for start, end in window.inside(*values, 1)]
 
     def int64_list(self, name: str) -> list[int]:
-        """The values of a feature of integers, packed or not; none where there is no such feature."""
+        """The values of a feature of integers, packed or not; empty if there is no such feature."""
         with self._open() as window:
             found = []
             for values in window.inside(*self._features.get(name, (0, 0)), 3):
@@ -220,11 +169,11 @@ class _Window:
     def varint(self, start: int) -> tuple[int, int]:
         """A variable-length integer (seven bits a byte, lowest first, the last below 128) and where it ends."""
         value = 0
-        for place in range(10):
-            byte = self.take(start + place, 1)[0]
-            value |= (byte & 127) << 7 * place
+        for number in range(10):
+            byte = self.take(start + number, 1)[0]
+            value |= (byte & 127) << 7 * number
             if byte < 128:
-                return value & (1 << 64) - 1, start + place + 1
+                return value & (1 << 64) - 1, start + number + 1
         raise self._malformed()
 
     def fields(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:

@@ -1,24 +1,24 @@
 """PASCAL VOC 2012: trainaug (10,582 images) to train, val (1,449) to evaluate.
 
-trainaug is VOC's train and the train and val of SBD (Semantic Boundaries Dataset), without VOC's val. Where VOC has no
-such list it is made from SBD's folder, sorted by name. Label 255, the rim around objects, counts as background: the
-published numbers are computed so (SPOT, section 7).
+trainaug is VOC's train plus the train and val of SBD (Semantic Boundaries Dataset), without VOC's val. If VOC's folder
+has no such list, it is made from SBD's, sorted by name. Label 255, the rim around objects, counts as background, as in
+the published numbers (SPOT, section 7).
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Container
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from spot_fast.data.base import FullLabels, ImageFiles, Masks
-from spot_fast.data.datasets.names import composed, read_lines
+from spot_fast.data.listing.names import by_stem, composed, masks_in, read_lines
+from spot_fast.data.listing.search import counted
 from spot_fast.data.masks import fit
 from spot_fast.data.masks.labels import RIM, open_labels
-from spot_fast.data.masks.mask_names import masks_in
 from spot_fast.errors import UserError
 
 EXPECTED = (
@@ -31,9 +31,9 @@ _GET_TRAINAUG = (
     "save them there, one name a line, or download SBD (benchmark_RELEASE, with train.txt and val.txt in its dataset/) "
     "and add --sbd PATH"
 )
-# In the order of preference where a name has several.
+# In order of preference.
 _ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-_FLAGS = ("1", "0", "-1")  # behind the names in ImageSets/Main
+_FLAGS = ("1", "0", "-1")  # after the names in ImageSets/Main
 _OWN_NAME = re.compile(r"\d{4}_\d{6}")
 
 
@@ -41,7 +41,8 @@ class Voc(ImageFiles):
     """One split ("train" or "val") of VOC 2012; `root` is VOC2012, VOCdevkit or the folder that holds it.
 
     Images are in the order of the list, at most `limit` (0 = all). Only "val" has masks. sbd: benchmark_RELEASE, its
-    dataset/ or another folder with SBD's train.txt and val.txt; images that JPEGImages/ lacks come from its img/.
+    dataset/ or another folder with SBD's train.txt and val.txt; images missing in JPEGImages/ come from its img/.
+    geometry: options of ImageFiles.
     """
 
     has_classes = True
@@ -52,40 +53,38 @@ class Voc(ImageFiles):
         split: str,
         *,
         sbd: str | Path | None = None,
-        image_size: int = 224,
-        mask_size: int = 320,
         crop: str = "random",
-        flip: bool = False,
         limit: int = 0,
+        **geometry: Any,
     ) -> None:
         self.name = f"VOC 2012 {'trainaug' if split == 'train' else 'val'}"
         self.has_masks = split == "val"
         self.root = _find(Path(root))
         self.sbd = None if sbd is None or self.has_masks else _find_sbd(Path(sbd))
         own = _images_in(self.root / "JPEGImages")
-        self._found = own if self.sbd is None else _images_in(self.sbd / "img") | own
+        self._images = own if self.sbd is None else _images_in(self.sbd / "img") | own
         names = self._list("val") if self.has_masks else self._trainaug()
         paths = [
-            self._found.get(name, self.root / "JPEGImages" / f"{name}.jpg")
+            self._images.get(name, self.root / "JPEGImages" / f"{name}.jpg")
             for name in (names[:limit] if limit else names)
         ]
         folders = ("SegmentationObject", "SegmentationClass") if self.has_masks else ()
         self._masks = [(self.root / folder, masks_in(self.root / folder)) for folder in folders]
-        super().__init__(paths, image_size=image_size, mask_size=mask_size, crop=crop, flip=flip)
+        super().__init__(paths, crop=crop, **geometry)
 
     def _list(self, name: str) -> list[str]:
         file = self.root / "ImageSets" / "Segmentation" / f"{name}.txt"
         if not file.is_file():
             raise UserError(f"{file} is missing: VOC needs {EXPECTED}")
-        return read_names(file, self._found)
+        return read_names(file, self._images)
 
     def _trainaug(self) -> list[str]:
         file = self.root / "ImageSets" / "Segmentation" / "trainaug.txt"
         if file.is_file():
-            return read_names(file, self._found)
+            return read_names(file, self._images)
         if self.sbd is None:
             raise UserError(f"{file} is missing: {_GET_TRAINAUG}")
-        of_sbd = {name for split in ("train", "val") for name in read_names(self.sbd / f"{split}.txt", self._found)}
+        of_sbd = {name for split in ("train", "val") for name in read_names(self.sbd / f"{split}.txt", self._images)}
         return sorted(of_sbd.union(self._list("train")).difference(self._list("val")))
 
     def mask_files(self, index: int) -> list[Path]:
@@ -96,7 +95,7 @@ class Voc(ImageFiles):
         return fit.stored_size(self.mask_files(index)[0]) if self.has_masks else None
 
     def upright_alike(self, index: int) -> bool:
-        # VOC's own masks are on the stored pixels; whoever draws masks on other photos sees them upright.
+        # VOC's own masks were drawn on the stored pixels; annotators of other photos see them upright.
         return not _OWN_NAME.fullmatch(self.paths[index].stem)
 
     def _maps(self, index: int, *rim: str) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +121,7 @@ class Voc(ImageFiles):
         return Masks(self.square_labels(instances), self.square_labels(classes))
 
     def full_labels(self, index: int, *, crowd: bool) -> FullLabels:
-        """As `full_masks`, with the rim, for other protocols than SPOT's; VOC has no crowd regions."""
+        """As `full_masks`, with the rim, for protocols other than SPOT's; VOC has no crowd regions."""
         instances, classes = self._maps(index)
         undecided = (instances == RIM) | (classes == RIM)
         instances[instances == RIM] = 0
@@ -130,11 +129,26 @@ class Voc(ImageFiles):
         return FullLabels(instances, classes, classes, np.zeros(instances.shape, bool), undecided)
 
 
-def read_names(file: Path, known: Container[str] = ()) -> list[str]:
-    """Names in a list, one a line, without folder and image's ending; UserError where there are none.
+def recognises(path: Path) -> bool:
+    """Whether `path` has VOC's images; those of DAVIS and YouTube-VOS lie in folders of their own."""
+    for root in _roots(path):
+        images = root / "JPEGImages"
+        if images.is_dir() and ((root / "ImageSets" / "Segmentation").is_dir() or any(images.glob("*.*"))):
+            return True
+    return False
 
-    known: names of images that there are. They tell a name with spaces from one with something behind it, such as
-    1, 0 or -1 in ImageSets/Main, or the name of a mask.
+
+def remarks(images: Voc) -> list[str]:
+    if images.has_masks or len(images) == TRAINAUG:
+        return []
+    return [f"trainaug has {counted(len(images), 'name')} here and {TRAINAUG:,} in published results"]
+
+
+def read_names(file: Path, known: Container[str] = ()) -> list[str]:
+    """Names in a list, one a line, without folder and image extension; UserError if there are none.
+
+    known: names of existing images. They distinguish a name with spaces from one that something follows, such as 1, 0
+    or -1 in ImageSets/Main, or the name of a mask.
     """
     names = [_name(line, known) for line in map(str.strip, read_lines(file)) if line]
     if not names:
@@ -152,7 +166,7 @@ def _name(line: str, known: Container[str]) -> str:
         for name in (text, _without_ending(text)):
             if name in known:
                 return name
-    # There is no such image: the likeliest name, to be told as missing.
+    # No such image exists: the likeliest name, to be reported as missing.
     first = flagged and len(words) == 2 or _without_ending(words[0]) != words[0]
     return _without_ending((words[0] if first else line).replace("\\", "/").rpartition("/")[2])
 
@@ -163,15 +177,16 @@ def _without_ending(name: str) -> str:
 
 
 def _images_in(folder: Path) -> dict[str, Path]:
-    """The images of a folder by their names without ending; of several with one name the .jpg."""
-    names = os.listdir(folder) if folder.is_dir() else []
-    found = [(_ENDINGS.index(ending), name) for name in names if (ending := Path(name).suffix.lower()) in _ENDINGS]
-    found.sort(key=lambda each: (-each[0], each[1]))
-    return {composed(_without_ending(name)): folder / name for _, name in found}
+    """The images of a folder by their names without extension."""
+    return by_stem(folder, _ENDINGS, lambda name: composed(_without_ending(name)))
+
+
+def _roots(path: Path) -> tuple[Path, ...]:
+    return path, path / "VOC2012", path / "VOCdevkit" / "VOC2012"
 
 
 def _find(root: Path) -> Path:
-    for folder in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
+    for folder in _roots(root):
         if (folder / "JPEGImages").is_dir():
             return folder
     raise UserError(

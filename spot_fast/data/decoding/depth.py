@@ -1,8 +1,8 @@
-"""Images with more than 8 bits a channel, as cameras, microscopes and scanners write them, as 8 bits.
+"""Reduces images with more than 8 bits a channel, from cameras, microscopes and scanners, to 8 bits.
 
-A file of 16 bits seldom says how many its camera has: the values of one of 12 bits end at 4095, and without their low
-byte they are black. So as many bits count as the largest value needs, 8, 10, 12, 14 or 16, and of these the upper eight
-are kept: values from 4096 on keep 14 bits, from 16384 on all 16. Alpha is taken likewise, by itself.
+A file of 16 bits seldom says how many its camera has: values of 12 bits end at 4095, and their upper byte alone is
+nearly black. So the largest value decides how many bits count, 8, 10, 12, 14 or 16, and the upper eight of these are
+kept: with a value from 4096 on 14 bits count, from 16384 on all 16. Alpha is treated likewise, by itself.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import numpy as np
 from PIL import Image
 
 _BITS = (8, 10, 12, 14, 16)
-_DARK = 64  # of the upper byte: what stays below needs no more than 14 bits
+_DARK = 64  # of the upper byte: values below need no more than 14 bits
 # Pillow's raw modes of 16 bits keep the upper byte; with the other byte order it is the lower one.
 _LOWER = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B" if np.little_endian else ";16L"}
 
 
 def eight_bits(values: np.ndarray) -> np.ndarray:
-    """uint8 of grey values: integers from 0 to 65535 as said above, anything else scaled to its own range."""
+    """Grey values as uint8: integers from 0 to 65535 as above, anything else scaled to its own range."""
     if np.issubdtype(values.dtype, np.integer) and values.min() >= 0 and values.max() < 1 << _BITS[-1]:
         return (values >> _surplus(int(values.max()))).astype(np.uint8)
     values = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
@@ -26,13 +26,13 @@ def eight_bits(values: np.ndarray) -> np.ndarray:
 
 
 def _surplus(largest: int) -> int:
-    """How many low bits are more than eight."""
+    """How many low bits to drop to keep eight."""
     return next(bits for bits in _BITS if largest < 1 << bits) - 8
 
 
 def lower_bytes(image: Image.Image) -> list | None:
-    """Tiles for an opened image of 16-bit colours that give its lower bytes where its own give the upper ones; None
-    for any other image. Grey with alpha becomes four channels: both bytes of grey, both of alpha."""
+    """Decoder tiles that read the lower bytes of an opened image of 16-bit colours, whose own read the upper ones; None
+    for other images. Grey with alpha becomes four channels: both bytes of grey, both of alpha."""
     if image.mode not in ("RGB", "RGBA"):
         return None
     tiles = []
@@ -51,12 +51,12 @@ def lower_bytes(image: Image.Image) -> list | None:
 
 
 def is_dark(image: Image.Image) -> bool:
-    """Whether colours whose upper bytes these are need fewer than 16 bits."""
+    """Whether colours with these upper bytes need fewer than 16 bits."""
     return max(high for _, high in image.getextrema()[:3]) < _DARK
 
 
 def joined(upper: Image.Image, lower: Image.Image, grey: bool) -> Image.Image:
-    """The image of 8 bits from both bytes, each as an image; grey: `lower` has both, of grey and of alpha."""
+    """The 8-bit image from upper and lower bytes; grey: `lower` has both bytes, of grey and of alpha."""
     high, low = np.asarray(upper).astype(np.uint16), np.asarray(lower)
     values = low[..., 0::2].astype(np.uint16) << 8 | low[..., 1::2] if grey else high << 8 | low
     colours = 1 if grey else 3

@@ -1,5 +1,6 @@
-"""What a JPEG's header says, as far as it decides who decodes it. Read here instead of by
-Pillow, because every file passes through it under the interpreter lock.
+"""Reads what a JPEG's header says, to decide whether DALI or Pillow decodes it.
+
+Not with Pillow: every file passes through here under the interpreter lock, so it has to be quick.
 
 Markers are those of ITU-T T.81, annex B: FFD8 begins a file, FFD9 ends it, and between them come segments, each with a
 marker of two bytes and a length of two bytes, until the first scan.
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from PIL import ExifTags, Image
 
-from spot_fast.data.decoding import transforms
+from spot_fast.data.decoding import opening
 
 _START, _END = b"\xff\xd8", b"\xff\xd9"
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, all of Huffman's code
@@ -23,7 +24,7 @@ _SCAN, _APP1, _APP14 = 0xDA, 0xE1, 0xEE
 
 @dataclass(frozen=True)
 class Header:
-    """Size in pixels as stored, and where metadata (EXIF, XMP) lies in the file: (first byte, first byte after it)."""
+    """Size in pixels as stored, and the byte ranges [start, end) of metadata (EXIF, XMP) in the file."""
 
     width: int
     height: int
@@ -43,7 +44,7 @@ def plain_header(data: bytes) -> Header | None:
         if data[at] != 0xFF:
             return None
         code, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if code == 0xFF:  # any number of these may stand in front of a marker
+        if code == 0xFF:  # fill bytes before a marker
             at += 1
             continue
         if code == _SCAN:
@@ -63,7 +64,7 @@ def plain_header(data: bytes) -> Header | None:
 
 
 def _frame(segment: bytes) -> tuple[int, int] | None:
-    """(width, height) where the frame is of 8 bits and one or three components."""
+    """(width, height) if the frame has 8 bits and one or three components."""
     if len(segment) < 6:
         return None
     precision, height, width, components = struct.unpack(">BHHB", segment[:6])
@@ -73,10 +74,10 @@ def _frame(segment: bytes) -> tuple[int, int] | None:
 
 
 def orientation(data: bytes) -> int | None:
-    """As `transforms.orientation`; None where Pillow cannot open the image."""
+    """As `opening.orientation`; None if Pillow cannot open the image."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return transforms.orientation(image)
+            return opening.orientation(image)
     except Exception:
         return None
 

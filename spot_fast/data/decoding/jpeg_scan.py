@@ -1,11 +1,11 @@
-"""Whether the pixels of a JPEG are all in its file: every Huffman code of every scan is walked through.
+"""Checks that all pixels of a JPEG are in its file, by walking through every Huffman code of every scan.
 
-Decoders go on where data is lost or overwritten, and fill the rest with grey or garbage. Here it shows in three ways: a
-scan ends before all of its blocks have come, data is left when all have, or bits are no code of the file's tables. The
-walk is over code lengths alone, so it needs no coefficient but, in refining scans, to know which are zero.
+Decoders do not stop where data is lost or overwritten, they fill the rest with grey or garbage. The walk finds three
+signs: a scan ends before all of its blocks, data is left after the last block, or bits are no code of the file's
+tables. It adds up code lengths and decodes no coefficient; refining scans only need to know which ones are zero.
 
-Marker, scan and code are those of ITU-T T.81: B.2 (syntax), F.2.2 (sequential), G.2 (progressive). Not judged are files
-of arithmetic code, lossless and hierarchical ones, and those whose height stands behind the pixels.
+Marker, scan and code are those of ITU-T T.81: B.2 (syntax), F.2.2 (sequential), G.2 (progressive). Not judged are
+arithmetic-coded, lossless and hierarchical files, and those that give their height after the pixels.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from PIL import Image, ImageChops
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2
 _OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _TABLES, _SCAN, _INTERVAL, _END = 0xC4, 0xDA, 0xDD, 0xD9
-_SMALL = 2048  # bytes of a scan that is always walked through
+_SMALL = 2048  # bytes; a smaller scan is always walked through
 _ZEROS = bytes(16)
 _END_OF_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _RESTART = re.compile(rb"\xff+([\xd0-\xd7])")
-_PAD = bytes(4096)  # more than an MCU has, so that it may be looked for beyond the end
-_SLACK = 2  # bytes that a scan may have too few or too many, for the sake of encoders that do not end it well
+_PAD = bytes(4096)  # longer than an MCU, so that the walk may read beyond the end
+_SLACK = 2  # bytes that a scan may have too few or too many: some encoders end it sloppily
 _MOST_DC, _MOST_AC = 11, 10  # bits of a coefficient of 8-bit images
-# In a table's entry: the bits to go on, and above them by how many coefficients.
+# A table entry packs how many bits to advance (lowest _STEP bits) and by how many coefficients (above).
 _BITS, _STEP = 31, 5
 _EOB, _BAD = 128, 1024
 
@@ -36,13 +36,13 @@ _SHORT, _EXCESS, _NO_CODE = "data is lost in a scan", "data is left behind a sca
 
 @dataclass
 class _Component:
-    across: int  # blocks a scan of this component alone has in a row, and rows
+    across: int  # blocks in a row, and rows, of a scan of this component alone
     down: int
     horizontal: int  # blocks in an MCU
     vertical: int
     dc_done: bool = False
-    left: int = 0  # the bit from which coefficients are still to come
-    nonzero: list[int] | None = None  # coefficients of each block that are not zero, as bits
+    left: int = 0  # bit mask of coefficients whose lower bits are still to come
+    nonzero: list[int] | None = None  # bit mask of nonzero coefficients of each block
 
 
 class _Damaged(Exception):
@@ -59,11 +59,11 @@ class _Scanner:
         self.progressive = False
 
     def run(self) -> str | None:
-        """What is wrong; None for nothing, or for a file that is not judged."""
+        """What is wrong; None if nothing is, or the file is not judged."""
         data, at, scans = self.data, 2, 0
         while at + 4 <= len(data):
             if data[at] != 0xFF:
-                at += 1  # what decoders pass over
+                at += 1  # decoders skip bytes between segments
                 continue
             code = data[at + 1]
             if code in (0x00, 0xFF) or 0xD0 <= code <= 0xD8:
@@ -130,7 +130,7 @@ class _Scanner:
             at += 17 + sum(counts)
 
     def _entry(self, kind: int, number: int, plain: bool = False) -> list[int]:
-        """For each 16 bits that may come, what code they begin with; plain: (length, symbol) instead of a step."""
+        """The step for each possible next 16 bits, by the code they begin with; plain: (length, symbol) instead."""
         key = kind, number, plain
         if key not in self.entries:
             if (kind, number) not in self.codes:
@@ -217,14 +217,14 @@ def _ac_step(length: int, symbol: int) -> int:
 
 
 def _ended(position: int, coded: bytes) -> None:
-    """What is left behind the last block: the rest of a byte, or padding."""
+    """Checks what is left after the last block: the rest of a byte, or padding."""
     rest = coded[(position + 7) // 8 :]
     if len(rest) > _SLACK and rest.strip(rest[:1]):
         raise _Damaged(_EXCESS)
 
 
 def _overran(bits: int, last: bool) -> None:
-    """More bits were needed than there are: as few as some encoders leave out, and of the last MCU, are no damage."""
+    """More bits are needed than exist: no damage in the last MCU if they are as few as some encoders omit."""
     if not last or bits > 8 * _SLACK:
         raise _Damaged(_SHORT)
 
@@ -288,7 +288,7 @@ class _Bits:
 
 
 class _Band:
-    """First scan of the coefficients `first` to `last` of one component; notes which are not zero."""
+    """First scan of the coefficients `first` to `last` of one component; records the nonzero ones."""
 
     def __init__(self, table: list[int], nonzero: list[int], first: int, last: int) -> None:
         self.table, self.nonzero, self.first, self.last = table, nonzero, first, last
@@ -296,7 +296,7 @@ class _Band:
     def part(self, coded: bytes, done: int, mcus: int) -> None:
         d, at, end = coded + _PAD, 0, 8 * len(coded)
         table, nonzero, last = self.table, self.nonzero, self.last
-        skip = 0  # blocks in which nothing more comes
+        skip = 0  # blocks left of an end-of-band run
         for block in range(done, done + mcus):
             if skip:
                 skip -= 1
@@ -327,7 +327,7 @@ class _Band:
 
 
 class _Refining(_Band):
-    """A later scan of the coefficients: a bit for each that is not zero, and new ones."""
+    """A later scan of the coefficients: a bit for each nonzero one, and new ones."""
 
     def part(self, coded: bytes, done: int, mcus: int) -> None:
         d, at, end = coded + _PAD, 0, 8 * len(coded)
@@ -376,13 +376,13 @@ def _value(d: bytes, at: int, bits: int) -> int:
 
 
 def lost_inside(data: bytes) -> str | None:
-    """What is wrong inside a JPEG that Pillow reads, such as "data is lost in a scan"; None for nothing, or where it is
-    not judged."""
+    """What is wrong inside a JPEG that Pillow reads, such as "data is lost in a scan"; None if nothing is, or it is not
+    judged."""
     return None if _last_bytes_decide(data) else broken(data)
 
 
 def broken(data: bytes) -> str | None:
-    """What is wrong inside a JPEG, such as "data is lost in a scan"; None for nothing, or where it is not judged."""
+    """`lost_inside` by the walk alone."""
     try:
         return _Scanner(data).run()
     except _Damaged as found:
@@ -392,14 +392,14 @@ def broken(data: bytes) -> str | None:
 
 
 def _last_bytes_decide(data: bytes) -> bool:
-    """Whether the last bytes of a JPEG with a single scan decide the last of its pixels, and those alone.
+    """Whether the last bytes of a JPEG with a single scan decide its last pixels, and only those.
 
-    They do in a whole one; where data is lost, or left, another end changes more than that, or nothing. Decoding twice
-    is tens of times as fast as the walk and needs no interpreter lock.
+    They do in an undamaged file; if data is lost or left over, other last bytes change more than that, or nothing.
+    Decoding twice is tens of times as fast as the walk and needs no interpreter lock.
     """
     start, stop = _single_scan(data)
     if stop - start < _SMALL or _ZEROS in data[start:stop]:
-        return False  # zeros may happen to make as many blocks as were there
+        return False  # overwritten with zeros, which may happen to code as many blocks as were lost
     last = bytes(byte if byte in (0x00, 0xAA, 0xFF) else byte ^ 0x55 for byte in data[stop - 2 : stop])
     changed = data[: stop - 2] + last + b"\x55\xaa" * 32 + data[stop:]
     with Image.open(io.BytesIO(data)) as image, Image.open(io.BytesIO(changed)) as other:
@@ -409,7 +409,7 @@ def _last_bytes_decide(data: bytes) -> bool:
 
 
 def _single_scan(data: bytes) -> tuple[int, int]:
-    """Where the coded data of a sequential JPEG without restart markers begins and ends; (0, 0) of any other."""
+    """Start and end of the coded data of a sequential JPEG without restart markers; (0, 0) for any other."""
     at, sequential = 2, False
     while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
         code, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")

@@ -1,21 +1,19 @@
 """The loader whose images DALI decodes: the same images in the same order as `Loader`'s, on the device.
 
-Order, mirroring, crops, the replacement of corrupt images, each process's share and resuming are `Loader`'s own
-functions of (seed, epoch, index). Threads read the files and work out which region becomes the square; DALI does the
-rest (`dali_pipeline`).
+Order, mirroring, crops, the replacement of corrupt images, shards and resuming are `Loader`'s own functions of (seed,
+epoch, index). Threads read the files and compute which region becomes the square; DALI does the rest (`dali_pipeline`).
 
-DALI decodes whole JPEGs of 8 bits, grey or YCbCr. Everything else is decoded by Pillow in the reading threads and
-handed over as plain pixels: DALI has no GPU decoder for PNG and most others, draws transparent parts over another
-colour, and knows no GIF. A JPEG without its last bytes goes the same way, so a damaged file is what it is for
-`Loader`. Should DALI fail at an image nevertheless, then that image is Pillow's from then on, and the batch is made
-once more.
+DALI decodes whole JPEGs of 8 bits, grey or YCbCr. Pillow decodes everything else in the reading threads, and DALI gets
+plain pixels: it has no GPU decoder for PNG and most other formats, draws transparent parts over another colour, and
+does not read GIF. A JPEG without its last bytes goes the same way, so a damaged file counts as it does for `Loader`.
+If DALI fails at an image nevertheless, Pillow decodes that image from then on, and the batch is made once more.
 
-How far pixels are from Pillow's, with DALI on the CPU: the decoders agree bit for bit. Resized bilinearly, pixels
-differ by one level at most, by rounding; in the outermost two by more, because Pillow weighs the filter anew where it
-reaches over the border and DALI repeats the last pixel there. Of 128 photos of 480 x 360 at 224 pixels: 8 levels at
-most, 0.16 on average; bicubic 7 and 0.17. DINOv2 ViT-S/14 makes features of them that differ by 0.45 % of an image's
-norm, 1.55 % at most; the packaged encoder, at 64 pixels, by 0.35 % and 0.73 % (`bench/loader_speed.py --photos`, with
-`--crop` and `--encoder`). On a GPU nvJPEG decodes, with its own rounding.
+Difference to Pillow's pixels, with DALI on the CPU: the decoders agree bit for bit. Resized bilinearly, pixels differ
+by one level at most, by rounding; in the outermost two by more, because Pillow renormalises the filter where it crosses
+the border and DALI repeats the last pixel there. Of 128 photos of 480 x 360 at 224 pixels: 8 levels at most, 0.16 on
+average; bicubic 7 and 0.17. Features of DINOv2 ViT-S/14 differ by 0.45 % of an image's norm, 1.55 % at most; those of
+the packaged encoder, at 64 pixels, by 0.35 % and 0.73 % (`bench/loader_speed.py --photos`, with `--crop` and
+`--encoder`). On a GPU nvJPEG decodes, with its own rounding.
 """
 
 from __future__ import annotations
@@ -30,16 +28,18 @@ import torch
 from PIL import Image
 
 from spot_fast.data.base import ImageFiles
-from spot_fast.data.decoding import jpeg, transforms
+from spot_fast.data.batch import Batch
+from spot_fast.data.decoding import jpeg
+from spot_fast.data.decoding.opening import open_rgb
 from spot_fast.data.loading.dali_pipeline import DaliError, EncodedImage, Pipeline, Request, require
-from spot_fast.data.loading.loader import Batch, Loaded, Loader
+from spot_fast.data.loading.loader import Loaded, Loader
 
 
 class DaliLoader(Loader):
-    """`Loader` for files, with images on `device`, in `dtype`: uint8, or float32 or bfloat16 without ImageNet's mean
-    and standard deviation. `workers` threads read, and as many of DALI's decode where there is no GPU.
+    """`Loader` for files, with images on `device` in `dtype`: uint8, or float32 or bfloat16 normalised by ImageNet's
+    mean and standard deviation. `workers` threads read; without a GPU as many of DALI's decode.
 
-    UserError where DALI is not installed or does not run here.
+    UserError if DALI is not installed or does not run here.
     """
 
     kind = "dali"
@@ -85,13 +85,13 @@ class DaliLoader(Loader):
         encoded = images.encoded(index)
         plain = None if index in self._by_pillow else _plain(encoded, images.upright)
         if plain is None:
-            image = transforms.open_rgb(images.paths[index], encoded, upright=images.upright)
+            image = open_rgb(images.paths[index], encoded, upright=images.upright)
             plain = b"P6 %d %d 255\n" % image.size + image.tobytes(), *image.size
         encoded, width, height = plain
-        place = images.geometry(width, height, rng)
-        # To resize all to (height, width) and crop there is to resize the region that the crop comes from.
-        scale = np.array([height / place.height, width / place.width])
-        corner = np.array([place.top, place.left])
+        geometry = images.geometry(width, height, rng)
+        # Resizing everything and then cropping equals resizing just the region that the crop comes from.
+        scale = np.array([height / geometry.height, width / geometry.width])
+        corner = np.array([geometry.top, geometry.left])
         start, end = corner * scale, (corner + images.image_size) * scale
         return EncodedImage(np.frombuffer(encoded, np.uint8), start.astype(np.float32), end.astype(np.float32))
 
@@ -119,8 +119,8 @@ class DaliLoader(Loader):
         return Request([each.item for each in loaded], flips[[each.index for each in loaded]].numpy(), loaded)
 
     def _repaired(self, epoch: int, requests: Iterable[Request], error: DaliError) -> list[list[Loaded]]:
-        """What was loaded for `requests`, with Pillow's version of every image at which DALI fails, and with others
-        for corrupt ones; the error itself where no image is to blame."""
+        """The batches of `requests` with Pillow's version of each image that DALI cannot decode, or a replacement if
+        that is corrupt; raises `error` if no image is to blame."""
         blamed, probe, result = False, self._pipeline(1), []
         for request in requests:
             batch = []
@@ -141,7 +141,7 @@ class DaliLoader(Loader):
 def _plain(encoded: bytes, upright: bool) -> tuple[bytes, int, int] | None:
     """(encoded, width, height) of an image that DALI decodes as Pillow does; None for any other.
 
-    Where `upright`, the size is that of the turned image, and DALI finds the orientation that Pillow found.
+    upright: the size is the turned image's, and `encoded` has the orientation that Pillow found as its only metadata.
     """
     header = jpeg.plain_header(encoded)
     if header is None or header.width * header.height > (Image.MAX_IMAGE_PIXELS or math.inf):

@@ -1,9 +1,7 @@
-"""NVIDIA DALI's part of the work: from encoded images to squares on the device, several batches ahead.
+"""NVIDIA DALI's part: from encoded images to squares on the device, several batches ahead.
 
-An image is decoded, the region that becomes the square is resized with an antialiased filter, and it is mirrored,
-normalised and laid out as [3, S, S]. On a GPU decoding and all that follows runs there, without one on the CPU.
-
-This is the only file that imports DALI, and it does so when a pipeline is built.
+It decodes an image, resizes the region that becomes the square with an antialiased filter, mirrors, normalises and
+lays it out as [3, S, S], all on the GPU if there is one. Only this file imports DALI, when a pipeline is built.
 """
 
 from __future__ import annotations
@@ -19,8 +17,7 @@ import numpy as np
 import torch
 
 from spot_fast.config import IMAGENET_MEAN, IMAGENET_STD
-from spot_fast.errors import UserError
-from spot_fast.system.optional import said
+from spot_fast.errors import UserError, one_line
 
 INSTALL = "pip install nvidia-dali-cuda130 (-cuda120 for drivers of CUDA 12)"
 _DEPTH = 2  # batches that DALI works on or has ready
@@ -28,11 +25,8 @@ _DEPTH = 2  # batches that DALI works on or has ready
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """What DALI gets of an image.
-
-    encoded uint8 [bytes]; start and end float32 [2], (y, x) of the region of the upright image that becomes the
-    square, in pixels.
-    """
+    """An image for DALI: encoded uint8 [bytes]; start and end float32 [2], (y, x) in pixels of the region that
+    becomes the square, in the upright image."""
 
     encoded: np.ndarray
     start: np.ndarray
@@ -41,7 +35,7 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Request:
-    """A batch: its images, which of them are to be mirrored (bool [B]), and whatever the caller keeps with it."""
+    """A batch: its images, which of them to mirror (bool [B]), and whatever the caller keeps with it."""
 
     images: list[EncodedImage]
     mirrored: np.ndarray
@@ -49,11 +43,11 @@ class Request:
 
 
 class DaliError(RuntimeError):
-    """DALI failed at a batch and its pipeline is of no further use; what it had not returned is `Pipeline.pending`."""
+    """DALI failed at a batch, its pipeline is unusable; what it has not returned is in `Pipeline.pending`."""
 
 
 def import_dali() -> ModuleType:
-    """The module nvidia.dali; ImportError says why there is none."""
+    """The module nvidia.dali; ImportError if it is missing."""
     import nvidia.dali
     import nvidia.dali.fn
     import nvidia.dali.types
@@ -64,8 +58,8 @@ def import_dali() -> ModuleType:
 class Pipeline:
     """Turns batches of at most `batch_size` images into tensors [B, 3, size, size] on `device`, in their order.
 
-    dtype: uint8, or float32 or bfloat16 without ImageNet's mean and standard deviation. bicubic: else bilinear.
-    upright: obey EXIF orientation. threads: of the CPU. Raises whatever DALI raises where it cannot be built.
+    dtype: uint8, or float32 or bfloat16 normalised by ImageNet's mean and standard deviation. bicubic: else bilinear.
+    upright: obey EXIF orientation. threads: of the CPU. Raises what DALI raises if it cannot be built.
     """
 
     def __init__(
@@ -104,8 +98,8 @@ class Pipeline:
             seed=0,
         )
         with pipeline:
-            # Copying files would keep the thread that trains waiting. DALI reads them where they are instead, until the
-            # batch is done: so long `_held` has them, and the cycle through `_next` makes that outlive DALI.
+            # no_copy: a copy would make the training thread wait. So DALI reads our arrays until the batch is done;
+            # `_held` keeps them alive so long, and the cycle through `_next` makes `_held` outlive the pipeline.
             encoded, start, end, mirrored = fn.external_source(
                 source=self._next,
                 num_outputs=4,
@@ -114,7 +108,7 @@ class Pipeline:
                 ndim=[1, 1, 1, 0],
                 dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32],
             )
-            # Colours are upsampled and blocks transformed as libjpeg does it for Pillow; DALI's defaults are coarser.
+            # Upsampling and DCT as libjpeg does them for Pillow; DALI's defaults are coarser.
             images = fn.decoders.image(
                 encoded,
                 device="mixed" if on_gpu else "cpu",
@@ -147,7 +141,7 @@ class Pipeline:
     def run(self, feed: Iterator[Request]) -> Iterator[tuple[torch.Tensor, Request]]:
         """The images of each request of `feed`, which is read `_DEPTH` requests ahead.
 
-        An exception of `feed` is raised when its turn comes. After DaliError the pipeline is no longer `usable`.
+        An exception of `feed` is raised in its turn. After DaliError the pipeline is no longer `usable`.
         """
         self._feed, self.feed_error = feed, None
         try:
@@ -166,7 +160,7 @@ class Pipeline:
             self._finish()
 
     def _next(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
-        """A request as DALI wants it; StopIteration ends the epoch."""
+        """The next request in DALI's form; StopIteration ends the epoch."""
         try:
             request = next(self._feed)
         except StopIteration:
@@ -193,7 +187,7 @@ class Pipeline:
             raise DaliError(str(error)) from error
 
     def _finish(self) -> None:
-        """Leaves nothing in the queue, so that another epoch can begin."""
+        """Empties the queue, so that another epoch can begin."""
         self._feed = iter(())
         try:
             if self.usable:
@@ -204,14 +198,14 @@ class Pipeline:
                     self.pending.popleft()
                 self._dali.reset()
         except DaliError:
-            pass  # a batch that nobody wants any more; the next epoch gets another pipeline
+            pass  # an unused batch; the next epoch gets another pipeline
 
     def _stream(self) -> torch.cuda.Stream | None:
-        """The present stream, to which DALI binds its outputs: without one it would wait on the host for the GPU."""
+        """The current stream, to bind DALI's outputs to: without one the host would wait for the GPU."""
         return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
     def _copied(self, images, stream: torch.cuda.Stream | None) -> torch.Tensor:
-        """DALI's buffer will be used again: the copy is in line on torch's stream, to which the buffer is bound."""
+        """A copy of DALI's buffer, which it reuses; on the stream that the buffer is bound to, in order with DALI."""
         dense = images.as_tensor()
         dtype = torch.uint8 if self.dtype == torch.uint8 else torch.float32
         copy = torch.empty(tuple(dense.shape()), dtype=dtype, device=self.device)
@@ -224,19 +218,19 @@ class Pipeline:
 
 
 def unavailable(device: torch.device) -> str:
-    """Why DALI cannot work for `device`, in words that follow a colon; empty where it can."""
+    """Why DALI does not work for `device`, as words to follow a colon; empty if it does."""
     if device.type == "cuda" and torch.version.hip is not None:
         return "DALI needs an NVIDIA GPU"
     try:
         import_dali()
     except Exception as error:
         missing = isinstance(error, ModuleNotFoundError) and str(error.name).startswith("nvidia")
-        return f"DALI is not installed, {INSTALL}" if missing else f"DALI cannot be imported ({said(error)})"
+        return f"DALI is not installed, {INSTALL}" if missing else f"DALI cannot be imported ({one_line(error)})"
     return ""
 
 
 def require(device: torch.device) -> None:
-    """UserError where DALI cannot work for `device`."""
+    """UserError if DALI does not work for `device`."""
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--loader dali does not work on {device.type}: use --loader torch")
     why = unavailable(device)

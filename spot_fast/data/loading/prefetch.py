@@ -1,68 +1,39 @@
-"""The next batches made in a thread while the present one is used, and copied to the device beside its computations."""
+"""Makes the next batches in a thread while the current one is in use, and copies them to the device meanwhile."""
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Iterator
+from contextlib import closing
+from itertools import repeat
 from typing import TypeVar
 
 import torch
+from torch.utils import _pytree as pytree
 
-from spot_fast.nested import map_tensors
+from spot_fast.data.loading.read_ahead import read_ahead
 from spot_fast.system.devices import send
 
 T = TypeVar("T")
 
-_AHEAD = 3  # batches made beyond the one in use
+_AHEAD = 4  # batches made beyond the one in use
+_END = object()
 
 
-def ahead(make: Iterator[T], depth: int = _AHEAD) -> Iterator[T]:
-    """What `make` yields, in order, made up to `depth` items ahead; its exception is raised where it would have been.
-
-    Closing the iterator early ends the thread.
-    """
-    results: queue.Queue = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: tuple[str, object]) -> bool:
-        while not stop.is_set():
-            try:
-                results.put(item, timeout=0.05)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for item in make:
-                if not put(("item", item)):
-                    return
-            put(("end", None))
-        except BaseException as error:
-            put(("error", error))
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = results.get()
-            if kind == "end":
+def ahead(batches: Iterator[T], depth: int = _AHEAD) -> Iterator[T]:
+    """The items of `batches` in order, up to `depth` made ahead by one thread; an exception is raised in its turn."""
+    # One thread alone calls `next`: a generator cannot run in two.
+    futures = read_ahead(lambda _: next(batches, _END), repeat(None), depth=depth, workers=1, name="prefetch")
+    with closing(futures):
+        for future in futures:
+            if (batch := future.result()) is _END:
                 return
-            if kind == "error":
-                raise value
-            yield value
-    finally:
-        stop.set()
-        thread.join()
+            yield batch
 
 
 def to_device(batches: Iterator[T], device: torch.device) -> Iterator[T]:
-    """Batches (tuples or dataclasses of tensors) made ahead in a thread, on a GPU also copied there by it.
+    """Batches (pytrees of tensors) made ahead in a thread, which also copies them to a GPU.
 
-    The copies go through pinned memory on a stream of their own; the present stream waits for a batch's copy and for
-    nothing else.
+    The copies go through pinned memory on a stream of their own; the current stream waits for a batch's own copy only.
     """
     return ahead(batches) if device.type != "cuda" else _through_pinned(batches, device)
 
@@ -73,11 +44,14 @@ def _through_pinned(batches: Iterator[T], device: torch.device) -> Iterator[T]:
     def copied() -> Iterator[tuple[T, torch.cuda.Event]]:
         for batch in batches:
             with torch.cuda.stream(stream):
-                moved = map_tensors(batch, lambda tensor: send(tensor, device))
+                moved = pytree.tree_map_only(torch.Tensor, lambda tensor: send(tensor, device), batch)
                 yield moved, stream.record_event()
 
     for batch, done in ahead(copied()):
         now = torch.cuda.current_stream(device)
         now.wait_event(done)
-        map_tensors(batch, lambda tensor: tensor.record_stream(now))  # noqa: B023 - called at once
+        # The allocator must not hand this memory to the copy stream again before the current stream is done with it.
+        for leaf in pytree.tree_leaves(batch):
+            if isinstance(leaf, torch.Tensor):
+                leaf.record_stream(now)
         yield batch

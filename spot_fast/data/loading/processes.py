@@ -1,7 +1,6 @@
-"""Worker processes that load whole batches, for more workers than threads are good for (see `loader`).
+"""Worker processes that load whole batches, for more workers than threads can serve (see `loader`).
 
-They are started by a fork server, which has neither CUDA nor threads in it, stay for the epochs to come, and hand
-images over in shared memory.
+A fork server starts them, free of CUDA and threads; they stay for all epochs and pass images through shared memory.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _AHEAD = 2  # batches of each process beyond the one in use
 
 
 class _Work(Dataset):
-    """What a process does: the function's result for one step's (epoch, indices)."""
+    """DataLoader's data set: item (epoch, indices) is the function's result for that step."""
 
     def __init__(self, function: Callable[[int, list[int]], Any]) -> None:
         self.function = function
@@ -29,7 +28,7 @@ class _Work(Dataset):
 
 
 class _Tasks:
-    """The tasks of the epoch that begins next; what DataLoader calls a sampler."""
+    """DataLoader's sampler: the tasks of the epoch that begins next."""
 
     def __init__(self) -> None:
         self.tasks: list[tuple[int, list[int]]] = []
@@ -42,9 +41,9 @@ class _Tasks:
 
 
 class Processes:
-    """`count` processes that call `function(epoch, indices)`, which travels to them by pickling.
+    """`count` processes that call `function(epoch, indices)`, which is pickled for them.
 
-    They end with this object, or with the process that has it.
+    They end with this object, or with the process that owns it.
     """
 
     def __init__(self, function: Callable[[int, list[int]], Any], count: int) -> None:
@@ -52,7 +51,7 @@ class Processes:
         context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         context.set_forkserver_preload([__name__])
         self._tasks = _Tasks()
-        # A generator of its own: DataLoader would draw from torch's, which belongs to others.
+        # With a generator of its own DataLoader does not draw from torch's global one.
         self._loader = DataLoader(
             _Work(function),
             batch_size=None,
@@ -67,9 +66,9 @@ class Processes:
         self.count = count
 
     def run(self, epoch: int, steps: list[torch.Tensor]) -> Iterator[Any]:
-        """The results for all steps in their order; UserError where a process ends unexpectedly.
+        """The results of all steps in order; UserError if a process ends unexpectedly.
 
-        The processes end where this is left early or fails.
+        Leaving early, or an error, ends the processes.
         """
         self._tasks.tasks = [(epoch, indices.tolist()) for indices in steps]
         if not steps:
@@ -83,7 +82,7 @@ class Processes:
         except (RuntimeError, OSError, EOFError) as error:
             if not _of_dead_process(error):
                 raise
-            # The processes import the script that starts them.
+            # The processes import the main script, which must not start them again.
             guard = "" if started else ", or have a script's own code below if __name__ == '__main__'"
             raise UserError(
                 f"a process of --workers {self.count} ended unexpectedly ({_reason(error)}): use fewer, "
@@ -94,8 +93,8 @@ class Processes:
                 self.close()
 
     def close(self) -> None:
-        """Ends the processes; another `run` starts others."""
-        # Without this they would live as long as the traceback of an exception that came from here.
+        """Ends the processes; the next `run` starts others."""
+        # Otherwise the traceback of an exception from here would keep them alive.
         iterator, self._loader._iterator = self._loader._iterator, None
         if iterator is not None:
             iterator._shutdown_workers()
@@ -106,8 +105,8 @@ def _unchanged(result: Any) -> Any:
 
 
 def _of_dead_process(error: Exception) -> bool:
-    """Whether DataLoader says so, or could not fetch a tensor's handle; exceptions of `function` say where they are
-    from."""
+    """Whether DataLoader reports a dead process or could not fetch a tensor from it; exceptions of `function` name
+    the worker instead."""
     text = str(error)
     if isinstance(error, RuntimeError):
         return text.startswith("DataLoader worker (pid")

@@ -1,4 +1,4 @@
-"""Which image masks were drawn on: the one that is stored, or the one that EXIF turns upright."""
+"""Decides which image masks were drawn on: the stored one, or the one that EXIF turns upright."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from pathlib import Path
 
 from PIL import Image
 
-from spot_fast.data.decoding.transforms import open_image, orientation
+from spot_fast.data.decoding.opening import open_image, orientation
 
-_ASKEW = 0.05  # by how much a scaled copy's shape may differ, as a fraction
+_ASKEW = 0.05  # largest difference in shape of a scaled copy, as a fraction
 
 Size = tuple[int, int]  # width and height in pixels
 
 
 def stored_size(path: Path, encoded: bytes | None = None) -> Size:
-    """Of an image file, from its header; CorruptImage where that cannot be read."""
+    """Size of an image file, from its header; CorruptImage if that cannot be read."""
     return _sizes(path, encoded, exif=False)[0]
 
 
 def both_sizes(path: Path, encoded: bytes | None = None) -> tuple[Size, Size]:
-    """The size as it is stored, and turned upright: the same where EXIF asks for no quarter turn."""
+    """The size as stored, and turned upright; they differ if EXIF demands a quarter turn."""
     return _sizes(path, encoded, exif=True)
 
 
@@ -40,17 +40,17 @@ def _quarter_turn(image: Image.Image) -> bool:
 
 
 def scaled_copy(one: Size, other: Size) -> bool:
-    """Whether the sizes have the same shape, but for sides that were rounded to whole pixels."""
+    """Whether the sizes have the same shape, up to rounding of the sides to whole pixels."""
     (width, height), (other_width, other_height) = one, other
     difference = abs(width * other_height - other_width * height)
-    # A side that is rounded by less than a pixel, of the smaller, moves the product by less than a side of the larger.
+    # Rounding a side of the smaller by less than a pixel moves the product by less than a side of the larger.
     return difference <= min(max(*one, *other), _ASKEW * width * other_height)
 
 
 def turned(masks: Size, stored: Size, upright: Size, otherwise: bool) -> bool | None:
-    """Whether masks of that size were drawn on the upright image; None where they fit neither.
+    """Whether masks of that size were drawn on the upright image; None if they fit neither.
 
-    The same size goes before a scaled copy. otherwise: the answer where both images fit alike, such as squares.
+    The same size goes before a scaled copy. otherwise: the answer if both images fit alike, as squares do.
     """
     for alike in (tuple.__eq__, scaled_copy):
         fits = alike(masks, stored), alike(masks, upright)

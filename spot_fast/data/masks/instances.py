@@ -1,9 +1,8 @@
 """COCO instances files: images, and their objects as polygons or run lengths.
 
 Label maps follow the published protocol (SPOT, section 7). An image's annotations are numbered from 1 in the order of
-the file. Where instances overlap the earlier one has the pixel, and a pixel of more than one instance is ignored by
-every metric. Crowd regions are instances like any other. An annotation of an unknown category draws nothing and covers
-nothing, but uses up its number.
+the file. Where instances overlap, the earlier one gets the pixel, and the pixel is void for every metric. Crowd regions
+are instances like any other. An annotation of an unknown category draws and covers nothing, but uses up its number.
 """
 
 from __future__ import annotations
@@ -18,19 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from spot_fast.data.base import FullLabels
-from spot_fast.data.datasets.text import read_text
+from spot_fast.data.listing.names import read_text
+from spot_fast.data.masks.ground_truth import FullLabels
 from spot_fast.data.masks.regions import decode_segmentation
 from spot_fast.errors import UserError
 
 _MAX_SIDE = 1 << 16  # pixels; no image format that is read here has more
-_MOST_PIXELS = 179_000_000  # as many as an image may have
+_MOST_PIXELS = 179_000_000  # Pillow's limit for an image
 _UNLISTED = object()
 
 
 @dataclass(frozen=True)
 class Listed:
-    """An image as the file lists it; sizes in pixels, 0 where the file gives none that an image can have."""
+    """An image as the file lists it; height and width in pixels, 0 if the file gives none that an image can have."""
 
     id: Any
     file_name: str
@@ -39,12 +38,12 @@ class Listed:
 
 
 class Instances:
-    """Images and annotations of `path`; UserError where it is not such a file.
+    """Images and annotations of `path`; UserError if it is no such file.
 
-    class_of: category id → class from 1. Without it, or where the file lists a category that it lacks, the file's own
-    categories are numbered from 1 in their order; where the file has none either, `class_of` stays None, every
-    annotation counts and the class of all is 1. An id may be a number in one list and text in another.
-    notes: what is left out, in words. needs: what belongs there, for the message where the file is missing.
+    class_of: category id → class from 1. Without it, or if the file lists a category that it lacks, the file's own
+    categories are numbered from 1 in their order; if the file has none either, `class_of` stays None and every
+    annotation has class 1. An id may be a number in one list and text in another.
+    notes: what is left out, in words. needs: what the folder should contain, for the message if the file is missing.
     """
 
     def __init__(self, path: Path, *, class_of: Mapping[Any, int] | None = None, needs: str = "") -> None:
@@ -55,7 +54,7 @@ class Instances:
         try:
             listed = [category["id"] for category in content.get("categories") or ()]
             if listed and (class_of is None or not set(listed) <= class_of.keys()):
-                class_of = {category: place for place, category in enumerate(listed, start=1)}
+                class_of = {category: number for number, category in enumerate(listed, start=1)}
             self.class_of = class_of
             self._categories = None if class_of is None else _Ids(class_of)
             self._annotations = self._by_image(annotations)
@@ -99,7 +98,7 @@ class Instances:
         return len(self._annotations.get(image.id, ()))
 
     def size(self, image: Listed) -> tuple[int, int]:
-        """(width, height) of the image's masks; UserError where the file does not say whose they are."""
+        """(width, height) of the image's masks; UserError if the file gives none, or lists the image twice."""
         if not 0 < image.width * image.height <= _MOST_PIXELS:
             raise UserError(
                 f"{self.path} says that {image.file_name} is {image.width} x {image.height}: give its "
@@ -119,9 +118,9 @@ class Instances:
         return full.instances, full.classes, full.covered.astype(np.int32)
 
     def full_labels(self, image: Listed, *, crowd: bool) -> FullLabels:
-        """The same for other protocols than SPOT's; crowd: whether crowd regions are instances or nothing."""
+        """The same for protocols other than SPOT's. crowd: draw crowd regions as instances, or not at all."""
         width, height = self.size(image)
-        # Column by column in memory, as regions are drawn.
+        # Column by column in memory, as pycocotools draws regions.
         instances, classes, top_classes = np.zeros((3, width, height), np.int32).transpose(0, 2, 1)
         covered = np.zeros((width, height), bool).T
         for number, of_class, mask in self._objects(image, crowd):
@@ -134,7 +133,7 @@ class Instances:
     def _objects(self, image: Listed, crowd: bool) -> Iterator[tuple[int, int, np.ndarray]]:
         """Number, class and mask (bool [height, width]) of each annotation of a known category.
 
-        From the last to the first: the earlier one has the pixel.
+        From the last to the first, so that earlier ones overwrite later ones.
         """
         annotations = self._annotations.get(image.id, [])
         if not crowd:
@@ -147,7 +146,7 @@ class Instances:
                 if "segmentation" not in annotation:
                     raise ValueError("it has no segmentation")
                 mask = decode_segmentation(annotation["segmentation"], image.height, image.width)
-            except UserError:  # a package that is not there
+            except UserError:  # pycocotools is missing
                 raise
             except Exception as error:
                 raise UserError(
@@ -158,14 +157,14 @@ class Instances:
 
 
 class _Ids:
-    """The ids that a list has, also where another list writes them as text, or as numbers."""
+    """The ids in a list, found also if another list writes them as text, or as numbers."""
 
     def __init__(self, listed: Iterable[Any]) -> None:
         self._listed = dict.fromkeys(listed)
         self._otherwise: dict[Any, Any] = {}
         for each in self._listed:
             number = _number(each)
-            # 7 beside "7", or "7" beside "07": neither is meant by what is not exactly it.
+            # 7 beside "7", or "7" beside "07": then only the exact spelling counts.
             self._otherwise[number] = each if number not in self._otherwise else _UNLISTED
 
     def find(self, value: Any) -> Any:
@@ -192,7 +191,7 @@ def _is_crowd(annotation: dict) -> bool:
 
 
 def read_images(path: Path, *, needs: str = "") -> list[Listed]:
-    """The list under "images" alone: training needs nothing else of COCO's 450 MB.
+    """Reads only the list under "images": training needs nothing else of COCO's 450 MB.
 
     Quotes inside a JSON string are escaped, so the pattern can only match a key.
     """

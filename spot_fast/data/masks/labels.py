@@ -1,4 +1,4 @@
-"""Label images: files whose values are the instances or classes of an image's pixels."""
+"""Reads label images, whose values are the instances or classes of an image's pixels."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from spot_fast.data.decoding.transforms import open_image
+from spot_fast.data.decoding.opening import open_image
 from spot_fast.errors import UserError
 
 RIM = 255  # the label that VOC draws around objects
 _LOSSLESS = frozenset({"PNG", "TIFF", "GIF", "BMP", "DIB", "PPM", "TGA", "SGI", "PCX"})
 _LOSSY_TIFF = frozenset({"jpeg", "tiff_jpeg", "webp"})
-_FEW_EDGES = 1  # labels that may look like soft edges
+_FEW_EDGES = 1  # labels that may look like soft edges without an error
 _SAVE = "save it as a palette or grey PNG whose values are the labels"
 
 
 def open_labels(path: str | Path, encoded: bytes | None = None, *, rim: Collection[str] = ()) -> np.ndarray:
-    """int32 [height, width] of an indexed label image: grey values, or the palette's indices whatever their colours.
+    """Reads an indexed label image as int32 [height, width]: grey values, or palette indices whatever their colours.
 
-    rim: Pillow modes of images in which 255 is VOC's rim around objects, and becomes background. UserError where the
-    image has colours or labels that are no whole numbers from 0 on, or where labels were lost: in a lossy format, or to
-    soft edges. CorruptImage where it cannot be read.
+    rim: Pillow modes of images in which 255 is VOC's rim around objects, and becomes background. UserError if the
+    image has colours, labels other than whole numbers from 0, or lost labels to a lossy format or soft edges.
+    CorruptImage if it cannot be read.
     """
     image = open_lossless(path, encoded)
     if image.mode not in ("P", "L", "1", "I", "F") and not image.mode.startswith("I;16"):
@@ -32,7 +32,7 @@ def open_labels(path: str | Path, encoded: bytes | None = None, *, rim: Collecti
     if image.format == "GIF" and image.mode == "P" and _is_grey(image):
         image = image.convert("L")  # Pillow numbers the greys of a GIF anew
     values = np.asarray(image)
-    with np.errstate(invalid="ignore"):  # NaN and infinity are told below
+    with np.errstate(invalid="ignore"):  # NaN and infinity are reported below
         labels = values.astype(np.int32)
     if labels.size and (labels.min() < 0 or image.mode == "F" and not np.array_equal(labels, values)):
         raise UserError(
@@ -51,7 +51,7 @@ def open_labels(path: str | Path, encoded: bytes | None = None, *, rim: Collecti
 
 
 def open_lossless(path: str | Path, encoded: bytes | None = None) -> Image.Image:
-    """The decoded image, as `transforms.open_image`; UserError where its format may have changed pixels."""
+    """Opens an image as `opening.open_image` does; UserError if its format may have changed pixels."""
     image = open_image(path, encoded)
     lossy = image.format == "TIFF" and image.info.get("compression") in _LOSSY_TIFF
     if image.format not in _LOSSLESS or lossy:
@@ -71,10 +71,10 @@ def _is_grey(image: Image.Image) -> bool:
 
 
 def _count_edges(labels: np.ndarray) -> tuple[int, int]:
-    """How many labels there are but for the background, and how many of them look like a smoothed edge.
+    """Numbers of labels other than the background, and of those that look like a smoothed edge.
 
-    Such a label is nowhere two pixels wide, and most of its pixels lie between a smaller and a larger one on opposite
-    sides, or apart from each other. However small they are, objects are mostly neither.
+    Such a label is nowhere two pixels wide, and most of its pixels lie between a smaller and a larger label on opposite
+    sides, or apart from each other. Even small objects are rarely either.
     """
     number, at = _numbered(labels)
     if number <= _FEW_EDGES + 1:
@@ -102,7 +102,7 @@ def _count_edges(labels: np.ndarray) -> tuple[int, int]:
 
 
 def _numbered(labels: np.ndarray) -> tuple[int, np.ndarray]:
-    """How many labels there are, 0 always among them, and the map with these numbered from 0 in their order."""
+    """Number of labels, 0 always included, and the map with them renumbered from 0 in their order."""
     if labels.size and labels.max() < 1 << 16:
         present = np.bincount(labels.ravel(), minlength=1) > 0
         present[0] = True

@@ -1,7 +1,7 @@
 """COCO's regions, polygons and run lengths, as masks.
 
-pycocotools reads what it is given without a look: coordinates that are not finite or far away take all memory, and runs
-that do not fill the image leave the rest of the mask as the memory was. So a region is checked before it is drawn.
+pycocotools does not check its input: coordinates that are infinite or far away take all memory, and runs that do not
+fill the image leave the rest of the mask uninitialised. So every region is checked before it is drawn.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import numpy as np
 
 from spot_fast.system.optional import required
 
-_REACH = 100  # of a polygon, in coordinates and in length: times the sum of the image's sides
+_REACH = 100  # most coordinates and outline length of a polygon, times the sum of the image's sides
 _MOST_DIGITS = 6  # of a run length in COCO's compressed form, five bits each: 2**30 pixels and their sign
 
 
 def decode_segmentation(segmentation: list | dict | None, height: int, width: int) -> np.ndarray:
-    """bool [height, width] of a COCO region: polygons, uncompressed RLE (a list of counts) or compressed RLE.
+    """Draws a COCO region as bool [height, width]: polygons, uncompressed RLE (a list of counts) or compressed RLE.
 
-    Nothing (None, []) and polygons of fewer than three points draw nothing. ValueError says what is wrong with others.
+    None, [] and polygons of fewer than three points draw nothing. ValueError says what is wrong with others.
     """
     if isinstance(segmentation, dict):
         return _of_runs(segmentation, height, width)
@@ -29,7 +29,7 @@ def decode_segmentation(segmentation: list | dict | None, height: int, width: in
 
 
 def _of_polygons(polygons: list, height: int, width: int) -> np.ndarray:
-    # here, so that training and other data sets do without
+    # Imported here, because training and other data sets do not need it.
     rle = required("pycocotools.mask", "drawing polygons", "pycocotools")
     reach = _REACH * (height + width)
     drawn = [points for polygon in polygons if (points := _points(polygon, reach)) is not None]
@@ -39,7 +39,7 @@ def _of_polygons(polygons: list, height: int, width: int) -> np.ndarray:
 
 
 def _points(polygon: Any, reach: float) -> np.ndarray | None:
-    """float64 [x, y, x, y, …] of a polygon; None where it has no area to draw."""
+    """float64 [x, y, x, y, …] of a polygon; None if it has no area."""
     if not isinstance(polygon, list):
         raise ValueError(f"a polygon is {_short(polygon)}: expected a list of x, y, x, y, …")
     if len(polygon) < 6:
@@ -72,7 +72,7 @@ def _of_runs(region: dict, height: int, width: int) -> np.ndarray:
         size = f"{size[1]} x {size[0]}" if isinstance(size, list) and len(size) == 2 else _short(size)
         raise ValueError(f"the size of the run lengths is {size}, the image is {width} x {height}")
     runs = _listed_runs(counts) if isinstance(counts, list) else _compressed_runs(counts)
-    # Bounded before they are added up, so that the sum cannot overflow.
+    # Bounds first, so that the sum cannot overflow.
     if runs.size and not 0 <= runs.min() <= runs.max() <= height * width:
         raise ValueError(f"a run length is {runs.min() if runs.min() < 0 else runs.max()}, of {height * width} pixels")
     if runs.sum() != height * width:
@@ -84,7 +84,7 @@ def _of_runs(region: dict, height: int, width: int) -> np.ndarray:
 def _listed_runs(counts: list) -> np.ndarray:
     try:
         runs = np.array(counts)
-        with np.errstate(invalid="ignore"):  # NaN and infinity are told below
+        with np.errstate(invalid="ignore"):  # NaN and infinity are reported below
             whole = runs.astype(np.int64)
     except (ValueError, TypeError, OverflowError):
         whole = None
@@ -94,8 +94,8 @@ def _listed_runs(counts: list) -> np.ndarray:
 
 
 def _compressed_runs(counts: Any) -> np.ndarray:
-    """int64 run lengths of COCO's string: digits of five bits from character 48 on, the lowest first, where 32 says
-    that more follow and 16 in the last one is the sign; from the fourth on each is less the one before the last."""
+    """int64 run lengths of COCO's string: digits of five bits, character 48 is 0, lowest first; bit 32 marks that more
+    follow, bit 16 of the last digit is the sign. From the fourth on, a number is a difference to the last but one."""
     if not isinstance(counts, str | bytes):
         raise ValueError(f"the run lengths are {_short(counts)}: expected a list or a string")
     text = counts.encode() if isinstance(counts, str) else counts
@@ -108,14 +108,14 @@ def _compressed_runs(counts: Any) -> np.ndarray:
     lengths = ends - starts + 1
     if lengths.max() > _MOST_DIGITS:
         raise ValueError("a run length is larger than any image")
-    place = np.arange(len(digits)) - np.repeat(starts, lengths)
-    runs = np.add.reduceat((digits & 31) << 5 * place, starts) - ((digits[ends] & 16) << 5 * lengths - 4)
+    position = np.arange(len(digits)) - np.repeat(starts, lengths)  # of each digit in its number
+    runs = np.add.reduceat((digits & 31) << 5 * position, starts) - ((digits[ends] & 16) << 5 * lengths - 4)
     runs[1::2] = runs[1::2].cumsum()
     runs[2::2] = runs[2::2].cumsum()
     return runs
 
 
 def _short(value: Any) -> str:
-    """What is there instead of what was expected, for a message."""
+    """An unexpected value, shortened for a message."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:40]}…"

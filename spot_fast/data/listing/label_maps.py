@@ -1,12 +1,12 @@
-"""Label maps among the images of a folder: what a data set ships beside its images and nobody wants to train on.
+"""Recognises label maps among the images of a folder, which data sets ship beside images and nobody trains on.
 
-A label map has the stem of an image elsewhere, or nearly (aachen_000019_gtFine_labelIds.png for
-aachen_000019_leftImg8bit.png), and shows in one of three ways what it is:
+A label map has (nearly) the stem of an image elsewhere, as aachen_000019_gtFine_labelIds.png has of
+aachen_000019_leftImg8bit.png, and one of three signs:
 
-- a folder is named for label maps, as in ADE20K, Cityscapes, DAVIS, VOC and COCO panoptic, and what lies in it has few
-  colours, or is grey where the image is coloured
+- its folder is named for label maps, as in ADE20K, Cityscapes, DAVIS, VOC and COCO panoptic, and it has few colours, or
+  is grey while the image is coloured
 - its own name says so, beside the image: photo_seg.png, with few colours or grey
-- it is indexed or grey, with few values, of the size of a JPEG or WebP with the same stem
+- it is indexed or grey, with few values, and as large as a JPEG or WebP with the same stem
 
 A name alone decides nothing: photos of people with_mask/ and without_mask/ are photos.
 """
@@ -28,7 +28,7 @@ _FOLDER = re.compile(
     rf"(.*[-_. ])?({_WORDS})([-_. ].*)?|.*(labels|annot|masks)|segmentation.*|segments|gt(fine|coarse)|"
     r"ground[-_ ]?truths?|parsing|stuffthingmaps|pixelmaps"
 )
-# What is added to the stem of an image beside it, and what more is in folders of label maps.
+# Suffixes of a label map's stem beside its image, and further ones in folders of label maps.
 _ENDING = re.compile(rf"([-_. ]({_WORDS}|parts?_\d+|labelids|instanceids|labeltrainids))+$")
 _WIDE_ENDING = re.compile(
     rf"([-_. ]({_WORDS}|parts?_\d+|labelids|instanceids|labeltrainids|trainids|gtfine|gtcoarse|color|colour|l|slot|"
@@ -37,36 +37,36 @@ _WIDE_ENDING = re.compile(
 _JOINT = re.compile("[-_. ]")
 _LOSSY = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".webp"))
 _LOSSLESS = frozenset((".png", ".bmp", ".gif", ".tif", ".tiff"))
-_SAMPLE = 6  # files of a folder that are looked into
-_FEW, _FEW_GREY = 256, 64  # colours, and grey values, that a label map has at most
+_SAMPLE = 6  # files of a folder that are opened
+_FEW, _FEW_GREY = 256, 64  # most colours, and grey values, of a label map
 
 
 def without_labels(paths: list[Path], root: Path) -> tuple[list[Path], Counter[Path]]:
-    """`paths` below `root` without label maps, and how many these are by folder."""
+    """`paths` below `root` without label maps, and the numbers of these by folder."""
     by_stem: dict[str, list[int]] = defaultdict(list)
-    for place, path in enumerate(paths):
-        by_stem[_stem(path)].append(place)
-    # Files whose stem no other has are looked at no further, in a large folder of images all.
-    shared = [place for places in by_stem.values() if len(places) > 1 for place in places]
+    for index, path in enumerate(paths):
+        by_stem[_stem(path)].append(index)
+    # A file whose stem is unique is no label map; in a folder of photos that settles all, without opening one.
+    shared = [index for indices in by_stem.values() if len(indices) > 1 for index in indices]
     if not shared:
         return paths, Counter()
-    found: dict[int, Path] = {}
-    for ways, among in (
+    label_maps: dict[int, Path] = {}
+    for group, among in (
         (_in_named_folders, range(len(paths))),
         (_beside_images, shared),
         (_of_lossy_images, shared),
     ):
-        for folder, places in ways(paths, among, root):
-            places = [place for place in places if place not in found]
-            if _sampled(places, paths, by_stem, found, grey_only=ways is _of_lossy_images):
-                found.update((place, folder) for place in places)
-    if len(found) == len(paths):
+        for folder, indices in group(paths, among, root):
+            indices = [index for index in indices if index not in label_maps]
+            if _sampled(indices, paths, by_stem, label_maps, grey_only=group is _of_lossy_images):
+                label_maps.update((index, folder) for index in indices)
+    if len(label_maps) == len(paths):  # a folder of label maps alone: they are the images
         return paths, Counter()
-    return [path for place, path in enumerate(paths) if place not in found], Counter(found.values())
+    return [path for index, path in enumerate(paths) if index not in label_maps], Counter(label_maps.values())
 
 
 def _stem(path: Path) -> str:
-    """What an image and its label map have in common of their names."""
+    """The part of the name that an image and its label map share."""
     stem = path.stem.lower()
     return (_WIDE_ENDING.sub("", stem) or stem) if _JOINT.search(stem) else stem
 
@@ -76,14 +76,14 @@ Groups = Iterable[tuple[Path, list[int]]]
 
 def _grouped(paths: list[Path], among: Iterable[int], group: Callable[[Path], Path | None]) -> Groups:
     groups: dict[Path, list[int]] = defaultdict(list)
-    for place in among:
-        if (folder := group(paths[place])) is not None:
-            groups[folder].append(place)
+    for index in among:
+        if (folder := group(paths[index])) is not None:
+            groups[folder].append(index)
     return groups.items()
 
 
 def _in_named_folders(paths: list[Path], among: Iterable[int], root: Path) -> Groups:
-    """Files by the outermost folder below `root` that is named for label maps."""
+    """Files grouped by the outermost folder below `root` that is named for label maps."""
     named: dict[Path, Path | None] = {}
 
     def outermost(path: Path) -> Path | None:
@@ -98,20 +98,20 @@ def _in_named_folders(paths: list[Path], among: Iterable[int], root: Path) -> Gr
 
 
 def _beside_images(paths: list[Path], among: list[int], root: Path) -> Groups:
-    """Lossless files by their folder that are named as a label map of another file there."""
-    there = {(paths[place].parent, paths[place].stem.lower()) for place in among}
+    """Lossless files, grouped by folder, named as a label map of another file there."""
+    names = {(paths[index].parent, paths[index].stem.lower()) for index in among}
 
     def folder(path: Path) -> Path | None:
         bare = _ENDING.sub("", stem := path.stem.lower())
-        named = bare != stem and path.suffix.lower() in _LOSSLESS and (path.parent, bare) in there
+        named = bare != stem and path.suffix.lower() in _LOSSLESS and (path.parent, bare) in names
         return path.parent if named else None
 
     return _grouped(paths, among, folder)
 
 
 def _of_lossy_images(paths: list[Path], among: list[int], root: Path) -> Groups:
-    """Lossless files by their folder that have the stem of a JPEG or WebP."""
-    lossy = {paths[place].stem.lower() for place in among if paths[place].suffix.lower() in _LOSSY}
+    """Lossless files, grouped by folder, with the stem of a JPEG or WebP."""
+    lossy = {paths[index].stem.lower() for index in among if paths[index].suffix.lower() in _LOSSY}
     return _grouped(
         paths,
         among,
@@ -120,22 +120,25 @@ def _of_lossy_images(paths: list[Path], among: list[int], root: Path) -> Groups:
 
 
 def _sampled(
-    places: list[int], paths: list[Path], by_stem: dict[str, list[int]], found: dict[int, Path], *, grey_only: bool
+    indices: list[int], paths: list[Path], by_stem: dict[str, list[int]], known: dict[int, Path], *, grey_only: bool
 ) -> bool:
-    """Whether most of these files have images of their stem elsewhere, and most of a sample are their label maps."""
-    own = set(places)
+    """Whether most of these files share their stem with an image elsewhere, and most of a sample are label maps of it.
+
+    known: label maps so far.
+    """
+    own = set(indices)
     partners = {}
-    for place in places:
-        others = (other for other in by_stem[_stem(paths[place])] if other not in own and other not in found)
+    for index in indices:
+        others = (other for other in by_stem[_stem(paths[index])] if other not in own and other not in known)
         if (partner := next(others, None)) is not None:
-            partners[place] = partner
-    if not partners or 2 * len(partners) <= len(places):
+            partners[index] = partner
+    if not partners or 2 * len(partners) <= len(indices):
         return False
     chosen = list(partners)[:: max(1, len(partners) // _SAMPLE)][:_SAMPLE]
     like = 0
-    for asked, place in enumerate(chosen, 1):
-        like += _is_label_map(paths[place], paths[partners[place]], grey_only=grey_only)
-        if grey_only and like < asked:
+    for opened, index in enumerate(chosen, 1):
+        like += _is_label_map(paths[index], paths[partners[index]], grey_only=grey_only)
+        if grey_only and like < opened:  # without a name that says so, all have to look like label maps
             return False
     return 2 * like > len(chosen)
 

@@ -12,7 +12,7 @@ from spot_fast import train
 from spot_fast.data import Folder
 from spot_fast.data.__main__ import main
 from spot_fast.data.datasets.folder import list_images, list_noted
-from spot_fast.data.datasets.listing import extensions
+from spot_fast.data.listing.search import extensions
 from spot_fast.errors import UserError
 from spot_fast.segmentation import files as segment_files
 
@@ -94,11 +94,11 @@ def test_what_is_not_read_is_counted(tmp_path):
     paths, notes = list_noted(tmp_path)
     assert names(paths, tmp_path) == ["a.jpg"]
     assert notes == [
-        "3 files of other endings left out: .heic 2, .cr2 1",
-        "1 file of other endings left out: .zip 1; unpack archives",
+        "3 files with other extensions left out: .heic 2, .cr2 1",
+        "1 file with other extensions left out: .zip 1; unpack archives",
     ]
     (tmp_path / "a.jpg").unlink()
-    with pytest.raises(UserError, match=r"has no images \(.*\) in it: 3 files of other endings left out: .heic 2"):
+    with pytest.raises(UserError, match=r"has no images \(.*\) in it: 3 files with other extensions left out: .heic 2"):
         list_images(tmp_path)
 
 
@@ -226,7 +226,7 @@ def test_the_check_the_run_and_segment_say_what_is_left_out(tmp_path, capsys, mo
     for number in range(4):
         image(tmp_path / "data" / f"{number}.jpg", seed=number)
     (tmp_path / "data" / "x.heic").write_bytes(b"x")
-    note = "note: 1 file of other endings left out: .heic 1"
+    note = "note: 1 file with other extensions left out: .heic 1"
     assert main(["check", str(tmp_path / "data")]) == 0
     assert capsys.readouterr().out.count(note) == 1
     options = tiny_runs.options(

@@ -1,11 +1,10 @@
-"""Which files of a folder are images, and what of it is left out, for the user to be told.
+"""Finds the image files of a folder, and notes for the user what it leaves out.
 
-A folder is searched with all below it, also through links to other folders, each folder once however many links lead to
-it. Hidden files and folders, and what systems leave behind (__MACOSX, @eaDir, Thumbs.db), are passed over in silence;
-what else is not taken is counted in notes: folders that may not be read, links that lead nowhere or have become text,
-other endings, and label maps that lie beside the images they are of.
+It searches all folders below, also through links, each folder once however many links lead to it. Hidden files and
+folders and leftovers of operating systems (__MACOSX, @eaDir, Thumbs.db) are skipped silently. Notes count what else is
+left out: unreadable folders, links to nowhere or saved as text, other extensions, and label maps beside their images.
 
-Masks that a set uses are not listed here (`folder`).
+`datasets.folder` finds the masks that a set uses.
 """
 
 from __future__ import annotations
@@ -20,115 +19,66 @@ from PIL import Image
 
 from spot_fast.errors import UserError
 
-# Pillow's formats that hold images; it also reads documents, icons and scientific data.
-_FORMATS = (
-    "AVIF",
-    "BMP",
-    "DDS",
-    "DIB",
-    "GIF",
-    "JPEG",
-    "JPEG2000",
-    "PCX",
-    "PNG",
-    "PPM",
-    "QOI",
-    "SGI",
-    "SUN",
-    "TGA",
-    "TIFF",
-    "WEBP",
-)
+# Pillow's image formats; it also reads documents, icons and scientific data.
+_FORMATS = frozenset("AVIF BMP DDS DIB GIF JPEG JPEG2000 PCX PNG PPM QOI SGI SUN TGA TIFF WEBP".split())
 _LEFT_BEHIND = {"__macosx", "@eadir", "thumbs.db", "desktop.ini"}
-# Files that lie beside images and are none.
+# Files beside images that nobody misses: they are left out without a note, as are files without an extension.
 _ASIDE = frozenset(
-    (
-        "",
-        ".txt",
-        ".json",
-        ".jsonl",
-        ".xml",
-        ".csv",
-        ".tsv",
-        ".md",
-        ".rst",
-        ".yaml",
-        ".yml",
-        ".toml",
-        ".html",
-        ".htm",
-        ".pdf",
-        ".py",
-        ".m",
-        ".ipynb",
-        ".sh",
-        ".log",
-        ".ini",
-        ".cfg",
-        ".lst",
-        ".names",
-        ".data",
-        ".md5",
-        ".sha1",
-        ".sha256",
-        ".xmp",
-        ".aae",
-        ".url",
-        ".bib",
-        ".license",
-    )
-)
+    ".txt .json .jsonl .xml .csv .tsv .md .rst .yaml .yml .toml .html .htm .pdf .py .m .ipynb .sh .log .ini .cfg .lst "
+    ".names .data .md5 .sha1 .sha256 .xmp .aae .url .bib .license".split()
+) | {""}
 _ARCHIVES = frozenset((".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"))
 _LONGEST_LINK = 4095  # bytes
-_SHOWN = 4  # endings and folders that a note names
+_SHOWN = 4  # extensions and folders that a note names
 
 
 @cache
 def extensions() -> frozenset[str]:
-    """Endings of images, in lower case: those that Pillow reads here."""
+    """Extensions of images that Pillow reads here, in lower case."""
     known = Image.registered_extensions()
     return frozenset({".mpo", *(ending for ending, name in known.items() if name in _FORMATS and name in Image.OPEN)})
 
 
 @dataclass
 class Listing:
-    """Images below `root`, sorted, and what was left out."""
+    """Images below `root`, sorted, and what is left out."""
 
     root: Path
     paths: list[Path] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     broken: list[Path] = field(default_factory=list)
-    written: list[Path] = field(default_factory=list)  # links that are text files, as git makes them on Windows
+    as_text: list[Path] = field(default_factory=list)  # links that are text files, as git writes them on Windows
     other: Counter[str] = field(default_factory=Counter)
     labels: Counter[Path] = field(default_factory=Counter)  # by folder
 
     def notes(self) -> list[str]:
-        """A line for each kind of what was left out."""
+        """A line for each kind of thing left out."""
         notes = []
         if self.unreadable:
-            notes.append(f"{_count(len(self.unreadable), 'folder')} could not be read: {_some(self.unreadable)}")
+            notes.append(f"{counted(len(self.unreadable), 'folder')} could not be read: {_some(self.unreadable)}")
         if self.broken:
             links = [str(path) for path in self.broken]
-            notes.append(f"{_count(len(links), 'link')} to nowhere left out: {_some(links)}")
-        if self.written:
+            notes.append(f"{counted(len(links), 'link')} to nowhere left out: {_some(links)}")
+        if self.as_text:
             notes.append(
-                f"{_count(len(self.written), 'link')} saved as text left out: "
-                f"{_some(list(map(str, self.written)))}; make links of them again"
+                f"{counted(len(self.as_text), 'link')} saved as text left out: "
+                f"{_some(list(map(str, self.as_text)))}; make links of them again"
             )
         for kind, remedy in ((self.other - self._archives(), ""), (self._archives(), "; unpack archives")):
             if kind:
                 endings = _some([f"{ending} {number:,}" for ending, number in kind.most_common()])
-                notes.append(f"{_count(kind.total(), 'file')} of other endings left out: {endings}{remedy}")
+                notes.append(f"{counted(kind.total(), 'file')} with other extensions left out: {endings}{remedy}")
         if self.labels:
             folders = [f"{folder} {number:,}" for folder, number in sorted(self.labels.items())]
-            notes.append(f"{_count(self.labels.total(), 'label map')} left out: {_some(folders)}")
+            notes.append(f"{counted(self.labels.total(), 'label map')} left out: {_some(folders)}")
         return notes
 
     def _archives(self) -> Counter[str]:
         return Counter({ending: number for ending, number in self.other.items() if ending in _ARCHIVES})
 
 
-def _count(number: int, unit: str) -> str:
+def counted(number: int, unit: str) -> str:
+    """A number with its unit: 1 image, 2,000 images."""
     return f"{number:,} {unit}" + "s" * (number != 1)
 
 
@@ -137,9 +87,9 @@ def _some(names: list[str]) -> str:
 
 
 def list_folder(root: Path) -> Listing:
-    """The images in a folder and below it, label maps among them; UserError where the folder cannot be read."""
+    """The images in and below a folder, label maps included; UserError if the folder cannot be read."""
     found = Listing(root)
-    # Folders proper come before links, so that an image has the path without a link where it has one.
+    # Real folders come before links: an image that both lead to gets the path without a link.
     waiting, links, seen = [root], [], set()
     while waiting or links:
         folder = waiting.pop() if waiting else links.pop(0)
@@ -177,13 +127,13 @@ def _sort_in(found: Listing, entry: os.DirEntry, path: Path, folders: list[Path]
     elif is_file and ending in extensions():
         found.paths.append(path)
     elif is_file and not ending and _leads_somewhere(path):
-        found.written.append(path)
+        found.as_text.append(path)
     elif is_file and ending not in _ASIDE:
         found.other[ending] += 1
 
 
 def _leads_somewhere(path: Path) -> bool:
-    """Whether a file holds the path of a folder or of an image and nothing else."""
+    """Whether a file contains the path of a folder or an image and nothing else."""
     try:
         if not 0 < path.stat().st_size <= _LONGEST_LINK:
             return False

@@ -13,7 +13,7 @@ from spot_fast.config import preset
 from spot_fast.data import Loader, open_set
 from spot_fast.data.datasets.folder import Folder
 from spot_fast.data.loading import dali_pipeline
-from spot_fast.data.loading.loaders import open_loader
+from spot_fast.data.loading.open_loader import open_loader
 from spot_fast.errors import UserError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -38,7 +38,7 @@ def without_dali(monkeypatch):
 @pytest.mark.parametrize(
     "choice, workers, device, line",
     [
-        ("torch", 0, CUDA, "by Pillow in the thread that trains: --loader torch"),
+        ("torch", 0, CUDA, "by Pillow in the training thread: --loader torch"),
         ("torch", 1, CPU, "by Pillow in one thread: --loader torch"),
         ("torch", 5, CPU, "by Pillow in 5 processes: --loader torch"),
         ("auto", 2, CPU, "by Pillow in 2 threads: the run is on cpu"),
@@ -99,7 +99,7 @@ def test_unknown_choice(images):
 
 def test_dali_is_imported_only_where_it_is_used():
     """Importing what chooses a loader must not need DALI, nor its seconds."""
-    code = "import sys, spot_fast.data.loading.loaders; sys.exit('nvidia.dali' in sys.modules)"
+    code = "import sys, spot_fast.data.loading.open_loader; sys.exit('nvidia.dali' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 

@@ -1,14 +1,14 @@
 """Forward passes of published slot-attention modules on our operators, for `spot_kernels.patch`.
 
-Each function stands in for a method of a published class: the same arguments, layers, random draws and results, in the
-same dtypes and layouts. What they share:
+Each function replaces a method of a published class: the same arguments, layers, random draws and results, in the same
+dtypes and layouts. `spot_kernels.patching.implementations` says which class gets which. All of them compute
 
     logits = q kᵀ, q scaled (it has fewer rows than k);  attention = softmax over slots (and heads);
     updates = the mean of v over tokens, weighted with attention + eps, or with attention / (Σ attention + eps);
     slots = GRU(updates, slots), + MLP(LayerNorm(slots))
 
-and only the last iteration's attention is written. Where the published gradient goes through the last iteration only,
-those before it build no graph. `spot_kernels.patching.implementations` says which class has which of these functions.
+and write the attention of the last iteration only. If the published gradient goes through that iteration alone, those
+before it build no graph.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from spot_kernels import checks
-from spot_kernels.modules.layers import gru_and_norm, is_exactly, merge_heads, split_heads
+from spot_kernels.modules.layers import TINY, eps_in_sum, gru_and_norm, gru_step, is_exactly, merge_heads, split_heads
 from spot_kernels.slot_attention import slot_attention_step
 
-# Keeps the mean over tokens defined where every weight of a slot has underflowed; no other sum notices it.
-_TINY = 1e-30
 # OCBench has its eps in the code, not in the module.
 _OCBENCH_EPS = 1e-5
 
@@ -31,16 +29,16 @@ _OCBENCH_EPS = 1e-5
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, eps: float, *, in_sum: bool = False, attn: bool = True, logits: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """q (scaled) [B, H, K, d], k and v [B, H, N, d] → updates [B, K, H·d], and where they are asked for attention
-    [B, N, K], summed over heads, and logits [B, H, N, K], in the dtypes that PyTorch's products and softmax have.
+    """q (scaled) [B, H, K, d], k and v [B, H, N, d] → updates [B, K, H·d]; and if asked for, attention [B, N, K],
+    summed over heads, and logits [B, H, N, K], in the dtypes of PyTorch's softmax and products (under autocast, too).
+
+    in_sum: eps is added to the sum of the weights, with one head, instead of to the weights.
     """
     updates, weights, products = slot_attention_step(
-        q, k, v, eps=_TINY if in_sum else eps, return_attn=attn or in_sum, return_logits=logits
+        q, k, v, eps=TINY if in_sum else eps, return_attn=attn or in_sum, return_logits=logits
     )
     if in_sum:
-        # Σ a v / (Σ a + eps) = Σ a v / Σ a · Σ a / (Σ a + eps), one head
-        sums = weights.sum(1)[:, None, :, None]
-        updates = updates * (sums / (sums + eps)).to(updates.dtype)
+        updates = eps_in_sum(updates, weights.sum(1)[:, None, :, None], eps)
     return (
         merge_heads(updates),
         weights.to(q.new_empty(0).softmax(0).dtype) if attn else None,
@@ -58,11 +56,12 @@ def _refine(
     through: Tensor | None = None,
     every: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The iterations: slots [B, K, U] → slots, and attention and logits of the last one.
+    """All iterations: slots [B, K, U] → slots, and attention and logits of the last iteration.
 
     attend(slots, last) gives updates, attention and logits; update(updates, slots, last) new slots. truncation:
-    `fixed-point` (the last iteration's input is a constant), `bi-level` (and its gradient goes to `through`); anything
-    else is none. every: whether gradients come to iterations before the last one on another way, too.
+    `fixed-point` (the last iteration's input is a constant), `bi-level` (and its gradient goes to `through`); any other
+    value truncates nothing, as in the published code. every: whether gradients also reach earlier iterations by another
+    way (attention that is returned).
     """
     attn = logits = None
     truncated = truncation in ("fixed-point", "bi-level")
@@ -78,20 +77,18 @@ def _refine(
 
 
 def _lasts(iterations: int) -> list[bool]:
-    """For each iteration, whether it is the last one: True and False where a comparison with the counter of a loop
-    would be symbolic, under torch.compile with a varying number, and could not decide on a mode.
+    """For each iteration, whether it is the last.
+
+    Plain booleans: under torch.compile with a varying number of iterations, comparing a loop counter with it would be
+    symbolic and could not set the grad mode.
     """
     return [False] * (iterations - 1) + [True] * (iterations > 0)
-
-
-def _gru(gru: nn.GRUCell, updates: Tensor, slots: Tensor) -> Tensor:
-    return gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
 
 
 def _gru_and_norm(gru: nn.GRUCell, norm: nn.LayerNorm, updates: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """New slots and their LayerNorm."""
     if slots.is_cuda:
-        # Here, not on CPUs, autocast casts the state of PyTorch's GRU cell as well, and the new slots have that dtype.
+        # On CUDA, not on CPUs, autocast casts the state of PyTorch's GRU cell, too, and with it the new slots.
         (slots,) = checks.autocast(slots)
     return gru_and_norm(gru, norm, updates, slots)
 
@@ -219,7 +216,7 @@ def steve(self, inputs):
 
     def update(updates, slots, last):
         if last:
-            return _gru(self.gru, updates, slots)
+            return gru_step(self.gru, updates, slots)
         slots, normed = _gru_and_norm(self.gru, self.norm_mlp, updates, slots)
         return slots + self.mlp(normed)
 
@@ -300,7 +297,7 @@ def _oclf_iterations(self, slots, k, v, iterations):
         return _attend(q, k, v, self.eps, attn=last)
 
     def update(updates, slots, last):
-        slots = _gru(self.gru, updates, slots)
+        slots = gru_step(self.gru, updates, slots)
         return self.ff_mlp(slots) if self.ff_mlp else slots
 
     slots, attn, _ = _refine(slots, iterations, attend, update)
@@ -325,7 +322,7 @@ def _videosaur_iterations(self, slots, keys, values, iterations):
     for last in _lasts(iterations):
         slots = self.norm_slots(slots)
         updates, attn, _ = _attend(_single(self.to_q(slots) * self.scale), k, v, self.eps, attn=last)
-        slots = _gru(self.gru, updates, slots) if self.gru else slots + updates
+        slots = gru_step(self.gru, updates, slots) if self.gru else slots + updates
         slots = slots if self.mlp is None else self.mlp(slots)
     return slots, attn.mT.contiguous()
 
@@ -426,7 +423,7 @@ def _slotformer_iterations(self, inputs, slots, *, attn):
 
     def update(updates, slots, last):
         if not is_exactly(self.mlp, nn.Sequential):
-            slots = _gru(self.gru, updates, slots)
+            slots = gru_step(self.gru, updates, slots)
             return slots + self.mlp(slots)
         norm, *layers = self.mlp
         slots, change = _gru_and_norm(self.gru, norm, updates, slots)

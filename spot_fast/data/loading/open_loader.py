@@ -1,4 +1,4 @@
-"""Which loader a run gets: `--loader` auto, dali or torch."""
+"""Chooses a run's loader: `--loader` auto, dali or torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spot_fast.data.loading.loader import MAX_THREADS, Loader
 from spot_fast.errors import UserError
 from spot_fast.system.cpu_threads import available_cores
 
-_MOST_WORKERS = 16  # unasked
+_MOST_WORKERS = 16  # by default
 
 
 def open_loader(
@@ -26,12 +26,11 @@ def open_loader(
 ) -> tuple[Loader, str]:
     """(the loader, a line that says what decodes and why).
 
-    workers: None is one for each core that this process may use and shares with the `world`, at most 16.
+    workers: None is one for each core that this process may use, divided by `world`, at most 16.
 
-    auto is DALI where it works and `device` is a GPU. On a CPU it is Pillow, whose pixels are the reference, though
-    DALI decodes 335 images/s a core there to Pillow's 242 (JPEGs of 640 x 480; photos of 480 x 360, 550 to 413, but
-    stretched 225 to 353: `bench/loader_speed.py`). Nothing decodes images in memory. UserError where dali is asked
-    for and cannot be had.
+    auto is DALI if it works and `device` is a GPU. On a CPU it is Pillow, whose pixels are the reference, though DALI
+    decodes 335 images/s a core there against Pillow's 242 (JPEGs of 640 x 480; photos of 480 x 360, 550 against 413,
+    but stretched 225 against 353: `bench/loader_speed.py`). UserError if dali is requested and does not work.
     """
     if config_loader not in ("auto", "dali", "torch"):
         raise UserError(f"--loader {config_loader} is unknown: use auto, dali or torch")
@@ -62,14 +61,12 @@ def open_loader(
                 raise UserError(f"--loader dali does not start ({reason}): use --loader torch") from error
             why = f"DALI does not start ({reason})"
     if loader is not None:
-        place = "GPU" if device.type == "cuda" else "CPU"
-        return loader, f"images are decoded by DALI on the {place} (other formats than JPEG by Pillow)"
-    kind = "process" if workers > MAX_THREADS else "thread"
-    where = (
-        f"in {workers} {kind}{'es' if kind == 'process' else 's'}"
-        if workers > 1
-        else ("in one thread" if workers else "in the thread that trains")
-    )
+        where = "GPU" if device.type == "cuda" else "CPU"
+        return loader, f"images are decoded by DALI on the {where} (other formats than JPEG by Pillow)"
+    if workers > 1:
+        where = f"in {workers} {'processes' if workers > MAX_THREADS else 'threads'}"
+    else:
+        where = "in one thread" if workers else "in the training thread"
     return (
         Loader(image_set, batch_size, seed, workers, rank=rank, world=world),
         f"images are decoded by Pillow {where}: {why}",

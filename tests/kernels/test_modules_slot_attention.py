@@ -1,4 +1,4 @@
-"""The modules: how parameters start, what each option computes, which way gradients go, what an order changes."""
+"""`SlotAttention`: how parameters start, what each option computes, which way gradients go."""
 
 import math
 
@@ -6,24 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spot_kernels.modules.slot_attention import (
-    TRUNCATIONS,
-    InitialSlots,
-    PermutedDecoder,
-    PermutedDecoderBlock,
-    SlotAttention,
-)
-
-
-def uniform_bound(weight, bound):
-    """Uniform in ±bound: nothing beyond, the extremes reached, standard deviation bound / √3."""
-    assert weight.abs().max() <= bound * (1 + 1e-6)
-    assert weight.abs().max() > 0.95 * bound
-    torch.testing.assert_close(weight.std().item(), bound / math.sqrt(3), rtol=0.06, atol=0)
-
-
-def xavier(weight, gain=1.0):
-    uniform_bound(weight, gain * math.sqrt(6 / sum(weight.shape)))
+from initial_weights import uniform_bound, xavier
+from spot_kernels import SlotAttention
+from spot_kernels.modules.slot_attention import TRUNCATIONS
 
 
 def test_slot_attention_starts_as_specified():
@@ -40,24 +25,6 @@ def test_slot_attention_starts_as_specified():
     xavier(module.mlp[2].weight)
     assert not module.mlp[0].bias.any() and not module.mlp[2].bias.any()
     assert {norm.eps for norm in module.modules() if isinstance(norm, torch.nn.LayerNorm)} == {1e-5}
-
-
-def test_decoder_starts_as_specified():
-    torch.manual_seed(0)
-    blocks = 3
-    decoder = PermutedDecoder(96, blocks=blocks, heads=6)
-    gain = (3 * blocks) ** -0.5
-    for block in decoder.blocks:
-        for weight in block.self_attention.project_qkv.weight.chunk(3):
-            xavier(weight)
-        for name in ("project_q", "project_k", "project_v"):
-            xavier(getattr(block.cross_attention, name).weight)
-        for weight in (block.self_attention.project_o.weight, block.cross_attention.project_o.weight):
-            xavier(weight, gain)
-        uniform_bound(block.ffn[0].weight, math.sqrt(6 / 96))
-        xavier(block.ffn[2].weight, gain)
-        assert [name for name, _ in block.named_parameters() if "project" in name and "bias" in name] == []
-        assert not block.ffn[0].bias.any() and not block.ffn[2].bias.any()
 
 
 def by_hand(module, inputs, slots):
@@ -259,154 +226,30 @@ def test_drop_path_leaves_out_the_mlp_of_samples_in_training():
     assert 0.1 < left_out.double().mean() < 0.4
 
 
-def test_initial_slots_start_as_specified():
-    torch.manual_seed(0)
-    gaussian = InitialSlots(512)
-    assert gaussian.mean.shape == gaussian.scale.shape == (1, 1, 512)
-    uniform_bound(gaussian.mean, math.sqrt(3 / 512))
-    uniform_bound(gaussian.scale, math.sqrt(3 / 512))
-    learned = InitialSlots(512, "learned", num_slots=7)
-    assert [name for name, _ in learned.named_parameters()] == ["mean"]
-    uniform_bound(learned.mean, math.sqrt(6 / 519))
-    for spread in ("softplus", "abs"):
-        drawn = InitialSlots(512, "slot_gaussian", num_slots=7, spread=spread)(64)
-        torch.testing.assert_close(drawn.std().item(), 1.0, rtol=0.02, atol=0)
-
-
-@pytest.mark.parametrize("kind", ["gaussian", "slot_gaussian", "learned"])
-def test_initial_slots_equal_their_formula(kind):
-    torch.manual_seed(0)
-    noise = torch.randn(2, 5, 8)
-    spreads = {"exp": torch.exp, "softplus": F.softplus, "abs": torch.abs}
-    for spread, function in spreads.items():
-        initial = InitialSlots(8, kind, num_slots=5, spread=spread)
-        for parameter in initial.parameters():
-            parameter.data.normal_()
-        scale = 0 if kind == "learned" else function(initial.scale)
-        torch.testing.assert_close(initial(2, noise=noise), (initial.mean + scale * noise).expand(2, 5, 8))
-    if kind == "learned":
-        torch.testing.assert_close(initial(2, noise=noise, jitter=0.5), initial.mean * (1 + 0.5 * noise))
-        initial(2, noise=noise, jitter=0.5).sum().backward()
-        torch.testing.assert_close(initial.mean.grad, torch.full((1, 5, 8), 2.0))
-
-
-def test_a_module_with_its_own_initial_slots():
-    torch.manual_seed(0)
-    module = SlotAttention(12, 8, mlp_hidden=16, initial="gaussian")
-    inputs, noise = torch.randn(2, 10, 12), torch.randn(2, 4, 8)
-    found = module(inputs, num_slots=4, noise=noise)
-    torch.testing.assert_close(found, module(inputs, module.initial(2, 4, noise=noise)))
-    assert module(inputs, num_slots=6)[0].shape == (2, 6, 8)
-    found[0].sum().backward()
-    assert module.initial.mean.grad.any() and module.initial.scale.grad.any()
-    learned = SlotAttention(12, 8, mlp_hidden=16, initial="learned", num_slots=3, truncation="bi_level")
-    learned(inputs)[0].square().sum().backward()
-    assert learned.initial.mean.grad.any()
-
-
-def decoder_and_inputs(**settings):
-    torch.manual_seed(4)
-    decoder = PermutedDecoder(24, **({"blocks": 3, "heads": 4} | settings)).double()
-    return decoder, torch.randn(2, 9, 24).double(), torch.randn(2, 5, 24).double()
-
-
-def test_an_order_only_relabels_tokens():
-    """Decoding raster tokens in an order equals decoding the reordered tokens in raster order."""
-    decoder, tokens, slots = decoder_and_inputs()
-    raster = torch.arange(9)
-    for seed in range(3):
-        order = torch.randperm(9, generator=torch.Generator().manual_seed(seed))
-        out, mean_map = decoder(tokens, slots, order)
-        moved_out, moved_map = decoder(tokens[:, order], slots, raster)
-        torch.testing.assert_close(out[:, order], moved_out)
-        torch.testing.assert_close(mean_map[:, order], moved_map)
-
-
-def test_an_order_for_each_sample():
-    decoder, tokens, slots = decoder_and_inputs()
-    orders = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(seed)) for seed in range(2)])
-    out, mean_map = decoder(tokens, slots, orders)
-    for i in range(2):
-        alone = decoder(tokens[i : i + 1], slots[i : i + 1], orders[i])
-        torch.testing.assert_close((out[i : i + 1], mean_map[i : i + 1]), alone)
-
-
-def test_without_an_order_every_token_sees_all():
-    """The last token of an order sees everything either way; the first only without an order."""
-    torch.manual_seed(5)
-    attention = PermutedDecoder(24, blocks=1, heads=4).double().blocks[0].self_attention
-    tokens, order = torch.randn(2, 9, 24).double(), torch.randperm(9)
-    causal, free = attention(tokens, order), attention(tokens, None)
-    torch.testing.assert_close(causal[:, order[-1]], free[:, order[-1]])
-    assert (causal[:, order[0]] - free[:, order[0]]).abs().max() > 1e-3
-
-
-def test_first_block_replaces_the_residual_stream():
-    """x ← LN(x); x ← x + SA(x): a first block does not see the scale of its input, a later one does."""
-    for first in (True, False):
-        torch.manual_seed(6)
-        block = PermutedDecoderBlock(24, 4, 4, gain=1.0, first=first).double()
-        tokens, slots, order = torch.randn(2, 9, 24).double(), torch.randn(2, 5, 24).double(), torch.arange(9)
-        same = torch.allclose(block(tokens, slots, order)[0], block(50 * tokens, slots, order)[0], atol=1e-3)
-        assert same == first
-
-
-def test_cross_heads_after_the_first_block():
-    decoder, tokens, slots = decoder_and_inputs(cross_heads=2)
-    assert [block.cross_attention.heads for block in decoder.blocks] == [4, 2, 2]
-    assert [block.self_attention.heads for block in decoder.blocks] == [4, 4, 4]
-    torch.testing.assert_close(decoder(tokens, slots, torch.arange(9))[1].sum(-1), torch.ones(2, 9).double())
-
-
-@pytest.mark.parametrize("order", [None, torch.arange(9).flip(0)])
-def test_masks_alone_are_those_of_forward(order):
-    decoder, tokens, slots = decoder_and_inputs()
-    assert torch.equal(decoder.masks(tokens, slots, order), decoder(tokens, slots, order)[1])
-
-
 def test_empty_batch_and_one_slot():
-    decoder, tokens, slots = decoder_and_inputs()
-    out, mean_map = decoder(tokens[:0], slots[:0], torch.arange(9))
-    assert out.shape == (0, 9, 24) and mean_map.shape == (0, 9, 5)
-    assert torch.equal(decoder(tokens, slots[:, :1], torch.arange(9))[1], torch.ones(2, 9, 1).double())
-    slot_attention = SlotAttention(24, 8, mlp_hidden=16).double()
-    assert slot_attention(tokens[:0], torch.empty(0, 5, 8).double())[0].shape == (0, 5, 8)
-    assert torch.equal(slot_attention(tokens, torch.randn(2, 1, 8).double())[1], torch.ones(2, 9, 1).double())
+    torch.manual_seed(4)
+    module, tokens = SlotAttention(24, 8, mlp_hidden=16).double(), torch.randn(2, 9, 24).double()
+    assert module(tokens[:0], torch.empty(0, 5, 8).double())[0].shape == (0, 5, 8)
+    assert torch.equal(module(tokens, torch.randn(2, 1, 8).double())[1], torch.ones(2, 9, 1).double())
 
 
 def test_runs_under_autocast():
-    """bf16 in the matrix products, results close to float32."""
-    decoder, tokens, slots = (x.float() for x in decoder_and_inputs())
-    slot_attention = SlotAttention(24, 24, mlp_hidden=16)
+    torch.manual_seed(4)
+    module, tokens, slots = SlotAttention(24, 24, mlp_hidden=16), torch.randn(2, 9, 24), torch.randn(2, 5, 24)
+    expected, _, _ = module(tokens, slots)
     with torch.autocast("cpu", torch.bfloat16):
-        found, _, logits = slot_attention(tokens, slots)
-        out, mean_map = decoder(tokens, found, torch.arange(9))
-        (out.float().square().mean() + logits.float().mean()).backward()
-    expected, expected_map = decoder(tokens, slot_attention(tokens, slots)[0], torch.arange(9))
-    assert mean_map.dtype == torch.float32
-    assert (mean_map - expected_map).abs().max() < 0.02
-    assert (out.float() - expected).abs().max() < 0.1
-    assert all(torch.isfinite(p.grad).all() for p in decoder.parameters())
-
-
-def test_bad_settings_are_named():
-    with pytest.raises(ValueError, match="heads=5 does not divide the width 64"):
-        SlotAttention(96, 64, mlp_hidden=8, heads=5)
-    with pytest.raises(ValueError, match="iterations=0"):
-        SlotAttention(96, 64, mlp_hidden=8, iterations=0)
-    with pytest.raises(ValueError, match="truncation='bilevel' is unknown"):
-        SlotAttention(96, 64, mlp_hidden=8, truncation="bilevel")
-    with pytest.raises(ValueError, match="cross_heads=5 does not divide the width 24"):
-        PermutedDecoder(24, blocks=2, heads=4, cross_heads=5)
-    with pytest.raises(ValueError, match="blocks=0"):
-        PermutedDecoder(24, blocks=0, heads=4)
-    with pytest.raises(ValueError, match="activation='tanh' is unknown: use one of relu, gelu"):
-        PermutedDecoder(24, blocks=1, heads=4, activation="tanh")
+        found, _, logits = module(tokens, slots)
+    (found.float().square().mean() + logits.float().mean()).backward()
+    assert (found.float() - expected).abs().max() < 0.1
+    assert all(torch.isfinite(p.grad).all() for p in module.parameters())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"heads": 5}, "heads=5 does not divide the width 64"),
+        ({"iterations": 0}, "iterations=0"),
+        ({"truncation": "bilevel"}, "truncation='bilevel' is unknown"),
         ({"eps_in": "mean"}, "eps_in='mean' is unknown: use one of weights, sum"),
         ({"update": "lstm"}, "update='lstm' is unknown"),
         ({"hidden": "both"}, "hidden='both' is unknown: use one of slots, normed"),
@@ -425,19 +268,3 @@ def test_bad_settings_are_named():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         SlotAttention(96, 64, mlp_hidden=8, **options)
-
-
-def test_bad_initial_slots_are_named():
-    inputs, slots = torch.randn(2, 10, 12), torch.randn(2, 3, 8)
-    plain = SlotAttention(12, 8, mlp_hidden=16)
-    with pytest.raises(ValueError, match="pass initial slots, or build the module with initial"):
-        plain(inputs)
-    with pytest.raises(ValueError, match="slots were passed, so num_slots and noise say nothing"):
-        plain(inputs, slots, num_slots=3)
-    with pytest.raises(ValueError, match="pass num_slots"):
-        SlotAttention(12, 8, mlp_hidden=16, initial="gaussian")(inputs)
-    learned = SlotAttention(12, 8, mlp_hidden=16, initial="slot_gaussian", num_slots=3)
-    with pytest.raises(ValueError, match="num_slots=4, but there are parameters for 3"):
-        learned(inputs, num_slots=4)
-    with pytest.raises(ValueError, match=r"noise \(2, 4, 8\) must be \(2, 3, 8\)"):
-        learned(inputs, noise=torch.randn(2, 4, 8))

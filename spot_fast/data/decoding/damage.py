@@ -1,8 +1,8 @@
-"""Whether an image file is damaged, mostly from its first and last bytes.
+"""Finds out whether an image file is damaged, mostly from its first and last bytes.
 
-A JPEG or PNG that begins and ends as it should is taken for whole. Anything else is decoded before it is called
-damaged: the loader reads what Pillow reads, such as photos with something appended. Where all is to be decoded, JPEGs
-whose inside is damaged are called so too, though Pillow reads them, with grey or garbage where data is lost.
+A JPEG or PNG with the right beginning and end counts as whole. Anything else is decoded before it counts as damaged:
+the loader reads what Pillow reads, such as photos with something appended. With `decode`, JPEGs that are damaged inside
+are found too, which Pillow reads with grey or garbage where data is lost.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from spot_fast.data.decoding.jpeg_scan import lost_inside
-from spot_fast.data.decoding.transforms import open_rgb
+from spot_fast.data.decoding.opening import open_rgb
 from spot_fast.errors import CorruptImage
 
 _HEAD, _TAIL = 8, 64
@@ -21,9 +21,9 @@ _PADDING = b"\x00\n\r "
 
 
 def file_damage(path: Path, *, decode: bool = False) -> str | None:
-    """What is wrong with an image file, such as "missing" or "truncated: no end of the JPEG"; None for nothing.
+    """What is wrong with an image file, such as "missing" or "truncated: no end of the JPEG"; None if it is whole.
 
-    decode: decode it whole in any case.
+    decode: decode it in any case.
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -38,7 +38,7 @@ def file_damage(path: Path, *, decode: bool = False) -> str | None:
 
 
 def data_damage(name: Path, encoded: bytes, *, decode: bool = False) -> str | None:
-    """`file_damage` of an image that has been read already; `name` is for messages."""
+    """`file_damage` of an image in memory; `name` is for messages."""
     return _damage(name, encoded, len(encoded), encoded[:_HEAD], encoded[-_TAIL:], decode)
 
 

@@ -1,0 +1,123 @@
+"""Which files of a data set `data check` inspects, and what is wrong with them.
+
+A file is inspected at both ends, or decoded whole on request (`decoding.damage`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from spot_fast.data.base import ImageFiles, ImageSet
+from spot_fast.data.decoding.damage import file_damage
+from spot_fast.data.listing.search import counted
+from spot_fast.data.loading.loader import MAX_CORRUPT
+from spot_fast.errors import UserError
+
+# Inspects one image or clip: (file, what is wrong with it) of all that is wrong.
+Inspection = Callable[[], list[tuple[str, str]]]
+
+
+@dataclass
+class Split:
+    """One split of a data set. trouble: why it cannot be opened; unit: what an inspection inspects."""
+
+    name: str
+    summary: str = ""
+    inspections: list[Inspection] = field(default_factory=list)
+    trouble: str = ""
+    unit: str = "images"
+    images: int = 0
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    bad_inspections: int = 0
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can be opened and no more of it is damaged than the loader tolerates."""
+        return not self.trouble and self.bad_inspections <= max(1.0, MAX_CORRUPT * len(self.inspections))
+
+
+@dataclass
+class Found:
+    """A recognised data set: its title, preset and splits, and notes that stop nothing."""
+
+    title: str
+    preset: str
+    splits: list[Split]
+    notes: list[str]
+
+
+def summary(image_set: ImageSet) -> str:
+    """Numbers of images and of masks in words, such as "2 images, 4 mask files"."""
+    images = counted(len(image_set), "image")
+    if not image_set.has_masks:
+        return images
+    if instances := getattr(image_set, "instances", None):
+        return f"{images}, {counted(sum(map(instances.count, image_set.listed)), 'annotation')}"
+    files = 0
+    if isinstance(image_set, ImageFiles):
+        files = sum(len(image_set.mask_files(index)) for index in range(len(image_set)))
+    return f"{images}, {counted(files, 'mask file') if files else 'masks'}"
+
+
+def of_sets(
+    title: str,
+    preset: str,
+    open_split: Callable[[str], ImageSet],
+    decode: bool,
+    *,
+    summary: Callable[[ImageSet], str] = summary,
+    remarks: Callable[[ImageSet], list[str]] = lambda image_set: [],
+) -> Found:
+    """The data set whose splits "train" and "val" `open_split` opens; a UserError of it is the split's trouble."""
+    found = Found(title, preset, [], [])
+    seen: set[Path] = set()
+    for split in ("train", "val"):
+        try:
+            image_set = open_split(split)
+        except UserError as error:
+            found.splits.append(Split(split, trouble=str(error)))
+            continue
+        if split == "val" and not image_set.has_masks:
+            found.notes.append("no masks: it trains and segments, but cannot be evaluated")
+        paths = image_set.paths if isinstance(image_set, ImageFiles) else [None] * len(image_set)
+        inspections = [
+            # An image of both splits is inspected once.
+            partial(_inspect, image_set, index, path is None or path not in seen, decode)
+            for index, path in enumerate(paths)
+        ]
+        seen.update(paths)
+        notes = (*remarks(image_set), *image_set.notes)
+        found.notes += [note for note in notes if note not in found.notes]
+        found.splits.append(Split(split, summary(image_set), inspections, images=len(image_set)))
+    return found
+
+
+def _inspect(image_set: ImageSet, index: int, image: bool, decode: bool) -> list[tuple[str, str]]:
+    """Inspects an image, unless that has been done, and its masks."""
+    if isinstance(image_set, ImageFiles):
+        name = str(image_set.paths[index])
+        reason = file_damage(image_set.paths[index], decode=decode) if image else None
+    else:
+        name, reason = image_set.label(index), _damage_by_reading(image_set, index) if image and decode else None
+    bad = [(name, reason)] if reason else []
+    if not image_set.has_masks or reason == "missing":
+        return bad
+    try:
+        files = image_set.mask_files(index) if isinstance(image_set, ImageFiles) else []
+        masks = [(str(file), reason) for file in files if (reason := file_damage(file))]
+        if decode and not bad and not masks:
+            image_set.val_masks(index)
+    except UserError as error:
+        masks = [(name, str(error))]
+    return bad + masks
+
+
+def _damage_by_reading(image_set: ImageSet, index: int) -> str | None:
+    try:
+        image_set.prepared(index)
+        return None
+    except UserError as error:
+        return str(error)

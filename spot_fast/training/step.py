@@ -1,0 +1,200 @@
+"""One training step, from top to bottom: draws → features → forward → losses → backward → clip → update.
+
+    draws = draw(step)                                 everything random, a function of (seed, step)
+    verdict, values = update(batch, draws, weights)    everything else, with `Forward.losses` in its middle
+
+`Trainer.train_step` sets the learning rate, gives the losses' weights and calls the two. `compiled.Compiled` may wrap
+`Forward.losses` and `cuda_graph.Graphed` may wrap `Update`, so neither does host work: whatever changes from step to
+step comes in as a tensor, and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from spot_fast.config import Config
+from spot_fast.data.batch import Batch
+from spot_fast.model.encoder import normalise
+from spot_fast.model.spot import Spot
+from spot_fast.precision import autocast
+from spot_fast.random_streams import Stream, generator, seed_of
+from spot_fast.training.bad_steps import BadSteps
+from spot_fast.training.losses import loss_terms, teacher_labels, weighted_sum
+from spot_fast.training.optimiser import clip_by_infinity_norm, update
+from spot_fast.training.shared_gradients import LocalGradients
+
+# ---- what is random
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn for one step, a pytree; None where the model needs nothing.
+
+    order, teacher_order: patch orders, int64 [] on the device. noise, teacher_noise: of the initial slots [B, K, U].
+    parallel: whether it is a CapPa step. decoder: what the student's decoder draws for its own losses, each [B, …].
+    """
+
+    order: Tensor | None
+    noise: Tensor | None
+    teacher_order: Tensor | None
+    teacher_noise: Tensor | None
+    parallel: bool
+    decoder: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, rows: slice) -> Draws:
+        """What was drawn for these images of the batch; orders are the whole batch's."""
+        noise, teacher_noise = (None if one is None else one[rows] for one in (self.noise, self.teacher_noise))
+        decoder = {name: tensor[rows] for name, tensor in self.decoder.items()}
+        return replace(self, noise=noise, teacher_noise=teacher_noise, decoder=decoder)
+
+
+pytree.register_dataclass(Draws)
+
+
+class Draw:
+    """draw(step) → Draws. `shard`: this process's rows of a batch.
+
+    A decoder with a method `draws(batch_size, generator)` adds to them: a dict of tensors [B, …] on the generator's
+    device, which its `losses` gets back (see `Forward.terms`).
+    """
+
+    def __init__(self, config: Config, model: Spot, teacher: Spot | None, *, device: torch.device, shard: slice):
+        self.config, self.model, self.teacher, self.device, self.shard = config, model, teacher, device, shard
+        self.generator = torch.Generator(device)
+
+    def __call__(self, step: int) -> Draws:
+        config = self.config
+        self.generator.manual_seed(seed_of(Stream.STEP, config.seed, step))
+        order, noise = self._order_and_noise(self.model)
+        teacher_order, teacher_noise = (None, None) if self.teacher is None else self._order_and_noise(self.teacher)
+        # On the host, because a parallel step is another graph of operations.
+        chance = generator(Stream.PARALLEL, config.seed, step).random() if 0 < config.cappa < 1 else 1.0
+        parallel = chance < config.cappa < 1
+        draws = Draws(order, noise, teacher_order, teacher_noise, parallel)
+        if hasattr(self.model.decoder, "draws"):
+            draws = replace(draws, decoder=self.model.decoder.draws(config.batch_size, self.generator))
+        # Everything is drawn for the whole batch and cut afterwards, so that an image gets the same noise however
+        # many processes share the batch.
+        return draws[self.shard]
+
+    def _order_and_noise(self, model: Spot) -> tuple[Tensor | None, Tensor | None]:
+        order = noise = None
+        if model.num_orders > 1:
+            order = torch.randint(model.num_orders, (), generator=self.generator, device=self.device)
+        slots = model.slot_encoder
+        if slots.init == "gaussian":
+            shape = (self.config.batch_size, slots.num_slots, slots.slot_dim)
+            noise = torch.randn(shape, generator=self.generator, dtype=torch.float32, device=self.device)
+        return order, noise
+
+
+# ---- features, forward, losses
+
+
+class Forward:
+    """Batch and draws → losses of `model` (stage 2: with its teacher), in a run's precision on its device."""
+
+    def __init__(self, model: Spot, teacher: Spot | None, *, precision: str, device: torch.device):
+        self.model, self.teacher, self.precision, self.device = model, teacher, precision, device
+
+    def autocast(self) -> AbstractContextManager:
+        """The run's precision. Under tf32 what `float32_products` sets belongs to it."""
+        return autocast(self.precision, self.device)
+
+    @torch.no_grad()
+    def frozen_features(self, images: Tensor) -> tuple[Tensor, ...]:
+        """uint8 images [B, 3, S, S] → what never changes: target [B, N, D], in stage 2 also the trunk's output.
+
+        In bfloat16 in a bf16 run, so that cached features and those computed anew are the same.
+        """
+        with self.autocast():
+            hidden = self.model.encoder.trunk(normalise(images.to(self.device, non_blocking=True)))
+            target = self.model.encoder.finish(hidden).contiguous()
+        frozen = (target,) if self.model.last_blocks is None else (target, hidden)
+        return tuple(t.bfloat16() for t in frozen) if self.precision == "bf16" else frozen
+
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Features for the slots, and target features, both [B, N, D]; in stage 1 they are the same."""
+        frozen = batch.features or self.frozen_features(batch.images)
+        target, *hidden = (features.float() for features in frozen)
+        return (self.model.encoder.finish(hidden[0], self.model.last_blocks) if hidden else target), target
+
+    @torch.no_grad()
+    def teach(self, target: Tensor, draws: Draws) -> Tensor:
+        """The teacher's labels [B, N]."""
+        slots, _, _ = self.teacher.slot_encoder(target, draws.teacher_noise)
+        return teacher_labels(self.teacher.decode_masks(slots, target, draws.teacher_order))
+
+    def terms(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Unweighted loss terms by name, scalars.
+
+        A decoder with a method `losses(output: SpotOutput, target, draws.decoder)` adds its own, a dict of scalars
+        with weight 1; one that it calls `rec` takes the place of the reconstruction loss.
+        """
+        with self.autocast():
+            features, target = self.features(batch)
+            output = self.model(features, target, draws.order, noise=draws.noise, parallel=draws.parallel)
+            labels = None if self.teacher is None else self.teach(target, draws)
+            own = {}
+            if hasattr(self.model.decoder, "losses"):
+                own = self.model.decoder.losses(output, target, draws.decoder)
+        return loss_terms(output, target, labels) | {name: term.float() for name, term in own.items()}
+
+    def losses(self, batch: Batch, draws: Draws, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`loss`, the sum that is differentiated, and of several terms each: see `losses.weighted_sum`."""
+        return weighted_sum(self.terms(batch, draws), weights)
+
+
+# ---- backward, mean over processes, clip, update
+
+
+class Update:
+    """update(batch, draws, weights) → verdict, values: all of a step on the device, from a batch to new weights.
+
+    losses: `Forward.losses` or its compiled form. accumulate: how many equal parts of a batch go through it one after
+    another. verdict: float32 [3], see `BadSteps.judge`. values: the losses and `grad_norm`, scalars.
+    """
+
+    def __init__(
+        self,
+        losses: Callable[[Batch, Draws, dict[str, Tensor]], dict[str, Tensor]],
+        parameters: Sequence[nn.Parameter],
+        optimiser: torch.optim.Adam,
+        gradients: LocalGradients,
+        bad_steps: BadSteps,
+        *,
+        clip: float,
+        accumulate: int,
+    ):
+        self.losses, self.parameters, self.optimiser = losses, parameters, optimiser
+        self.gradients, self.bad_steps = gradients, bad_steps
+        self.clip, self.accumulate = clip, accumulate
+
+    def __call__(self, batch: Batch, draws: Draws, weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        self.optimiser.zero_grad(set_to_none=True)
+        self.gradients.start()
+        shares = []
+        for number, rows in enumerate(self._parts(len(batch)), 1):
+            if number == self.accumulate:
+                self.gradients.last_pass()  # from here on finished gradients travel while others are computed
+            losses = self.losses(batch[rows], draws[rows], weights)
+            share = {name: loss / self.accumulate for name, loss in losses.items()}
+            share["loss"].backward()
+            shares.append({name: loss.detach() for name, loss in share.items()})
+        sums = {name: torch.stack([share[name] for share in shares]).sum() for name in shares[0]}
+        # The losses travel with the last gradients. All that follows is the same in every process.
+        means = dict(zip(sums, self.gradients.finish(list(sums.values())), strict=True))
+        norm = clip_by_infinity_norm(self.parameters, self.clip)
+        verdict = self.bad_steps.judge(means["loss"], norm)
+        update(self.optimiser, verdict[0])
+        return verdict, {**means, "grad_norm": norm}
+
+    def _parts(self, images: int) -> Iterator[slice]:
+        size = images // self.accumulate
+        return (slice(start, start + size) for start in range(0, self.accumulate * size, size))

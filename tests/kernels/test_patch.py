@@ -14,7 +14,7 @@ import published_frameworks as frameworks
 import published_modules as published
 from kernel_tier import DEVICE, needs_triton
 from published_modules import SLOT_WIDTH, SLOTS, WIDTH
-from spot_kernels import PatchReport, SlotAttention, dispatch, patch, unpatch, use_backend
+from spot_kernels import PatchReport, SlotAttention, patch, unpatch, use_backend
 from spot_kernels.patching.implementations import IMPLEMENTATIONS
 from spot_kernels.patching.switches import has_attribute, unknown_reads
 
@@ -151,16 +151,6 @@ def test_outputs_and_gradients_stay(name, variant):
     assert list(module.state_dict()) == keys and [id(parameter) for parameter in module.parameters()] == parameters
     assert unpatch(module) == [""] and type(module) is kind and unpatch(module) == []
     assert_identical(run(module, inputs_of(name)), before[-1])
-
-
-@pytest.mark.skipif(not dispatch.NATIVE, reason="needs the native library")
-@pytest.mark.parametrize("name", ["SLATE", "BO-QSA", "OCLF (DINOSAUR)", "lucidrains, heads", "LSD"])
-def test_outputs_and_gradients_stay_with_the_native_library(name):
-    module, inputs = build(name), inputs_of(name)
-    before = run(module, inputs)
-    patch(module)
-    with use_backend("native"):
-        assert_equal_to_rounding(run(module, inputs), before)
 
 
 @needs_triton

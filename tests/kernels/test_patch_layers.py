@@ -12,15 +12,11 @@ from torch.nn.utils import parametrize, prune
 
 from kernel_tier import needs_triton
 from published_modules import SLOT_WIDTH
-from spot_kernels import SlotAttention, dispatch, patch, use_backend
+from spot_kernels import SlotAttention, patch, use_backend
 from spot_kernels.gru_norm import gru_norm
 from spot_kernels.modules import layers
 
-BACKENDS = [
-    "torch",
-    pytest.param("native", marks=pytest.mark.skipif(not dispatch.NATIVE, reason="needs the native library")),
-    pytest.param("triton", marks=needs_triton),
-]
+BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 

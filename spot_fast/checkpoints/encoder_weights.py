@@ -172,26 +172,15 @@ def _prefix(path: Path, tensors: Mapping[str, Tensor]) -> str:
     prefixes = [name.removesuffix(_PATCHES) for name in tensors if name == _PATCHES or name.endswith("." + _PATCHES)]
     if not prefixes:
         raise UserError(f"--encoder-weights {path} {_without_vit(tensors)}")
-    if len(prefixes) == 1:
-        _refuse_scattered(path, tensors, prefixes)
-        return prefixes[0]
-    for word in _EVALUATED:
-        chosen = [prefix for prefix in prefixes if re.search(rf"(^|[._]){word}(_model)?\.", prefix)]
-        if len(chosen) == 1:
-            _refuse_scattered(path, tensors, prefixes)
-            if path not in _announced:
-                _announced.add(path)
-                others = ", ".join(f"{prefix}*" for prefix in prefixes if prefix not in chosen)
-                print(f"note: {path} holds {len(prefixes)} ViTs: {chosen[0]}* is taken, not {others}", file=sys.stderr)
-            return chosen[0]
     names = ", ".join(f"{prefix}*" for prefix in prefixes)
-    raise UserError(
-        f"--encoder-weights {path} holds {len(prefixes)} ViTs ({names}): save the tensors of one in a file of its own"
-    )
-
-
-def _refuse_scattered(path: Path, tensors: Mapping[str, Tensor], prefixes: list[str]) -> None:
-    """UserError for parts of a ViT outside the modules with a patch embedding, which may lack them."""
+    evaluated = ([p for p in prefixes if re.search(rf"(^|[._]){word}(_model)?\.", p)] for word in _EVALUATED)
+    chosen = next((each[0] for each in [prefixes, *evaluated] if len(each) == 1), None)
+    if chosen is None:
+        raise UserError(
+            f"--encoder-weights {path} holds {len(prefixes)} ViTs ({names}): save the tensors of one in a file of its "
+            "own"
+        )
+    # Parts of a ViT outside the modules with a patch embedding: these may lack them.
     outside = [
         name
         for name in tensors
@@ -199,10 +188,14 @@ def _refuse_scattered(path: Path, tensors: Mapping[str, Tensor], prefixes: list[
     ]
     if outside:
         raise UserError(
-            f"--encoder-weights {path} has its ViT in {', '.join(f'{prefix}*' for prefix in prefixes)} and "
-            f"{len(outside)} tensors that look like parts of it elsewhere, such as {outside[0]}: save the "
-            "ViT's tensors in a file of their own"
+            f"--encoder-weights {path} has its ViT in {names} and {len(outside)} tensors that look like parts of it "
+            f"elsewhere, such as {outside[0]}: save the ViT's tensors in a file of their own"
         )
+    if len(prefixes) > 1 and path not in _announced:
+        _announced.add(path)
+        others = ", ".join(f"{prefix}*" for prefix in prefixes if prefix != chosen)
+        print(f"note: {path} holds {len(prefixes)} ViTs: {chosen}* is taken, not {others}", file=sys.stderr)
+    return chosen
 
 
 def _without_vit(tensors: Mapping[str, Tensor]) -> str:

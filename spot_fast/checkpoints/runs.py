@@ -169,14 +169,15 @@ def load_run(
     config = read_config(folder, like=like)
     if not is_finished(folder):
         raise UserError(f"run {folder} is not finished: go on with python -m spot_fast.train --resume {folder}")
+    file = folder if folder.is_file() else folder / MODEL
     if folder.is_file():
         own = frozen_encoder(config)
         tensors, metadata = learned_tensors(folder, config), encoder_metadata(own, config)
-        encoder = own if encoder is None else encoder
+        encoder = encoder or own
         _print_assumptions(folder, config)
     else:
-        tensors, metadata = read_tensors(folder / MODEL)
-        encoder = frozen_encoder(config) if encoder is None else encoder
+        tensors, metadata = read_tensors(file)
+        encoder = encoder or frozen_encoder(config)
     # With other features the learned tensors mean nothing.
     sha256, trained_with = encoder.weights_hash(), metadata.get("encoder_sha256", "none")
     if sha256 != trained_with:
@@ -189,8 +190,7 @@ def load_run(
     try:
         model.load_learned_state_dict(tensors)
     except UserError as error:
-        where = folder if folder.is_file() else folder / MODEL
-        raise UserError(f"{where} does not fit its {CONFIG}: {error}") from error
+        raise UserError(f"{file} does not fit its {CONFIG}: {error}") from error
     return Run(folder, config, model.to(device).eval(), metadata)
 
 

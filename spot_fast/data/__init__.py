@@ -1,4 +1,4 @@
-"""Data sets. `READERS` holds what is known about each, `open_sets` opens what a configuration asks for."""
+"""Data sets: `READERS` describes each of them, `open_sets` opens those of a configuration."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from spot_fast.errors import UserError
 
 @dataclass(frozen=True)
 class Reader:
-    """A data set: how it is opened, recognised and checked. Its settings are in `recipes.DATA_SETS`.
+    """Opens, recognises and checks a data set. Its settings are in `recipes.DATA_SETS`.
 
     open        open(data, split, *, image_size, mask_size, crop, flip, limit, **options) → ImageSet
     needs       what --data has to be, for messages; "" if the set needs no --data
-    options     fields of Config that `open` takes besides
+    options     other fields of Config that `open` takes
     takes_list  --data may be a text file too
-    title       its name in `data check`; "" for the recipe's
+    title       name in `data check`; "" for the recipe's
     recognises  whether a path holds this data set; `data check` asks the readers in their order
-    remarks     what `data check` says about an opened split besides
+    remarks     further lines of `data check` about an opened split
     inspect     inspect(path, decode) → Found, if `data check` cannot simply open both splits
     """
 
@@ -56,11 +56,7 @@ def _movi(name: str) -> Reader:
 READERS: dict[str, Reader] = {
     "scenes": Reader(scenes.open_scenes),
     "coco": Reader(
-        coco.Coco,
-        f"a folder with {coco.EXPECTED}",
-        title="COCO 2017",
-        recognises=coco.recognises,
-        remarks=coco.remarks,
+        coco.Coco, f"a folder with {coco.EXPECTED}", title="COCO 2017", recognises=coco.recognises, remarks=coco.remarks
     ),
     "voc": Reader(
         voc.Voc,
@@ -77,11 +73,8 @@ READERS: dict[str, Reader] = {
 
 
 def open_set(config: Config, split: str) -> ImageSet:
-    """Opens the "train" or the "val" images of `config.preset` at `config.data`.
-
-    `train_images` and `val_images` limit them to the first so many, 0 takes all. UserError says what is missing and
-    where it is expected.
-    """
+    """Opens the "train" or the "val" images of `config.preset` at `config.data`, the first `train_images` or
+    `val_images` of them (0 = all). UserError says what is missing and where it is expected."""
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}: use 'train' or 'val'")
     if config.preset not in READERS:
@@ -106,7 +99,7 @@ def open_set(config: Config, split: str) -> ImageSet:
 
 
 def open_sets(config: Config) -> tuple[ImageSet, ImageSet]:
-    """(training set, validation set) as `open_set` opens them."""
+    """(training set, validation set)."""
     return open_set(config, "train"), open_set(config, "val")
 
 

@@ -1,6 +1,6 @@
-"""`python -m spot_fast.data check PATH`: exit code 0 where PATH can be trained on, 2 and a sentence where it cannot.
+"""`python -m spot_fast.data check PATH` exits with 0 if PATH can be trained on, else with 2 and a sentence.
 
-`python -m spot_fast.data caches` lists what training has cached on disk, and removes it.
+`python -m spot_fast.data caches` lists and removes what training has cached on disk.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from spot_fast import cli
 from spot_fast.data import check
 from spot_fast.data.caching.plan import folder_of, text
-from spot_fast.data.caching.store import Cached, cached, remove
+from spot_fast.data.caching.store import cached, remove
 from spot_fast.errors import UserError
 from spot_fast.files import atomic_write
 
@@ -72,7 +72,8 @@ def _check(args: argparse.Namespace) -> int:
     found = check.find(args.path, options, decode=args.decode)
     check.inspect(found, jobs=args.jobs)
     if args.list is not None:
-        _write_list(args.list, check.bad_files(found))
+        lines = "".join(f"{name}\n" for name in check.bad_files(found)).encode(errors="surrogateescape")
+        atomic_write(args.list, lambda partial: partial.write_bytes(lines))
     for line in check.report(args.path, found, options):
         print(line)
     sentence = check.verdict(found)
@@ -88,36 +89,25 @@ def _caches(args: argparse.Namespace) -> int:
         raise UserError("there is no folder of caches, $HOME is not set: name one with --cache-dir")
     if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
         raise UserError(f"{folder} cannot be read: use another --cache-dir, or ask its owner")
-    caches, kept = list(cached(folder)), []
-    if args.remove is not None:
-        caches = [cache for cache in caches if args.remove in ("all", cache.folder.name)]
-        if not caches and args.remove != "all":
+    caches, errors, removing = list(cached(folder)), [], args.remove is not None
+    if removing:
+        chosen = [cache for cache in caches if args.remove in ("all", cache.folder.name)]
+        if not chosen and args.remove != "all":
             raise UserError(f"--remove {args.remove}: {folder} has no cache of that name, list them without --remove")
-        caches, kept = _removed(caches)
+        caches = []
+        for cache in chosen:  # the others too if one of them cannot be removed
+            try:
+                remove(cache)
+                caches.append(cache)
+            except UserError as error:
+                errors.append(error)
     for cache in caches:
-        state = "removed" if args.remove is not None else "complete" if cache.complete else "incomplete"
+        state = "removed" if removing else "complete" if cache.complete else "incomplete"
         print(f"{text(cache.nbytes):>8}  {state:10}  {cache.built}  {cache.folder.name}  {cache.what}")
-    print(f"{text(sum(cache.nbytes for cache in caches))} {'freed' if args.remove is not None else 'used'} in {folder}")
-    if kept:
-        raise kept[0]
+    print(f"{text(sum(cache.nbytes for cache in caches))} {'freed' if removing else 'used'} in {folder}")
+    if errors:
+        raise errors[0]
     return 0
-
-
-def _removed(caches: Sequence[Cached]) -> tuple[list[Cached], list[UserError]]:
-    """Those that could be removed, and why others could not."""
-    gone, kept = [], []
-    for cache in caches:
-        try:
-            remove(cache)
-            gone.append(cache)
-        except UserError as error:
-            kept.append(error)
-    return gone, kept
-
-
-def _write_list(path: Path, bad: dict[str, str]) -> None:
-    lines = "".join(f"{name}\n" for name in bad).encode(errors="surrogateescape")
-    atomic_write(path, lambda partial: partial.write_bytes(lines))
 
 
 if __name__ == "__main__":

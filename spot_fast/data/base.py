@@ -1,7 +1,7 @@
-"""What a data set is to the rest of the package: numbered images, some with masks.
+"""The interface of a data set: numbered images, some with masks.
 
-An `ImageSet` is one split (training or validation). It gives images as uint8 squares [3, S, S] and masks as label maps
-[M, M]; S is `Config.image_size`, M is `Config.mask_size`. Nothing here knows about encoders, batches or epochs.
+Images are uint8 squares [3, S, S], masks label maps [M, M]; S is `Config.image_size`, M is `Config.mask_size`. Nothing
+here knows about encoders, batches or epochs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from spot_fast.errors import CorruptImage, UserError
 
 
 class ImageSet(ABC):
-    """One split of a data set.
+    """One split, training or validation, of a data set.
 
     name         for messages and tables
     has_masks    `val_masks` works
@@ -33,8 +33,8 @@ class ImageSet(ABC):
     flip         training images are mirrored with probability 1/2; the loader does it, `train_image` does not
     random_crop  `finish` and `train_image` depend on their rng
     notes        lines for the user, such as how many files or annotations are left out
-    images       optional: all training images at once, uint8 [n, 3, S, S]; the loader then indexes it directly
-    corrupt      optional, with `images`: indices of corrupt images, which the loader replaces by others
+    images       optional: all training images, uint8 [n, 3, S, S], which the loader indexes
+    corrupt      optional, with `images`: indices of corrupt images, which the loader replaces
     """
 
     name: str = "images"
@@ -50,23 +50,23 @@ class ImageSet(ABC):
 
     @abstractmethod
     def label(self, index: int) -> str:
-        """Name of the image in messages: its file name, if it has one."""
+        """Name of the image in messages, such as its file name."""
 
     @abstractmethod
     def prepared(self, index: int) -> torch.Tensor:
-        """The deterministic part of `train_image`: uint8 [3, h, w], decoded and resized, and cropped unless the crop
-        is random; CorruptImage names the file and the reason."""
+        """The deterministic part of `train_image`: uint8 [3, h, w], decoded, resized, and cropped unless the crop is
+        random; CorruptImage names the file and the reason."""
 
     def finish(self, prepared: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-        """The random part: uint8 [3, S, S], cropped if `random_crop`, not mirrored."""
+        """The random part of `train_image`: the crop, if `random_crop`."""
         return prepared
 
     def train_image(self, index: int, rng: np.random.Generator) -> torch.Tensor:
-        """uint8 [3, S, S], cropped for training, not mirrored; CorruptImage names the file and the reason."""
+        """uint8 [3, S, S], cropped for training, not mirrored; errors as in `prepared`."""
         return self.finish(self.prepared(index), rng)
 
     def content_key(self) -> str:
-        """Key of what `prepared` gives for all images: it changes when they do. Empty: not worth caching on disk."""
+        """Key of all `prepared` images, which changes when they do; empty if they are not worth caching on disk."""
         return ""
 
     def sample(self) -> list[str]:
@@ -79,11 +79,15 @@ class ImageSet(ABC):
 
     @abstractmethod
     def val_image(self, index: int) -> torch.Tensor:
-        """uint8 [3, S, S], cropped as in evaluation; CorruptImage names the file and the reason."""
+        """uint8 [3, S, S], cropped as in evaluation; errors as in `prepared`."""
 
     def val_masks(self, index: int) -> Masks:
         """Label maps of the same part of the image as `val_image`; UserError if missing or unreadable."""
         raise UserError(f"{self.name} has no masks: evaluate on a set that has them")
+
+    def mask_files(self, index: int) -> list[Path]:
+        """The files that `val_masks` reads; none if masks are not files of their own."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -99,14 +103,13 @@ class Geometry:
 class ImageFiles(ImageSet):
     """An ImageSet over image files: SPOT's crops (section 6) of `paths[index]`.
 
-    crop: "center" or "random" after resizing the minor side to S (bilinear; of an image more than 16 times as long as
-    wide crops come from the middle 16 squares), or "stretch" to S x S (bicubic, MOVi). Validation images are
-    centre-cropped unless they are stretched. upright: obey EXIF orientation; in validation the orientation in which
-    the masks fit decides (`fitting`). A set whose images are not files of their own overrides `encoded`, `sources` and
-    `source`, and names in `drawn` what it takes of those files.
+    crop: "center" or "random" after resizing the minor side to S (bilinear; crops of a longer strip come from its
+    middle 16 squares), or "stretch" to S x S (bicubic, MOVi). Validation images are centre-cropped unless stretched.
+    upright: obey EXIF orientation; in validation the masks decide (`fitting`). A set whose images are not files of
+    their own overrides `encoded`, `sources`, `source` and `drawn`.
     """
 
-    drawn = ""  # part of the content key
+    drawn = ""  # what the set takes of its files, a part of the content key
 
     def __init__(
         self,
@@ -149,12 +152,12 @@ class ImageFiles(ImageSet):
             raise CorruptImage(f"image {self.paths[index]} cannot be read: {reason}") from None
 
     def rgb(self, index: int, upright: bool | None = None) -> Image.Image:
-        """The decoded image; CorruptImage names the file and the reason. upright: None for the set's own."""
+        """The decoded image; errors as in `prepared`. upright: None for the set's own."""
         upright = self.upright if upright is None else upright
         return opening.open_rgb(self.paths[index], self.encoded(index), upright=upright)
 
     def geometry(self, width: int, height: int, rng: np.random.Generator) -> Geometry:
-        """What training does to an image of that size; draws from `rng` if the crop is random."""
+        """The training square of an image of that size; draws from `rng` if the crop is random."""
         size = self.image_size
         if self.crop == "stretch":
             return Geometry(size, size, 0, 0)
@@ -182,14 +185,14 @@ class ImageFiles(ImageSet):
         return transforms.to_tensor(self._resized(index, "stretch" if self.crop == "stretch" else "center", upright))
 
     def drawn_size(self, index: int) -> fit.Size | None:
-        """(width, height) of a validation image's masks; None if it has none or they do not decide its orientation."""
+        """(width, height) of a validation image's masks; None if they do not decide its orientation."""
         return None
 
     def fitting(self, index: int, size: fit.Size, source: Path | str) -> bool:
         """Whether masks of `size` (width, height) fit the image that EXIF turns upright, not the stored one.
 
-        They fit an image of their size or shape. Where they fit both, as with squares, `upright_alike` decides; if they
-        fit neither, UserError names the file `source` of the masks, the image and both sizes.
+        They fit an image of their size or shape. If they fit both, as with squares, `upright_alike` decides; if
+        neither, UserError names their file `source`, the image and both sizes.
         """
         if (index, size) not in self._upright_masks:
             encoded, otherwise = self.encoded(index), self.upright_alike(index)
@@ -207,12 +210,8 @@ class ImageFiles(ImageSet):
         return self._upright_masks[index, size]
 
     def upright_alike(self, index: int) -> bool:
-        """Whether masks were drawn on the upright image, where their size fits both."""
+        """Whether masks whose size fits both images were drawn on the upright one."""
         return self.upright
-
-    def mask_files(self, index: int) -> list[Path]:
-        """The files that `val_masks` reads for the image; none if masks are not files of their own."""
-        return []
 
     def _resized(self, index: int, crop: str, upright: bool | None = None) -> Image.Image:
         image = self.rgb(index, upright)
@@ -225,15 +224,8 @@ class ImageFiles(ImageSet):
     def content_key(self) -> str:
         if not self._key:  # stat of all files takes seconds in a large set
             self._files = Files(self.sources())
-            words = (
-                transforms.VERSION,
-                self.image_size,
-                self.crop,
-                self.upright,
-                len(self),
-                self.drawn,
-                self._files.key,
-            )
+            about = (self.image_size, self.crop, self.upright, len(self), self.drawn)
+            words = (transforms.VERSION, *about, self._files.key)
             self._key = hashlib.sha256(" ".join(map(str, words)).encode()).hexdigest()
         return self._key
 
@@ -243,7 +235,7 @@ class ImageFiles(ImageSet):
         return self._sample
 
     def take_key(self, key: str) -> None:
-        """Sets the `content_key`: of several processes one computes it for all."""
+        """Sets the `content_key`, which one of several processes computes for all."""
         self._key = key
 
     def changed(self, indices: Iterable[int]) -> list[int]:
@@ -263,7 +255,7 @@ class ImageFiles(ImageSet):
         return index
 
     def square_labels(self, labels: np.ndarray) -> torch.Tensor:
-        """A label map [height, width] as int64 [M, M]: nearest, cropped or stretched as validation images are."""
+        """A label map [height, width] as int64 [M, M], cropped or stretched as validation images are."""
         if self.crop == "stretch":
             return transforms.stretch_labels(labels, self.mask_size)
         return transforms.center_crop_labels(labels, self.mask_size)

@@ -1,4 +1,4 @@
-"""What a training step gets from the data: a batch of images, or of features that were cached of them."""
+"""The input of a training step: a batch of images, or of their cached features."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class Batch:
-    """B training images, or their cached frozen features. A pytree: `tree_map_only` reaches all of its tensors.
+    """B training images, or their cached frozen features; a pytree.
 
     images: uint8 [B, 3, S, S], None in a batch of features.
     indices: int64 [B], the images' indices in their set; flipped: bool [B], which of them are mirrored.

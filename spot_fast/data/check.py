@@ -1,4 +1,4 @@
-"""What a folder holds, whether it is whole and undamaged, and how to train on it: `python -m spot_fast.data check`."""
+"""`python -m spot_fast.data check`: what a folder holds, whether it is undamaged, and how to train on it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from types import MappingProxyType
 
 from tqdm import tqdm
 
@@ -26,8 +25,8 @@ _BATCH = 64  # files a thread takes at a time
 _FALLBACK = "folder"  # what no reader recognises
 
 
-def find(path: Path, options: Mapping[str, str | None] = MappingProxyType({}), *, decode: bool = False) -> Found:
-    """Recognises what is at `path` and lists what to inspect; UserError if it is no data set at all.
+def find(path: Path, options: Mapping[str, str | None], *, decode: bool) -> Found:
+    """Recognises the data set at `path` and lists what to inspect; UserError if it is none.
 
     options: values of the Config fields that some readers take, such as sbd.
     """
@@ -46,11 +45,10 @@ def find(path: Path, options: Mapping[str, str | None] = MappingProxyType({}), *
     return found
 
 
-def inspect(found: Found, *, jobs: int = 2, progress: bool | None = None) -> None:
-    """Runs the inspections on `jobs` threads and notes in each split what is bad."""
+def inspect(found: Found, *, jobs: int) -> None:
+    """Runs the inspections on `jobs` threads and adds what is bad to each split."""
     total = sum(len(split.inspections) for split in found.splits)
-    shown = None if progress is None else not progress
-    with tqdm(total=total, desc="check", leave=False, disable=shown) as bar:
+    with tqdm(total=total, desc="check", leave=False, disable=None) as bar:  # None: shown on a terminal only
         for split in found.splits:
             batches = (split.inspections[start : start + _BATCH] for start in range(0, len(split.inspections), _BATCH))
             with closing(read_ahead(_run, batches, depth=4 * jobs, workers=jobs, name="check")) as futures:
@@ -65,8 +63,8 @@ def _run(batch: Iterable[Inspection]) -> list[list[tuple[str, str]]]:
     return [inspection() for inspection in batch]
 
 
-def report(path: Path, found: Found, options: Mapping[str, str | None] = MappingProxyType({})) -> Iterator[str]:
-    """Lines for the user, at their end the command to train with if there is one; options: as for `find`."""
+def report(path: Path, found: Found, options: Mapping[str, str | None]) -> Iterator[str]:
+    """Lines for the user, at their end the command to train with if there is one."""
     sentence = verdict(found)
     yield f"{path}: {found.title}"
     for split in found.splits:
@@ -109,7 +107,7 @@ def bad_files(found: Found) -> dict[str, str]:
 
 
 def verdict(found: Found) -> str | None:
-    """Why one cannot train on it, in a sentence; None where one can."""
+    """Why it cannot be trained on, in a sentence; None if it can."""
     for split in found.splits:
         if split.trouble and split.name == "train":
             return split.trouble

@@ -1,7 +1,4 @@
-"""Which files of a data set `data check` inspects, and what is wrong with them.
-
-A file is inspected at both ends, or decoded whole on request (`decoding.damage`).
-"""
+"""The inspections of `data check`: files are read at both ends, or decoded whole on request (`decoding.damage`)."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from spot_fast.data.listing.search import counted
 from spot_fast.data.loading.loader import MAX_CORRUPT
 from spot_fast.errors import UserError
 
-# Inspects one image or clip: (file, what is wrong with it) of all that is wrong.
+# Inspects one image or clip and returns (file, reason) of all that is wrong.
 Inspection = Callable[[], list[tuple[str, str]]]
 
 
@@ -35,7 +32,7 @@ class Split:
 
     @property
     def usable(self) -> bool:
-        """Whether it can be opened and no more of it is damaged than the loader tolerates."""
+        """Whether it opens, with no more damage than the loader tolerates."""
         return not self.trouble and self.bad_inspections <= max(1.0, MAX_CORRUPT * len(self.inspections))
 
 
@@ -50,15 +47,13 @@ class Found:
 
 
 def summary(image_set: ImageSet) -> str:
-    """Numbers of images and of masks in words, such as "2 images, 4 mask files"."""
+    """Numbers in words, such as "2 images, 4 mask files"."""
     images = counted(len(image_set), "image")
     if not image_set.has_masks:
         return images
     if instances := getattr(image_set, "instances", None):
         return f"{images}, {counted(sum(map(instances.count, image_set.listed)), 'annotation')}"
-    files = 0
-    if isinstance(image_set, ImageFiles):
-        files = sum(len(image_set.mask_files(index)) for index in range(len(image_set)))
+    files = sum(len(image_set.mask_files(index)) for index in range(len(image_set)))
     return f"{images}, {counted(files, 'mask file') if files else 'masks'}"
 
 
@@ -71,7 +66,7 @@ def of_sets(
     summary: Callable[[ImageSet], str] = summary,
     remarks: Callable[[ImageSet], list[str]] = lambda image_set: [],
 ) -> Found:
-    """The data set whose splits "train" and "val" `open_split` opens; a UserError of it is the split's trouble."""
+    """The data set whose splits "train" and "val" `open_split` opens; its UserError becomes the split's trouble."""
     found = Found(title, preset, [], [])
     seen: set[Path] = set()
     for split in ("train", "val"):
@@ -96,7 +91,7 @@ def of_sets(
 
 
 def _inspect(image_set: ImageSet, index: int, image: bool, decode: bool) -> list[tuple[str, str]]:
-    """Inspects an image, unless that has been done, and its masks."""
+    """Inspects the masks of an image, and with `image` the image itself."""
     if isinstance(image_set, ImageFiles):
         name = str(image_set.paths[index])
         reason = file_damage(image_set.paths[index], decode=decode) if image else None
@@ -106,8 +101,7 @@ def _inspect(image_set: ImageSet, index: int, image: bool, decode: bool) -> list
     if not image_set.has_masks or reason == "missing":
         return bad
     try:
-        files = image_set.mask_files(index) if isinstance(image_set, ImageFiles) else []
-        masks = [(str(file), reason) for file in files if (reason := file_damage(file))]
+        masks = [(str(file), reason) for file in image_set.mask_files(index) if (reason := file_damage(file))]
         if decode and not bad and not masks:
             image_set.val_masks(index)
     except UserError as error:

@@ -1,7 +1,7 @@
 """Frozen features of every training image, computed once: in memory, on the device or on disk.
 
-It pays if an image has few outcomes: one without augmentation, two with mirroring. Row `index * outcomes + mirrored`
-holds an outcome. A run that reads the rows gets what it would have computed.
+An image has one outcome without augmentation, two with mirroring; row `index * outcomes + mirrored` holds one. A run
+that reads the rows gets what it would have computed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from spot_fast.data.base import ImageSet
 from spot_fast.data.batch import Batch
-from spot_fast.data.caching.rebuild import readable_again, refill, require_complete, require_unchanged
+from spot_fast.data.caching.rebuild import (
+    full_batches,
+    progress_bar,
+    readable_again,
+    refill,
+    require_complete,
+    require_unchanged,
+)
 from spot_fast.data.caching.store import Store, located
 from spot_fast.data.loading.loader import Loader
 from spot_fast.data.loading.prefetch import to_device
@@ -31,8 +37,8 @@ Function = Callable[[Tensor], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Field:
-    """One result of the function: its shape and dtype for an image; `key` names all that its values depend on besides
-    the images (weights, precision)."""
+    """One result of the function, with its shape for an image; `key` names all that its values depend on besides the
+    images (weights, precision)."""
 
     name: str
     shape: tuple[int, ...]
@@ -45,7 +51,7 @@ class Field:
 
 
 def outcomes(image_set: ImageSet) -> int:
-    """How many different training squares an image gives: 1, or 2 with mirroring; 0 = unlimited (random crops)."""
+    """Number of different training squares of an image: 1, or 2 with mirroring; 0 = unlimited (random crops)."""
     return 0 if image_set.random_crop else 1 + image_set.flip
 
 
@@ -69,10 +75,10 @@ def stores_of(image_set: ImageSet, fields: Sequence[Field], folder: Path) -> lis
 
 
 class FeatureCache:
-    """The function's results for every outcome, in rows as above.
+    """The function's results for every outcome.
 
-    tensors: one for each field, [rows, *shape], if held in memory; else rows are read from `stores`.
-    corrupt: label and reason of images without a row of their own, by index.
+    tensors: of each field, [rows, *shape], if held in memory; else rows are read from `stores`.
+    corrupt: label and reason of images without rows, by index.
     """
 
     def __init__(
@@ -93,7 +99,8 @@ class FeatureCache:
             rows = send(rows, self.tensors[0].device)
             return tuple(tensor.index_select(0, rows) for tensor in self.tensors)
         return tuple(
-            _typed(store.take(rows.numpy()), field) for store, field in zip(self.stores, self.fields, strict=True)
+            torch.from_numpy(store.take(rows.numpy())).view(field.dtype).view(-1, *field.shape)
+            for store, field in zip(self.stores, self.fields, strict=True)
         )
 
     def hold(self, device: torch.device) -> None:
@@ -113,7 +120,7 @@ class FeatureCache:
         return self._held_epoch(list(steps), device)
 
     def _held_epoch(self, steps: list[tuple[Tensor, Tensor, Tensor]], device: torch.device) -> Iterator[Batch]:
-        """Batches of rows that `device` holds. The row numbers of all steps are copied there at once."""
+        """Batches of rows that `device` holds; the row numbers of all steps are copied there at once."""
         if steps:
             all_rows = send(torch.cat([rows for _, _, rows in steps]), device).split(len(steps[0][-1]))
             for (indices, flipped, _), rows in zip(steps, all_rows, strict=True):
@@ -132,19 +139,15 @@ class FeatureCache:
             yield indices, flipped, indices * self.outcomes + (flipped if self.outcomes > 1 else 0)
 
 
-def _typed(rows: np.ndarray, field: Field) -> Tensor:
-    return torch.from_numpy(rows).view(field.dtype).view(-1, *field.shape)
-
-
 def in_memory(
     loader: Loader, function: Function, fields: Sequence[Field], device: torch.device, progress: bool | None = None
 ) -> FeatureCache:
-    """Runs `function` on every outcome of the loader's images and keeps the results on `device`."""
+    """Runs `function` on every outcome and keeps the results on `device`."""
     image_set = loader.image_set
     per_image, count = outcomes(image_set), len(image_set)
     held = [torch.zeros(count * per_image, *field.shape, dtype=field.dtype, device=device) for field in fields]
     corrupt: dict[int, tuple[str, str]] = {}
-    with _bar(count, 0, progress) as bar:
+    with progress_bar("features", count, 0, progress) as bar:
         for indices, good, results in _compute(loader, function, torch.arange(count)):
             for mirrored, fields_of in enumerate(results):
                 rows = (indices * per_image + mirrored)[good].to(device)
@@ -162,10 +165,10 @@ def build(
     progress: bool | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Completes `stores`, one for each field, with the results of `function` for the loader's images.
+    """Completes `stores`, one for each field; images that an earlier build could not read are tried again.
 
-    Images that an earlier build could not read are tried again. UserError if more are corrupt than the loader
-    tolerates, NotBuilt if a store cannot be written or images change meanwhile.
+    UserError if more are corrupt than the loader tolerates, NotBuilt if a store cannot be written or images change
+    meanwhile.
     """
     per_image, count = outcomes(loader.image_set), len(loader.image_set)
     if readable := readable_again(loader.image_set, sorted(_corrupt(stores, per_image))):
@@ -174,9 +177,9 @@ def build(
         writers = [stack.enter_context(store.building(say)) for store in stores]
         missing = [writer for writer in writers if writer is not None]
         if missing:
-            # Both outcomes of an image are written together, but a kill may have come between them.
+            # Stores advance together, but a kill may have left one ahead, or one outcome of an image unwritten.
             start = min(writer.written for writer in missing) // per_image
-            with _bar(count, start, progress) as bar:
+            with progress_bar("features", count, start, progress) as bar:
                 for indices, good, results in _compute(loader, function, torch.arange(start, count)):
                     require_unchanged(loader.image_set, indices.tolist())
                     _append(loader, writers, indices, good, results)
@@ -184,8 +187,7 @@ def build(
 
 
 def opened(loader: Loader, fields: Sequence[Field], stores: Sequence[Store]) -> FeatureCache:
-    """Reads from complete `stores`; UserError if one is incomplete, or more images were corrupt than the loader
-    tolerates."""
+    """The cache of complete `stores`; UserError if one is incomplete, or too many images were corrupt."""
     require_complete(stores)
     corrupt = _corrupt(stores, outcomes(loader.image_set))
     # Labels of today: the store's may be of another folder with the same images.
@@ -206,7 +208,7 @@ def _refill(
     for some, good, results in _compute(loader, function, torch.tensor(indices)):
         require_unchanged(loader.image_set, some.tolist())
         for field, store in enumerate(stores):
-            batches = [result[field].cpu().contiguous().view(torch.uint8).flatten(1).numpy() for result in results]
+            batches = [_bytes(result[field]) for result in results]
             rows = [
                 (index * per_image + mirrored, rows[position], 0, 0)
                 for mirrored, rows in enumerate(batches)
@@ -216,13 +218,17 @@ def _refill(
             refill(store, rows, say)
 
 
+def _bytes(rows: Tensor) -> np.ndarray:
+    return rows.cpu().contiguous().view(torch.uint8).flatten(1).numpy()
+
+
 def _append(loader: Loader, writers, indices: Tensor, good: Tensor, results: list[tuple[Tensor, ...]]) -> None:
     reasons = _reasons(loader, indices[~good].tolist())
     per_image = len(results)
     for field, writer in enumerate(writers):
         if writer is None:
             continue
-        batches = [result[field].cpu().contiguous().view(torch.uint8).flatten(1).numpy() for result in results]
+        batches = [_bytes(result[field]) for result in results]
         for position, index in enumerate(indices.tolist()):
             for mirrored, rows in enumerate(batches):
                 if index * per_image + mirrored >= writer.written:
@@ -238,27 +244,8 @@ def _reasons(loader: Loader, corrupt: list[int]) -> dict[int, tuple[str, str]]:
 def _compute(
     loader: Loader, function: Function, indices: Tensor
 ) -> Iterator[tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]]:
-    """(indices int64 [b], which of them could be read bool [b], results of each outcome) of the images `indices`.
-
-    `function` always gets a full batch (of several processes: a shard of one), because the last bits of its results
-    may depend on the batch size.
-    """
-    size = loader.batch_size // loader.world
-    wanted = list(indices.split(size))
-    full = [torch.cat([indices, indices[:1].expand(size - len(indices))]) for indices in wanted]
-    with closing(loader.batches_of(full)) as batches:
-        for indices, batch in zip(wanted, batches, strict=True):
-            squares = [batch.images, batch.images.flip(-1)][: outcomes(loader.image_set)]
-            results = [tuple(field[: len(indices)] for field in function(square)) for square in squares]
-            yield indices, batch.indices[: len(indices)] == indices, results
-
-
-def _bar(count: int, done: int, progress: bool | None) -> tqdm:
-    return tqdm(
-        total=count,
-        initial=done,
-        desc="features",
-        unit="image",
-        leave=False,
-        disable=None if progress is None else not progress,
-    )
+    """(indices int64 [b], which of them could be read bool [b], results of each outcome) of the images `indices`."""
+    with closing(full_batches(loader, indices)) as batches:
+        for part, good, images in batches:
+            squares = [images, images.flip(-1)][: outcomes(loader.image_set)]
+            yield part, good, [tuple(field[: len(part)] for field in function(square)) for square in squares]

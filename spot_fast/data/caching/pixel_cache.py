@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from spot_fast.data.base import ImageFiles, ImageSet, Masks
-from spot_fast.data.caching.rebuild import readable_again, refill, require_unchanged
+from spot_fast.data.caching.rebuild import full_batches, progress_bar, readable_again, refill, require_unchanged
 from spot_fast.data.caching.store import Store, Writer, located
 from spot_fast.data.loading.loader import Loader
 from spot_fast.data.loading.read_ahead import read_ahead
@@ -24,9 +23,9 @@ _SAMPLE = 64  # images from which the size of a cache for random crops is estima
 
 
 class CachedPixels(ImageSet):
-    """`image_set` with its training images from a store; everything else, validation included, is the set's own.
+    """`image_set` with training images from a store; all else, validation included, is the set's own.
 
-    images exists if all images are squares: indexed with int64 [B] it gives uint8 [B, 3, S, S].
+    images exists if they are squares: indexed with int64 [B] it gives uint8 [B, 3, S, S].
     """
 
     def __init__(self, image_set: ImageFiles, store: Store, device: torch.device | None = None) -> None:
@@ -67,7 +66,7 @@ class CachedPixels(ImageSet):
 
 
 class _Squares:
-    """All images of a store of squares, indexed by int64 [B]; held on `device` if given."""
+    """The images of a store of squares; held on `device` if given."""
 
     def __init__(self, store: Store, device: torch.device | None) -> None:
         self.store = store
@@ -108,10 +107,9 @@ def expected_bytes(image_set: ImageFiles) -> int:
 
 
 def build(loader: Loader, store: Store, *, progress: bool | None = None, say: Callable[[str], None] = print) -> None:
-    """Writes the images that `store` lacks, as `loader` decodes them; UserError if too many are corrupt.
+    """Writes the images that `store` lacks, or that an earlier build could not read, as `loader` decodes them.
 
-    Images that an earlier build could not read are tried again. NotBuilt if the store cannot be written or images
-    change meanwhile.
+    UserError if too many are corrupt, NotBuilt if the store cannot be written or images change meanwhile.
     """
     image_set = loader.image_set
     decode = _uncropped if image_set.random_crop else _squares
@@ -129,17 +127,7 @@ def build(loader: Loader, store: Store, *, progress: bool | None = None, say: Ca
             return
         loader.note_corrupt(dict(store.corrupt.values()))
         images = decode(loader, range(writer.written, store.count))
-        with (
-            tqdm(
-                total=store.count,
-                initial=writer.written,
-                desc="pixels",
-                unit="image",
-                leave=False,
-                disable=None if progress is None else not progress,
-            ) as bar,
-            closing(images),
-        ):
+        with progress_bar("pixels", store.count, writer.written, progress) as bar, closing(images):
             for index, image in enumerate(images, writer.written):
                 require_unchanged(image_set, [index])
                 _append(loader, writer, index, image)
@@ -156,14 +144,9 @@ def _append(loader: Loader, writer: Writer, index: int, image: Tensor | None) ->
 
 def _squares(loader: Loader, indices: Sequence[int]) -> Iterator[Tensor | None]:
     """The images `indices`, None for a corrupt one."""
-    size = loader.batch_size // loader.world
-    wanted = [part for part in torch.tensor(indices, dtype=torch.int64).split(size) if len(part)]
-    # Full batches: DALI's pipeline is built for one size.
-    full = [torch.cat([indices, indices[:1].expand(size - len(indices))]) for indices in wanted]
-    with closing(loader.batches_of(full)) as batches:
-        for indices, batch in zip(wanted, batches, strict=True):
-            good = (batch.indices[: len(indices)] == indices).tolist()
-            yield from (image if right else None for image, right in zip(batch.images.cpu(), good, strict=False))
+    with closing(full_batches(loader, torch.tensor(indices, dtype=torch.int64))) as batches:
+        for _, good, images in batches:
+            yield from (image if right else None for image, right in zip(images.cpu(), good.tolist(), strict=False))
 
 
 def _uncropped(loader: Loader, indices: Sequence[int]) -> Iterator[Tensor | None]:

@@ -1,7 +1,7 @@
-"""Decides what to cache of the training images between epochs and runs, and where: features, pixels or nothing.
+"""Decides what to cache of the training images, frozen features, decoded pixels or nothing, and where.
 
-Frozen features are best if an image has one outcome or two and their size allows; a random crop has unlimited
-outcomes, so decoded pixels are cached instead. Features live in the device's memory, in the machine's, or on disk.
+Features are best if an image has one outcome or two and their size allows; a random crop has unlimited outcomes, so
+pixels are cached instead. Features live in the device's memory, in the machine's, or on disk.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _DISK_MARGIN = 2**28  # left free in any case
 
 @dataclass(frozen=True)
 class Plan:
-    """kind: none, pixels or features. device: whose memory holds them, None if they are read from the folder `on_disk`
-    (None: not on disk). complete: already on disk. reason: the sentence for the user."""
+    """kind: none, pixels or features. reason: the sentence for the user. device: whose memory holds them, None if they
+    are read from the folder `on_disk`. complete: already on disk."""
 
     kind: str
     reason: str
@@ -38,9 +38,9 @@ class Plan:
 
 
 def folder_of(given: str | None) -> Path | None:
-    """--cache-dir, $SPOT_FAST_CACHE or ~/.cache/spot_fast, which need not exist yet; None without a home folder.
+    """--cache-dir, $SPOT_FAST_CACHE or ~/.cache/spot_fast, which need not exist; None without a home folder.
 
-    UserError for a --cache-dir that is no folder and cannot be made one.
+    UserError if --cache-dir is no folder and cannot be made.
     """
     named = os.environ.get("SPOT_FAST_CACHE") if given is None else given
     folder = expanded(named or "~/.cache/spot_fast")
@@ -87,11 +87,11 @@ def plan(
     decoder: str = "torch",
     processes: int = 1,
 ) -> Plan:
-    """Plans what to cache of `image_set` for so many epochs on `device`; mode is none, pixels, features or auto.
+    """Plans what to cache of `image_set`; mode is none, pixels, features or auto.
 
-    fields: the frozen features of an image; folder: of caches, None if there is none; decoder: the loader's;
-    processes: how many train together, each with a copy of what is held in memory. UserError if the requested mode is
-    impossible, or too large for memory and disk.
+    fields: the frozen features of an image; folder: of caches, if there is one; decoder: the loader's; processes: how
+    many train together, each with its own copy in memory. UserError if the requested mode is impossible, or too large
+    for memory and disk.
     """
     if mode == "none":
         return Plan("none", "nothing is cached: --cache none")
@@ -123,7 +123,8 @@ def _features(
 ) -> Plan:
     size = sum(field.nbytes for field in fields) * len(image_set) * outcomes(image_set)
     sides = ", mirrored and not" if outcomes(image_set) == 2 else ""
-    what = f"features of {len(image_set)} images{sides}, {text(size)} in {_dtype(fields)}"
+    dtype = str(fields[0].dtype).removeprefix("torch.")
+    what = f"features of {len(image_set)} images{sides}, {text(size)} in {dtype}"
     share = 1.0 if asked else _SHARE
 
     def fits(memory: torch.device) -> bool:
@@ -135,9 +136,8 @@ def _features(
     if not image_set.content_key():
         if holder is not None:
             copies = f", in each of {processes} processes" if processes > 1 else ""
-            return Plan(
-                "features", f"{what}, are cached{copies}: {text(free_bytes(holder))} free on {holder.type}", holder
-            )
+            where = f"{text(free_bytes(holder))} free on {holder.type}"
+            return Plan("features", f"{what}, are cached{copies}: {where}", holder)
         return _refuse(asked, f"{what}, do not fit the memory: {text(free_bytes(torch.device('cpu')))} are free")
     stores = [] if folder is None else stores_of(image_set, fields, folder)
     complete, built = _complete(stores), sum(store.nbytes for store in stores)
@@ -150,10 +150,8 @@ def _features(
             return Plan("features", f"{what}, {state} {folder}{rest}{held}", device if held else None, folder, complete)
         if asked or holder is not None:
             return Plan("features", f"{what}, {state} {folder}{rest}", None, folder, complete)
-        return Plan(
-            "none",
-            f"{what}, do not fit the memory, and to read them from disk takes longer than to compute them on a GPU",
-        )
+        why = "do not fit the memory, and to read them from disk takes longer than to compute them on a GPU"
+        return Plan("none", f"{what}, {why}")
     if holder is not None:
         return Plan("features", f"{what}, are cached on {holder.type} for this run alone: {_no_room(folder)}", holder)
     memory = text(free_bytes(torch.device("cpu")))
@@ -203,21 +201,12 @@ def _pixels(
         return Plan("none", f"{why}; {what}, are more than half of the {text(free)} that are free in {folder}")
     state = "are read from" if complete else "are built once in"
     held = device.type == "cuda" and not image_set.random_crop and size <= _SHARE * free_bytes(device)
-    return Plan(
-        "pixels",
-        f"{why}: {what}, {state} {folder}{' and held on the GPU' if held else ''}",
-        device if held else None,
-        folder,
-        complete,
-    )
+    reason = f"{why}: {what}, {state} {folder}{' and held on the GPU' if held else ''}"
+    return Plan("pixels", reason, device if held else None, folder, complete)
 
 
 def _complete(stores: Sequence[Store]) -> bool:
     return bool(stores) and all(store.complete for store in stores)
-
-
-def _dtype(fields: Sequence[Field]) -> str:
-    return str(fields[0].dtype).removeprefix("torch.")
 
 
 def text(size: float) -> str:
@@ -230,21 +219,18 @@ def text(size: float) -> str:
 
 
 def free_disk(folder: Path) -> int:
-    """Bytes that can be written below `folder`, which need not exist yet; 0 if it is not writable."""
+    """Bytes free below `folder`, which need not exist yet; 0 if it is not writable."""
     return shutil.disk_usage(_existing(folder)).free if _can_be_written(folder) else 0
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated on `device`, within the control group's limit on a CPU."""
+    """Free memory of `device`, on a CPU within the control group's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = [_read_number("/proc/meminfo", "MemAvailable:") * 1024]
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        most = _read_number(f"/sys/fs/cgroup/{limit}")
-        if most:
+    versions = ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
+    for limit, used in versions:  # of control groups
+        if most := _read_number(f"/sys/fs/cgroup/{limit}"):
             free.append(max(0, most - _read_number(f"/sys/fs/cgroup/{used}")))
     return min(value for value in free if value) if any(free) else 0
 

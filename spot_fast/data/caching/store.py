@@ -7,9 +7,9 @@ A store is a folder:
     index.bin     for each row its offset, length, height, width, CRC-32 and whether the image was corrupt
     corrupt.json  label and reason of corrupt images, by row
 
-A row counts once its line is in the index, which is written after the row itself: a build that follows a killed one
-continues after the last counted row. One process builds at a time, others wait for it. Reading a complete store needs
-no write permission. If another user's store can be neither read nor completed, a user gets an own store beside it.
+A row counts once its line is in the index, which is written after the row: a build continues where a killed one
+stopped. One process builds at a time, others wait. Reading a complete store needs no write permission. If another
+user's store can be neither read nor completed, a user gets an own store beside it.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _CHECK_ON_RESUME = 64  # last rows whose checksums are compared before a build c
 
 
 class NotBuilt(UserError):
-    """A cache cannot be completed; a run that did not request it continues without one."""
+    """A cache cannot be written or completed; a run that did not request it continues without one."""
 
 
 class Store:
-    """`count` rows in `folder`, written by `building`; `about` describes them. Only a complete store can be read.
+    """`count` rows in `folder`, which `about` describes; they can be read when all are written (`building`).
 
     instead_of: another user's unusable store of the same rows.
     """
@@ -82,7 +82,7 @@ class Store:
                 reasons = {int(row): (label, reason) for row, (label, reason) in words.items()}
             except (ValueError, TypeError, AttributeError):
                 raise self._damaged("corrupt.json cannot be read") from None
-        # Label and reason by row. The index decides which rows: a kill may have prevented corrupt.json.
+        # The index decides which rows are corrupt: a kill may have prevented corrupt.json.
         self.corrupt = {
             row: reasons.get(row, (f"row {row}", "it could not be read"))
             for row in np.flatnonzero(self.lines["corrupt"]).tolist()
@@ -94,7 +94,7 @@ class Store:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows written so far."""
+        """Size of the written rows."""
         return int((self.lines["offset"] + self.lines["size"]).max()) if self.written else 0
 
     def can_be_built(self) -> bool:
@@ -104,18 +104,12 @@ class Store:
         if self._unreadable is not None:
             return False
         files = [file for file in (self._rows, self._index) if os.path.lexists(file)]
-        return (
-            os.access(self.folder, os.W_OK | os.X_OK)
-            and all(os.access(file, os.W_OK) for file in files)
-            or _is_locked(self.folder)
-        )
+        writable = os.access(self.folder, os.W_OK | os.X_OK) and all(os.access(file, os.W_OK) for file in files)
+        return writable or _is_locked(self.folder)
 
     @contextmanager
     def building(self, say: Callable[[str], None] = print) -> Iterator[Writer | None]:
-        """A writer for the missing rows, None if there are none; waits while another process builds.
-
-        NotBuilt if the store cannot be written.
-        """
+        """A writer for the missing rows, None if there are none; waits while another process builds."""
         if self.complete:
             yield None
             return
@@ -161,7 +155,7 @@ class Store:
     def refill(self, rows: Iterable[tuple[int, np.ndarray, int, int]], say: Callable[[str], None] = print) -> None:
         """Replaces the rows of corrupt images by (row, data, height, width).
 
-        Processes that have the complete store open continue without them. NotBuilt if the store cannot be written.
+        Processes that have the complete store open continue without them.
         """
         with self._locked(say):
             try:
@@ -204,10 +198,9 @@ class Store:
         )
 
     def _drop_damaged_end(self) -> None:
-        """Drops last rows that a power failure has kept from the disk."""
+        """Drops the last rows if a power failure kept them from the disk."""
         kept = self.written
-        present = self._rows.stat().st_size if self._rows.is_file() else 0
-        with open(self._rows, "rb") if present else open(os.devnull, "rb") as file:
+        with open(self._rows if self._rows.is_file() else os.devnull, "rb") as file:
             for row in range(self.written - 1, max(-1, self.written - 1 - _CHECK_ON_RESUME), -1):
                 line = self.lines[row]
                 file.seek(int(line["offset"]))
@@ -245,7 +238,7 @@ class Store:
 
 
 class _Unmapped:
-    """The bytes of a file by slices, for file systems without memory mapping."""
+    """The bytes of a file, for file systems without memory mapping."""
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "rb", buffering=0)
@@ -271,7 +264,7 @@ def _mapped(path: Path) -> np.ndarray | _Unmapped:
 
 
 def located(folder: Path, name: str, count: int, about: dict[str, object]) -> Store:
-    """The store `name` below `folder`; this user's own where another user's cannot be read or completed."""
+    """The store `name` below `folder`, or this user's own if another user's cannot be read or completed."""
     shared = folder / name
     try:
         store = Store(shared, count, about)
@@ -285,7 +278,7 @@ def located(folder: Path, name: str, count: int, about: dict[str, object]) -> St
 
 @dataclass(frozen=True)
 class Cached:
-    """A store on disk: its rows in words, its size, the day it was last written, whether it is complete."""
+    """A store on disk: what its rows are, its size, and the day it was last written."""
 
     folder: Path
     what: str
@@ -357,7 +350,7 @@ def _is_locked(folder: Path) -> bool:
 
 
 class Writer:
-    """Appends rows to an incomplete store; when it is closed, they are on the disk."""
+    """Appends rows to an incomplete store; closing it waits until they are on the disk."""
 
     def __init__(self, store: Store) -> None:
         self._store, self._end = store, store.nbytes

@@ -1,7 +1,6 @@
 """COCO 2017 as it is distributed: annotations/instances_*.json beside the image folders.
 
-`masks.instances` draws the label maps. Classes are numbered from 1 to 80 by position in the list of COCO's category
-ids. A set in COCO's layout with other categories has its own classes, numbered by position in its list.
+Classes are numbered from 1 by position in the list of categories: COCO's 80, or those of another set in its layout.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ class Coco(ImageFiles):
     """One split ("train" or "val") of COCO under `root`; the image folders may also lie in `root`/images.
 
     Images are in the order of the annotation file, at most `limit` of them (0 = all). Only "val" has masks. Training
-    takes images as they are stored, evaluation in the orientation that has the size in the annotation file.
-    geometry: options of ImageFiles.
+    takes images as stored, evaluation in the orientation of the annotated size. geometry: options of ImageFiles.
     """
 
     has_classes = True
@@ -66,7 +64,7 @@ class Coco(ImageFiles):
         return Masks(*(self.square_labels(labels) for labels in self.full_masks(index)))
 
     def full_labels(self, index: int, *, crowd: bool) -> FullLabels:
-        """As `full_masks`, for protocols other than SPOT's. crowd: draw crowd regions as instances, or not at all."""
+        """For protocols other than SPOT's. crowd: draw crowd regions as instances, or not at all."""
         self.fitting(index, self.drawn_size(index), self.instances.path)
         return self.instances.full_labels(self.listed[index], crowd=crowd)
 

@@ -1,23 +1,23 @@
 """Any folder of images, or any list of image files, with or without masks.
 
-Splits: train/ and val/ (or validation/, valid/) in the folder or in its images/ are training and validation images;
-without both, the folder or list serves as both. Masks are searched in this order:
+The splits are train/ and val/ (or validation/, valid/) in the folder or in its images/; without both, the folder or
+list serves as both. Masks are searched in this order:
 
 - a COCO instances file: a .json with "images", "annotations" and segmentations in the validation folder, the folder
-  itself or its annotations/. The images are those it lists; names are relative to its own folder, the validation
-  folder, the folder or its images/. Classes are numbered from 1 in the order of its categories.
+  itself or its annotations/. It lists the images, by names relative to its own folder, the validation folder, the
+  folder or its images/. Classes are numbered from 1 in the order of its categories.
 - an indexed PNG for an image, palette or grey, whose values are instances and 0 background: photo_mask.png beside
   photo.jpg, or masks/…/photo.png for images/…/photo.jpg. In a palette PNG 255 is a rim, as in VOC, and background.
   TIFF, GIF and BMP work too, PNG is preferred. These names may be in upper case.
 
-If some images have masks, those are the validation images. Masks never count as images. Training reads no masks.
-`listing` decides what else of a folder is an image, and how lists are read.
+If some images have masks, those are the validation images. Masks never count as images. Training reads none.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,10 @@ Sources = str | Path | Iterable[str | Path]
 
 
 class Folder(ImageFiles):
-    """Images of folders or files, cropped like COCO's; `limit` 0 = all. Turned upright by EXIF unless masks are not.
+    """Images of folders or files, at most `limit` (0 = all), turned upright by EXIF unless masks are not.
 
-    split: "train" or "val"; None for all images, without masks. A file among `sources` is an image; a single source
-    that is no image by its name is a text file that lists images, one a line, relative to its folder. geometry:
-    options of ImageFiles.
+    A file among `sources` is an image; a single one that is no image by its name lists images, one a line, relative to
+    its folder. split: "train" or "val"; None for all images, without masks. geometry: options of ImageFiles.
     """
 
     def __init__(self, sources: Sources, split: str | None = None, *, limit: int = 0, **geometry: Any) -> None:
@@ -88,8 +87,8 @@ class Folder(ImageFiles):
 
     def _with_masks(self, paths: list[Path], root: Path | None) -> list[Path]:
         """Those of `paths` that have masks; all if none has."""
-        masks_of: dict[Path, list[dict[str, Path]]] = {}
-        with_masks = [(path, mask) for path in paths if (mask := _mask_of(path, root, masks_of))]
+        masks_for = cache(partial(_masks_for, root=root))
+        with_masks = [(path, mask) for path in paths if (mask := _mask_of(path, masks_for(path.parent)))]
         self.masks = [mask for _, mask in with_masks]
         return [path for path, _ in with_masks] or paths
 
@@ -124,10 +123,10 @@ class Folder(ImageFiles):
 
 
 def list_images(sources: Sources) -> list[Path]:
-    """Image files of folders (recursively, by extension, sorted) and files (as they are, whatever their name).
+    """Image files of folders (recursively, by extension, sorted) and files (whatever their name).
 
-    Hidden files and folders, masks of images and label maps in folders are left out. UserError names a source that
-    does not exist or a folder without images.
+    Hidden files, masks and label maps in folders are left out. UserError names a source that does not exist or a
+    folder without images.
     """
     return list_noted(sources)[0]
 
@@ -143,11 +142,8 @@ def list_noted(sources: Sources) -> tuple[list[Path], list[str]]:
             inside = list_folder(source)
             paths, inside.labels = without_labels(_without_masks(inside.paths, source), source)
             if not paths:
-                left_out = "; ".join(inside.notes())
-                raise UserError(
-                    f"{source} has no images (.jpg, .png, .webp and others) in it"
-                    + (f": {left_out}" if left_out else "")
-                )
+                left_out = f": {'; '.join(inside.notes())}" if inside.notes() else ""
+                raise UserError(f"{source} has no images (.jpg, .png, .webp and others) in it{left_out}")
             found += paths
             notes += inside.notes()
         elif located(source).exists():
@@ -170,7 +166,7 @@ def _without_masks(paths: list[Path], root: Path) -> list[Path]:
 
 
 def _in_masks(folder: Path, root: Path) -> bool:
-    """Whether `folder` is, or is inside, a folder masks/ under `root` that has images/ beside it."""
+    """Whether `folder` is in, or is, a folder masks/ under `root` with images/ beside it."""
     parts = folder.relative_to(root).parts
     return any(
         part.lower() == "masks" and _folders(root.joinpath(*parts[:i]), "images") for i, part in enumerate(parts)
@@ -188,22 +184,16 @@ def _folders(base: Path, name: str) -> list[Path]:
         return []
 
 
-def _mask_of(path: Path, root: Path | None, masks_of: dict[Path, list[dict[str, Path]]]) -> Path | None:
-    """The mask file of an image. masks_of: `_masks_for` by folder, filled as folders occur."""
-    folder = path.parent
-    if folder not in masks_of:
-        masks_of[folder] = _masks_for(folder, root)
-    beside, *apart = masks_of[folder]
+def _mask_of(path: Path, masks: list[dict[str, Path]]) -> Path | None:
+    """The mask file of an image; masks: `_masks_for` its folder."""
+    beside, *apart = masks
     stem = composed(path.stem)
     found = [beside.get(stem + MASK), *(masks.get(stem) or masks.get(stem + MASK) for masks in apart)]
     return next(filter(None, found), None)
 
 
 def _masks_for(folder: Path, root: Path | None) -> list[dict[str, Path]]:
-    """Masks by name in the folder itself, then in the folders masks/ beside an images/ in its path.
-
-    images/ counts below `root` (None: anywhere in the path).
-    """
+    """Masks by name in the folder itself, then in the folders masks/ beside an images/ in its path (below `root`)."""
     parts, folders = folder.parts, [folder]
     for i in reversed(range(len(root.parts) if root else 0, len(parts))):
         if parts[i].lower() == "images":
@@ -212,7 +202,7 @@ def _masks_for(folder: Path, root: Path | None) -> list[dict[str, Path]]:
 
 
 def _split_folder(root: Path, split: str | None) -> Path:
-    """The folder of a split: `root` itself if it has no training and validation folders."""
+    """The folder of a split: `root` itself unless it has folders for both."""
     for base in (root, root / "images") if split else ():
         validation = next((base / name for name in _VALIDATION if (base / name).is_dir()), None)
         if validation and (base / "train").is_dir():
@@ -224,7 +214,7 @@ def _instances_file(folder: Path, root: Path) -> Path | None:
     """The COCO instances file for the validation images in `folder`; UserError if there are several."""
     for candidate in dict.fromkeys([folder, root, root / "annotations"]):
         images = {path.stem for path in candidate.glob("*") if path.suffix.lower() in extensions()}
-        # Annotation tools write a file for each image, with the image in it: reading those would take minutes.
+        # Annotation tools write a file for each image, with the image in it: reading all would take minutes.
         files = [
             file for file in sorted(candidate.glob("*.json")) if file.stem not in images and is_instances_file(file)
         ]
@@ -241,8 +231,8 @@ def _instances_file(folder: Path, root: Path) -> Path | None:
 
 def _locate(name: str, folder: Path, others: Iterable[Path]) -> Path:
     """The file `name` in `folder` or one of the others; in `folder` if none has it."""
-    found = (located(base / name) for base in (folder, *others))
-    return next(filter(os.path.isfile, found), folder / name)
+    candidates = (located(base / name) for base in (folder, *others))
+    return next(filter(os.path.isfile, candidates), folder / name)
 
 
 def is_list(source: Path) -> bool:

@@ -1,8 +1,8 @@
 """MOVi-C and MOVi-E as PNG clips: train/<clip>/NNNNNNNN_image.png, validation/<clip>/ with NNNNNNNN_mask_MM.png too.
 
 Frames are stretched to the square, bicubically (SPOT, section 6). Evaluation uses every frame of a clip, training nine
-random ones, the same nine for every seed of a run, so that both stages see the same images. Mask 00 is the background;
-there are no classes. `movi_tfrecord` reads the same clips from the release itself.
+random ones, the same for every seed, so that both stages see the same images. Mask 00 is the background; there are no
+classes. `movi_tfrecord` reads the same clips from the release.
 """
 
 from __future__ import annotations
@@ -79,20 +79,16 @@ class Movi(ImageFiles):
                     f"{file} is {mask.shape[1]} x {mask.shape[0]}, the frame's other masks are "
                     f"{instances.shape[1]} x {instances.shape[0]}"
                 )
-            instances[mask] = _number(file)
+            digits = file.stem.rpartition("_")[2]
+            if not digits.isdigit():
+                raise UserError(f"{file} is not named *_mask_NN.png with a number NN")
+            instances[mask] = int(digits)
         self.fitting(index, instances.shape[::-1], file)
         return Masks(self.square_labels(instances))
 
 
-def _number(file: Path) -> int:
-    digits = file.stem.rpartition("_")[2]
-    if not digits.isdigit():
-        raise UserError(f"{file} is not named *_mask_NN.png with a number NN")
-    return int(digits)
-
-
 def draw_frames(clip: str, frames: Sequence[T], count: int) -> list[T]:
-    """`count` random frames of a clip in order; the draw depends only on the clip's name and the number of frames."""
+    """`count` random frames in order; the draw depends only on the clip's name and its number of frames."""
     rng = np.random.default_rng(zlib.crc32(clip.encode()))
     chosen = rng.choice(len(frames), min(count, len(frames)), replace=False) if frames else []
     return [frames[i] for i in sorted(chosen)]

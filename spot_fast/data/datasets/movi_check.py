@@ -1,4 +1,4 @@
-"""How `data check` recognises MOVi and inspects its clips: PNG files, or shards with all of their checksums."""
+"""Recognises MOVi for `data check` and inspects its clips: PNG files, or shards with all of their checksums."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _UNKNOWN = "the files do not tell MOVi-C from MOVi-E: take the preset, movi_c or
 
 
 def recognised(path: Path) -> str | None:
-    """The preset, movi_c or movi_e, of the clips at `path`; None if it holds none."""
+    """The preset of the clips at `path`; None if it holds none."""
     if _has_png_clips(path):
         names = {part.lower() for part in path.absolute().parts}
         return "movi_e" if names & {"movi_e", "movi-e", "e"} else "movi_c"
@@ -25,7 +25,7 @@ def recognised(path: Path) -> str | None:
 
 
 def inspect(path: Path, decode: bool, name: str) -> Found:
-    """What `path` holds of the preset `name`, to be inspected. All frames count, training draws nine of each clip."""
+    """The clips at `path` to inspect, with all frames, of which training draws nine."""
     if _has_png_clips(path):
         clips = partial(movi.Movi, path, frames_per_clip=_ALL_FRAMES)
         found = of_sets("MOVi as PNG clips", name, clips, decode, summary=_png_summary)
@@ -42,7 +42,7 @@ def _has_png_clips(path: Path) -> bool:
 
 def _release(path: Path) -> str | None:
     """The name of the first release whose shards lie under `path`, those of training first."""
-    releases = movi_tfrecord.all_releases(path)
+    releases = movi_tfrecord.releases(path)
     return next((name for split in movi.SPLITS.values() for _, name, _ in releases[split]), None)
 
 
@@ -84,23 +84,17 @@ def _shards(path: Path, split: str, release: str, decode: bool) -> Split:
 
 
 def _inspect_record(record: tfrecord.Record, features: list[str], decode: bool) -> list[tuple[str, str]]:
+    troubles = []
     try:
-        troubles = _troubles(record, features, decode)
+        data, example = tfrecord.verified(record), tfrecord.Example(record)
+        for feature in features:
+            frames = example.bytes_list(feature)
+            if not frames:
+                troubles.append(f'no feature "{feature}"')
+            for number, (offset, length) in enumerate(frames):
+                start = offset - record.offset
+                if damage := data_damage(record.path, data[start : start + length], decode=decode):
+                    troubles.append(f"{feature} {number}: {damage}")
     except UserError as error:
         troubles = [str(error).removeprefix(f"{record} ")]
     return [(str(record), "; ".join(troubles))] if troubles else []
-
-
-def _troubles(record: tfrecord.Record, features: list[str], decode: bool) -> list[str]:
-    data = tfrecord.verified(record)
-    example = tfrecord.Example(record)
-    troubles = []
-    for feature in features:
-        frames = example.bytes_list(feature)
-        if not frames:
-            troubles.append(f'no feature "{feature}"')
-        for number, (offset, length) in enumerate(frames):
-            start = offset - record.offset
-            damage = data_damage(record.path, data[start : start + length], decode=decode)
-            troubles += [f"{feature} {number}: {damage}"] if damage else []
-    return troubles

@@ -1,9 +1,9 @@
 """MOVi-C and MOVi-E as they are released: TFRecord shards such as movi_c-train.tfrecord-00000-of-01024.
 
 A record is a clip. Its feature "video" is a list of encoded RGB frames, "segmentations" a list of encoded maps of
-instance numbers, 0 for the background (Kubric, challenges/movi). Clips are named by their running number in the split,
-00000000 and so on, in the order in which TensorFlow Datasets reads them unshuffled: that names the folders of a
-conversion to PNG clips, so both give the same images and the same nine frames a clip (`movi.draw_frames`).
+instance numbers, 0 for the background (Kubric, challenges/movi). Clips are numbered in the order in which TensorFlow
+Datasets reads them unshuffled: conversions to PNG clips name their folders so, 00000000 and so on, and both give the
+same nine frames a clip (`movi.draw_frames`).
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ class MoviRecords(ImageFiles):
     """One split ("train" or "val") of the shards under `root`, as `movi.Movi` gives it.
 
     release: which set to take if `root` holds several, such as "movi_c". Opening reads the headers of the records that
-    `limit` frames need (0 = all). All clips have as many frames as the first. UserError names a shard that is missing,
-    cut off or damaged, CorruptImage a record.
+    `limit` frames need (0 = all). UserError names a shard that is missing, cut off or damaged, CorruptImage a record.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class MoviRecords(ImageFiles):
         count = 0
         for clip, record in enumerate(read_order(map(shard_records, self.shards))):
             self.records.append(record)
-            count = count or len(self._offsets_of(clip, VIDEO))
+            count = count or len(self._offsets_of(clip, VIDEO))  # all clips have as many frames as the first
             every = list(range(count))
             drawn = every if self.has_masks else movi.draw_frames(_clip_name(clip), every, frames_per_clip)
             self.frames += [(clip, frame) for frame in drawn]
@@ -83,13 +82,9 @@ class MoviRecords(ImageFiles):
         if not self.has_masks:
             raise UserError(f"{self.name} is read without masks: evaluate on the validation clips")
         source = self.paths[index].with_suffix(f".{MASKS}")
-        labels = open_labels(source, self.encoded_masks(index))
+        labels = open_labels(source, self._stored(index, MASKS))
         self.fitting(index, labels.shape[::-1], source)
         return Masks(self.square_labels(labels))
-
-    def encoded_masks(self, index: int) -> bytes:
-        """The stored map of instance numbers of the image."""
-        return self._stored(index, MASKS)
 
     def sources(self) -> list[Path]:
         return list(self._shard_indices)
@@ -107,7 +102,7 @@ class MoviRecords(ImageFiles):
         return tfrecord.read(self.records[clip], *offsets[frame])
 
     def _offsets_of(self, clip: int, feature: str) -> list[tuple[int, int]]:
-        """(offset, length) of each frame of a clip; kept, so that later images of the clip cost one read each."""
+        """(offset, length) of each frame of a clip, kept for its later images."""
         offsets = self._offsets.get((clip, feature))
         if offsets is None:
             offsets = tfrecord.Example(self.records[clip]).bytes_list(feature)
@@ -121,18 +116,18 @@ def open_clips(root: str | Path, split: str, *, release: str = "", **options: An
     """Opens one split of MOVi under `root`: PNG clips if there are any, else TFRecord shards."""
     if (Path(root) / movi.SPLITS[split]).is_dir():  # a listing of its millions of files would take minutes
         return movi.Movi(root, split, **options)
-    if not releases(Path(root), movi.SPLITS[split]):
+    if not releases(Path(root))[movi.SPLITS[split]]:
         refuse_other_formats(Path(root))
         return movi.Movi(root, split, **options)  # its error names what is missing
     return MoviRecords(root, split, release=release, **options)
 
 
 def find_shards(root: Path, split: str, release: str = "") -> list[Path]:
-    """Paths of all shards of a split ("train" or "validation") under `root`, in order, existing or not.
+    """All shards of a split ("train" or "validation") under `root`, in order, existing or not.
 
     UserError if there are none, or several sets between which `release` does not decide.
     """
-    found = releases(root, split)
+    found = releases(root)[split]
     if not found:
         refuse_other_formats(root)
         raise UserError(f"--data {root} has no {split} shards: MOVi needs {movi.EXPECTED}")
@@ -146,13 +141,8 @@ def find_shards(root: Path, split: str, release: str = "") -> list[Path]:
     return [folder / f"{name}-{split}.tfrecord-{number:05d}-of-{count}" for number in range(int(count))]
 
 
-def releases(root: Path, split: str) -> list[tuple[Path, str, str]]:
-    """(folder, name such as "movi_c", number of shards as written) of the sets under `root` with a shard of `split`."""
-    return all_releases(root)[split]
-
-
-def all_releases(root: Path) -> dict[str, list[tuple[Path, str, str]]]:
-    """`releases` of each split ("train" and "validation"): the tree is searched once."""
+def releases(root: Path) -> dict[str, list[tuple[Path, str, str]]]:
+    """(folder, name such as "movi_c", number of shards as written) of the sets under `root`, by split."""
     found: dict[str, dict[tuple[Path, str, str], None]] = {split: {} for split in movi.SPLITS.values()}
     for folder, file in _files(root):
         if shard := _SHARD.fullmatch(file):
@@ -178,8 +168,7 @@ def refuse_other_formats(root: Path) -> None:
             convert = f"tfds convert_format --dataset_dir={folder} --out_file_format=tfrecord --out_dir=OTHER_DIR"
             raise UserError(
                 f"{folder} holds {shard['format']} ({file}), which is not read: convert it with {convert}, "
-                "download MOVi as it is released, or prepare it with tfds.builder(NAME, "
-                'file_format="tfrecord")'
+                'download MOVi as it is released, or prepare it with tfds.builder(NAME, file_format="tfrecord")'
             )
 
 

@@ -1,12 +1,11 @@
-"""Generated images: several textured objects on a textured ground, with exact masks. The data set that needs no data.
+"""Generated images: textured objects on a textured ground, with exact masks. The data set that needs no data.
 
-An image is a pure function of (seed, index): every random number is a hash of the seed, the index and a counter, so
-images are the same whatever the batch they are drawn in, on any machine up to one grey level. Training images have
-even hash keys and validation images odd ones, so the two never share an image.
+An image is a pure function of (seed, index): every random number is a hash of seed, index and a counter, so images
+are the same in any batch, and on any machine up to one grey level. Training images have even hash keys and validation
+images odd ones, so the two never share an image.
 
-Candidate objects are placed one after another, each in front of the earlier ones; a candidate stays if its size is in
-range and it hides at most `MAX_HIDDEN` of every object behind it. Outlines are radius tables r(angle), one per class.
-Colours are evaluated once per pixel, from the parameters of the object that owns the pixel.
+Candidate objects are placed one in front of the other; one stays if it is large enough and hides at most `MAX_HIDDEN`
+of every object behind it. Outlines are radius tables r(angle), one per class.
 """
 
 from __future__ import annotations
@@ -23,11 +22,9 @@ MIN_OBJECTS, MAX_OBJECTS = 2, 5
 MIN_AREA = 0.05  # visible part of an object, as a fraction of the image
 MAX_HIDDEN = 0.4  # of an object, by the objects in front of it
 RADIUS = (0.17, 0.36)  # of the outline's bounding circle, in image sides
-TRIES = 14  # candidates an image gets before it is taken with what it has, once it has MIN_OBJECTS
+TRIES = 14  # candidates of an image before MIN_OBJECTS are enough
 _CHUNK = 64
-
-# Draws of a layer, in this order; each is uniform in [0, 1).
-_LAYER_DRAWS = 20
+_LAYER_DRAWS = 20  # uniform draws of an object, or of the ground
 
 
 def _uniform(seed: int, index: np.ndarray, stream: int, count: int) -> np.ndarray:
@@ -84,11 +81,8 @@ def _texture_value(kind: np.ndarray, u: np.ndarray, v: np.ndarray, warp: np.ndar
 
 
 def draw_scenes(seed: int, index: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Images by their indices.
-
-    index [n] int64 → images uint8 [n, size, size, 3], instances uint8 [n, size, size] (0 = ground, 1… by depth, back to
-    front) and classes uint8 [n, size, size] (0 = ground, else 1 + index in `CLASSES`).
-    """
+    """index int64 [n] → images uint8 [n, size, size, 3]; instances uint8 [n, size, size], 0 = ground, others from
+    back to front; and classes uint8 [n, size, size], 0 = ground, else 1 + index in `CLASSES`."""
     index = np.asarray(index, dtype=np.int64)
     parts = [_draw_chunk(seed, index[i : i + _CHUNK], size) for i in range(0, len(index), _CHUNK)]
     if not parts:
@@ -156,7 +150,7 @@ def _paint(draws: np.ndarray, owner: np.ndarray, size: int) -> np.ndarray:
     """Colours [n, size², 3] in [0, 1] of the pixels whose object (row of draws) is `owner` [n, size²]."""
     n, pixels = owner.shape
     first = draws[:, 5:8]
-    # The second colour lies at a distance from the first, so that a pattern is visible but one object stays one.
+    # The second colour is near the first, so that a pattern is visible but one object stays one.
     second = np.clip(first + (draws[:, 8:11] - 0.5) * 0.8, 0, 1)
     angle = np.pi * draws[:, 11]
     period = (0.07 + 0.13 * draws[:, 12]) * (1 + 0.6 * (np.arange(len(draws)) % (MAX_OBJECTS + 1) == 0))
@@ -184,14 +178,7 @@ class Scenes(ImageSet):
     has_classes = True
 
     def __init__(
-        self,
-        count: int,
-        split: str,
-        *,
-        size: int = 64,
-        mask_size: int | None = None,
-        seed: int = 0,
-        flip: bool = False,
+        self, count: int, split: str, *, size: int = 64, mask_size: int | None = None, seed: int = 0, flip: bool = False
     ) -> None:
         if split not in ("train", "val"):
             raise ValueError(f"split is {split!r}: use 'train' or 'val'")
@@ -227,8 +214,5 @@ class Scenes(ImageSet):
 def open_scenes(
     data: str | None, split: str, *, image_size: int, mask_size: int, crop: str, flip: bool, limit: int
 ) -> Scenes:
-    """`limit` scenes, as `data.open_set` asks for them; they are neither read from `data` nor cropped.
-
-    The run's seed does not change them: they are a data set, not a draw.
-    """
+    """`limit` scenes, whatever `data`, `crop` and the run's seed are: they are a data set, not a draw."""
     return Scenes(limit, split, size=image_size, mask_size=mask_size, flip=flip)

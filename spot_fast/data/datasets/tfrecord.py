@@ -2,14 +2,15 @@
 
 A record is its length (uint64), the masked CRC-32C of those eight bytes, the data, and the masked CRC-32C of the
 data; numbers are little-endian. An Example is the protobuf message {1: Features}, Features the map
-{1: {1: name, 2: Feature}}, and a Feature is one of {1: list of bytes}, {2: list of float}, {3: list of int64}. Values
-are read on demand: an image in a record of megabytes costs its own bytes and a few headers.
+{1: {1: name, 2: Feature}}, and a Feature is one of {1: list of bytes}, {2: list of float}, {3: list of int64}. Only
+lists of bytes are read here, on demand: an image in a record of megabytes costs its own bytes and a few headers.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,17 +23,14 @@ _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5  # wire types
 
 
 def masked_crc32c(data: bytes) -> int:
-    """The CRC-32C as TFRecord stores it: rotated right by 15 bits, plus a constant.
-
-    The cache's rows have the other CRC-32, zlib's.
-    """
+    """The CRC-32C (not zlib's CRC-32) as TFRecord stores it: rotated right by 15 bits, plus a constant."""
     crc = required("crc32c", "reading TFRecord files", "crc32c").crc32c(data)
     return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
 class Record:
-    """Position of a record's data: `length` bytes from `offset` in `path`; `number` counts from 0 in the file."""
+    """Position of a record's data in its file; `number` counts from 0."""
 
     path: Path
     number: int
@@ -44,10 +42,7 @@ class Record:
 
 
 def records(path: Path) -> Iterator[Record]:
-    """The file's records in order; reads only their headers.
-
-    UserError names the file and the record if the file is cut off or the length does not match its checksum.
-    """
+    """The file's records in order; reads only their headers. UserError if it is cut off or a header is damaged."""
     try:
         with open(path, "rb", buffering=0) as file:
             size, start, number = os.fstat(file.fileno()).st_size, 0, 0
@@ -70,14 +65,8 @@ def records(path: Path) -> Iterator[Record]:
 
 def read(record: Record, offset: int, length: int) -> bytes:
     """Reads `length` bytes of the record's file; CorruptImage if that fails."""
-    try:
-        with open(record.path, "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), length, offset)
-    except OSError as error:
-        raise CorruptImage(f"{record} cannot be read: {error.strerror or error}") from None
-    if len(data) < length:
-        raise CorruptImage(f"{record} is cut off: download the file again")
-    return data
+    with _opened(record) as window:
+        return window.read(offset, length)
 
 
 def verified(record: Record) -> bytes:
@@ -89,15 +78,12 @@ def verified(record: Record) -> bytes:
 
 
 class Example:
-    """The features of a record that holds a tf.train.Example, by name; values are read on demand.
-
-    CorruptImage if the record is no such message.
-    """
+    """The features of a tf.train.Example, by name; CorruptImage if the record is no such message."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
         self._features: dict[str, tuple[int, int]] = {}
-        with self._open() as window:
+        with _opened(record) as window:
             for start, end in window.inside(record.offset, record.offset + record.length, 1):
                 for entry in window.inside(start, end, 1):
                     name, feature = b"", (entry[1], entry[1])
@@ -108,61 +94,44 @@ class Example:
                             feature = (begin, stop)
                     self._features[name.decode(errors="replace")] = feature
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._features
-
     def bytes_list(self, name: str) -> list[tuple[int, int]]:
         """(offset in the file, length) of each value of a feature of bytes; empty if there is no such feature."""
-        with self._open() as window:
+        with _opened(self.record) as window:
             lists = window.inside(*self._features.get(name, (0, 0)), 1)
             return [(start, end - start) for values in lists for start, end in window.inside(*values, 1)]
 
-    def int64_list(self, name: str) -> list[int]:
-        """The values of a feature of integers, packed or not; empty if there is no such feature."""
-        with self._open() as window:
-            found = []
-            for values in window.inside(*self._features.get(name, (0, 0)), 3):
-                for start, end in window.inside(*values, 1):
-                    while start < end:
-                        value, start = window.varint(start)
-                        found.append(value - (1 << 64) if value >> 63 else value)
-            return found
 
-    def _open(self) -> _Window:
-        return _Window(self.record)
+@contextmanager
+def _opened(record: Record) -> Iterator[_Window]:
+    try:
+        with open(record.path, "rb", buffering=0) as file:
+            yield _Window(record, file.fileno())
+    except OSError as error:
+        raise CorruptImage(f"{record} cannot be read: {error.strerror or error}") from None
 
 
 class _Window:
-    """Reads messages of one record from the file, a few hundred bytes at a time."""
+    """Reads messages of one record, a few hundred bytes at a time."""
 
     _SIZE = 256
 
-    def __init__(self, record: Record) -> None:
-        self.record, self.limit = record, record.offset + record.length
+    def __init__(self, record: Record, file: int) -> None:
+        self.record, self.file, self.limit = record, file, record.offset + record.length
         self._start, self._bytes = 0, b""
 
-    def __enter__(self) -> _Window:
-        try:
-            self._file = open(self.record.path, "rb", buffering=0)
-        except OSError as error:
-            raise CorruptImage(f"{self.record} cannot be read: {error.strerror or error}") from None
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
+    def read(self, start: int, length: int) -> bytes:
+        data = os.pread(self.file, length, start)
+        if len(data) < length:
+            raise CorruptImage(f"{self.record} is cut off: download the file again")
+        return data
 
     def take(self, start: int, length: int) -> bytes:
-        """`length` bytes of the record from `start`, an offset in the file."""
+        """`length` bytes from `start`, an offset in the file."""
         if length < 0 or start + length > self.limit:
             raise self._malformed()
         if not self._start <= start or start + length > self._start + len(self._bytes):
-            try:
-                size = min(max(length, self._SIZE), self.limit - start)
-                self._start, self._bytes = start, os.pread(self._file.fileno(), size, start)
-            except OSError as error:
-                raise CorruptImage(f"{self.record} cannot be read: {error.strerror or error}") from None
-            if len(self._bytes) < size:
-                raise CorruptImage(f"{self.record} is cut off: download the file again")
+            size = min(max(length, self._SIZE), self.limit - start)
+            self._start, self._bytes = start, self.read(start, size)
         at = start - self._start
         return self._bytes[at : at + length]
 

@@ -40,9 +40,8 @@ _OWN_NAME = re.compile(r"\d{4}_\d{6}")
 class Voc(ImageFiles):
     """One split ("train" or "val") of VOC 2012; `root` is VOC2012, VOCdevkit or the folder that holds it.
 
-    Images are in the order of the list, at most `limit` (0 = all). Only "val" has masks. sbd: benchmark_RELEASE, its
-    dataset/ or another folder with SBD's train.txt and val.txt; images missing in JPEGImages/ come from its img/.
-    geometry: options of ImageFiles.
+    Images are in the order of the list, at most `limit` (0 = all). Only "val" has masks. sbd: folder of SBD, whose img/
+    gives the images that JPEGImages/ lacks. geometry: options of ImageFiles.
     """
 
     has_classes = True
@@ -121,7 +120,7 @@ class Voc(ImageFiles):
         return Masks(self.square_labels(instances), self.square_labels(classes))
 
     def full_labels(self, index: int, *, crowd: bool) -> FullLabels:
-        """As `full_masks`, with the rim, for protocols other than SPOT's; VOC has no crowd regions."""
+        """With the rim, for protocols other than SPOT's; VOC has no crowd regions."""
         instances, classes = self._maps(index)
         undecided = (instances == RIM) | (classes == RIM)
         instances[instances == RIM] = 0
@@ -131,11 +130,8 @@ class Voc(ImageFiles):
 
 def recognises(path: Path) -> bool:
     """Whether `path` has VOC's images; those of DAVIS and YouTube-VOS lie in folders of their own."""
-    for root in _roots(path):
-        images = root / "JPEGImages"
-        if images.is_dir() and ((root / "ImageSets" / "Segmentation").is_dir() or any(images.glob("*.*"))):
-            return True
-    return False
+    folders = [root / "JPEGImages" for root in _roots(path) if (root / "JPEGImages").is_dir()]
+    return any((images.parent / "ImageSets" / "Segmentation").is_dir() or any(images.glob("*.*")) for images in folders)
 
 
 def remarks(images: Voc) -> list[str]:
@@ -147,8 +143,8 @@ def remarks(images: Voc) -> list[str]:
 def read_names(file: Path, known: Container[str] = ()) -> list[str]:
     """Names in a list, one a line, without folder and image extension; UserError if there are none.
 
-    known: names of existing images. They distinguish a name with spaces from one that something follows, such as 1, 0
-    or -1 in ImageSets/Main, or the name of a mask.
+    known: existing images. They distinguish a name with spaces from one that something follows, such as a mask's name,
+    or 1, 0 or -1 in ImageSets/Main.
     """
     names = [_name(line, known) for line in map(str.strip, read_lines(file)) if line]
     if not names:
@@ -177,7 +173,6 @@ def _without_ending(name: str) -> str:
 
 
 def _images_in(folder: Path) -> dict[str, Path]:
-    """The images of a folder by their names without extension."""
     return by_stem(folder, _ENDINGS, lambda name: composed(_without_ending(name)))
 
 

@@ -1,8 +1,8 @@
-"""Finds out whether an image file is damaged, mostly from its first and last bytes.
+"""Finds damaged image files, mostly from their first and last bytes.
 
 A JPEG or PNG with the right beginning and end counts as whole. Anything else is decoded before it counts as damaged:
-the loader reads what Pillow reads, such as photos with something appended. With `decode`, JPEGs that are damaged inside
-are found too, which Pillow reads with grey or garbage where data is lost.
+the loader reads what Pillow reads, such as photos with something appended. `decode` also finds JPEGs that are damaged
+inside, which Pillow fills with grey or garbage.
 """
 
 from __future__ import annotations
@@ -11,20 +11,17 @@ import os
 from pathlib import Path
 
 from spot_fast.data.decoding.jpeg_scan import lost_inside
-from spot_fast.data.decoding.opening import open_rgb
+from spot_fast.data.decoding.opening import PNG, open_rgb
 from spot_fast.errors import CorruptImage
 
 _HEAD, _TAIL = 8, 64
 _JPEG, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
-_PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
+_PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 _PADDING = b"\x00\n\r "
 
 
 def file_damage(path: Path, *, decode: bool = False) -> str | None:
-    """What is wrong with an image file, such as "missing" or "truncated: no end of the JPEG"; None if it is whole.
-
-    decode: decode it in any case.
-    """
+    """Why an image file is damaged, such as "truncated: no end of the JPEG"; None if it is not. decode: in any case."""
     try:
         with open(path, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
@@ -48,7 +45,7 @@ def _damage(path: Path, encoded: bytes | None, size: int, head: bytes, tail: byt
     missing_end, inside = "", decode and head.startswith(_JPEG)
     if head.startswith(_JPEG):
         missing_end = "" if tail.rstrip(_PADDING).endswith(_JPEG_END) else "truncated: no end of the JPEG"
-    elif head.startswith(_PNG):
+    elif head.startswith(PNG):
         missing_end = "" if tail.endswith(_PNG_END) else "truncated: no end of the PNG"
     else:
         decode = True

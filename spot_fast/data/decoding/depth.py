@@ -1,8 +1,8 @@
 """Reduces images with more than 8 bits a channel, from cameras, microscopes and scanners, to 8 bits.
 
-A file of 16 bits seldom says how many its camera has: values of 12 bits end at 4095, and their upper byte alone is
-nearly black. So the largest value decides how many bits count, 8, 10, 12, 14 or 16, and the upper eight of these are
-kept: with a value from 4096 on 14 bits count, from 16384 on all 16. Alpha is treated likewise, by itself.
+A file of 16 bits seldom says how many its camera has, and the upper byte of 12 bits is nearly black. So the largest
+value decides how many bits count, 8, 10, 12, 14 or 16, and the upper eight of these are kept. Alpha is treated
+likewise, by itself.
 """
 
 from __future__ import annotations
@@ -17,22 +17,19 @@ _LOWER = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B" if np.little_endian els
 
 
 def eight_bits(values: np.ndarray) -> np.ndarray:
-    """Grey values as uint8: integers from 0 to 65535 as above, anything else scaled to its own range."""
+    """Grey values as uint8: integers up to 65535 as above, anything else scaled to its own range."""
     if np.issubdtype(values.dtype, np.integer) and values.min() >= 0 and values.max() < 1 << _BITS[-1]:
-        return (values >> _surplus(int(values.max()))).astype(np.uint8)
+        largest = int(values.max())
+        bits = next(bits for bits in _BITS if largest < 1 << bits)
+        return (values >> bits - 8).astype(np.uint8)
     values = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
     low, high = values.min(), values.max()
     return ((values - low) * (255.0 / max(high - low, 1e-12))).round().astype(np.uint8)
 
 
-def _surplus(largest: int) -> int:
-    """How many low bits to drop to keep eight."""
-    return next(bits for bits in _BITS if largest < 1 << bits) - 8
-
-
 def lower_bytes(image: Image.Image) -> list | None:
-    """Decoder tiles that read the lower bytes of an opened image of 16-bit colours, whose own read the upper ones; None
-    for other images. Grey with alpha becomes four channels: both bytes of grey, both of alpha."""
+    """Decoder tiles for the lower bytes of an opened image of 16-bit colours, whose own read the upper ones; None for
+    other images. Grey with alpha becomes four channels: both bytes of grey, both of alpha."""
     if image.mode not in ("RGB", "RGBA"):
         return None
     tiles = []

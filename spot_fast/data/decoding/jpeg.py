@@ -1,9 +1,9 @@
-"""Reads what a JPEG's header says, to decide whether DALI or Pillow decodes it.
+"""Reads a JPEG's header, to decide whether DALI or Pillow decodes it.
 
 Not with Pillow: every file passes through here under the interpreter lock, so it has to be quick.
 
 Markers are those of ITU-T T.81, annex B: FFD8 begins a file, FFD9 ends it, and between them come segments, each with a
-marker of two bytes and a length of two bytes, until the first scan.
+marker and a length of two bytes, until the first scan.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from spot_fast.data.decoding import opening
 
 _START, _END = b"\xff\xd8", b"\xff\xd9"
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, all of Huffman's code
-_OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}  # lossless, hierarchical, arithmetic code
+OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}  # lossless, hierarchical, arithmetic code
 _SCAN, _APP1, _APP14 = 0xDA, 0xE1, 0xEE
 
 
@@ -34,8 +34,7 @@ class Header:
 def plain_header(data: bytes) -> Header | None:
     """The header of a whole JPEG that decoders agree on: 8 bits, grey or YCbCr, Huffman coded.
 
-    None for everything else: other formats, files without their last bytes (or with others behind them), colours
-    stored as RGB or CMYK, and headers that make no sense.
+    None for other formats, files without their last bytes or with more, RGB or CMYK, and headers that make no sense.
     """
     if not (data.startswith(_START) and data.endswith(_END)):
         return None
@@ -49,7 +48,7 @@ def plain_header(data: bytes) -> Header | None:
             continue
         if code == _SCAN:
             return None if frame is None else Header(*frame, tuple(metadata))
-        if end < at + 4 or code in _OTHER_FRAMES or 0xD0 <= code <= 0xD9:
+        if end < at + 4 or code in OTHER_FRAMES or 0xD0 <= code <= 0xD9:
             return None
         if code in _FRAMES:
             frame = _frame(data[at + 4 : end])
@@ -83,7 +82,7 @@ def orientation(data: bytes) -> int | None:
 
 
 def oriented(data: bytes, metadata: tuple[tuple[int, int], ...], turn: int) -> bytes:
-    """The JPEG with nothing in its metadata but the orientation `turn`, so that no reader can find another one."""
+    """The JPEG with the orientation `turn` as its only metadata, so that no reader can find another one."""
     kept, at = [], 2
     for begin, end in metadata:
         kept.append(data[at:begin])

@@ -1,8 +1,8 @@
 """Checks that all pixels of a JPEG are in its file, by walking through every Huffman code of every scan.
 
-Decoders do not stop where data is lost or overwritten, they fill the rest with grey or garbage. The walk finds three
-signs: a scan ends before all of its blocks, data is left after the last block, or bits are no code of the file's
-tables. It adds up code lengths and decodes no coefficient; refining scans only need to know which ones are zero.
+Decoders fill lost or overwritten data with grey or garbage. The walk finds three signs: a scan ends before all of its
+blocks, data is left after the last block, or bits are no code of the file's tables. It adds up code lengths and
+decodes no coefficient; refining scans only need to know which ones are zero.
 
 Marker, scan and code are those of ITU-T T.81: B.2 (syntax), F.2.2 (sequential), G.2 (progressive). Not judged are
 arithmetic-coded, lossless and hierarchical files, and those that give their height after the pixels.
@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageChops
 
+from spot_fast.data.decoding.jpeg import OTHER_FRAMES
+
 _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2
-_OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _TABLES, _SCAN, _INTERVAL, _END = 0xC4, 0xDA, 0xDD, 0xD9
 _SMALL = 2048  # bytes; a smaller scan is always walked through
 _ZEROS = bytes(16)
@@ -59,7 +60,7 @@ class _Scanner:
         self.progressive = False
 
     def run(self) -> str | None:
-        """What is wrong; None if nothing is, or the file is not judged."""
+        """The damage; None if there is none, or the file is not judged."""
         data, at, scans = self.data, 2, 0
         while at + 4 <= len(data):
             if data[at] != 0xFF:
@@ -73,7 +74,7 @@ class _Scanner:
                 break
             end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
             segment = data[at + 4 : end]
-            if code in _OTHER_FRAMES:
+            if code in OTHER_FRAMES:
                 return None
             if code in (*_SEQUENTIAL, _PROGRESSIVE):
                 if self.components or not self._frame(segment):
@@ -90,9 +91,7 @@ class _Scanner:
                 scans += 1
                 end = stop
             at = end
-        if not scans or not self.components:
-            return None
-        if any(not component.dc_done or component.left for component in self.components.values()):
+        if scans and any(not component.dc_done or component.left for component in self.components.values()):
             return "a scan is missing"
         return None
 
@@ -137,13 +136,10 @@ class _Scanner:
                 raise _Damaged("a table of codes is missing")
             table = [_BAD << _STEP | 1] * 65536
             for start, (length, symbol) in self.codes[kind, number].items():
-                step = (
-                    length << 8 | symbol
-                    if plain
-                    else _dc_step(length, symbol)
-                    if kind == 0
-                    else _ac_step(length, symbol)
-                )
+                if plain:
+                    step = length << 8 | symbol
+                else:
+                    step = _ac_step(length, symbol) if kind else _dc_step(length, symbol)
                 table[start : start + (1 << 16 - length)] = [step] * (1 << 16 - length)
             self.entries[key] = table
         return self.entries[key]
@@ -229,11 +225,11 @@ def _overran(bits: int, last: bool) -> None:
         raise _Damaged(_SHORT)
 
 
+@dataclass
 class _Sequential:
     """Blocks of a sequential scan; tables: (DC, AC) of each block of an MCU."""
 
-    def __init__(self, tables: list[tuple[list[int], list[int]]]) -> None:
-        self.tables = tables
+    tables: list[tuple[list[int], list[int]]]
 
     def part(self, coded: bytes, done: int, mcus: int) -> None:
         d, at, end, tables = coded + _PAD, 0, 8 * len(coded), self.tables
@@ -255,11 +251,11 @@ class _Sequential:
         _ended(at, coded)
 
 
+@dataclass
 class _First:
     """First DC scan of a progressive file; tables: of each block of an MCU."""
 
-    def __init__(self, tables: list[list[int]]) -> None:
-        self.tables = tables
+    tables: list[list[int]]
 
     def part(self, coded: bytes, done: int, mcus: int) -> None:
         d, at, end = coded + _PAD, 0, 8 * len(coded)
@@ -275,11 +271,11 @@ class _First:
         _ended(at, coded)
 
 
+@dataclass
 class _Bits:
     """Refining DC scan: a bit for each of `blocks` of an MCU."""
 
-    def __init__(self, blocks: int) -> None:
-        self.blocks = blocks
+    blocks: int
 
     def part(self, coded: bytes, done: int, mcus: int) -> None:
         if 8 * len(coded) < self.blocks * (mcus - 1):
@@ -287,11 +283,14 @@ class _Bits:
         _ended(self.blocks * mcus, coded)
 
 
+@dataclass
 class _Band:
     """First scan of the coefficients `first` to `last` of one component; records the nonzero ones."""
 
-    def __init__(self, table: list[int], nonzero: list[int], first: int, last: int) -> None:
-        self.table, self.nonzero, self.first, self.last = table, nonzero, first, last
+    table: list[int]
+    nonzero: list[int]
+    first: int
+    last: int
 
     def part(self, coded: bytes, done: int, mcus: int) -> None:
         d, at, end = coded + _PAD, 0, 8 * len(coded)
@@ -376,7 +375,7 @@ def _value(d: bytes, at: int, bits: int) -> int:
 
 
 def lost_inside(data: bytes) -> str | None:
-    """What is wrong inside a JPEG that Pillow reads, such as "data is lost in a scan"; None if nothing is, or it is not
+    """The damage inside a JPEG that Pillow reads, such as "data is lost in a scan"; None if there is none, or it is not
     judged."""
     return None if _last_bytes_decide(data) else broken(data)
 
@@ -392,9 +391,8 @@ def broken(data: bytes) -> str | None:
 
 
 def _last_bytes_decide(data: bytes) -> bool:
-    """Whether the last bytes of a JPEG with a single scan decide its last pixels, and only those.
+    """Whether the last bytes of a JPEG with a single scan decide its last pixels, and only those, as in a whole file.
 
-    They do in an undamaged file; if data is lost or left over, other last bytes change more than that, or nothing.
     Decoding twice is tens of times as fast as the walk and needs no interpreter lock.
     """
     start, stop = _single_scan(data)
@@ -414,7 +412,7 @@ def _single_scan(data: bytes) -> tuple[int, int]:
     while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
         code, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         sequential |= code in _SEQUENTIAL
-        if code in (_INTERVAL, _PROGRESSIVE, _END) or code in _OTHER_FRAMES:
+        if code in (_INTERVAL, _PROGRESSIVE, _END) or code in OTHER_FRAMES:
             break
         if code == _SCAN:
             found = _END_OF_SCAN.search(data, end)

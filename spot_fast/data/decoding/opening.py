@@ -1,4 +1,4 @@
-"""Opens image files with Pillow, as they are or as 8-bit RGB; `depth` reduces files with more bits a channel."""
+"""Opens image files with Pillow, as they are or as 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TURNS = {
     7: _TURN.TRANSVERSE,
     8: _TURN.ROTATE_90,
 }
-_PNG = b"\x89PNG\r\n\x1a\n"
+PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 # Between one and two times Pillow's size limit it would warn for every image, and read it.
@@ -34,7 +34,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 @contextmanager
 def memory_of(path: str | Path) -> Iterator[None]:
-    """Turns a MemoryError into CorruptImage, so that an image too large for the machine is named and replaced."""
+    """Turns a MemoryError into CorruptImage, so that an image that is too large is named and replaced."""
     try:
         yield
     except MemoryError:
@@ -44,8 +44,8 @@ def memory_of(path: str | Path) -> Iterator[None]:
 def open_image(path: str | Path, encoded: bytes | None = None) -> Image.Image:
     """Decodes an image in its own mode; CorruptImage names the file and the reason.
 
-    encoded: the file's bytes, if they have been read already. An image beyond Pillow's decompression-bomb limit (179
-    megapixels) or beyond the free memory counts as corrupt too.
+    encoded: the file's bytes, if they have been read. An image beyond Pillow's decompression-bomb limit (179
+    megapixels) or the free memory counts as corrupt.
     """
     try:
         with memory_of(path):
@@ -86,15 +86,15 @@ def _decoded(file: str | Path | io.BytesIO) -> Image.Image:
 def _without_png_text(path: str | Path, encoded: bytes | None) -> bytes | None:
     """The PNG file without text and colour profile; None for other formats and files that have neither.
 
-    Pillow refuses files whose decompressed text is damaged or longer than a megabyte, as image generators write it. A
-    chunk of a PNG is its length (four bytes), type (four), data and checksum (four).
+    Pillow refuses text that is damaged or, as image generators write it, longer than a megabyte. A chunk of a PNG is
+    its length (four bytes), type (four), data and checksum (four).
     """
     if encoded is None:
         with open(path, "rb") as file:
-            encoded = _PNG + file.read() if file.read(len(_PNG)) == _PNG else b""
-    if not encoded.startswith(_PNG):
+            encoded = PNG + file.read() if file.read(len(PNG)) == PNG else b""
+    if not encoded.startswith(PNG):
         return None
-    kept, at = [_PNG], len(_PNG)
+    kept, at = [PNG], len(PNG)
     while at + 8 <= len(encoded):
         end = at + 12 + int.from_bytes(encoded[at : at + 4], "big")
         if encoded[at + 4 : at + 8] not in _PNG_TEXT:
@@ -113,10 +113,7 @@ def _reason(error: Exception) -> str:
 
 
 def open_rgb(path: str | Path, encoded: bytes | None = None, *, upright: bool = False) -> Image.Image:
-    """Opens an image as `open_image` does and converts it to 8-bit RGB; transparent parts become white.
-
-    upright: turn the image as its EXIF orientation says. Leave it off where masks are drawn on the stored pixels.
-    """
+    """`open_image` as 8-bit RGB; transparent parts become white. upright: turn it as its EXIF orientation says."""
     image = open_image(path, encoded)
     try:
         with memory_of(path):
@@ -129,7 +126,7 @@ def open_rgb(path: str | Path, encoded: bytes | None = None, *, upright: bool = 
 
 
 def orientation(image: Image.Image) -> int:
-    """The orientation that EXIF or XMP gives, 1 to 8; also 1 (upright) if neither can be read, since the pixels can."""
+    """The orientation in EXIF or XMP, 1 to 8; 1 (upright) if neither can be read, since the pixels can."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:

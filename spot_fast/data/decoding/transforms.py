@@ -1,7 +1,7 @@
-"""From a decoded image to the square the encoder sees, with the sizes and rounding of torchvision.
+"""From a decoded image to the encoder's square, with the sizes and rounding of torchvision.
 
-SPOT (section 6) resizes the minor side bilinearly and crops; MOVi frames are stretched bicubically. Label maps follow
-the same geometry with the nearest neighbour. Pillow's bilinear and bicubic filters are antialiased.
+SPOT (section 6) resizes the minor side bilinearly and crops; MOVi frames are stretched bicubically. Pillow's filters
+are antialiased. Label maps follow the same geometry with the nearest neighbour.
 """
 
 from __future__ import annotations
@@ -17,24 +17,23 @@ WHOLE = 16  # of an image more than 16 times as long as wide only the middle 16 
 
 
 def minor_size(width: int, height: int, size: int) -> tuple[int, int]:
-    """(width, height) with the minor side at `size` and the other truncated to an integer, as torchvision does."""
+    """(width, height) with the minor side at `size` and the other truncated, as torchvision does."""
     short, long = sorted((width, height))
     long = int(size * long / short)
     return (size, long) if width <= height else (long, size)
 
 
 def kept_part(width: int, height: int, size: int) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of the part that crops come from in an image resized to `width` x `height`.
+    """(left, top, width, height) of the part of a resized image that crops come from.
 
-    All of it, or the middle WHOLE squares of a longer strip: so memory grows with the square, not with the strip.
+    All of it, or the middle WHOLE squares of a longer strip: memory grows with the square, not with the strip.
     """
     kept = min(width, WHOLE * size), min(height, WHOLE * size)
     return *((side - part) // 2 for side, part in zip((width, height), kept, strict=True)), *kept
 
 
 def resize_minor(image: Image.Image, size: int) -> Image.Image:
-    """Resizes the minor side to `size`, bilinearly; of a strip only `kept_part`, within one level of the same part of
-    the whole."""
+    """Resizes the minor side to `size`, bilinearly; of a strip `kept_part`, within one level of that of the whole."""
     whole = minor_size(*image.size, size)
     left, top, width, height = kept_part(*whole, size)
     if (width, height) == whole:
@@ -77,7 +76,7 @@ def _resize_labels(labels: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def center_crop_labels(labels: np.ndarray, size: int) -> torch.Tensor:
-    """Label map [height, width] -> int64 [size, size]: minor side to `size` by nearest neighbour, centre crop."""
+    """Label map [height, width] -> int64 [size, size]: minor side to `size`, centre crop."""
     height, width = labels.shape
     resized = minor_size(width, height, size)
     if max(resized) > WHOLE * size:
@@ -95,7 +94,7 @@ def center_crop_labels(labels: np.ndarray, size: int) -> torch.Tensor:
 
 
 def stretch_labels(labels: np.ndarray, size: int) -> torch.Tensor:
-    """Label map [height, width] -> int64 [size, size] by nearest neighbour."""
+    """Label map [height, width] -> int64 [size, size]."""
     return torch.from_numpy(_resize_labels(labels, size, size).astype(np.int64))
 
 

@@ -1,12 +1,11 @@
 """Whether files have changed: the part of a cache's key that comes from the file system.
 
 Name, size and modification time do not suffice: archives and copies restore times, and uncompressed images of one kind
-have equal sizes. So the key also contains what only the kernel writes, each file's change time (ctime, in nanoseconds)
-and inode number, and the contents of `SAMPLE` files, evenly spread: some file systems have no ctime, such as FAT and
-reproducibly made images. Device numbers are not in it, most change at every boot. 118,287 files take 1.5 s on two cores
-(`bench/studies/cache_key.py`).
+have equal sizes. So the key also contains each file's change time (ctime) and inode number, which only the kernel
+writes, and the contents of `SAMPLE` files, since FAT and reproducibly made images have no ctime. Device numbers change
+at every boot and are not in it. 118,287 files take 1.5 s on two cores (`bench/studies/cache_key.py`).
 
-It errs on the safe side: a copy, or a change of permissions, gives another key, and the cache is built again.
+It errs on the safe side: after a copy, or a change of permissions, the cache is built again.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-SAMPLE = 128  # files that are read
+SAMPLE = 128  # files that are read, evenly spread
 _PIECE, _PIECES = 2**16, 16  # of a larger file 16 evenly spread pieces are read
 _UNREAD = bytes(32)
 _THREADS, _CHUNK = 8, 1024  # network file systems answer several requests at once
@@ -32,7 +31,7 @@ _MOUNTS = "/proc/self/mountinfo"
 
 
 class Files:
-    """The current state of the files `paths`; missing is a state too. Waits up to 2 s if they were just written."""
+    """The current state of files, even missing ones. Waits up to 2 s if they were just written."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
@@ -42,7 +41,7 @@ class Files:
         for path, stamp in zip(paths, stamps, strict=True):
             # No name can contain a zero byte, so different names give different texts.
             digest.update(f"{path.parent.name}/{path.name}\0{stamp}\0".encode(errors="surrogatepass"))
-        for content in _contents([paths[index] for index in _spread(len(paths), SAMPLE)]):
+        for content in _contents(_spread(paths, SAMPLE)):
             digest.update(content)
         self.key = digest.hexdigest()
         self._hashes = np.fromiter((hash(stamp[:3]) for stamp in stamps), np.int64, len(stamps))
@@ -76,14 +75,15 @@ class Files:
         return about.st_size, about.st_mtime_ns, about.st_ctime_ns, inode
 
 
-def sample(paths: Sequence[Path], count: int = 16) -> list[str]:
-    """Short digests of the contents of `count` files, evenly spread; "" for one that cannot be read."""
-    contents = _contents([paths[index] for index in _spread(len(paths), count)])
+def sample(paths: Sequence[Path]) -> list[str]:
+    """Short digests of 16 evenly spread files; "" for one that cannot be read."""
+    contents = _contents(_spread(paths, 16))
     return ["" if content == _UNREAD else content.hex()[:16] for content in contents]
 
 
-def _spread(size: int, count: int) -> list[int]:
-    return sorted(set(np.linspace(0, size - 1, min(count, size)).astype(int).tolist()))
+def _spread(paths: Sequence[Path], count: int) -> list[Path]:
+    indices = np.linspace(0, len(paths) - 1, min(count, len(paths))).astype(int).tolist()
+    return [paths[index] for index in sorted(set(indices))]
 
 
 def _contents(paths: Sequence[Path]) -> list[bytes]:
@@ -120,7 +120,7 @@ def _devices_of(kinds: Sequence[str]) -> set[int]:
 
 
 def _wait_until_old(times: Iterable[int]) -> None:
-    """Waits until another change would give a file other times (ns); times in the future do not count."""
+    """Waits until another change would give a file other times (ns), but not for times in the future."""
     now = time.time_ns()
     latest = max((when for when in times if when <= now), default=0)
     time.sleep(max(0, latest + _GRANULE - now) / 1e9)

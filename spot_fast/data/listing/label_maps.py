@@ -1,6 +1,6 @@
-"""Recognises label maps among the images of a folder, which data sets ship beside images and nobody trains on.
+"""Recognises label maps among the images of a folder, which nobody trains on.
 
-A label map has (nearly) the stem of an image elsewhere, as aachen_000019_gtFine_labelIds.png has of
+A label map has (nearly) the stem of an image elsewhere, such as aachen_000019_gtFine_labelIds.png of
 aachen_000019_leftImg8bit.png, and one of three signs:
 
 - its folder is named for label maps, as in ADE20K, Cityscapes, DAVIS, VOC and COCO panoptic, and it has few colours, or
@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from PIL import Image
@@ -46,19 +47,22 @@ def without_labels(paths: list[Path], root: Path) -> tuple[list[Path], Counter[P
     by_stem: dict[str, list[int]] = defaultdict(list)
     for index, path in enumerate(paths):
         by_stem[_stem(path)].append(index)
-    # A file whose stem is unique is no label map; in a folder of photos that settles all, without opening one.
+    # A file with a unique stem is no label map: a folder of photos is settled without opening one.
     shared = [index for indices in by_stem.values() if len(indices) > 1 for index in indices]
     if not shared:
         return paths, Counter()
     label_maps: dict[int, Path] = {}
-    for group, among in (
-        (_in_named_folders, range(len(paths))),
-        (_beside_images, shared),
-        (_of_lossy_images, shared),
+    for folder_of, among, grey_only in (
+        (_in_named_folders(root), range(len(paths)), False),
+        (_beside_images([paths[index] for index in shared]), shared, False),
+        (_of_lossy_images([paths[index] for index in shared]), shared, True),
     ):
-        for folder, indices in group(paths, among, root):
-            indices = [index for index in indices if index not in label_maps]
-            if _sampled(indices, paths, by_stem, label_maps, grey_only=group is _of_lossy_images):
+        groups: dict[Path, list[int]] = defaultdict(list)
+        for index in among:
+            if index not in label_maps and (folder := folder_of(paths[index])) is not None:
+                groups[folder].append(index)
+        for folder, indices in groups.items():
+            if _sampled(indices, paths, by_stem, label_maps, grey_only=grey_only):
                 label_maps.update((index, folder) for index in indices)
     if len(label_maps) == len(paths):  # a folder of label maps alone: they are the images
         return paths, Counter()
@@ -71,52 +75,37 @@ def _stem(path: Path) -> str:
     return (_WIDE_ENDING.sub("", stem) or stem) if _JOINT.search(stem) else stem
 
 
-Groups = Iterable[tuple[Path, list[int]]]
+FolderOf = Callable[[Path], Path | None]  # the folder under which a possible label map counts, None for other files
 
 
-def _grouped(paths: list[Path], among: Iterable[int], group: Callable[[Path], Path | None]) -> Groups:
-    groups: dict[Path, list[int]] = defaultdict(list)
-    for index in among:
-        if (folder := group(paths[index])) is not None:
-            groups[folder].append(index)
-    return groups.items()
+def _in_named_folders(root: Path) -> FolderOf:
+    """The outermost folder below `root` that is named for label maps."""
+
+    @cache
+    def outermost(folder: Path) -> Path | None:
+        parts = folder.relative_to(root).parts
+        depth = next((depth for depth, part in enumerate(parts, 1) if _FOLDER.fullmatch(part.lower())), None)
+        return None if depth is None else root.joinpath(*parts[:depth])
+
+    return lambda path: outermost(path.parent)
 
 
-def _in_named_folders(paths: list[Path], among: Iterable[int], root: Path) -> Groups:
-    """Files grouped by the outermost folder below `root` that is named for label maps."""
-    named: dict[Path, Path | None] = {}
-
-    def outermost(path: Path) -> Path | None:
-        parent = path.parent
-        if parent not in named:
-            parts = parent.relative_to(root).parts
-            depth = next((depth for depth, part in enumerate(parts, 1) if _FOLDER.fullmatch(part.lower())), None)
-            named[parent] = None if depth is None else root.joinpath(*parts[:depth])
-        return named[parent]
-
-    return _grouped(paths, among, outermost)
-
-
-def _beside_images(paths: list[Path], among: list[int], root: Path) -> Groups:
-    """Lossless files, grouped by folder, named as a label map of another file there."""
-    names = {(paths[index].parent, paths[index].stem.lower()) for index in among}
+def _beside_images(paths: list[Path]) -> FolderOf:
+    """The folder of a lossless file named as a label map of another file there."""
+    names = {(path.parent, path.stem.lower()) for path in paths}
 
     def folder(path: Path) -> Path | None:
         bare = _ENDING.sub("", stem := path.stem.lower())
         named = bare != stem and path.suffix.lower() in _LOSSLESS and (path.parent, bare) in names
         return path.parent if named else None
 
-    return _grouped(paths, among, folder)
+    return folder
 
 
-def _of_lossy_images(paths: list[Path], among: list[int], root: Path) -> Groups:
-    """Lossless files, grouped by folder, with the stem of a JPEG or WebP."""
-    lossy = {paths[index].stem.lower() for index in among if paths[index].suffix.lower() in _LOSSY}
-    return _grouped(
-        paths,
-        among,
-        lambda path: path.parent if path.suffix.lower() in _LOSSLESS and path.stem.lower() in lossy else None,
-    )
+def _of_lossy_images(paths: list[Path]) -> FolderOf:
+    """The folder of a lossless file with the stem of a JPEG or WebP."""
+    lossy = {path.stem.lower() for path in paths if path.suffix.lower() in _LOSSY}
+    return lambda path: path.parent if path.suffix.lower() in _LOSSLESS and path.stem.lower() in lossy else None
 
 
 def _sampled(
@@ -124,7 +113,7 @@ def _sampled(
 ) -> bool:
     """Whether most of these files share their stem with an image elsewhere, and most of a sample are label maps of it.
 
-    known: label maps so far.
+    known: the label maps so far, which are no such images.
     """
     own = set(indices)
     partners = {}
@@ -135,12 +124,9 @@ def _sampled(
     if not partners or 2 * len(partners) <= len(indices):
         return False
     chosen = list(partners)[:: max(1, len(partners) // _SAMPLE)][:_SAMPLE]
-    like = 0
-    for opened, index in enumerate(chosen, 1):
-        like += _is_label_map(paths[index], paths[partners[index]], grey_only=grey_only)
-        if grey_only and like < opened:  # without a name that says so, all have to look like label maps
-            return False
-    return 2 * like > len(chosen)
+    like = (_is_label_map(paths[index], paths[partners[index]], grey_only=grey_only) for index in chosen)
+    # Without a name that says so, all have to look like label maps.
+    return all(like) if grey_only else 2 * sum(like) > len(chosen)
 
 
 def _is_label_map(path: Path, photo: Path, *, grey_only: bool) -> bool:

@@ -1,8 +1,7 @@
 """Names of files: in lists, on the disk, and of masks.
 
 A list may begin with a byte-order mark, end its lines as Windows does, and quote its names. Letters with accents have
-two encodings that look alike, NFC (é) and NFD (e and an accent), and annotations need not use the one on the disk, such
-as that of an archive packed on a Mac.
+two encodings that look alike, NFC (é) and NFD (e and an accent, as on a Mac), and annotations need not use the disk's.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ _MARKS = {
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
-    """The text of a file in UTF-8 or what its byte-order mark says, without that; OSError or UnicodeDecodeError.
+    """The text of a file in UTF-8, or what its byte-order mark says; OSError or UnicodeDecodeError.
 
-    errors: for bytes that are not UTF-8, as in `bytes.decode`.
+    errors: as in `bytes.decode`.
     """
     data = path.read_bytes()
     marked = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
@@ -42,16 +41,14 @@ def read_text(path: Path, errors: str = "strict") -> str:
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a text file without line ends; UserError if it cannot be read or is no text.
+    """The lines of a text file; UserError if it cannot be read or is no text.
 
     Bytes that are not UTF-8 are kept, as in file names (surrogateescape).
     """
     try:
         text = read_text(file, errors="surrogateescape")
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if "\0" in text:
         raise UserError(f"{file} cannot be read: it is not text")
     # Not splitlines, which also splits at characters that a name may contain.
@@ -61,8 +58,8 @@ def read_lines(file: Path) -> list[str]:
 def listed(line: str, folder: Path) -> Path:
     """The file that a line of a list names, relative to `folder`; if none exists, the path as written.
 
-    Tried in this order: the whole line, without spaces around it, without quotes, with / for \\, and its first word,
-    which a class number follows in some lists.
+    It tries the whole line, the line without spaces around it, without quotes, with / for \\, and its first word, which
+    a class number follows in some lists.
     """
     bare = line.strip()
     plain = bare[1:-1] if len(bare) > 1 and bare[0] == bare[-1] and bare[0] in "\"'" else bare
@@ -75,7 +72,7 @@ def listed(line: str, folder: Path) -> Path:
 
 
 def is_windows(name: str) -> bool:
-    """Whether a name is a full path of Windows: C:\\photos\\a.jpg or \\\\server\\share."""
+    """Whether a name is a full path of Windows, such as C:\\photos\\a.jpg or \\\\server\\share."""
     return _WINDOWS.match(name.strip().strip("\"'")) is not None
 
 
@@ -85,7 +82,7 @@ def composed(name: str) -> str:
 
 
 def located(path: Path) -> Path:
-    """`path`, or if it does not exist, the file whose name differs from it only in NFC and NFD."""
+    """`path`, or if it does not exist, the file whose name differs only in NFC and NFD."""
     text = os.fspath(path)
     if text.isascii() or os.path.lexists(text) or not path.name:
         return path
@@ -133,9 +130,9 @@ def masks_in(folder: Path) -> dict[str, Path]:
 
 
 def by_stem(folder: Path, endings: Sequence[str], stem: Callable[[str], str]) -> dict[str, Path]:
-    """The files of a folder that have one of `endings` in any case, by what `stem` makes of their names; {} for none.
+    """The files of a folder with one of `endings` in any case, by the `stem` of their names.
 
-    Of files with the same stem it is the one whose ending comes first, in lower case.
+    Of several with the same stem the one whose ending comes first, in lower case.
     """
     try:
         names = os.listdir(folder)

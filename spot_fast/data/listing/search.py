@@ -1,10 +1,8 @@
 """Finds the image files of a folder, and notes for the user what it leaves out.
 
-It searches all folders below, also through links, each folder once however many links lead to it. Hidden files and
-folders and leftovers of operating systems (__MACOSX, @eaDir, Thumbs.db) are skipped silently. Notes count what else is
-left out: unreadable folders, links to nowhere or saved as text, other extensions, and label maps beside their images.
-
-`datasets.folder` finds the masks that a set uses.
+It searches all folders below, also through links, each once. Hidden files and leftovers of operating systems
+(__MACOSX, @eaDir, Thumbs.db) are skipped silently. Notes count what else is left out: unreadable folders, links to
+nowhere or saved as text, other extensions, and label maps beside their images.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from spot_fast.errors import UserError
 # Pillow's image formats; it also reads documents, icons and scientific data.
 _FORMATS = frozenset("AVIF BMP DDS DIB GIF JPEG JPEG2000 PCX PNG PPM QOI SGI SUN TGA TIFF WEBP".split())
 _LEFT_BEHIND = {"__macosx", "@eadir", "thumbs.db", "desktop.ini"}
-# Files beside images that nobody misses: they are left out without a note, as are files without an extension.
+# Left out without a note, as are files without an extension.
 _ASIDE = frozenset(
     ".txt .json .jsonl .xml .csv .tsv .md .rst .yaml .yml .toml .html .htm .pdf .py .m .ipynb .sh .log .ini .cfg .lst "
     ".names .data .md5 .sha1 .sha256 .xmp .aae .url .bib .license".split()
@@ -60,11 +58,12 @@ class Listing:
             links = [str(path) for path in self.broken]
             notes.append(f"{counted(len(links), 'link')} to nowhere left out: {_some(links)}")
         if self.as_text:
+            links = _some([str(path) for path in self.as_text])
             notes.append(
-                f"{counted(len(self.as_text), 'link')} saved as text left out: "
-                f"{_some(list(map(str, self.as_text)))}; make links of them again"
+                f"{counted(len(self.as_text), 'link')} saved as text left out: {links}; make links of them again"
             )
-        for kind, remedy in ((self.other - self._archives(), ""), (self._archives(), "; unpack archives")):
+        archives = Counter({ending: number for ending, number in self.other.items() if ending in _ARCHIVES})
+        for kind, remedy in ((self.other - archives, ""), (archives, "; unpack archives")):
             if kind:
                 endings = _some([f"{ending} {number:,}" for ending, number in kind.most_common()])
                 notes.append(f"{counted(kind.total(), 'file')} with other extensions left out: {endings}{remedy}")
@@ -72,9 +71,6 @@ class Listing:
             folders = [f"{folder} {number:,}" for folder, number in sorted(self.labels.items())]
             notes.append(f"{counted(self.labels.total(), 'label map')} left out: {_some(folders)}")
         return notes
-
-    def _archives(self) -> Counter[str]:
-        return Counter({ending: number for ending, number in self.other.items() if ending in _ARCHIVES})
 
 
 def counted(number: int, unit: str) -> str:

@@ -1,19 +1,18 @@
 """The loader whose images DALI decodes: the same images in the same order as `Loader`'s, on the device.
 
-Order, mirroring, crops, the replacement of corrupt images, shards and resuming are `Loader`'s own functions of (seed,
-epoch, index). Threads read the files and compute which region becomes the square; DALI does the rest (`dali_pipeline`).
+Order, mirroring, crops, replacements of corrupt images, shards and resuming are `Loader`'s. Threads read the files and
+compute which region becomes the square; DALI does the rest (`dali_pipeline`).
 
 DALI decodes whole JPEGs of 8 bits, grey or YCbCr. Pillow decodes everything else in the reading threads, and DALI gets
 plain pixels: it has no GPU decoder for PNG and most other formats, draws transparent parts over another colour, and
 does not read GIF. A JPEG without its last bytes goes the same way, so a damaged file counts as it does for `Loader`.
-If DALI fails at an image nevertheless, Pillow decodes that image from then on, and the batch is made once more.
+If DALI still fails at an image, Pillow decodes that image from then on, and the batch is made once more.
 
-Difference to Pillow's pixels, with DALI on the CPU: the decoders agree bit for bit. Resized bilinearly, pixels differ
-by one level at most, by rounding; in the outermost two by more, because Pillow renormalises the filter where it crosses
-the border and DALI repeats the last pixel there. Of 128 photos of 480 x 360 at 224 pixels: 8 levels at most, 0.16 on
-average; bicubic 7 and 0.17. Features of DINOv2 ViT-S/14 differ by 0.45 % of an image's norm, 1.55 % at most; those of
-the packaged encoder, at 64 pixels, by 0.35 % and 0.73 % (`bench/loader_speed.py --photos`, with `--crop` and
-`--encoder`). On a GPU nvJPEG decodes, with its own rounding.
+On the CPU the decoders agree bit for bit. Resized bilinearly, pixels differ by one level, by rounding; the outermost
+two by more, because Pillow renormalises the filter at the border and DALI repeats the last pixel. Of 128 photos of
+480 x 360 at 224 pixels: 8 levels at most, 0.16 on average; bicubic 7 and 0.17. Features of DINOv2 ViT-S/14 differ by
+0.45 % of an image's norm, 1.55 % at most; those of the packaged encoder, at 64 pixels, by 0.35 % and 0.73 %
+(`bench/loader_speed.py --photos`, with `--crop` and `--encoder`). On a GPU nvJPEG decodes, with its own rounding.
 """
 
 from __future__ import annotations
@@ -119,8 +118,8 @@ class DaliLoader(Loader):
         return Request([each.item for each in loaded], flips[[each.index for each in loaded]].numpy(), loaded)
 
     def _repaired(self, epoch: int, requests: Iterable[Request], error: DaliError) -> list[list[Loaded]]:
-        """The batches of `requests` with Pillow's version of each image that DALI cannot decode, or a replacement if
-        that is corrupt; raises `error` if no image is to blame."""
+        """The batches of `requests` with Pillow's version, or a replacement, of each image that DALI cannot decode;
+        raises `error` if no image is to blame."""
         blamed, probe, result = False, self._pipeline(1), []
         for request in requests:
             batch = []

@@ -1,7 +1,7 @@
 """NVIDIA DALI's part: from encoded images to squares on the device, several batches ahead.
 
-It decodes an image, resizes the region that becomes the square with an antialiased filter, mirrors, normalises and
-lays it out as [3, S, S], all on the GPU if there is one. Only this file imports DALI, when a pipeline is built.
+It decodes an image, resizes the region that becomes the square with an antialiased filter, mirrors and normalises it,
+on the GPU if there is one. Only this file imports DALI, when a pipeline is built.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _DEPTH = 2  # batches that DALI works on or has ready
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image for DALI: encoded uint8 [bytes]; start and end float32 [2], (y, x) in pixels of the region that
-    becomes the square, in the upright image."""
+    """An image for DALI: encoded uint8 [bytes]; start and end float32 [2], (y, x) of the region that becomes the
+    square, in pixels of the upright image."""
 
     encoded: np.ndarray
     start: np.ndarray
@@ -35,7 +35,7 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Request:
-    """A batch: its images, which of them to mirror (bool [B]), and whatever the caller keeps with it."""
+    """A batch: its images, which of them to mirror (bool [B]), and the caller's own data about it."""
 
     images: list[EncodedImage]
     mirrored: np.ndarray
@@ -59,7 +59,7 @@ class Pipeline:
     """Turns batches of at most `batch_size` images into tensors [B, 3, size, size] on `device`, in their order.
 
     dtype: uint8, or float32 or bfloat16 normalised by ImageNet's mean and standard deviation. bicubic: else bilinear.
-    upright: obey EXIF orientation. threads: of the CPU. Raises what DALI raises if it cannot be built.
+    upright: obey EXIF orientation. Raises what DALI raises if it cannot be built.
     """
 
     def __init__(
@@ -139,10 +139,7 @@ class Pipeline:
         return pipeline
 
     def run(self, feed: Iterator[Request]) -> Iterator[tuple[torch.Tensor, Request]]:
-        """The images of each request of `feed`, which is read `_DEPTH` requests ahead.
-
-        An exception of `feed` is raised in its turn. After DaliError the pipeline is no longer `usable`.
-        """
+        """The images of each request of `feed`, which is read ahead; an exception of it is raised in its turn."""
         self._feed, self.feed_error = feed, None
         try:
             self._call(self._dali.schedule_run)  # the first call fills the queue
@@ -205,7 +202,7 @@ class Pipeline:
         return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
     def _copied(self, images, stream: torch.cuda.Stream | None) -> torch.Tensor:
-        """A copy of DALI's buffer, which it reuses; on the stream that the buffer is bound to, in order with DALI."""
+        """A copy of DALI's buffer, which it reuses, on the stream that the buffer is bound to."""
         dense = images.as_tensor()
         dtype = torch.uint8 if self.dtype == torch.uint8 else torch.float32
         copy = torch.empty(tuple(dense.shape()), dtype=dtype, device=self.device)
@@ -218,7 +215,7 @@ class Pipeline:
 
 
 def unavailable(device: torch.device) -> str:
-    """Why DALI does not work for `device`, as words to follow a colon; empty if it does."""
+    """Why DALI does not work for `device`; empty if it does."""
     if device.type == "cuda" and torch.version.hip is not None:
         return "DALI needs an NVIDIA GPU"
     try:

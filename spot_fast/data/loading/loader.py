@@ -3,11 +3,11 @@
 Order, mirroring and crop are pure functions of (seed, epoch, index of the image). So a run that resumes at any step
 sees the images it would have seen, whatever the number of workers.
 
-Up to `MAX_THREADS` workers are threads: Pillow releases the interpreter lock while it decodes and resizes, and
-threads need no start-up, no pickling and no second copy of the file list. But an eighth of an image's time is spent
-under the lock, which limits any number of threads to some 2,100 images/s and makes the training thread wait: of JPEGs
-of 640 x 480 1, 4, 8, 16 and 32 threads give 238, 928, 1,703, 2,018 and 2,147 images/s, where 16 cores could decode
-4,013 (computed from measurements on two cores). So more workers are processes (`processes`).
+Up to `MAX_THREADS` workers are threads: Pillow decodes without the interpreter lock, and threads need no start-up, no
+pickling and no second copy of the file list. But an eighth of an image's time is spent under the lock, which limits
+threads to some 2,100 images/s and makes the training thread wait: of JPEGs of 640 x 480 1, 4, 8, 16 and 32 threads
+give 238, 928, 1,703, 2,018 and 2,147 images/s, where 16 cores could decode 4,013 (computed from measurements on two
+cores). So more workers are processes (`processes`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _ATTEMPTS = 1000
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a worker made of the image `wanted`, or of its replacement `index` if that is corrupt.
+    """The image `wanted`, or its replacement `index` if that is corrupt, as a worker made it.
 
     item is None if no replacement could be read either; corrupt {label: reason} are the images that failed.
     """
@@ -55,10 +55,10 @@ class Loader:
 
     Each of several processes gets its shard, `rank` of `world`, of the same batches: together they see what one would.
 
-    A corrupt image is replaced by another one, drawn deterministically, and is counted in `corrupt`
-    {label: reason}; more than 1 % of the set corrupt is a UserError that names the first of them.
+    A corrupt image is replaced by another one, drawn deterministically, and is counted in `corrupt` {label: reason}.
+    If they are more than 1 % of the set, UserError names the first of them.
 
-    kind: what decodes, as --loader calls it; decoder: the same with all else that decides about pixels, for cache keys.
+    kind: what decodes, as --loader calls it; decoder: with all else that decides about pixels, for cache keys.
     """
 
     kind = "torch"
@@ -109,11 +109,11 @@ class Loader:
         return max(1.0, MAX_CORRUPT * len(self.image_set))
 
     def order(self, epoch: int) -> torch.Tensor:
-        """int64 [n]: all images in the order of this epoch; the last n mod batch_size are not used."""
+        """int64 [n]: the images in this epoch's order; the last n mod batch_size are not used."""
         return torch.from_numpy(generator(Stream.IMAGE_ORDER, self.seed, epoch).permutation(len(self.image_set)))
 
     def flips(self, epoch: int) -> torch.Tensor:
-        """bool [n]: which images, by index, are mirrored in this epoch."""
+        """bool [n]: which images are mirrored in this epoch, by index."""
         count = len(self.image_set)
         if not self.image_set.flip:
             return torch.zeros(count, dtype=torch.bool)
@@ -137,29 +137,33 @@ class Loader:
 
     def stand_ins(self, epoch: int, indices: torch.Tensor, corrupt: Container[int]) -> torch.Tensor:
         """`indices` int64 [B] with those in `corrupt` replaced as `load` replaces them in that epoch."""
-        result = indices.tolist()
-        for position, wanted in enumerate(result):
-            substitutes = None
-            while result[position] in corrupt:
-                substitutes = substitutes or generator(Stream.REPLACEMENT, self.seed, epoch, wanted)
-                result[position] = int(substitutes.integers(len(self.image_set)))
-        return torch.tensor(result, dtype=torch.int64)
+        kept = (
+            next(index for index in self._candidates(epoch, wanted) if index not in corrupt)
+            for wanted in indices.tolist()
+        )
+        return torch.tensor(list(kept), dtype=torch.int64)
+
+    def _candidates(self, epoch: int, wanted: int) -> Iterator[int]:
+        """`wanted` and its replacements, always the same in an epoch."""
+        yield wanted
+        rng = generator(Stream.REPLACEMENT, self.seed, epoch, wanted)
+        while True:
+            yield int(rng.integers(len(self.image_set)))
 
     def note_corrupt(self, corrupt: dict[str, str]) -> None:
         """Counts {label: reason} as corrupt; UserError if they become too many."""
         self.corrupt |= corrupt
         if len(self.corrupt) > self._tolerated:
-            raise self._too_many(self.corrupt)
+            raise self._too_many()
 
     def fetch(self, index: int, rng: np.random.Generator) -> Any:
         """Reads one image in a worker; CorruptImage if that fails."""
         return self.image_set.train_image(index, rng)
 
     def load(self, epoch: int, wanted: int) -> Loaded:
-        """Loads the image `wanted`, or its replacement, always the same in an epoch."""
+        """Loads the image `wanted`, or its replacement."""
         corrupt: dict[str, str] = {}
-        index, substitutes = wanted, None
-        for _ in range(_ATTEMPTS):
+        for index in islice(self._candidates(epoch, wanted), _ATTEMPTS):
             try:
                 with memory_of(self.image_set.label(index)):
                     return Loaded(wanted, index, self.fetch(index, self._crop_rng(epoch, index)), corrupt)
@@ -167,8 +171,6 @@ class Loader:
                 corrupt[self.image_set.label(index)] = str(error)
             if len(corrupt) > self._tolerated:
                 break
-            substitutes = substitutes or generator(Stream.REPLACEMENT, self.seed, epoch, wanted)
-            index = int(substitutes.integers(len(self.image_set)))
         return Loaded(wanted, index, None, corrupt)
 
     def _batches(self, epoch: int, steps: list[torch.Tensor], flips: torch.Tensor) -> Iterator[Batch]:
@@ -196,17 +198,17 @@ class Loader:
                     yield _stack(loaded)
 
     def _by_processes(self, epoch: int, steps: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        processes = self._idle.pop() if self._idle else self._processes()
+        if self._idle:
+            processes = self._idle.pop()
+        else:
+            alone = copy.copy(self)  # pickled for the workers, without what belongs to this process
+            alone.workers, alone.corrupt, alone._idle = 0, {}, []
+            processes = Processes(alone.load_all, self.workers)
         with closing(processes.run(epoch, steps)) as results:
             for stacked, loaded in results:
                 self._counted(loaded)
                 yield stacked
         self._idle.append(processes)
-
-    def _processes(self) -> Processes:
-        alone = copy.copy(self)
-        alone.workers, alone.corrupt, alone._idle = 0, {}, []
-        return Processes(alone.load_all, self.workers)
 
     def load_all(self, epoch: int, wanted: list[int]) -> tuple[tuple[torch.Tensor, torch.Tensor], list[Loaded]]:
         """Makes a batch in a worker process: (images, indices), and each `Loaded` without its image."""
@@ -226,21 +228,21 @@ class Loader:
                 yield self._counted([future.result() for future in islice(ahead, len(step))])
 
     def _counted(self, loaded: list[Loaded]) -> list[Loaded]:
-        """`loaded` itself, its corrupt images counted; UserError if too many are, or no replacement is readable."""
+        """`loaded`, its corrupt images counted; UserError if there are too many, or no replacement is readable."""
         for each in loaded:
             self.note_corrupt(each.corrupt)
             if each.item is None:
-                raise self._too_many(self.corrupt)
+                raise self._too_many()
         return loaded
 
     def _crop_rng(self, epoch: int, index: int) -> np.random.Generator:
         # Making a generator takes the interpreter lock: share one that nothing draws from.
         return generator(Stream.CROP, self.seed, epoch, index) if self.image_set.random_crop else self._unused
 
-    def _too_many(self, corrupt: dict[str, str]) -> UserError:
-        first = "; ".join(list(corrupt.values())[:3])
+    def _too_many(self) -> UserError:
+        first = "; ".join(list(self.corrupt.values())[:3])
         return UserError(
-            f"{len(corrupt)} of {len(self.image_set)} images of {self.image_set.name} are corrupt or "
+            f"{len(self.corrupt)} of {len(self.image_set)} images of {self.image_set.name} are corrupt or "
             f"missing, more than {MAX_CORRUPT:.0%}: {first}"
         )
 

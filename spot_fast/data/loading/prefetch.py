@@ -33,7 +33,7 @@ def ahead(batches: Iterator[T], depth: int = _AHEAD) -> Iterator[T]:
 def to_device(batches: Iterator[T], device: torch.device) -> Iterator[T]:
     """Batches (pytrees of tensors) made ahead in a thread, which also copies them to a GPU.
 
-    The copies go through pinned memory on a stream of their own; the current stream waits for a batch's own copy only.
+    Copies go through pinned memory on their own stream; the current stream waits for each batch's copy only.
     """
     return ahead(batches) if device.type != "cuda" else _through_pinned(batches, device)
 

@@ -27,30 +27,14 @@ class _Work(Dataset):
         return self.function(*task)
 
 
-class _Tasks:
-    """DataLoader's sampler: the tasks of the epoch that begins next."""
-
-    def __init__(self) -> None:
-        self.tasks: list[tuple[int, list[int]]] = []
-
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        return iter(self.tasks)
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-
 class Processes:
-    """`count` processes that call `function(epoch, indices)`, which is pickled for them.
-
-    They end with this object, or with the process that owns it.
-    """
+    """`count` processes that call the pickled `function(epoch, indices)`; they end with this object or its process."""
 
     def __init__(self, function: Callable[[int, list[int]], Any], count: int) -> None:
         methods = multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         context.set_forkserver_preload([__name__])
-        self._tasks = _Tasks()
+        self._tasks: list[tuple[int, list[int]]] = []  # of the epoch that begins next: DataLoader's sampler
         # With a generator of its own DataLoader does not draw from torch's global one.
         self._loader = DataLoader(
             _Work(function),
@@ -66,11 +50,8 @@ class Processes:
         self.count = count
 
     def run(self, epoch: int, steps: list[torch.Tensor]) -> Iterator[Any]:
-        """The results of all steps in order; UserError if a process ends unexpectedly.
-
-        Leaving early, or an error, ends the processes.
-        """
-        self._tasks.tasks = [(epoch, indices.tolist()) for indices in steps]
+        """The results of all steps in order; UserError if a process ends unexpectedly. Leaving early ends them all."""
+        self._tasks[:] = [(epoch, indices.tolist()) for indices in steps]
         if not steps:
             return
         started = complete = False
@@ -82,7 +63,7 @@ class Processes:
         except (RuntimeError, OSError, EOFError) as error:
             if not _of_dead_process(error):
                 raise
-            # The processes import the main script, which must not start them again.
+            # The processes import the main script, which must not start others.
             guard = "" if started else ", or have a script's own code below if __name__ == '__main__'"
             raise UserError(
                 f"a process of --workers {self.count} ended unexpectedly ({_reason(error)}): use fewer, "
@@ -105,8 +86,8 @@ def _unchanged(result: Any) -> Any:
 
 
 def _of_dead_process(error: Exception) -> bool:
-    """Whether DataLoader reports a dead process or could not fetch a tensor from it; exceptions of `function` name
-    the worker instead."""
+    """Whether DataLoader reports a dead process or could not fetch its tensor; exceptions of `function` name the worker
+    instead."""
     text = str(error)
     if isinstance(error, RuntimeError):
         return text.startswith("DataLoader worker (pid")

@@ -1,4 +1,4 @@
-"""Computes items ahead of their use, in order: what loaders, caches, evaluation and segmentation read with."""
+"""Computes items ahead of their use, in order; loaders, caches, evaluation and segmentation read with it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ def read_ahead(
     pool: ThreadPoolExecutor | None = None,
     name: str = "read-ahead",
 ) -> Iterator[Future[R]]:
-    """Futures of `function(item)` in the order of `items`, of which up to `depth` are begun beyond the one in use.
+    """Futures of `function(item)` in the order of `items`, up to `depth` begun beyond the one in use.
 
-    `workers` threads run them, or those of `pool`, which stays open; without either each runs when its turn comes.
-
-    An exception waits in its future: the caller decides whether it ends the iteration. Leaving the iterator early
-    cancels what has not begun and waits for what has, so that nothing reads on behind an error or Ctrl-C.
+    `workers` threads run them, or those of `pool`, which stays open; without either each runs in its turn. An exception
+    waits in its future. Leaving early cancels what has not begun; own threads finish what has, so that nothing reads on
+    behind an error or Ctrl-C.
     """
     if pool is None and not workers:
         for item in items:

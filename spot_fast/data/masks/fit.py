@@ -1,4 +1,4 @@
-"""Decides which image masks were drawn on: the stored one, or the one that EXIF turns upright."""
+"""Decides whether masks were drawn on the stored image or on the one that EXIF turns upright."""
 
 from __future__ import annotations
 
@@ -16,27 +16,22 @@ Size = tuple[int, int]  # width and height in pixels
 
 def stored_size(path: Path, encoded: bytes | None = None) -> Size:
     """Size of an image file, from its header; CorruptImage if that cannot be read."""
-    return _sizes(path, encoded, exif=False)[0]
+    with _opened(path, encoded) as image:
+        return image.size
 
 
 def both_sizes(path: Path, encoded: bytes | None = None) -> tuple[Size, Size]:
     """The size as stored, and turned upright; they differ if EXIF demands a quarter turn."""
-    return _sizes(path, encoded, exif=True)
+    with _opened(path, encoded) as image:
+        quarter_turn = image.format != "TIFF" and orientation(image) > 4  # Pillow turns a TIFF by itself
+        return image.size, image.size[::-1] if quarter_turn else image.size
 
 
-def _sizes(path: Path, encoded: bytes | None, exif: bool) -> tuple[Size, Size]:
+def _opened(path: Path, encoded: bytes | None) -> Image.Image:
     try:
-        image = Image.open(path if encoded is None else io.BytesIO(encoded))
+        return Image.open(path if encoded is None else io.BytesIO(encoded))
     except Exception:
-        image = open_image(path, encoded)
-    with image:
-        return image.size, image.size[::-1] if exif and _quarter_turn(image) else image.size
-
-
-def _quarter_turn(image: Image.Image) -> bool:
-    if image.format == "TIFF":  # Pillow turns it itself, and its size already
-        return False
-    return orientation(image) > 4
+        return open_image(path, encoded)
 
 
 def scaled_copy(one: Size, other: Size) -> bool:
@@ -48,9 +43,9 @@ def scaled_copy(one: Size, other: Size) -> bool:
 
 
 def turned(masks: Size, stored: Size, upright: Size, otherwise: bool) -> bool | None:
-    """Whether masks of that size were drawn on the upright image; None if they fit neither.
+    """Whether masks of that size were drawn on the upright image; None if they fit neither image.
 
-    The same size goes before a scaled copy. otherwise: the answer if both images fit alike, as squares do.
+    The same size goes before a scaled copy. otherwise: the answer if they fit both, as squares do.
     """
     for alike in (tuple.__eq__, scaled_copy):
         fits = alike(masks, stored), alike(masks, upright)

@@ -10,10 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Masks:
-    """Ground truth of one image, int64 label maps [M, M]; 0 is background.
-
-    classes is None if the data set has no classes; ignore (1 = void, counts nowhere) is None if no pixel is void.
-    """
+    """Ground truth of one image, int64 label maps [M, M]; 0 is background. ignore: 1 = void, which counts nowhere."""
 
     instances: torch.Tensor
     classes: torch.Tensor | None = None

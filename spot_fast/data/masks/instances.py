@@ -1,8 +1,8 @@
 """COCO instances files: images, and their objects as polygons or run lengths.
 
 Label maps follow the published protocol (SPOT, section 7). An image's annotations are numbered from 1 in the order of
-the file. Where instances overlap, the earlier one gets the pixel, and the pixel is void for every metric. Crowd regions
-are instances like any other. An annotation of an unknown category draws and covers nothing, but uses up its number.
+the file. Where instances overlap, the earlier one gets the pixel, which is void for every metric. Crowd regions are
+instances like any other. An annotation of an unknown category draws nothing, but uses up its number.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _UNLISTED = object()
 
 @dataclass(frozen=True)
 class Listed:
-    """An image as the file lists it; height and width in pixels, 0 if the file gives none that an image can have."""
+    """An image as the file lists it; height and width in pixels, 0 if the file gives none that are possible."""
 
     id: Any
     file_name: str
@@ -40,10 +40,10 @@ class Listed:
 class Instances:
     """Images and annotations of `path`; UserError if it is no such file.
 
-    class_of: category id → class from 1. Without it, or if the file lists a category that it lacks, the file's own
-    categories are numbered from 1 in their order; if the file has none either, `class_of` stays None and every
-    annotation has class 1. An id may be a number in one list and text in another.
-    notes: what is left out, in words. needs: what the folder should contain, for the message if the file is missing.
+    class_of: category id → class from 1. Without it, or if the file lists other categories, the file's own are numbered
+    from 1 in their order; if it has none, `class_of` stays None and every annotation has class 1. An id may be a number
+    in one list and text in another.
+    notes: lines about what is left out. needs: the folder's content, for the message if the file is missing.
     """
 
     def __init__(self, path: Path, *, class_of: Mapping[Any, int] | None = None, needs: str = "") -> None:
@@ -118,7 +118,7 @@ class Instances:
         return full.instances, full.classes, full.covered.astype(np.int32)
 
     def full_labels(self, image: Listed, *, crowd: bool) -> FullLabels:
-        """The same for protocols other than SPOT's. crowd: draw crowd regions as instances, or not at all."""
+        """For protocols other than SPOT's. crowd: draw crowd regions as instances, or not at all."""
         width, height = self.size(image)
         # Column by column in memory, as pycocotools draws regions.
         instances, classes, top_classes = np.zeros((3, width, height), np.int32).transpose(0, 2, 1)
@@ -131,10 +131,8 @@ class Instances:
         return FullLabels(instances, classes, top_classes, covered, np.zeros(covered.shape, bool))
 
     def _objects(self, image: Listed, crowd: bool) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Number, class and mask (bool [height, width]) of each annotation of a known category.
-
-        From the last to the first, so that earlier ones overwrite later ones.
-        """
+        """Number, class and mask (bool [height, width]) of each annotation of a known category, the last one first, so
+        that earlier ones overwrite later ones."""
         annotations = self._annotations.get(image.id, [])
         if not crowd:
             annotations = [annotation for annotation in annotations if not _is_crowd(annotation)]
@@ -157,7 +155,7 @@ class Instances:
 
 
 class _Ids:
-    """The ids in a list, found also if another list writes them as text, or as numbers."""
+    """The ids in a list, which another list may write as text, or as numbers."""
 
     def __init__(self, listed: Iterable[Any]) -> None:
         self._listed = dict.fromkeys(listed)
@@ -191,11 +189,9 @@ def _is_crowd(annotation: dict) -> bool:
 
 
 def read_images(path: Path, *, needs: str = "") -> list[Listed]:
-    """Reads only the list under "images": training needs nothing else of COCO's 450 MB.
-
-    Quotes inside a JSON string are escaped, so the pattern can only match a key.
-    """
+    """Reads only the list under "images": training needs nothing else of COCO's 450 MB."""
     text = _read_text(path, needs)
+    # Quotes inside a JSON string are escaped, so the pattern can only match a key.
     found = re.search(r'"images"\s*:\s*(?=\[)', text)
     if not found:
         raise UserError(f'{path} is not a COCO instances file: it has no list "images"')

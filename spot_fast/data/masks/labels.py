@@ -1,4 +1,4 @@
-"""Reads label images, whose values are the instances or classes of an image's pixels."""
+"""Reads label images, whose values are the instances or classes of the pixels."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _SAVE = "save it as a palette or grey PNG whose values are the labels"
 def open_labels(path: str | Path, encoded: bytes | None = None, *, rim: Collection[str] = ()) -> np.ndarray:
     """Reads an indexed label image as int32 [height, width]: grey values, or palette indices whatever their colours.
 
-    rim: Pillow modes of images in which 255 is VOC's rim around objects, and becomes background. UserError if the
-    image has colours, labels other than whole numbers from 0, or lost labels to a lossy format or soft edges.
-    CorruptImage if it cannot be read.
+    rim: Pillow modes in which 255 is VOC's rim around objects, and becomes background. UserError if the image has
+    colours, labels other than whole numbers from 0, or lost labels to a lossy format or soft edges; CorruptImage if it
+    cannot be read.
     """
     image = open_lossless(path, encoded)
     if image.mode not in ("P", "L", "1", "I", "F") and not image.mode.startswith("I;16"):
@@ -102,7 +102,7 @@ def _count_edges(labels: np.ndarray) -> tuple[int, int]:
 
 
 def _numbered(labels: np.ndarray) -> tuple[int, np.ndarray]:
-    """Number of labels, 0 always included, and the map with them renumbered from 0 in their order."""
+    """Number of labels, 0 included, and the map with them renumbered from 0 in their order."""
     if labels.size and labels.max() < 1 << 16:
         present = np.bincount(labels.ravel(), minlength=1) > 0
         present[0] = True

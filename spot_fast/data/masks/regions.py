@@ -1,7 +1,7 @@
 """COCO's regions, polygons and run lengths, as masks.
 
-pycocotools does not check its input: coordinates that are infinite or far away take all memory, and runs that do not
-fill the image leave the rest of the mask uninitialised. So every region is checked before it is drawn.
+pycocotools does not check its input: coordinates far away take all memory, and runs that do not fill the image leave
+the rest of the mask uninitialised. So every region is checked before it is drawn.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def _listed_runs(counts: list) -> np.ndarray:
 
 
 def _compressed_runs(counts: Any) -> np.ndarray:
-    """int64 run lengths of COCO's string: digits of five bits, character 48 is 0, lowest first; bit 32 marks that more
-    follow, bit 16 of the last digit is the sign. From the fourth on, a number is a difference to the last but one."""
+    """int64 run lengths of COCO's string: digits of five bits, lowest first, from character 48; bit 32 says that more
+    follow, bit 16 of the last is the sign. From the fourth on, a number is the difference to the last but one."""
     if not isinstance(counts, str | bytes):
         raise ValueError(f"the run lengths are {_short(counts)}: expected a list or a string")
     text = counts.encode() if isinstance(counts, str) else counts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import photo_table
 import pytest
@@ -19,13 +20,8 @@ from paths import BENCH
 
 def result(stage: int, seed: int, *, variant: str = "scenes", settings: str = "one", **mbo_i: float) -> Result:
     """Scores of every kind of masks; keywords such as slots=0.5, decoder_1=0.4 set mBO_i."""
-    about = dict.fromkeys(tables.ABOUT, "1") | {
-        "variant": variant,
-        "stage": str(stage),
-        "seed": str(seed),
-        "settings": settings,
-        "train_seconds": "90.0",
-    }
+    about = dict.fromkeys(tables.ABOUT, "1") | {"variant": variant, "stage": str(stage), "seed": str(seed)}
+    about |= {"settings": settings, "train_seconds": "90.0"}
     scores = {}
     for name, value in mbo_i.items():
         masks, _, orders = name.partition("_")
@@ -70,8 +66,8 @@ def test_targets():
     assert [t.passed for t in scenes_table.targets(three_seeds(decoder=0.425))] == [False, True, True]
     assert [t.passed for t in scenes_table.targets(three_seeds(gain=0.0))] == [True, True, False]
     assert [t.passed for t in scenes_table.targets(three_seeds()[:3])] == [True, True, None]
-    found = scenes_table.targets(three_seeds())[0]
-    assert "+13.0 points on average; +12.0 (seed 0), +13.0 (seed 1), +14.0 (seed 2)" in found.detail
+    detail = scenes_table.targets(three_seeds())[0].detail
+    assert "+13.0 points on average; +12.0 (seed 0), +13.0 (seed 1), +14.0 (seed 2)" in detail
 
 
 def test_runs_of_different_settings_are_not_averaged():
@@ -99,20 +95,9 @@ def test_csv_there_and_back(tmp_path, capsys):
 
 
 def test_photo_table_has_the_four_methods():
-    results = [
-        result(
-            stage,
-            0,
-            variant=variant,
-            blocks=0.2,
-            kmeans=0.4,
-            decoder_1=0.3,
-            slots=0.3,
-            **({"decoder_9": 0.35} if variant == "spot9" else {}),
-        )
-        for variant in ("standard", "spot9")
-        for stage in (1, 2)
-    ]
+    masks = {"blocks": 0.2, "kmeans": 0.4, "decoder_1": 0.3, "slots": 0.3}
+    variants = {"standard": masks, "spot9": masks | {"decoder_9": 0.35}}
+    results = [result(stage, 0, variant=name, **scores) for name, scores in variants.items() for stage in (1, 2)]
     text = photo_table.report(results)
     for title in ("plain, decoder |", "+ orders, decoder, nine orders |", "+ self-training, slots |", "both, slots |"):
         assert title in text
@@ -127,20 +112,8 @@ def test_photo_plans_teach_their_own_kind(tmp_path):
     folder = tmp_path / "annotations"
     folder.mkdir()
     (folder / "instances_train2017.json").write_text(json.dumps({"images": [{}] * 100}))
-    args = type(
-        "Args",
-        (),
-        dict(
-            photos=tmp_path,
-            encoder_weights="f",
-            seeds=[0, 1],
-            steps=50,
-            batch_size=10,
-            train_images=40,
-            val_images=0,
-            short=False,
-        ),
-    )
+    args = SimpleNamespace(photos=tmp_path, encoder_weights="f", seeds=[0, 1], steps=50, batch_size=10)
+    args.train_images, args.val_images, args.short = 40, 0, False
     made = photo_table.plans(args, ["--lr", "1e-3"])
     assert len(made) == 8 and [p.stage for p in made] == [1] * 4 + [2] * 4
     for plan in made:
@@ -199,7 +172,7 @@ def test_engine_trains_once_and_knows_a_recipe_by_its_settings(stand_in, capsys)
         Runner(stand_in, {}).run([Plan("scenes", 1, 0, ("--lr", "0.25"))])
 
 
-def test_engine_tells_of_a_failure_and_keeps_to_its_time(stand_in):
+def test_engine_reports_a_failure_and_keeps_to_its_time(stand_in):
     with pytest.raises(BenchError, match="exit code 1: error: the loss is not finite"):
         Runner(stand_in, {}).run([Plan("bad", 1, 0, ("--lr", "2"))])
     assert not Runner(stand_in, {}, minutes=0.005).run([Plan("slow", 1, 0, ("--lr", "1"))])

@@ -43,7 +43,7 @@ def test_rows_verdict_and_csv(in_small, tmp_path, capsys):
     assert {row["difference"] for row in rows if row["part"] == "cache" and row["reference"]} == {"0"}
 
 
-def test_a_difference_is_told(in_small, monkeypatch, capsys):
+def test_a_difference_is_reported(in_small, monkeypatch, capsys):
     in_small[1]["max"] = 40
     stale = dict(name="pixel cache", images_s=1.0, reference="files", times=1.0, difference=3.0)
     monkeypatch.setattr(cache_speed, "run", lambda *arguments: [stale])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -20,26 +19,20 @@ import kernel_table
 import pytest
 import torch
 from harness import kernel_bench, kernel_clock, kernel_rows
-from harness.kernel_bench import Bench, Case, Problem, Setting
+from harness.kernel_bench import Bench, Setting
 from harness.kernel_clock import Ceilings, DeviceClock, HostClock, Work, device_plan, interleaved
 from harness.kernel_rows import COMPILE, EAGER, FLEX, OURS, SDPA, Row, duration
 
 import spot_kernels
 from paths import BENCH
 from spot_kernels import dispatch
+from stand_in_gpu import pretend_gpu, square_case
 
 CEILINGS = Ceilings(1e9, {"float32": 1e12, "bfloat16": 2e12})
-OPERATORS = {
-    "slot_attention_step",
-    "permuted_causal_attention",
-    "slot_cross_attention",
-    "linear_assignment",
-    "match_masks",
-    "SlotAttention",
-    "slot_cross_map",
-    "shift_by_order",
-    "gru_norm",
-}
+OPERATORS = set(
+    "slot_attention_step permuted_causal_attention slot_cross_attention linear_assignment match_masks SlotAttention "
+    "slot_cross_map shift_by_order gru_norm".split()
+)
 
 
 def test_work_by_hand():
@@ -64,7 +57,8 @@ def test_work_by_hand():
 
 
 def test_every_gpu_shape_of_the_plan_is_there():
-    found = {(case.operator, case.shape) for case in kernel_bench.all_cases(Setting(gpu=True))}
+    cases = kernel_bench.all_cases(Setting(gpu=True))
+    shapes = {(case.operator, case.shape) for case in cases}
     for operator, shape in [
         ("slot_attention_step", "SPOT 64×196 K7 d256"),
         ("slot_attention_step", "COCO high resolution 16×1024 K7 d256"),
@@ -81,15 +75,14 @@ def test_every_gpu_shape_of_the_plan_is_there():
         ("match_masks", "SPOT 64×196 K7"),
         ("SlotAttention", "SPOT 64×196 K7 D768 U256"),
     ]:
-        assert (operator, shape) in found
-    floors = kernel_table.floors(kernel_bench.all_cases(Setting(gpu=True)), kernel_table.H200)
+        assert (operator, shape) in shapes
+    floors = kernel_table.floors(cases, kernel_table.H200)
     # 13.3 MB at 4.3 TB/s
     assert "| SPOT 64×196 K7 d256 | bfloat16 | 13.3 | 0.08992 | 3.09 µs |" in floors
     # every aim speaks of a row that is measured, with the technique it is compared with
-    cases = kernel_bench.all_cases(Setting(gpu=True))
     for aim in kernel_rows.AIMS:
-        (found,) = [case for case in cases if aim.concerns(case.operator, case.shape, case.dtype)]
-        assert OURS in found.techniques and (not aim.than or aim.than in found.techniques)
+        (measured,) = [case for case in cases if aim.concerns(case.operator, case.shape, case.dtype)]
+        assert OURS in measured.techniques and (not aim.than or aim.than in measured.techniques)
 
 
 @pytest.mark.parametrize("setting", [Setting(True), Setting(False), Setting(False, tiny=True)])
@@ -147,8 +140,8 @@ def test_device_clock_sleeps_first(monkeypatch):
     clock, given = DeviceClock(), []
     plan = clock.plan(given.append)
     assert given == [0, 1, 2, 0, 1, 2] and plan.calls >= 1
-    found = clock.sample(lambda i: happened.append(f"call {i}"), kernel_clock.Plan(3, 77, 0.0))
-    assert found == pytest.approx(0.002)
+    seconds = clock.sample(lambda i: happened.append(f"call {i}"), kernel_clock.Plan(3, 77, 0.0))
+    assert seconds == pytest.approx(0.002)
     assert happened == [77, "event", "call 0", "call 1", "call 2", "event"]
 
 
@@ -180,22 +173,15 @@ def test_spread_is_of_the_middle_six_of_ten():
 
 
 def rows() -> list[Row]:
-    about = {
-        "operator": "slot_attention_step",
-        "shape": "SPOT 64",
-        "dtype": "bfloat16",
-        "forward_bytes": 1e6,
-        "both_bytes": 3e6,
-        "forward_flops": 1e6,
-        "both_flops": 3e6,
-        "output_error": 0.001,
-    }
+    about = {"operator": "slot_attention_step", "shape": "SPOT 64", "dtype": "bfloat16", "output_error": 0.001}
+    about |= {"forward_bytes": 1e6, "both_bytes": 3e6, "forward_flops": 1e6, "both_flops": 3e6}
+    not_run = about | {"output_error": None}
     return [
         Row(technique=OURS, backend="triton", forward_s=2e-3, both_s=4e-3, peak_bytes=2**21, **about),
         Row(technique=EAGER, forward_s=6e-3, both_s=20e-3, **about),
         Row(technique=COMPILE, forward_s=3e-3, both_s=12e-3, **about),
-        Row(technique=SDPA, **{**about, "output_error": None}, problem="FAILED: output 0: error 1, allowed 0.1"),
-        Row(technique=FLEX, **{**about, "output_error": None}, problem="not here: no compiler"),
+        Row(technique=SDPA, **not_run, problem="FAILED: output 0: error 1, allowed 0.1"),
+        Row(technique=FLEX, **not_run, problem="not here: no compiler"),
     ]
 
 
@@ -220,8 +206,8 @@ def test_table():
 
 
 def test_a_table_from_before_a_column_existed_is_read():
-    about, found = kernel_rows.read_csv(BENCH / "results" / "kernels_cpu_2026-11-25.csv")
-    assert about["device"] == "cpu" and found and not any(row.not_captured for row in found)
+    about, old = kernel_rows.read_csv(BENCH / "results" / "kernels_cpu_2026-11-25.csv")
+    assert about["device"] == "cpu" and old and not any(row.not_captured for row in old)
 
 
 @pytest.mark.parametrize(
@@ -249,10 +235,8 @@ def test_aims():
     wrong = replace(ours, both_s=None, forward_s=None, problem="FAILED: x")
     assert kernel_rows.judge(spot, [wrong, *others]) == (False, "ours FAILED")
     problem = Row("linear_assignment", "64 of 7×7", "float32", OURS, forward_s=19e-6)
-    assert (
-        kernel_rows.judge(assignments, [problem])[0]
-        and not kernel_rows.judge(assignments, [replace(problem, forward_s=21e-6)])[0]
-    )
+    assert kernel_rows.judge(assignments, [problem])[0]
+    assert not kernel_rows.judge(assignments, [replace(problem, forward_s=21e-6)])[0]
     assert kernel_rows.aims_text(rows(), gpu=True).count("????") == 5
 
 
@@ -269,8 +253,8 @@ def test_csv_there_and_back(tmp_path):
     path = tmp_path / "kernels.csv"
     about = dict.fromkeys(kernel_rows.ABOUT, "1") | {"device": "NVIDIA H200"}
     kernel_rows.write_csv(path, about, rows())
-    found, back = kernel_rows.read_csv(path)
-    assert found == about and kernel_rows.table(back, CEILINGS) == kernel_rows.table(rows(), CEILINGS)
+    about_read, back = kernel_rows.read_csv(path)
+    assert about_read == about and kernel_rows.table(back, CEILINGS) == kernel_rows.table(rows(), CEILINGS)
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="not a result"):
         kernel_rows.read_csv(path)
@@ -280,31 +264,16 @@ def test_csv_there_and_back(tmp_path):
 # ---- right or wrong
 
 
-def case(ours, others=None) -> Case:
-    """A square, with a technique that computes something else or nothing."""
-    techniques = {OURS: lambda: ours, EAGER: lambda: lambda x: x * x} | (others or {})
-
-    def build() -> Problem:
-        return Problem(
-            lambda seed: kernel_bench.randn(seed, (4, 5), device=torch.device("cpu"), dtype=torch.float32),
-            techniques,
-            lambda x: x * x,
-        )
-
-    names = tuple(techniques)
-    return Case("slot_attention_step", "square", "float32", Work(160, 20), Work(240, 40), names, build)
-
-
 def test_wrong_results_have_no_speed():
     bench = Bench(Setting(gpu=False, tiny=True))
-    good = case(lambda x: x.square())
+    good = square_case(lambda x: x.square())
     assert bench.row(good, OURS).both_s > 0 and bench.row(good, OURS).output_error < 1e-6
     for wrong in (
         lambda x: x * x + 1e-5,  # outputs
         lambda x: (x * x).detach() + x - x.detach(),  # gradients
         lambda x: x * x * float("nan"),
     ):
-        row = bench.row(case(wrong), OURS)
+        row = bench.row(square_case(wrong), OURS)
         assert row.failed and row.forward_s is None and row.both_s is None
         assert "FAILED" in kernel_rows.table([row], CEILINGS)
 
@@ -316,12 +285,12 @@ def test_wrong_results_have_no_speed():
 
     # another order of summation is no mistake of PyTorch's, something else is
     near, far = (lambda: lambda x: x * x + 1e-6), (lambda: lambda x: x * x + 1e-4)
-    row = bench.row(case(lambda x: x * x, {SDPA: near, FLEX: far}), SDPA)
+    row = bench.row(square_case(lambda x: x * x, {SDPA: near, FLEX: far}), SDPA)
     assert not row.failed and row.output_error > 1e-7 and row.both_s > 0
     assert bench.rows[-1].technique == FLEX and bench.rows[-1].failed
-    row = bench.row(case(broken), OURS)
+    row = bench.row(square_case(broken), OURS)
     assert row.problem == "FAILED: RuntimeError: illegal memory access"
-    row = bench.row(case(lambda x: x.square(), {COMPILE: absent}), COMPILE)
+    row = bench.row(square_case(lambda x: x.square(), {COMPILE: absent}), COMPILE)
     assert not row.failed and row.problem == "not here: RuntimeError: no compiler"
 
 
@@ -339,45 +308,14 @@ def test_ours_shows_the_backend_that_ran():
 
 
 def test_gpu_path_with_a_stand_in(monkeypatch):
-    """What only a GPU runs, on a device that is a CPU with the functions of one: queue, sets, memory, graph."""
-
-    class Device:
-        def __init__(self, *args, **kwargs):
-            self.start = 0.0
-
-        def record(self):
-            self.start = time.perf_counter()
-
-        def synchronize(self):
-            pass
-
-        def elapsed_time(self, stop):
-            return 1e3 * (stop.start - self.start)
-
-        wait_stream = replay = lambda self, *args: None
-
-    names = {
-        "Event": Device,
-        "Stream": Device,
-        "CUDAGraph": Device,
-        "current_stream": Device,
-        "_sleep": lambda cycles: None,
-        "synchronize": lambda: None,
-        "reset_peak_memory_stats": lambda: None,
-        "memory_allocated": lambda: 100,
-        "max_memory_allocated": lambda: 356,
-        "stream": contextlib.nullcontext,
-        "graph": contextlib.nullcontext,
-        "get_device_properties": lambda device: type("Properties", (), {"L2_cache_size": 100}),
-    }
-    for name, function in names.items():
-        monkeypatch.setattr(torch.cuda, name, function, raising=False)
+    """Queue, sets of inputs, memory and graph, on a CPU with the functions of a GPU."""
+    pretend_gpu(monkeypatch)
     monkeypatch.setattr(Setting, "device", torch.device("cpu"))
     bench = Bench(Setting(gpu=True, tiny=True))
     bench.clock, bench.ceilings = DeviceClock(), CEILINGS
-    square = replace(case(lambda x: x * x), waiting=(EAGER,))
+    square = replace(square_case(lambda x: x * x), waiting=(EAGER,))
     row = bench.row(square, OURS)
-    assert row.both_s > 0 and row.peak_bytes == 256 and row.graph_s >= 0
+    assert row.both_s > 0 and row.peak_bytes == 10**9 - 100 and row.graph_s >= 0
     assert bench.rows[1].technique == EAGER and bench.rows[1].graph_s is None
     # an argument of 80 bytes, a cache of 100
     assert kernel_bench.sets_needed(80, torch.device("cuda")) == 3
@@ -447,9 +385,9 @@ def tiny_bench(tmp_path_factory):
 def test_every_bench_runs_at_tiny_size(tiny_bench, capsys):
     printed, out = tiny_bench
     (path,) = out.glob("kernels_*_torch-*_triton-*.csv")
-    about, found = kernel_rows.read_csv(path)
-    assert {row.operator for row in found} >= OPERATORS
-    assert not [row for row in found if row.failed]
+    about, measured = kernel_rows.read_csv(path)
+    assert {row.operator for row in measured} >= OPERATORS
+    assert not [row for row in measured if row.failed]
     assert about["torch"] == torch.__version__ and float(about["copy_bytes_per_s"]) > 0
     assert "PASS" in printed or "FAIL" in printed or not dispatch.NATIVE
     # the table again, from the file
@@ -458,15 +396,8 @@ def test_every_bench_runs_at_tiny_size(tiny_bench, capsys):
 
 
 def test_gpu_script_runs_a_part(tmp_path):
-    more = {
-        "QUICK": "1",
-        "OUT": str(tmp_path / "out"),
-        "STORE": str(tmp_path / "store"),
-        "GPU": str(tmp_path / "none"),
-        "PYTHON": sys.executable,
-        "DEVICE": "cpu",
-        "WORKERS": "0",
-    }
+    folders = {name: str(tmp_path / name.lower()) for name in ("OUT", "STORE", "GPU")}
+    more = folders | {"QUICK": "1", "PYTHON": sys.executable, "DEVICE": "cpu", "WORKERS": "0"}
     done = run(["bash", str(BENCH / "gpu_check.sh"), "correct"], environment(**more))
     assert done.returncode == 0 and "correct: exit code 0" in done.stdout, done.stdout + done.stderr
     assert "passed" in (tmp_path / "out" / "tests_gpu.txt").read_text()
@@ -512,13 +443,8 @@ def test_sweep_reaches_the_launches():
 def test_sweep_prints_the_best(capsys, monkeypatch):
     import sweep
 
-    few = replace(
-        sweep.SWEEPS[0],
-        operator="slot_cross_attention",
-        function="slot_cross_attention._forward_config",
-        grid={"block_n": (16, 64)},
-        only={},
-    )
+    few = replace(sweep.SWEEPS[0], operator="slot_cross_attention", grid={"block_n": (16, 64)}, only={})
+    few = replace(few, function="slot_cross_attention._forward_config")
     monkeypatch.setattr(sweep, "SWEEPS", (few,))
     assert sweep.main(["--tiny", "--only", "slot_cross"]) == 0
     lines = capsys.readouterr().out.splitlines()

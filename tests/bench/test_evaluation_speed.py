@@ -8,8 +8,8 @@ import torch
 @pytest.mark.parametrize("size, masks, grid", [(96, 7, 14), (40, 3, 5)])
 def test_both_implementations_agree(size, masks, grid):
     given = evaluation_speed.generated(5, size=size, masks=masks, grid=grid)
-    found, expected = evaluation_speed.ours(given, batch_size=2), evaluation_speed.per_mask(given)
-    assert found.shape == (2, 5, 4) and torch.allclose(found, expected, atol=1e-12, rtol=0, equal_nan=True)
+    ours, expected = evaluation_speed.ours(given, batch_size=2), evaluation_speed.per_mask(given)
+    assert ours.shape == (2, 5, 4) and torch.allclose(ours, expected, atol=1e-12, rtol=0, equal_nan=True)
 
 
 def test_what_it_prints(capsys):

@@ -51,18 +51,9 @@ def test_copies_are_told_apart(traced):
 def test_two_devices_in_one_operator_are_an_error(traced):
     with pytest.raises(RuntimeError, match="two different devices|two devices"):
         torch.empty(3, 4, device=CUDA) @ torch.empty(4, 5)
-    torch._fused_adam_(
-        *[[torch.empty(3, device=CUDA)] for _ in range(4)],
-        [],
-        [torch.zeros(())],
-        lr=0.1,
-        beta1=0.9,
-        beta2=0.99,
-        weight_decay=0.0,
-        eps=1e-8,
-        amsgrad=False,
-        maximize=False,
-    )
+    options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-8}
+    tensors = [[torch.empty(3, device=CUDA)] for _ in range(4)]
+    torch._fused_adam_(*tensors, [], [torch.zeros(())], **options, amsgrad=False, maximize=False)
     assert kinds(traced) == [ERROR] and "cpu, cuda:0" in traced.findings[0].what
 
 

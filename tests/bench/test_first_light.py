@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import re
@@ -22,13 +21,13 @@ import rivals
 import steps
 import torch
 from harness import kernel_bench, kernel_clock, machine, step_flops
-from harness.kernel_bench import Case, Problem, Work, randn
-from harness.kernel_rows import EAGER, OURS
+from harness.kernel_rows import OURS
 from record import ABSENT, GO, LATE, NO_GO, OUT_OF_TIME, PARTS, Options, Recorder, Row, Time
 
 from paths import BENCH
 from spot_fast.training import optimiser
 from spot_fast.training.compiled import Compiled
+from stand_in_gpu import pretend_gpu, square_case
 
 SCRIPT = BENCH / "first_light.sh"
 HERE = Options(gpu=False, rehearse=True, out=Path("."), seconds=60)
@@ -66,9 +65,9 @@ def test_rehearsal_runs_every_part(rehearsal):
     # what a GPU machine gives back is eight files at most
     assert len(list(out.iterdir())) <= 8
     for part in PARTS:
-        found = kept(out, part)
-        assert not [row for _, row in found if row.verdict in (NO_GO, LATE)]
-        for about, row in found:
+        rows = kept(out, part)
+        assert not [row for _, row in rows if row.verdict in (NO_GO, LATE)]
+        for about, row in rows:
             assert row.part == part and about["torch"] == torch.__version__ and about["rehearsal"] == "yes"
             assert about["card"] and about["date"] and about["time"] and about["commit"] and about["triton"]
             assert printed.startswith(f"run {about['run']}, results in {out}\n")
@@ -77,39 +76,30 @@ def test_rehearsal_runs_every_part(rehearsal):
 
 @pytest.mark.slow
 def test_what_has_to_travel_is_far_below_the_limit(rehearsal):
-    found = re.search(r"^travels: ([\d.]+) MiB of 64$", rehearsal[0], re.MULTILINE)
+    travels = re.search(r"^travels: ([\d.]+) MiB of 64$", rehearsal[0], re.MULTILINE)
     if not (BENCH.parent / ".git").exists():
         pytest.skip("a checkout without its history")
-    assert float(found[1]) < 40
+    assert float(travels[1]) < 40
 
 
 @pytest.mark.slow
 def test_each_part_has_what_it_is_for(rehearsal):
     _, out, _ = rehearsal
     rows = {part: [row for _, row in kept(out, part)] for part in PARTS}
-    ceilings = rows["ceilings"]
-    assert {"copy", "large product"} <= {row.subject for row in ceilings}
-    assert {"forward", "input", "weight"} <= {row.variant for row in ceilings}
-    assert {"stage 1", "stage 2"} <= {row.subject for row in ceilings}
+    assert {"copy", "large product", "stage 1", "stage 2"} <= {row.subject for row in rows["ceilings"]}
+    assert {"forward", "input", "weight"} <= {row.variant for row in rows["ceilings"]}
     checked = {row.subject.partition(",")[0] for row in rows["operators"]}
-    assert checked >= {
-        "slot_attention_step",
-        "permuted_causal_attention",
-        "slot_cross_attention",
-        "slot_cross_map",
-        "shift_by_order",
-        "gru_norm",
-        "linear_assignment",
-        "match_masks",
-        "SlotAttention",
-    }
+    assert checked >= set(
+        "slot_attention_step permuted_causal_attention slot_cross_attention slot_cross_map shift_by_order gru_norm "
+        "linear_assignment match_masks SlotAttention".split()
+    )
     for stage in ("stage 1", "stage 2"):
-        found = [row for row in rows["steps"] if row.subject == stage]
-        timed = {row.variant: row for row in found if row.figure == "ms a step"}
+        of_stage = [row for row in rows["steps"] if row.subject == stage]
+        timed = {row.variant: row for row in of_stage if row.figure == "ms a step"}
         assert timed.keys() == {steps.EAGER, steps.COMPILED, steps.GRAPH, "aim"}
         assert all(row.error is not None and row.value > 0 for name, row in timed.items() if name != "aim")
         assert "recorded" in timed[steps.GRAPH].note
-        assert any("are 4 plain ones" in row.figure and row.verdict == GO for row in found)
+        assert any("are 4 plain ones" in row.figure and row.verdict == GO for row in of_stage)
     attention = {row.variant for row in rows["layouts"] if row.subject == "decoder's self-attention"}
     assert {"raster, ours", "raster, gathered", "order, FLASH", "order, CUDNN"} <= attention
     assert {row.subject.partition(",")[0] for row in rows["rivals"]} >= rivals.WANTED.keys()
@@ -122,11 +112,8 @@ def test_the_last_line_says_how_far_the_aims_are(rehearsal):
     assert "stage 1: " in last and "aim 6: " in last and "aim 12: " in last and "minutes, aim 30: " in last
     card = kept(out, "steps")[0][0]["card"]
     assert last.startswith(f"{card}: a rehearsal")
-    made = subprocess.run(
-        [sys.executable, str(BENCH / "first_light" / "table.py"), *map(str, out.glob("*.csv"))],
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, str(BENCH / "first_light" / "table.py"), *map(str, out.glob("*.csv"))]
+    made = subprocess.run(command, capture_output=True, text=True)
     assert made.returncode == 0 and made.stdout.count("| what | of | figure |") == len(PARTS)
 
 
@@ -291,23 +278,12 @@ def test_an_error_of_nvidia_smi_is_no_answer(tmp_path, monkeypatch):
 # ---- verdicts
 
 
-def case(ours, name="square") -> Case:
-    def build() -> Problem:
-        return Problem(
-            lambda seed: randn(seed, (4, 5), device=torch.device("cpu"), dtype=torch.float32),
-            {OURS: lambda: ours, EAGER: lambda: lambda x: x * x},
-            lambda x: x * x,
-        )
-
-    return Case(name, "tiny", "float32", Work(160, 20), Work(240, 40), (OURS, EAGER), build)
-
-
 def test_a_wrong_or_moving_operator_is_no_go():
-    verdicts = [row.verdict for row in operators.check(case(lambda x: x.square()), 3)]
+    verdicts = [row.verdict for row in operators.check(square_case(lambda x: x.square()), 3)]
     assert verdicts == [GO, GO]
-    verdicts = [row.verdict for row in operators.check(case(lambda x: x.square() + 1e-4), 3)]
+    verdicts = [row.verdict for row in operators.check(square_case(lambda x: x.square() + 1e-4), 3)]
     assert verdicts == [NO_GO, GO]
-    moving = case(lambda x: x.square() * (1 + 1e-7 * torch.rand(()).item()))
+    moving = square_case(lambda x: x.square() * (1 + 1e-7 * torch.rand(()).item()))
     assert operators.check(moving, 20)[1].verdict == NO_GO
 
 
@@ -325,9 +301,9 @@ def test_an_operator_that_takes_its_process_along_is_no_go(tmp_path, monkeypatch
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind, get=multiprocessing.get_context: get("fork"))
     recorder = Recorder("operators", tmp_path)
     operators.side_by_side(recorder, HERE, Time(6), ["one", "dies", "hangs", "two"], jobs=2)
-    found = {row.subject: row for row in recorder.rows}
-    assert found["one"].verdict == found["two"].verdict == GO and found["hangs"].verdict == LATE
-    assert found["dies"].verdict == NO_GO and "code 7" in found["dies"].note
+    rows = {row.subject: row for row in recorder.rows}
+    assert rows["one"].verdict == rows["two"].verdict == GO and rows["hangs"].verdict == LATE
+    assert rows["dies"].verdict == NO_GO and "code 7" in rows["dies"].note
 
 
 @pytest.mark.parametrize("name", operators.RACES)
@@ -339,12 +315,8 @@ def test_what_the_sanitizer_looks_at_runs(name, tmp_path):
         ("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", 9, NO_GO),
         ("Device not supported", 1, ABSENT),
     ):
-        process = subprocess.Popen(
-            [sys.executable, "-c", f"print({text!r}); raise SystemExit({code})"],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        command = [sys.executable, "-c", f"print({text!r}); raise SystemExit({code})"]
+        process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         operators.report_sanitizer(recorder, (name, process), Time(30))
         assert recorder.rows[-1].verdict == verdict, text
     operators.report_sanitizer(recorder, (name, None), Time(30))
@@ -373,10 +345,8 @@ def test_a_rival_that_is_wrong_or_not_here_has_no_time(tmp_path):
     def absent():
         raise RuntimeError("no such backend")
 
-    problem = case(lambda x: x.square()).build()
-    problem = replace(
-        problem, techniques={**problem.techniques, "wrong": lambda: lambda x: x * x + 1e-2, "absent": absent}
-    )
+    others = {"wrong": lambda: lambda x: x * x + 1e-2, "absent": absent}
+    problem = square_case(lambda x: x.square(), others).build()
     names = {name: name for name in (OURS, "wrong", "absent")}
     rows = {row.variant: row for row in compare.compare(Recorder("rivals", tmp_path), HERE, "square", problem, names)}
     assert rows[OURS].value > 0 and rows[OURS].error < 1e-6
@@ -409,38 +379,7 @@ def test_layouts_are_compared_by_what_a_step_takes(tmp_path, monkeypatch):
 @pytest.fixture
 def stand_in_gpu(monkeypatch):
     """A CPU with the functions of a GPU, whose graphs replay nothing."""
-
-    class Device:
-        def __init__(self, *args, **kwargs):
-            self.start = 0.0
-
-        def record(self):
-            self.start = time.perf_counter()
-
-        def elapsed_time(self, stop):
-            return 1e3 * (stop.start - self.start)
-
-        synchronize = wait_stream = replay = lambda self, *args: None
-
-    nothing = lambda *args, **kwargs: None  # noqa: E731 - many of them
-    within = lambda *args, **kwargs: contextlib.nullcontext()  # noqa: E731
-    functions = {
-        "Event": Device,
-        "Stream": Device,
-        "CUDAGraph": Device,
-        "current_stream": Device,
-        "_sleep": nothing,
-        "synchronize": nothing,
-        "reset_peak_memory_stats": nothing,
-        "max_memory_allocated": lambda: 10**9,
-        "stream": within,
-        "graph": within,
-        "device": within,
-        "set_sync_debug_mode": nothing,
-        "get_device_properties": lambda device: type("Properties", (), {"L2_cache_size": 100}),
-    }
-    for name, function in functions.items():
-        monkeypatch.setattr(torch.cuda, name, function, raising=False)
+    pretend_gpu(monkeypatch)
     monkeypatch.setattr(Options, "device", torch.device("cpu"))
     monkeypatch.setattr(compare, "DeviceClock", kernel_clock.HostClock)
     monkeypatch.setattr(ceilings, "DeviceClock", kernel_clock.HostClock)
@@ -451,7 +390,9 @@ def stand_in_gpu(monkeypatch):
 
 def test_comparisons_on_a_stand_in(stand_in_gpu, tmp_path):
     recorder = Recorder("rivals", tmp_path)
-    (row,) = compare.compare(recorder, stand_in_gpu, "square", case(lambda x: x.square()).build(), {OURS: "ours"})
+    (row,) = compare.compare(
+        recorder, stand_in_gpu, "square", square_case(lambda x: x.square()).build(), {OURS: "ours"}
+    )
     assert row.verdict == GO and row.value is not None
     product = step_flops.Product(16, 8, 8, "weight")
     taken, wrong = ceilings.seconds(product, 2, stand_in_gpu)

@@ -11,16 +11,8 @@ from record import GO, NO_GO, Recorder, Row
 
 def write_rows(folder: Path, monkeypatch, run: str, card: str, *rows: tuple[str, str, float]) -> None:
     """CSV files as of one call of the script on a card; rows: part, subject, and ms of a step."""
-    about = {
-        "run": run,
-        "date": run[:10],
-        "card": card,
-        "driver": "",
-        "torch": "2.11",
-        "triton": "3.6",
-        "cuda": "13",
-        "commit": "abc1234",
-    }
+    about = {"run": run, "date": run[:10], "card": card, "driver": "", "torch": "2.11", "triton": "3.6"}
+    about |= {"cuda": "13", "commit": "abc1234"}
     monkeypatch.setattr(record, "facts", lambda: about)
     for part, subject, ms in rows:
         Recorder(part, folder).add(subject, "graph", figure="ms a step", value=ms, verdict=GO)
@@ -35,24 +27,17 @@ def tabled(folder: Path, capsys, *words: str) -> str:
 def test_of_two_runs_on_one_day_the_newest_rows_count(tmp_path, monkeypatch, capsys):
     """Part by part: a second run may have had fewer."""
     first, second = "2026-12-01 09:00:00", "2026-12-01 11:30:00"
-    write_rows(
-        tmp_path,
-        monkeypatch,
-        first,
-        "H200",
-        ("steps", "stage 1", 5.0),
-        ("steps", "stage 2", 10.0),
-        ("layouts", "decoder", 1.0),
-    )
+    rows = ("steps", "stage 1", 5.0), ("steps", "stage 2", 10.0), ("layouts", "decoder", 1.0)
+    write_rows(tmp_path, monkeypatch, first, "H200", *rows)
     write_rows(tmp_path, monkeypatch, second, "H200", ("steps", "stage 1", 7.0))
     assert len(list(tmp_path.iterdir())) == 2  # a file for each part
-    found = tabled(tmp_path, capsys)
-    assert "stage 1: 7.00 ms" in found and "stage 2: no time" in found and "| decoder |" in found
-    assert "5.00 ms" not in found and found.count("| stage 1 |") == 1
-    found = tabled(tmp_path, capsys, "--run", first)
-    assert "stage 1: 5.00 ms" in found and "stage 2: 10.00 ms" in found and "7.00 ms" not in found
-    found = tabled(tmp_path, capsys, "--run", second, "--last")
-    assert found.startswith("H200: stage 1: 7.00 ms") and found.count("\n") == 1
+    text = tabled(tmp_path, capsys)
+    assert "stage 1: 7.00 ms" in text and "stage 2: no time" in text and "| decoder |" in text
+    assert "5.00 ms" not in text and text.count("| stage 1 |") == 1
+    text = tabled(tmp_path, capsys, "--run", first)
+    assert "stage 1: 5.00 ms" in text and "stage 2: 10.00 ms" in text and "7.00 ms" not in text
+    text = tabled(tmp_path, capsys, "--run", second, "--last")
+    assert text.startswith("H200: stage 1: 7.00 ms") and text.count("\n") == 1
     assert table.main(["--run", "yesterday", *map(str, tmp_path.glob("*.csv"))]) == 2
     assert capsys.readouterr().err == f"error: no rows of the run yesterday: there are {first}, {second}\n"
 
@@ -89,16 +74,16 @@ def test_the_last_line():
     def row(stage, variant, ms, verdict=GO):
         return about, Row("steps", f"stage {stage}", variant, "ms a step", ms, error=1e-3, verdict=verdict)
 
-    found = [
+    rows = [
         row(1, "eager", 20.0),
         row(1, "graph", 6.5),
         row(1, "wrong", 3.0, NO_GO),
         row(1, "aim", 6.0),
         row(2, "graph", 11.0),
     ]
-    line = table.last_line(found)
+    line = table.last_line(rows)
     assert "stage 1: 6.50 ms a step (graph), aim 6: missed by 0.50 ms" in line
     assert "stage 2: 11.00 ms a step (graph), aim 12: met by 1.00 ms" in line
     assert "COCO, 92,400 steps a stage: 26.9 minutes, aim 30: met by 3.1" in line  # 92,400 × 17.5 ms
     assert line.endswith("NO GO in 1: steps: stage 1") and "rehearsal" not in line
-    assert "stage 2: no time" in table.last_line(found[:1])
+    assert "stage 2: no time" in table.last_line(rows[:1])

@@ -72,8 +72,7 @@ def test_rows_of_a_stage(stand_in):
 @pytest.mark.parametrize("error", ["loss_error", "gradient_error"])
 @pytest.mark.parametrize("value", [0.1, float("nan")])
 def test_a_wrong_row_has_no_speed(stand_in, error, value):
-    found = {"loss_error": 0.0, "gradient_error": 0.0} | {error: value}
-    stand_in.setattr(StandIn, "errors", {"ours": found})
+    stand_in.setattr(StandIn, "errors", {"ours": {"loss_error": 0.0, "gradient_error": 0.0} | {error: value}})
     reference, ours = rows(REFERENCE, OURS)
     assert ours.failed and ours.ms is ours.times is ours.peak_mib is None and "allowed" in ours.problem
     assert not reference.failed and reference.ms
@@ -140,22 +139,10 @@ def test_a_rows_process(stage, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", io.StringIO("step\nend\n"))
         ladder_row._row(job, Technique(**json.loads(json.dumps(asdict(technique)))))
         checked, step, memory = answers(capsys)
-        found = ladder.verdict(
-            Row(
-                stage,
-                "row",
-                4,
-                **checked,
-                **dict(
-                    zip(
-                        ("loss_limit", "gradient_limit"),
-                        ladder.limits(about["plain"], technique.precision),
-                        strict=True,
-                    )
-                ),
-            )
-        )
-        assert found.failed == bool(technique.changes), (technique.name, found.problem)
+        limits = ladder.limits(about["plain"], technique.precision)
+        row = Row(stage, "row", 4, loss_limit=limits[0], gradient_limit=limits[1], **checked)
+        judged = ladder.verdict(row)
+        assert judged.failed == bool(technique.changes), (technique.name, judged.problem)
         assert step["value"] > 0 and memory["value"] > 10
 
 

@@ -22,8 +22,8 @@ def test_three_golden_steps_of_stage_1(dtype):
     reference = ReferenceStep(model, clip=0.3)
     for step, order in enumerate(golden_tensors.index()["config"]["step_orders"]):
         values = reference.step(images, order, noise[step].to(dtype), rate=rates[step].item())
-        found = torch.tensor([values.loss, values.norm], dtype=dtype)
-        assert_close(f"stage1_steps.step_{step}.loss_and_grad_norm", found)
+        loss_and_norm = torch.tensor([values.loss, values.norm], dtype=dtype)
+        assert_close(f"stage1_steps.step_{step}.loss_and_grad_norm", loss_and_norm)
     golden_models.assert_all_parameters("stage1_steps.after_3.", model, grad=False)
 
 

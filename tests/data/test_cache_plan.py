@@ -29,9 +29,9 @@ def planned(tmp_path, monkeypatch):
         monkeypatch.setattr(plan, "free_disk", lambda path: disk + plan._DISK_MARGIN)
         image_set = Scenes(10, "train", size=16) if scenes else folder(tmp_path, **options)
         image_set.flip = options.get("flip", False)
-        found = plan.plan(mode, image_set, FIELD, epochs=epochs, device=device, folder=tmp_path / "cache")
+        planned = plan.plan(mode, image_set, FIELD, epochs=epochs, device=device, folder=tmp_path / "cache")
         assert not (tmp_path / "cache").exists()
-        return found
+        return planned
 
     return made
 
@@ -40,43 +40,39 @@ def where(plan):
     return plan.kind, plan.device and plan.device.type, plan.on_disk is not None
 
 
+NONE, FEATURES = ("none", None, False), ("features", "cpu", False)
+ON_DISK, PIXELS = ("features", None, True), ("pixels", None, True)
+
+
 @pytest.mark.parametrize(
     "options, place, says",
     [
-        (
-            {"scenes": True},
-            ("features", "cpu", False),
-            "features of 10 images, 10 kB in float32, are cached: 1 MB free",
-        ),
-        ({"scenes": True, "flip": True, "epochs": 3}, ("features", "cpu", False), "mirrored and not, 20 kB"),
-        ({"scenes": True, "epochs": 1}, ("none", None, False), "every image is needed once"),
-        ({"scenes": True, "cpu": 15_000}, ("none", None, False), "do not fit the memory: 15 kB are free"),
-        ({"scenes": True, "device": GPU, "gpu": 15_000}, ("features", "cpu", False), "free on cpu"),
-        ({}, ("features", None, True), "are built once in"),
-        ({"epochs": 1}, ("none", None, False), "needed once"),
-        ({"flip": True, "epochs": 2}, ("pixels", None, True), "once mirrored and once not, so features are not cached"),
-        ({"crop": "random"}, ("pixels", None, True), "a random crop of image folder has unlimited outcomes"),
-        ({"crop": "random", "epochs": 1}, ("none", None, False), "unlimited outcomes"),
-        ({"disk": 18_000}, ("features", "cpu", False), "for this run alone"),
-        ({"disk": 18_000, "cpu": 18_000}, ("pixels", None, True), "cannot be kept"),
-        (
-            {"disk": 10_000, "cpu": 18_000},
-            ("none", None, False),
-            "decoded pixels of 10 images, 8 kB, are more than half",
-        ),
-        ({"mode": "none"}, ("none", None, False), "--cache none"),
-        ({"mode": "pixels"}, ("pixels", None, True), "8 kB"),
-        ({"mode": "pixels", "scenes": True}, ("none", None, False), "scenes are in memory already"),
-        ({"mode": "features", "epochs": 1, "disk": 11_000}, ("features", None, True), "built once"),
+        ({"scenes": True}, FEATURES, "features of 10 images, 10 kB in float32, are cached: 1 MB free"),
+        ({"scenes": True, "flip": True, "epochs": 3}, FEATURES, "mirrored and not, 20 kB"),
+        ({"scenes": True, "epochs": 1}, NONE, "every image is needed once"),
+        ({"scenes": True, "cpu": 15_000}, NONE, "do not fit the memory: 15 kB are free"),
+        ({"scenes": True, "device": GPU, "gpu": 15_000}, FEATURES, "free on cpu"),
+        ({}, ON_DISK, "are built once in"),
+        ({"epochs": 1}, NONE, "needed once"),
+        ({"flip": True, "epochs": 2}, PIXELS, "once mirrored and once not, so features are not cached"),
+        ({"crop": "random"}, PIXELS, "a random crop of image folder has unlimited outcomes"),
+        ({"crop": "random", "epochs": 1}, NONE, "unlimited outcomes"),
+        ({"disk": 18_000}, FEATURES, "for this run alone"),
+        ({"disk": 18_000, "cpu": 18_000}, PIXELS, "cannot be kept"),
+        ({"disk": 10_000, "cpu": 18_000}, NONE, "decoded pixels of 10 images, 8 kB, are more than half"),
+        ({"mode": "none"}, NONE, "--cache none"),
+        ({"mode": "pixels"}, PIXELS, "8 kB"),
+        ({"mode": "pixels", "scenes": True}, NONE, "scenes are in memory already"),
+        ({"mode": "features", "epochs": 1, "disk": 11_000}, ON_DISK, "built once"),
         ({"device": GPU}, ("features", "cuda", True), "held on cuda"),
-        ({"device": GPU, "gpu": 18_000}, ("features", None, True), "built once"),
+        ({"device": GPU, "gpu": 18_000}, ON_DISK, "built once"),
         # From a disk alone a GPU would wait longer than it computes.
         (
             {"device": GPU, "gpu": 18_000, "cpu": 18_000},
             ("pixels", "cuda", True),
-            "longer than to compute them on a GPU",
+            "longer than to compute them",
         ),
-        ({"device": GPU, "gpu": 15_000, "cpu": 18_000, "mode": "features"}, ("features", None, True), "built once"),
+        ({"device": GPU, "gpu": 15_000, "cpu": 18_000, "mode": "features"}, ON_DISK, "built once"),
     ],
 )
 def test_plan(planned, options, place, says):
@@ -114,9 +110,9 @@ def test_what_is_complete_is_read_whatever_the_disk_has_left(tmp_path, monkeypat
             writer.append(np.zeros(1000, np.uint8))
     monkeypatch.setattr(plan, "free_disk", lambda path: 0)
     monkeypatch.setattr(plan, "free_bytes", lambda place: 0)
-    found = plan.plan(mode, image_set, FIELD, epochs=10, device=CPU, folder=where)
-    assert found.complete and found.on_disk == where and "10 kB" in found.reason
-    assert f"are read from {where}" in found.reason
+    planned = plan.plan(mode, image_set, FIELD, epochs=10, device=CPU, folder=where)
+    assert planned.complete and planned.on_disk == where and "10 kB" in planned.reason
+    assert f"are read from {where}" in planned.reason
 
 
 @pytest.mark.parametrize("unusable", ["no home", "a file", "read only"])
@@ -132,16 +128,16 @@ def test_without_a_folder_features_are_held_in_memory_or_nothing_is_kept(tmp_pat
         where.mkdir()
         monkeypatch.setattr("os.access", lambda path, mode: False)
         says = "cache cannot be written to"
-    monkeypatch.setattr(plan, "free_bytes", lambda place: 10**6)
-    found = plan.plan("auto", image_set, FIELD, epochs=10, device=CPU, folder=where)
-    assert found.kind == "features" and found.on_disk is None and found.reason.endswith(says)
-    with pytest.raises(UserError, match=re.escape(says)):
-        plan.plan("pixels", image_set, FIELD, epochs=10, device=CPU, folder=where)
-    monkeypatch.setattr(plan, "free_bytes", lambda place: 0)
-    found = plan.plan("auto", image_set, FIELD, epochs=10, device=CPU, folder=where)
-    assert found.kind == "none" and found.reason.endswith(says)
-    with pytest.raises(UserError, match=re.escape(says)):
-        plan.plan("features", image_set, FIELD, epochs=10, device=CPU, folder=where)
+
+    def planned(mode, free):
+        monkeypatch.setattr(plan, "free_bytes", lambda place: free)
+        return plan.plan(mode, image_set, FIELD, epochs=10, device=CPU, folder=where)
+
+    for free, kind, refused in ((10**6, "features", "pixels"), (0, "none", "features")):
+        automatic = planned("auto", free)
+        assert automatic.kind == kind and automatic.on_disk is None and automatic.reason.endswith(says)
+        with pytest.raises(UserError, match=re.escape(says)):
+            planned(refused, free)
 
 
 def test_the_folder_is_an_option_a_variable_or_the_users(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""`python -m spot_fast.data check`: what is recognised, what is found wrong, and the command that it prints works."""
+"""`python -m spot_fast.data check`: recognised sets, reported damage, and the printed command, which works."""
 
 import json
 import re
@@ -194,6 +194,9 @@ def test_without_validation_it_still_trains(tmp_path, check):
     assert "instances_train2017.json is not a COCO" in check(tmp_path)[2]
 
 
+SIZED = '{"images": [{"id": 1, "file_name": "a", "height": HEIGHT, "width": 1}], "annotations": []}'
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -204,9 +207,7 @@ def test_without_validation_it_still_trains(tmp_path, check):
         '{"images": [{"id": 1, "file_name": "a\\u0000b", "height": 1, "width": 1}], "annotations": []}',
         '{"images": [{"id": 1, "file_name": "\\ud800", "height": 1, "width": 1}], "annotations": [{"image_id": 1}]}',
         '{"images": [{"id": 1, "file_name": 7, "height": 1, "width": 1}], "annotations": []}',
-        '{"images": [{"id": 1, "file_name": "a", "height": 1e30, "width": 1}], "annotations": []}',
-        '{"images": [{"id": 1, "file_name": "a", "height": null, "width": 1}], "annotations": []}',
-        '{"images": [{"id": 1, "file_name": "a", "height": 1e999, "width": 1}], "annotations": []}',
+        *(SIZED.replace("HEIGHT", height) for height in ("1e30", "null", "1e999")),
         '{"images": [{"id": 1, "file_name": "a", "height": 9, "width": 1}], "annotations": [4]}',
         "[" * 100_000,
         "\udcff",
@@ -222,16 +223,10 @@ def test_strange_annotation_files_give_a_sentence(tmp_path, check, content):
 
 def test_annotations_that_cannot_be_drawn_are_found_by_decoding(tmp_path, check):
     make_folder(tmp_path)
-    (tmp_path / "x.json").write_text(
-        json.dumps(
-            {
-                "images": [{"id": n, "file_name": f"{n}.jpg", "height": 20, "width": 20} for n in "abc"],
-                "annotations": [
-                    {"image_id": n, "id": 5, "segmentation": {"counts": "?", "size": [1, 1]}} for n in "ab"
-                ],
-            }
-        )
-    )
+    images = [{"id": n, "file_name": f"{n}.jpg", "height": 20, "width": 20} for n in "abc"]
+    broken = {"id": 5, "segmentation": {"counts": "?", "size": [1, 1]}}
+    content = {"images": images, "annotations": [broken | {"image_id": n} for n in "ab"]}
+    (tmp_path / "x.json").write_text(json.dumps(content))
     assert "nothing is missing" in check(tmp_path)[1]
     code, out, err = check(tmp_path, "--decode")
     assert code == 2 and "annotation 5 of image a.jpg cannot be decoded" in out and "2 of 3 images of val" in err
@@ -246,10 +241,8 @@ def test_what_is_no_data_set(tmp_path, check, capsys):
     assert "--jobs is 0: use 1 or more" in check(tmp_path, "--jobs", "0")[2]
     with pytest.raises(SystemExit) as stop:
         main(["check"])
-    assert (
-        stop.value.code == 2
-        and capsys.readouterr().err == "error: the following arguments are required: PATH (see --help)\n"
-    )
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: the following arguments are required: PATH (see --help)\n"
 
 
 @pytest.mark.parametrize("kind", ["array_record", "riegeli", "parquet"])

@@ -40,9 +40,8 @@ def test_full_maps(mini, index, image_id):
 @pytest.mark.parametrize("index, image_id", list(enumerate(IDS)))
 def test_cropped_maps(index, image_id, mask_size):
     masks = Coco(MINI, "val", mask_size=mask_size).val_masks(index)
-    golden_tensors.assert_close(f"coco.image_{image_id}.instance_map_{mask_size}", masks.instances)
-    golden_tensors.assert_close(f"coco.image_{image_id}.class_map_{mask_size}", masks.classes)
-    golden_tensors.assert_close(f"coco.image_{image_id}.ignore_map_{mask_size}", masks.ignore)
+    for kind, labels in (("instance", masks.instances), ("class", masks.classes), ("ignore", masks.ignore)):
+        golden_tensors.assert_close(f"coco.image_{image_id}.{kind}_map_{mask_size}", labels)
     assert masks.instances.dtype == torch.int64
 
 
@@ -86,8 +85,8 @@ def test_categories_that_are_not_cocos_are_numbered_by_the_file(layout, categori
     if categories:
         content["categories"] = [{"id": i, "name": f"thing {i}"} for i in categories]
     file.write_text(json.dumps(content))
-    instances, found, _ = Coco(layout, "val").full_masks(0)
-    assert set(np.unique(found)) - {0} == classes and len(np.unique(instances)) == len(classes) + 1
+    instances, drawn, _ = Coco(layout, "val").full_masks(0)
+    assert set(np.unique(drawn)) - {0} == classes and len(np.unique(instances)) == len(classes) + 1
 
 
 def test_region_formats_agree():

@@ -22,11 +22,11 @@ SIZE = 64
 NAME = "holiday"
 
 
-def photo(path, size=(60, 90), orientation=1, square=None):
+def photo(path, size=(60, 90), orientation=1):
     """An image that is of `size` when upright, with a red square in its upper left corner; stored turned."""
     path.parent.mkdir(parents=True, exist_ok=True)
     upright = Image.new("RGB", size, "blue")
-    upright.paste("red", (0, 0, *(square or (min(size) // 2,) * 2)))
+    upright.paste("red", (0, 0, min(size) // 2, min(size) // 2))
     turn = Image.Exif()
     turn[0x0112] = {6: 8, 8: 6}.get(orientation, orientation)  # the orientation that undoes it
     stored = Image.new("RGB", size)
@@ -39,26 +39,20 @@ def photo(path, size=(60, 90), orientation=1, square=None):
     assert ImageOps.exif_transpose(Image.open(path)).size == size
 
 
-def labels(path, size, square, box=None):
+def labels(path, size, square):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.new("L", size)
-    image.paste(1, box or (0, 0, square, square))
+    image.paste(1, (0, 0, square, square))
     image.save(path)
 
 
-def coco(root, size, square, *, name=NAME, number=7, folder=False):
+def coco(root, size, square, *, name=NAME, folder=False):
     path = root / ("labels.json" if folder else "annotations/instances_val2017.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     box = [0, 0, square, 0, square, square, 0, square]
-    path.write_text(
-        json.dumps(
-            {
-                "images": [{"id": number, "file_name": f"{name}.jpg", "width": size[0], "height": size[1]}],
-                "annotations": [{"image_id": number, "category_id": 1, "segmentation": [box]}],
-                "categories": [{"id": 1}],
-            }
-        )
-    )
+    images = [{"id": 7, "file_name": f"{name}.jpg", "width": size[0], "height": size[1]}]
+    annotations = [{"image_id": 7, "category_id": 1, "segmentation": [box]}]
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1}]}))
 
 
 def open_coco(root, size, square, photo_of, name=NAME):
@@ -95,13 +89,13 @@ def overlap(image_set):
     """IoU of what is red in the image and of the mask, the least of all protocols."""
     image = image_set.val_image(0).int()
     red = image[0] > image[2] + 60
-    found = []
+    overlaps = []
     for protocol in PROTOCOLS.values():
         mask = GroundTruth(protocol, image_set).masks(0).instances > 0
         at = (torch.arange(SIZE) * len(mask)) // SIZE
         mask = mask[at][:, at]
-        found.append(((red & mask).sum() / (red | mask).sum()).item())
-    return min(found)
+        overlaps.append(((red & mask).sum() / (red | mask).sum()).item())
+    return min(overlaps)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

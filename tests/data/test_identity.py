@@ -31,13 +31,13 @@ def key(paths):
     return identity.Files(paths).key
 
 
-def frozen(monkeypatch, **found):
+def frozen(monkeypatch, **values):
     """A file system that gives every file the same values, such as ctime and inode of an image made reproducibly."""
 
     def stat(path):
         names = ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino", "st_dev")
         about = os.stat(path)
-        return SimpleNamespace(**{name: getattr(about, name) for name in names} | found)
+        return SimpleNamespace(**{name: getattr(about, name) for name in names} | values)
 
     monkeypatch.setattr(identity, "os", SimpleNamespace(stat=stat, fstat=os.fstat, makedev=os.makedev))
 

@@ -18,9 +18,9 @@ def encoded(image=IMAGE, kind="JPEG", **options):
 
 
 def exif(orientation):
-    found = Image.Exif()
-    found[0x0112] = orientation
-    return found.tobytes()
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags.tobytes()
 
 
 CMYK = encoded(IMAGE.convert("CMYK"))
@@ -81,8 +81,8 @@ def test_orientation_and_nothing_else_is_kept(turn):
         header = jpeg.plain_header(data)
         assert header.metadata and jpeg.orientation(data) == turn
         bare = jpeg.oriented(data, header.metadata, turn)
-        expected, found = (ImageOps.exif_transpose(Image.open(io.BytesIO(each))) for each in (data, bare))
-        assert np.array_equal(expected, found)
+        upright = (ImageOps.exif_transpose(Image.open(io.BytesIO(each))) for each in (data, bare))
+        assert np.array_equal(*upright)
         image = Image.open(io.BytesIO(bare))
         assert dict(image.getexif()) == ({} if turn == 1 else {0x0112: turn}) and "xmp" not in image.info
 

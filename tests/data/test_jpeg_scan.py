@@ -1,4 +1,4 @@
-"""JPEGs whose inside is damaged are found, however well their ends look, and no whole one is called damaged."""
+"""Damage inside a JPEG is detected, however intact its ends are, and no whole file is reported as damaged."""
 
 import io
 import itertools
@@ -140,5 +140,5 @@ def test_nonsense_ends_in_a_sentence():
     data = encoded(photo(90, 70), progressive=True)
     for place in range(2, data.index(b"\xff\xda") + 20, 3):
         for byte in (0, 17, 255):
-            found = broken(data[:place] + bytes([byte]) + data[place + 1 :])
-            assert found is None or isinstance(found, str)
+            reason = broken(data[:place] + bytes([byte]) + data[place + 1 :])
+            assert reason is None or isinstance(reason, str)

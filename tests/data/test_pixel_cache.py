@@ -103,11 +103,8 @@ def test_an_image_that_changes_while_the_cache_is_built_stops_it(tmp_path, crop)
 def test_pixels_of_another_decoder_are_others(tmp_path):
     """nvJPEG rounds in its own way: a run on a CPU does not read what a GPU has decoded."""
     make_images(tmp_path, 2)
-    names = {
-        pixel_cache.store_of(folder(tmp_path), tmp_path, decoder).folder
-        for decoder in ("torch", "dali on cpu", "dali on cuda")
-    }
-    assert len(names) == 3
+    decoders = ("torch", "dali on cpu", "dali on cuda")
+    assert len({pixel_cache.store_of(folder(tmp_path), tmp_path, decoder).folder for decoder in decoders}) == 3
 
 
 def test_too_many_corrupt_images_stop_the_build_and_the_rest_is_kept(tmp_path):
@@ -125,10 +122,9 @@ def test_an_interrupted_build_goes_on(tmp_path):
     image_set = folder(tmp_path, crop="random")
     store = pixel_cache.store_of(image_set, tmp_path / "cache")
     with store.building() as writer:
-        for found in itertools.islice(pixel_cache._uncropped(Loader(image_set, 4), range(11)), 6):
-            writer.append(found.numpy(), height=found.shape[1], width=found.shape[2])
-    seen = []
-    read = image_set.prepared
+        for image in itertools.islice(pixel_cache._uncropped(Loader(image_set, 4), range(11)), 6):
+            writer.append(image.numpy(), height=image.shape[1], width=image.shape[2])
+    seen, read = [], image_set.prepared
     image_set.prepared = lambda index: seen.append(index) or read(index)
     from_cache = cached(image_set, tmp_path / "cache")
     assert seen == list(range(6, 11))

@@ -35,27 +35,7 @@ def names(paths, root):
     return [str(path.relative_to(root)) for path in paths]
 
 
-@pytest.mark.parametrize(
-    "ending",
-    [
-        "jfif",
-        "jpe",
-        "JPG",
-        "jpeg",
-        "mpo",
-        "tga",
-        "avif",
-        "webp",
-        "tiff",
-        "pgm",
-        "j2k",
-        "pcx",
-        "dib",
-        "qoi",
-        "apng",
-        "sgi",
-    ],
-)
+@pytest.mark.parametrize("ending", "jfif jpe JPG jpeg mpo tga avif webp tiff pgm j2k pcx dib qoi apng sgi".split())
 def test_every_ending_that_pillow_reads(tmp_path, ending):
     if ending == "avif" and not features.check("avif"):
         pytest.skip("Pillow without AVIF")
@@ -75,20 +55,8 @@ def test_documents_icons_and_films_are_no_images():
 def test_what_is_not_read_is_counted(tmp_path):
     """Files of unknown kinds, archives apart; not what lies beside images in any set, nor what systems leave."""
     image(tmp_path / "a.jpg")
-    for name in (
-        "b.heic",
-        "c.HEIC",
-        "d.cr2",
-        "all.zip",
-        "notes.txt",
-        "a.xml",
-        "Thumbs.db",
-        ".DS_Store",
-        "._a.jpg",
-        "__MACOSX/._a.jpg",
-        "@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg",
-        "README",
-    ):
+    unread = "b.heic c.HEIC d.cr2 all.zip notes.txt a.xml Thumbs.db .DS_Store ._a.jpg __MACOSX/._a.jpg README"
+    for name in (*unread.split(), "@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     paths, notes = list_noted(tmp_path)

@@ -172,27 +172,23 @@ class Others:
         def inside(path):
             return str(path).startswith(str(folder))
 
-        def refused(*arguments):
-            raise PermissionError(errno.EACCES, "Permission denied")
+        def refuse(refused):
+            if refused:
+                raise PermissionError(errno.EACCES, "Permission denied")
 
-        monkeypatch.setattr(
-            os,
-            "open",
-            lambda path, flags, *mode, **more: (
-                refused()
-                if inside(path) and (flags & (os.O_RDWR | os.O_CREAT) or not readable)
-                else real_open(path, flags, *mode, **more)
-            ),
-        )
-        monkeypatch.setattr(
-            os, "access", lambda path, mode: real_access(path, mode) and not (inside(path) and mode & os.W_OK)
-        )
-        if not readable:
-            monkeypatch.setattr(
-                os,
-                "stat",
-                lambda path, **options: refused() if inside(path) and path != folder else real_stat(path, **options),
-            )
+        def opened(path, flags, *mode, **options):
+            refuse(inside(path) and (flags & (os.O_RDWR | os.O_CREAT) or not readable))
+            return real_open(path, flags, *mode, **options)
+
+        def stat(path, **options):
+            refuse(inside(path) and path != folder and not readable)
+            return real_stat(path, **options)
+
+        def access(path, mode):
+            return real_access(path, mode) and not (inside(path) and mode & os.W_OK)
+
+        for name, function in (("open", opened), ("stat", stat), ("access", access)):
+            monkeypatch.setattr(os, name, function)
 
 
 def test_a_complete_store_that_may_only_be_read(tmp_path, monkeypatch):
@@ -267,9 +263,10 @@ def test_file_systems_that_lack_something(tmp_path, monkeypatch, missing):
     fill(store, data)
     monkeypatch.setattr(store_module, "open", open, raising=False)
     with_corrupt(tmp_path / "t", data, 3, 40).refill([(3, data[3], 4, 10)])
-    for name in "st":
-        assert np.array_equal(Store(tmp_path / name, 9, {}).take(np.array([8, 3, 3])), data[[8, 3, 3]])
-        assert np.array_equal(Store(tmp_path / name, 9, {}).row(2), data[2])
+    for store in (Store(tmp_path / name, 9, {}) for name in "st"):
+        assert np.array_equal(store.take(np.array([8, 3, 3])), data[[8, 3, 3]]) and np.array_equal(
+            store.row(2), data[2]
+        )
 
 
 def test_a_store_that_cannot_be_read_now_is_not_written_over(tmp_path, monkeypatch):
@@ -319,23 +316,24 @@ def test_a_second_builder_waits_and_takes_over_from_a_killed_one(tmp_path):
 def test_caches_are_listed_and_removed(tmp_path, capsys):
     for name, until in (("pixels-aa", 9), ("features-target-bb", 4)):
         fill(Store(tmp_path / name, 9, {"kind": "pixels", "data": "COCO train2017"}), rows(9), until)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("not a cache")
-    assert main(["caches", "--cache-dir", str(tmp_path)]) == 0
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.txt").write_text("not a cache")
+    caches = ["caches", "--cache-dir", str(tmp_path)]
+    assert main(caches) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 3 and "incomplete" in printed[0] and "complete" in printed[1]
     assert "pixels-aa  COCO train2017, 9 rows of pixels" in printed[1] and printed[2].endswith(f" used in {tmp_path}")
-    assert main(["caches", "--cache-dir", str(tmp_path), "--remove", "pixels-a"]) == 2
+    assert main([*caches, "--remove", "pixels-a"]) == 2
     assert "has no cache of that name" in capsys.readouterr().err
-    assert main(["caches", "--cache-dir", str(tmp_path), "--remove", "pixels-aa"]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["features-target-bb", "mine"]
+    assert main([*caches, "--remove", "pixels-aa"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features-target-bb", "notes"]
     fill(Store(tmp_path / "features-target-cc", 9, {}), rows(9))
     with Store(tmp_path / "features-target-bb", 9, {}).building():
-        assert main(["caches", "--cache-dir", str(tmp_path), "--remove", "all"]) == 2
+        assert main([*caches, "--remove", "all"]) == 2
     assert not (tmp_path / "features-target-cc").exists()  # one in use keeps no other
     assert "is being built by another process" in capsys.readouterr().err
-    assert main(["caches", "--cache-dir", str(tmp_path), "--remove", "all"]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert main([*caches, "--remove", "all"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_the_rest(tmp_path):

@@ -26,9 +26,9 @@ def shard(tmp_path):
 
 
 def test_records(shard):
-    found = list(tfrecord.records(shard))
-    assert [tfrecord.verified(record) for record in found] == [b"first", b"", b"third" * 100]
-    assert [record.number for record in found] == [0, 1, 2]
+    records = list(tfrecord.records(shard))
+    assert [tfrecord.verified(record) for record in records] == [b"first", b"", b"third" * 100]
+    assert [record.number for record in records] == [0, 1, 2]
 
 
 def test_indexing_reads_headers_only(tmp_path):
@@ -52,10 +52,10 @@ def test_damaged_length_and_data(shard):
     content = bytearray(shard.read_bytes())
     content[12 + 5 + 4 + 12 + 4 + 12 + 100] ^= 1
     shard.write_bytes(content)
-    found = list(tfrecord.records(shard))
-    tfrecord.verified(found[0])
+    first, _, third = tfrecord.records(shard)
+    tfrecord.verified(first)
     with pytest.raises(CorruptImage, match="record 2 of .*00001 is damaged: its data does not have its checksum"):
-        tfrecord.verified(found[2])
+        tfrecord.verified(third)
     content[12 + 5 + 4] ^= 1
     shard.write_bytes(content)
     with pytest.raises(UserError, match="is damaged: the length of record 1 does not have its checksum"):
@@ -83,32 +83,21 @@ def values_of(example, name):
 
 def test_features_of_every_type(tmp_path):
     numbers = [0, 1, 127, 128, -1, 2**63 - 1, -(2**63)]
-    example = read_example(
-        tmp_path / "x",
-        files.example(
-            {
-                "a": files.bytes_feature([b"", b"x" * 1000, b"y"]),
-                "b": files.float_feature([1.5, 2.5]),
-                "c": files.int_feature(numbers),
-                "d": files.int_feature(numbers, packed=False),
-                "e": b"",
-            }
-        ),
-    )
+    features = {
+        "a": files.bytes_feature([b"", b"x" * 1000, b"y"]),
+        "b": files.float_feature([1.5, 2.5]),
+        "c": files.int_feature(numbers),
+        "d": files.int_feature(numbers, packed=False),
+        "e": b"",
+    }
+    example = read_example(tmp_path / "x", files.example(features))
     assert values_of(example, "a") == [b"", b"x" * 1000, b"y"]
     assert all(example.bytes_list(name) == [] for name in ("b", "c", "d", "e", "nowhere"))
 
 
 def test_unknown_fields_are_passed_over(tmp_path):
-    unknown = (
-        files.varint(9 << 3)
-        + files.varint(7)
-        + files.varint(10 << 3 | 1)
-        + bytes(8)
-        + files.varint(11 << 3 | 5)
-        + bytes(4)
-        + files.delimited(12, b"more")
-    )
+    numbers = ((9 << 3, files.varint(7)), (10 << 3 | 1, bytes(8)), (11 << 3 | 5, bytes(4)))
+    unknown = b"".join(files.varint(key) + value for key, value in numbers) + files.delimited(12, b"more")
     example = read_example(tmp_path / "x", unknown + files.example({"a": files.bytes_feature([b"x"])}) + unknown)
     assert values_of(example, "a") == [b"x"]
 
@@ -144,45 +133,31 @@ def test_files_of_other_writers_are_read(tmp_path):
 
 
 def _protobuf_example(of_bytes, of_integers):
-    """A serialised tf.train.Example; the message type is declared here, as TensorFlow documents it."""
+    """A serialised tf.train.Example; its message types are declared here with TensorFlow's field numbers."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     field = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="t", syntax="proto3")
-    kinds = {"BytesList": field.TYPE_BYTES, "FloatList": field.TYPE_FLOAT, "Int64List": field.TYPE_INT64}
-    for name, kind in kinds.items():
-        file.message_type.add(name=name).field.add(name="value", number=1, type=kind, label=field.LABEL_REPEATED)
-    feature = file.message_type.add(name="Feature")
-    feature.oneof_decl.add(name="kind")
-    for number, name in enumerate(kinds, start=1):
-        feature.field.add(
-            name=name.lower(),
-            number=number,
-            type=field.TYPE_MESSAGE,
-            type_name=f".t.{name}",
-            label=field.LABEL_OPTIONAL,
-            oneof_index=0,
-        )
-    features = file.message_type.add(name="Features")
-    entry = features.nested_type.add(name="FeatureEntry")
-    entry.options.map_entry = True
-    entry.field.add(name="key", number=1, type=field.TYPE_STRING, label=field.LABEL_OPTIONAL)
-    entry.field.add(name="value", number=2, type=field.TYPE_MESSAGE, type_name=".t.Feature", label=field.LABEL_OPTIONAL)
-    features.field.add(
-        name="feature",
-        number=1,
-        type=field.TYPE_MESSAGE,
-        type_name=".t.Features.FeatureEntry",
-        label=field.LABEL_REPEATED,
-    )
-    file.message_type.add(name="Example").field.add(
-        name="features", number=1, type=field.TYPE_MESSAGE, type_name=".t.Features", label=field.LABEL_OPTIONAL
-    )
+
+    def declare(message, **fields):
+        """fields: number, type (or the message that the field holds) and whether it is repeated."""
+        declared = file.message_type.add(name=message)
+        for name, (number, kind, repeated) in fields.items():
+            label = field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL
+            about = {"type": field.TYPE_MESSAGE, "type_name": f".t.{kind}"} if isinstance(kind, str) else {"type": kind}
+            declared.field.add(name=name, number=number, label=label, **about)
+
+    declare("BytesList", value=(1, field.TYPE_BYTES, True))
+    declare("Int64List", value=(1, field.TYPE_INT64, True))
+    declare("Feature", bytes_list=(1, "BytesList", False), int64_list=(3, "Int64List", False))
+    declare("FeatureEntry", key=(1, field.TYPE_STRING, False), value=(2, "Feature", False))  # a map on the wire
+    declare("Features", feature=(1, "FeatureEntry", True))
+    declare("Example", features=(1, "Features", False))
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     message = message_factory.GetMessageClass(pool.FindMessageTypeByName("t.Example"))()
     for name, values in of_bytes.items():
-        message.features.feature[name].byteslist.value.extend(values)
+        message.features.feature.add(key=name).value.bytes_list.value.extend(values)
     for name, values in of_integers.items():
-        message.features.feature[name].int64list.value.extend(values)
+        message.features.feature.add(key=name).value.int64_list.value.extend(values)
     return message.SerializeToString()

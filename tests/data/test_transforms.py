@@ -82,14 +82,6 @@ def test_transparent_palette(tmp_path):
     assert np.asarray(opening.open_rgb(tmp_path / "p.png")).tolist() == [[[10, 20, 30], [255, 255, 255]]]
 
 
-def test_exif_orientation_is_obeyed_where_asked(tmp_path):
-    image, exif = Image.new("RGB", (4, 2)), Image.Exif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "turned.jpg", exif=exif)
-    assert opening.open_rgb(tmp_path / "turned.jpg").size == (4, 2)
-    assert opening.open_rgb(tmp_path / "turned.jpg", upright=True).size == (2, 4)
-
-
 def test_corrupt_files_are_named(tmp_path, monkeypatch):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     for name in ("cut.jpg", "cut.png"):
@@ -122,8 +114,8 @@ def test_the_kept_part_of_a_strip_is_that_of_the_whole(size):
     left, top, *kept = transforms.kept_part(*whole, 24)
     assert max(kept) == transforms.WHOLE * 24 < max(whole)
     expected = np.asarray(image.resize(whole, Image.Resampling.BILINEAR)).astype(int)
-    found = np.asarray(transforms.resize_minor(image, 24)).astype(int)
-    assert np.abs(found - expected[top : top + kept[1], left : left + kept[0]]).max() <= 1
+    resized = np.asarray(transforms.resize_minor(image, 24)).astype(int)
+    assert np.abs(resized - expected[top : top + kept[1], left : left + kept[0]]).max() <= 1
     labels = np.arange(size[0] * size[1]).reshape(size[::-1])
     square = transforms.center_crop_labels(labels, 24)
     whole_map = transforms._resize_labels(labels, *whole)

@@ -146,12 +146,6 @@ def test_names_in_lists(tmp_path, line, name):
     assert read_names(tmp_path / "val.txt", IMAGES) == [name]
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_lists_with_a_byte_order_mark(tmp_path, encoding):
-    (tmp_path / "val.txt").write_bytes("2007_000032\r\nmy photo 0\r\n".encode(encoding))
-    assert read_names(tmp_path / "val.txt", IMAGES) == ["2007_000032", "my photo 0"]
-
-
 def test_other_endings_of_images_and_masks(voc):
     """In capitals, TIFF for masks; .jpg goes before other endings."""
     root = voc / "VOCdevkit" / "VOC2012"

@@ -37,18 +37,9 @@ from harness.targets import target_file
 
 from spot_kernels.gpu.launch import ARCHITECTURES, Call, recording
 
-_TYPES = {
-    torch.float64: "*fp64",
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.int16: "*i16",
-    torch.int8: "*i8",
-    torch.uint8: "*u8",
-    torch.bool: "*u1",
-}
+_TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_TYPES |= {torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8"}
+_TYPES |= {torch.uint8: "*u8", torch.bool: "*u1"}
 
 
 def specialise(call: Call) -> tuple[dict, dict, dict]:
@@ -85,11 +76,9 @@ def resources(compiled, architecture: str) -> dict:
     if architecture.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         # scratch memory only: scalar registers spill to lanes of vector registers, not to memory
-        found = {
-            key: int(re.search(rf"\.{key}:\s*(\d+)", text).group(1))
-            for key in ("vgpr_count", "private_segment_fixed_size")
-        }
-        registers, spilled = found.values()
+        registers, spilled = (
+            int(re.search(rf"\.{key}:\s*(\d+)", text).group(1)) for key in ("vgpr_count", "private_segment_fixed_size")
+        )
         return {"registers": registers, "spilled": spilled, "float64": bool(re.search(r"\bv_\w+_f64", text))}
     import triton
 
@@ -99,30 +88,31 @@ def resources(compiled, architecture: str) -> dict:
         file.flush()
         command = [tool, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {key: int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK", "LOCAL")}
-    return {
-        "registers": found["REG"],
-        "spilled": found["STACK"] + found["LOCAL"],
-        "float64": bool(re.search(r"\.f64\b", compiled.asm["ptx"])),
-    }
+    registers, *spilled = (int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK", "LOCAL"))
+    float64 = bool(re.search(r"\.f64\b", compiled.asm["ptx"]))
+    return {"registers": registers, "spilled": sum(spilled), "float64": float64}
+
+
+def target_of(architecture: str):
+    from triton.backends.compiler import GPUTarget
+
+    gfx = architecture.startswith("gfx")
+    return GPUTarget("hip", architecture, 64) if gfx else GPUTarget("cuda", int(architecture[3:]), 32)
 
 
 def compile_call(job: tuple[str, str, int]) -> dict:
     """Compiles one launch of one case, named by its index: kernels cannot be pickled for another process."""
     architecture, case, index = job
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     call = launches(architecture, case)[index]
     signature, constants, attributes = specialise(call)
-    gfx = architecture.startswith("gfx")
-    target = GPUTarget("hip", architecture, 64) if gfx else GPUTarget("cuda", int(architecture[3:]), 32)
     options = {"num_warps": call.num_warps, "num_stages": call.num_stages, "enable_fp_fusion": True}
     row = {"triton": triton.__version__, "architecture": architecture, "case": case}
     row |= {"kernel": call.kernel.__name__, "constants": call.constants}
     row |= options
-    source = ASTSource(call.kernel, signature, constants, attributes)
+    source, target = ASTSource(call.kernel, signature, constants, attributes), target_of(architecture)
     try:
         compiled = triton.compile(source, target=target, options=options)
     except Exception as error:  # any failure of the compiler is a result
@@ -138,10 +128,10 @@ def bound(call: Call) -> tuple[dict, dict, dict]:
     """The specialisation of a launch by Triton's own just-in-time compiler, without empty attributes."""
     from triton.compiler import compiler
 
-    found = {}
+    specialised = []
 
     def stop(self, fn, signature, constexprs=None, attrs=None):
-        found["given"] = dict(signature), dict(constexprs or {}), {k: v for k, v in (attrs or {}).items() if v}
+        specialised[:] = dict(signature), dict(constexprs or {}), {k: v for k, v in (attrs or {}).items() if v}
         raise _Bound
 
     with mock.patch.object(compiler.ASTSource, "__init__", stop), contextlib.suppress(_Bound):
@@ -153,18 +143,16 @@ def bound(call: Call) -> tuple[dict, dict, dict]:
             enable_fp_fusion=True,
             **call.constants,
         )
-    return found["given"]
+    return tuple(specialised)
 
 
 def bind(todo: list[tuple[str, str, int]]) -> int:
     """Compares `bound` with `specialise` for every launch, with a stand-in for the driver; how many differ."""
-    from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
     class Driver:
         def __init__(self, architecture: str) -> None:
-            gfx = architecture.startswith("gfx")
-            self.target = GPUTarget("hip", architecture, 64) if gfx else GPUTarget("cuda", int(architecture[3:]), 32)
+            self.target = target_of(architecture)
 
         def get_current_target(self):
             return self.target
@@ -201,7 +189,7 @@ def launches(architecture: str, case: str) -> list[Call]:
 
 def jobs(architectures: list[str], only: str) -> list[tuple[str, str, int]]:
     """All launches of all cases that differ to the compiler, as (architecture, case, index)."""
-    found, seen = [], set()
+    distinct, seen = [], set()
     modules = sorted(path.stem for path in (HERE / "compile_cases").glob("[!_]*.py"))
     for architecture in architectures:
         for module in modules:
@@ -213,8 +201,8 @@ def jobs(architectures: list[str], only: str) -> list[tuple[str, str, int]]:
                     key = (architecture, call.kernel.__name__, call.num_warps, call.num_stages, repr(specialise(call)))
                     if key not in seen:
                         seen.add(key)
-                        found.append((architecture, case, index))
-    return found
+                        distinct.append((architecture, case, index))
+    return distinct
 
 
 def main() -> None:
@@ -242,18 +230,7 @@ def main() -> None:
 
 
 _COLUMNS = (
-    "triton",
-    "architecture",
-    "case",
-    "kernel",
-    "num_warps",
-    "num_stages",
-    "registers",
-    "shared",
-    "spilled",
-    "float64",
-    "constants",
-    "error",
+    "triton architecture case kernel num_warps num_stages registers shared spilled float64 constants error".split()
 )
 
 
@@ -281,14 +258,14 @@ def summary(rows: list[dict]) -> str:
         "| chip | module | kernel | configurations | registers | shared memory, KiB | spilled, bytes | float64 |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (architecture, module, kernel), found in sorted(groups.items()):
-        cells = [architecture, module, f"`{kernel}`", str(len(found))]
-        if failed := [row for row in found if "error" in row]:
+    for (architecture, module, kernel), launched in sorted(groups.items()):
+        cells = [architecture, module, f"`{kernel}`", str(len(launched))]
+        if failed := [row for row in launched if "error" in row]:
             cells += [f"{len(failed)} do not compile", "", "", ""]
         else:
-            most = {name: max(row[name] for row in found) for name in ("registers", "shared", "spilled")}
+            most = {name: max(row[name] for row in launched) for name in ("registers", "shared", "spilled")}
             cells += [str(most["registers"]), f"{most['shared'] / 1024:.1f}", str(most["spilled"])]
-            cells.append("yes" if any(row["float64"] for row in found) else "no")
+            cells.append("yes" if any(row["float64"] for row in launched) else "no")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -1,26 +1,18 @@
 """The default dtype and device of a process (PyTorch Lightning's bf16-true sets one) are not those of an operator."""
 
 import contextlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from kernel_tier import needs_triton
+from kernel_tier import every_backend
 from operator_calls import calls, with_gradients
 from spot_fast.evaluation.metrics import image_scores, labels_from_soft
 from spot_fast.model.encoder import normalise
 from spot_fast.segmentation.overlays import labels_at
-from spot_kernels import PermutedDecoder, SlotAttention, native, use_backend
+from spot_kernels import PermutedDecoder, SlotAttention, use_backend
 
 DEFAULTS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-BACKENDS = [
-    "torch",
-    pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason=native.describe())),
-    pytest.param("triton", marks=needs_triton),
-]
 
 
 @contextlib.contextmanager
@@ -34,35 +26,12 @@ def default(dtype=torch.float32, device=None):
         torch.set_default_dtype(before)
 
 
-def assert_same(found, expected):
-    assert len(found) == len(expected)
-    for value, true in zip(found, expected, strict=True):
+def assert_same(results, expected):
+    for value, true in zip(results, expected, strict=True):
         assert value.dtype == true.dtype and value.device == true.device and torch.equal(value, true)
 
 
-@pytest.mark.skipif(not native.available(), reason=native.describe())
-def test_the_library_writes_within_its_buffers_under_any_default_dtype():
-    """In a process of its own, because a write beyond a buffer may end it."""
-    code = """
-import torch
-from spot_kernels import linear_assignment, mask_labels, overlap_counts, use_backend
-cost, masks, labels = torch.randn(200, 11, 11), torch.rand(4, 196, 7), torch.randint(7, (4, 9000))
-def run():
-    return linear_assignment(cost), mask_labels(masks, 320), overlap_counts(labels, labels.flip(0), 7, 7)
-with use_backend("torch"):
-    expected = run()
-for dtype in (torch.float64, torch.bfloat16, torch.float16):
-    torch.set_default_dtype(dtype)
-    with use_backend("native"):
-        for _ in range(20):
-            assert all(map(torch.equal, run(), expected))
-"""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("dtype", DEFAULTS[1:], ids=str)
 @pytest.mark.parametrize("operator", calls())
 def test_every_operator_is_the_same_under_any_default_dtype(operator, dtype, backend):
@@ -74,7 +43,7 @@ def test_every_operator_is_the_same_under_any_default_dtype(operator, dtype, bac
             assert_same(with_gradients(function, tensors), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("operator", calls())
 def test_every_operator_is_the_same_with_another_default_device(operator, backend):
     """Neither the library nor a kernel could write to a buffer on the default device."""
@@ -85,7 +54,7 @@ def test_every_operator_is_the_same_with_another_default_device(operator, backen
             assert_same(with_gradients(function, tensors), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("operator", ["slot_attention_step", "slot_cross_attention", "gru_norm", "shift_by_order"])
 def test_autocast_is_the_same_under_any_default_dtype(operator, backend):
     function, tensors = calls()[operator]

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -78,11 +79,8 @@ def test_blocks_nest_and_end_with_an_error():
 
 def in_a_thread(function):
     """The result of `function` in a thread of its own."""
-    found = []
-    thread = threading.Thread(target=lambda: found.append(function()))
-    thread.start()
-    thread.join()
-    return found[0]
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
 
 
 def test_a_block_holds_for_its_own_thread_alone():
@@ -95,16 +93,13 @@ def test_a_block_holds_for_its_own_thread_alone():
             assert leave.wait(60)
             return dispatch._choice.requested
 
-    with use_backend("native"):
-        found = []
-        thread = threading.Thread(target=lambda: found.append(other()))
-        thread.start()
+    with use_backend("native"), ThreadPoolExecutor(1) as pool:
+        chosen = pool.submit(other)
         assert inside.wait(60)
         assert dispatch._choice.requested == "native"
         assert in_a_thread(lambda: dispatch._choice.requested) == dispatch._DEFAULT
         leave.set()
-        thread.join()
-    assert found == ["torch"]
+        assert chosen.result() == "torch"
 
 
 def test_a_compiled_function_follows_the_choice_of_the_thread_that_calls_it():
@@ -126,14 +121,8 @@ def test_a_compiled_function_follows_the_choice_of_the_thread_that_calls_it():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "TRITON", True)
         patch.setattr(dispatch, "INTERPRETED", True)
-        calls = [
-            call("torch"),
-            call("triton"),
-            call("torch"),
-            in_a_thread(lambda: call("torch")),
-            in_a_thread(lambda: call("triton")),
-        ]
-    assert calls == [1, 2, 2, 2, 2]
+        assert [call(name) for name in ("torch", "triton", "torch")] == [1, 2, 2]
+        assert [in_a_thread(lambda name=name: call(name)) for name in ("torch", "triton")] == [2, 2]
     assert not traced[0] and traced[1]
     torch._dynamo.reset()
 

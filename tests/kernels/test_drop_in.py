@@ -41,12 +41,12 @@ def run(case, dtype, *, published, seed=0):
     slots = random(BATCH, SLOTS, SLOT_WIDTH).requires_grad_()
     if published:
         state = {name: value.requires_grad_() for name, value in state.items()}
-        found, attn = formula(state, inputs, slots, **settings)
+        updated, attn = formula(state, inputs, slots, **settings)
         # the softmax runs over the heads as well, or every head has its own
         attn = (attn.sum(1) / attn.sum((1, 2)).unsqueeze(1)).mT
     else:
-        found, attn, _ = module(inputs, slots)
-    ((found * random(*found.shape)).sum() + (attn * random(*attn.shape)).sum()).backward()
+        updated, attn, _ = module(inputs, slots)
+    ((updated * random(*updated.shape)).sum() + (attn * random(*attn.shape)).sum()).backward()
 
     def grad(tensor):
         return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
@@ -55,7 +55,7 @@ def run(case, dtype, *, published, seed=0):
         grads = from_state_dict_of(variant_of(case), {name: grad(value) for name, value in state.items()})
     else:
         grads = {name: grad(parameter) for name, parameter in module.named_parameters()}
-    return {"slots": found.detach(), "attn": attn.detach()}, grads | {"inputs": grad(inputs), "slots": grad(slots)}
+    return {"slots": updated.detach(), "attn": attn.detach()}, grads | {"inputs": grad(inputs), "slots": grad(slots)}
 
 
 def comparable(case, grads):
@@ -68,12 +68,9 @@ def comparable(case, grads):
 @pytest.mark.parametrize("case", CASES)
 def test_same_numbers_from_published_parameters(case):
     """Float64: outputs and every gradient, to rounding."""
-    outputs, grads = run(case, torch.float64, published=True)
-    found_outputs, found_grads = run(case, torch.float64, published=False)
-    grads, found_grads = comparable(case, grads), comparable(case, found_grads)
-    assert grads.keys() == found_grads.keys()
-    torch.testing.assert_close(found_outputs, outputs, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(found_grads, grads, rtol=1e-10, atol=1e-10)
+    (expected, grads), (outputs, our_grads) = (run(case, torch.float64, published=each) for each in (True, False))
+    torch.testing.assert_close(outputs, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(comparable(case, our_grads), comparable(case, grads), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -82,13 +79,13 @@ def test_float32_is_as_exact_as_the_formula(case):
 
     def results(dtype, published):
         runs = [run(case, dtype, published=published, seed=seed) for seed in range(8)]
-        outputs = {(seed, name): x for seed, (found, _) in enumerate(runs) for name, x in found.items()}
+        outputs = {(seed, name): x for seed, (o, _) in enumerate(runs) for name, x in o.items()}
         grads = {(seed, name): x for seed, (_, g) in enumerate(runs) for name, x in comparable(case, g).items()}
         return outputs, grads
 
-    exact, plain, found = results(torch.float64, True), results(torch.float32, True), results(torch.float32, False)
+    exact, plain, module = results(torch.float64, True), results(torch.float32, True), results(torch.float32, False)
     for i, (what, factor) in enumerate((("outputs", OUTPUT), ("gradients", GRADIENT))):
-        assert_as_exact(f"{case}: {what}", *(joined(x[i], exact[i]) for x in (found, exact, plain)), factor)
+        assert_as_exact(f"{case}: {what}", *(joined(x[i], exact[i]) for x in (module, exact, plain)), factor)
 
 
 def test_every_variant_is_rebuilt():
@@ -209,8 +206,8 @@ def test_tensorflow_and_flax_name_things_in_their_own_way():
         checkpoint[f"{path}/.ATTRIBUTES/VARIABLE_VALUE"] = value.numpy()
         checkpoint[f"{path}/.OPTIMIZER_SLOT/optimizer/m/.ATTRIBUTES/VARIABLE_VALUE"] = value.numpy()
     checkpoint["net/encoder_cnn/layer_with_weights-0/kernel/.ATTRIBUTES/VARIABLE_VALUE"] = plain["gru.bias"].numpy()
-    found = from_state_dict_of("locatello", checkpoint, prefix="net/slot_attention/")
-    torch.testing.assert_close(found, from_state_dict_of("locatello", plain))
+    renamed = from_state_dict_of("locatello", checkpoint, prefix="net/slot_attention/")
+    torch.testing.assert_close(renamed, from_state_dict_of("locatello", plain))
 
     plain = random_state(CASES["savi"][1])
     nested = {}

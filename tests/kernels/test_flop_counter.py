@@ -7,14 +7,9 @@ import sys
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernel_tier import needs_triton
+from kernel_tier import NATIVE, TRITON
 from operator_calls import INTEGERS, calls, results_of
-from spot_kernels import native, use_backend
-
-BACKENDS = [
-    pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason=native.describe())),
-    pytest.param("triton", marks=needs_triton),
-]
+from spot_kernels import use_backend
 
 
 def counted(function, tensors, through=slice(None)):
@@ -27,7 +22,7 @@ def counted(function, tensors, through=slice(None)):
     return forward, counter.get_total_flops()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [NATIVE, TRITON])
 @pytest.mark.parametrize("operator", [name for name in calls() if name not in INTEGERS])
 def test_every_backend_counts_what_the_reference_does(operator, backend):
     function, tensors = calls()[operator]

@@ -40,8 +40,8 @@ def test_a_step_compiles_a_few_kernels_and_the_next_ones_none(stage):
     """No autotuning, and nothing that is drawn is a compile-time constant."""
     done = run("count_compilations.py", str(stage))
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert 10 <= found["first"] <= 24 and found["later"] == 0
+    compiled = json.loads(done.stdout)
+    assert 10 <= compiled["first"] <= 24 and compiled["later"] == 0
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 import golden_tensors
+from kernel_tier import needs_library
 from spot_kernels import mask_labels, native, use_backend
 from spot_kernels.reference.mask_labels import mask_labels as reference
 
-needs_library = pytest.mark.skipif(not native.available(), reason=native.describe())
 # Elsewhere the compiler that built PyTorch may have fused other operations: near-ties may then fall another way.
 x86 = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2", "AVX512"), reason="not an x86 processor"
@@ -129,16 +129,16 @@ def test_library_refuses_sizes_it_does_not_take():
 def test_threads_change_nothing():
     """Labels and counts large enough for several threads are the same on any number of them."""
     masks = torch.randn(24, 196, 7, generator=torch.Generator().manual_seed(0))
-    before, found = torch.get_num_threads(), []
+    before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
             labels = native.mask_labels(masks, 320)
-            others = labels.flip(0)
-            found.append((labels, native.overlap_counts(labels.flatten(1), others.flatten(1), 7, 7)))
+            maps = labels.flatten(1), labels.flip(0).flatten(1)
+            results.append((labels, native.overlap_counts(*maps, 7, 7)))
             with pytest.raises(ValueError, match="a label is out of range"):
-                native.overlap_counts(labels.flatten(1), others.flatten(1), 7, 6)
+                native.overlap_counts(*maps, 7, 6)
     finally:
         torch.set_num_threads(before)
-    for labels, counts in found[1:]:
-        assert torch.equal(labels, found[0][0]) and torch.equal(counts, found[0][1])
+    for both in results[1:]:
+        assert all(map(torch.equal, both, results[0]))

@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernel_tier import needs_triton
+from kernel_tier import NATIVE, TRITON
 from operator_calls import calls, with_gradients
-from spot_kernels import PermutedDecoder, SlotAttention, chosen_backend, native, use_backend
+from spot_kernels import PermutedDecoder, SlotAttention, chosen_backend, use_backend
 
-NATIVE = pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason=native.describe()))
-BACKENDS = ["auto", "torch", NATIVE, pytest.param("triton", marks=needs_triton)]
+BACKENDS = ["auto", "torch", NATIVE, TRITON]
 
 
 def described(tensors):
@@ -24,11 +23,11 @@ def test_every_operator_runs_on_the_meta_device(operator, backend):
     on_meta, on_meta_tensors = calls("meta")[operator]
     expected = described(with_gradients(function, tensors))
     with use_backend(backend):
-        found = with_gradients(on_meta, on_meta_tensors)
+        results = with_gradients(on_meta, on_meta_tensors)
         with torch.autocast("cpu", torch.bfloat16):
             inside = with_gradients(on_meta, on_meta_tensors)
-    assert {tensor.device.type for tensor in found} == {"meta"}
-    assert described(found) == described(inside) == expected
+    assert {tensor.device.type for tensor in results} == {"meta"}
+    assert described(results) == described(inside) == expected
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -38,9 +37,9 @@ def test_every_operator_takes_fake_tensors(operator, backend):
     with use_backend(backend):
         expected = with_gradients(function, tensors)
         with FakeTensorMode():
-            found = with_gradients(*calls()[operator])
-    assert described(found) == described(expected)
-    assert [tensor.device for tensor in found] == [tensor.device for tensor in expected]
+            results = with_gradients(*calls()[operator])
+    assert described(results) == described(expected)
+    assert [tensor.device for tensor in results] == [tensor.device for tensor in expected]
 
 
 def test_modules_run_on_the_meta_device():

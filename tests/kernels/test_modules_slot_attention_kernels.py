@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from kernel_tier import DEVICE, GRADIENT, OUTPUT, assert_as_exact, joined, needs_triton
+from kernel_tier import DEVICE, GRADIENT, OUTPUT, TRITON, assert_as_exact, joined, needs_triton
 from spot_kernels import SlotAttention, use_backend
 from spot_kernels.modules import layers
 
@@ -47,11 +47,11 @@ def run(module, backend, *, autocast=None, compiled=False):
 def assert_module_as_exact(options, backend="triton", *, autocast=None):
     exact = run(build(torch.float64, **options), "torch")
     plain = run(build(**options), "torch", autocast=autocast)
-    found = run(build(**options), backend, autocast=autocast)
+    ours = run(build(**options), backend, autocast=autocast)
     for i, factor in enumerate((OUTPUT, GRADIENT)):
         # under autocast the kernels keep the slots in float32 between iterations, a GPU's GRU cell does not
-        assert autocast or [x.dtype for x in found[i].values()] == [x.dtype for x in plain[i].values()]
-        tensors = (joined(part[i], exact[i]) for part in (found, exact, plain))
+        assert autocast or [x.dtype for x in ours[i].values()] == [x.dtype for x in plain[i].values()]
+        tensors = (joined(part[i], exact[i]) for part in (ours, exact, plain))
         assert_as_exact("outputs" if i == 0 else "gradients", *tensors, factor)
 
 
@@ -77,17 +77,17 @@ def test_module_on_the_kernels_under_autocast(options):
     assert_module_as_exact(options, autocast=torch.bfloat16)
 
 
-@pytest.mark.parametrize("backend", ["torch", "auto", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("backend", ["torch", "auto", TRITON])
 def test_autocast_gives_bf16_products(backend):
     """Slots stay close to float32's and gradients finite in every backend."""
-    (expected, _), (found, gradients) = run(build(), "torch"), run(build(), backend, autocast=torch.bfloat16)
-    assert found["attn"].dtype == torch.float32
-    assert (found["slots"].float() - expected["slots"]).abs().max() < 0.1
-    assert (found["attn"] - expected["attn"]).abs().max() < 0.05
+    (expected, _), (results, gradients) = run(build(), "torch"), run(build(), backend, autocast=torch.bfloat16)
+    assert results["attn"].dtype == torch.float32
+    assert (results["slots"].float() - expected["slots"]).abs().max() < 0.1
+    assert (results["attn"] - expected["attn"]).abs().max() < 0.05
     assert all(torch.isfinite(x).all() for x in gradients.values())
 
 
-@pytest.mark.parametrize("backend", ["torch", "auto", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("backend", ["torch", "auto", TRITON])
 @pytest.mark.parametrize("truncation", ["none", "bi_level"])
 def test_compiled_module_gives_the_same_numbers(backend, truncation):
     torch._dynamo.reset()  # other tests compile the same code

@@ -12,10 +12,10 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from kernel_tier import needs_library
 from spot_kernels import native
 from spot_kernels.reference import mask_matching as reference
 
-needs_library = pytest.mark.skipif(not native.available(), reason=native.describe())
 SOLVERS = [pytest.param(native.linear_assignment, marks=needs_library), reference.linear_assignment]
 BATCH = 25
 
@@ -43,23 +43,17 @@ def _problems(kind: str, rows: int, columns: int, generator: torch.Generator) ->
 
 
 def _assert_optimal(cost: torch.Tensor, assignment: torch.Tensor) -> None:
-    """Requires a valid assignment of least cost and, since both search alike, scipy's choice among the optimal ones."""
-    _, rows, columns = cost.shape
-    for problem, found in zip(cost.double().numpy(), assignment.numpy(), strict=True):
+    """Requires scipy's choice, among optimal assignments too, since both search alike."""
+    rows = cost.shape[1]
+    for problem, chosen in zip(cost.double().numpy(), assignment.numpy(), strict=True):
         row, column = linear_sum_assignment(problem)
-        taken = found[found >= 0]
-        assert len(taken) == min(rows, columns) == len(set(taken.tolist()))
-        assert found.min() >= -1 and found.max() < columns
-        total = problem[np.flatnonzero(found >= 0), taken].sum()
-        best = problem[row, column].sum()
-        assert abs(total - best) <= 1e-12 * max(1.0, np.abs(problem).max())
-        assert np.array_equal(np.flatnonzero(found >= 0), row) and np.array_equal(taken, column)
+        assert len(chosen) == rows and chosen.min() >= -1
+        assert np.array_equal(np.flatnonzero(chosen >= 0), row) and np.array_equal(chosen[row], column)
 
 
 @needs_library
 @pytest.mark.parametrize(
-    "kind",
-    ["random", "random32", "tied", "constant", "integer", "near-degenerate", "large and small", "product"],
+    "kind", ["random", "random32", "tied", "constant", "integer", "near-degenerate", "large and small", "product"]
 )
 def test_linear_assignment_equals_scipy(kind):
     """50 shapes × 25 problems for each of eight kinds: 10,000 problems."""

@@ -20,17 +20,21 @@ def test_a_fork_that_reads_a_switch_of_its_own_is_left_alone(fork):
     """At its default it computes what the known form does, so a comparison of outputs cannot detect it."""
     module = fork()
     kind = type(module)
-    found = only(patch(module))
-    assert found.implementation == "SLATE" and not found.replaced and type(module) is kind
-    assert found.note.startswith("its forward reads ") and "spot_kernels.slot_attention_step" in found.note
+    report = only(patch(module))
+    assert report.implementation == "SLATE" and not report.replaced and type(module) is kind
+    assert report.note.startswith("its forward reads ") and "spot_kernels.slot_attention_step" in report.note
 
 
 @pytest.mark.parametrize("fork", [Fork, Harmless])
 def test_a_class_of_another_name_is_known_by_its_structure(fork):
     module, inputs = fork(), inputs_of("SLATE")
     before = run(module, inputs)
-    found = only(patch(module))
-    assert (found.implementation, found.replaced, found.class_name) == ("SLATE", "attention and update", fork.__name__)
+    report = only(patch(module))
+    assert (report.implementation, report.replaced, report.class_name) == (
+        "SLATE",
+        "attention and update",
+        fork.__name__,
+    )
     assert_equal_to_rounding(run(module, inputs), before)
     assert unpatch(module) == [""] and type(module) is fork
 
@@ -54,11 +58,6 @@ def test_among_forms_with_the_same_layers_the_one_that_agrees_is_chosen(kind, na
         sys.modules["spot_kernels.patching.patch"]._patched_class.cache_clear()
 
 
-class OtherFormula(Fork):
-    def divisor(self):
-        return 2.0
-
-
 class Refiner(nn.Module):
     """Slot attention of no known form and without a telling name."""
 
@@ -69,16 +68,9 @@ class Refiner(nn.Module):
 
 
 def test_slot_attention_of_no_known_form_is_reported_with_a_remedy():
-    (found,) = patch(nn.Sequential(nn.Linear(8, 8), Refiner())).modules
-    assert (found.path, found.implementation, found.replaced) == ("1", "", "")
-    assert found.note.startswith("fits no known form (closest is ")
-    assert found.note.endswith(" more): its forward can call spot_kernels.slot_attention_step")
-
-
-def test_another_formula_in_known_layers_is_detected_by_its_results():
-    found = only(patch(OtherFormula()))
-    assert found.implementation == "SLATE"
-    assert found.note.startswith("its forward computes something else: results differ by")
+    report = only(patch(nn.Sequential(nn.Linear(8, 8), Refiner())))
+    assert (report.path, report.implementation, report.replaced) == ("1", "", "")
+    assert report.note.startswith("fits no known form (closest is ")
 
 
 def test_a_note_names_three_differences_and_counts_the_rest():
@@ -126,28 +118,22 @@ class DefaultConstant(Fork):
         return torch.full((), 0.1) * 10
 
 
-@pytest.mark.parametrize(
-    ("kind", "base", "inputs"),
-    [
-        (DefaultNoise, "lucidrains", "lucidrains"),
-        (DefaultNoiseVideo, "STEVE", "STEVE"),
-    ],
-)
-def test_noise_in_the_default_dtype_is_drawn_as_it_was(kind, base, inputs):
+@pytest.mark.parametrize(("kind", "base"), [(DefaultNoise, "lucidrains"), (DefaultNoiseVideo, "STEVE")])
+def test_noise_in_the_default_dtype_is_drawn_as_it_was(kind, base):
     """In float32, in float64, and where the inputs have another dtype than the default."""
     module = kind().eval()
     plain = copy.deepcopy(module)
     assert only(patch(module)).implementation == f"{base}, noise in the default dtype"
     for dtype in (torch.float32, torch.float64):
-        arguments = inputs_of(inputs, dtype)
+        arguments = inputs_of(base, dtype)
         assert_equal_to_rounding(run(module.to(dtype), arguments), run(plain.to(dtype), arguments))
-    half = [x.bfloat16() for x in inputs_of(inputs)]
+    half = [x.bfloat16() for x in inputs_of(base)]
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         torch.manual_seed(1)
-        found = module.float()(*half)
+        drawn = module.float()(*half)
         torch.manual_seed(1)
         expected = plain.float()(*half)
-    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(drawn, expected, rtol=0.05, atol=0.05)
 
 
 def test_constants_in_the_default_dtype_are_not_another_formula():
@@ -226,7 +212,7 @@ def test_torch_jit_script_says_what_to_do():
 def test_a_model_that_holds_a_module_twice_has_it_patched_once():
     module = Fork()
     model = nn.ModuleDict({"one": module, "other": module})
-    assert [found.path for found in patch(model).replaced] == ["one"]
+    assert [report.path for report in patch(model).replaced] == ["one"]
     assert model["one"] is model["other"] and unpatch(model) == ["one"] and type(module) is Fork
 
 
@@ -240,7 +226,7 @@ def test_a_parametrisation_registered_after_patching_stays_when_unpatched():
 
     nn.utils.parametrize.register_parametrization(module, "slots_mu", Doubled())
     mean = module.slots_mu.detach().clone()
-    assert [found.note for found in patch(module).modules] == ["was patched before"]
+    assert [report.note for report in patch(module).modules] == ["was patched before"]
     assert unpatch(module) == [""] and not hasattr(type(module), "_published_class")
     assert isinstance(module, published.LucidrainsSlots) and torch.equal(module.slots_mu, mean)
     nn.utils.parametrize.remove_parametrizations(module, "slots_mu")

@@ -10,14 +10,13 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune
 
-from kernel_tier import needs_triton
+from kernel_tier import TRITON, needs_triton
 from published_modules import SLOT_WIDTH
 from spot_kernels import SlotAttention, patch, use_backend
 from spot_kernels.gru_norm import gru_norm
 from spot_kernels.modules import layers
 
-BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+both_backends = pytest.mark.parametrize("backend", ["torch", TRITON])
 
 
 def pair(name):
@@ -41,14 +40,14 @@ def listen(module):
     return calls
 
 
-@every_backend
+@both_backends
 @pytest.mark.parametrize("name", ["SLATE", "SlotDiffusion, SlotFormer", "STEVE", "OCBench", "VideoSAUR, SlotContrast"])
 def test_every_layer_is_called_as_often_as_in_the_published_forward(name, backend):
     module, plain = pair(name)
     calls, expected = listen(module), listen(plain)
     with use_backend(backend):
-        found = run(module, one_image(name))
-    assert_equal_to_rounding(found, run(plain, one_image(name)))
+        results = run(module, one_image(name))
+    assert_equal_to_rounding(results, run(plain, one_image(name)))
     assert calls == expected
 
 
@@ -115,7 +114,7 @@ def without_bias(module):
         module.gru.weight_ih.fill_(0.1)
 
 
-@every_backend
+@both_backends
 @pytest.mark.parametrize(
     "change",
     [
@@ -137,11 +136,11 @@ def test_a_layer_changed_after_patching_computes_what_it_computes_in_the_publish
     change(module)
     change(plain)
     with use_backend(backend):
-        found = run(module, one_image("SLATE"))
-    assert_equal_to_rounding(found, run(plain, one_image("SLATE")))
+        results = run(module, one_image("SLATE"))
+    assert_equal_to_rounding(results, run(plain, one_image("SLATE")))
 
 
-@every_backend
+@both_backends
 @pytest.mark.parametrize("change", [exchange_gru, wrap_norm, double_output])
 def test_our_own_module_calls_changed_layers(change, backend):
     torch.manual_seed(0)
@@ -150,10 +149,10 @@ def test_our_own_module_calls_changed_layers(change, backend):
     change(module)
     before = run(plain, one_image("SLATE"))
     with use_backend(backend):
-        found = run(module, one_image("SLATE"))
+        results = run(module, one_image("SLATE"))
     with use_backend("torch"):
-        assert_equal_to_rounding(found, run(module, one_image("SLATE")))
-    assert not torch.allclose(found[0][0], before[0][0], atol=1e-3)
+        assert_equal_to_rounding(results, run(module, one_image("SLATE")))
+    assert not torch.allclose(results[0][0], before[0][0], atol=1e-3)
 
 
 @needs_triton

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from test_patch import assert_equal_to_rounding, build, inputs_of, run
+from test_patch import assert_equal_to_rounding, build, inputs_of, only, run
 from torch import nn
 
 from published_modules import Slate
@@ -11,6 +11,7 @@ from spot_kernels import patch, unpatch
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 pytestmark = pytest.mark.skipif(not dist.is_available() or not hasattr(fsdp, "fully_shard"), reason="needs fully_shard")
+SHARDED = "is sharded: patch before fully_shard or FullyShardedDataParallel"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,7 +35,7 @@ def test_a_module_sharded_after_patching_is_unpatched(group):
     patch(module)
     fsdp.fully_shard(module, mesh=group)
     torch.testing.assert_close(results(module), expected, rtol=1e-5, atol=1e-5)
-    assert [found.note for found in patch(module).modules] == ["was patched before"]
+    assert [report.note for report in patch(module).modules] == ["was patched before"]
     assert unpatch(module) == [""] and unpatch(module) == []
     assert isinstance(module, fsdp.FSDPModule) and isinstance(module, Slate)
     assert type(module).forward is Slate.forward and type(module).__name__ == "FSDPSlotAttention"
@@ -55,16 +56,15 @@ def test_a_layer_of_a_patched_module_may_be_sharded(group):
 def test_a_sharded_module_is_left_with_the_right_order_in_the_note(where, group):
     model = nn.Sequential(build("SLATE"))
     fsdp.fully_shard({"itself": model[0], "around": model, "inside": model[0].project_k}[where], mesh=group)
-    (found,) = patch(model).modules
-    assert found.replaced == "" and found.note == "is sharded: patch before fully_shard or FullyShardedDataParallel"
+    report = only(patch(model))
+    assert report.replaced == "" and report.note == SHARDED
 
 
 def test_fsdp1_is_left_with_the_right_order_in_the_note():
     model = fsdp.FullyShardedDataParallel(nn.Sequential(build("STEVE")), device_id=torch.device("cpu"))
-    notes = [found.note for found in patch(model).modules]
-    assert notes == ["is sharded: patch before fully_shard or FullyShardedDataParallel"]
+    assert only(patch(model)).note == SHARDED
 
 
 def test_a_model_in_data_parallel_is_patched():
     model = nn.parallel.DistributedDataParallel(build("SLATE"))
-    assert [found.path for found in patch(model).replaced] == ["module"] and unpatch(model) == ["module"]
+    assert [report.path for report in patch(model).replaced] == ["module"] and unpatch(model) == ["module"]

@@ -3,15 +3,10 @@
 import pytest
 import torch
 
-from kernel_tier import DEVICE, needs_triton
+from kernel_tier import DEVICE, every_backend, needs_triton
 from operator_calls import INTEGERS, calls, with_gradients
-from spot_kernels import native, use_backend
+from spot_kernels import use_backend
 
-BACKENDS = [
-    "torch",
-    pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason=native.describe())),
-    pytest.param("triton", marks=needs_triton),
-]
 LAYOUTS = {
     "contiguous": lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x),
     "axes reversed": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))),
@@ -19,7 +14,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("operator", [name for name in calls() if name not in INTEGERS])
 def test_gradients_do_not_depend_on_the_layout_of_what_was_saved(operator, layout, backend):
@@ -29,9 +24,8 @@ def test_gradients_do_not_depend_on_the_layout_of_what_was_saved(operator, layou
     with use_backend("torch" if backend == "native" and DEVICE.type != "cpu" else backend):
         expected = with_gradients(function, tensors)
         with torch.autograd.graph.saved_tensors_hooks(LAYOUTS[layout], lambda x: x):
-            found = with_gradients(function, tensors)
-    for value, true in zip(found, expected, strict=True):
-        torch.testing.assert_close(value, true, rtol=1e-5, atol=1e-5)
+            results = with_gradients(function, tensors)
+    torch.testing.assert_close(results, expected, rtol=1e-5, atol=1e-5)
 
 
 @needs_triton

@@ -3,27 +3,23 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import gradcheck
 
+from kernel_tier import random_order
 from spot_kernels import shift_by_order
 from spot_kernels.reference import shift_by_order as reference
 
 
-def random_orders(count, tokens, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(tokens, generator=generator) for _ in range(count)])
-
-
 def test_gives_every_token_its_predecessor():
     tokens, bos = torch.randn(2, 9, 4), torch.randn(4)
-    for order in random_orders(3, 9):
+    for order in random_order(9, 3):
         shifted = shift_by_order(tokens, bos, order)
         assert torch.equal(shifted[:, order[0]], bos.expand(2, 4))
         assert torch.equal(shifted[:, order[1:]], tokens[:, order[:-1]])
 
 
 def test_an_order_and_bos_for_each_sample():
-    tokens, bos, orders = torch.randn(3, 9, 4), torch.randn(3, 4), random_orders(3, 9)
+    tokens, bos, orders = torch.randn(3, 9, 4), torch.randn(3, 4), random_order(9, 3)
     shifted = shift_by_order(tokens, bos, orders)
     for i in range(3):
         assert torch.equal(shifted[i], shift_by_order(tokens[i : i + 1], bos[i], orders[i])[0])
@@ -32,7 +28,7 @@ def test_an_order_and_bos_for_each_sample():
 def test_gradients_and_one_token():
     tokens = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
     bos = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    for order in (random_orders(1, 4)[0], random_orders(2, 4)):
+    for order in (random_order(4), random_order(4, 2)):
         assert gradcheck(lambda t, b, order=order: shift_by_order(t, b, order), (tokens, bos))
     assert torch.equal(shift_by_order(torch.randn(2, 1, 3), torch.ones(3), torch.tensor([0])), torch.ones(2, 1, 3))
 
@@ -40,25 +36,14 @@ def test_gradients_and_one_token():
 def test_written_out_gradients_are_those_of_autograd():
     tokens, bos = torch.randn(2, 9, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
     grad = torch.randn(2, 9, 4)
-    for order in (random_orders(1, 9)[0], random_orders(2, 9)):
+    for order in (random_order(9), random_order(9, 2)):
         expected = torch.autograd.grad(shift_by_order(tokens, bos, order), (tokens, bos), grad)
         assert all(map(torch.equal, reference.gradients(grad, order), expected))
-
-
-def test_gradients_of_gradients():
-    tokens = torch.randn(1, 4, 2, dtype=torch.float64, requires_grad=True)
-    bos = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    order = random_orders(1, 4)[0]
-    assert gradgradcheck(lambda t, b: shift_by_order(t, b, order), (tokens, bos))
 
 
 def test_autocast_keeps_the_dtype():
     with torch.autocast("cpu", torch.bfloat16):
         assert shift_by_order(torch.randn(2, 9, 4), torch.randn(4), torch.arange(9)).dtype == torch.float32
-
-
-def test_empty_batch():
-    assert shift_by_order(torch.empty(0, 9, 4), torch.ones(4), torch.arange(9)).shape == (0, 9, 4)
 
 
 def test_the_order_is_never_read_on_the_host():
@@ -73,7 +58,7 @@ def test_a_new_order_does_not_recompile():
     graphs = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(shift_by_order, backend=graphs, fullgraph=True)
     tokens, bos = torch.randn(2, 9, 4), torch.randn(4)
-    for order in random_orders(4, 9):
+    for order in random_order(9, 4):
         assert torch.equal(compiled(tokens, bos, order), shift_by_order(tokens, bos, order))
     assert graphs.frame_count == 1
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import gradcheck
 
 from kernel_tier import DEVICE, needs_triton
 from spot_kernels import chosen_backend, slot_attention_step, use_backend
@@ -50,35 +50,12 @@ def test_equals_the_formula(batch, heads, tokens, slots, width):
         torch.testing.assert_close(value, expected)
 
 
-def test_softmax_runs_over_heads_and_slots_jointly():
-    q, k, v = inputs(heads=4)
-    _, attn, _ = slot_attention_step(q, k, v, return_attn=True)
-    torch.testing.assert_close(attn.sum(-1), torch.ones(2, 9, dtype=torch.float64))
-
-
 @pytest.mark.parametrize("heads", [1, 2])
 def test_gradients_of_all_three_results(heads):
     def all_results(q, k, v):
         return slot_attention_step(q, k, v, eps=1e-2, return_attn=True, return_logits=True)
 
     assert gradcheck(all_results, inputs(heads=heads, tokens=5, slots=3, width=2, grad=True))
-
-
-def test_attention_and_logits_only_on_request():
-    q, k, v = inputs()
-    updates, attn, logits = slot_attention_step(q, k, v)
-    assert attn is None and logits is None
-    assert torch.equal(updates, slot_attention_step(q, k, v, return_attn=True)[0])
-
-
-def test_a_slot_without_tokens_averages_all_tokens():
-    """eps after the softmax keeps an empty slot's update finite: the plain mean of v."""
-    q, k, v = inputs(slots=2, dtype=torch.float32)
-    k = torch.full_like(k, 30.0)
-    q[:, :, 0], q[:, :, 1] = 30.0, -30.0
-    updates, attn, _ = slot_attention_step(q, k, v, return_attn=True)
-    assert attn[..., 1].max() == 0
-    torch.testing.assert_close(updates[:, :, 1], v.mean(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -88,20 +65,6 @@ def test_half_precision_keeps_attention_in_float32(dtype):
     assert (updates.dtype, attn.dtype, logits.dtype) == (dtype, torch.float32, torch.float32)
     expected = slot_attention_step(q.double(), k.double(), v.double())[0]
     assert (updates.double() - expected).abs().max() < 8 * torch.finfo(dtype).eps * v.abs().max()
-
-
-def test_empty_batch_and_strided_inputs():
-    q, k, v = inputs(batch=0)
-    assert slot_attention_step(q, k, v)[0].shape == (0, 1, 4, 5)
-    q, k, v = inputs(heads=2)
-    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    torch.testing.assert_close(slot_attention_step(*strided)[0], slot_attention_step(q, k, v)[0])
-
-
-def test_compiles_into_one_graph():
-    step = torch.compile(slot_attention_step, backend="eager", fullgraph=True)
-    q, k, v = inputs(heads=2)
-    assert torch.equal(step(q, k, v)[0], slot_attention_step(q, k, v)[0])
 
 
 def test_bad_arguments_are_named():
@@ -153,8 +116,7 @@ def test_compiled_forward_and_backward_give_the_same_numbers(backend, device, he
     with use_backend(backend):
         expected = torch.autograd.grad(loss(q, k, v), (q, k, v))
         compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
-        found = torch.autograd.grad(compiled(q, k, v), (q, k, v))
-    assert all(map(torch.equal, found, expected))
+        assert all(map(torch.equal, torch.autograd.grad(compiled(q, k, v), (q, k, v)), expected))
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
@@ -174,29 +136,15 @@ def test_autocast_casts_the_inputs_and_keeps_float32_weights(backend, device):
 def test_the_operator_on_pytorch_has_the_gradients_of_autograd(heads, present):
     """Its written-out backward, with a gradient of every result and of each alone."""
     leaves = inputs(heads=heads, grad=True)
-    found = OPERATORS.slot_attention_step(*leaves, 1e-3, True, True, "torch")[:3]
+    ours = OPERATORS.slot_attention_step(*leaves, 1e-3, True, True, "torch")[:3]
     expected = reference.slot_attention_step(*leaves, 1e-3)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(ours, expected)
     gradients = []
-    for results in (found, expected):
+    for results in (ours, expected):
         some = [result for result, keep in zip(results, present, strict=True) if keep]
         grads = [torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape) for x in some]
         gradients.append(torch.autograd.grad(some, leaves, grads, materialize_grads=True))
     torch.testing.assert_close(*gradients)
-
-
-@needs_triton
-def test_gradients_of_gradients_are_refused():
-    q, k, v = on(DEVICE, "dense")
-    with use_backend("triton"):
-        (grad,) = torch.autograd.grad(slot_attention_step(q, k, v)[0].square().sum(), k, create_graph=True)
-        with pytest.raises(ValueError, match="slot_attention_step: gradients of gradients .* use backend torch"):
-            grad.sum().backward()
-
-
-def test_torch_backend_gives_gradients_of_gradients():
-    with use_backend("torch"):
-        assert gradgradcheck(lambda *x: slot_attention_step(*x, eps=1e-2)[0], inputs(1, 1, 4, 3, 2, grad=True))
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
@@ -206,7 +154,8 @@ def test_results_that_are_not_requested_get_no_gradient_and_no_memory(backend, d
     assert raw[1].numel() == raw[2].numel() == 0
     assert [x.requires_grad for x in raw[3:]] == [False, False]
     with use_backend(backend):
-        _, attn, logits = slot_attention_step(q, k, v)
+        updates, attn, logits = slot_attention_step(q, k, v)
+        assert torch.equal(updates, slot_attention_step(q, k, v, return_attn=True)[0])
     assert attn is None and logits is None
 
 

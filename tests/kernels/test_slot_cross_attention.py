@@ -60,12 +60,6 @@ def test_half_precision_keeps_the_map_in_float32():
     torch.testing.assert_close(mean_map.sum(-1), torch.ones(2, 9))
 
 
-def test_empty_batch():
-    out, mean_map = slot_cross_attention(*inputs(batch=0))
-    assert out.shape == (0, 3, 9, 5) and mean_map.shape == (0, 9, 4)
-    assert slot_cross_attention(*inputs(batch=0), return_map=False)[0].shape == (0, 3, 9, 5)
-
-
 def test_bad_arguments_are_named():
     q, k, v = inputs()
     with pytest.raises(ValueError, match=r"k \(2, 3, 4, 4\) does not fit"):

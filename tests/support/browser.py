@@ -13,20 +13,10 @@ import time
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-_FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--hide-scrollbars",
-    "--remote-debugging-pipe",
-)
+_FLAGS = """--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking
+--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe""".split()
 # In the page: every image with its natural width, and how much wider than the window the page is.
-_LOOK = """({
+_INSPECT = """({
   images: [...document.images].map(i => [i.alt, i.complete ? i.naturalWidth : 0]),
   overflow: document.documentElement.scrollWidth - window.innerWidth,
   paper: getComputedStyle(document.body).backgroundColor,
@@ -66,7 +56,7 @@ class Browser:
             self._call(f"{domain}.enable")
 
     def open(self, file: Path, *, width: int = 1200, dark: bool = False, shot: Path | None = None) -> dict:
-        """What `_LOOK` finds in `file`, and errors: messages of the console and exceptions; requests: URLs asked for
+        """What `_INSPECT` finds in `file`, and errors: messages of the console and exceptions; requests: URLs asked for
         beyond the file itself and data: URLs. shot: where to put a PNG of the whole page."""
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -80,19 +70,18 @@ class Browser:
             awaitPromise=True,
             expression="Promise.all([...document.images].map(i => i.decode().catch(() => 0)))",
         )
-        answer = self._call("Runtime.evaluate", expression=_LOOK, returnByValue=True)
-        found = answer["result"]["value"]
+        page = self._call("Runtime.evaluate", expression=_INSPECT, returnByValue=True)["result"]["value"]
         if shot is not None:
             data = self._call("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]
             shot.write_bytes(base64.b64decode(data))
         asked = [e["params"]["request"]["url"] for e in self._events if e["method"] == "Network.requestWillBeSent"]
-        found["requests"] = [name for name in asked if name != url and not name.startswith("data:")]
-        found["errors"] = [
+        page["requests"] = [name for name in asked if name != url and not name.startswith("data:")]
+        page["errors"] = [
             json.dumps(event["params"])
             for event in self._events
             if event["method"] in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
         ]
-        return found
+        return page
 
     def close(self) -> None:
         try:

@@ -11,20 +11,15 @@ OVERLAP = [[5, 0, 30, 0, 30, 20, 5, 20]]
 
 def coco_file(path, file_names, categories=(40, 7)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps(
-            {
-                "categories": [{"id": i} for i in categories],
-                "images": [
-                    {"id": f"i{n}", "file_name": name, "width": 30, "height": 20} for n, name in enumerate(file_names)
-                ],
-                "annotations": [
-                    {"image_id": "i0", "category_id": 7, "segmentation": BOX},
-                    {"image_id": "i0", "category_id": 40, "segmentation": OVERLAP},
-                ],
-            }
-        )
-    )
+    content = {
+        "categories": [{"id": i} for i in categories],
+        "images": [{"id": f"i{n}", "file_name": name, "width": 30, "height": 20} for n, name in enumerate(file_names)],
+        "annotations": [
+            {"image_id": "i0", "category_id": 7, "segmentation": BOX},
+            {"image_id": "i0", "category_id": 40, "segmentation": OVERLAP},
+        ],
+    }
+    path.write_text(json.dumps(content))
 
 
 def save(path, image=None):

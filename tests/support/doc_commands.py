@@ -21,20 +21,7 @@ from spot_fast.model.vits import build_vit
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-_PROGRAMS = (
-    "python",
-    "pip",
-    "bash",
-    "pytest",
-    "torchrun",
-    "tensorboard",
-    "docker",
-    "gsutil",
-    "git",
-    "wget",
-    "curl",
-    "cmake",
-)
+_PROGRAMS = "python pip bash pytest torchrun tensorboard docker gsutil git wget curl cmake".split()
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
 
@@ -43,7 +30,7 @@ def commands() -> dict[str, list[str]]:
 
     Comments are cut off, lines joined by && are commands of their own.
     """
-    found: dict[str, list[str]] = {}
+    pages: dict[str, list[str]] = {}
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         lines = [
@@ -56,17 +43,17 @@ def commands() -> dict[str, list[str]]:
         for line in lines:
             for command in re.split(r"\s+#\s|$", line.strip().removeprefix("$ "))[0].split(" && "):
                 if command.split(" ")[0] in _PROGRAMS and " " in command:
-                    found.setdefault(command.strip(), []).append(page.name)
-    return found
+                    pages.setdefault(command.strip(), []).append(page.name)
+    return pages
 
 
 def python_blocks() -> list[tuple[str, int, str]]:
     """(page, running number, code) of all ```python blocks."""
-    found = []
+    numbered = []
     for page in PAGES:
         blocks = [block for language, block in _BLOCK.findall(page.read_text(encoding="utf-8")) if language == "python"]
-        found += [(page.name, number, block) for number, block in enumerate(blocks, start=1)]
-    return found
+        numbered += [(page.name, number, block) for number, block in enumerate(blocks, start=1)]
+    return numbered
 
 
 def furnish(place: Path) -> None:
@@ -112,9 +99,5 @@ def untrained(place: Path, name: str, number: int, stage: int = 2) -> Path:
     folder.mkdir(parents=True)
     encoder = frozen_encoder(config)
     write_config(folder, config)
-    save_tensors(
-        folder / MODEL,
-        Spot(config, encoder).learned_state_dict(),
-        encoder_metadata(encoder, config),
-    )
+    save_tensors(folder / MODEL, Spot(config, encoder).learned_state_dict(), encoder_metadata(encoder, config))
     return folder

@@ -41,11 +41,15 @@ class Fork(Projected):
         return slots, attn.sum(1)
 
 
-class InstanceAttribute(Fork):
+class Temperature(Fork):
+    """With a switch that nothing reads yet."""
+
     def __init__(self):
         super().__init__()
         self.temperature = 1.0
 
+
+class InstanceAttribute(Temperature):
     def divisor(self):
         return self.temperature
 
@@ -91,11 +95,7 @@ class GetAttr(Fork):
         return getattr(self, "temperature", 1.0)
 
 
-class ThroughDict(Fork):
-    def __init__(self):
-        super().__init__()
-        self.temperature = 1.0
-
+class ThroughDict(Temperature):
     def divisor(self):
         return vars(self)["temperature"]
 
@@ -180,11 +180,7 @@ def temperature_of(module):
     return module.temperature
 
 
-class FunctionOfSelf(Fork):
-    def __init__(self):
-        super().__init__()
-        self.temperature = 1.0
-
+class FunctionOfSelf(Temperature):
     def divisor(self):
         return temperature_of(self)
 
@@ -199,21 +195,13 @@ class GetEnvironment(Fork):
         return float(os.getenv("FORK_TEMPERATURE", 1))
 
 
-class Lambda(Fork):
-    def __init__(self):
-        super().__init__()
-        self.temperature = 1.0
-
+class Lambda(Temperature):
     def divisor(self):
         return (lambda: self.temperature)()
 
 
-class RareBranch(Fork):
+class RareBranch(Temperature):
     """The small inputs of the comparison never take it."""
-
-    def __init__(self):
-        super().__init__()
-        self.temperature = 1.0
 
     def divisor(self):
         return self.temperature if self.num_iterations > 3 else 1.0
@@ -241,11 +229,7 @@ def decorated(function):
     return call
 
 
-class Decorated(Fork):
-    def __init__(self):
-        super().__init__()
-        self.temperature = 1.0
-
+class Decorated(Temperature):
     @decorated
     def divisor(self):
         return 1.0
@@ -257,10 +241,6 @@ def closed_over():
     class Closure(Fork):
         def divisor(self):
             return temperature
-
-        def change(self):
-            nonlocal temperature
-            temperature = 0.1
 
     return Closure()
 
@@ -296,38 +276,8 @@ class Counted(Fork):
         return self.topk / WIDTH
 
 
-FORKS = [
-    InstanceAttribute,
-    ClassAttribute,
-    NamedClassAttribute,
-    TypeOfSelf,
-    Property,
-    GetAttr,
-    ThroughDict,
-    PlainTensor,
-    Configuration,
-    OwnFunction,
-    OnALayer,
-    ExtraLayer,
-    Global,
-    GlobalDict,
-    GlobalObject,
-    GlobalTensor,
-    GlobalInAFunction,
-    FunctionOfSelf,
-    Environment,
-    GetEnvironment,
-    Lambda,
-    RareBranch,
-    StaticMethod,
-    OfTheBase,
-    Decorated,
-    closed_over,
-    Imported,
-    DefaultArgument,
-    FunctionAttribute,
-    Counted,
-]
+_CLASSES = {*Fork.__subclasses__(), *Temperature.__subclasses__(), OfTheBase} - {Temperature}
+FORKS = [*sorted(_CLASSES, key=lambda fork: fork.__name__), closed_over]
 
 
 class Harmless(Fork):

@@ -310,16 +310,7 @@ _LUCIDRAINS = ("norm_input", "norm_slots", "to_q", "to_k", "to_v")
 _EVELINEHONG = torch_shapes((*_LUCIDRAINS, "norm_pre_ff", "fc1", "fc2"), width=SLOT_WIDTH, bias=True)
 _DINOSAUR = (*_LUCIDRAINS, "ff_mlp.module.0", "ff_mlp.module.1", "ff_mlp.module.3")
 _SLOTFORMER = ("norm_inputs", "project_q.0", "project_q.1", "project_k", "project_v", "mlp.0", "mlp.1", "mlp.3")
-_VIDEOSAUR = (
-    "norm_features",
-    "norm_slots",
-    "to_q",
-    "to_k",
-    "to_v",
-    "mlp.layers.0",
-    "mlp.layers.1",
-    "mlp.layers.3",
-)
+_VIDEOSAUR = ("norm_features", "norm_slots", "to_q", "to_k", "to_v", "mlp.layers.0", "mlp.layers.1", "mlp.layers.3")
 _OCBENCH = ("norm1kv", "norm1q", "proj_q", "proj_k", "proj_v", "norm2", "ffn.0", "ffn.2")
 # Published formula, its state dict, the options of our module beyond those of the variant, the formula's settings.
 CASES = {
@@ -359,12 +350,7 @@ CASES = {
         {},
     ),
     "savi": (savi, flax_shapes(), {"mlp_hidden": None}, {}),
-    "savi, 2 heads, MLP, 2 iterations": (
-        savi,
-        flax_shapes(2, True),
-        {"heads": 2, "iterations": 2},
-        {"iterations": 2},
-    ),
+    "savi, 2 heads, MLP, 2 iterations": (savi, flax_shapes(2, True), {"heads": 2, "iterations": 2}, {"iterations": 2}),
     "slotformer": (slotformer, torch_shapes(_SLOTFORMER), {}, {}),
     "spot": (spot, torch_shapes(_SLATE), {}, {}),
     "spot, bi-level": (spot, torch_shapes(_SLATE), {"truncation": "bi_level"}, {"truncation": "bi_level"}),

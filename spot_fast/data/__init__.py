@@ -14,7 +14,7 @@ from spot_fast.data.datasets import coco, folder, movi, movi_check, scenes, voc
 from spot_fast.data.datasets.folder import Folder
 from spot_fast.data.datasets.movi_tfrecord import open_clips
 from spot_fast.data.datasets.scenes import Scenes
-from spot_fast.data.inspection import Found
+from spot_fast.data.inspection import CheckResult
 from spot_fast.data.loading.loader import Loader
 from spot_fast.errors import UserError
 
@@ -30,7 +30,7 @@ class Reader:
     title       name in `data check`; "" for the recipe's
     recognises  whether a path holds this data set; `data check` asks the readers in their order
     remarks     further lines of `data check` about an opened split
-    inspect     inspect(path, decode) → Found, if `data check` cannot simply open both splits
+    inspect     inspect(path, decode) → CheckResult, if `data check` cannot simply open both splits
     """
 
     open: Callable[..., ImageSet]
@@ -40,7 +40,7 @@ class Reader:
     title: str = ""
     recognises: Callable[[Path], bool] = lambda path: False
     remarks: Callable[[ImageSet], list[str]] = lambda image_set: []
-    inspect: Callable[[Path, bool], Found] | None = None
+    inspect: Callable[[Path, bool], CheckResult] | None = None
 
 
 def _movi(name: str) -> Reader:

@@ -69,14 +69,14 @@ def _check(args: argparse.Namespace) -> int:
     if args.list is not None and not args.list.parent.is_dir():
         raise UserError(f"--list {args.list}: the folder {args.list.parent} does not exist")
     options = {"sbd": args.sbd}
-    found = check.find(args.path, options, decode=args.decode)
-    check.inspect(found, jobs=args.jobs)
+    result = check.find(args.path, options, decode=args.decode)
+    check.inspect(result, jobs=args.jobs)
     if args.list is not None:
-        lines = "".join(f"{name}\n" for name in check.bad_files(found)).encode(errors="surrogateescape")
+        lines = "".join(f"{name}\n" for name in check.bad_files(result)).encode(errors="surrogateescape")
         atomic_write(args.list, lambda partial: partial.write_bytes(lines))
-    for line in check.report(args.path, found, options):
+    for line in check.report(args.path, result, options):
         print(line)
-    sentence = check.verdict(found)
+    sentence = check.verdict(result)
     if sentence is None:
         return 0
     print(f"error: {sentence}", file=sys.stderr)

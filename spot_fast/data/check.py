@@ -14,7 +14,7 @@ from tqdm import tqdm
 from spot_fast.config import preset
 from spot_fast.data import READERS, open_set
 from spot_fast.data.datasets import movi_tfrecord
-from spot_fast.data.inspection import Found, Inspection, of_sets
+from spot_fast.data.inspection import CheckResult, Inspection, of_sets
 from spot_fast.data.loading.loader import MAX_CORRUPT
 from spot_fast.data.loading.read_ahead import read_ahead
 from spot_fast.errors import UserError
@@ -25,7 +25,7 @@ _BATCH = 64  # files a thread takes at a time
 _FALLBACK = "folder"  # what no reader recognises
 
 
-def find(path: Path, options: Mapping[str, str | None], *, decode: bool) -> Found:
+def find(path: Path, options: Mapping[str, str | None], *, decode: bool) -> CheckResult:
     """Recognises the data set at `path` and lists what to inspect; UserError if it is none.
 
     options: values of the Config fields that some readers take, such as sbd.
@@ -38,18 +38,18 @@ def find(path: Path, options: Mapping[str, str | None], *, decode: bool) -> Foun
         return reader.inspect(path, decode)
     config = preset(name, data=str(path), **{option: options.get(option) for option in reader.options})
     title = "list of images" if path.is_file() else reader.title or DATA_SETS[name].title
-    found = of_sets(title, name, lambda split: open_set(config, split), decode, remarks=reader.remarks)
-    if name == _FALLBACK and found.splits[0].trouble:
+    result = of_sets(title, name, lambda split: open_set(config, split), decode, remarks=reader.remarks)
+    if name == _FALLBACK and result.splits[0].trouble:
         movi_tfrecord.refuse_other_formats(path)
-        raise UserError(found.splits[0].trouble)
-    return found
+        raise UserError(result.splits[0].trouble)
+    return result
 
 
-def inspect(found: Found, *, jobs: int) -> None:
+def inspect(result: CheckResult, *, jobs: int) -> None:
     """Runs the inspections on `jobs` threads and adds what is bad to each split."""
-    total = sum(len(split.inspections) for split in found.splits)
+    total = sum(len(split.inspections) for split in result.splits)
     with tqdm(total=total, desc="check", leave=False, disable=None) as bar:  # None: shown on a terminal only
-        for split in found.splits:
+        for split in result.splits:
             batches = (split.inspections[start : start + _BATCH] for start in range(0, len(split.inspections), _BATCH))
             with closing(read_ahead(_run, batches, depth=4 * jobs, workers=jobs, name="check")) as futures:
                 for future in futures:
@@ -63,35 +63,35 @@ def _run(batch: Iterable[Inspection]) -> list[list[tuple[str, str]]]:
     return [inspection() for inspection in batch]
 
 
-def report(path: Path, found: Found, options: Mapping[str, str | None]) -> Iterator[str]:
+def report(path: Path, result: CheckResult, options: Mapping[str, str | None]) -> Iterator[str]:
     """Lines for the user, at their end the command to train with if there is one."""
-    sentence = verdict(found)
-    yield f"{path}: {found.title}"
-    for split in found.splits:
+    sentence = verdict(result)
+    yield f"{path}: {result.title}"
+    for split in result.splits:
         known = sentence if split.trouble == sentence else ""
         yield f"  {split.name:5}  {split.summary or known and 'not usable' or split.trouble}"
-    bad = bad_files(found)
+    bad = bad_files(result)
     if bad:
         yield f"missing or damaged: {len(bad):,}"
         yield from (f"  {name}: {reason}" for name, reason in list(bad.items())[:SHOWN])
         if len(bad) > SHOWN:
             yield f"  and {len(bad) - SHOWN:,} more: --list FILE writes them all"
     else:
-        whole = not any(split.trouble for split in found.splits)
+        whole = not any(split.trouble for split in result.splits)
         yield "nothing is missing or damaged" if whole else "of the files that were found none is damaged"
-    yield from (f"note: {note}" for note in found.notes)
+    yield from (f"note: {note}" for note in result.notes)
     if sentence is None:
         yield "train with:"
-        yield "  " + " ".join(_command(path, found, options))
+        yield "  " + " ".join(_command(path, result, options))
 
 
-def _command(path: Path, found: Found, options: Mapping[str, str | None]) -> Iterator[str]:
-    yield f"python -m spot_fast.train --preset {found.preset} --data {shlex.quote(str(path))}"
-    for name in READERS[found.preset].options:
+def _command(path: Path, result: CheckResult, options: Mapping[str, str | None]) -> Iterator[str]:
+    yield f"python -m spot_fast.train --preset {result.preset} --data {shlex.quote(str(path))}"
+    for name in READERS[result.preset].options:
         if options.get(name) is not None:
             yield f"--{name} {shlex.quote(options[name])}"
-    train, val = found.splits
-    config = preset(found.preset)
+    train, val = result.splits
+    config = preset(result.preset)
     if train.images < config.batch_size:
         config = replace(config, batch_size=1 << train.images.bit_length() - 1)  # the largest power of two
         yield f"--batch-size {config.batch_size}"
@@ -101,14 +101,14 @@ def _command(path: Path, found: Found, options: Mapping[str, str | None]) -> Ite
         yield "--eval-images 0"
 
 
-def bad_files(found: Found) -> dict[str, str]:
+def bad_files(result: CheckResult) -> dict[str, str]:
     """Each missing or damaged file and what is wrong with it."""
-    return {name: reason for split in found.splits for name, reason in split.bad}
+    return {name: reason for split in result.splits for name, reason in split.bad}
 
 
-def verdict(found: Found) -> str | None:
+def verdict(result: CheckResult) -> str | None:
     """Why it cannot be trained on, in a sentence; None if it can."""
-    for split in found.splits:
+    for split in result.splits:
         if split.trouble and split.name == "train":
             return split.trouble
         if not split.usable and not split.trouble:

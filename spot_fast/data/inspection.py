@@ -37,7 +37,7 @@ class Split:
 
 
 @dataclass
-class Found:
+class CheckResult:
     """A recognised data set: its title, preset and splits, and notes that stop nothing."""
 
     title: str
@@ -65,18 +65,18 @@ def of_sets(
     *,
     summary: Callable[[ImageSet], str] = summary,
     remarks: Callable[[ImageSet], list[str]] = lambda image_set: [],
-) -> Found:
+) -> CheckResult:
     """The data set whose splits "train" and "val" `open_split` opens; its UserError becomes the split's trouble."""
-    found = Found(title, preset, [], [])
+    result = CheckResult(title, preset, [], [])
     seen: set[Path] = set()
     for split in ("train", "val"):
         try:
             image_set = open_split(split)
         except UserError as error:
-            found.splits.append(Split(split, trouble=str(error)))
+            result.splits.append(Split(split, trouble=str(error)))
             continue
         if split == "val" and not image_set.has_masks:
-            found.notes.append("no masks: it trains and segments, but cannot be evaluated")
+            result.notes.append("no masks: it trains and segments, but cannot be evaluated")
         paths = image_set.paths if isinstance(image_set, ImageFiles) else [None] * len(image_set)
         inspections = [
             # An image of both splits is inspected once.
@@ -85,9 +85,9 @@ def of_sets(
         ]
         seen.update(paths)
         notes = (*remarks(image_set), *image_set.notes)
-        found.notes += [note for note in notes if note not in found.notes]
-        found.splits.append(Split(split, summary(image_set), inspections, images=len(image_set)))
-    return found
+        result.notes += [note for note in notes if note not in result.notes]
+        result.splits.append(Split(split, summary(image_set), inspections, images=len(image_set)))
+    return result
 
 
 def _inspect(image_set: ImageSet, index: int, image: bool, decode: bool) -> list[tuple[str, str]]:

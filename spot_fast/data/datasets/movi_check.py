@@ -7,7 +7,7 @@ from pathlib import Path
 
 from spot_fast.data.datasets import movi, movi_tfrecord, tfrecord
 from spot_fast.data.decoding.damage import data_damage
-from spot_fast.data.inspection import Found, Inspection, Split, of_sets
+from spot_fast.data.inspection import CheckResult, Inspection, Split, of_sets
 from spot_fast.data.listing.search import counted
 from spot_fast.errors import UserError
 
@@ -24,16 +24,16 @@ def recognised(path: Path) -> str | None:
     return release and ("movi_e" if release == "movi_e" else "movi_c")
 
 
-def inspect(path: Path, decode: bool, name: str) -> Found:
+def inspect(path: Path, decode: bool, name: str) -> CheckResult:
     """The clips at `path` to inspect, with all frames, of which training draws nine."""
     if _has_png_clips(path):
         clips = partial(movi.Movi, path, frames_per_clip=_ALL_FRAMES)
-        found = of_sets("MOVi as PNG clips", name, clips, decode, summary=_png_summary)
-        found.notes.append(_UNKNOWN)
-        return found
+        result = of_sets("MOVi as PNG clips", name, clips, decode, summary=_png_summary)
+        result.notes.append(_UNKNOWN)
+        return result
     release = _release(path)
     splits = [_shards(path, split, release, decode) for split in movi.SPLITS]
-    return Found(f"MOVi as TFRecord ({release})", name, splits, [])
+    return CheckResult(f"MOVi as TFRecord ({release})", name, splits, [])
 
 
 def _has_png_clips(path: Path) -> bool:
@@ -67,7 +67,7 @@ def _shards(path: Path, split: str, release: str, decode: bool) -> Split:
         except UserError as error:
             damaged.append((str(shard), str(error)))
     count = len(inspections)
-    found = Split(
+    checked = Split(
         split,
         f"{counted(count, 'clip')} in {counted(len(shards), 'shard')}",
         inspections,
@@ -77,10 +77,10 @@ def _shards(path: Path, split: str, release: str, decode: bool) -> Split:
     )
     if damaged:
         more = f" ({len(damaged)} shards are missing or damaged)" if len(damaged) > 1 else ""
-        found.trouble = damaged[0][1] + more
+        checked.trouble = damaged[0][1] + more
     elif not count:
-        found.trouble = f"{shards[0].parent} has no clips in its {movi.SPLITS[split]} shards: download them again"
-    return found
+        checked.trouble = f"{shards[0].parent} has no clips in its {movi.SPLITS[split]} shards: download them again"
+    return checked
 
 
 def _inspect_record(record: tfrecord.Record, features: list[str], decode: bool) -> list[tuple[str, str]]:

@@ -70,6 +70,12 @@ def assert_graph_replays(run: Callable[[], Sequence[torch.Tensor]], change: Call
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    # Once on another stream, as a capture does: libraries make a workspace for each stream, which no capture may do.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run()

@@ -80,7 +80,7 @@ def _is_image(path: Path) -> bool:
     try:
         with Image.open(path):
             return True
-    except Exception:
+    except Exception:  # Pillow's plugins raise errors of every kind
         return False
 
 
@@ -134,7 +134,7 @@ def _key_of(path: Path) -> str | None:
                 return image.info.get(_OF)
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get(_OF)
-    except Exception:
+    except Exception:  # whatever the file is, it was not written here, so it is not overwritten
         return None
 
 

@@ -2,7 +2,7 @@
 
 PyTorch's threads synchronise some thousand times in a step, by spinning. Where another program takes one of their
 cores, the spinning threads keep the other cores busy while the thread that they wait for is not scheduled: on two cores
-a step took 331 ms instead of 88, and 136 with one thread (2026-11-27). So commands measure now and then how much of
+a step took over twice what one thread needs (bench/README.md, Studies). So commands measure now and then how much of
 their cores others use, and compute with fewer threads while that lasts. The number of threads decides in which order
 numbers are added, hence the last bits of a result: --threads N never changes it.
 """

@@ -77,7 +77,7 @@ def orientation(data: bytes) -> int | None:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return opening.orientation(image)
-    except Exception:
+    except Exception:  # Pillow's plugins raise errors of every kind
         return None
 
 

@@ -129,7 +129,7 @@ def orientation(image: Image.Image) -> int:
     """The orientation in EXIF or XMP, 1 to 8; 1 (upright) if neither can be read, since the pixels can."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:
+    except Exception:  # damaged EXIF
         return 1
     return orientation if orientation in range(2, 9) else 1
 

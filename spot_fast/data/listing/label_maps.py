@@ -137,7 +137,9 @@ def _is_label_map(path: Path, photo: Path, *, grey_only: bool) -> bool:
             if grey_only:
                 return (grey or image.mode == "P") and image.size == other.size and _few(image, _FEW_GREY)
             return grey and not _is_grey(other) or _few(image, _FEW_GREY if grey else _FEW)
-    except Exception:
+    except (
+        Exception
+    ):  # Pillow's plugins raise errors of every kind; an unreadable file is listed, then named as corrupt
         return False
 
 

@@ -8,7 +8,7 @@ from spot_fast.data.base import ImageFiles, ImageSet
 from spot_fast.data.loading.dali_loader import DaliLoader
 from spot_fast.data.loading.dali_pipeline import unavailable
 from spot_fast.data.loading.loader import MAX_THREADS, Loader
-from spot_fast.errors import UserError
+from spot_fast.errors import UserError, one_line
 from spot_fast.system.cpu_threads import available_cores
 
 _MOST_WORKERS = 16  # by default
@@ -56,7 +56,7 @@ def open_loader(
         except UserError:
             raise
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = one_line(error)
             if config_loader == "dali":
                 raise UserError(f"--loader dali does not start ({reason}): use --loader torch") from error
             why = f"DALI does not start ({reason})"

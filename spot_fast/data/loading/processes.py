@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from spot_fast.errors import UserError
+from spot_fast.errors import UserError, one_line
 
 _AHEAD = 2  # batches of each process beyond the one in use
 
@@ -66,7 +66,7 @@ class Processes:
             # The processes import the main script, which must not start others.
             guard = "" if started else ", or have a script's own code below if __name__ == '__main__'"
             raise UserError(
-                f"a process of --workers {self.count} ended unexpectedly ({_reason(error)}): use fewer, "
+                f"a process of --workers {self.count} ended unexpectedly ({one_line(error)}): use fewer, "
                 f"or give the machine more memory, shared memory (/dev/shm) included{guard}"
             ) from error
         finally:
@@ -92,8 +92,3 @@ def _of_dead_process(error: Exception) -> bool:
     if isinstance(error, RuntimeError):
         return text.startswith("DataLoader worker (pid")
     return "in DataLoader worker process" not in text
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__

@@ -30,7 +30,7 @@ def both_sizes(path: Path, encoded: bytes | None = None) -> tuple[Size, Size]:
 def _opened(path: Path, encoded: bytes | None) -> Image.Image:
     try:
         return Image.open(path if encoded is None else io.BytesIO(encoded))
-    except Exception:
+    except Exception:  # the header alone cannot be read: decoding repairs what can be, or names the file
         return open_image(path, encoded)
 
 

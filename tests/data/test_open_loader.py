@@ -80,8 +80,12 @@ def test_a_gpu_that_dali_cannot_use(images, monkeypatch):
 
     monkeypatch.setattr("spot_fast.data.loading.dali_loader.Pipeline", fails)
     _, reason = open_loader("auto", images, 4, 0, 2, CUDA)
-    assert reason == "images are decoded by Pillow in 2 threads: DALI does not start (RuntimeError: the driver is too old)"
-    with pytest.raises(UserError, match=r"^--loader dali does not start \(RuntimeError: the driver is too old\): use --loader torch"):
+    assert (
+        reason == "images are decoded by Pillow in 2 threads: DALI does not start (RuntimeError: the driver is too old)"
+    )
+    with pytest.raises(
+        UserError, match=r"^--loader dali does not start \(RuntimeError: the driver is too old\): use --loader torch"
+    ):
         open_loader("dali", images, 4, 0, 2, CUDA)
 
 

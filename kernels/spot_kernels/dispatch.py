@@ -54,6 +54,13 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
 
 # Operators without gradients: their results are constants to any transform.
 _CONSTANT = ("linear_assignment", "assign_masks", "match_masks", "overlap_counts", "mask_labels")
+# What the modules do with less work than their layers spell out; each gives the results of the longer way up to rounding.
+TECHNIQUES = {
+    "folded_cross_attention": "projections of a cross-attention's queries and output are folded into the slots",
+    "order_layout": "the decoder's tokens lie in the patch order, so that plain causal attention serves",
+    "residual_norm": "one kernel adds to the residual stream and normalises it",
+    "linear_relu": "bias and ReLU in the epilogue of the product",
+}
 _TRANSFORMED = "the call is inside a transform of torch.func or forward-mode differentiation"
 
 
@@ -76,6 +83,7 @@ class _Choice(threading.local):
 
     def __init__(self) -> None:
         self.requested = _DEFAULT
+        self.without: frozenset[str] = frozenset()
 
 
 _choice = _Choice()
@@ -97,6 +105,28 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _choice.requested = before
+
+
+@contextlib.contextmanager
+def without(*techniques: str) -> Iterator[None]:
+    """Modules that this thread calls in the block do without these `TECHNIQUES`, to compare results or speed.
+
+    Raises:
+        ValueError: for an unknown technique.
+    """
+    for name in techniques:
+        if name not in TECHNIQUES:
+            raise ValueError(f"technique {name!r} is unknown: use one of {', '.join(TECHNIQUES)}")
+    before, _choice.without = _choice.without, _choice.without | set(techniques)
+    try:
+        yield
+    finally:
+        _choice.without = before
+
+
+def uses(technique: str) -> bool:
+    """Whether the modules use one of `TECHNIQUES` where it pays."""
+    return technique not in _choice.without
 
 
 def chosen_backend(operator: str, tensor: torch.Tensor) -> str:

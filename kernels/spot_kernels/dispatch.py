@@ -54,7 +54,7 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
 
 # Operators without gradients: their results are constants to any transform.
 _CONSTANT = ("linear_assignment", "assign_masks", "match_masks", "overlap_counts", "mask_labels")
-# What the modules do with less work than their layers spell out; each gives the results of the longer way up to rounding.
+# How the modules do less work than their layers spell out, with the same results up to rounding.
 TECHNIQUES = {
     "folded_cross_attention": "projections of a cross-attention's queries and output are folded into the slots",
     "order_layout": "the decoder's tokens lie in the patch order, so that plain causal attention serves",

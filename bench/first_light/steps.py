@@ -6,8 +6,8 @@
 ViT-B/16, COCO's settings, batch 64. Before a variant is timed its gradients are compared: with plain PyTorch in
 float32, from which they may be three times as far as plain PyTorch in bfloat16 is. Then three steps must not wait for
 the device (`set_sync_debug_mode("error")`), and after timing SAME steps of the graph must end where as many plain ones
-do. The graph comes first and eager steps last, if there is time for them. The profile of the fastest of the first two is
-kept beside the CSV; what its kernels are for, and the longest of them, are printed.
+do. Eager steps come last, if there is time for them. The profile of the fastest before them is kept beside the CSV;
+what its kernels are for, and the longest of them, are printed.
 """
 
 from __future__ import annotations

@@ -41,6 +41,8 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "shift_by_order": {"triton": (torch.float32, *_HALF)},
     "slot_cross_attention": {"triton": (torch.float32, *_HALF)},
     "slot_cross_map": {"triton": (torch.float32, *_HALF)},
+    "folded_cross_attention": {"triton": (torch.float32, *_HALF)},
+    "folded_cross_map": {"triton": (torch.float32, *_HALF)},
     "gru_norm": {"triton": (torch.float32, *_HALF)},
     "linear_assignment": {
         "triton": (torch.float64, torch.float32, *_HALF),

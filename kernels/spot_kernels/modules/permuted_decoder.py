@@ -6,12 +6,25 @@ Tokens are [B, N, D]; a patch order is an int64 tensor [N] or [B, N] that only m
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spot_kernels.modules.layers import ACTIVATIONS, check_choice, check_heads, linear, merge_heads, mlp, split_heads
+from spot_kernels import dispatch
+from spot_kernels.folded_cross_attention import folded_cross_attention, folded_cross_map
+from spot_kernels.folded_cross_attention import takes as folded_cross_attention_takes
+from spot_kernels.modules.layers import (
+    ACTIVATIONS,
+    check_choice,
+    check_heads,
+    is_exactly,
+    linear,
+    merge_heads,
+    mlp,
+    split_heads,
+)
 from spot_kernels.permuted_attention import permuted_causal_attention
 from spot_kernels.slot_cross_attention import slot_cross_attention, slot_cross_map
 
@@ -39,8 +52,23 @@ class PermutedSelfAttention(nn.Module):
         return self.project_o(merge_heads(out))
 
 
+class KeysValues(NamedTuple):
+    """What a cross-attention makes of the slots, the same for every order.
+
+    keys, values: [B, H, K, d]; folded: times the projections of the queries and of the output, [B, H, K, D].
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    folded: bool
+
+
 class SlotCrossAttention(nn.Module):
-    """Bias-free multi-head attention of tokens to slots; returns the map averaged over heads if asked for."""
+    """Bias-free multi-head attention of tokens to slots; returns the map averaged over heads if asked for.
+
+    The projections of the queries and of the output, two products of D × D over all tokens, are folded into the keys
+    and values of the slots where that is less work: `folded_cross_attention`. Parameters are the same either way.
+    """
 
     def __init__(self, dim: int, heads: int, *, gain: float):
         super().__init__()
@@ -54,23 +82,67 @@ class SlotCrossAttention(nn.Module):
     def forward(
         self, tokens: torch.Tensor, slots: torch.Tensor, *, return_map: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.attend(tokens, *self.keys_values(slots), return_map=return_map)
+        return self.attend(tokens, self.keys_values(slots), return_map=return_map)
 
-    def keys_values(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """k and v [B, H, K, d] of slots [B, K, D]: the same for every order."""
-        return split_heads(self.project_k(slots), self.heads), split_heads(self.project_v(slots), self.heads)
+    def keys_values(self, slots: torch.Tensor) -> KeysValues:
+        """Of slots [B, K, D]."""
+        k, v = self.project_k(slots), self.project_v(slots)
+        if self._folds(slots, self.project_q, self.project_o):
+            return KeysValues(self._fold_queries(k), self._fold_output(v), True)
+        return KeysValues(split_heads(k, self.heads), split_heads(v, self.heads), False)
 
     def attend(
-        self, tokens: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_map: bool
+        self, tokens: torch.Tensor, slots: KeysValues, *, return_map: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if slots.folded:
+            return folded_cross_attention(
+                tokens, slots.keys, slots.values, scale=self._scale(tokens), return_map=return_map
+            )
         q = split_heads(self.project_q(tokens), self.heads)
-        out, mean_map = slot_cross_attention(q, k, v, return_map=return_map)
+        out, mean_map = slot_cross_attention(q, slots.keys, slots.values, return_map=return_map)
         return self.project_o(merge_heads(out)), mean_map
 
     def map(self, tokens: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """The map [B, N, K] alone, without the projections to v and to the output."""
-        q, k = self.project_q(tokens), self.project_k(slots)
-        return slot_cross_map(split_heads(q, self.heads), split_heads(k, self.heads))
+        k = self.project_k(slots)
+        if self._folds(slots, self.project_q):
+            return folded_cross_map(tokens, self._fold_queries(k), scale=self._scale(tokens))
+        return slot_cross_map(split_heads(self.project_q(tokens), self.heads), split_heads(k, self.heads))
+
+    def _folds(self, slots: torch.Tensor, *layers: nn.Module) -> bool:
+        """Whether to fold these layers into slots [B, K, D].
+
+        For an image of N tokens both layers take 4 N D² FLOPs; folded it is 4 N H K D over the tokens and 4 K D² over
+        the slots. With 4 H K ≤ D at least three quarters of the work over the tokens are saved, which leaves room for
+        narrow products being slower than square ones; the work over the slots is less as long as N > 4/3 K. The layers
+        have to be plain products, and the slots to fit the kernels where those run.
+        """
+        count, width = slots.shape[1:]
+        if not dispatch.uses("folded_cross_attention") or not 0 < 4 * self.heads * count <= width:
+            return False
+        if not all(is_exactly(layer, nn.Linear) and layer.bias is None for layer in layers):
+            return False
+        return folded_cross_attention_takes(slots, self.heads, count)
+
+    def _scale(self, tokens: torch.Tensor) -> float:
+        """Of the logits. Left to the operator, which applies it in float32: nothing is rounded for it."""
+        return (tokens.shape[-1] // self.heads) ** -0.5
+
+    def _fold_queries(self, k: torch.Tensor) -> torch.Tensor:
+        """k_h W_q,h for every head h, of k [B, K, D] → [B, H, K, D]."""
+        return _each_head(k, self.project_q.weight.unflatten(0, (self.heads, -1)))
+
+    def _fold_output(self, v: torch.Tensor) -> torch.Tensor:
+        """v_h W_o,hᵀ for every head h, of v [B, K, D] → [B, H, K, D]."""
+        return _each_head(v, self.project_o.weight.unflatten(1, (self.heads, -1)).permute(1, 2, 0))
+
+
+def _each_head(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """rows [B, K, H·d] times weights [H, d, D] → [B, H, K, D]: one batched product, every head's slots of all images
+    together, laid out as [H, B, K, D].
+    """
+    split = rows.flatten(0, 1).unflatten(-1, (weights.shape[0], -1)).transpose(0, 1)
+    return torch.bmm(split, weights).unflatten(1, rows.shape[:2]).transpose(0, 1)
 
 
 class PermutedDecoderBlock(nn.Module):
@@ -95,7 +167,7 @@ class PermutedDecoderBlock(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """tokens [B, N, D], slots [B, K, D] → tokens [B, N, D], cross-attention map [B, N, K] or None."""
         tokens = self.attend_to_tokens(tokens, order)
-        return self.attend_to_slots(tokens, *self.cross_attention.keys_values(slots), return_map=return_map)
+        return self.attend_to_slots(tokens, self.cross_attention.keys_values(slots), return_map=return_map)
 
     def attend_to_tokens(self, tokens: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
         """The first part of the block, self-attention: tokens [B, N, D] → tokens [B, N, D]."""
@@ -103,10 +175,10 @@ class PermutedDecoderBlock(nn.Module):
         return (normed if self.first else tokens) + self.self_attention(normed, order)
 
     def attend_to_slots(
-        self, tokens: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_map: bool = False
+        self, tokens: torch.Tensor, slots: KeysValues, *, return_map: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The rest of the block: cross-attention to the slots' k and v [B, H, K, d], and FFN → tokens, map or None."""
-        out, mean_map = self.cross_attention.attend(self.norm_cross(tokens), k, v, return_map=return_map)
+        """The rest of the block: cross-attention to the slots, and FFN → tokens, map or None."""
+        out, mean_map = self.cross_attention.attend(self.norm_cross(tokens), slots, return_map=return_map)
         tokens = tokens + out
         return tokens + self.ffn(self.norm_ffn(tokens)), mean_map
 
@@ -198,5 +270,5 @@ class PermutedDecoder(nn.Module):
             for i, (block, kv) in enumerate(zip(self.blocks, slots_kv, strict=True)):
                 if i > 0:  # the first block's self-attention is done
                     x = block.attend_to_tokens(x, order)
-                x, mean_map = block.attend_to_slots(x, *kv, return_map=i == last)
+                x, mean_map = block.attend_to_slots(x, kv, return_map=i == last)
             yield self.norm(x), mean_map

@@ -88,7 +88,8 @@ class SlotCrossAttention(nn.Module):
         """Of slots [B, K, D]."""
         k, v = self.project_k(slots), self.project_v(slots)
         if self._folds(slots, self.project_q, self.project_o):
-            return KeysValues(self._fold_queries(k), self._fold_output(v), True)
+            weights = self.project_q.weight, self.project_o.weight
+            return KeysValues(fold_queries(k, weights[0], self.heads), fold_output(v, weights[1], self.heads), True)
         return KeysValues(split_heads(k, self.heads), split_heads(v, self.heads), False)
 
     def attend(
@@ -106,7 +107,8 @@ class SlotCrossAttention(nn.Module):
         """The map [B, N, K] alone, without the projections to v and to the output."""
         k = self.project_k(slots)
         if self._folds(slots, self.project_q):
-            return folded_cross_map(tokens, self._fold_queries(k), scale=self._scale(tokens))
+            a = fold_queries(k, self.project_q.weight, self.heads)
+            return folded_cross_map(tokens, a, scale=self._scale(tokens))
         return slot_cross_map(split_heads(self.project_q(tokens), self.heads), split_heads(k, self.heads))
 
     def _folds(self, slots: torch.Tensor, *layers: nn.Module) -> bool:
@@ -128,13 +130,15 @@ class SlotCrossAttention(nn.Module):
         """Of the logits. Left to the operator, which applies it in float32: nothing is rounded for it."""
         return (tokens.shape[-1] // self.heads) ** -0.5
 
-    def _fold_queries(self, k: torch.Tensor) -> torch.Tensor:
-        """k_h W_q,h for every head h, of k [B, K, D] → [B, H, K, D]."""
-        return _each_head(k, self.project_q.weight.unflatten(0, (self.heads, -1)))
 
-    def _fold_output(self, v: torch.Tensor) -> torch.Tensor:
-        """v_h W_o,hᵀ for every head h, of v [B, K, D] → [B, H, K, D]."""
-        return _each_head(v, self.project_o.weight.unflatten(1, (self.heads, -1)).permute(1, 2, 0))
+def fold_queries(k: torch.Tensor, weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """k_h W_q,h for every head h, of k [B, K, D] and the queries' projection [D, D] → [B, H, K, D]."""
+    return _each_head(k, weight.unflatten(0, (heads, -1)))
+
+
+def fold_output(v: torch.Tensor, weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """v_h W_o,hᵀ for every head h, of v [B, K, D] and the output's projection [D, D] → [B, H, K, D]."""
+    return _each_head(v, weight.unflatten(1, (heads, -1)).permute(1, 2, 0))
 
 
 def _each_head(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -105,25 +105,27 @@ class AutoregressiveDecoder(nn.Module):
     def _tokens(self, target: Tensor, bos: Tensor, order: Tensor, in_order: bool) -> Tensor:
         """The projected input [B, N, D] of an autoregressive step, in raster layout or in the order's sequence.
 
-        The target needs no gradient, [BOS] does, so that it is projected apart: backward multiplies one row of each
-        image by the projection's weights instead of all.
+        [BOS] needs a gradient and the target none. So [BOS] is projected apart, and backward multiplies one row by the
+        projection's weights instead of one for each token.
         """
-        before = order.roll(1, -1)  # what precedes each token in the sequence; [BOS] takes the place of the first
+        batch, count, _ = target.shape
         if self.cappa > 0 or not dispatch.uses("input_path"):
-            shifted = self._in_sequence(target, bos, before) if in_order else shift_by_order(target, bos, order)
+            if in_order:
+                rows = take_rows(target, order[..., :-1])
+                shifted = torch.cat([bos.to(target.dtype).expand(batch, -1).unsqueeze(1), rows], 1)
+            else:
+                shifted = shift_by_order(target, bos, order)
             return self.input_proj(shifted + self.positions if self.cappa > 0 else shifted)
         project, norm = self.input_proj
-        first = project(bos if bos.dim() == 2 else bos.unsqueeze(0))
+        first = project(bos if bos.dim() == 2 else bos.unsqueeze(0)).expand(batch, -1).unsqueeze(1)
         if in_order:
-            tokens = project(take_rows(target, before))
-            return norm(tokens.select_scatter(first.to(tokens.dtype).expand(len(tokens), -1), 1, 0))
-        tokens = project(take_rows(target, torch.empty_like(order).scatter_(-1, order, before)))
-        begin = order[..., :1, None].expand(len(tokens), 1, tokens.shape[2])
-        return norm(tokens.scatter(1, begin, first.to(tokens.dtype).expand(len(tokens), -1).unsqueeze(1)))
-
-    def _in_sequence(self, target: Tensor, bos: Tensor, before: Tensor) -> Tensor:
-        first = bos.to(target.dtype).expand(len(target), -1)
-        return take_rows(target, before).select_scatter(first, 1, 0)
+            # The projection has no bias: [BOS] is added to a row of zeros, whose gradient needs no masking.
+            rows = F.pad(take_rows(target, order[..., :-1]), (0, 0, 1, 0))
+            return norm(project(rows) + F.pad(first, (0, 0, 0, count - 1)))
+        before = torch.empty_like(order).scatter_(-1, order, order.roll(1, -1))
+        tokens = project(take_rows(target, before))
+        begin = order[..., :1, None].expand(batch, 1, tokens.shape[2])
+        return norm(tokens.scatter(1, begin, first.to(tokens.dtype)))
 
     def _prepare(
         self, slots: Tensor, target: Tensor, order_index: Tensor | None, parallel: bool

@@ -295,11 +295,11 @@ def _forward_config(architecture: str, dtype: torch.dtype, columns: int) -> _Con
         return _Config(32, 32, 4 if columns <= 32 else 8, 1)
     if architecture == "gfx942":
         return _Config(64, 64, 4, 1)
-    if columns > 64:
-        return _Config(32 if architecture in ("sm_80", "sm_89") else 64, 64, 4, 3)
+    if architecture in ("sm_80", "sm_89"):
+        return _Config(64 if columns <= 64 else 32, 64, 4, 3)
     # 64 tokens: the least for a warp group's product on sm_90. 196 of them in four blocks of 49 are two programs on
     # each of 128 multiprocessors at batch 64, all at once
-    return _Config(64, 64 if architecture == "sm_89" else 128, 4, 3)
+    return _Config(64, 128 if columns <= 64 else 64, 4, 3)
 
 
 def _tokens_config(architecture: str, dtype: torch.dtype, columns: int) -> _Config:

@@ -57,7 +57,7 @@ def products(model: Spot, teacher: Spot | None) -> Counter[Product]:
         hidden = one.decoder.transformer.blocks[0].ffn[0].out_features
         folded = [_folds(tokens, one.slot_encoder.num_slots, dim, heads) for heads in _cross_heads(one)]
         last = blocks - masks_only  # blocks whose cross-attention and FFN run to their end
-        layer(dim, dim, kinds)  # the input's projection
+        layer(dim, dim, FIRST if kinds is TRAINED else kinds)  # the input's projection: only [BOS] needs its gradient
         layer(dim, 3 * dim, kinds, times=blocks)
         layer(dim, dim, kinds, times=blocks)
         # queries and output of the cross-attention
@@ -142,6 +142,7 @@ def step(model: Spot, teacher: Spot | None, *, cached: bool) -> float:
     over_tokens, earlier, last = slots(model)
     through = 3 if model.slot_encoder.attention.truncation == "none" else 1
     total = 3 * (over_tokens + last + decoder(model)) + through * earlier
+    total -= 2 * model.encoder.num_tokens * model.encoder.dim**2  # the gradient by the decoder's input
     if not cached:
         total += encoder(model, depth, embed=True)
     if model.last_blocks is not None:

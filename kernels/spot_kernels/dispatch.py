@@ -60,6 +60,7 @@ _CONSTANT = ("linear_assignment", "assign_masks", "match_masks", "overlap_counts
 TECHNIQUES = {
     "folded_cross_attention": "projections of a cross-attention's queries and output are folded into the slots",
     "order_layout": "the decoder's tokens lie in the patch order, so that plain causal attention serves",
+    "input_path": "the decoder's input keeps the run's precision, and its projection has a gradient by [BOS] alone",
     "residual_norm": "one kernel adds to the residual stream and normalises it",
     "linear_relu": "bias and ReLU in the epilogue of the product",
 }

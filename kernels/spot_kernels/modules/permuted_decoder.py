@@ -1,6 +1,8 @@
-"""The permuted decoder: transformer blocks that decode patch tokens in any order while they stay in raster layout.
+"""The permuted decoder: transformer blocks that decode patch tokens in any order, in raster layout on the outside.
 
-Tokens are [B, N, D]; a patch order is an int64 tensor [N] or [B, N] that only masks attention: no token moves.
+Tokens are [B, N, D]; a patch order is an int64 tensor [N] or [B, N]. It only masks attention where tokens stay in
+raster layout; where it pays, the decoder moves them into the order at its ends (`order_layout`), and its blocks get
+`SEQUENCE` instead of an order.
 """
 
 from __future__ import annotations
@@ -25,12 +27,16 @@ from spot_kernels.modules.layers import (
     mlp,
     split_heads,
 )
+from spot_kernels.modules.order_layout import SEQUENCE, Order, from_sequence, prefers_order_layout, to_sequence
 from spot_kernels.permuted_attention import permuted_causal_attention
 from spot_kernels.slot_cross_attention import slot_cross_attention, slot_cross_map
 
 
 class PermutedSelfAttention(nn.Module):
-    """Bias-free multi-head self-attention, causal in a given order; without an order all tokens see all."""
+    """Bias-free multi-head self-attention, causal in a given order, or in the sequence of its tokens (`SEQUENCE`).
+
+    Without an order all tokens see all.
+    """
 
     def __init__(self, dim: int, heads: int, *, gain: float):
         super().__init__()
@@ -39,16 +45,18 @@ class PermutedSelfAttention(nn.Module):
         self.project_qkv = linear(dim, 3 * dim, bias=False, parts=3)
         self.project_o = linear(dim, dim, bias=False, gain=gain)
 
-    def forward(self, tokens: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, order: Order) -> torch.Tensor:
         return self.attend(self.project_qkv(tokens), order)
 
-    def attend(self, qkv: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    def attend(self, qkv: torch.Tensor, order: Order) -> torch.Tensor:
         """From the projected tokens [B, N, 3D]."""
         q, k, v = (split_heads(part, self.heads) for part in qkv.chunk(3, -1))
-        if order is None:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
+        if isinstance(order, torch.Tensor):
             out = permuted_causal_attention(q, k, v, order)
+        elif order not in (None, SEQUENCE):
+            raise ValueError(f"order {order!r} is unknown: pass an int64 tensor, {SEQUENCE!r} or None")
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=order == SEQUENCE)
         return self.project_o(merge_heads(out))
 
 
@@ -167,13 +175,13 @@ class PermutedDecoderBlock(nn.Module):
         self.ffn = mlp(dim, 4 * dim, dim, gain=gain, activation=activation)
 
     def forward(
-        self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None, *, return_map: bool = False
+        self, tokens: torch.Tensor, slots: torch.Tensor, order: Order, *, return_map: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """tokens [B, N, D], slots [B, K, D] → tokens [B, N, D], cross-attention map [B, N, K] or None."""
         tokens = self.attend_to_tokens(tokens, order)
         return self.attend_to_slots(tokens, self.cross_attention.keys_values(slots), return_map=return_map)
 
-    def attend_to_tokens(self, tokens: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    def attend_to_tokens(self, tokens: torch.Tensor, order: Order) -> torch.Tensor:
         """The first part of the block, self-attention: tokens [B, N, D] → tokens [B, N, D]."""
         normed = self.norm_self(tokens)
         return (normed if self.first else tokens) + self.self_attention(normed, order)
@@ -186,7 +194,7 @@ class PermutedDecoderBlock(nn.Module):
         tokens = tokens + out
         return tokens + self.ffn(self.norm_ffn(tokens)), mean_map
 
-    def map(self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    def map(self, tokens: torch.Tensor, slots: torch.Tensor, order: Order) -> torch.Tensor:
         """The map [B, N, K] alone, without the FFN and what else comes after it."""
         return self.cross_attention.map(self.norm_cross(self.attend_to_tokens(tokens, order)), slots)
 
@@ -232,21 +240,32 @@ class PermutedDecoder(nn.Module):
         )
         self.norm = nn.LayerNorm(dim) if final_norm else nn.Identity()
 
-    def forward(
-        self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decodes tokens [B, N, D] with slots [B, K, D] in an order [N] or [B, N] (None: no causal mask).
+    def forward(self, tokens: torch.Tensor, slots: torch.Tensor, order: Order) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decodes tokens [B, N, D] with slots [B, K, D] in an order [N] or [B, N].
+
+        order: None: no causal mask. `SEQUENCE`: tokens and results lie in the order in which they are decoded.
 
         Returns:
             out [B, N, D]; the last block's cross-attention [B, N, K], averaged over heads.
         """
+        if isinstance(order, torch.Tensor) and prefers_order_layout(tokens):
+            out, mean_map = self._decode(to_sequence(tokens, order), slots, SEQUENCE)
+            return from_sequence(out, order), from_sequence(mean_map, order)
+        return self._decode(tokens, slots, order)
+
+    def _decode(self, tokens: torch.Tensor, slots: torch.Tensor, order: Order) -> tuple[torch.Tensor, torch.Tensor]:
         for block in self.blocks[:-1]:
             tokens, _ = block(tokens, slots, order)
         tokens, mean_map = self.blocks[-1](tokens, slots, order, return_map=True)
         return self.norm(tokens), mean_map
 
-    def masks(self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    def masks(self, tokens: torch.Tensor, slots: torch.Tensor, order: Order) -> torch.Tensor:
         """The map [B, N, K] of `forward` without the work behind it, for a teacher, of whom nothing else is used."""
+        if isinstance(order, torch.Tensor) and prefers_order_layout(tokens):
+            return from_sequence(self._masks(to_sequence(tokens, order), slots, SEQUENCE), order)
+        return self._masks(tokens, slots, order)
+
+    def _masks(self, tokens: torch.Tensor, slots: torch.Tensor, order: Order) -> torch.Tensor:
         for block in self.blocks[:-1]:
             tokens, _ = block(tokens, slots, order)
         return self.blocks[-1].map(tokens, slots, order)
@@ -269,10 +288,14 @@ class PermutedDecoder(nn.Module):
         normed = first.norm_self(tokens)
         qkv = first.self_attention.project_qkv(normed)
         slots_kv = [block.cross_attention.keys_values(slots) for block in self.blocks]
+        in_order = prefers_order_layout(tokens)
         for order, source in zip(orders, sources, strict=True):
-            x = normed.index_select(1, source) + first.self_attention.attend(qkv.index_select(1, source), order)
+            masked: Order = SEQUENCE if in_order else order
+            source = source.index_select(0, order) if in_order else source
+            x = normed.index_select(1, source) + first.self_attention.attend(qkv.index_select(1, source), masked)
             for i, (block, kv) in enumerate(zip(self.blocks, slots_kv, strict=True)):
                 if i > 0:  # the first block's self-attention is done
-                    x = block.attend_to_tokens(x, order)
+                    x = block.attend_to_tokens(x, masked)
                 x, mean_map = block.attend_to_slots(x, kv, return_map=i == last)
-            yield self.norm(x), mean_map
+            out = self.norm(x)
+            yield (from_sequence(out, order), from_sequence(mean_map, order)) if in_order else (out, mean_map)

@@ -60,6 +60,7 @@ TECHNIQUES = {
     "order_layout": "the decoder's tokens lie in the patch order, so that plain causal attention serves",
     "residual_norm": "one kernel adds to the residual stream and normalises it",
     "linear_relu": "bias and ReLU in the epilogue of the product",
+    "flat_parameters": "a trainer made in the block keeps weights, gradients and moments in flat buffers",
 }
 _TRANSFORMED = "the call is inside a transform of torch.func or forward-mode differentiation"
 

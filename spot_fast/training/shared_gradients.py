@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,8 @@ class SharedGradients(LocalGradients):
     """The gradients of `parameters` in `size` processes, which all call the same methods.
 
     group: of the exchange, None for the default one. exchanging: a context for each exchange, which may turn its
-    errors into others. `finish` leaves the same bits in all processes.
+    errors into others. leaves: what autograd differentiates by instead of each parameter: in bf16 runs the shadows of
+    `flat`. `finish` leaves the same bits in all processes.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class SharedGradients(LocalGradients):
         exchanging: Callable[[], AbstractContextManager],
         *,
         piece_bytes: int = PIECE_BYTES,
+        leaves: Sequence[nn.Parameter] | None = None,
     ) -> None:
         self._parameters, self._size, self._group = list(parameters), size, group
         self._exchanging, self._piece_bytes = exchanging, piece_bytes
@@ -62,8 +65,8 @@ class SharedGradients(LocalGradients):
         self._earlier: list[Tensor] = []  # buffers that a recorded step may go on using
         self._lay_out()
         self._sharing, self._has_gradient = False, set()
-        for parameter in self._parameters:
-            parameter.register_post_accumulate_grad_hook(self._arrived)
+        for parameter, leaf in zip(self._parameters, leaves or self._parameters, strict=True):
+            leaf.register_post_accumulate_grad_hook(partial(self._arrived, parameter))
 
     def _lay_out(self) -> None:
         """Cuts the buffer into pieces of whole parameters; the last one has the rare ones and room for the losses."""
@@ -113,8 +116,11 @@ class SharedGradients(LocalGradients):
         self._sharing = True
 
     @torch.no_grad()
-    def _arrived(self, parameter: nn.Parameter) -> None:
-        """Autograd has added a pass's gradient of `parameter`."""
+    def _arrived(self, parameter: nn.Parameter, leaf: nn.Parameter) -> None:
+        """Autograd has added a pass's gradient of `parameter`, or has given it to its shadow, the `leaf`."""
+        if leaf is not parameter:
+            self._views[parameter].add_(leaf.grad)
+            leaf.grad = None
         self._has_gradient.add(parameter)
         if self._sharing:  # before the last pass a gradient is a partial sum
             self._missing[self._piece_of[parameter]].discard(parameter)

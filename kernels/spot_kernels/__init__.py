@@ -5,6 +5,7 @@ few lines of PyTorch each.
 """
 
 from spot_kernels import flops
+from spot_kernels.clipped_adam import clipped_adam, infinity_norm
 from spot_kernels.dispatch import chosen_backend, use_backend
 from spot_kernels.gru_norm import gru_norm
 from spot_kernels.mask_labels import mask_labels
@@ -23,7 +24,9 @@ __all__ = [
     "SlotAttention",
     "assign_masks",
     "chosen_backend",
+    "clipped_adam",
     "gru_norm",
+    "infinity_norm",
     "linear_assignment",
     "mask_labels",
     "match_masks",

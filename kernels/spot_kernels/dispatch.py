@@ -50,6 +50,8 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "match_masks": {"triton": _LABELS, "native": _LABELS},
     "overlap_counts": {"triton": _LABELS, "native": _LABELS},
     "mask_labels": {"native": (torch.float64, torch.float32, *_HALF)},
+    "infinity_norm": {"triton": (torch.float32, *_HALF)},
+    "clipped_adam": {"triton": (torch.float32,)},
 }
 
 # Operators without gradients: their results are constants to any transform.

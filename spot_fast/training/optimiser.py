@@ -39,6 +39,10 @@ class Adam(torch.optim.Adam):
     def update(self, bad: Tensor) -> None:
         update(self, bad)
 
+    def last_gradients(self) -> list[Tensor | None]:
+        """The gradients of the last step, clipped."""
+        return [parameter.grad for parameter in self.leaves]
+
     def rate_on_device(self) -> None:
         """From now on the learning rate is a tensor on the device, which recorded steps read."""
         (group,) = self.param_groups

@@ -181,7 +181,14 @@ class Trainer:
         if self.device.type not in FUSED or not dispatch.uses("flat_parameters"):
             return adam(self.parameters, graphed=graphed)
         rounded = rounded_weights(self.model) if self.precision == "bf16" else ()
-        return FlatAdam(self.parameters, model=self.model, rounded=rounded, graphed=graphed)
+        return FlatAdam(
+            self.parameters,
+            model=self.model,
+            rounded=rounded,
+            graphed=graphed,
+            passes=self.config.accumulate,
+            shared=self.world.size > 1,
+        )
 
     def say(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""

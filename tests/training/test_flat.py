@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from kernel_tier import needs_triton
 from spot_fast.training.flat import UNIT, FlatAdam, rounded_weights
 from spot_fast.training.optimiser import (
     Adam,
@@ -15,7 +16,7 @@ from spot_fast.training.optimiser import (
     set_learning_rate,
 )
 from spot_fast.training.trainer import Trainer
-from spot_kernels import dispatch
+from spot_kernels import dispatch, use_backend
 from tiny_runs import CPU, tiny
 
 SHAPES = [(5,), (3, 7), (16, 16), (1025,), (2, 3, 4), ()]
@@ -26,13 +27,15 @@ def parameters(seed=0):
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
 
 
-def step(optimiser, given, seed, limit=0.3, bad=0.0, without=()):
+def step(optimiser, given, seed, limit=0.3, bad=0.0, without=(), collect=False):
     """One step on random gradients, some of them large."""
     generator = torch.Generator().manual_seed(seed)
     optimiser.zero_grad()
     for number, parameter in enumerate(given):
         gradient = torch.randn(parameter.shape, generator=generator) * 10 ** (number - 3)
         parameter.grad = None if number in without else gradient
+    if collect:
+        optimiser.collect()
     set_learning_rate(optimiser, 1e-3 * (seed + 1))
     norm = optimiser.clip(limit)
     optimiser.update(torch.tensor(bad))
@@ -105,6 +108,121 @@ def test_state_round_trip_and_states_of_torchs_adam():
 def test_only_float32_parameters():
     with pytest.raises(ValueError, match="flat parameters are float32"):
         FlatAdam([nn.Parameter(torch.zeros(2, dtype=torch.float64))])
+
+
+# ---- the kernels, as on a GPU
+
+
+def beside(shared=False, passes=1):
+    """Parameters of a FlatAdam that uses kernels and of torch's Adam, with both."""
+    ours, theirs = parameters(), parameters()
+    plain = adam(theirs)
+    plain.rate_on_device()
+    return (FlatAdam(ours, passes=passes, shared=shared), ours), (plain, theirs)
+
+
+def assert_beside(flat, ours, plain, theirs):
+    """As near as float32 gets: on CUDA PyTorch too weights Adam's moments by float32's 1 − β."""
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        assert (one in flat.state) == (other in plain.state)
+        for name, value in plain.state.get(other, {}).items():
+            torch.testing.assert_close(flat.state[one][name], value, rtol=1e-4, atol=1e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("limit", [0.0, 0.3])
+def test_kernels_do_what_torchs_adam_does(limit):
+    """A bad step, and steps in which parameters have no gradient, one of them never."""
+    with use_backend("triton"):
+        (flat, ours), (plain, theirs) = beside()
+        for number in range(8):
+            options = dict(limit=limit, bad=float(number == 3), without=(1, 4) if number % 2 else (4,))
+            norms = []
+            for optimiser, given in ((flat, ours), (plain, theirs)):
+                norms.append(step(optimiser, given, number, **options, collect=True))
+            assert torch.equal(*norms)
+            for gradient, parameter in zip(flat.last_gradients(), theirs, strict=True):
+                assert (gradient is None) == (parameter.grad is None)
+                assert gradient is None or torch.equal(gradient, parameter.grad)
+        assert_beside(flat, ours, plain, theirs)
+        with pytest.raises(ValueError, match="no parameter has a gradient"):
+            flat.zero_grad()
+            flat.clip(limit)
+
+
+@needs_triton
+def test_kernels_take_what_several_processes_have_added_up():
+    with use_backend("triton"):
+        (flat, ours), (plain, theirs) = beside(shared=True)
+        for number in range(4):
+            for optimiser, given in ((flat, ours), (plain, theirs)):
+                step(optimiser, given, number, without=(2,) if number == 1 else (), collect=True)
+        assert all(parameter.grad is not None for parameter in ours)
+        assert_beside(flat, ours, plain, theirs)
+
+
+@needs_triton
+@pytest.mark.parametrize("stage, changes", [(1, {}), (2, {"accumulate": 2}), (1, {"orders": "standard", "cappa": 0.5})])
+def test_a_trainer_with_kernels(stage, changes, teacher):
+    plain = Trainer(tiny(stage, **changes), device=CPU, teacher=teacher if stage == 2 else None)
+    with use_backend("triton"):
+        flat = Trainer(tiny(stage, **changes), device=CPU, teacher=teacher if stage == 2 else None)
+    batches = list(flat.batches())
+    for number in range(4):
+        for trainer, backend in ((flat, "triton"), (plain, "auto")):
+            # only the update: the model's own operators are others' subject
+            update = trainer.update.optimiser
+            trainer.update.optimiser = Within(update, backend)
+            trainer.train_step(batches[number])
+            trainer.update.optimiser = update
+            trainer.step += 1
+    (ours, _), (theirs, _) = flat.state(), plain.state()
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+class Within:
+    """An optimiser whose clip and update run on a backend."""
+
+    def __init__(self, optimiser, backend):
+        self.optimiser, self.backend = optimiser, backend
+
+    def __getattr__(self, name):
+        return getattr(self.optimiser, name)
+
+    def clip(self, limit):
+        with use_backend(self.backend):
+            return self.optimiser.clip(limit)
+
+    def update(self, bad):
+        with use_backend(self.backend):
+            self.optimiser.update(bad)
+
+
+@needs_triton
+@pytest.mark.parametrize("passes", [1, 2])
+def test_gradients_of_shadows_stay_bfloat16_unless_they_are_added_up(passes):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    with use_backend("triton"):
+        flat = FlatAdam(list(model.parameters()), model=model, rounded=rounded_weights(model), passes=passes)
+        set_learning_rate(flat, 0.1)
+        before = flat.weights.clone()
+        with flat.in_use(), torch.autocast("cpu", torch.bfloat16):
+            assert model[0].weight.dtype == torch.bfloat16 and model[1].weight.dtype == torch.float32
+            for _ in range(passes):
+                model(torch.randn(5, 40)).square().sum().backward()
+                flat.collect()
+        kinds = {gradient.dtype for gradient in flat._gradients}
+        assert kinds == ({torch.bfloat16, torch.float32} if passes == 1 else {torch.float32})
+        norm = flat.clip(0.3)
+        flat.update(torch.zeros(()))
+    largest = max(gradient.abs().max() for gradient in flat.last_gradients())
+    assert torch.allclose(largest, norm.clamp(max=0.3)) and not torch.equal(before, flat.weights)
+    torch.testing.assert_close(flat.shadow.float(), flat.weights[: len(flat.shadow)], rtol=2**-7, atol=0)
+    assert all(leaf.grad is None for leaf in flat.leaves if leaf.dtype == torch.bfloat16)
 
 
 # ---- whole steps

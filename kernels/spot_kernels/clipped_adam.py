@@ -89,8 +89,10 @@ def _clipped_adam(
         update = reference.clipped_adam
     arguments = (weights, gradients, exp_avg, exp_avg_sq, steps, rate, owners, corrections)
     update(*arguments, copy, norm, bad, present, limit, betas, eps)
-    counted = torch.ones_like(steps) if present is None else present
-    steps.add_(counted if bad is None else counted * (1 - bad))
+    if bad is None:
+        steps.add_(1 if present is None else present)
+    else:
+        steps.add_((1 - bad) if present is None else present * (1 - bad))
 
 
 @_clipped_adam.register_fake

@@ -169,6 +169,7 @@ class Trainer:
             # Frozen weights need no float32 master: autocast would round them anew in every step.
             store_in_bfloat16(encoder)
             if self.teacher is not None:
+                store_in_bfloat16(self.teacher.slot_encoder)
                 store_in_bfloat16(self.teacher.decoder)
         self.float8_layers = 0  # until their error has been reported
         if config.float8:

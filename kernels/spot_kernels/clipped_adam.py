@@ -76,6 +76,7 @@ def _clipped_adam(
     norm: torch.Tensor | None,
     bad: torch.Tensor | None,
     present: torch.Tensor | None,
+    places: torch.Tensor | None,
     limit: float,
     betas: Sequence[float],
     eps: float,
@@ -88,7 +89,7 @@ def _clipped_adam(
     else:
         update = reference.clipped_adam
     arguments = (weights, gradients, exp_avg, exp_avg_sq, steps, rate, owners, corrections)
-    update(*arguments, copy, norm, bad, present, limit, betas, eps)
+    update(*arguments, copy, norm, bad, present, places, limit, betas, eps)
     if bad is None:
         steps.add_(1 if present is None else present)
     else:
@@ -128,6 +129,7 @@ def clipped_adam(
     limit: float = 0.0,
     bad: torch.Tensor | None = None,
     present: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> None:
@@ -145,6 +147,8 @@ def clipped_adam(
         norm: of the gradients, float32 [], with `limit` above 0: they are clipped to it.
         bad: float32 []; if it is 1, nothing changes but `copy`, which stays as it was too.
         present: float32 [P], 0 for parameters without a gradient, which stay as they are; None: all have one.
+        places: int64 [⌈T / UNIT⌉], where each unit of the gradients begins in a single tensor of any length, multiples
+            of 16 (unchecked); None: units follow each other.
         betas, eps: as torch.optim.Adam's.
 
     Raises:
@@ -153,7 +157,9 @@ def clipped_adam(
     size, device = weights.numel(), weights.device
     _check_flat(OPERATOR, "gradients", gradients)
     parts = [gradient.numel() for gradient in gradients]
-    if sum(parts) != size or any(part % UNIT for part in parts[:-1]):
+    if places is not None and len(parts) > 1:
+        raise ValueError(f"{OPERATOR}: gradients are two tensors, which places cannot tell apart: pass one")
+    if places is None and (sum(parts) != size or any(part % UNIT for part in parts[:-1])):
         raise ValueError(
             f"{OPERATOR}: gradients have {parts} elements and weights {size}: pass as many, all but the last tensor a "
             f"multiple of {UNIT}"
@@ -168,6 +174,7 @@ def clipped_adam(
         ("steps", steps, (count,), torch.float32),
         ("rate", rate, (), torch.float32),
         ("owners", owners, (-(-size // UNIT),), torch.int32),
+        ("places", places, (-(-size // UNIT),), torch.int64),
         ("norm", norm, (), torch.float32),
         ("bad", bad, (), torch.float32),
         ("present", present, (count,), torch.float32),
@@ -185,7 +192,7 @@ def clipped_adam(
     # a table without values may not be kept
     table = bias_corrections.__wrapped__ if isinstance(weights, FakeTensor) else bias_corrections
     arguments = (weights, list(gradients), exp_avg, exp_avg_sq, steps, rate, owners, table(tuple(betas), device))
-    _clipped_adam(*arguments, copy, norm, bad, present, limit, list(betas), eps, backend)
+    _clipped_adam(*arguments, copy, norm, bad, present, places, limit, list(betas), eps, backend)
 
 
 def _check_flat(operator: str, name: str, tensors: Sequence[torch.Tensor]) -> None:

@@ -8,14 +8,15 @@
 Parameters begin at multiples of UNIT elements, those with a shadow first; the rest of their units stays zero.
 
 On a GPU `spot_kernels.infinity_norm` and `clipped_adam` read and write these buffers once. Gradients are gathered for
-them, in the precision that backward gives them in; several passes or processes are added up in float32. On a CPU the
-views are updated one by one, by the same operator as torch.optim.Adam(fused=True) calls and with the same bits: a
-tensor's last elements are computed by other instructions than those before, so one call on all of them would differ.
+them, in the precision that backward gives them in; several passes are added up in float32. Several processes add up in
+float32 in the buffer of `SharedGradients`, which the kernels then read where it lies. On a CPU the views are updated
+one by one, by the same operator as torch.optim.Adam(fused=True) calls and with the same bits: a tensor's last elements
+are computed by other instructions than those before, so one call on all of them would differ.
 
-Bytes of a step on a GPU, for C rounded weights of T, beside autocast and torch's Adam: gathering 4 C, norm 2 C, update
-28 C, against casts of weights 6 C and of gradients 6 C, norm 4 C, clipping 8 C, Adam 28 C; each of the others 4 bytes.
-The gathering could be left out by a kernel that takes the addresses of all gradients: 39 µs of 41 M weights on an H200,
-for a table on the device that has to be right in every step, eager and recorded.
+Bytes of a step on a GPU for C rounded weights: gathering 4 C, norm 2 C, update with shadow 28 C, together 34 C. With
+autocast and torch's Adam: casts of weights 6 C and of their gradients 6 C, norm 4 C, clipping 8 C, Adam 28 C, together
+52 C. The gathering could be left out by a kernel that takes the addresses of all gradients: 39 µs of 41 M weights at an
+H200's 4.2 TB/s, for a table on the device that would have to be right in every step, eager and recorded.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from spot_fast.training.optimiser import BETAS, EPS, clip_by_infinity_norm
+from spot_fast.training.shared_gradients import LocalGradients, SharedGradients
 from spot_kernels import clipped_adam, dispatch, infinity_norm
 from spot_kernels.clipped_adam import UNIT
 
@@ -44,7 +46,7 @@ class FlatAdam:
     """Adam (0.9, 0.999) without weight decay for float32 `parameters`, which become views of one buffer.
 
     model, rounded: in a bf16 run the model and its `rounded_weights`. graphed: steps may be recorded as a CUDA graph.
-    passes: backward passes of a step. shared: gradients come from `SharedGradients`, which has parameters' `grad`.
+    passes: backward passes of a step.
 
     leaves: what backward has to give gradients to, in the sequence of `parameters`: shadows, else the parameters.
     state: of each parameter that has had a gradient its `step`, `exp_avg` and `exp_avg_sq`, views.
@@ -58,7 +60,6 @@ class FlatAdam:
         rounded: Sequence[nn.Parameter] = (),
         graphed: bool = False,
         passes: int = 1,
-        shared: bool = False,
     ) -> None:
         self.parameters = list(parameters)
         if any(parameter.dtype != torch.float32 for parameter in self.parameters):
@@ -70,7 +71,7 @@ class FlatAdam:
         self._kernels = dispatch.choose("clipped_adam", self.weights) == "triton"
         self._shadows = self._make_shadows(model)
         self.leaves = [self._shadows.get(parameter, parameter) for parameter in self.parameters]
-        self._make_gradients(torch.float32 if shared or passes > 1 or not self._kernels else torch.bfloat16, shared)
+        self._make_gradients(torch.float32 if passes > 1 or not self._kernels else torch.bfloat16)
         if graphed or self._kernels:
             self.rate_on_device()
 
@@ -106,17 +107,23 @@ class FlatAdam:
         self._versions: list[int] = []
         return shadows
 
-    def _make_gradients(self, dtype: torch.dtype, shared: bool) -> None:
+    def _make_gradients(self, dtype: torch.dtype) -> None:
         """Buffers for the gradients of shadows, of this dtype, and for those of others, which kernels need as well."""
         sizes = [self._shadow_size, len(self.weights) - self._shadow_size if self._kernels else 0]
         buffers = [self._zeros(size, kind) for size, kind in zip(sizes, (dtype, torch.float32), strict=True)]
         self._gradients = [buffer for buffer in buffers if len(buffer)]
         kept = self.parameters if self._kernels else self._shadows
         self._views = {p: self.view(buffers[p not in self._shadows], p, self._offset(p)) for p in kept}
-        self._collected = self._shadows if shared else self._views
         self._found: set[nn.Parameter] = set()
-        self._shared, self._limit, self._norm = shared, 0.0, None
+        self._limit, self._norm = 0.0, None
         self._present: dict[frozenset[nn.Parameter], Tensor] = {}
+        self._shared: SharedGradients | None = None
+        self._starts, self._places = None, None
+
+    def take_from(self, gradients: LocalGradients) -> None:
+        """Has gradients where several processes add them up, if they do."""
+        if isinstance(gradients, SharedGradients):
+            self._shared, self._gradients, self._views = gradients, [], {}
 
     def _offset(self, parameter: nn.Parameter) -> int:
         """Where a parameter's gradients begin in their buffer."""
@@ -170,8 +177,8 @@ class FlatAdam:
     def collect(self) -> None:
         """After each backward pass: moves its gradients into the buffers, adding those of several passes."""
         moves: dict[bool, tuple[list[Tensor], list[Tensor]]] = {False: ([], []), True: ([], [])}
-        for parameter in self._collected:
-            view, leaf = self._views[parameter], self._shadows.get(parameter, parameter)
+        for parameter, view in self._views.items():
+            leaf = self._shadows.get(parameter, parameter)
             # Later passes add to the view themselves where it is the leaf's own gradient.
             if leaf.grad is None or leaf.grad is view:
                 continue
@@ -191,16 +198,24 @@ class FlatAdam:
         """As `clip_by_infinity_norm`; kernels scale the gradients only in `update`."""
         if not self._kernels:
             return clip_by_infinity_norm(self.parameters, limit)
-        if self._shared:
-            self._found.update(parameter for parameter in self.parameters if parameter.grad is not None)
-            found = [parameter for parameter in self.parameters if parameter in self._found]
-            torch._foreach_copy_([self._views[p] for p in found], [p.grad for p in found])
+        if self._shared is not None:
+            self._find_shared(self._shared)
         if not self._found:
             raise ValueError("no parameter has a gradient: call backward() first")
-        for parameter in self._without():
-            self._views[parameter].zero_()
+        if self._shared is None:
+            for parameter in self._without():
+                self._views[parameter].zero_()
         self._limit, self._norm = limit, infinity_norm(self._gradients)
         return self._norm
+
+    def _find_shared(self, shared: SharedGradients) -> None:
+        self._found.update(parameter for parameter in self.parameters if parameter.grad is not None)
+        self._gradients = [shared.buffer]
+        if self._starts is not shared.starts:  # another layout
+            self._starts = shared.starts
+            units = [range(self._starts[p], self._starts[p] + p.numel(), UNIT) for p in self._number]
+            places = torch.tensor([place for parameter in units for place in parameter], dtype=torch.int64)
+            self._places = places.to(self.device)
 
     def _without(self) -> frozenset[nn.Parameter]:
         return frozenset(parameter for parameter in self.parameters if parameter not in self._found)
@@ -236,6 +251,7 @@ class FlatAdam:
             limit=self._limit,
             bad=bad,
             present=present,
+            places=self._places,
             betas=BETAS,
             eps=EPS,
         )
@@ -270,8 +286,9 @@ class FlatAdam:
         """The gradients of the last step, clipped, float32, in the sequence of `parameters`."""
         if not self._kernels:
             return [parameter.grad for parameter in self.parameters]
+        views = self._views if self._shared is None else {p: p.grad for p in self._found}
         scale = (self._limit / (self._norm + 1e-6)).clamp(max=1.0) if self._limit > 0 else 1.0
-        return [self._views[p].float() * scale if p in self._found else None for p in self.parameters]
+        return [views[p].float() * scale if p in self._found else None for p in self.parameters]
 
     # ---- settings and state
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from spot_fast.training.flat import FlatAdam
+    from spot_fast.training.shared_gradients import LocalGradients
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 FUSED = ("cpu", "cuda")
@@ -29,6 +30,9 @@ class Adam(torch.optim.Adam):
     def in_use(self) -> AbstractContextManager[list[nn.Parameter]]:
         """The block of a forward and backward pass."""
         return contextlib.nullcontext(self.leaves)
+
+    def take_from(self, gradients: LocalGradients) -> None:
+        """Gradients are always those of the parameters."""
 
     def collect(self) -> None:
         """After each backward pass."""

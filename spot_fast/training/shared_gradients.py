@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from spot_kernels.clipped_adam import UNIT
+
 # Large enough for the full speed of exchanges, small enough that nobody waits long for the last one.
 PIECE_BYTES = 25 * 2**20
-_ALIGNED = 16  # gradients begin at multiples of so many elements
 _LOSSES = 8  # room for the losses at the end of the last piece
 
 
@@ -47,6 +48,8 @@ class SharedGradients(LocalGradients):
     group: of the exchange, None for the default one. exchanging: a context for each exchange, which may turn its
     errors into others. leaves: what autograd differentiates by instead of each parameter: in bf16 runs the shadows of
     `flat`. `finish` leaves the same bits in all processes.
+
+    buffer, starts: all gradients of the last step, and where in it those of each parameter begin; zeros lie between.
     """
 
     def __init__(
@@ -88,12 +91,13 @@ class SharedGradients(LocalGradients):
         self._flat = torch.zeros(sum(counts), dtype=first.dtype, device=first.device)
         self._buffers = self._flat.split(counts)
         self._views: dict[nn.Parameter, Tensor] = {}
+        self._starts: dict[nn.Parameter, int] = {}
         self._piece_of: dict[nn.Parameter, int] = {}
-        for number, (piece, buffer) in enumerate(zip(pieces, self._buffers, strict=True)):
-            start = 0
+        start = 0
+        for number, piece in enumerate(pieces):
             for parameter in piece:
-                view = buffer[start : start + parameter.numel()].view_as(parameter)
-                self._views[parameter], self._piece_of[parameter] = view, number
+                view = self._flat[start : start + parameter.numel()].view_as(parameter)
+                self._views[parameter], self._starts[parameter], self._piece_of[parameter] = view, start, number
                 start += _room(parameter)
         self._members = [set(piece) for piece in pieces]
 
@@ -145,6 +149,7 @@ class SharedGradients(LocalGradients):
                 work.wait()
         self._flat /= self._size
         means = tuple(room[: len(losses)].clone().unbind())
+        self.buffer, self.starts = self._flat[:-_LOSSES], self._starts
         # Adam leaves a parameter without a gradient alone. Zeros would decay its moments.
         without = [parameter for parameter in self._parameters if parameter not in self._has_gradient]
         for parameter in without:
@@ -157,5 +162,5 @@ class SharedGradients(LocalGradients):
 
 
 def _room(parameter: nn.Parameter) -> int:
-    """Elements of the buffer that a parameter takes, rounded up so that the next one is aligned for vector loads."""
-    return -(-parameter.numel() // _ALIGNED) * _ALIGNED
+    """Elements of the buffer that a parameter takes: whole units, as the kernel of the update reads them."""
+    return -(-parameter.numel() // UNIT) * UNIT

@@ -173,6 +173,7 @@ class Update:
     ):
         self.losses, self.optimiser, self.gradients, self.bad_steps = losses, optimiser, gradients, bad_steps
         self.clip, self.accumulate = clip, accumulate
+        optimiser.take_from(gradients)
 
     def __call__(self, batch: Batch, draws: Draws, weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         self.optimiser.zero_grad(set_to_none=True)

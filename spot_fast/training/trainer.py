@@ -188,7 +188,6 @@ class Trainer:
             rounded=rounded,
             graphed=graphed,
             passes=self.config.accumulate,
-            shared=self.world.size > 1,
         )
 
     def say(self, text: str) -> None:

@@ -53,7 +53,7 @@ def exact(arguments, limit=0.0, norm=None, bad=None, present=None):
     corrections = torch.stack([1 - powers[0], (1 - powers[1]).sqrt()])
     norm = None if norm is None else norm.double()
     gradients = [gradient.double() for gradient in gradients]
-    fixed = (rate.double(), owners, corrections, None, norm, bad, present, limit, BETAS, 1e-8)
+    fixed = (rate.double(), owners, corrections, None, norm, bad, present, None, limit, BETAS, 1e-8)
     reference.clipped_adam(weights, gradients, *moments, steps, *fixed)
     return weights, *moments
 
@@ -149,6 +149,21 @@ def test_norm_is_exact_and_keeps_nan(size, dtype, backend):
             assert norm.dtype == F32 and (norm.isnan() if bad != bad else norm == INF)
 
 
+@every_backend
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_gradients_in_another_sequence(dtype, backend):
+    arguments = state([2, 1, 1], (dtype,), DEVICE)
+    units = torch.nn.functional.pad(arguments[1][0], (0, 24)).split(UNIT)
+    # one unit begins at 16, and rubbish lies between
+    rubbish = torch.full((UNIT - 16,), NAN, dtype=dtype, device=DEVICE)
+    moved = torch.cat([rubbish[:16], units[3], rubbish, units[1], units[0], units[2]])
+    places = torch.tensor([3 * UNIT, 2 * UNIT, 4 * UNIT, 16], device=DEVICE)
+    with use_backend(backend):
+        expected = changed(arguments)
+        found = changed([arguments[0], [moved], *arguments[2:]], places=places)
+    assert all(map(torch.equal, found, expected))
+
+
 @needs_triton
 def test_repeats_bit_for_bit():
     arguments = state([3, 2], (BF16, F32), DEVICE)
@@ -160,24 +175,9 @@ def test_repeats_bit_for_bit():
 @every_backend
 def test_opcheck(backend):
     weights, gradients, *moments, steps, rate, owners = state([1, 2], (BF16, F32), DEVICE)
-    table = bias_corrections(BETAS, DEVICE)
     copy = torch.zeros(UNIT, dtype=BF16, device=DEVICE)
-    arguments = (
-        weights,
-        gradients,
-        *moments,
-        steps,
-        rate,
-        owners,
-        table,
-        copy,
-        rate,
-        None,
-        None,
-        0.3,
-        list(BETAS),
-        1e-8,
-    )
+    tensors = (weights, gradients, *moments, steps, rate, owners, bias_corrections(BETAS, DEVICE), copy, rate)
+    arguments = (*tensors, None, None, None, 0.3, list(BETAS), 1e-8)
     backend = "torch" if backend == "native" else backend
     torch.library.opcheck(_clipped_adam, (*arguments, backend))
     torch.library.opcheck(_infinity_norm, (gradients, backend))
@@ -207,6 +207,11 @@ def test_bad_arguments_are_named():
         ({"weights": weights.double()}, r"weights is torch.float64 \(2024,\) on cpu: pass torch.float32 \(2024,\)"),
         ({"owners": owners[:1]}, r"owners is torch.int32 \(1,\) on cpu: pass torch.int32 \(2,\)"),
         ({"rate": rate.to("meta")}, r"rate is torch.float32 \(\) on meta"),
+        (
+            {"places": owners, "gradients": list(gradients[0].split(UNIT))},
+            "gradients are two tensors, which places cannot",
+        ),
+        ({"places": owners}, r"places is torch.int32 \(2,\) on cpu: pass torch.int64 \(2,\)"),
         ({"present": steps[:1]}, r"present is torch.float32 \(1,\)"),
         ({"copy": torch.zeros(3000)}, r"copy is \(3000,\) on cpu: pass at most \[2024\]"),
         ({"limit": 0.3}, "limit is 0.3 and norm None: pass the gradients' norm"),

@@ -66,6 +66,7 @@ def _clipped_adam(
     steps,
     present,
     owners,
+    places,
     corrections,
     rate,
     norm,
@@ -81,12 +82,16 @@ def _clipped_adam(
     BLOCK: tl.constexpr,
     UNIT: tl.constexpr,
     WITH_OTHERS: tl.constexpr,
+    WITH_PLACES: tl.constexpr,
     WITH_COPY: tl.constexpr,
     WITH_PRESENT: tl.constexpr,
     WITH_NORM: tl.constexpr,
     WITH_BAD: tl.constexpr,
 ):
-    """Grid: blocks of BLOCK elements, which have one owner. gradients [split], others the rest; copy [copied]."""
+    """Grid: blocks of BLOCK elements, which have one owner. gradients [split], others the rest; copy [copied].
+
+    With places, gradients hold the units in another sequence: places [T / UNIT] is where each begins.
+    """
     # int64: T may pass 2^31
     first = tl.program_id(0).to(tl.int64) * BLOCK
     owner = tl.load(owners + first // UNIT)
@@ -102,7 +107,12 @@ def _clipped_adam(
         # 4 elements a thread for every dtype: with 8 of bfloat16 tiles would change their layout in shared memory
         o_g = tl.max_contiguous(o, 4)
         # gradient [BLOCK]; a block lies in one of the two tensors
-        if WITH_OTHERS:
+        if WITH_PLACES:
+            # units lie anywhere, but whole and aligned
+            place = tl.multiple_of(tl.load(places + first // UNIT) + first % UNIT, 16)
+            o_place = tl.max_contiguous(place + tl.arange(0, BLOCK), 4)
+            b_g = tl.load(gradients + o_place, mask=m, other=0.0).to(tl.float32)
+        elif WITH_OTHERS:
             if first < split:
                 b_g = tl.load(gradients + o_g, mask=m, other=0.0).to(tl.float32)
             else:
@@ -182,6 +192,7 @@ def clipped_adam(
     norm: torch.Tensor | None,
     bad: torch.Tensor | None,
     present: torch.Tensor | None,
+    places: torch.Tensor | None,
     limit: float,
     betas: Sequence[float],
     eps: float,
@@ -206,6 +217,7 @@ def clipped_adam(
         steps,
         present,
         owners,
+        places,
         corrections,
         rate,
         norm if limit > 0 else None,
@@ -222,6 +234,7 @@ def clipped_adam(
         BLOCK=config.block,
         UNIT=UNIT,
         WITH_OTHERS=others is not None,
+        WITH_PLACES=places is not None,
         WITH_COPY=copy is not None,
         WITH_PRESENT=present is not None,
         WITH_NORM=limit > 0,

@@ -32,6 +32,7 @@ def clipped_adam(
     norm: torch.Tensor | None,
     bad: torch.Tensor | None,
     present: torch.Tensor | None,
+    places: torch.Tensor | None,
     limit: float,
     betas: Sequence[float],
     eps: float,
@@ -39,6 +40,9 @@ def clipped_adam(
     """weights, moments [T]; steps, present [P]; owners [⌈T / UNIT⌉]; corrections [2, L]. In place, but for steps."""
     owner = owners.long().repeat_interleave(UNIT)[: len(weights)]
     gradient = torch.cat([part.to(weights.dtype) for part in gradients])
+    if places is not None:
+        units = places[:, None] + torch.arange(UNIT, device=places.device)
+        gradient = gradient[units.flatten()[: len(weights)]]
     if norm is not None and limit > 0:
         gradient = gradient * (limit / (norm + 1e-6)).clamp(max=1.0)
     first, second = (torch.tensor(beta, dtype=torch.float32, device=weights.device).to(weights.dtype) for beta in betas)

@@ -20,7 +20,8 @@ def _update(dtypes, copy, options):
     owners, table = torch.empty(3, dtype=torch.int32), torch.empty(2, 18000)
     given = (scalar, scalar, count) if options else (scalar, scalar, None)
     limit = 0.3 if options else 0.0
-    fixed = (owners, table, copied, *given, limit, (0.9, 0.999), 1e-8)
+    places = torch.empty(3, dtype=torch.int64) if options and len(dtypes) == 1 else None
+    fixed = (owners, table, copied, *given, places, limit, (0.9, 0.999), 1e-8)
     kernels.clipped_adam(weights, gradients, weights, weights, count, scalar, *fixed)
 
 

@@ -300,6 +300,21 @@ def test_steps_change_no_bit(stage, changes, teacher):
     assert flat.validate() == plain.validate()
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_of_shadows_added_up_by_processes(accumulate, teacher, monkeypatch):
+    """As those of a process alone, whose exchange is a stand-in."""
+    monkeypatch.setattr(dist, "all_reduce", lambda *arguments, **options: Done())
+    shared, plain = trainers(teacher, 2, precision="bf16", accumulate=accumulate)
+    options = {"leaves": shared.optimiser.leaves, "piece_bytes": 2**14}
+    shared.update.gradients = SharedGradients(shared.parameters, 1, None, contextlib.nullcontext, **options)
+    shared.optimiser.take_from(shared.update.gradients)
+    for batch in list(shared.batches())[:3]:
+        for trainer in (shared, plain):
+            trainer.train_step(batch)
+        for one, other in zip(shared.parameters, plain.parameters, strict=True):
+            assert torch.equal(one, other) and torch.equal(one.grad, other.grad)
+
+
 class Casts(torch.utils._python_dispatch.TorchDispatchMode):
     """Counts operators by name, and casts of parameters' shapes from float32 to bfloat16."""
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from kernel_tier import needs_triton
+from spot_fast.training.compiled import Compiled
 from spot_fast.training.flat import UNIT, FlatAdam, rounded_weights
 from spot_fast.training.optimiser import (
     Adam,
@@ -341,6 +342,27 @@ def test_a_step_casts_no_weights_of_linear_layers(stage, teacher):
     assert counted == [0, len(rounded_weights(plain.model))]
     rounded = sum(p.numel() for p in rounded_weights(flat.model))
     assert rounded > 0.9 * sum(p.numel() for p in flat.parameters)
+
+
+def test_compiled_steps_use_shadows_and_are_compiled_once(teacher):
+    """One graph without casts of weights, whose gradients are those of the eager step but for rounding."""
+    torch._dynamo.reset()
+    compiled, eager = (trainers(teacher, 1, precision="bf16")[0] for _ in range(2))
+    graphs = []
+
+    def note(graph, inputs):
+        graphs.append(sorted({str(value.dtype) for value in inputs if value.requires_grad}))
+        return graph
+
+    losses, leaves = compiled.forward.losses, compiled.optimiser.leaves
+    compiled.update.losses = Compiled(losses, leaves, backend=note, say=lambda text: None)
+    for batch in list(compiled.batches())[:3]:
+        for trainer in (compiled, eager):
+            trainer.train_step(batch)
+            trainer.step += 1
+    assert graphs == [["torch.bfloat16", "torch.float32"]]
+    for one, other in zip(compiled.parameters, eager.parameters, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 def test_shadows_follow_weights_that_were_changed(teacher):

@@ -110,6 +110,12 @@ SWEEPS = (
     Sweep("slot_cross_attention", "slot_cross_attention._backward_config", BOTH, _BLOCK),
     Sweep("SlotAttention", "gru_norm._forward_config", FORWARD, _ROWS),
     Sweep("SlotAttention", "gru_norm._backward_config", BOTH, _ROWS),
+    Sweep(
+        "linear_relu",
+        "linear_relu._backward_config",
+        BOTH,
+        {"rows": (8, 16, 32), "columns": (128, 256), "programs": (2, 4, 8, 16), "num_warps": (4, 8)},
+    ),
     Sweep("match_masks", "mask_matching.config", FORWARD, {"tokens": (32, 64, 128, 256), "warps": (1, 2, 4, 8)}),
 )
 

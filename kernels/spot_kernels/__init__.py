@@ -7,6 +7,7 @@ few lines of PyTorch each.
 from spot_kernels import flops
 from spot_kernels.dispatch import chosen_backend, use_backend
 from spot_kernels.gru_norm import gru_norm
+from spot_kernels.linear_relu import linear_relu
 from spot_kernels.mask_labels import mask_labels
 from spot_kernels.mask_matching import assign_masks, linear_assignment, match_masks, overlap_counts
 from spot_kernels.modules import PermutedDecoder, PermutedDecoderBlock, SlotAttention
@@ -25,6 +26,7 @@ __all__ = [
     "chosen_backend",
     "gru_norm",
     "linear_assignment",
+    "linear_relu",
     "mask_labels",
     "match_masks",
     "overlap_counts",

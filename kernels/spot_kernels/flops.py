@@ -47,6 +47,7 @@ _FORMULAS = {
     "slot_cross_attention_backward": _cross_backward,
     "slot_cross_map": lambda q, k, *_, **__: _product(q, k),
     "slot_cross_map_backward": lambda grad_map, q, k, *_, **__: 2 * _product(q, k),
+    "linear_relu": lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0],
     "permuted_causal_attention": _forward,
     "permuted_causal_attention_backward": lambda grad, q, k, *_, **__: 4 * _product(q, k),
 }

@@ -60,6 +60,7 @@ TECHNIQUES = {
     "folded_cross_attention": "projections of a cross-attention's queries and output are folded into the slots",
     "order_layout": "the decoder's tokens lie in the patch order, so that plain causal attention serves",
     "residual_norm": "one kernel adds to the residual stream and normalises it",
+    "joined_projections": "slot attention's keys and values are one product, with the keys' scale in its weights",
     "linear_relu": "bias and ReLU in the epilogue of the product",
 }
 _TRANSFORMED = "the call is inside a transform of torch.func or forward-mode differentiation"

@@ -84,6 +84,12 @@ _LOOP = {"tokens": (32, 64, 128), "num_warps": (4, 8, 16), "num_stages": (1, 2, 
 _NUMBERS = {"number": (1, 2, 3, 4, 8, 16, 32, 64)}
 _TILES = {"block_m": (32, 64, 128), "block_n": (32, 64), "num_warps": (4, 8), "num_stages": (2, 3)}
 _BLOCK = {"block_n": (16, 32, 64), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
+_ROWS_BY_CHANNELS = {
+    "block_n": (16, 32, 64, 128),
+    "block_d": (64, 128, 256),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3),
+}
 _ROWS = {"rows": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8)}
 SWEEPS = (
     Sweep(
@@ -107,6 +113,9 @@ SWEEPS = (
     Sweep("permuted_causal_attention", "permuted_attention_plan.config", BOTH, _TILES, part="keys"),
     Sweep("slot_cross_attention", "slot_cross_attention._forward_config", FORWARD, _BLOCK),
     Sweep("slot_cross_attention", "slot_cross_attention._backward_config", BOTH, _BLOCK),
+    Sweep("folded_cross_attention", "folded_cross_attention._forward_config", FORWARD, _ROWS_BY_CHANNELS),
+    Sweep("folded_cross_attention", "folded_cross_attention._tokens_config", BOTH, _ROWS_BY_CHANNELS),
+    Sweep("folded_cross_attention", "folded_cross_attention._slots_config", BOTH, _ROWS_BY_CHANNELS),
     Sweep("SlotAttention", "gru_norm._forward_config", FORWARD, _ROWS),
     Sweep("SlotAttention", "gru_norm._backward_config", BOTH, _ROWS),
     Sweep(

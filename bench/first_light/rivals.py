@@ -29,6 +29,7 @@ WANTED = {
     "slot_attention_step": "SPOT 64",
     "slot_cross_attention": "decoder, map",
     "slot_cross_map": "teacher",
+    "folded_cross_attention": "decoder",
     "gru_norm": "SPOT",
     "linear_relu": "decoder FFN",
     "shift_by_order": "decoder",

@@ -6,6 +6,7 @@ few lines of PyTorch each.
 
 from spot_kernels import flops
 from spot_kernels.dispatch import chosen_backend, use_backend
+from spot_kernels.folded_cross_attention import folded_cross_attention, folded_cross_map
 from spot_kernels.gru_norm import gru_norm
 from spot_kernels.linear_relu import linear_relu
 from spot_kernels.mask_labels import mask_labels
@@ -24,6 +25,8 @@ __all__ = [
     "SlotAttention",
     "assign_masks",
     "chosen_backend",
+    "folded_cross_attention",
+    "folded_cross_map",
     "gru_norm",
     "linear_assignment",
     "linear_relu",

@@ -28,6 +28,7 @@ from spot_fast.training.bad_steps import BadSteps
 from spot_fast.training.losses import loss_terms, teacher_labels, weighted_sum
 from spot_fast.training.optimiser import clip_by_infinity_norm, update
 from spot_fast.training.shared_gradients import LocalGradients
+from spot_kernels import dispatch
 
 # ---- what is random
 
@@ -119,10 +120,18 @@ class Forward:
         return tuple(t.bfloat16() for t in frozen) if self.precision == "bf16" else frozen
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Features for the slots and target features, both [B, N, D]; in stage 1 they are the same."""
-        frozen = batch.features or self.frozen_features(batch.images)
-        target, *hidden = (features.float() for features in frozen)
-        return (self.model.encoder.finish(hidden[0], self.model.last_blocks) if hidden else target), target
+        """Features for the slots and target features, both [B, N, D]; in stage 1 they are the same.
+
+        Of a bf16 run the target is in bfloat16, as it was computed or cached: what reads it rounds it to bfloat16 for a
+        product, or takes LayerNorm or loss in float32.
+        """
+        target, *hidden = batch.features or self.frozen_features(batch.images)
+        if self.precision != "bf16" or not dispatch.uses("input_path"):
+            target = target.float()
+        if not hidden:
+            return target, target
+        # in float32 for the blocks' residual stream
+        return self.model.encoder.finish(hidden[0].float(), self.model.last_blocks), target
 
     @torch.no_grad()
     def teach(self, target: Tensor, draws: Draws) -> Tensor:
@@ -138,12 +147,15 @@ class Forward:
         """
         with self.autocast():
             features, target = self.features(batch)
-            output = self.model(features, target, draws.order, noise=draws.noise, parallel=draws.parallel)
+            own = getattr(self.model.decoder, "losses", None)
+            # Mean squared error is the same in any order of tokens, and the target is moved without a backward pass.
+            output = self.model(
+                features, target, draws.order, noise=draws.noise, parallel=draws.parallel, moved=own is None
+            )
             labels = None if self.teacher is None else self.teach(target, draws)
-            own = {}
-            if hasattr(self.model.decoder, "losses"):
-                own = self.model.decoder.losses(output, target, draws.decoder)
-        return loss_terms(output, target, labels) | {name: term.float() for name, term in own.items()}
+            more = {} if own is None else own(output, target, draws.decoder)
+        terms = loss_terms(output, output.beside_prediction(target), labels)
+        return terms | {name: term.float() for name, term in more.items()}
 
     def losses(self, batch: Batch, draws: Draws, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `losses.weighted_sum`; `loss` is differentiated."""

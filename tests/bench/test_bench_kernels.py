@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 
+import bench_folded_cross_attention
 import bench_gru_norm
 import bench_linear_relu
 import bench_mask_matching
@@ -32,7 +33,7 @@ from stand_in_gpu import pretend_gpu, square_case
 CEILINGS = Ceilings(1e9, {"float32": 1e12, "bfloat16": 2e12})
 OPERATORS = set(
     "slot_attention_step permuted_causal_attention slot_cross_attention linear_assignment match_masks SlotAttention "
-    "slot_cross_map shift_by_order gru_norm linear_relu".split()
+    "slot_cross_map folded_cross_attention folded_cross_map shift_by_order gru_norm linear_relu".split()
 )
 
 
@@ -46,6 +47,10 @@ def test_work_by_hand():
     cross = bench_slot_cross_attention.work(1, 1, 2, 3, 4, 2, with_map=True)
     assert cross == (Work(2 * (16 + 24) + 24, 96), Work(2 * (24 + 48) + 24, 240))
     assert bench_slot_cross_attention.map_work(1, 1, 2, 3, 4, 2) == (Work(40 + 24, 48), Work(80 + 24, 144))
+    # 2 heads; 8, 12 and 16 elements of tokens, slots and a weight; 2 × 6 columns; 3 rows by a weight of 4 × 4
+    folded = bench_folded_cross_attention.work(1, 2, 2, 3, 4, 2, with_map=True)
+    assert folded == (Work(2 * (16 + 24 + 32) + 24, 192 + 192), Work(2 * (24 + 48 + 64) + 24, 768))
+    assert bench_folded_cross_attention.map_work(1, 2, 2, 3, 4, 2) == Work(2 * (8 + 12 + 16) + 24, 96 + 96)
     assert bench_shift_by_order.work(1, 2, 4, 2) == (Work(32 + 16, 0),) * 2
     # 2 rows of 4: gates of 2 × 12 elements of 2 bytes a row, a state of 4 floats
     assert bench_gru_norm.work(2, 4, 2) == (Work(96 + 32 + 16 + 32, 240), Work(2 * 128 + 48, 480))
@@ -72,6 +77,8 @@ def test_every_gpu_shape_of_the_plan_is_there():
         ("permuted_causal_attention", "decoder 64×6 heads 196 d128"),
         ("slot_cross_attention", "decoder, map 64×6 heads 196 K7 d128"),
         ("slot_cross_map", "teacher 64×6 heads 196 K7 d128"),
+        ("folded_cross_attention", "decoder 64×6 heads 196 K7 D768"),
+        ("folded_cross_map", "teacher 64×6 heads 196 K7 D768"),
         ("shift_by_order", "decoder 64×196 D768"),
         ("gru_norm", "SPOT 64×K7 U256"),
         ("linear_relu", "decoder FFN 64×196 768 to 3072"),

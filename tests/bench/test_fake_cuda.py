@@ -65,11 +65,14 @@ def test_every_operator_runs_its_kernels_on_a_gpu(traced):
 
     q, k, v, tokens = tensor(2, 6, 7, 64), tensor(2, 6, 196, 64), tensor(2, 6, 196, 64), tensor(2, 196, 384)
     order, labels = tensor(196, dtype=torch.int64), tensor(2, 196, dtype=torch.int64)
+    folded = tensor(2, 6, 7, 384)
     gates, weight = tensor(14, 192), tensor(64, dtype=torch.float32)
     calls = {
         "slot_attention_step": (q, k, v),
         "slot_cross_attention": (k, q, q),
         "slot_cross_map": (k, q),
+        "folded_cross_attention": (tokens, folded, folded),
+        "folded_cross_map": (tokens, folded),
         "permuted_causal_attention": (k, k, v, order),
         "shift_by_order": (tokens, tensor(384), order),
         "gru_norm": (gates, gates, tensor(14, 64, dtype=torch.float32), weight, weight),

@@ -11,6 +11,8 @@ from kernel_tier import NATIVE, TRITON
 from operator_calls import INTEGERS, calls, results_of
 from spot_kernels import use_backend
 
+ONE_RESULT = ("slot_cross_map", "folded_cross_map", "permuted_causal_attention", "shift_by_order")
+
 
 def counted(function, tensors, through=slice(None)):
     """FLOPs of forward, and of forward and backward through some of the results."""

@@ -37,6 +37,14 @@ def calls(device: str = "cpu", batch: int = 2, tokens: int = 9) -> dict[str, tup
             (normal(batch, 2, tokens, 8), normal(batch, 2, 3, 8), normal(batch, 2, 3, 8)),
         ),
         "slot_cross_map": (spot_kernels.slot_cross_map, (normal(batch, 2, tokens, 8), normal(batch, 2, 3, 8))),
+        "folded_cross_attention": (
+            lambda x, a, v: spot_kernels.folded_cross_attention(x, a, v, scale=0.5),
+            (normal(batch, tokens, 16), normal(batch, 2, 3, 16), normal(batch, 2, 3, 16)),
+        ),
+        "folded_cross_map": (
+            lambda x, a: spot_kernels.folded_cross_map(x, a, scale=0.5),
+            (normal(batch, tokens, 16), normal(batch, 2, 3, 16)),
+        ),
         "permuted_causal_attention": (
             lambda q, k, v: spot_kernels.permuted_causal_attention(q, k, v, order, check=True),
             tuple(normal(batch, 2, tokens, 8) for _ in "qkv"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -140,9 +140,16 @@ def is_exactly(layer: nn.Module, kind: type[nn.Module]) -> bool:
         torch_module._global_backward_hooks,
         torch_module._global_backward_pre_hooks,
     )
-    if type(layer) is not kind or any(own_hooks) or any(global_hooks):
+    if type(layer) is not kind or any(own_hooks):
+        return False
+    if any(not _only_watches(hook) for hooks in global_hooks for hook in hooks.values()):
         return False
     if layer._compiled_call_impl is not None or "forward" in layer.__dict__:
         return False
     # DTensor, quantised tensors and their like wrap other tensors
     return not any(hasattr(parameter, "__tensor_flatten__") for parameter in layer._parameters.values())
+
+
+def _only_watches(hook: Callable) -> bool:
+    """Whether a global hook is PyTorch's own record of which module runs: its counter of FLOPs must not change them."""
+    return type(getattr(hook, "__self__", None)).__module__ == "torch.utils.module_tracker"

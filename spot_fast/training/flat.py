@@ -85,7 +85,8 @@ class FlatAdam:
         size = UNIT * sum(units)
         self.weights, self.exp_avg, self.exp_avg_sq = (self._zeros(size, torch.float32) for _ in range(3))
         self.steps = self._zeros(len(ordered), torch.float32)
-        owners = torch.arange(len(ordered), dtype=torch.int32).repeat_interleave(torch.tensor(units))
+        numbers = torch.arange(len(ordered), dtype=torch.int32)
+        owners = numbers.repeat_interleave(torch.tensor(units), output_size=sum(units))
         self._owners = owners.to(self.device)
         for parameter in self.parameters:
             view = self.view(self.weights, parameter)

@@ -340,7 +340,7 @@ def test_a_step_casts_no_weights_of_linear_layers(stage, teacher):
             trainer.train_step(next(trainer.batches()))
         counted.append(counter.casts)
     # Folded projections are cast as views, in other shapes.
-    assert counted[0] == 0 and counted[1] > 0.9 * len(rounded_weights(plain.model))
+    assert counted[0] == 0 and counted[1] > 0.8 * len(rounded_weights(plain.model))
     rounded = sum(p.numel() for p in rounded_weights(flat.model))
     assert rounded > 0.9 * sum(p.numel() for p in flat.parameters)
 

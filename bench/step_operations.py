@@ -1,6 +1,8 @@
 """What a training step consists of: operations of the device, products, FLOPs, bytes. Counted, on any machine.
 
     python bench/step_operations.py [--stages 1 2] [--without all] [--csv FILE] [--names] [--tiny]
+    python bench/step_operations.py --before           beside the step without any of dispatch.TECHNIQUES
+    python bench/step_operations.py --each             and beside those without each one: ten minutes
 
 ViT-B/16, COCO's settings, bfloat16, batch 64, cached features, compiled, as `first_light/steps.py` times it. Forward
 and backward are what Inductor generates for an H200 (`harness/inductor_code.py`; needs a CUDA build of PyTorch 2.11,
@@ -17,6 +19,8 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,14 +43,14 @@ from ladder import write_csv
 from spot_kernels import dispatch
 
 
-def table(counts: Sequence[Count]) -> str:
+def table(counts: Sequence[Count], title: str = "") -> str:
     """Markdown: each stage's parts and their sum."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for stage in sorted({count.stage for count in counts}):
         parts = [count for count in counts if count.stage == stage]
         whole = sum(parts[1:], parts[0])
         lines += [part.line() for part in parts] + [whole.line(f"**stage {stage}**")]
-    return "\n".join(lines)
+    return "\n".join([title, "", *lines, ""] if title else lines)
 
 
 def names(counts: Sequence[Count]) -> str:
@@ -64,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--without", nargs="+", default=[], choices=("all", *dispatch.TECHNIQUES), metavar="NAME", help="techniques off"
     )
+    parser.add_argument("--before", action="store_true", help="also without all techniques")
+    parser.add_argument("--each", action="store_true", help="also without each technique and without all")
     parser.add_argument("--batch-size", type=int, default=64, metavar="B")
     parser.add_argument("--names", action="store_true", help="list the operations too")
     parser.add_argument("--csv", type=target_file, metavar="FILE", help="write the counts to this file")
@@ -76,25 +82,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    without = tuple(dispatch.TECHNIQUES) if "all" in args.without else tuple(args.without)
-    counts = []
-    for stage in args.stages:
+    everything = tuple(dispatch.TECHNIQUES)
+    sets = [everything if "all" in args.without else tuple(args.without)]
+    sets += [(name,) for name in everything] * args.each + [everything] * (args.before or args.each)
+    rows = []
+    for without in sets:
         with dispatch.without(*without):
-            counts += count_stage(stage, args.batch_size, tiny=args.tiny)
-    print(table(counts))
-    if args.names:
-        print(names(counts))
-    if args.csv:
-        from datetime import date
-
-        about = {
-            "date": f"{date.today()}",
-            "torch": torch.__version__,
-            "commit": commit(),
-            "without": " ".join(without),
-            "batch_size": str(args.batch_size),
-        }
-        write_csv(args.csv, [count.row() for count in counts], about)
+            counts = [one for stage in args.stages for one in count_stage(stage, args.batch_size, tiny=args.tiny)]
+        left_out = "all techniques" if without == everything else " ".join(without)
+        print(table(counts, f"without {left_out}:" if left_out else ""))
+        if args.names:
+            print(names(counts))
+        rows += [replace(count.row(), without=left_out) for count in counts]
+        if args.csv:
+            about = {"date": f"{date.today()}", "torch": torch.__version__, "commit": commit()}
+            write_csv(args.csv, rows, about | {"batch_size": str(args.batch_size)})
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +22,8 @@ from harness.step_runs import settings
 from spot_fast.data import Batch
 from spot_fast.data.caching.feature_cache import FeatureCache
 from spot_fast.training.losses import loss_weights
-from spot_fast.training.optimiser import adam, set_learning_rate
+from spot_fast.training.optimiser import set_learning_rate
+from spot_fast.training.shared_gradients import LocalGradients
 from spot_fast.training.step import Update
 from spot_fast.training.trainer import Trainer
 from spot_kernels.gpu import launch
@@ -96,7 +97,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the CSV."""
+    """A line of the CSV. without: the techniques that were off."""
 
     stage: int
     part: str
@@ -106,6 +107,7 @@ class Row:
     gflop: float
     megabytes: float
     peak_megabytes: float
+    without: str = ""
 
 
 # ---- operators one by one
@@ -243,15 +245,15 @@ class _Given(torch.autograd.Function):
         return tuple(torch.empty_like(parameter) for parameter in ctx.like)
 
 
-def update_on_gpu(trainer: Trainer, losses: Callable) -> Update:
-    """The trainer's update of the parameters that are on the GPU now."""
+def update_on_gpu(trainer: Trainer) -> Update:
+    """The trainer's update of the parameters that are on the GPU now, whose losses give every leaf a gradient."""
     with Operators(Count(0, "")):  # nothing of a step; reads the rate
-        optimiser = adam(trainer.parameters, graphed=True)
+        optimiser = trainer._build_optimiser(graphed=True)
+    names = ("loss", "loss_rec") if trainer.teacher is None else ("loss", "loss_rec", "loss_att")
     return Update(
-        losses,
-        trainer.parameters,
+        lambda *_: dict.fromkeys(names, _Given.apply(*optimiser.leaves)),
         optimiser,
-        trainer.update.gradients,
+        LocalGradients(),
         trainer.bad_steps,
         clip=trainer.config.clip,
         accumulate=1,
@@ -273,7 +275,7 @@ def count_stage(stage: int, batch_size: int, *, tiny: bool = False) -> list[Coun
         with mode, torch.autograd.set_multithreading_enabled(False):
             held = [torch.empty(2 * config.batch_size, *s, dtype=torch.bfloat16, device=CUDA) for s in shapes]
             rows = torch.empty(config.batch_size, dtype=torch.int64, device=CUDA)
-            update = update_on_gpu(trainer, lambda *_: dict.fromkeys(names, _Given.apply(*trainer.parameters)))
+            update = update_on_gpu(trainer)
             with Operators(given):
                 features = FeatureCache([], 1, tensors=held).take(rows)
                 draws = fake_gpu.draws_on_gpu(trainer)
@@ -283,10 +285,11 @@ def count_stage(stage: int, batch_size: int, *, tiny: bool = False) -> list[Coun
             copied = [leaf for leaf in pytree.tree_leaves((batch, draws, weights)) if _tensor(leaf)]
             given.add("copy into the recording", len(copied))
             given.bytes += 2 * sum(leaf.numel() * leaf.element_size() for leaf in copied)
-            names = ("loss", "loss_rec") if stage == 1 else ("loss", "loss_rec", "loss_att")
             with Operators(Count(stage, "")):  # makes the moments
                 update(batch, draws, weights)
             with Operators(updating):
                 update(batch, draws, weights)
-            passes = [of_generated(stage, one) for one in generated(trainer.forward.losses, (batch, draws, weights))]
+            with update.optimiser.in_use():
+                found = generated(trainer.forward.losses, (batch, draws, weights))
+                passes = [of_generated(stage, one) for one in found]
     return [given, *passes, updating]

@@ -27,13 +27,12 @@ from harness.kernel_clock import spread
 from harness.step_runs import TrainerSteps, settings, write_teacher
 from torch import Tensor
 
-from imitated_graph import ImitatedRecorder, rate_on_device
+from imitated_graph import ImitatedRecorder
 from spot_fast.data.batch import Batch
 from spot_fast.training.compiled import Compiled
 from spot_fast.training.cuda_graph import Graphed
 from spot_fast.training.cuda_graph import Recorder as GraphRecorder
 from spot_fast.training.losses import loss_weights
-from spot_fast.training.optimiser import adam
 from spot_fast.training.step import Update
 from spot_fast.training.trainer import Trainer
 from spot_kernels import use_backend
@@ -70,7 +69,9 @@ class Stage:
     @functools.cached_property
     def compiled(self) -> Compiled:
         backend = "inductor" if self.options.gpu else "eager"
-        return Compiled(self.trainer.forward.losses, self.trainer.parameters, backend=backend, say=lambda text: None)
+        return Compiled(
+            self.trainer.forward.losses, self.trainer.optimiser.leaves, backend=backend, say=lambda text: None
+        )
 
     @functools.cached_property
     def graphed(self) -> Graphed:
@@ -88,8 +89,7 @@ class Stage:
     def state(self) -> list[Tensor]:
         """Everything that a step changes in place."""
         trainer = self.trainer
-        moments = [t for one in trainer.optimiser.state.values() for t in one.values() if isinstance(t, Tensor)]
-        return [trainer.bad_steps.mean, *(p.data for p in trainer.parameters), *moments]
+        return [trainer.bad_steps.mean, *trainer.optimiser.tensors()]
 
     def restore(self, kept: list[Tensor]) -> None:
         for value, before in zip(self.state(), kept, strict=True):
@@ -115,10 +115,7 @@ def stage_of(number: int, options: Options) -> Iterator[Stage]:
         teacher = write_teacher(Path(folder) / "teacher", config) if number == 2 else None
         steps = TrainerSteps(config, options.device, teacher, cached=True)
     trainer = steps.trainer
-    if options.gpu:
-        trainer.optimiser = trainer.update.optimiser = adam(trainer.parameters, graphed=True)
-    else:
-        rate_on_device(trainer)
+    trainer.optimiser.rate_on_device()
     trainer.step = _FIRST_STEP
     yield Stage(steps, options)
 
@@ -130,10 +127,13 @@ def gradients(stage: Stage, function: Callable, batch: Batch) -> Tensor:
     """Of a batch, all in one vector, float32."""
     trainer = stage.trainer
     weights = loss_weights(trainer.config, _FIRST_STEP, trainer.total_steps, trainer.device)
-    loss = function(batch, trainer.draw(_FIRST_STEP), weights)["loss"]
-    found = torch.autograd.grad(loss, trainer.parameters, allow_unused=True)
+    # The reference in float32 takes the weights as they are, not as a step's products do.
+    rounded = trainer.forward.precision == trainer.precision
+    with trainer.optimiser.in_use() if rounded else contextlib.nullcontext(trainer.parameters) as leaves:
+        loss = function(batch, trainer.draw(_FIRST_STEP), weights)["loss"]
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
     pairs = zip(found, trainer.parameters, strict=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten().float() for g, p in pairs])
 
 
 class Checks:
@@ -181,10 +181,11 @@ def same_steps(stage: Stage, recorder: Recorder, subject: str, kept: list[Tensor
     """As many graphed steps as plain ones from the same state end in the same weights."""
     steps = 4 if stage.options.rehearse else SAME
     stage.be(COMPILED if stage.options.gpu else EAGER)
+    before = stage.after(0, kept)
     plain, again = stage.after(steps, kept), stage.after(steps, kept)
     stage.be(GRAPH)
     graphed = stage.after(steps, kept)
-    moved = (plain - torch.cat([p.flatten() for p in kept[1 : 1 + len(stage.trainer.parameters)]])).norm()
+    moved = (plain - before).norm()
     apart, repeat = ((other - plain).norm() / moved for other in (graphed, again))
     allowed = max(ROOM * repeat.item(), 1e-3)
     right = apart.item() <= allowed and moved.item() > 0

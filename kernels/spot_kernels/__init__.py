@@ -5,6 +5,7 @@ few lines of PyTorch each.
 """
 
 from spot_kernels import flops
+from spot_kernels.clipped_adam import clipped_adam, infinity_norm
 from spot_kernels.dispatch import chosen_backend, use_backend
 from spot_kernels.folded_cross_attention import folded_cross_attention, folded_cross_map
 from spot_kernels.gru_norm import gru_norm
@@ -25,9 +26,11 @@ __all__ = [
     "SlotAttention",
     "assign_masks",
     "chosen_backend",
+    "clipped_adam",
     "folded_cross_attention",
     "folded_cross_map",
     "gru_norm",
+    "infinity_norm",
     "linear_assignment",
     "linear_relu",
     "mask_labels",

@@ -53,6 +53,8 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "match_masks": {"triton": _LABELS, "native": _LABELS},
     "overlap_counts": {"triton": _LABELS, "native": _LABELS},
     "mask_labels": {"native": (torch.float64, torch.float32, *_HALF)},
+    "infinity_norm": {"triton": (torch.float32, *_HALF)},
+    "clipped_adam": {"triton": (torch.float32,)},
 }
 
 # Operators without gradients: their results are constants to any transform.
@@ -65,6 +67,7 @@ TECHNIQUES = {
     "residual_norm": "one kernel adds to the residual stream and normalises it",
     "joined_projections": "slot attention's keys and values are one product, with the keys' scale in its weights",
     "linear_relu": "bias and ReLU in the epilogue of the product",
+    "flat_parameters": "a trainer made in the block keeps weights, gradients and moments in flat buffers",
 }
 _TRANSFORMED = "the call is inside a transform of torch.func or forward-mode differentiation"
 

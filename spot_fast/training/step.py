@@ -10,12 +10,12 @@ device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from spot_fast.config import Config
@@ -25,8 +25,9 @@ from spot_fast.model.spot import Spot
 from spot_fast.precision import autocast
 from spot_fast.random_streams import Stream, generator, seed_of
 from spot_fast.training.bad_steps import BadSteps
+from spot_fast.training.flat import FlatAdam
 from spot_fast.training.losses import loss_terms, teacher_labels, weighted_sum
-from spot_fast.training.optimiser import clip_by_infinity_norm, update
+from spot_fast.training.optimiser import Adam
 from spot_fast.training.shared_gradients import LocalGradients
 from spot_kernels import dispatch
 
@@ -175,35 +176,36 @@ class Update:
     def __init__(
         self,
         losses: Callable[[Batch, Draws, dict[str, Tensor]], dict[str, Tensor]],
-        parameters: Sequence[nn.Parameter],
-        optimiser: torch.optim.Adam,
+        optimiser: Adam | FlatAdam,
         gradients: LocalGradients,
         bad_steps: BadSteps,
         *,
         clip: float,
         accumulate: int,
     ):
-        self.losses, self.parameters, self.optimiser = losses, parameters, optimiser
-        self.gradients, self.bad_steps = gradients, bad_steps
+        self.losses, self.optimiser, self.gradients, self.bad_steps = losses, optimiser, gradients, bad_steps
         self.clip, self.accumulate = clip, accumulate
+        optimiser.take_from(gradients)
 
     def __call__(self, batch: Batch, draws: Draws, weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         self.optimiser.zero_grad(set_to_none=True)
         self.gradients.start()
         shares = []
-        for number, rows in enumerate(self._parts(len(batch)), 1):
-            if number == self.accumulate:
-                self.gradients.last_pass()  # from here on finished gradients travel while others are computed
-            losses = self.losses(batch[rows], draws[rows], weights)
-            share = {name: loss / self.accumulate for name, loss in losses.items()}
-            share["loss"].backward()
-            shares.append({name: loss.detach() for name, loss in share.items()})
+        with self.optimiser.in_use():
+            for number, rows in enumerate(self._parts(len(batch)), 1):
+                if number == self.accumulate:
+                    self.gradients.last_pass()  # from here on finished gradients travel while others are computed
+                losses = self.losses(batch[rows], draws[rows], weights)
+                share = {name: loss / self.accumulate for name, loss in losses.items()}
+                share["loss"].backward()
+                self.optimiser.collect()
+                shares.append({name: loss.detach() for name, loss in share.items()})
         sums = {name: torch.stack([share[name] for share in shares]).sum() for name in shares[0]}
         # The losses travel with the last gradients. All that follows is the same in every process.
         means = dict(zip(sums, self.gradients.finish(list(sums.values())), strict=True))
-        norm = clip_by_infinity_norm(self.parameters, self.clip)
+        norm = self.optimiser.clip(self.clip)
         verdict = self.bad_steps.judge(means["loss"], norm)
-        update(self.optimiser, verdict[0])
+        self.optimiser.update(verdict[0])
         return verdict, {**means, "grad_norm": norm}
 
     def _parts(self, images: int) -> Iterator[slice]:

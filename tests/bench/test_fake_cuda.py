@@ -67,7 +67,10 @@ def test_every_operator_runs_its_kernels_on_a_gpu(traced):
     order, labels = tensor(196, dtype=torch.int64), tensor(2, 196, dtype=torch.int64)
     folded = tensor(2, 6, 7, 384)
     gates, weight = tensor(14, 192), tensor(64, dtype=torch.float32)
+    flat, scalar = tensor(1024, dtype=torch.float32), tensor(dtype=torch.float32)
     calls = {
+        "infinity_norm": ([flat, flat.bfloat16()],),
+        "clipped_adam": (flat, [flat.bfloat16()], flat.clone(), flat.clone(), scalar.view(1), scalar),
         "slot_attention_step": (q, k, v),
         "slot_cross_attention": (k, q, q),
         "slot_cross_map": (k, q),
@@ -87,7 +90,8 @@ def test_every_operator_runs_its_kernels_on_a_gpu(traced):
         for name, arguments in calls.items():
             results = getattr(spot_kernels, name)(*arguments)
             results = results if isinstance(results, tuple) else (results,)
-            assert {result.device for result in results if result is not None} == {CUDA}, name
+            # an operator that works in place has no result
+            assert {result.device for result in results if result is not None} <= {CUDA}, name
     assert traced.findings == [] and traced.operators == dict.fromkeys(calls, "triton")
 
 

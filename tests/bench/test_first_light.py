@@ -25,7 +25,6 @@ from harness.kernel_rows import OURS
 from record import ABSENT, GO, LATE, NO_GO, OUT_OF_TIME, PARTS, Options, Recorder, Row, Time
 
 from paths import BENCH
-from spot_fast.training import optimiser
 from spot_fast.training.compiled import Compiled
 from stand_in_gpu import pretend_gpu, square_case
 
@@ -402,7 +401,6 @@ def test_comparisons_on_a_stand_in(stand_in_gpu, tmp_path):
 
 def test_a_graph_that_replays_nothing_is_no_go(stand_in_gpu, tmp_path, monkeypatch):
     """All of a stage's path on a GPU but the GPU; as many graphed steps as plain ones do not end where those do."""
-    monkeypatch.setattr(steps, "adam", lambda parameters, graphed: optimiser.adam(parameters))
     monkeypatch.setattr(
         steps, "Compiled", lambda *given, backend, **options: Compiled(*given, backend="eager", **options)
     )

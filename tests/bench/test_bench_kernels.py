@@ -336,6 +336,47 @@ def test_gpu_path_with_a_stand_in(monkeypatch):
     bench.call(OURS)()
 
 
+def test_no_graph_outlives_an_evaluation():
+    """A leaf's node that is kept belongs to the stream it was made on, and breaks captures on another one."""
+    x = torch.randn(3, requires_grad=True)
+    weight = torch.randn(3, requires_grad=True)
+    results = kernel_bench.evaluate(lambda x: (x * weight, None), (x,), (weight,), [torch.ones(3).bfloat16()])
+    assert not any(t.requires_grad for t in (*results.outputs, *results.gradients))
+    torch.testing.assert_close(results.gradients, (weight.detach(), x.detach()))
+    assert x.grad is None and x.requires_grad
+
+
+def test_a_capture_that_fails_leaves_the_stream_and_says_why(monkeypatch):
+    """As PyTorch's context does: it raises a second error at its end, and does not leave its stream."""
+    pretend_gpu(monkeypatch)
+    set_to, calls, broken = [], [], [True]
+
+    class Capture:
+        def __init__(self, graph, stream, capture_error_mode):
+            assert capture_error_mode == "thread_local"
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *exception):
+            if exception[0] is not None:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    def call(i):
+        calls.append(i)
+        if len(calls) > 4 and broken[0]:
+            raise ValueError("waits for the device")
+
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "set_stream", set_to.append)
+    assert kernel_clock.captured(call, 2) == (None, "ValueError: waits for the device")
+    assert calls == [0, 1, 0, 0, 1] and len(set_to) == 1
+    broken[0] = False
+    replay, why = kernel_clock.captured(call, 2)
+    assert why == "" and len(set_to) == 2
+    replay(0)
+
+
 def test_assignment_must_be_optimal():
     problem = bench_mask_matching.assignment_problem(3, 4, torch.device("cpu"))
     inputs = problem.inputs(0)

@@ -1,6 +1,6 @@
 """Times other configurations of the kernels beside the one in their tables, at the benchmark's shapes.
 
-    python bench/sweep.py [--only slot_attention] [--minutes 8] [--jobs 12]
+    python bench/sweep.py [--only slot_attention] [--shape SPOT] [--minutes 8] [--jobs 12]
 
 Each `config` function of spot_kernels.gpu is replaced for a moment by one that changes some of its answer. What does
 not compile, does not fit the chip or computes something else is left out; the rest takes turns with the table's own
@@ -221,6 +221,7 @@ def run(sweep: Sweep, case: Case, setting: Setting, best: int = 4) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", default="", help="functions whose name contains this")
+    parser.add_argument("--shape", default="", help="shapes whose name begins with this")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop starting sweeps after this time")
     parser.add_argument("--jobs", type=int, default=12, help="processes that compile; 0: none")
     parser.add_argument("--tiny", action="store_true", help="one tiny shape each, also under TRITON_INTERPRET=1")
@@ -239,6 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             pool = stack.enter_context(ProcessPoolExecutor(args.jobs, mp_context=context))
         for number, sweep in chosen:
             for place, case in enumerate(shapes(sweep, setting)):
+                if not case.shape.startswith(args.shape):
+                    continue
                 if time.monotonic() > end:
                     print("out of time: --only does the rest")
                     return 3

@@ -44,8 +44,9 @@ from spot_fast.data.caching.feature_cache import FeatureCache
 from spot_fast.evaluation.protocols import GroundTruth, chosen
 from spot_fast.evaluation.scoring import _Pass
 from spot_fast.segmentation.segmenter import model_segmenter
+from spot_fast.training.flat import FlatAdam, rounded_weights
 from spot_fast.training.losses import loss_weights
-from spot_fast.training.optimiser import adam, clip_by_infinity_norm, set_learning_rate, update
+from spot_fast.training.optimiser import set_learning_rate
 from spot_kernels import dispatch
 
 ERROR, WAIT, COPY = "error", "wait", "copy"
@@ -186,16 +187,20 @@ class Study:
         with self.section("what is drawn"):
             draws = draws_on_gpu(trainer)
             weights = loss_weights(config, 0, trainer.total_steps, CUDA)
+        with self.mode, Watch(Section("making Adam, before the first step")):
+            optimiser = trainer.update.optimiser = FlatAdam(
+                trainer.parameters, model=trainer.model, rounded=rounded_weights(trainer.model), graphed=True
+            )
+            optimiser.refresh()
         if trainer.teacher is not None:
             with self.section("teaching"), trainer.forward.autocast():
                 trainer.forward.teach(features[0].float(), draws)
-        with self.section("losses"):
+        with self.section("losses"), optimiser.in_use():
             losses = trainer.forward.losses(batch, draws, weights)
         # a wait would break the graph, which is an error
         with self.section("losses as one graph of torch.compile", watched=False) as section:
-            self.compiled(section, batch, draws, weights)
-        with self.mode, Watch(Section("making Adam, before the first step")):
-            optimiser = adam(trainer.parameters, graphed=True)
+            with optimiser.in_use():
+                self.compiled(section, batch, draws, weights)
         with self.section("after backward: clip, judge, Adam, meter"), torch.no_grad():
             self.after_backward(optimiser, {name: loss.detach() for name, loss in losses.items()})
         with self.section("evaluation, results to the host"), torch.no_grad():
@@ -219,15 +224,17 @@ class Study:
         torch._dynamo.reset()
         torch.compile(self.trainer.forward.losses, fullgraph=True, dynamic=False, backend=note)(*arguments)
 
-    def after_backward(self, optimiser: torch.optim.Adam, losses: dict[str, Tensor]) -> None:
+    def after_backward(self, optimiser: FlatAdam, losses: dict[str, Tensor]) -> None:
         trainer, config = self.trainer, self.trainer.config
-        for parameter in trainer.parameters:
-            parameter.grad = torch.empty_like(parameter)
+        optimiser.zero_grad()
+        for leaf in optimiser.leaves:
+            leaf.grad = torch.empty_like(leaf)
+        optimiser.collect()
         set_learning_rate(optimiser, 1e-4)
         means = dict(zip(losses, trainer.update.gradients.finish(list(losses.values())), strict=True))
-        norm = clip_by_infinity_norm(trainer.parameters, config.clip)
+        norm = optimiser.clip(config.clip)
         verdict = trainer.bad_steps.judge(means["loss"], norm)
-        update(optimiser, verdict[0])
+        optimiser.update(verdict[0])
         trainer.meter.add({**means, "grad_norm": norm}, verdict[0])
         trainer.bad_steps.note(1, verdict)
 

@@ -85,8 +85,8 @@ class FlatAdam:
         size = UNIT * sum(units)
         self.weights, self.exp_avg, self.exp_avg_sq = (self._zeros(size, torch.float32) for _ in range(3))
         self.steps = self._zeros(len(ordered), torch.float32)
-        numbers = torch.arange(len(ordered), dtype=torch.int32)
-        owners = numbers.repeat_interleave(torch.tensor(units), output_size=sum(units))
+        numbers = torch.arange(len(ordered), dtype=torch.int32, device="cpu")
+        owners = numbers.repeat_interleave(torch.tensor(units, device="cpu"), output_size=sum(units))
         self._owners = owners.to(self.device)
         for parameter in self.parameters:
             view = self.view(self.weights, parameter)
@@ -215,7 +215,9 @@ class FlatAdam:
         if self._starts is not shared.starts:  # another layout
             self._starts = shared.starts
             units = [range(self._starts[p], self._starts[p] + p.numel(), UNIT) for p in self._number]
-            places = torch.tensor([place for parameter in units for place in parameter], dtype=torch.int64)
+            places = torch.tensor(
+                [place for parameter in units for place in parameter], dtype=torch.int64, device="cpu"
+            )
             self._places = places.to(self.device)
 
     def _without(self) -> frozenset[nn.Parameter]:

@@ -504,3 +504,5 @@ def test_sweep_prints_the_best(capsys, monkeypatch):
     assert lines[0].startswith("slot_cross_attention._forward_config · tiny")
     assert "table" in lines[1] and "block_n=32" in lines[1] and len(lines) == 4
     assert sweep.main(["--tiny", "--minutes", "0"]) == 3
+    capsys.readouterr()
+    assert sweep.main(["--tiny", "--shape", "SPOT"]) == 0 and not capsys.readouterr().out

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from forced_layout import in_order_layout
+from kernel_tier import needs_gpu
 from spot_kernels import PermutedDecoder, dispatch
 from spot_kernels.modules.order_layout import (
     SEQUENCE,
@@ -119,6 +120,29 @@ def test_a_backward_pass_gathers(order):
             names.append(node.name())
             node = node.next_functions[-1][0] if node.next_functions else None
         assert not any("IndexSelect" in name or "Gather" in name for name in names), names
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(order, dtype):
+    """By PyTorch's causal attention, as near to float64 as raster layout; nothing waits for the device."""
+    decoder, tokens, slots = decoder_and_inputs()
+    exact = results(decoder, decoder, tokens, slots, order)
+    decoder, order = decoder.to("cuda", torch.float32), order.cuda()
+    tokens, slots = (x.detach().to("cuda", torch.float32).requires_grad_() for x in (tokens, slots))
+    assert prefers_order_layout(tokens)
+    found = []
+    for techniques in ((), ("order_layout",)):
+        with dispatch.without(*techniques), torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                found.append(results(decoder, decoder, tokens, slots, order))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    moved, raster, true = (
+        torch.cat([one.detach().double().cpu().flatten() for one in all_]) for all_ in (*found, exact)
+    )
+    assert (moved - true).norm() <= 3 * (raster - true).norm()
 
 
 def test_which_devices_prefer_it():

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kernel_tier import needs_triton
+from kernel_tier import DEVICE, needs_gpu, needs_triton
 from spot_fast.training.compiled import Compiled
 from spot_fast.training.flat import UNIT, FlatAdam, rounded_weights
 from spot_fast.training.optimiser import (
@@ -23,12 +23,13 @@ from spot_fast.training.trainer import Trainer
 from spot_kernels import dispatch, use_backend
 from tiny_runs import CPU, tiny
 
+interpreted = pytest.mark.skipif(not dispatch.INTERPRETED, reason="needs Triton's interpreter")
 SHAPES = [(5,), (3, 7), (16, 16), (1025,), (2, 3, 4), ()]
 
 
-def parameters(seed=0):
+def parameters(seed=0, device=CPU):
     generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in SHAPES]
 
 
 def step(optimiser, given, seed, limit=0.3, bad=0.0, without=(), collect=False):
@@ -37,12 +38,12 @@ def step(optimiser, given, seed, limit=0.3, bad=0.0, without=(), collect=False):
     optimiser.zero_grad()
     for number, parameter in enumerate(given):
         gradient = torch.randn(parameter.shape, generator=generator) * 10 ** (number - 3)
-        parameter.grad = None if number in without else gradient
+        parameter.grad = None if number in without else gradient.to(parameter.device)
     if collect:
         optimiser.collect()
     set_learning_rate(optimiser, 1e-3 * (seed + 1))
     norm = optimiser.clip(limit)
-    optimiser.update(torch.tensor(bad))
+    optimiser.update(torch.tensor(bad, device=norm.device))
     return norm
 
 
@@ -119,7 +120,7 @@ def test_only_float32_parameters():
 
 def beside():
     """Parameters of a FlatAdam that uses kernels and of torch's Adam, with both."""
-    ours, theirs = parameters(), parameters()
+    ours, theirs = parameters(device=DEVICE), parameters(device=DEVICE)
     plain = adam(theirs)
     plain.rate_on_device()
     return (FlatAdam(ours), ours), (plain, theirs)
@@ -168,19 +169,19 @@ def test_kernels_take_what_several_processes_have_added_up(monkeypatch):
             shared.start()
             shared.last_pass()
             generator = torch.Generator().manual_seed(number)
-            factors = [torch.randn(p.shape, generator=generator) for p in ours]
+            factors = [torch.randn(p.shape, generator=generator).to(DEVICE) for p in ours]
             sum(
                 (p * f).sum() for n, (p, f) in enumerate(zip(ours, factors, strict=True)) if n not in without
             ).backward()
             flat.collect()
-            shared.finish([torch.zeros(())])
+            shared.finish([torch.zeros((), device=DEVICE)])
             for n, (parameter, factor) in enumerate(zip(theirs, factors, strict=True)):
                 parameter.grad = None if n in without else factor / 2
             for optimiser in (flat, plain):
                 set_learning_rate(optimiser, 1e-2)
             assert torch.equal(flat.clip(0.3), plain.clip(0.3))
             for optimiser in (flat, plain):
-                optimiser.update(torch.zeros(()))
+                optimiser.update(torch.zeros((), device=DEVICE))
             assert flat._gradients[0] is shared.buffer
             for gradient, parameter in zip(flat.last_gradients(), theirs, strict=True):
                 assert gradient is None if parameter.grad is None else torch.equal(gradient, parameter.grad)
@@ -193,7 +194,7 @@ class Done:
         pass
 
 
-@needs_triton
+@interpreted
 @pytest.mark.parametrize("stage, changes", [(1, {}), (2, {"accumulate": 2}), (1, {"orders": "standard", "cappa": 0.5})])
 def test_a_trainer_with_kernels(stage, changes, teacher):
     plain = Trainer(tiny(stage, **changes), device=CPU, teacher=teacher if stage == 2 else None)
@@ -232,7 +233,26 @@ class Within:
             self.optimiser.update(bad)
 
 
-@needs_triton
+@needs_gpu
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_steps_on_a_gpu(precision, teacher):
+    """Recorded as a CUDA graph and not, with flat parameters and without."""
+    found = []
+    for flat in (True, False):
+        for graph in ("yes", "no"):
+            config = tiny(2, precision=precision, cuda_graph=graph, compile="no", loader="torch")
+            with contextlib.nullcontext() if flat else dispatch.without("flat_parameters"):
+                trainer = Trainer(config, device=DEVICE, teacher=teacher)
+            for batch in list(trainer.batches())[:6]:
+                trainer.train_step(batch)
+                trainer.step += 1
+            found.append(torch.cat([parameter.detach().flatten() for parameter in trainer.parameters]))
+    assert torch.equal(found[0], found[1])
+    for other in found[2:]:
+        torch.testing.assert_close(found[0], other, rtol=1e-3, atol=1e-3)
+
+
+@interpreted
 @pytest.mark.parametrize("passes", [1, 2])
 def test_gradients_of_shadows_stay_bfloat16_unless_they_are_added_up(passes):
     torch.manual_seed(0)
@@ -340,7 +360,7 @@ def test_a_step_casts_no_weights_of_linear_layers(stage, teacher):
             trainer.train_step(next(trainer.batches()))
         counted.append(counter.casts)
     # Folded projections are cast as views, in other shapes.
-    assert counted[0] == 0 and counted[1] > 0.9 * len(rounded_weights(plain.model))
+    assert counted[0] == 0 and counted[1] > 0.8 * len(rounded_weights(plain.model))
     rounded = sum(p.numel() for p in rounded_weights(flat.model))
     assert rounded > 0.9 * sum(p.numel() for p in flat.parameters)
 

@@ -261,7 +261,8 @@ class PermutedDecoder(nn.Module):
     def forward(self, tokens: torch.Tensor, slots: torch.Tensor, order: Order) -> tuple[torch.Tensor, torch.Tensor]:
         """Decodes tokens [B, N, D] with slots [B, K, D] in an order [N] or [B, N].
 
-        order: None: no causal mask. `SEQUENCE`: tokens and results lie in the order in which they are decoded.
+        order: None: no causal mask. "sequence" (`SEQUENCE`): tokens and results lie in the sequence in which they are
+        decoded.
 
         Returns:
             out [B, N, D]; the last block's cross-attention [B, N, K], averaged over heads.

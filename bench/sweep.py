@@ -76,12 +76,12 @@ class Sweep:
 
 def _split(answer: tuple[int, int], change: Change, arguments: dict[str, Any]) -> tuple[int, int]:
     """slot_attention_plan.splits with a given number of programs a sample."""
-    tokens, block = arguments["tokens"], arguments["block"]
-    span = math.ceil(math.ceil(tokens / block) / change["number"]) * block
-    return math.ceil(tokens / span), span
+    span = math.ceil(arguments["tokens"] / change["number"])
+    return math.ceil(arguments["tokens"] / span), span
 
 
-_LOOP = {"num_warps": (4, 8), "num_stages": (1, 2, 3)}
+_LOOP = {"tokens": (32, 64, 128), "num_warps": (4, 8, 16), "num_stages": (1, 2, 3)}
+_NUMBERS = {"number": (1, 2, 3, 4, 8, 16, 32, 64)}
 _TILES = {"block_m": (32, 64, 128), "block_n": (32, 64), "num_warps": (4, 8), "num_stages": (2, 3)}
 _BLOCK = {"block_n": (16, 32, 64), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
 _ROWS_BY_CHANNELS = {
@@ -96,19 +96,18 @@ SWEEPS = (
         "slot_attention_step",
         "slot_attention_plan.plan",
         FORWARD,
-        {"tokens": (16, 32, 64, 128)} | _LOOP,
+        _LOOP,
         {"backward": False},
     ),
     Sweep(
         "slot_attention_step",
         "slot_attention_plan.plan",
         BOTH,
-        {"tokens": (16, 32, 64, 128)} | _LOOP,
+        _LOOP,
         {"backward": True},
     ),
-    Sweep(
-        "slot_attention_step", "slot_attention_plan.splits", BOTH, {"number": (1, 2, 3, 4, 8, 16, 32, 64)}, make=_split
-    ),
+    Sweep("slot_attention_step", "slot_attention_plan.splits", FORWARD, _NUMBERS, {"backward": False}, make=_split),
+    Sweep("slot_attention_step", "slot_attention_plan.splits", BOTH, _NUMBERS, {"backward": True}, make=_split),
     Sweep("permuted_causal_attention", "permuted_attention_plan.config", FORWARD, _TILES, part="forward"),
     Sweep("permuted_causal_attention", "permuted_attention_plan.config", BOTH, _TILES, part="queries"),
     Sweep("permuted_causal_attention", "permuted_attention_plan.config", BOTH, _TILES, part="keys"),
@@ -119,6 +118,12 @@ SWEEPS = (
     Sweep("folded_cross_attention", "folded_cross_attention._slots_config", BOTH, _ROWS_BY_CHANNELS),
     Sweep("SlotAttention", "gru_norm._forward_config", FORWARD, _ROWS),
     Sweep("SlotAttention", "gru_norm._backward_config", BOTH, _ROWS),
+    Sweep(
+        "linear_relu",
+        "linear_relu._backward_config",
+        BOTH,
+        {"rows": (8, 16, 32), "columns": (128, 256), "programs": (2, 4, 8, 16), "num_warps": (4, 8)},
+    ),
     Sweep("match_masks", "mask_matching.config", FORWARD, {"tokens": (32, 64, 128, 256), "warps": (1, 2, 4, 8)}),
 )
 

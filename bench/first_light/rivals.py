@@ -31,6 +31,7 @@ WANTED = {
     "slot_cross_map": "teacher",
     "folded_cross_attention": "decoder",
     "gru_norm": "SPOT",
+    "linear_relu": "decoder FFN",
     "shift_by_order": "decoder",
     "match_masks": "SPOT",
     "linear_assignment": "64 of 7",

@@ -9,6 +9,7 @@ from spot_kernels.clipped_adam import clipped_adam, infinity_norm
 from spot_kernels.dispatch import chosen_backend, use_backend
 from spot_kernels.folded_cross_attention import folded_cross_attention, folded_cross_map
 from spot_kernels.gru_norm import gru_norm
+from spot_kernels.linear_relu import linear_relu
 from spot_kernels.mask_labels import mask_labels
 from spot_kernels.mask_matching import assign_masks, linear_assignment, match_masks, overlap_counts
 from spot_kernels.modules import PermutedDecoder, PermutedDecoderBlock, SlotAttention
@@ -31,6 +32,7 @@ __all__ = [
     "gru_norm",
     "infinity_norm",
     "linear_assignment",
+    "linear_relu",
     "mask_labels",
     "match_masks",
     "overlap_counts",

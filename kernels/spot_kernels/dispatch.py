@@ -44,6 +44,7 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "folded_cross_attention": {"triton": (torch.float32, *_HALF)},
     "folded_cross_map": {"triton": (torch.float32, *_HALF)},
     "gru_norm": {"triton": (torch.float32, *_HALF)},
+    "linear_relu": {"triton": (torch.float32, *_HALF)},
     "linear_assignment": {
         "triton": (torch.float64, torch.float32, *_HALF),
         "native": (torch.float64, torch.float32, *_HALF),
@@ -64,6 +65,7 @@ TECHNIQUES = {
     "order_layout": "the decoder's tokens lie in the patch order, so that plain causal attention serves",
     "input_path": "the decoder's input keeps the run's precision, and its projection has a gradient by [BOS] alone",
     "residual_norm": "one kernel adds to the residual stream and normalises it",
+    "joined_projections": "slot attention's keys and values are one product, with the keys' scale in its weights",
     "linear_relu": "bias and ReLU in the epilogue of the product",
     "flat_parameters": "a trainer made in the block keeps weights, gradients and moments in flat buffers",
 }

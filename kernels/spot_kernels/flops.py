@@ -52,6 +52,7 @@ _FORMULAS = {
     "slot_cross_attention_backward": _cross_backward,
     "slot_cross_map": lambda q, k, *_, **__: _product(q, k),
     "slot_cross_map_backward": lambda grad_map, q, k, *_, **__: 2 * _product(q, k),
+    "linear_relu": lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0],
     "folded_cross_attention": lambda x, a, *_, **__: _folded(x, a, 2),
     "folded_cross_attention_backward": lambda grad_out, grad_map, x, a, *_, **__: _folded(
         x, a, 2 if grad_out is None else 4

@@ -11,8 +11,7 @@ For an image of N tokens the forward pass takes 4 N H K D + 4 K D² FLOPs instea
 H·K is well below D.
 
 x [B, N, D]; a, v [B, H, K, D]; any K ≥ 1 and H ≥ 1; float64, float32, bfloat16 or float16. Saved for the backward pass:
-x, a, where there is one v, and p, which is small. The kernels save p in float16 for both half precisions: p lies in
-[0, 1], where float16 has three more bits than bfloat16.
+x, a, where there is one v, and p in x's dtype, which is small: heads × slots numbers a token.
 """
 
 from __future__ import annotations
@@ -65,10 +64,9 @@ def empty_results(
 def _empty_maps(x: torch.Tensor, a: torch.Tensor, with_map: bool, save: bool) -> tuple[torch.Tensor, torch.Tensor]:
     batch, tokens, _ = x.shape
     heads, slots = a.shape[1:3]
-    saved = torch.float16 if x.dtype.itemsize == 2 else x.dtype
     return (
         x.new_empty((batch, tokens, slots) if with_map else (0,), dtype=accumulation_dtype(x)),
-        x.new_empty((batch, tokens, columns(heads, slots)) if save else (0,), dtype=saved),
+        x.new_empty((batch, tokens, columns(heads, slots)) if save else (0,)),
     )
 
 
@@ -85,10 +83,11 @@ def _to_saved(p: torch.Tensor, saved: torch.Tensor) -> None:
 
 
 def _from_saved(saved: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """p [B, H, K, N], in float32 at least, of the saved one."""
+    """p [B, H, K, N], in float32 at least, of the saved one; its sums over slots, which were rounded, are 1 again."""
     heads, slots = a.shape[1:3]
     p = saved.unflatten(-1, padded(heads, slots))[:, :, :heads, :slots].permute(0, 2, 3, 1)
-    return p.to(accumulation_dtype(a), memory_format=torch.contiguous_format)
+    p = p.to(accumulation_dtype(a), memory_format=torch.contiguous_format)
+    return p / p.sum(2, keepdim=True)
 
 
 @torch.library.custom_op("spot_kernels::folded_cross_attention", mutates_args=())

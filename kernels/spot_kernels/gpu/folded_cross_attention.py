@@ -4,7 +4,7 @@
     dp = do vᵀ + dmap / H;  ds = scale · p (dp − Σ_slots p dp);  dx = ds a;  da = dsᵀ x;  dv = pᵀ do
 
 x and out [B, N, D], a and v [B, H, K, D], map [B, N, K] float32; float32, bfloat16 or float16. Saved for backward: x,
-a, v and p.
+a, v and p in x's dtype.
 
 All heads' slots lie side by side as the columns of one tile, HEADS × SLOTS, each padded to a power of two; at most 128
 in all, 64 in float32, whose products without tensor cores need more registers. So the logits of a block of tokens are
@@ -196,6 +196,8 @@ def _backward_tokens(
     # p [BLOCK_N, COLUMNS], zero in the padding, so that ds is zero there, too
     b_p = tl.load(saved + o_saved, mask=m_n[:, None], other=0.0).to(tl.float32)
     b_p = tl.reshape(b_p, (BLOCK_N, HEADS, SLOTS))
+    # p was rounded: with sums over slots of 1 again, what is common to all dp of a head cancels below
+    b_p = b_p / tl.maximum(tl.sum(b_p, 2, keep_dims=True), 1e-30)
     # dp [BLOCK_N, HEADS, SLOTS] from the output and from the map
     b_grad_p = tl.zeros((BLOCK_N, HEADS, SLOTS), dtype=tl.float32)
     if WITH_OUT:
@@ -268,8 +270,8 @@ def _backward_slots(
             p_g = grad_out + batch * stride_gb + o_n[:, None] * stride_gn + o_d[None, :]
             b_g = tl.load(p_g, mask=m_token, other=0.0)
             if WIDEN:
-                b_g = b_g.to(tl.float32)
-            b_grad_v = tl.dot(tl.trans(b_p.to(b_g.dtype)), b_g, b_grad_v, input_precision=PRECISION)
+                b_p, b_g = b_p.to(tl.float32), b_g.to(tl.float32)
+            b_grad_v = tl.dot(tl.trans(b_p), b_g, b_grad_v, input_precision=PRECISION)
     o_h, o_k = o_c // SLOTS, o_c % SLOTS
     m_row = ((o_h < heads) & (o_k < slots))[:, None] & m_d[None, :]
     o_row = ((o_h.to(tl.int64) * batches + batch) * slots + o_k)[:, None] * width + o_d[None, :]
@@ -293,11 +295,11 @@ def _forward_config(architecture: str, dtype: torch.dtype, columns: int) -> _Con
         return _Config(32, 32, 4 if columns <= 32 else 8, 1)
     if architecture == "gfx942":
         return _Config(64, 64, 4, 1)
-    if columns > 64:
-        return _Config(32 if architecture in ("sm_80", "sm_89") else 64, 64, 4, 3)
+    if architecture in ("sm_80", "sm_89"):
+        return _Config(64 if columns <= 64 else 32, 64, 4, 3)
     # 64 tokens: the least for a warp group's product on sm_90. 196 of them in four blocks of 49 are two programs on
     # each of 128 multiprocessors at batch 64, all at once
-    return _Config(64, 64 if architecture == "sm_89" else 128, 4, 3)
+    return _Config(64, 128 if columns <= 64 else 64, 4, 3)
 
 
 def _tokens_config(architecture: str, dtype: torch.dtype, columns: int) -> _Config:
@@ -343,10 +345,6 @@ def _problem(x: torch.Tensor, a: torch.Tensor) -> _Problem:
     return _Problem(batch, heads, x.shape[1], slots, width, tile_heads, max(tile_slots, 16 // tile_heads))
 
 
-def _saved_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype == torch.float32 else torch.float16
-
-
 def _options(problem: _Problem, config: _Config, device: torch.device) -> dict:
     """What all launches share of their compile-time constants and options."""
     return {
@@ -382,7 +380,7 @@ def forward(
     if mean_map is not None:
         launch.written("map", mean_map, torch.float32, (batch, tokens, slots), x.device)
     if saved is not None:
-        launch.written("p", saved, _saved_dtype(x), (batch, tokens, problem.columns), x.device)
+        launch.written("p", saved, x.dtype, (batch, tokens, problem.columns), x.device)
     config = _forward_config(launch.architecture(x.device), x.dtype, problem.columns)
     blocks, rows = problem.blocks(config.block_n)
     launch.launch(
@@ -434,7 +432,7 @@ def backward(
     grad_out = None if grad_out is None else launch.rows_last(grad_out)
     problem = _problem(x, a)
     batch, heads, tokens, slots, width = problem[:5]
-    saved = launch.dense("p", saved, _saved_dtype(x), (batch, tokens, problem.columns), x.device)
+    saved = launch.dense("p", saved, x.dtype, (batch, tokens, problem.columns), x.device)
     launch.written("grad_x", grad_x, x.dtype, tuple(x.shape), x.device)
     for name, grad in (("grad_a", grad_a), ("grad_v", grad_v)):
         if grad is not None:

@@ -11,6 +11,7 @@ from torch.nn.modules import module as torch_module
 
 from spot_kernels import dispatch
 from spot_kernels.gru_norm import gru_norm
+from spot_kernels.linear_relu import linear_relu
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
 # An eps that keeps the mean over tokens defined if every weight of a slot has underflowed, and changes no other sum.
@@ -36,14 +37,36 @@ def linear(
     return layer
 
 
+class MLP(nn.Sequential):
+    """A Sequential that begins with a linear layer and an activation.
+
+    On a GPU a ReLU is the epilogue of the first product (`linear_relu`). Elsewhere, and if one of these two layers is
+    more than PyTorch's own (`is_exactly`), all layers are called.
+    """
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if not self._begins_with_relu() or dispatch.choose("linear_relu", inputs) != "triton":
+            return super().forward(inputs)
+        first, _, *rest = self
+        inputs = linear_relu(inputs, first.weight, first.bias)
+        for layer in rest:
+            inputs = layer(inputs)
+        return inputs
+
+    def _begins_with_relu(self) -> bool:
+        if not dispatch.uses("linear_relu") or len(self) < 2:
+            return False
+        return is_exactly(self[0], nn.Linear) and self[0].bias is not None and is_exactly(self[1], nn.ReLU)
+
+
 def mlp(
     inputs: int, hidden: int, outputs: int, *, gain: float = 1.0, activation: str = "relu", dropout: float = 0.0
-) -> nn.Sequential:
+) -> MLP:
     """Linear (kaiming), ReLU or GELU, dropout if above 0, Linear (xavier × gain).
 
     The layers with parameters have the names 0 and 2 with and without dropout, so that checkpoints fit both.
     """
-    layers = nn.Sequential()
+    layers = MLP()
     layers.add_module("0", linear(inputs, hidden, init="kaiming"))
     layers.add_module("1", ACTIVATIONS[activation]())
     if dropout:

@@ -7,7 +7,7 @@ raster layout; where it pays, the decoder moves them into the order at its ends 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,9 +92,9 @@ class SlotCrossAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.attend(tokens, self.keys_values(slots), return_map=return_map)
 
-    def keys_values(self, slots: torch.Tensor) -> KeysValues:
-        """Of slots [B, K, D]."""
-        k, v = self.project_k(slots), self.project_v(slots)
+    def keys_values(self, slots: torch.Tensor, projected: Sequence[torch.Tensor] | None = None) -> KeysValues:
+        """Of slots [B, K, D]. projected: their k and v [B, K, D], if they are known."""
+        k, v = projected or (self.project_k(slots), self.project_v(slots))
         if self._folds(slots, self.project_q, self.project_o):
             weights = self.project_q.weight, self.project_o.weight
             return KeysValues(fold_queries(k, weights[0], self.heads), fold_output(v, weights[1], self.heads), True)
@@ -175,11 +175,20 @@ class PermutedDecoderBlock(nn.Module):
         self.ffn = mlp(dim, 4 * dim, dim, gain=gain, activation=activation)
 
     def forward(
-        self, tokens: torch.Tensor, slots: torch.Tensor, order: Order, *, return_map: bool = False
+        self,
+        tokens: torch.Tensor,
+        slots: torch.Tensor,
+        order: Order,
+        *,
+        return_map: bool = False,
+        projected: Sequence[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """tokens [B, N, D], slots [B, K, D] → tokens [B, N, D], cross-attention map [B, N, K] or None."""
+        """tokens [B, N, D], slots [B, K, D] → tokens [B, N, D], cross-attention map [B, N, K] or None.
+
+        projected: the slots' k and v [B, K, D], if they are known.
+        """
         tokens = self.attend_to_tokens(tokens, order)
-        return self.attend_to_slots(tokens, self.cross_attention.keys_values(slots), return_map=return_map)
+        return self.attend_to_slots(tokens, self.cross_attention.keys_values(slots, projected), return_map=return_map)
 
     def attend_to_tokens(self, tokens: torch.Tensor, order: Order) -> torch.Tensor:
         """The first part of the block, self-attention: tokens [B, N, D] → tokens [B, N, D]."""
@@ -197,6 +206,15 @@ class PermutedDecoderBlock(nn.Module):
     def map(self, tokens: torch.Tensor, slots: torch.Tensor, order: Order) -> torch.Tensor:
         """The map [B, N, K] alone, without the FFN and what else comes after it."""
         return self.cross_attention.map(self.norm_cross(self.attend_to_tokens(tokens, order)), slots)
+
+
+def joins_projections(slots: torch.Tensor) -> bool:
+    """Whether keys and values of slots [B, K, D] come from one product for all blocks.
+
+    On a GPU, where products of so few rows take the time of a launch, of each forward and two backward; a CPU would
+    gain nothing for the copy of the weights.
+    """
+    return dispatch.uses("joined_projections") and slots.device.type == "cuda" and slots.shape[0] > 0
 
 
 class PermutedDecoder(nn.Module):
@@ -254,10 +272,27 @@ class PermutedDecoder(nn.Module):
         return self._decode(tokens, slots, order)
 
     def _decode(self, tokens: torch.Tensor, slots: torch.Tensor, order: Order) -> tuple[torch.Tensor, torch.Tensor]:
-        for block in self.blocks[:-1]:
-            tokens, _ = block(tokens, slots, order)
-        tokens, mean_map = self.blocks[-1](tokens, slots, order, return_map=True)
+        *before, last = zip(self.blocks, self._project(self.blocks, slots), strict=True)
+        for block, projected in before:
+            tokens, _ = block(tokens, slots, order, **projected)
+        block, projected = last
+        tokens, mean_map = block(tokens, slots, order, return_map=True, **projected)
         return self.norm(tokens), mean_map
+
+    def _project(self, blocks: Sequence[nn.Module], slots: torch.Tensor) -> list[dict[str, Sequence[torch.Tensor]]]:
+        """For each block the argument `projected`: k and v [B, K, D] of all by one product, which costs a copy of the
+        weights. Without it where that does not pay, or a layer is more than a plain one.
+        """
+        layers = [layer for one in blocks for layer in (one.cross_attention.project_k, one.cross_attention.project_v)]
+        plain = all(
+            is_exactly(one, PermutedDecoderBlock) and is_exactly(one.cross_attention, SlotCrossAttention)
+            for one in blocks
+        )
+        plain = plain and all(is_exactly(layer, nn.Linear) and layer.bias is None for layer in layers)
+        if not (layers and plain and joins_projections(slots)):
+            return [{} for _ in blocks]
+        parts = F.linear(slots, torch.cat([layer.weight for layer in layers])).chunk(len(layers), -1)
+        return [{"projected": pair} for pair in zip(parts[::2], parts[1::2], strict=True)]
 
     def masks(self, tokens: torch.Tensor, slots: torch.Tensor, order: Order) -> torch.Tensor:
         """The map [B, N, K] of `forward` without the work behind it, for a teacher, of whom nothing else is used."""
@@ -266,8 +301,9 @@ class PermutedDecoder(nn.Module):
         return self._masks(tokens, slots, order)
 
     def _masks(self, tokens: torch.Tensor, slots: torch.Tensor, order: Order) -> torch.Tensor:
-        for block in self.blocks[:-1]:
-            tokens, _ = block(tokens, slots, order)
+        before = self.blocks[:-1]
+        for block, projected in zip(before, self._project(before, slots), strict=True):
+            tokens, _ = block(tokens, slots, order, **projected)
         return self.blocks[-1].map(tokens, slots, order)
 
     def decode_orders(
@@ -287,7 +323,10 @@ class PermutedDecoder(nn.Module):
         first, last = self.blocks[0], len(self.blocks) - 1
         normed = first.norm_self(tokens)
         qkv = first.self_attention.project_qkv(normed)
-        slots_kv = [block.cross_attention.keys_values(slots) for block in self.blocks]
+        slots_kv = [
+            block.cross_attention.keys_values(slots, **projected)
+            for block, projected in zip(self.blocks, self._project(self.blocks, slots), strict=True)
+        ]
         in_order = prefers_order_layout(tokens)
         for order, source in zip(orders, sources, strict=True):
             masked: Order = SEQUENCE if in_order else order

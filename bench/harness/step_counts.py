@@ -23,9 +23,10 @@ from spot_fast.data import Batch
 from spot_fast.data.caching.feature_cache import FeatureCache
 from spot_fast.training.flat import FlatAdam, rounded_weights
 from spot_fast.training.losses import loss_weights
-from spot_fast.training.optimiser import set_learning_rate
+from spot_fast.training.optimiser import adam, set_learning_rate
 from spot_fast.training.step import Update
 from spot_fast.training.trainer import Trainer
+from spot_kernels import dispatch
 from spot_kernels.gpu import launch
 
 COLUMNS = ("part", "operations", "products", "ours", "GFLOP", "MB read and written", "peak MB")
@@ -247,10 +248,12 @@ class _Given(torch.autograd.Function):
 def update_on_gpu(trainer: Trainer, losses: Callable) -> Update:
     """The trainer's update of the parameters that are on the GPU now."""
     with Operators(Count(0, "")):  # nothing of a step; reads the rate
-        optimiser = FlatAdam(
-            trainer.parameters, model=trainer.model, rounded=rounded_weights(trainer.model), graphed=True
-        )
-        optimiser.refresh()
+        if dispatch.uses("flat_parameters"):
+            rounded = rounded_weights(trainer.model)
+            optimiser = FlatAdam(trainer.parameters, model=trainer.model, rounded=rounded, graphed=True)
+            optimiser.refresh()
+        else:
+            optimiser = adam(trainer.parameters, graphed=True)
     return Update(
         losses,
         optimiser,

@@ -5,6 +5,7 @@ few lines of PyTorch each.
 """
 
 from spot_kernels import flops
+from spot_kernels.add_norm import add_norm
 from spot_kernels.dispatch import chosen_backend, use_backend
 from spot_kernels.gru_norm import gru_norm
 from spot_kernels.mask_labels import mask_labels
@@ -21,6 +22,7 @@ __all__ = [
     "PermutedDecoder",
     "PermutedDecoderBlock",
     "SlotAttention",
+    "add_norm",
     "assign_masks",
     "chosen_backend",
     "gru_norm",

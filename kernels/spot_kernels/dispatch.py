@@ -42,6 +42,7 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "slot_cross_attention": {"triton": (torch.float32, *_HALF)},
     "slot_cross_map": {"triton": (torch.float32, *_HALF)},
     "gru_norm": {"triton": (torch.float32, *_HALF)},
+    "add_norm": {"triton": (torch.float32, *_HALF)},
     "linear_assignment": {
         "triton": (torch.float64, torch.float32, *_HALF),
         "native": (torch.float64, torch.float32, *_HALF),

@@ -31,7 +31,7 @@ from stand_in_gpu import pretend_gpu, square_case
 CEILINGS = Ceilings(1e9, {"float32": 1e12, "bfloat16": 2e12})
 OPERATORS = set(
     "slot_attention_step permuted_causal_attention slot_cross_attention linear_assignment match_masks SlotAttention "
-    "slot_cross_map shift_by_order gru_norm".split()
+    "slot_cross_map shift_by_order gru_norm add_norm".split()
 )
 
 

@@ -55,7 +55,9 @@ def test_every_operator_is_the_same_with_another_default_device(operator, backen
 
 
 @every_backend
-@pytest.mark.parametrize("operator", ["slot_attention_step", "slot_cross_attention", "gru_norm", "shift_by_order"])
+@pytest.mark.parametrize(
+    "operator", ["slot_attention_step", "slot_cross_attention", "gru_norm", "add_norm", "shift_by_order"]
+)
 def test_autocast_is_the_same_under_any_default_dtype(operator, backend):
     function, tensors = calls()[operator]
     with use_backend(backend), torch.autocast("cpu", torch.bfloat16):

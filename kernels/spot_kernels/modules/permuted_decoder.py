@@ -11,7 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spot_kernels.modules.layers import ACTIVATIONS, check_choice, check_heads, linear, merge_heads, mlp, split_heads
+from spot_kernels.modules.layers import (
+    ACTIVATIONS,
+    Stream,
+    check_choice,
+    check_heads,
+    is_exactly,
+    linear,
+    merge_heads,
+    mlp,
+    residual_norm,
+    split_heads,
+)
 from spot_kernels.permuted_attention import permuted_causal_attention
 from spot_kernels.slot_cross_attention import slot_cross_attention, slot_cross_map
 
@@ -94,25 +105,38 @@ class PermutedDecoderBlock(nn.Module):
         self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None, *, return_map: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """tokens [B, N, D], slots [B, K, D] → tokens [B, N, D], cross-attention map [B, N, K] or None."""
-        tokens = self.attend_to_tokens(tokens, order)
-        return self.attend_to_slots(tokens, *self.cross_attention.keys_values(slots), return_map=return_map)
+        stream, mean_map = self.advance(Stream(tokens), slots, order, return_map=return_map)
+        return stream.total(), mean_map
 
-    def attend_to_tokens(self, tokens: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-        """The first part of the block, self-attention: tokens [B, N, D] → tokens [B, N, D]."""
-        normed = self.norm_self(tokens)
-        return (normed if self.first else tokens) + self.self_attention(normed, order)
+    def advance(
+        self, stream: Stream, slots: torch.Tensor, order: torch.Tensor | None, *, return_map: bool = False
+    ) -> tuple[Stream, torch.Tensor | None]:
+        """`forward` that leaves the last addition to the next block's first LayerNorm."""
+        k, v = self.cross_attention.keys_values(slots)
+        return self.attend_to_slots(self.attend_to_tokens(stream, order), k, v, return_map=return_map)
+
+    def attend_to_tokens(self, stream: Stream, order: torch.Tensor | None) -> Stream:
+        """The first part of the block, self-attention."""
+        stream, normed = residual_norm(self.norm_self, stream, replaces=self.first)
+        return stream._replace(delta=self.self_attention(normed, order))
 
     def attend_to_slots(
-        self, tokens: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_map: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The rest of the block: cross-attention to the slots' k and v [B, H, K, d], and FFN → tokens, map or None."""
-        out, mean_map = self.cross_attention.attend(self.norm_cross(tokens), k, v, return_map=return_map)
-        tokens = tokens + out
-        return tokens + self.ffn(self.norm_ffn(tokens)), mean_map
+        self, stream: Stream, k: torch.Tensor, v: torch.Tensor, *, return_map: bool = False
+    ) -> tuple[Stream, torch.Tensor | None]:
+        """The rest of the block: cross-attention to the slots' k and v [B, H, K, d], and FFN → stream, map or None."""
+        stream, normed = residual_norm(self.norm_cross, stream)
+        out, mean_map = self.cross_attention.attend(normed, k, v, return_map=return_map)
+        stream, normed = residual_norm(self.norm_ffn, stream._replace(delta=out))
+        return stream._replace(delta=self.ffn(normed)), mean_map
 
     def map(self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
         """The map [B, N, K] alone, without the FFN and what else comes after it."""
-        return self.cross_attention.map(self.norm_cross(self.attend_to_tokens(tokens, order)), slots)
+        return self.map_of(Stream(tokens), slots, order)
+
+    def map_of(self, stream: Stream, slots: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+        """`map` behind other blocks."""
+        _, normed = residual_norm(self.norm_cross, self.attend_to_tokens(stream, order))
+        return self.cross_attention.map(normed, slots)
 
 
 class PermutedDecoder(nn.Module):
@@ -164,16 +188,39 @@ class PermutedDecoder(nn.Module):
         Returns:
             out [B, N, D]; the last block's cross-attention [B, N, K], averaged over heads.
         """
-        for block in self.blocks[:-1]:
-            tokens, _ = block(tokens, slots, order)
-        tokens, mean_map = self.blocks[-1](tokens, slots, order, return_map=True)
-        return self.norm(tokens), mean_map
+        stream, _ = self._run(self.blocks[:-1], Stream(tokens), slots, order)
+        stream, mean_map = self._run(self.blocks[-1:], stream, slots, order, return_map=True)
+        return self._finish(stream), mean_map
+
+    def _run(
+        self,
+        blocks: nn.ModuleList,
+        stream: Stream,
+        slots: torch.Tensor,
+        order: torch.Tensor | None,
+        *,
+        return_map: bool = False,
+    ) -> tuple[Stream, torch.Tensor | None]:
+        """The stream behind these blocks, and the map of the last one, or None."""
+        mean_map = None
+        for block in blocks:
+            if is_exactly(block, PermutedDecoderBlock):
+                stream, mean_map = block.advance(stream, slots, order, return_map=return_map)
+            else:  # hooks and wrappers see whole blocks
+                tokens, mean_map = block(stream.total(), slots, order, return_map=return_map)
+                stream = Stream(tokens)
+        return stream, mean_map
+
+    def _finish(self, stream: Stream) -> torch.Tensor:
+        """The prediction [B, N, D]."""
+        if isinstance(self.norm, nn.Identity):
+            return self.norm(stream.total())
+        return residual_norm(self.norm, stream, for_product=False)[1]
 
     def masks(self, tokens: torch.Tensor, slots: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
         """The map [B, N, K] of `forward` without the work behind it, for a teacher, of whom nothing else is used."""
-        for block in self.blocks[:-1]:
-            tokens, _ = block(tokens, slots, order)
-        return self.blocks[-1].map(tokens, slots, order)
+        stream, _ = self._run(self.blocks[:-1], Stream(tokens), slots, order)
+        return self.blocks[-1].map_of(stream, slots, order)
 
     def decode_orders(
         self, tokens: torch.Tensor, slots: torch.Tensor, orders: torch.Tensor, sources: torch.Tensor
@@ -190,13 +237,15 @@ class PermutedDecoder(nn.Module):
             sources: int64 [P, N], the index among the M inputs of the token at each raster position.
         """
         first, last = self.blocks[0], len(self.blocks) - 1
-        normed = first.norm_self(tokens)
+        begin, normed = residual_norm(first.norm_self, Stream(tokens), replaces=True)
         qkv = first.self_attention.project_qkv(normed)
         slots_kv = [block.cross_attention.keys_values(slots) for block in self.blocks]
         for order, source in zip(orders, sources, strict=True):
-            x = normed.index_select(1, source) + first.self_attention.attend(qkv.index_select(1, source), order)
+            out = first.self_attention.attend(qkv.index_select(1, source), order)
+            low = None if begin.low is None else begin.low.index_select(1, source)
+            stream = Stream(begin.tokens.index_select(1, source), out, low)
             for i, (block, kv) in enumerate(zip(self.blocks, slots_kv, strict=True)):
                 if i > 0:  # the first block's self-attention is done
-                    x = block.attend_to_tokens(x, order)
-                x, mean_map = block.attend_to_slots(x, *kv, return_map=i == last)
-            yield self.norm(x), mean_map
+                    stream = block.attend_to_tokens(stream, order)
+                stream, mean_map = block.attend_to_slots(stream, *kv, return_map=i == last)
+            yield self._finish(stream), mean_map

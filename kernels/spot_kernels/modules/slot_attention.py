@@ -17,6 +17,7 @@ from spot_kernels.modules.layers import (
     eps_in_sum,
     gru_and_norm,
     gru_step,
+    layer_norm,
     linear,
     merge_heads,
     mlp,
@@ -258,7 +259,7 @@ class SlotAttention(nn.Module):
         slots = self._initial(inputs.shape[0], slots, num_slots, noise)
         iterations = self.iterations if iterations is None else iterations
         _check_iterations(iterations)
-        inputs = self.norm_inputs(inputs)
+        inputs = layer_norm(self.norm_inputs, inputs)
         k = self._split(self.project_k(inputs) * self.scale)
         v = self._split(self.project_v(inputs))
         initial = slots

@@ -84,6 +84,7 @@ def _split(answer: tuple[int, int], change: Change, arguments: dict[str, Any]) -
 _LOOP = {"num_warps": (4, 8), "num_stages": (1, 2, 3)}
 _TILES = {"block_m": (32, 64, 128), "block_n": (32, 64), "num_warps": (4, 8), "num_stages": (2, 3)}
 _BLOCK = {"block_n": (16, 32, 64), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
+_NORM = {"rows": (1, 2, 4), "num_warps": (2, 4, 8), "programs": (2, 4, 6, 8), "num_stages": (1, 2)}
 _ROWS = {"rows": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8)}
 SWEEPS = (
     Sweep(
@@ -110,6 +111,8 @@ SWEEPS = (
     Sweep("slot_cross_attention", "slot_cross_attention._backward_config", BOTH, _BLOCK),
     Sweep("SlotAttention", "gru_norm._forward_config", FORWARD, _ROWS),
     Sweep("SlotAttention", "gru_norm._backward_config", BOTH, _ROWS),
+    Sweep("add_norm", "add_norm._forward_config", FORWARD, {"rows": (1, 2, 4, 8), "num_warps": (2, 4, 8)}),
+    Sweep("add_norm", "add_norm._backward_config", BOTH, _NORM),
     Sweep("match_masks", "mask_matching.config", FORWARD, {"tokens": (32, 64, 128, 256), "warps": (1, 2, 4, 8)}),
 )
 

@@ -30,6 +30,7 @@ WANTED = {
     "slot_cross_attention": "decoder, map",
     "slot_cross_map": "teacher",
     "gru_norm": "SPOT",
+    "add_norm": "24 bits",
     "shift_by_order": "decoder",
     "match_masks": "SPOT",
     "linear_assignment": "64 of 7",

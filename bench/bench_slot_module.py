@@ -67,7 +67,8 @@ def build(dims: tuple[int, ...], dtype: str, setting: Setting, names: tuple[str,
         return call
 
     def updated(tokens_in: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
-        return module(tokens_in, initial)[0]
+        """Slots in float32, as ours are: autocast of a GPU makes those of PyTorch's GRU bfloat16."""
+        return module(tokens_in, initial)[0].float()
 
     techniques = {
         OURS: lambda: autocast(updated),

@@ -1,25 +1,29 @@
 #!/usr/bin/env bash
-# The first minutes on a GPU, most telling results first: one call of 480 s at most that decides what is done next.
+# The first minutes on a GPU, most telling results first: one call of 600 s at most that decides what is done next.
 #
 #   bash bench/first_light.sh                          all parts, in this order; needs a GPU, no network, no install
 #   bash bench/first_light.sh --rehearse               the same code with small shapes, on any machine, in a minute
-#   bash bench/first_light.sh operators steps          some of the parts
+#   LIMIT=200 bash bench/first_light.sh operators steps layouts     some of the parts, in little time
+#   VARIANTS="mix_order combo" bash bench/first_light.sh techniques  with options of Inductor as rows
 #
 #   ceilings   copy, a large product, the step's own products: the true floor of a step              45 s at most
 #   operators  go or no-go: every kernel at its real shape against float64, repeats, races           100 s
-#   steps      both stages, batch 64: eager, compiled, CUDA graph; waits, equality, profile          190 s
+#   steps      both stages, batch 64: compiled, CUDA graph, eager; waits, equality, profile          190 s
+#   techniques  a graphed step of both stages without each technique, and under options of Inductor  120 s
 #   layouts    the decoder's self-attention in raster and in order layout: which one stays            65 s
 #   rivals     the other kernels beside torch.compile in replayed graphs, and under ncu               80 s
 #
 # Every result is printed and appended to its part's CSV at once. A part that fails or runs out of its time leaves what
 # it has and does not stop the others; what a part leaves of its time is the next ones'. OUT is where CSV files, profiles
-# and the log go (bench/results; a rehearsal's to a new folder); LIMIT the seconds of all parts together (480); COMMIT
-# names the commit where the checkout came without its history. Exit code: 0, 1 where something is no go, failed or ran
+# and the log go (bench/results; a rehearsal's to a new folder); LIMIT the seconds of all parts together (600; races are
+# searched for from 300); COMMIT names the commit where the checkout came without its history; VARIANTS what
+# `techniques.py` has as rows beyond the techniques (mix_order). Exit code: 0, 1 where something is no go, failed or ran
 # out of time, 2 where nothing was begun.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 SECONDS=0
-LIMIT=${LIMIT:-480}
+LIMIT=${LIMIT:-600}
+VARIANTS=${VARIANTS-mix_order}
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH=.:kernels PYTHONUNBUFFERED=1
 # what is compiled ahead of its part is found there again
@@ -35,12 +39,12 @@ parts=()
 for word in "$@"; do
   case $word in
   --rehearse) rehearse=(--rehearse) ;;
-  ceilings | operators | steps | layouts | rivals) parts+=("$word") ;;
-  *) refuse "unknown part $word: use ceilings, operators, steps, layouts, rivals, or --rehearse" ;;
+  ceilings | operators | steps | techniques | layouts | rivals) parts+=("$word") ;;
+  *) refuse "unknown part $word: use ceilings, operators, steps, techniques, layouts, rivals, or --rehearse" ;;
   esac
 done
-[ ${#parts[@]} -gt 0 ] || parts=(ceilings operators steps layouts rivals)
-[[ $LIMIT =~ ^[1-9][0-9]{0,4}$ ]] || refuse "LIMIT=$LIMIT is no number of seconds: use 480, or leave it out"
+[ ${#parts[@]} -gt 0 ] || parts=(ceilings operators steps techniques layouts rivals)
+[[ $LIMIT =~ ^[1-9][0-9]{0,4}$ ]] || refuse "LIMIT=$LIMIT is no number of seconds: use 600, or leave it out"
 "$PYTHON" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 9)'
 case $? in
 0) ;;
@@ -110,6 +114,7 @@ ceilings() { limited ceilings 45; }
 operators() {
   local jobs=(--jobs 8)
   [ ${#rehearse[@]} -eq 0 ] || jobs=(--jobs 0)
+  [ "$LIMIT" -ge 300 ] || jobs+=(--no-races)
   limited operators 100 "${jobs[@]}"
 }
 steps() {
@@ -117,6 +122,12 @@ steps() {
   limited steps 95 --stage 1 || code=$?
   limited steps 95 --stage 2 || code=$?
   return $code
+}
+techniques() {
+  local words=(--variants)
+  # shellcheck disable=SC2206
+  [ ${#rehearse[@]} -gt 0 ] && words+=(--stages 1) || words+=($VARIANTS)
+  limited techniques 120 "${words[@]}"
 }
 layouts() { limited layouts 65; }
 rivals() { limited rivals 80; }

@@ -28,7 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("be
 from harness.live_bytes import of_step
 from harness.step_runs import TrainerSteps, settings, write_teacher
 from harness.targets import target_file
-from ladder import about_machine, write_csv
+from ladder import SPEED, about_machine, write_csv
 
 from spot_fast.files import atomic_write
 from spot_fast.precision import resolve
@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps = args.steps or (20 if device.type == "cuda" else 3)
     measured = []
     about = about_machine(device, math.nan) | {"precision": resolve("auto", device)}
-    del about["bfloat16_flops_per_s"]
+    del about[SPEED]
     kept = read_csv(args.csv, about) if args.csv is not None else []
     for point, changes in points(device.type, args.tiny):
         known = [one for one in kept if _same(one, point)]

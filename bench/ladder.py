@@ -35,27 +35,54 @@ from harness.step_runs import settings, write_teacher
 from harness.targets import target_file
 
 from spot_fast.files import atomic_write
+from spot_fast.precision import cpu_has_bfloat16
+from spot_kernels import dispatch
 
 REFERENCE = Technique("reference: plain float32, three encoder passes in stage 2", reference=True)
-TECHNIQUES = (
-    REFERENCE,
-    Technique("+ our modules and operators, nothing computed twice"),
-    Technique("+ bfloat16 products, float32 weights", precision="bf16"),
-    Technique("+ frozen features cached", precision="bf16", cached=True),
-    Technique("+ torch.compile", precision="bf16", cached=True, changes={"compile": "yes"}),
-    Technique(
-        "+ the whole step as a CUDA graph",
-        precision="bf16",
-        cached=True,
-        changes={"compile": "yes", "cuda_graph": "yes"},
-    ),
-)
+# What a step does without, once everything that can be is cached, in the order in which rows add it; the name of each.
+LESS_WORK = {
+    "flat_parameters": "+ weights, gradients and moments in flat buffers",
+    "input_path": "+ the decoder's input in the run's precision",
+    "folded_cross_attention": "+ folded cross-attention",
+    "joined_projections": "+ joined projections",
+    "order_layout": "+ tokens in the patch order",
+    "residual_norm": "+ residual and LayerNorm in one kernel",
+    "linear_relu": "+ bias and ReLU in the product",
+}
+# Those of them that change nothing on a CPU.
+_ON_A_GPU = ("order_layout", "residual_norm", "linear_relu")
+_CACHED = Technique("+ frozen features cached", cached=True)
+
+
+def techniques(device: torch.device) -> list[Technique]:
+    """The rows: products in bfloat16, where the device multiplies it, from the third one on."""
+    named = [*(name for name in LESS_WORK if name in dispatch.TECHNIQUES), *(dispatch.TECHNIQUES.keys() - LESS_WORK)]
+    precision = "bf16" if device.type != "cpu" or cpu_has_bfloat16() else "float32"
+    rows = [
+        REFERENCE,
+        Technique("+ our modules and operators, nothing computed twice", without=tuple(named)),
+        Technique("+ bfloat16 products, float32 weights", precision="bf16", without=tuple(named)),
+        replace(_CACHED, precision=precision, without=tuple(named)),
+    ]
+    for number, name in enumerate(named, 1):
+        title = LESS_WORK.get(name, f"+ {name.replace('_', ' ')}")
+        rows.append(replace(rows[-1], name=title, without=tuple(named[number:]), adds=name))
+    last = replace(rows[-1], adds="")
+    return [
+        *rows,
+        replace(last, name="+ torch.compile", changes={"compile": "yes"}),
+        replace(last, name="+ the whole step as a CUDA graph", changes={"compile": "yes", "cuda_graph": "yes"}),
+    ]
+
+
 COCO_BATCH, COCO_STEPS = 64, 50 * (118_287 // 64)
 # A row may be this many times as far from float64 as plain PyTorch of its precision, and as far as this in any case:
 # rounding of a loss; in float32 gradients a ReLU input next to zero that falls on the other side.
 ROOM = 3.0
 _LOSS = {"float32": 1e-6, "bf16": 4e-3}
 _GRADIENTS = {"float32": 1e-3, "bf16": 0.0}
+SPEED = "product_flops_per_s"
+_AT_ONCE = 4  # processes on a CPU, besides the reference
 
 
 @dataclass(frozen=True)
@@ -106,6 +133,10 @@ def verdict(row: Row) -> Row:
 
 def reason_to_skip(technique: Technique, device: torch.device) -> str:
     """Why the row is not run on this device; empty if it is."""
+    if technique.adds in _ON_A_GPU and device.type == "cpu":
+        return "skipped: it changes nothing on a CPU"
+    if technique.precision == "bf16" and device.type == "cpu" and not cpu_has_bfloat16():
+        return "skipped: this processor does not multiply bfloat16, so all rows are float32"
     if technique.changes.get("cuda_graph") == "yes" and device.type == "cpu":
         return "skipped: there is no GPU to record on"
     if technique.changes.get("compile") == "yes" and device.type == "cpu":
@@ -120,7 +151,7 @@ def measure(
     device: torch.device,
     *,
     tiny: bool,
-    techniques: Sequence[Technique] = TECHNIQUES,
+    techniques: Sequence[Technique],
 ) -> list[Row]:
     """The rows of one stage, of `steps` timed steps each."""
     with tempfile.TemporaryDirectory() as name:
@@ -140,9 +171,24 @@ def measure(
         }
         runnable = [one for one in techniques if not rows[one.name].problem]
         times: dict[str, list[float]] = {}
-        for group in [runnable] if device.type == "cpu" else [[one] for one in runnable]:
-            times |= _group(job, group, rows, about["plain"], steps)
-    return with_speeds(list(rows.values()), times)
+        ratios: dict[str, float] = {}
+        for group in groups(runnable, device):
+            found = _group(job, group, rows, about["plain"], steps)
+            reference = found.get(REFERENCE.name) or times.get(REFERENCE.name)
+            for name, seconds in found.items():
+                if reference is not None:
+                    ratios.setdefault(name, median(a / b for a, b in zip(reference, seconds, strict=True)))
+            times = found | times
+    return with_speeds(list(rows.values()), times, ratios)
+
+
+def groups(runnable: Sequence[Technique], device: torch.device) -> list[list[Technique]]:
+    """The rows whose processes run at the same time: one on a GPU; on a CPU as many as the memory of a desktop holds,
+    each group with the reference."""
+    if device.type != "cpu":
+        return [[one] for one in runnable]
+    first, others = [one for one in runnable if one.reference], [one for one in runnable if not one.reference]
+    return [first + others[i : i + _AT_ONCE] for i in range(0, len(others), _AT_ONCE)] or [first]
 
 
 def _group(
@@ -188,15 +234,14 @@ def _group(
     return {name: seconds[1:] for name, seconds in times.items()}  # the first one warms up
 
 
-def with_speeds(rows: Sequence[Row], times: dict[str, list[float]]) -> list[Row]:
-    """Rows with the medians of `times`, seconds by technique; `Row.times` is the median of step-by-step ratios."""
-    reference = times.get(REFERENCE.name)
+def with_speeds(rows: Sequence[Row], times: dict[str, list[float]], ratios: dict[str, float]) -> list[Row]:
+    """Rows with the medians of `times`, seconds by technique; ratios: of the reference's steps to the row's."""
     found = []
     for row in rows:
         seconds = times.get(row.technique)
         if seconds and not row.problem:
-            ratio = None if reference is None else median(a / b for a, b in zip(reference, seconds, strict=True))
-            row = replace(row, ms=1e3 * median(seconds), images_s=row.batch_size / median(seconds), times=ratio)
+            once = median(seconds)
+            row = replace(row, ms=1e3 * once, images_s=row.batch_size / once, times=ratios.get(row.technique))
         found.append(row)
     return found
 
@@ -251,14 +296,19 @@ def about_machine(device: torch.device, flops_per_s: float) -> dict[str, str]:
         "cores": str(cores()),
         "torch": torch.__version__,
         "commit": commit(),
-        "bfloat16_flops_per_s": f"{flops_per_s:.4g}",
+        SPEED: f"{flops_per_s:.4g}",
     }
 
 
 def report(rows: Sequence[Row], about: dict[str, str]) -> str:
     """The tables, and what they were measured on."""
-    parts = (table(rows, float(about["bfloat16_flops_per_s"])), footer(about, rows[0].batch_size), projection(rows))
+    parts = (table(rows, _speed(about)), footer(about, rows[0].batch_size), projection(rows))
     return "\n\n".join(filter(None, parts))
+
+
+def _speed(about: dict[str, str]) -> float:
+    """FLOPs a second; earlier files name the precision."""
+    return float(about.get(SPEED) or about["bfloat16_flops_per_s"])
 
 
 def projection(rows: Sequence[Row]) -> str:
@@ -280,12 +330,12 @@ def projection(rows: Sequence[Row]) -> str:
 
 def footer(about: dict[str, str], batch_size: int) -> str:
     where = about["device"] if about["device"] != "cpu" else f"{about['cpu']}, {about['cores']} cores"
-    speed = float(about["bfloat16_flops_per_s"]) / 1e12
+    speed = _speed(about) / 1e12
     return (
         f"Batch {batch_size}; medians on {where}, torch {about['torch']}, {about['date']}. % of floor: the time "
-        f"that the products a step needs would take at the {speed:.3g} TFLOP/s of a large bfloat16 product "
-        "(measured there), by the step's time. Errors: relative to the reference step in float64, gradients' as "
-        "the norm of their difference."
+        f"that the products a step needs would take at the {speed:.3g} TFLOP/s of a large product in the fastest "
+        "precision (measured there), by the step's time. Errors: relative to the reference step in float64, gradients' "
+        "as the norm of their difference."
     )
 
 
@@ -340,10 +390,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     batch_size, steps = args.batch_size or (64 if gpu else 8), args.steps or (30 if gpu else 5)
     rows, fastest = [], 0.0
     for stage in args.stages:
-        fastest = max(fastest, measure_ceilings(device).flops["bfloat16"])
-        rows += measure(stage, batch_size, steps, device, tiny=args.tiny)
+        fastest = max(fastest, *measure_ceilings(device).flops.values())
+        rows += measure(stage, batch_size, steps, device, tiny=args.tiny, techniques=techniques(device))
         # Again: something else may have been running before.
-        fastest = max(fastest, measure_ceilings(device).flops["bfloat16"])
+        fastest = max(fastest, *measure_ceilings(device).flops.values())
         about = about_machine(device, fastest)
         if args.csv is not None:
             write_csv(args.csv, rows, about)

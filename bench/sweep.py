@@ -76,43 +76,57 @@ class Sweep:
 
 def _split(answer: tuple[int, int], change: Change, arguments: dict[str, Any]) -> tuple[int, int]:
     """slot_attention_plan.splits with a given number of programs a sample."""
-    tokens, block = arguments["tokens"], arguments["block"]
-    span = math.ceil(math.ceil(tokens / block) / change["number"]) * block
-    return math.ceil(tokens / span), span
+    span = math.ceil(arguments["tokens"] / change["number"])
+    return math.ceil(arguments["tokens"] / span), span
 
 
-_LOOP = {"num_warps": (4, 8), "num_stages": (1, 2, 3)}
+_LOOP = {"tokens": (32, 64, 128), "num_warps": (4, 8, 16), "num_stages": (1, 2, 3)}
+_NUMBERS = {"number": (1, 2, 3, 4, 8, 16, 32, 64)}
 _TILES = {"block_m": (32, 64, 128), "block_n": (32, 64), "num_warps": (4, 8), "num_stages": (2, 3)}
 _BLOCK = {"block_n": (16, 32, 64), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
 _NORM = {"rows": (1, 2, 4), "num_warps": (2, 4, 8), "programs": (2, 4, 6, 8), "num_stages": (1, 2)}
+_ROWS_BY_CHANNELS = {
+    "block_n": (16, 32, 64, 128),
+    "block_d": (64, 128, 256),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3),
+}
 _ROWS = {"rows": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8)}
 SWEEPS = (
     Sweep(
         "slot_attention_step",
         "slot_attention_plan.plan",
         FORWARD,
-        {"tokens": (16, 32, 64, 128)} | _LOOP,
+        _LOOP,
         {"backward": False},
     ),
     Sweep(
         "slot_attention_step",
         "slot_attention_plan.plan",
         BOTH,
-        {"tokens": (16, 32, 64, 128)} | _LOOP,
+        _LOOP,
         {"backward": True},
     ),
-    Sweep(
-        "slot_attention_step", "slot_attention_plan.splits", BOTH, {"number": (1, 2, 3, 4, 8, 16, 32, 64)}, make=_split
-    ),
+    Sweep("slot_attention_step", "slot_attention_plan.splits", FORWARD, _NUMBERS, {"backward": False}, make=_split),
+    Sweep("slot_attention_step", "slot_attention_plan.splits", BOTH, _NUMBERS, {"backward": True}, make=_split),
     Sweep("permuted_causal_attention", "permuted_attention_plan.config", FORWARD, _TILES, part="forward"),
     Sweep("permuted_causal_attention", "permuted_attention_plan.config", BOTH, _TILES, part="queries"),
     Sweep("permuted_causal_attention", "permuted_attention_plan.config", BOTH, _TILES, part="keys"),
     Sweep("slot_cross_attention", "slot_cross_attention._forward_config", FORWARD, _BLOCK),
     Sweep("slot_cross_attention", "slot_cross_attention._backward_config", BOTH, _BLOCK),
+    Sweep("folded_cross_attention", "folded_cross_attention._forward_config", FORWARD, _ROWS_BY_CHANNELS),
+    Sweep("folded_cross_attention", "folded_cross_attention._tokens_config", BOTH, _ROWS_BY_CHANNELS),
+    Sweep("folded_cross_attention", "folded_cross_attention._slots_config", BOTH, _ROWS_BY_CHANNELS),
     Sweep("SlotAttention", "gru_norm._forward_config", FORWARD, _ROWS),
     Sweep("SlotAttention", "gru_norm._backward_config", BOTH, _ROWS),
     Sweep("add_norm", "add_norm._forward_config", FORWARD, {"rows": (1, 2, 4, 8), "num_warps": (2, 4, 8)}),
     Sweep("add_norm", "add_norm._backward_config", BOTH, _NORM),
+    Sweep(
+        "linear_relu",
+        "linear_relu._backward_config",
+        BOTH,
+        {"rows": (8, 16, 32), "columns": (128, 256), "programs": (2, 4, 8, 16), "num_warps": (4, 8)},
+    ),
     Sweep("match_masks", "mask_matching.config", FORWARD, {"tokens": (32, 64, 128, 256), "warps": (1, 2, 4, 8)}),
 )
 

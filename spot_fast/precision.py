@@ -74,13 +74,13 @@ def float32_products(precision: str) -> Iterator[None]:
 
 
 def store_in_bfloat16(module: nn.Module) -> None:
-    """Rounds the weights of `module`'s linear and convolution layers, which must be frozen, to bfloat16 in place.
+    """Rounds the weights of `module`'s linear, GRU and convolution layers, which must be frozen, to bfloat16 in place.
 
     Under a bf16 `autocast` nothing changes: it rounds them in the same way, but at every call, since it remembers only
     the casts of weights that train. All other weights stay float32.
     """
     for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
+        if isinstance(layer, nn.Linear | nn.GRUCell | nn.Conv2d):
             for weight in layer.parameters(recurse=False):
                 if weight.requires_grad:
                     raise ValueError("a layer that trains keeps its float32 weights: freeze it first")

@@ -94,9 +94,11 @@ def names(options: Options) -> list[str]:
     return list(dict.fromkeys(case.operator for case in cases(Setting(options.gpu, tiny=options.rehearse))))
 
 
-def operators(recorder: Recorder, options: Options, time: Time, jobs: int, only: str) -> None:
+def operators(
+    recorder: Recorder, options: Options, time: Time, jobs: int, only: str = "", *, races: bool = True
+) -> None:
     wanted = [name for name in names(options) if only in name]
-    sanitizers = [] if options.rehearse or only else [start_sanitizer(name) for name in RACES]
+    sanitizers = [start_sanitizer(name) for name in RACES] if races and not options.rehearse and not only else []
     if jobs == 0:  # in this process
         results = _Direct(recorder)
         for name in wanted:
@@ -225,8 +227,9 @@ if __name__ == "__main__":
     words = parser(__doc__)
     words.add_argument("--jobs", type=int, default=8, metavar="N", help="processes at a time; 0: all in this one")
     words.add_argument("--only", default="", help="operators whose name contains this")
+    words.add_argument("--no-races", action="store_true", help="without compute-sanitizer")
     words.add_argument("--once", choices=RACES, help="small calls of an operator, nothing else")
     args = words.parse_args()
     if args.once:
         sys.exit(once(args.once, options(args).device))
-    sys.exit(run("operators", lambda *given: operators(*given, args.jobs, args.only), args))
+    sys.exit(run("operators", lambda *given: operators(*given, args.jobs, args.only, races=not args.no_races), args))

@@ -27,7 +27,7 @@ import torch
 from harness.machine import commit, cpu_name, nvidia_smi
 from harness.tables import slug
 
-PARTS = ("ceilings", "operators", "steps", "layouts", "rivals")
+PARTS = ("ceilings", "operators", "steps", "techniques", "layouts", "rivals")
 GO, NO_GO, ABSENT, LATE = "go", "NO GO", "not here", "out of time"
 # The exit code of a part that ran out of its time, as `timeout` has it.
 OUT_OF_TIME = 124

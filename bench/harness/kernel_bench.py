@@ -180,15 +180,22 @@ def gradients_of(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 def evaluate(
     function: Function, inputs: Tensors, parameters: Tensors = (), grads: Sequence[torch.Tensor] | None = None
 ) -> Results:
-    """Outputs, and gradients by all inputs and parameters that require them, for the outputs' gradients `grads`."""
+    """Outputs, and gradients by all inputs and parameters that require them, for the outputs' gradients `grads`.
+
+    Nothing of the graph outlives the call: outputs are detached, and the inputs are leaves made here. A leaf's node
+    belongs to the stream on which it was made; one that is kept would bind every later backward pass to that stream,
+    which no capture on another stream survives.
+    """
+    inputs = tuple(t.detach().requires_grad_() if t.requires_grad else t for t in inputs)
     outputs = outputs_of(function(*inputs))
+    detached = tuple(t.detach() for t in outputs)
     wanted = [t for t in (*inputs, *parameters) if t.requires_grad]
     if not wanted:
-        return Results(outputs, ())
+        return Results(detached, ())
     if grads is None:
         grads = [torch.ones_like(t) for t in outputs]
     grads = [grad.to(t.dtype) for grad, t in zip(grads, outputs, strict=True)]
-    return Results(outputs, torch.autograd.grad(outputs, wanted, grads))
+    return Results(detached, torch.autograd.grad(outputs, wanted, grads))
 
 
 def _joined(results: Sequence[Results]) -> list[Results]:

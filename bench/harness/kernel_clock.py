@@ -8,6 +8,7 @@ last cache level there.
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -137,22 +138,43 @@ def interleaved(
     return {name: median(values) for name, values in taken.items()}
 
 
+# Of captures that failed: PyTorch's allocator goes on asking their graphs, so they may not be freed.
+_failed: list[torch.cuda.CUDAGraph] = []
+_WARM_UP = 3
+
+
 def captured(call: Call, sets: int) -> tuple[Call | None, str]:
     """A replay of the calls with all `sets` of inputs as one CUDA graph, and an empty text; None and the reason where
-    the call cannot be captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    the call cannot be captured.
+
+    Warms up on the stream of the capture, as libraries make a workspace for each stream and thread. The rules of a
+    capture hold for this thread alone: backward passes have one of their own, in which libraries may still allocate.
+    """
+    gc.collect()  # graphs of earlier calls in a cycle of references would keep their leaves' nodes, see `evaluate`
+    before, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(before)
+    graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.stream(side):
-            call(0)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+            for i in range(_WARM_UP):
+                call(i % sets)
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             for i in range(sets):
                 call(i)
     except Exception as error:
-        return None, " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        _failed.append(graph)
+        return None, _first_reason(error)
+    finally:
+        torch.cuda.set_stream(before)  # a capture that failed leaves its own
+        before.wait_stream(side)
     return lambda i: graph.replay(), ""
+
+
+def _first_reason(error: BaseException) -> str:
+    """What went wrong first, in one line: the end of a capture only says that something did."""
+    if "during capture" in str(error) and error.__context__ is not None:
+        error = error.__context__
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def graph_seconds(call: Call, sets: int) -> tuple[float | None, str]:

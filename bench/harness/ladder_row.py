@@ -26,13 +26,19 @@ _EXACT = "exact.safetensors"
 
 @dataclass(frozen=True)
 class Technique:
-    """A row: its name, whether it is the reference, precision, cached features, further settings of the trainer."""
+    """A row: its name, whether it is the reference, precision, cached features, further settings of the trainer.
+
+    without: techniques of `spot_kernels.dispatch.TECHNIQUES` that its process does without, from the trainer's making
+    on. adds: the one of them that the row is about.
+    """
 
     name: str
     reference: bool = False
     precision: str = "float32"
     cached: bool = False
     changes: dict = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+    adds: str = ""
 
 
 @dataclass(frozen=True)
@@ -207,4 +213,7 @@ if __name__ == "__main__":
     if wanted is None:
         _exact(Job(**given))
     else:
-        _row(Job(**given), Technique(**wanted))
+        from spot_kernels import dispatch
+
+        with dispatch.without(*wanted["without"]):
+            _row(Job(**given), Technique(**wanted))

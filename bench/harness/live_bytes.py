@@ -85,8 +85,8 @@ def of_step(steps, *, products: bool = True) -> int:
     trainer = steps.trainer
     modules = [trainer.model, *([trainer.teacher] if trainer.teacher is not None else [])]
     held = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    held += [p.grad for p in trainer.parameters if p.grad is not None]
-    held += [tensor for state in trainer.optimiser.state.values() for tensor in state.values()]
+    held += [gradient for gradient in trainer.optimiser.last_gradients() if gradient is not None]
+    held += trainer.optimiser.tensors()
     with LiveBytes(held, products=products) as counter:
         steps.next()
     return counter.peak

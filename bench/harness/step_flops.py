@@ -3,7 +3,8 @@
 A product of [m, k] and [k, n] has 2·m·k·n. Backward has twice those of forward, as every product needs the gradients
 of both factors. Causal attention needs half of its N × N matrix. Counted once: the trunk of student, teacher and
 target; the teacher's decoder up to the last cross-attention's weights; of the student's slot attention in stage 2 only
-the last iteration has a backward pass. Softmax, LayerNorm, losses, Adam and matching are left out.
+the last iteration has a backward pass. A cross-attention's projections of queries and output are folded into the slots
+where that is less work. Softmax, LayerNorm, losses, Adam and matching are left out.
 `tests/bench/test_step_flops.py` compares with `torch.utils.flop_counter` on the reference step's parts.
 """
 
@@ -54,12 +55,14 @@ def products(model: Spot, teacher: Spot | None) -> Counter[Product]:
     def decode(one: Spot, kinds: tuple[str, ...], masks_only: bool) -> None:
         blocks = len(one.decoder.transformer.blocks)
         hidden = one.decoder.transformer.blocks[0].ffn[0].out_features
+        folded = [_folds(tokens, one.slot_encoder.num_slots, dim, heads) for heads in _cross_heads(one)]
         last = blocks - masks_only  # blocks whose cross-attention and FFN run to their end
-        layer(dim, dim, kinds)  # the input's projection
+        layer(dim, dim, FIRST if kinds is TRAINED else kinds)  # the input's projection: only [BOS] needs its gradient
         layer(dim, 3 * dim, kinds, times=blocks)
         layer(dim, dim, kinds, times=blocks)
-        layer(dim, dim, kinds, times=blocks)  # queries of the cross-attention
-        layer(dim, dim, kinds, times=last)
+        # queries and output of the cross-attention
+        layer(dim, dim, kinds, times=folded.count(False))
+        layer(dim, dim, kinds, times=folded[:last].count(False))
         layer(dim, hidden, kinds, times=last)
         layer(hidden, dim, kinds, times=last)
 
@@ -95,16 +98,42 @@ def slots(model: Spot) -> tuple[float, float, float]:
     return over_tokens, (module.iterations - 1) * iteration, iteration
 
 
-def decoder(model: Spot, *, masks_only: bool = False) -> float:
-    """Forward of the decoder for one image; masks_only: up to the last cross-attention's weights."""
+def _cross_heads(model: Spot) -> list[int]:
+    """Heads of each block's cross-attention."""
+    return [block.cross_attention.heads for block in model.decoder.transformer.blocks]
+
+
+def _projected(tokens: int, count: int, dim: int, heads: int, folded: bool) -> int:
+    """Multiply-adds of one side of a cross-attention, queries and logits or what is read and the output, for one image.
+
+    As it is written, every token is projected, by D × D, and meets each slot in D channels. Folded, the slots are
+    projected, and every token meets each slot of each head in D channels.
+    """
+    if folded:
+        return count * dim * dim + tokens * heads * count * dim
+    return tokens * dim * dim + tokens * count * dim
+
+
+def _folds(tokens: int, count: int, dim: int, heads: int) -> bool:
+    return _projected(tokens, count, dim, heads, True) < _projected(tokens, count, dim, heads, False)
+
+
+def decoder(model: Spot, *, masks_only: bool = False, folded: bool = True) -> float:
+    """Forward of the decoder for one image; masks_only: up to the last cross-attention's weights.
+
+    folded: with cross-attentions folded where that is less work, the floor; False: as the reference computes them.
+    """
     one, count, width = model.decoder, model.slot_encoder.num_slots, model.slot_encoder.slot_dim
     tokens, dim = model.encoder.num_tokens, model.encoder.dim
     ffn = 2 * tokens * dim * one.transformer.blocks[0].ffn[0].out_features
     attend = tokens * dim * 4 * dim + tokens**2 * dim  # half of the two products of N × N
-    query = tokens * dim * dim + count * dim * dim + tokens * count * dim  # q, k and the weights
-    rest = tokens * dim * dim + count * dim * dim + tokens * count * dim  # v, what is read from it, the projection
-    products = len(one.transformer.blocks) * (attend + query + rest + ffn) - (rest + ffn if masks_only else 0)
-    return 2 * (products + tokens * dim * dim + count * width * dim)
+    products = tokens * dim * dim + count * width * dim  # the projections of input and slots
+    for heads in _cross_heads(model):
+        fold = folded and _folds(tokens, count, dim, heads)
+        # of k and of v, each with its side
+        side = count * dim * dim + _projected(tokens, count, dim, heads, fold)
+        products += attend + 2 * side + ffn
+    return 2 * (products - (side + ffn if masks_only else 0))
 
 
 def step(model: Spot, teacher: Spot | None, *, cached: bool) -> float:
@@ -113,6 +142,7 @@ def step(model: Spot, teacher: Spot | None, *, cached: bool) -> float:
     over_tokens, earlier, last = slots(model)
     through = 3 if model.slot_encoder.attention.truncation == "none" else 1
     total = 3 * (over_tokens + last + decoder(model)) + through * earlier
+    total -= 2 * model.encoder.num_tokens * model.encoder.dim**2  # the gradient by the decoder's input
     if not cached:
         total += encoder(model, depth, embed=True)
     if model.last_blocks is not None:

@@ -9,7 +9,7 @@ not mirrored, which would only make the cache twice as large.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -143,7 +143,8 @@ class TrainerSteps:
         trainer.meter = Meter(trainer.device)
         self.next()
         values = trainer.meter.read(trainer.meter.interval, 1)
-        return Outcome(values["loss"], _gradients(trainer.parameters, values["grad_norm"], trainer.config.clip))
+        found = zip(trainer.optimiser.last_gradients(), trainer.parameters, strict=True)
+        return Outcome(values["loss"], _gradients(found, values["grad_norm"], trainer.config.clip))
 
 
 class ReferenceSteps:
@@ -188,7 +189,8 @@ class ReferenceSteps:
     def first(self) -> Outcome:
         """The first step, with what it computed."""
         values = self.next()
-        return Outcome(values.loss, _gradients(self.reference.parameters, values.norm, self.reference.clip))
+        found = ((parameter.grad, parameter) for parameter in self.reference.parameters)
+        return Outcome(values.loss, _gradients(found, values.norm, self.reference.clip))
 
 
 def _batches(trainer: Trainer) -> Iterator[Batch]:
@@ -196,7 +198,7 @@ def _batches(trainer: Trainer) -> Iterator[Batch]:
         yield from trainer.batches()
 
 
-def _gradients(parameters: list[torch.nn.Parameter], norm: float, clip: float) -> Tensor:
-    """All gradients as one vector, with the clipping by `norm` undone."""
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+def _gradients(found: Iterable[tuple[Tensor | None, torch.nn.Parameter]], norm: float, clip: float) -> Tensor:
+    """All gradients as one vector, with the clipping by `norm` undone; zeros for parameters without one."""
+    flat = torch.cat([(torch.zeros_like(p) if grad is None else grad).flatten() for grad, p in found])
     return flat * max(1.0, (norm + 1e-6) / clip)

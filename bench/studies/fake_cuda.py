@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -36,22 +35,19 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench")]
 
-from harness.step_runs import settings, write_teacher
+from harness import fake_gpu
+from harness.fake_gpu import CUDA, draws_on_gpu, trainer_on_gpu
+from harness.step_runs import settings
 
 from spot_fast.data import Batch, open_set
 from spot_fast.data.caching.feature_cache import FeatureCache
 from spot_fast.evaluation.protocols import GroundTruth, chosen
 from spot_fast.evaluation.scoring import _Pass
 from spot_fast.segmentation.segmenter import model_segmenter
-from spot_fast.training.bad_steps import BadSteps
-from spot_fast.training.console import Meter
 from spot_fast.training.losses import loss_weights
 from spot_fast.training.optimiser import adam, clip_by_infinity_norm, set_learning_rate, update
-from spot_fast.training.step import Draws
-from spot_fast.training.trainer import Trainer
 from spot_kernels import dispatch
 
-CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 ERROR, WAIT, COPY = "error", "wait", "copy"
 
 
@@ -152,19 +148,6 @@ def _line(stack: traceback.StackSummary) -> str:
     return "outside the project"
 
 
-def to_gpu(module: nn.Module) -> nn.Module:
-    """The module with parameters and buffers of the same shapes and dtypes on the GPU; inside a FakeTensorMode."""
-    for part in module.modules():
-        for name, parameter in list(part._parameters.items()):
-            if parameter is not None:
-                value = torch.empty(parameter.shape, dtype=parameter.dtype, device=CUDA)
-                part._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-        for name, buffer in list(part._buffers.items()):
-            if buffer is not None:
-                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=CUDA)
-    return module
-
-
 class Study:
     """Traces the sections of one stage."""
 
@@ -172,17 +155,8 @@ class Study:
         self.stage, self.sections = stage, []
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         config = settings(stage, precision="bf16", batch_size=4 if tiny else 8, tiny=tiny, val_images=2)
-        with tempfile.TemporaryDirectory() as folder:
-            teacher = write_teacher(Path(folder) / "teacher", config) if stage == 2 else None
-            self.trainer = trainer = Trainer(config, device=CPU, teacher=teacher)
+        self.trainer = trainer_on_gpu(config, self.mode)
         self.val_set = open_set(config, "val")
-        with self.mode:
-            for model in (trainer.model, trainer.teacher):
-                if model is not None:
-                    to_gpu(model)
-            trainer.device = trainer.draw.device = trainer.forward.device = CUDA
-            trainer.parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-            trainer.meter, trainer.bad_steps = Meter(CUDA), BadSteps(CUDA, config.spike)
         self.images = torch.zeros(config.batch_size, 3, config.image_size, config.image_size, dtype=torch.uint8)
 
     @contextlib.contextmanager
@@ -195,16 +169,6 @@ class Study:
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             section.findings.append(Finding(ERROR, reason, _line(traceback.extract_tb(error.__traceback__))))
-
-    def draws(self) -> Draws:
-        """As `Draw` makes them, but without its generator, which needs a GPU."""
-        draw = self.trainer.draw
-        draw.generator = None
-        order, noise = draw._order_and_noise(draw.model)
-        teacher_order, teacher_noise = (None, None)
-        if draw.teacher is not None:
-            teacher_order, teacher_noise = draw._order_and_noise(draw.teacher)
-        return Draws(order, noise, teacher_order, teacher_noise, False)
 
     def run(self) -> list[Section]:
         trainer, config = self.trainer, self.trainer.config
@@ -220,7 +184,7 @@ class Study:
             held = [torch.empty(rows, *f.shape[1:], dtype=f.dtype, device=CUDA) for f in features]
             FeatureCache([], 1, tensors=held).take(torch.empty(config.batch_size, dtype=torch.int64, device=CUDA))
         with self.section("what is drawn"):
-            draws = self.draws()
+            draws = draws_on_gpu(trainer)
             weights = loss_weights(config, 0, trainer.total_steps, CUDA)
         if trainer.teacher is not None:
             with self.section("teaching"), trainer.forward.autocast():
@@ -291,13 +255,8 @@ def report(sections: Sequence[Section]) -> str:
 
 @contextlib.contextmanager
 def as_if_there_was_a_gpu() -> Iterator[None]:
-    """For what PyTorch asks of the driver."""
-    with contextlib.ExitStack() as stack:
-        # autocast switches itself off where there is no GPU
-        stack.enter_context(patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
-        stack.enter_context(patch("torch.cuda.is_bf16_supported", lambda: True))
-        stack.enter_context(patch("torch.cuda.is_current_stream_capturing", lambda: False))
-        stack.enter_context(patch.object(Tensor, "pin_memory", _pinned))
+    """For what PyTorch asks of the driver, pinned memory included."""
+    with fake_gpu.as_if_there_was_a_gpu(), patch.object(Tensor, "pin_memory", _pinned):
         yield
 
 

@@ -6,8 +6,11 @@ few lines of PyTorch each.
 
 from spot_kernels import flops
 from spot_kernels.add_norm import add_norm
+from spot_kernels.clipped_adam import clipped_adam, infinity_norm
 from spot_kernels.dispatch import chosen_backend, use_backend
+from spot_kernels.folded_cross_attention import folded_cross_attention, folded_cross_map
 from spot_kernels.gru_norm import gru_norm
+from spot_kernels.linear_relu import linear_relu
 from spot_kernels.mask_labels import mask_labels
 from spot_kernels.mask_matching import assign_masks, linear_assignment, match_masks, overlap_counts
 from spot_kernels.modules import PermutedDecoder, PermutedDecoderBlock, SlotAttention
@@ -25,8 +28,13 @@ __all__ = [
     "add_norm",
     "assign_masks",
     "chosen_backend",
+    "clipped_adam",
+    "folded_cross_attention",
+    "folded_cross_map",
     "gru_norm",
+    "infinity_norm",
     "linear_assignment",
+    "linear_relu",
     "mask_labels",
     "match_masks",
     "overlap_counts",

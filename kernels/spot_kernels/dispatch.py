@@ -41,8 +41,11 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "shift_by_order": {"triton": (torch.float32, *_HALF)},
     "slot_cross_attention": {"triton": (torch.float32, *_HALF)},
     "slot_cross_map": {"triton": (torch.float32, *_HALF)},
+    "folded_cross_attention": {"triton": (torch.float32, *_HALF)},
+    "folded_cross_map": {"triton": (torch.float32, *_HALF)},
     "gru_norm": {"triton": (torch.float32, *_HALF)},
     "add_norm": {"triton": (torch.float32, *_HALF)},
+    "linear_relu": {"triton": (torch.float32, *_HALF)},
     "linear_assignment": {
         "triton": (torch.float64, torch.float32, *_HALF),
         "native": (torch.float64, torch.float32, *_HALF),
@@ -51,6 +54,8 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "match_masks": {"triton": _LABELS, "native": _LABELS},
     "overlap_counts": {"triton": _LABELS, "native": _LABELS},
     "mask_labels": {"native": (torch.float64, torch.float32, *_HALF)},
+    "infinity_norm": {"triton": (torch.float32, *_HALF)},
+    "clipped_adam": {"triton": (torch.float32,)},
 }
 
 # Operators without gradients: their results are constants to any transform.
@@ -59,8 +64,11 @@ _CONSTANT = ("linear_assignment", "assign_masks", "match_masks", "overlap_counts
 TECHNIQUES = {
     "folded_cross_attention": "projections of a cross-attention's queries and output are folded into the slots",
     "order_layout": "the decoder's tokens lie in the patch order, so that plain causal attention serves",
+    "input_path": "the decoder's input keeps the run's precision, and its projection has a gradient by [BOS] alone",
     "residual_norm": "one kernel adds to the residual stream and normalises it",
+    "joined_projections": "slot attention's keys and values are one product, with the keys' scale in its weights",
     "linear_relu": "bias and ReLU in the epilogue of the product",
+    "flat_parameters": "a trainer made in the block keeps weights, gradients and moments in flat buffers",
 }
 _TRANSFORMED = "the call is inside a transform of torch.func or forward-mode differentiation"
 

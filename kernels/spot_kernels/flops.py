@@ -40,6 +40,11 @@ def _cross_backward(grad_out: _Shape | None, grad_map, q: _Shape, k: _Shape, *_,
     return (2 if grad_out is None else 4) * _product(q, k)
 
 
+def _folded(x: _Shape, a: _Shape, times: int) -> int:
+    """FLOPs of x aᵀ, x [B, N, D] and a [B, H, K, D] with all heads' slots side by side, `times` over."""
+    return times * 2 * math.prod(x) * a[1] * a[2]
+
+
 _FORMULAS = {
     "slot_attention_step": _forward,
     "slot_attention_step_backward": _slot_backward,
@@ -47,6 +52,13 @@ _FORMULAS = {
     "slot_cross_attention_backward": _cross_backward,
     "slot_cross_map": lambda q, k, *_, **__: _product(q, k),
     "slot_cross_map_backward": lambda grad_map, q, k, *_, **__: 2 * _product(q, k),
+    "linear_relu": lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0],
+    "folded_cross_attention": lambda x, a, *_, **__: _folded(x, a, 2),
+    "folded_cross_attention_backward": lambda grad_out, grad_map, x, a, *_, **__: _folded(
+        x, a, 2 if grad_out is None else 4
+    ),
+    "folded_cross_map": lambda x, a, *_, **__: _folded(x, a, 1),
+    "folded_cross_map_backward": lambda grad_map, x, a, *_, **__: _folded(x, a, 2),
     "permuted_causal_attention": _forward,
     "permuted_causal_attention_backward": lambda grad, q, k, *_, **__: 4 * _product(q, k),
 }

@@ -17,9 +17,10 @@ from spot_fast.errors import UserError
 from spot_fast.model.encoder import Encoder
 from spot_fast.model.implementations import IMPLEMENTATIONS
 from spot_fast.model.patch_orders import patch_orders
-from spot_kernels import PermutedDecoder, shift_by_order
+from spot_kernels import PermutedDecoder, dispatch, shift_by_order
 from spot_kernels.modules import linear
 from spot_kernels.modules.layers import layer_norm
+from spot_kernels.modules.order_layout import SEQUENCE, Order, from_sequence, prefers_order_layout, take_rows
 
 
 class _Projection(nn.Sequential):
@@ -107,14 +108,44 @@ class AutoregressiveDecoder(nn.Module):
             tokens = shift_by_order(target, bos, order)
         return tokens + self.positions if self.cappa > 0 else tokens
 
+    def _tokens(self, target: Tensor, bos: Tensor, order: Tensor, in_order: bool) -> Tensor:
+        """The projected input [B, N, D] of an autoregressive step, in raster layout or in the order's sequence.
+
+        [BOS] needs a gradient and the target none. So [BOS] is projected apart, and backward multiplies one row by the
+        projection's weights instead of one for each token.
+        """
+        batch, count, _ = target.shape
+        if self.cappa > 0 or not dispatch.uses("input_path"):
+            if in_order:
+                rows = take_rows(target, order[..., :-1])
+                shifted = torch.cat([bos.to(target.dtype).expand(batch, -1).unsqueeze(1), rows], 1)
+            else:
+                shifted = shift_by_order(target, bos, order)
+            return self.input_proj(shifted + self.positions if self.cappa > 0 else shifted)
+        project, norm = self.input_proj
+        first = project(bos if bos.dim() == 2 else bos.unsqueeze(0)).expand(batch, -1).unsqueeze(1)
+        if in_order:
+            # The projection has no bias: [BOS] is added to a row of zeros, whose gradient needs no masking.
+            rows = F.pad(take_rows(target, order[..., :-1]), (0, 0, 1, 0))
+            return norm(project(rows) + F.pad(first, (0, 0, 0, count - 1)))
+        before = torch.empty_like(order).scatter_(-1, order, order.roll(1, -1))
+        tokens = project(take_rows(target, before))
+        begin = order[..., :1, None].expand(batch, 1, tokens.shape[2])
+        return norm(tokens.scatter(1, begin, first.to(tokens.dtype)))
+
     def _prepare(
         self, slots: Tensor, target: Tensor, order_index: Tensor | None, parallel: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[tuple[Tensor, Tensor, Order], Tensor | None]:
+        """What the transformer takes, and the order in which its tokens lie, None for raster layout."""
         if parallel and self.cappa <= 0:
             raise ValueError("parallel=True needs a decoder with cappa > 0: it has no mask token")
-        parallel = parallel or self.cappa >= 1
-        tokens = self.input_proj(self.inputs(target, order_index, parallel=parallel))
-        return tokens, self.slot_proj(slots), None if parallel else self._pick(order_index)[1]
+        if parallel or self.cappa >= 1:
+            tokens = self.input_proj(self.inputs(target, order_index, parallel=True))
+            return (tokens, self.slot_proj(slots), None), None
+        bos, order = self._pick(order_index)
+        in_order = prefers_order_layout(target)
+        tokens = self._tokens(target, bos, order, in_order)
+        return (tokens, self.slot_proj(slots), SEQUENCE if in_order else order), order if in_order else None
 
     def forward(
         self, slots: Tensor, target: Tensor, order_index: Tensor | None = None, *, parallel: bool = False
@@ -124,11 +155,21 @@ class AutoregressiveDecoder(nn.Module):
         order_index: int64 [] or [B] on the slots' device, None = order 0. parallel: decode from mask tokens without
         the causal mask.
         """
-        return self.transformer(*self._prepare(slots, target, order_index, parallel))
+        prediction, masks, order = self.decode(slots, target, order_index, parallel=parallel)
+        return (prediction, masks) if order is None else (from_sequence(prediction, order), from_sequence(masks, order))
+
+    def decode(
+        self, slots: Tensor, target: Tensor, order_index: Tensor | None = None, *, parallel: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`forward` without moving its results: they lie in the order that comes third, [N] or [B, N]; None: raster."""
+        inputs, order = self._prepare(slots, target, order_index, parallel)
+        return *self.transformer(*inputs), order
 
     def masks(self, slots: Tensor, target: Tensor, order_index: Tensor | None = None) -> Tensor:
         """The masks of `forward` alone, [B, N, K]."""
-        return self.transformer.masks(*self._prepare(slots, target, order_index, parallel=False))
+        inputs, order = self._prepare(slots, target, order_index, parallel=False)
+        masks = self.transformer.masks(*inputs)
+        return masks if order is None else from_sequence(masks, order)
 
     def all_orders(self, slots: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """`forward` in every order in turn (ENS); the target features are projected once for all of them."""

@@ -14,23 +14,34 @@ from torch import Tensor, nn
 
 from spot_fast.config import Config
 from spot_fast.errors import UserError
-from spot_fast.model.decoders import build_decoder
+from spot_fast.model.decoders import AutoregressiveDecoder, build_decoder
 from spot_fast.model.encoder import Encoder
 from spot_fast.model.implementations import IMPLEMENTATIONS
 from spot_fast.model.slot_encoder import SlotEncoder
 from spot_fast.model.tensor_checks import require_finite
+from spot_kernels.modules.layers import is_exactly
+from spot_kernels.modules.order_layout import take_rows
 
 
 @dataclass
 class SpotOutput:
     """slots [B, K, U]; slot_attn [B, N, K] and slot_logits [B, H, N, K] of the last slot-attention iteration;
-    prediction [B, N, D]; decoder masks [B, N, K]."""
+    prediction [B, N, D]; decoder masks [B, N, K].
+
+    order: int64 [N] or [B, N], the sequence in which the tokens of prediction and masks lie; None: raster layout, as
+    all else is.
+    """
 
     slots: Tensor
     slot_attn: Tensor
     slot_logits: Tensor
     prediction: Tensor
     masks: Tensor
+    order: Tensor | None = None
+
+    def beside_prediction(self, target: Tensor) -> Tensor:
+        """The target [B, N, D], which needs no gradient, from raster into the prediction's layout."""
+        return target if self.order is None else take_rows(target, self.order)
 
 
 class Spot(nn.Module):
@@ -99,6 +110,7 @@ class Spot(nn.Module):
         *,
         noise: Tensor | None = None,
         parallel: bool = False,
+        moved: bool = False,
     ) -> SpotOutput:
         """Slots of `features` [B, N, D], and what the decoder makes of them.
 
@@ -107,8 +119,12 @@ class Spot(nn.Module):
             order_index: patch order of the step as an int64 tensor [] or [B] on the model's device; None = order 0.
             noise: standard-normal draw [B, K, U] for gaussian slots; None draws it.
             parallel: a CapPa step.
+            moved: the decoder may leave prediction and masks in the order in which it decoded them.
         """
         slots, attn, logits = self.slot_encoder(features, noise)
+        # not where a derived class or a hook may expect a call of forward
+        if moved and is_exactly(self.decoder, AutoregressiveDecoder):
+            return SpotOutput(slots, attn, logits, *self.decoder.decode(slots, target, order_index, parallel=parallel))
         prediction, masks = self.decoder(slots, target, order_index, parallel=parallel)
         return SpotOutput(slots, attn, logits, prediction, masks)
 

@@ -162,11 +162,11 @@ class World:
             dist.all_reduce(wanted, dist.ReduceOp.MAX)
         return bool(wanted)
 
-    def gradients(self, parameters: Sequence[nn.Parameter]) -> LocalGradients:
-        """Averages the gradients of `parameters` over the processes, in place."""
+    def gradients(self, parameters: Sequence[nn.Parameter], leaves: Sequence[nn.Parameter]) -> LocalGradients:
+        """Averages the gradients of `parameters` over the processes, in place. leaves: see `SharedGradients`."""
         if self.size == 1:
             return LocalGradients()
-        return SharedGradients(parameters, self.size, self._gradients, self._exchange)
+        return SharedGradients(parameters, self.size, self._gradients, self._exchange, leaves=leaves)
 
     def corrupt_elsewhere(self) -> dict[str, str]:
         """{label: reason} of images that other processes could not read."""

@@ -2,24 +2,77 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-_FUSED = ("cpu", "cuda")
+if TYPE_CHECKING:
+    from spot_fast.training.flat import FlatAdam
+    from spot_fast.training.shared_gradients import LocalGradients
+
+BETAS, EPS = (0.9, 0.999), 1e-8
+FUSED = ("cpu", "cuda")
 _STATE = "adam."
 
 
-def adam(parameters: Iterable[nn.Parameter], *, graphed: bool = False) -> torch.optim.Adam:
+class Adam(torch.optim.Adam):
+    """torch's Adam with the methods of `flat.FlatAdam`."""
+
+    @property
+    def leaves(self) -> list[nn.Parameter]:
+        """What backward has to give gradients to."""
+        return self.param_groups[0]["params"]
+
+    def in_use(self) -> AbstractContextManager[list[nn.Parameter]]:
+        """The block of a forward and backward pass."""
+        return contextlib.nullcontext(self.leaves)
+
+    def take_from(self, gradients: LocalGradients) -> None:
+        """Gradients are always those of the parameters."""
+
+    def collect(self) -> None:
+        """After each backward pass."""
+
+    def clip(self, limit: float) -> Tensor:
+        return clip_by_infinity_norm(self.leaves, limit)
+
+    def update(self, bad: Tensor) -> None:
+        update(self, bad)
+
+    def last_gradients(self) -> list[Tensor | None]:
+        """The gradients of the last step, clipped."""
+        return [parameter.grad for parameter in self.leaves]
+
+    def rate_on_device(self) -> None:
+        """From now on the learning rate is a tensor on the device, which recorded steps read."""
+        (group,) = self.param_groups
+        device = self.leaves[0].device
+        group["lr"] = torch.zeros((), dtype=torch.float32, device=device)
+        group["capturable"] = device.type == "cuda"
+
+    def load(self, parameter: nn.Parameter, what: str, value: Tensor) -> None:
+        # A copy, because a tensor from a file may lie at any address and its alignment would change the last bits.
+        self.state[parameter][what] = value.to(parameter.device, copy=True)
+
+    def tensors(self) -> list[Tensor]:
+        """All that `update` changes in place, weights first."""
+        moments = (value for state in self.state.values() for value in state.values())
+        return [*(parameter.data for parameter in self.leaves), *moments]
+
+
+def adam(parameters: Iterable[nn.Parameter], *, graphed: bool = False) -> Adam:
     """Adam (0.9, 0.999) without weight decay; the learning rate is set before every step.
 
     graphed: its step may be recorded as a CUDA graph, so the rate is a tensor on the device.
     """
     parameters = list(parameters)
-    fused = all(parameter.device.type in _FUSED for parameter in parameters)
+    fused = all(parameter.device.type in FUSED for parameter in parameters)
     rate = torch.zeros((), dtype=torch.float32, device=parameters[0].device) if graphed else 0.0
-    return torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.999), weight_decay=0.0, fused=fused, capturable=graphed)
+    return Adam(parameters, lr=rate, betas=BETAS, eps=EPS, weight_decay=0.0, fused=fused, capturable=graphed)
 
 
 def update(optimiser: torch.optim.Adam, bad: Tensor) -> None:
@@ -32,7 +85,7 @@ def update(optimiser: torch.optim.Adam, bad: Tensor) -> None:
     optimiser.step()
 
 
-def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimiser: Adam | FlatAdam, rate: float) -> None:
     for group in optimiser.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -59,7 +112,7 @@ def clip_by_infinity_norm(parameters: Sequence[nn.Parameter], limit: float) -> T
     return norm
 
 
-def optimiser_tensors(optimiser: torch.optim.Adam, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+def optimiser_tensors(optimiser: Adam | FlatAdam, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
     """Moments and step counts of all parameters that have had a gradient, as adam.<what>.<parameter name>."""
     return {
         f"{_STATE}{what}.{names[parameter]}": value
@@ -69,13 +122,11 @@ def optimiser_tensors(optimiser: torch.optim.Adam, names: Mapping[nn.Parameter, 
 
 
 def load_optimiser_tensors(
-    optimiser: torch.optim.Adam, names: Mapping[nn.Parameter, str], tensors: Mapping[str, Tensor]
+    optimiser: Adam | FlatAdam, names: Mapping[nn.Parameter, str], tensors: Mapping[str, Tensor]
 ) -> None:
     """Restores what `optimiser_tensors` returned."""
     by_name = {name: parameter for parameter, name in names.items()}
     for key, value in tensors.items():
         if key.startswith(_STATE):
             what, name = key.removeprefix(_STATE).split(".", 1)
-            parameter = by_name[name]
-            # A copy, because a tensor from a file may lie at any address and its alignment would change the last bits.
-            optimiser.state[parameter][what] = value.to(parameter.device, copy=True)
+            optimiser.load(by_name[name], what, value)

@@ -15,14 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from spot_kernels.clipped_adam import UNIT
+
 # Large enough for the full speed of exchanges, small enough that nobody waits long for the last one.
 PIECE_BYTES = 25 * 2**20
-_ALIGNED = 16  # gradients begin at multiples of so many elements
 _LOSSES = 8  # room for the losses at the end of the last piece
 
 
@@ -44,7 +46,10 @@ class SharedGradients(LocalGradients):
     """The gradients of `parameters` in `size` processes, which all call the same methods.
 
     group: of the exchange, None for the default one. exchanging: a context for each exchange, which may turn its
-    errors into others. `finish` leaves the same bits in all processes.
+    errors into others. leaves: what autograd differentiates by instead of each parameter: in bf16 runs the shadows of
+    `flat`. `finish` leaves the same bits in all processes.
+
+    buffer, starts: all gradients of the last step, and where in it those of each parameter begin; zeros lie between.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class SharedGradients(LocalGradients):
         exchanging: Callable[[], AbstractContextManager],
         *,
         piece_bytes: int = PIECE_BYTES,
+        leaves: Sequence[nn.Parameter] | None = None,
     ) -> None:
         self._parameters, self._size, self._group = list(parameters), size, group
         self._exchanging, self._piece_bytes = exchanging, piece_bytes
@@ -62,8 +68,8 @@ class SharedGradients(LocalGradients):
         self._earlier: list[Tensor] = []  # buffers that a recorded step may go on using
         self._lay_out()
         self._sharing, self._has_gradient = False, set()
-        for parameter in self._parameters:
-            parameter.register_post_accumulate_grad_hook(self._arrived)
+        for parameter, leaf in zip(self._parameters, leaves or self._parameters, strict=True):
+            leaf.register_post_accumulate_grad_hook(partial(self._arrived, parameter))
 
     def _lay_out(self) -> None:
         """Cuts the buffer into pieces of whole parameters; the last one has the rare ones and room for the losses."""
@@ -85,12 +91,13 @@ class SharedGradients(LocalGradients):
         self._flat = torch.zeros(sum(counts), dtype=first.dtype, device=first.device)
         self._buffers = self._flat.split(counts)
         self._views: dict[nn.Parameter, Tensor] = {}
+        self._starts: dict[nn.Parameter, int] = {}
         self._piece_of: dict[nn.Parameter, int] = {}
-        for number, (piece, buffer) in enumerate(zip(pieces, self._buffers, strict=True)):
-            start = 0
+        start = 0
+        for number, piece in enumerate(pieces):
             for parameter in piece:
-                view = buffer[start : start + parameter.numel()].view_as(parameter)
-                self._views[parameter], self._piece_of[parameter] = view, number
+                view = self._flat[start : start + parameter.numel()].view_as(parameter)
+                self._views[parameter], self._starts[parameter], self._piece_of[parameter] = view, start, number
                 start += _room(parameter)
         self._members = [set(piece) for piece in pieces]
 
@@ -113,8 +120,11 @@ class SharedGradients(LocalGradients):
         self._sharing = True
 
     @torch.no_grad()
-    def _arrived(self, parameter: nn.Parameter) -> None:
-        """Autograd has added a pass's gradient of `parameter`."""
+    def _arrived(self, parameter: nn.Parameter, leaf: nn.Parameter) -> None:
+        """Autograd has added a pass's gradient of `parameter`, or has given it to its shadow, the `leaf`."""
+        if leaf is not parameter:
+            self._views[parameter].add_(leaf.grad)
+            leaf.grad = None
         self._has_gradient.add(parameter)
         if self._sharing:  # before the last pass a gradient is a partial sum
             self._missing[self._piece_of[parameter]].discard(parameter)
@@ -139,6 +149,7 @@ class SharedGradients(LocalGradients):
                 work.wait()
         self._flat /= self._size
         means = tuple(room[: len(losses)].clone().unbind())
+        self.buffer, self.starts = self._flat[:-_LOSSES], self._starts
         # Adam leaves a parameter without a gradient alone. Zeros would decay its moments.
         without = [parameter for parameter in self._parameters if parameter not in self._has_gradient]
         for parameter in without:
@@ -151,5 +162,5 @@ class SharedGradients(LocalGradients):
 
 
 def _room(parameter: nn.Parameter) -> int:
-    """Elements of the buffer that a parameter takes, rounded up so that the next one is aligned for vector loads."""
-    return -(-parameter.numel() // _ALIGNED) * _ALIGNED
+    """Elements of the buffer that a parameter takes: whole units, as the kernel of the update reads them."""
+    return -(-parameter.numel() // UNIT) * UNIT

@@ -10,12 +10,12 @@ device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from spot_fast.config import Config
@@ -25,9 +25,11 @@ from spot_fast.model.spot import Spot
 from spot_fast.precision import autocast
 from spot_fast.random_streams import Stream, generator, seed_of
 from spot_fast.training.bad_steps import BadSteps
+from spot_fast.training.flat import FlatAdam
 from spot_fast.training.losses import loss_terms, teacher_labels, weighted_sum
-from spot_fast.training.optimiser import clip_by_infinity_norm, update
+from spot_fast.training.optimiser import Adam
 from spot_fast.training.shared_gradients import LocalGradients
+from spot_kernels import dispatch
 
 # ---- what is random
 
@@ -119,10 +121,18 @@ class Forward:
         return tuple(t.bfloat16() for t in frozen) if self.precision == "bf16" else frozen
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Features for the slots and target features, both [B, N, D]; in stage 1 they are the same."""
-        frozen = batch.features or self.frozen_features(batch.images)
-        target, *hidden = (features.float() for features in frozen)
-        return (self.model.encoder.finish(hidden[0], self.model.last_blocks) if hidden else target), target
+        """Features for the slots and target features, both [B, N, D]; in stage 1 they are the same.
+
+        Of a bf16 run the target is in bfloat16, as it was computed or cached: what reads it rounds it to bfloat16 for a
+        product, or takes LayerNorm or loss in float32.
+        """
+        target, *hidden = batch.features or self.frozen_features(batch.images)
+        if self.precision != "bf16" or not dispatch.uses("input_path"):
+            target = target.float()
+        if not hidden:
+            return target, target
+        # in float32 for the blocks' residual stream
+        return self.model.encoder.finish(hidden[0].float(), self.model.last_blocks), target
 
     @torch.no_grad()
     def teach(self, target: Tensor, draws: Draws) -> Tensor:
@@ -138,12 +148,15 @@ class Forward:
         """
         with self.autocast():
             features, target = self.features(batch)
-            output = self.model(features, target, draws.order, noise=draws.noise, parallel=draws.parallel)
+            own = getattr(self.model.decoder, "losses", None)
+            # Mean squared error is the same in any order of tokens, and the target is moved without a backward pass.
+            output = self.model(
+                features, target, draws.order, noise=draws.noise, parallel=draws.parallel, moved=own is None
+            )
             labels = None if self.teacher is None else self.teach(target, draws)
-            own = {}
-            if hasattr(self.model.decoder, "losses"):
-                own = self.model.decoder.losses(output, target, draws.decoder)
-        return loss_terms(output, target, labels) | {name: term.float() for name, term in own.items()}
+            more = {} if own is None else own(output, target, draws.decoder)
+        terms = loss_terms(output, output.beside_prediction(target), labels)
+        return terms | {name: term.float() for name, term in more.items()}
 
     def losses(self, batch: Batch, draws: Draws, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `losses.weighted_sum`; `loss` is differentiated."""
@@ -163,35 +176,36 @@ class Update:
     def __init__(
         self,
         losses: Callable[[Batch, Draws, dict[str, Tensor]], dict[str, Tensor]],
-        parameters: Sequence[nn.Parameter],
-        optimiser: torch.optim.Adam,
+        optimiser: Adam | FlatAdam,
         gradients: LocalGradients,
         bad_steps: BadSteps,
         *,
         clip: float,
         accumulate: int,
     ):
-        self.losses, self.parameters, self.optimiser = losses, parameters, optimiser
-        self.gradients, self.bad_steps = gradients, bad_steps
+        self.losses, self.optimiser, self.gradients, self.bad_steps = losses, optimiser, gradients, bad_steps
         self.clip, self.accumulate = clip, accumulate
+        optimiser.take_from(gradients)
 
     def __call__(self, batch: Batch, draws: Draws, weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         self.optimiser.zero_grad(set_to_none=True)
         self.gradients.start()
         shares = []
-        for number, rows in enumerate(self._parts(len(batch)), 1):
-            if number == self.accumulate:
-                self.gradients.last_pass()  # from here on finished gradients travel while others are computed
-            losses = self.losses(batch[rows], draws[rows], weights)
-            share = {name: loss / self.accumulate for name, loss in losses.items()}
-            share["loss"].backward()
-            shares.append({name: loss.detach() for name, loss in share.items()})
+        with self.optimiser.in_use():
+            for number, rows in enumerate(self._parts(len(batch)), 1):
+                if number == self.accumulate:
+                    self.gradients.last_pass()  # from here on finished gradients travel while others are computed
+                losses = self.losses(batch[rows], draws[rows], weights)
+                share = {name: loss / self.accumulate for name, loss in losses.items()}
+                share["loss"].backward()
+                self.optimiser.collect()
+                shares.append({name: loss.detach() for name, loss in share.items()})
         sums = {name: torch.stack([share[name] for share in shares]).sum() for name in shares[0]}
         # The losses travel with the last gradients. All that follows is the same in every process.
         means = dict(zip(sums, self.gradients.finish(list(sums.values())), strict=True))
-        norm = clip_by_infinity_norm(self.parameters, self.clip)
+        norm = self.optimiser.clip(self.clip)
         verdict = self.bad_steps.judge(means["loss"], norm)
-        update(self.optimiser, verdict[0])
+        self.optimiser.update(verdict[0])
         return verdict, {**means, "grad_norm": norm}
 
     def _parts(self, images: int) -> Iterator[slice]:

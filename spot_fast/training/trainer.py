@@ -37,8 +37,16 @@ from spot_fast.training.compiled import Compiled, resolve_compile
 from spot_fast.training.console import Display, Meter, epoch_line
 from spot_fast.training.cuda_graph import Graphed, Recorder, resolve_cuda_graph
 from spot_fast.training.distributed import Ended, World
+from spot_fast.training.flat import FlatAdam, rounded_weights
 from spot_fast.training.losses import loss_weights
-from spot_fast.training.optimiser import adam, load_optimiser_tensors, optimiser_tensors, set_learning_rate
+from spot_fast.training.optimiser import (
+    FUSED,
+    Adam,
+    adam,
+    load_optimiser_tensors,
+    optimiser_tensors,
+    set_learning_rate,
+)
 from spot_fast.training.run_cache import Chosen, choose, open_source
 from spot_fast.training.run_folder import OthersFolder, RunFolder
 from spot_fast.training.schedule import learning_rate
@@ -46,6 +54,7 @@ from spot_fast.training.step import Draw, Forward, Update
 from spot_fast.training.teacher import load_teacher, teacher_hash
 from spot_fast.training.throughput import Pace, Profile, Throughput, count_flops
 from spot_fast.training.validation import quick_validation, skipped_images_line
+from spot_kernels import dispatch
 
 _SAVE_SECONDS = 300
 _MODEL = "model."  # prefix of the model's tensors in a saved state
@@ -96,7 +105,7 @@ class Trainer:
         self._build_models()
         self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         self.parameters = list(self.names)
-        self.optimiser = adam(self.parameters, graphed=graph == "yes")
+        self.optimiser = self._build_optimiser(graphed=graph == "yes")
         if config.on_bad_step == "skip" and not self.optimiser.param_groups[0]["fused"]:
             raise UserError(f"--on-bad-step skip does not work on {device}: use stop")
         self.bad_steps = BadSteps(device, config.spike)
@@ -105,12 +114,11 @@ class Trainer:
         self.forward = Forward(self.model, self.teacher, precision=self.precision, device=device)
         losses = self.forward.losses
         if config.compile == "yes":
-            losses = Compiled(losses, self.parameters, optional="compile" in optional, say=self.say)
+            losses = Compiled(losses, self.optimiser.leaves, optional="compile" in optional, say=self.say)
         self.update = Update(
             losses,
-            self.parameters,
             self.optimiser,
-            self.world.gradients(self.parameters),
+            self.world.gradients(self.parameters, self.optimiser.leaves),
             self.bad_steps,
             clip=config.clip,
             accumulate=config.accumulate,
@@ -161,6 +169,7 @@ class Trainer:
             # Frozen weights need no float32 master: autocast would round them anew in every step.
             store_in_bfloat16(encoder)
             if self.teacher is not None:
+                store_in_bfloat16(self.teacher.slot_encoder)
                 store_in_bfloat16(self.teacher.decoder)
         self.float8_layers = 0  # until their error has been reported
         if config.float8:
@@ -168,6 +177,18 @@ class Trainer:
                 raise UserError(f"--float8 belongs to --precision bf16, not {self.precision}: leave one out")
             float8.require(device)
             self.float8_layers = float8.convert(self.model.decoder)
+
+    def _build_optimiser(self, *, graphed: bool) -> Adam | FlatAdam:
+        if self.device.type not in FUSED or not dispatch.uses("flat_parameters"):
+            return adam(self.parameters, graphed=graphed)
+        rounded = rounded_weights(self.model) if self.precision == "bf16" else ()
+        return FlatAdam(
+            self.parameters,
+            model=self.model,
+            rounded=rounded,
+            graphed=graphed,
+            passes=self.config.accumulate,
+        )
 
     def say(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""

@@ -9,7 +9,9 @@ import time
 from dataclasses import replace
 
 import bench_add_norm
+import bench_folded_cross_attention
 import bench_gru_norm
+import bench_linear_relu
 import bench_mask_matching
 import bench_permuted_attention
 import bench_shift_by_order
@@ -32,7 +34,7 @@ from stand_in_gpu import pretend_gpu, square_case
 CEILINGS = Ceilings(1e9, {"float32": 1e12, "bfloat16": 2e12})
 OPERATORS = set(
     "slot_attention_step permuted_causal_attention slot_cross_attention linear_assignment match_masks SlotAttention "
-    "slot_cross_map shift_by_order gru_norm add_norm".split()
+    "slot_cross_map folded_cross_attention folded_cross_map shift_by_order gru_norm add_norm linear_relu".split()
 )
 
 
@@ -46,12 +48,18 @@ def test_work_by_hand():
     cross = bench_slot_cross_attention.work(1, 1, 2, 3, 4, 2, with_map=True)
     assert cross == (Work(2 * (16 + 24) + 24, 96), Work(2 * (24 + 48) + 24, 240))
     assert bench_slot_cross_attention.map_work(1, 1, 2, 3, 4, 2) == (Work(40 + 24, 48), Work(80 + 24, 144))
+    # 2 heads; 8, 12 and 16 elements of tokens, slots and a weight; 2 × 6 columns; 3 rows by a weight of 4 × 4
+    folded = bench_folded_cross_attention.work(1, 2, 2, 3, 4, 2, with_map=True)
+    assert folded == (Work(2 * (16 + 24 + 32) + 24, 192 + 192), Work(2 * (24 + 48 + 64) + 24, 768))
+    assert bench_folded_cross_attention.map_work(1, 2, 2, 3, 4, 2) == Work(2 * (8 + 12 + 16) + 24, 96 + 96)
     assert bench_shift_by_order.work(1, 2, 4, 2) == (Work(32 + 16, 0),) * 2
     # 2 rows of 4: gates of 2 × 12 elements of 2 bytes a row, a state of 4 floats
     assert bench_gru_norm.work(2, 4, 2) == (Work(96 + 32 + 16 + 32, 240), Work(2 * 128 + 48, 480))
     # 10 elements of a bfloat16 stream, 24 bits of it, a float32 stream, and a LayerNorm alone
     found = [bench_add_norm.work(10, *sizes) for sizes in ((2, 2, 2, 0), (2, 2, 2, 1), (4, 2, 2, 0), (2, 0, 2, 0))]
     assert [[one.bytes for one in both] for both in found] == [[80, 80], [100, 80], [120, 160], [40, 60]]
+    # 2 rows of 3 inputs and 4 outputs, weights of 12 elements: 24 multiply-adds a product
+    assert bench_linear_relu.work(2, 3, 4, 2) == (Work(2 * (6 + 12 + 4 + 8), 48), Work(2 * (12 + 24 + 4 + 32), 96))
     assert bench_mask_matching.assignment_work(2, 3) == Work(72 + 48, 0)
     assert bench_mask_matching.matching_work(2, 5) == Work(240, 0)
     # 1 token of 2 values, 1 slot of 1, MLP of 1 (4 bytes): k, v 8 bytes; inputs 8, slots 8
@@ -73,9 +81,13 @@ def test_every_gpu_shape_of_the_plan_is_there():
         ("permuted_causal_attention", "decoder 64×6 heads 196 d128"),
         ("slot_cross_attention", "decoder, map 64×6 heads 196 K7 d128"),
         ("slot_cross_map", "teacher 64×6 heads 196 K7 d128"),
+        ("folded_cross_attention", "decoder 64×6 heads 196 K7 D768"),
+        ("folded_cross_map", "teacher 64×6 heads 196 K7 D768"),
         ("shift_by_order", "decoder 64×196 D768"),
         ("gru_norm", "SPOT 64×K7 U256"),
         ("add_norm", "24 bits 64×196 D768"),
+        ("linear_relu", "decoder FFN 64×196 768 to 3072"),
+        ("linear_relu", "slots 64×7 256 to 1024"),
         ("linear_assignment", "64 of 7×7"),
         ("match_masks", "SPOT 64×196 K7"),
         ("SlotAttention", "SPOT 64×196 K7 D768 U256"),
@@ -329,6 +341,47 @@ def test_gpu_path_with_a_stand_in(monkeypatch):
     bench.call(OURS)()
 
 
+def test_no_graph_outlives_an_evaluation():
+    """A leaf's node that is kept belongs to the stream it was made on, and breaks captures on another one."""
+    x = torch.randn(3, requires_grad=True)
+    weight = torch.randn(3, requires_grad=True)
+    results = kernel_bench.evaluate(lambda x: (x * weight, None), (x,), (weight,), [torch.ones(3).bfloat16()])
+    assert not any(t.requires_grad for t in (*results.outputs, *results.gradients))
+    torch.testing.assert_close(results.gradients, (weight.detach(), x.detach()))
+    assert x.grad is None and x.requires_grad
+
+
+def test_a_capture_that_fails_leaves_the_stream_and_says_why(monkeypatch):
+    """As PyTorch's context does: it raises a second error at its end, and does not leave its stream."""
+    pretend_gpu(monkeypatch)
+    set_to, calls, broken = [], [], [True]
+
+    class Capture:
+        def __init__(self, graph, stream, capture_error_mode):
+            assert capture_error_mode == "thread_local"
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *exception):
+            if exception[0] is not None:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    def call(i):
+        calls.append(i)
+        if len(calls) > 4 and broken[0]:
+            raise ValueError("waits for the device")
+
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "set_stream", set_to.append)
+    assert kernel_clock.captured(call, 2) == (None, "ValueError: waits for the device")
+    assert calls == [0, 1, 0, 0, 1] and len(set_to) == 1
+    broken[0] = False
+    replay, why = kernel_clock.captured(call, 2)
+    assert why == "" and len(set_to) == 2
+    replay(0)
+
+
 def test_assignment_must_be_optimal():
     problem = bench_mask_matching.assignment_problem(3, 4, torch.device("cpu"))
     inputs = problem.inputs(0)
@@ -440,8 +493,7 @@ def test_sweep_reaches_the_launches():
     for entry in sweep.SWEEPS:
         assert launches(entry, None), entry.title
         for name, values in entry.grid.items():
-            # a tiny shape has nothing to split, nor rows for as many programs
-            if entry.function != "slot_attention_plan.splits" and name != "programs":
+            if name not in ("number", "programs"):  # a tiny shape has nothing to split, nor rows for as many programs
                 assert launches(entry, {name: values[0]}) != launches(entry, {name: values[-1]}), (entry.title, name)
 
 

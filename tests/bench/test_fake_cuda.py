@@ -65,15 +65,22 @@ def test_every_operator_runs_its_kernels_on_a_gpu(traced):
 
     q, k, v, tokens = tensor(2, 6, 7, 64), tensor(2, 6, 196, 64), tensor(2, 6, 196, 64), tensor(2, 196, 384)
     order, labels = tensor(196, dtype=torch.int64), tensor(2, 196, dtype=torch.int64)
+    folded = tensor(2, 6, 7, 384)
     gates, weight = tensor(14, 192), tensor(64, dtype=torch.float32)
+    flat, scalar = tensor(1024, dtype=torch.float32), tensor(dtype=torch.float32)
     calls = {
+        "infinity_norm": ([flat, flat.bfloat16()],),
+        "clipped_adam": (flat, [flat.bfloat16()], flat.clone(), flat.clone(), scalar.view(1), scalar),
         "slot_attention_step": (q, k, v),
         "slot_cross_attention": (k, q, q),
         "slot_cross_map": (k, q),
+        "folded_cross_attention": (tokens, folded, folded),
+        "folded_cross_map": (tokens, folded),
         "permuted_causal_attention": (k, k, v, order),
         "shift_by_order": (tokens, tensor(384), order),
         "gru_norm": (gates, gates, tensor(14, 64, dtype=torch.float32), weight, weight),
         "add_norm": (tokens, *[tensor(384, dtype=torch.float32)] * 2, 1e-5, tokens),
+        "linear_relu": (tokens, tensor(1536, 384), tensor(1536)),
         "linear_assignment": (tensor(2, 7, 7, dtype=torch.float32),),
         "assign_masks": (labels, labels, 7),
         "match_masks": (labels, labels, 7),
@@ -84,7 +91,8 @@ def test_every_operator_runs_its_kernels_on_a_gpu(traced):
         for name, arguments in calls.items():
             results = getattr(spot_kernels, name)(*arguments)
             results = results if isinstance(results, tuple) else (results,)
-            assert {result.device for result in results if result is not None} == {CUDA}, name
+            # an operator that works in place has no result
+            assert {result.device for result in results if result is not None} <= {CUDA}, name
     assert traced.findings == [] and traced.operators == dict.fromkeys(calls, "triton")
 
 

@@ -19,13 +19,13 @@ import pytest
 import record
 import rivals
 import steps
+import techniques
 import torch
 from harness import kernel_bench, kernel_clock, machine, step_flops
 from harness.kernel_rows import OURS
 from record import ABSENT, GO, LATE, NO_GO, OUT_OF_TIME, PARTS, Options, Recorder, Row, Time
 
 from paths import BENCH
-from spot_fast.training import optimiser
 from spot_fast.training.compiled import Compiled
 from stand_in_gpu import pretend_gpu, square_case
 
@@ -91,7 +91,8 @@ def test_each_part_has_what_it_is_for(rehearsal):
     checked = {row.subject.partition(",")[0] for row in rows["operators"]}
     assert checked >= set(
         "slot_attention_step permuted_causal_attention slot_cross_attention slot_cross_map shift_by_order gru_norm "
-        "add_norm linear_assignment match_masks SlotAttention".split()
+        "folded_cross_attention folded_cross_map "
+        "add_norm linear_relu linear_assignment match_masks SlotAttention".split()
     )
     for stage in ("stage 1", "stage 2"):
         of_stage = [row for row in rows["steps"] if row.subject == stage]
@@ -100,6 +101,9 @@ def test_each_part_has_what_it_is_for(rehearsal):
         assert all(row.error is not None and row.value > 0 for name, row in timed.items() if name != "aim")
         assert "recorded" in timed[steps.GRAPH].note
         assert any("are 4 plain ones" in row.figure and row.verdict == GO for row in of_stage)
+    ladder = {row.variant: row for row in rows["techniques"] if row.subject == "stage 1"}
+    assert {techniques.EVERYTHING, techniques.NOTHING} <= ladder.keys()
+    assert all(row.value > 0 and row.error <= row.allowed for row in ladder.values())
     attention = {row.variant for row in rows["layouts"] if row.subject == "decoder's self-attention"}
     assert {"raster, ours", "raster, gathered", "order, FLASH", "order, CUDNN"} <= attention
     assert {row.subject.partition(",")[0] for row in rows["rivals"]} >= rivals.WANTED.keys()
@@ -156,8 +160,8 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path, stand_in)
 @pytest.mark.parametrize(
     "words, wrong, says",
     [
-        ("kernels", {}, "unknown part kernels: use ceilings, operators, steps"),
-        ("layouts", {"LIMIT": "8min"}, "LIMIT=8min is no number of seconds: use 480"),
+        ("kernels", {}, "unknown part kernels: use ceilings, operators, steps, techniques"),
+        ("layouts", {"LIMIT": "8min"}, "LIMIT=8min is no number of seconds: use 600"),
         ("layouts", {"LIMIT": "-5"}, "LIMIT=-5 is no"),
         ("layouts", {"LIMIT": "0"}, "LIMIT=0 is no"),
         ("layouts --rehearse", {"LIMIT": "4.5"}, "LIMIT=4.5 is no"),
@@ -341,6 +345,53 @@ def test_a_step_that_computes_something_else_is_no_go(tmp_path, monkeypatch):
     assert timed and all(row.verdict == NO_GO and row.error > row.allowed for row in timed)
 
 
+class Answers:
+    """Stands for a row's process: says what it is given, a time each time it is asked."""
+
+    closed: list[str] = []
+
+    def __init__(self, stage, variant, words, threads):
+        self.stage, self.variant, self.samples = stage, variant, []
+        ready = {"error": 1e-3, "allowed": 3e-3, "recorded": variant.name != "without residual_norm"}
+        self.says = {
+            techniques.EVERYTHING: [ready, {"ms": 5.0}, {"ms": 5.2}, {"ms": 5.1}],
+            "without order_layout": [{"late": True}],
+            "without linear_relu": [{"problem": "RuntimeError: no such kernel"}],
+            "without folded_cross_attention": [ready | {"error": 0.5}, {"ms": 6.0}, {"ms": 6.0}, {"ms": 6.0}],
+        }.get(variant.name, [ready, {"ms": 7.0}, {"ms": 7.0}, {"ms": 7.0}])
+
+    def answer(self, seconds):
+        return self.says.pop(0)
+
+    def ask(self):
+        pass
+
+    def close(self):
+        self.closed.append(self.variant.name)
+
+
+def test_a_technique_is_compared_with_the_step_that_has_everything(tmp_path, monkeypatch):
+    monkeypatch.setattr(techniques, "Process", Answers)
+    recorder = Recorder("techniques", tmp_path)
+    techniques.techniques(recorder, replace(HERE, rehearse=False), Time(60), [1], ["combo"])
+    rows = {row.variant: row for row in recorder.rows if row.subject == "stage 1"}
+    assert rows[techniques.EVERYTHING].value == 5.1 and rows[techniques.EVERYTHING].verdict == GO
+    assert rows["without order_layout"].verdict == LATE and rows["without order_layout"].value is None
+    assert rows["without linear_relu"].verdict == NO_GO and "no such kernel" in rows["without linear_relu"].note
+    assert rows["without folded_cross_attention"].verdict == NO_GO  # its gradients are wrong
+    assert rows["without residual_norm"].note == "+1.900 ms beside everything, NOT recorded"
+    assert rows["Inductor: combo"].note == "+1.900 ms beside everything"
+    assert set(Answers.closed) == {variant.name for variant in techniques.variants(["combo"])}
+
+
+@pytest.mark.parametrize("name", techniques.VARIANTS)
+def test_options_of_inductor_exist(name):
+    import torch._inductor.config
+
+    with torch._inductor.config.patch(techniques.VARIANTS[name]):
+        pass
+
+
 def test_a_rival_that_is_wrong_or_not_here_has_no_time(tmp_path):
     def absent():
         raise RuntimeError("no such backend")
@@ -401,7 +452,6 @@ def test_comparisons_on_a_stand_in(stand_in_gpu, tmp_path):
 
 def test_a_graph_that_replays_nothing_is_no_go(stand_in_gpu, tmp_path, monkeypatch):
     """All of a stage's path on a GPU but the GPU; as many graphed steps as plain ones do not end where those do."""
-    monkeypatch.setattr(steps, "adam", lambda parameters, graphed: optimiser.adam(parameters))
     monkeypatch.setattr(
         steps, "Compiled", lambda *given, backend, **options: Compiled(*given, backend="eager", **options)
     )

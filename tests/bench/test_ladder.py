@@ -12,6 +12,8 @@ from harness import ladder_row, step_runs
 from harness.ladder_row import Job
 from ladder import REFERENCE, Row, Technique
 
+from spot_kernels import dispatch
+
 PLAIN = {"float32": (1e-9, 1e-6), "bf16": (1e-4, 1e-2)}
 OURS = Technique("ours", precision="bf16", cached=True)
 CPU = torch.device("cpu")
@@ -88,12 +90,44 @@ def test_a_row_that_ends_has_no_speed(stand_in):
     assert rows(REFERENCE, OURS)[1].problem == "no compiler"
 
 
-def test_compiling_and_recording_are_skipped_on_a_cpu():
-    *others, compiled, graph = ladder.TECHNIQUES
-    assert ladder.reason_to_skip(compiled, torch.device("cpu")).startswith("skipped: on a CPU")
-    assert ladder.reason_to_skip(graph, torch.device("cpu")).startswith("skipped: there is no GPU")
-    assert not any(ladder.reason_to_skip(one, torch.device("cuda")) for one in (compiled, graph))
-    assert not any(ladder.reason_to_skip(one, torch.device("cpu")) for one in others)
+def test_rows_that_do_nothing_on_a_device_are_skipped(monkeypatch):
+    monkeypatch.setattr(ladder, "cpu_has_bfloat16", lambda: True)
+    gpu = torch.device("cuda")
+    *others, compiled, graph = ladder.techniques(CPU)
+    assert ladder.reason_to_skip(compiled, CPU).startswith("skipped: on a CPU")
+    assert ladder.reason_to_skip(graph, CPU).startswith("skipped: there is no GPU")
+    skipped = {one.adds for one in others if ladder.reason_to_skip(one, CPU)}
+    assert "order_layout" in skipped and "folded_cross_attention" not in skipped and "" not in skipped
+    assert not any(ladder.reason_to_skip(one, gpu) for one in ladder.techniques(gpu))
+
+
+def test_each_technique_has_a_row_which_later_rows_keep():
+    rows = [one for one in ladder.techniques(torch.device("cuda")) if one.cached]
+    assert {one.adds for one in rows} == {"", *dispatch.TECHNIQUES}
+    assert set(rows[0].without) == dispatch.TECHNIQUES.keys() and not rows[-1].without
+    for before, row in zip(rows, rows[1:], strict=False):
+        assert set(before.without) - set(row.without) == {row.adds} - {""}
+
+
+def test_a_processor_without_bfloat16_has_its_rows_in_float32(monkeypatch):
+    monkeypatch.setattr(ladder, "cpu_has_bfloat16", lambda: False)
+    rows = {one.name: one for one in ladder.techniques(CPU)}
+    bfloat16 = rows.pop("+ bfloat16 products, float32 weights")
+    assert "does not multiply bfloat16" in ladder.reason_to_skip(bfloat16, CPU)
+    assert {one.precision for one in rows.values()} == {"float32"}
+
+
+def test_few_processes_run_at_once_on_a_cpu(stand_in):
+    """Ratios are those of the same group's reference."""
+    many = [replace(OURS, name=f"row {number}") for number in range(6)]
+    stand_in.setattr(StandIn, "seconds", StandIn.seconds | {one.name: [9.0, 1.0, 2.0, 1.5] for one in many})
+    found = ladder.groups([REFERENCE, *many], CPU)
+    assert [[one.name for one in group] for group in found] == [
+        [REFERENCE.name, "row 0", "row 1", "row 2", "row 3"],
+        [REFERENCE.name, "row 4", "row 5"],
+    ]
+    assert ladder.groups([REFERENCE, OURS], torch.device("cuda")) == [[REFERENCE], [OURS]]
+    assert [row.times for row in rows(REFERENCE, *many)] == [1, 2, 2, 2, 2, 2, 2]
 
 
 def test_coco_is_projected_from_the_fastest_right_rows_of_its_batch():
@@ -135,7 +169,8 @@ def test_a_rows_process(stage, tmp_path, monkeypatch, capsys):
     about = answers(capsys)[0]
     assert about["flops"]["False"] > about["flops"]["True"] > 0
     assert about["plain"]["float32"][1] < 1e-4 < about["plain"]["bf16"][1] < 0.1
-    for technique in (*ladder.TECHNIQUES[:4], replace(OURS, changes={"att_weight": 0.5, "lr": 1.0, "seed": 1})):
+    monkeypatch.setattr(ladder, "cpu_has_bfloat16", lambda: True)
+    for technique in (*ladder.techniques(CPU)[:4], replace(OURS, changes={"att_weight": 0.5, "lr": 1.0, "seed": 1})):
         monkeypatch.setattr(sys, "stdin", io.StringIO("step\nend\n"))
         ladder_row._row(job, Technique(**json.loads(json.dumps(asdict(technique)))))
         checked, step, memory = answers(capsys)
@@ -149,6 +184,13 @@ def test_a_rows_process(stage, tmp_path, monkeypatch, capsys):
 def answers(capsys):
     lines = capsys.readouterr().out.splitlines()
     return [json.loads(line.removeprefix("ladder ")) for line in lines if line.startswith("ladder ")]
+
+
+def test_a_process_does_without_techniques(tmp_path):
+    """Those of its row, by name; an unknown one ends it."""
+    unknown = replace(OURS, without=("magic",))
+    with ladder_row.Process(Job(1, 4, "cpu", True, "", str(tmp_path)), unknown) as process:
+        assert "technique 'magic' is unknown" in process.read()["error"]
 
 
 def test_last_words_of_a_process(tmp_path):

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from harness import step_flops
 from reference_step import ReferenceStep, match
+from torch.utils.flop_counter import FlopCounterMode
 
 import golden_models
 import golden_tensors
@@ -75,6 +77,35 @@ def test_the_trainer_takes_the_same_steps(stage, teacher):
         ours, theirs = (torch.cat([p.detach().flatten() for p in one.parameters]) for one in (trainer, reference))
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
     assert clipped and (stage == 1 or expected.loss_att > 0)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_operations_of_the_whole_step(stage, teacher):
+    """Neither more nor fewer products than the authors' step has, which does nothing twice but what it is there for."""
+    trainer = Trainer(tiny(stage, eval_images=0), device=CPU, teacher=teacher if stage == 2 else None)
+    model = trainer.model
+    reference = ReferenceStep(model, trainer.teacher)
+    batch = next(iter(trainer.batches()))
+    images, draws = normalise(batch.images), trainer.draw(0)
+    with FlopCounterMode(display=False) as counter:
+        reference.step(images, 0, draws.noise, 0, draws.teacher_noise, rate=1e-3)
+    depth, first = len(model.encoder.vit.blocks), model.encoder.first_last_block
+    over_tokens, earlier, last = step_flops.slots(model)
+    tokens, slots = model.encoder.num_tokens, model.slot_encoder.num_slots
+    # all of N × N, of which a causal kernel needs half
+    masked = len(model.decoder.transformer.blocks) * 2 * tokens**2 * model.encoder.dim
+    decoder = step_flops.decoder(model, folded=False) + masked
+    encoder = step_flops.encoder(model, depth, embed=True)
+    if stage == 1:
+        expected = encoder + 3 * (over_tokens + earlier + last + decoder)
+    else:
+        # the teacher's pass, the target's, and the student's with the gradients of its last blocks
+        expected = encoder + sum(step_flops.slots(trainer.teacher)) + decoder
+        expected += encoder + encoder + 2 * step_flops.encoder(model, depth - first)
+        # gradients go through the last iteration of slot attention alone
+        expected += 3 * (over_tokens + last + decoder) + earlier
+        expected += 2 * slots * tokens * slots  # how much the masks have in common
+    assert counter.get_total_flops() == len(batch) * expected
 
 
 def test_matching_on_the_host():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from initial_weights import uniform_bound, xavier
-from spot_kernels import SlotAttention
+from spot_kernels import SlotAttention, dispatch
 from spot_kernels.modules.slot_attention import TRUNCATIONS
 
 
@@ -213,3 +213,27 @@ def test_empty_batch_and_one_slot():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         SlotAttention(96, 64, mlp_hidden=8, **options)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("joint_heads", [False, True])
+def test_keys_and_values_of_one_product_are_those_of_two(bias, joint_heads):
+    torch.manual_seed(0)
+    module = SlotAttention(12, 8, mlp_hidden=16, heads=2, bias=bias, joint_heads=joint_heads).double()
+    inputs, slots = torch.randn(2, 9, 12).double(), torch.randn(2, 3, 8).double()
+
+    def run():
+        results = module(inputs, slots)
+        return *results, *torch.autograd.grad(sum(x.square().sum() for x in results), tuple(module.parameters()))
+
+    joined = run()
+    with dispatch.without("joined_projections"):
+        torch.testing.assert_close(joined, run())
+
+
+def test_projections_that_are_more_than_linear_layers_are_called():
+    module, seen = SlotAttention(12, 8, mlp_hidden=16), []
+    module(torch.randn(2, 9, 12), torch.randn(2, 3, 8))
+    module.project_v.register_forward_hook(lambda *_: seen.append("v"))
+    module(torch.randn(2, 9, 12), torch.randn(2, 3, 8))
+    assert seen == ["v"]

@@ -92,8 +92,8 @@ def plans(monkeypatch):
     made, plan, splits = [], module.plan, module.splits
     monkeypatch.setattr(module, "plan", lambda *args, **kw: made.append([plan(*args, **kw)]) or made[-1][0])
 
-    def counted(*args):
-        number, span = splits(*args)
+    def counted(*args, **kw):
+        number, span = splits(*args, **kw)
         made[-1].append(number)
         return number, span
 
@@ -106,7 +106,7 @@ def split(monkeypatch):
     """Tokens are split over programs from 32 tokens on."""
     from spot_kernels.gpu import slot_attention_plan
 
-    monkeypatch.setattr(slot_attention_plan, "LEAST_TOKENS", 32)
+    monkeypatch.setattr(slot_attention_plan, "LEAST_TOKENS", (32, 32))
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 12)
 
 

@@ -5,6 +5,7 @@ import torch
 
 import golden_models
 import golden_tensors
+from forced_layout import in_order_layout
 from golden_tensors import assert_close, load
 from spot_fast.checkpoints.official import convert
 from spot_fast.model.decoders import AutoregressiveDecoder, MlpDecoder
@@ -41,8 +42,11 @@ def assert_gradients(prefix, model, slots, loss):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["raster", "order"])
 @pytest.mark.parametrize("index", range(9))
-def test_each_order(index, dtype):
+def test_each_order(index, layout, dtype, monkeypatch):
+    if layout == "order":
+        in_order_layout(monkeypatch)
     model = golden_models.stage1(dtype)
     decoder, order_index = model.decoder, torch.tensor(index)
     slots, target = slots_and_target(dtype)

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from spot_fast.training.cuda_graph import Graphed
-from spot_fast.training.optimiser import adam
 from spot_fast.training.trainer import Trainer
 
 
@@ -63,8 +62,7 @@ class ImitatedRecorder:
 
 def rate_on_device(trainer: Trainer) -> Trainer:
     """`trainer` with the Adam of recorded steps, whose learning rate is a float32 tensor."""
-    trainer.optimiser = trainer.update.optimiser = adam(trainer.parameters, graphed=True)
-    trainer.optimiser.param_groups[0]["capturable"] = False  # which it is on GPUs only
+    trainer.optimiser.rate_on_device()
     return trainer
 
 
@@ -73,8 +71,7 @@ def graphed(trainer: Trainer) -> Trainer:
     rate_on_device(trainer)
 
     def state() -> Iterable[Tensor]:
-        moments = (tensor for one in trainer.optimiser.state.values() for tensor in one.values())
-        return [trainer.bad_steps.mean, *(p.data for p in trainer.parameters), *moments]
+        return [trainer.bad_steps.mean, *trainer.optimiser.tensors()]
 
     trainer.update = Graphed(trainer.update, ImitatedRecorder(state), say=lambda text: None)
     return trainer

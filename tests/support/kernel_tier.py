@@ -70,14 +70,14 @@ def assert_graph_replays(run: Callable[[], Sequence[torch.Tensor]], change: Call
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    # Once on another stream, as a capture does: libraries make a workspace for each stream, which no capture may do.
+    # Once on the stream of the capture: libraries make a workspace for each stream, which no capture may do.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         captured = run()
     for seed in (1, 2):
         change(seed)

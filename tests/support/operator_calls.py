@@ -37,6 +37,14 @@ def calls(device: str = "cpu", batch: int = 2, tokens: int = 9) -> dict[str, tup
             (normal(batch, 2, tokens, 8), normal(batch, 2, 3, 8), normal(batch, 2, 3, 8)),
         ),
         "slot_cross_map": (spot_kernels.slot_cross_map, (normal(batch, 2, tokens, 8), normal(batch, 2, 3, 8))),
+        "folded_cross_attention": (
+            lambda x, a, v: spot_kernels.folded_cross_attention(x, a, v, scale=0.5),
+            (normal(batch, tokens, 16), normal(batch, 2, 3, 16), normal(batch, 2, 3, 16)),
+        ),
+        "folded_cross_map": (
+            lambda x, a: spot_kernels.folded_cross_map(x, a, scale=0.5),
+            (normal(batch, tokens, 16), normal(batch, 2, 3, 16)),
+        ),
         "permuted_causal_attention": (
             lambda q, k, v: spot_kernels.permuted_causal_attention(q, k, v, order, check=True),
             tuple(normal(batch, 2, tokens, 8) for _ in "qkv"),
@@ -53,6 +61,7 @@ def calls(device: str = "cpu", batch: int = 2, tokens: int = 9) -> dict[str, tup
             lambda x, delta, weight, bias: spot_kernels.add_norm(x, weight, bias, delta=delta)[:2],
             (normal(batch, tokens, 8), normal(batch, tokens, 8), normal(8), normal(8)),
         ),
+        "linear_relu": (spot_kernels.linear_relu, (normal(batch, tokens, 8), normal(24, 8), normal(24))),
         "linear_assignment": (spot_kernels.linear_assignment, (normal(batch, 3, 4),)),
         "assign_masks": (lambda a, b: spot_kernels.assign_masks(a, b, 3), (labels(), labels())),
         "match_masks": (lambda a, b: spot_kernels.match_masks(a, b, 3), (labels(), labels())),

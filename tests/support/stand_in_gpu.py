@@ -30,7 +30,8 @@ class Device:
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     nothing, within = lambda *args: None, lambda *args, **kwargs: contextlib.nullcontext()
     functions = dict.fromkeys(("Event", "Stream", "CUDAGraph", "current_stream"), Device)
-    functions |= dict.fromkeys(("_sleep", "synchronize", "reset_peak_memory_stats", "set_sync_debug_mode"), nothing)
+    quiet = "_sleep", "synchronize", "reset_peak_memory_stats", "set_sync_debug_mode", "set_stream"
+    functions |= dict.fromkeys(quiet, nothing)
     functions |= dict.fromkeys(("stream", "graph", "device"), within)
     functions |= {
         "memory_allocated": lambda: 100,

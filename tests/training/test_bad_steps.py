@@ -194,7 +194,8 @@ def test_a_bad_update_changes_neither_moments_nor_step_count():
 
 
 def test_where_there_is_no_fused_adam_skip_is_refused(monkeypatch):
-    monkeypatch.setattr("spot_fast.training.trainer.adam", lambda parameters, graphed: torch.optim.Adam(parameters))
+    for module in ("trainer", "optimiser"):
+        monkeypatch.setattr(f"spot_fast.training.{module}.FUSED", ())
     Trainer(tiny(), device=CPU)
     with pytest.raises(UserError, match="--on-bad-step skip does not work on cpu: use stop"):
         Trainer(tiny(**SKIP), device=CPU)

@@ -154,7 +154,12 @@ def test_frozen_weights_in_bfloat16_change_no_bit(changes, tmp_path, monkeypatch
     plain = Trainer(config, device=CPU, teacher=teacher)
     kinds = {
         module: {p.dtype for p in module.parameters() if p.dim() > 1}
-        for module in (*stored.model.encoder.vit.blocks, stored.teacher.decoder, stored.model.last_blocks)
+        for module in (
+            *stored.model.encoder.vit.blocks,
+            stored.teacher.slot_encoder.attention,
+            stored.teacher.decoder,
+            stored.model.last_blocks,
+        )
     }
     *frozen, trained = kinds.values()
     assert trained == {torch.float32} and all(torch.bfloat16 in dtypes for dtypes in frozen)

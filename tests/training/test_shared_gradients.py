@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import nn
 
 from spot_fast.training.shared_gradients import SharedGradients
+from spot_kernels.clipped_adam import UNIT
 
 LAYER_BYTES = 4 * (16 + 4)
-LAYER, TOKEN, LOSSES = 32, 16, 8  # elements: weight and bias, the token, the losses, each from a multiple of 16 on
+LAYER, TOKEN, LOSSES = 2 * UNIT, UNIT, 8  # elements: weight and bias, the token, the losses; each from a new unit on
 
 
 class Exchanged:

@@ -89,54 +89,57 @@ def _forward_kernel(
         # queries [ROWS, COLUMNS], kept for all tokens
         b_q = load_tile(p_q, o_q, c_in * stride_qd, m_rc, WIDEN)
     # one sum for each position in a block: the reduction over a block is left for the end
-    b_sums = tl.zeros([TOKENS, ROWS], tl.float32)
+    b_sums = tl.zeros([ROWS, TOKENS], tl.float32)
     b_acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     p_k = k + i_b * stride_kb + i_h * stride_kh
     p_v = v + i_b * stride_vb + i_h * stride_vh
+    end = tl.minimum(i_split * span + span, tokens)
     # one pass over the split's tokens, TOKENS at a time
-    for start in range(i_split * span, tl.minimum(i_split * span + span, tokens), TOKENS):
+    for start in range(i_split * span, end, TOKENS):
         # int64: the offset of a token passes 2^31 in large tensors
         first = tl.cast(start, tl.int64)
-        m_t = start + o_t < tokens
+        m_t = start + o_t < end
         m_tc = m_t[:, None] & m_c[None, :]
-        # logits [TOKENS, ROWS]
+        # logits [ROWS, TOKENS]
         if WHOLE:
             # keys [TOKENS, COLUMNS]
             b_k = load_tile(p_k + first * stride_kn, o_t * stride_kn, o_c, m_tc, WIDEN)
-            b_l = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+            b_l = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         else:
             b_l = inner_products(
-                p_k + first * stride_kn,
-                o_t * stride_kn,
-                m_t,
                 p_q,
                 o_q,
                 stride_qd,
                 m_r,
+                p_k + first * stride_kn,
+                o_t * stride_kn,
+                m_t,
                 width,
                 COLUMNS,
                 PRECISION,
                 WIDEN,
             )
         if LOGITS:
-            o_l = ((i_b * heads + i_h + r_head[None, :]) * tokens + start + o_t[:, None]) * slots + r_slot[None, :]
-            tl.store(logits + o_l, b_l, mask=m_t[:, None] & m_once[None, :])
+            o_l = ((i_b * heads + i_h + r_head[:, None]) * tokens + start + o_t[None, :]) * slots + r_slot[:, None]
+            tl.store(logits + o_l, b_l, mask=m_once[:, None] & m_t[None, :])
         b_a = softmax(b_l, m_r, m_t, peak, mass, i_b * tokens + start + o_t, JOINT)
         if ATTN:
-            # summed over the heads of the tile, [TOKENS, SLOTS]
-            b_attn = tl.sum(tl.reshape(b_a, [TOKENS, HEADS, SLOTS]), 1)
+            # summed over the heads of the tile, [SLOTS, TOKENS]
+            b_attn = b_a
+            if HEADS > 1:
+                b_attn = tl.sum(tl.reshape(b_a, [HEADS, SLOTS, TOKENS]), 0)
             o_s = tl.arange(0, SLOTS)
-            o_attn = (i_b * tokens + start + o_t[:, None]) * slots + o_s[None, :]
+            o_attn = (i_b * tokens + start + o_t[None, :]) * slots + o_s[:, None]
             m_s = o_s < tl.where(tl.program_id(2) == 0, slots, 0)
-            tl.store(attn + o_attn, b_attn, mask=m_t[:, None] & m_s[None, :])
-        b_w = rounded(tl.where(m_t[:, None], b_a + eps, 0.0), ROUND)
+            tl.store(attn + o_attn, b_attn, mask=m_s[:, None] & m_t[None, :])
+        b_w = rounded(tl.where(m_t[None, :], b_a + eps, 0.0), ROUND)
         # values [TOKENS, COLUMNS]
         b_v = load_tile(p_v + first * stride_vn, o_t * stride_vn, o_c, m_tc, WIDEN)
         # sums of the rounded weights, those the product uses, so that rounding does not bias the mean
         b_sums += b_w.to(tl.float32)
-        b_acc = tl.dot(tl.trans(b_w), operand(b_v, ROUND), b_acc, input_precision=WEIGHTS)
+        b_acc = tl.dot(b_w, operand(b_v, ROUND), b_acc, input_precision=WEIGHTS)
 
-    b_sum = tl.sum(b_sums, 0)
+    b_sum = tl.sum(b_sums, 1)
     # sums [splits, B, H, K]; exact [splits, B, K, H, d], not yet divided by the sums if SPLIT; updates [B, K, H, d]
     o_b = i_split * batch + i_b
     tl.store(sums + (o_b * heads + i_h + r_head) * slots + r_slot, b_sum, mask=m_once)
@@ -173,7 +176,7 @@ def forward(
     shape = slot_attention_plan.plan(q, k, v, products, backward=False)
     programs = batch * (heads if shape.heads == 1 else 1)
     parts = 1 if shape.whole else triton.cdiv(width, shape.columns)
-    number, span = slot_attention_plan.splits(programs * parts, tokens, shape.tokens, device)
+    number, span = slot_attention_plan.splits(programs * parts, tokens, device, backward=False)
     peak = mass = None
     if shape.joint:
         peak, mass, _ = joint_statistics(q, k, v, None, None, exact, sums, attn, shape, products)

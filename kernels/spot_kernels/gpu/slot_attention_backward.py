@@ -109,29 +109,32 @@ def _backward_kernel(
     b_dq = tl.zeros([ROWS, COLUMNS], tl.float32)
     p_k = k + i_b * stride_kb + i_h * stride_kh
     p_v = v + i_b * stride_vb + i_h * stride_vh
+    # within a block of dk and dv, 32 bits
+    o_kv = o_t[:, None] * (heads * width) + o_c[None, :]
+    end = tl.minimum(i_split * span + span, tokens)
     # one pass over the split's tokens, TOKENS at a time
-    for start in range(i_split * span, tl.minimum(i_split * span + span, tokens), TOKENS):
+    for start in range(i_split * span, end, TOKENS):
         # int64: the offset of a token passes 2^31 in large tensors
         first = tl.cast(start, tl.int64)
-        m_t = start + o_t < tokens
-        m_tc, m_tr = m_t[:, None] & m_c[None, :], m_t[:, None] & m_r[None, :]
+        m_t = start + o_t < end
+        m_tc, m_rt = m_t[:, None] & m_c[None, :], m_r[:, None] & m_t[None, :]
         # keys [TOKENS, COLUMNS]; dk and dv are stored as [B, N, H, d]
         b_k = load_tile(p_k + first * stride_kn, o_t * stride_kn, o_c, m_tc, WIDEN)
-        o_kv = ((i_b * tokens + start + o_t[:, None]) * heads + i_h) * width + o_c[None, :]
-        # gradients of the logits, [TOKENS, ROWS]
-        b_gl = tl.zeros([TOKENS, ROWS], tl.float32)
+        o_block = ((i_b * tokens + first) * heads + i_h) * width
+        # gradients of the logits, [ROWS, TOKENS]
+        b_gl = tl.zeros([ROWS, TOKENS], tl.float32)
         if GRAD_UPDATES or GRAD_ATTN:
             if WHOLE:
-                b_l = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+                b_l = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
             else:
                 b_l = inner_products(
-                    p_k + first * stride_kn,
-                    o_t * stride_kn,
-                    m_t,
                     p_q,
                     o_q,
                     stride_qd,
                     m_r,
+                    p_k + first * stride_kn,
+                    o_t * stride_kn,
+                    m_t,
                     width,
                     COLUMNS,
                     PRECISION,
@@ -139,49 +142,49 @@ def _backward_kernel(
                 )
             o_n = i_b * tokens + start + o_t
             b_a = softmax(b_l, m_r, m_t, peak, mass, o_n, JOINT)
-            # gradients of a, [TOKENS, ROWS]
-            b_ga = tl.zeros([TOKENS, ROWS], tl.float32)
+            # gradients of a, [ROWS, TOKENS]
+            b_ga = tl.zeros([ROWS, TOKENS], tl.float32)
             if GRAD_UPDATES:
                 if WHOLE:
                     # values [TOKENS, COLUMNS]
                     b_v = load_tile(p_v + first * stride_vn, o_t * stride_vn, o_c, m_tc, WIDEN)
-                    b_ga = tl.dot(b_v, tl.trans(b_du), input_precision=PRECISION)
+                    b_ga = tl.dot(b_du, tl.trans(b_v), input_precision=PRECISION)
                 else:
                     b_ga = inner_products(
-                        p_v + first * stride_vn,
-                        o_t * stride_vn,
-                        m_t,
                         p_u,
                         o_u,
                         stride_ud,
                         m_r,
+                        p_v + first * stride_vn,
+                        o_t * stride_vn,
+                        m_t,
                         width,
                         COLUMNS,
                         PRECISION,
                         WIDEN,
                     )
-                b_ga = (b_ga - b_shared[None, :]) * b_rsum[None, :]
+                b_ga = (b_ga - b_shared[:, None]) * b_rsum[:, None]
                 # dv [TOKENS, COLUMNS] from the weights of the mean
-                b_w = rounded((b_a + eps) * b_rsum[None, :], ROUND)
-                b_dv = tl.dot(b_w, operand(b_du, ROUND), input_precision=WEIGHTS)
-                tl.store(dv + o_kv, b_dv.to(dv.dtype.element_ty), mask=m_tc)
+                b_w = rounded((b_a + eps) * b_rsum[:, None], ROUND)
+                b_dv = tl.dot(tl.trans(b_w), operand(b_du, ROUND), input_precision=WEIGHTS)
+                tl.store(dv + o_block + o_kv, b_dv.to(dv.dtype.element_ty), mask=m_tc)
             if GRAD_ATTN:
                 p_a = grad_attn + i_b * stride_ab + first * stride_an
-                b_ga += tl.load(p_a + o_t[:, None] * stride_an + r_slot[None, :] * stride_ak, mask=m_tr, other=0.0)
+                b_ga += tl.load(p_a + r_slot[:, None] * stride_ak + o_t[None, :] * stride_an, mask=m_rt, other=0.0)
             if JOINT:
                 b_inner = tl.load(inner + o_n, mask=m_t, other=0.0)
             else:
-                b_inner = tl.sum(b_a * b_ga, 1)
-            b_gl = b_a * (b_ga - b_inner[:, None])
+                b_inner = tl.sum(b_a * b_ga, 0)
+            b_gl = b_a * (b_ga - b_inner[None, :])
         if GRAD_LOGITS:
             p_l = grad_logits + i_b * stride_lb + i_h * stride_lh + first * stride_ln
-            o_l = r_head[None, :] * stride_lh + o_t[:, None] * stride_ln + r_slot[None, :] * stride_lk
-            b_gl += tl.load(p_l + o_l, mask=m_tr, other=0.0)
+            o_l = r_head[:, None] * stride_lh + o_t[None, :] * stride_ln + r_slot[:, None] * stride_lk
+            b_gl += tl.load(p_l + o_l, mask=m_rt, other=0.0)
         # zero for padded tokens, whose loaded zeros have logits and a softmax too
-        b_gl = rounded(tl.where(m_t[:, None], b_gl, 0.0), ROUND)
-        b_dk = tl.dot(b_gl, operand(b_q, ROUND), input_precision=WEIGHTS)
-        tl.store(dk + o_kv, b_dk.to(dk.dtype.element_ty), mask=m_tc)
-        b_dq = tl.dot(tl.trans(b_gl), operand(b_k, ROUND), b_dq, input_precision=WEIGHTS)
+        b_gl = rounded(tl.where(m_t[None, :], b_gl, 0.0), ROUND)
+        b_dk = tl.dot(tl.trans(b_gl), operand(b_q, ROUND), input_precision=WEIGHTS)
+        tl.store(dk + o_block + o_kv, b_dk.to(dk.dtype.element_ty), mask=m_tc)
+        b_dq = tl.dot(b_gl, operand(b_k, ROUND), b_dq, input_precision=WEIGHTS)
 
     # dq [splits, B, K, H, d]
     o_b = i_split * batch + i_b
@@ -218,10 +221,11 @@ def backward(
     else:
         grad_updates = launch.near(grad_updates, 3)
     products = slot_attention_plan.precisions(device, k.dtype)
-    shape = slot_attention_plan.plan(q, k, v, products, backward=True)
+    maps = grad_attn is not None or grad_logits is not None
+    shape = slot_attention_plan.plan(q, k, v, products, backward=True, maps=maps)
     programs = batch * (heads if shape.heads == 1 else 1)
     parts = 1 if shape.whole else triton.cdiv(width, shape.columns)
-    number, span = slot_attention_plan.splits(programs * parts, tokens, shape.tokens, device)
+    number, span = slot_attention_plan.splits(programs * parts, tokens, device, backward=True)
     peak = mass = inner = None
     if shape.joint and not (grad_updates is None and grad_attn is None):
         peak, mass, inner = joint_statistics(q, k, v, grad_updates, grad_attn, exact, sums, None, shape, products)

@@ -70,7 +70,7 @@ def _joint_kernel(
     first = tl.cast(start, tl.int64)
     o_r, o_t = tl.arange(0, SLOTS), tl.arange(0, TOKENS)
     m_r, m_t = o_r < slots, start + o_t < tokens
-    m_tr = m_t[:, None] & m_r[None, :]
+    m_rt = m_r[:, None] & m_t[None, :]
     o_n = i_b * tokens + start + o_t
     o_k, o_v, o_q, o_u = o_t * stride_kn, o_t * stride_vn, o_r * stride_qk, o_r * stride_uk
     b_peak = tl.full([TOKENS], float("-inf"), tl.float32)
@@ -80,42 +80,42 @@ def _joint_kernel(
     for head in range(0, heads):
         i_h = tl.cast(head, tl.int64)
         p_q, p_k = q + i_b * stride_qb + i_h * stride_qh, k + i_b * stride_kb + i_h * stride_kh + first * stride_kn
-        # logits of the head, [TOKENS, SLOTS]
-        b_l = inner_products(p_k, o_k, m_t, p_q, o_q, stride_qd, m_r, width, COLUMNS, PRECISION, WIDEN)
-        b_l = tl.where(m_r[None, :], b_l, float("-inf"))
-        b_higher = tl.maximum(b_peak, tl.max(b_l, 1))
-        b_p = tl.exp(b_l - b_higher[:, None])
+        # logits of the head, [SLOTS, TOKENS]
+        b_l = inner_products(p_q, o_q, stride_qd, m_r, p_k, o_k, m_t, width, COLUMNS, PRECISION, WIDEN)
+        b_l = tl.where(m_r[:, None], b_l, float("-inf"))
+        b_higher = tl.maximum(b_peak, tl.max(b_l, 0))
+        b_p = tl.exp(b_l - b_higher[None, :])
         b_scale = tl.exp(b_peak - b_higher)
-        b_mass = b_mass * b_scale + tl.sum(b_p, 1)
+        b_mass = b_mass * b_scale + tl.sum(b_p, 0)
         b_peak = b_higher
         if INNER:
-            # gradient of a, [TOKENS, SLOTS], as in the backward kernel
-            b_ga = tl.zeros([TOKENS, SLOTS], tl.float32)
+            # gradient of a, [SLOTS, TOKENS], as in the backward kernel
+            b_ga = tl.zeros([SLOTS, TOKENS], tl.float32)
             if GRAD_UPDATES:
                 p_u = grad_updates + i_b * stride_ub + i_h * stride_uh
                 p_v = v + i_b * stride_vb + i_h * stride_vh + first * stride_vn
                 o_exact = ((i_b * slots + o_r) * heads + i_h) * width
                 b_shared = row_products(p_u, o_u, stride_ud, exact, o_exact, m_r, width, COLUMNS)
                 b_rsum = 1.0 / tl.load(sums + (i_b * heads + i_h) * slots + o_r, mask=m_r, other=float("inf"))
-                b_ga = inner_products(p_v, o_v, m_t, p_u, o_u, stride_ud, m_r, width, COLUMNS, PRECISION, WIDEN)
-                b_ga = (b_ga - b_shared[None, :]) * b_rsum[None, :]
+                b_ga = inner_products(p_u, o_u, stride_ud, m_r, p_v, o_v, m_t, width, COLUMNS, PRECISION, WIDEN)
+                b_ga = (b_ga - b_shared[:, None]) * b_rsum[:, None]
             if GRAD_ATTN:
                 p_a = grad_attn + i_b * stride_ab + first * stride_an
-                b_ga += tl.load(p_a + o_t[:, None] * stride_an + o_r[None, :] * stride_ak, mask=m_tr, other=0.0)
-            b_inner = b_inner * b_scale + tl.sum(b_p * b_ga, 1)
+                b_ga += tl.load(p_a + o_r[:, None] * stride_ak + o_t[None, :] * stride_an, mask=m_rt, other=0.0)
+            b_inner = b_inner * b_scale + tl.sum(b_p * b_ga, 0)
     tl.store(peak + o_n, b_peak, mask=m_t)
     tl.store(mass + o_n, b_mass, mask=m_t)
     if INNER:
         tl.store(inner + o_n, b_inner / b_mass, mask=m_t)
     if ATTN:
         # a needs the final maximum and mass, so the logits are computed a second time
-        b_attn = tl.zeros([TOKENS, SLOTS], tl.float32)
+        b_attn = tl.zeros([SLOTS, TOKENS], tl.float32)
         for head in range(0, heads):
             i_h = tl.cast(head, tl.int64)
             p_q, p_k = q + i_b * stride_qb + i_h * stride_qh, k + i_b * stride_kb + i_h * stride_kh + first * stride_kn
-            b_l = inner_products(p_k, o_k, m_t, p_q, o_q, stride_qd, m_r, width, COLUMNS, PRECISION, WIDEN)
-            b_attn += tl.exp(b_l - b_peak[:, None]) / b_mass[:, None]
-        tl.store(attn + o_n[:, None] * slots + o_r[None, :], b_attn, mask=m_tr)
+            b_l = inner_products(p_q, o_q, stride_qd, m_r, p_k, o_k, m_t, width, COLUMNS, PRECISION, WIDEN)
+            b_attn += tl.exp(b_l - b_peak[None, :]) / b_mass[None, :]
+        tl.store(attn + o_n[None, :] * slots + o_r[:, None], b_attn, mask=m_rt)
 
 
 @triton.jit

@@ -34,17 +34,23 @@ class Plan(NamedTuple):
 # Bytes of the largest tile of slots in a backward program, which holds four such tiles beside its blocks of tokens.
 # A forward program holds half as many.
 TILE_BYTES = {"sm_80": 16384, "sm_89": 8192, "sm_90": 32768, "sm_100": 32768, "gfx942": 8192, "interpreter": 32768}
-# Fewest tokens a program at which a split pays for its second launch.
-LEAST_TOKENS = 256
+# Fewest tokens a program at which a split pays for its second launch, forward and backward.
+LEAST_TOKENS = (256, 256)
 
 
-def plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, products: dict, backward: bool) -> Plan:
-    """The plan of a launch; `products` are its `precisions`, k and v have unit stride in channels."""
+def plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, products: dict, backward: bool, maps: bool = False) -> Plan:
+    """The plan of a launch; `products` are its `precisions`, k and v have unit stride in channels.
+
+    maps: whether a backward launch has gradients of attn or logits as well.
+    """
     _, heads, slots, width = q.shape
     architecture = launch.architecture(q.device)
     # float16 tiles are multiplied with their weights in float32
     size = 2 if k.dtype == torch.bfloat16 else 4
     most = TILE_BYTES[architecture] * (1 if backward else 2) // size
+    if maps and architecture in ("sm_90", "sm_100"):
+        # the largest tile leaves no registers for them
+        most //= 2
     widest = 256
     # without tensor cores whole rows of operands are held in registers: more than 64 columns would not fit
     exact = k.dtype == torch.float32 and products["PRECISION"] == "ieee" and architecture.startswith("sm_")
@@ -63,35 +69,53 @@ def plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, products: dict, back
         # small blocks, so that a small test has several
         return Plan(across, down, columns, columns == whole, joint, 16, 4, 1)
     if exact:
-        return Plan(across, down, columns, columns == whole, joint, 32 if rows <= 32 else 16, 8, 2)
+        return Plan(across, down, columns, columns == whole, joint, 16 if backward and rows > 32 else 32, 8, 2)
     if columns > 64:
-        # float32 keys and values need twice the memory
-        full = backward and tile >= 32768 or architecture == "gfx942" and k.dtype == torch.float32
-        tokens, num_warps = 16 if full else 32, 8
+        tokens, num_warps = _tokens_of_wide_tiles(architecture, k.dtype, rows, tile, backward), 8
     elif rows > 32:
         tokens, num_warps = (16, 4) if architecture == "gfx942" else (32, 8)
     else:
-        tokens, num_warps = 64, 4
-    if k.dtype == torch.float32 or architecture in ("sm_89", "gfx942"):
+        tokens, num_warps = 64, 8 if backward and architecture != "gfx942" else 4
+    if k.dtype == torch.float32 or architecture in ("sm_89", "gfx942") or architecture == "sm_80" and tokens == 64:
+        num_stages = 2
+    elif k.dtype == torch.float16 and tokens == 64 and columns > 64:
         num_stages = 2
     else:
-        num_stages = 3 if columns <= 64 or tile > 16384 or architecture == "sm_80" else 4
+        num_stages = 3 if columns <= 64 or tokens == 64 or tile > 16384 or architecture == "sm_80" else 4
     return Plan(across, down, columns, columns == whole, joint, tokens, num_warps, num_stages)
 
 
-def splits(programs: int, tokens: int, block: int, device: torch.device) -> tuple[int, int]:
+def _tokens_of_wide_tiles(architecture: str, dtype: torch.dtype, rows: int, tile: int, backward: bool) -> int:
+    """Tokens of a block with more than 64 columns, for eight warps; tile: bytes of one of slots."""
+    if architecture == "gfx942":
+        return 16 if backward or dtype == torch.float32 else 32
+    if dtype == torch.float32:
+        # keys and values need twice the memory
+        return 16 if rows > 32 or backward and tile >= 32768 else 32
+    # eight tokens a warp; a block has as many barriers as one of 32, or fewer
+    if dtype == torch.bfloat16 and rows <= 32 and not (architecture == "sm_89" and backward):
+        return 64
+    if dtype == torch.float16 and rows <= 16 and not backward and architecture in ("sm_90", "sm_100"):
+        return 64
+    return 16 if backward and tile >= 32768 else 32
+
+
+def splits(programs: int, tokens: int, device: torch.device, backward: bool) -> tuple[int, int]:
     """The number of programs over which the tokens of a sample are split, and the tokens of each.
 
-    Two programs a multiprocessor, and only where there are fewer programs than multiprocessors without a split. Counted
-    for SPOT's shape in bf16, (64, 196, 7, 256): 64 programs keep three blocks of 32 KB each in flight, 6 MB together,
-    and memory needs about 4 MB (4 TB/s times a latency of 1 µs) to run at full speed. All of k and v is 3 µs of memory
-    traffic: halves of 98 tokens would gain less than the second launch costs.
+    Two programs a multiprocessor, and only where there are fewer programs than multiprocessors without a split, and
+    enough tokens. Counted for SPOT's shape in bf16, (64, 196, 7, 256): 64 programs have four blocks of 64 tokens each,
+    three of them in flight, and a block is a chain of two products, a softmax and three barriers, about 0.7 µs forward
+    and twice as much backward. Halves of 98 tokens would save two blocks of each program, 1.4 and 2.8 µs, and the
+    launch that adds their sums costs 2.8 µs (`_sum_parts` of the cross-attention on an H200). `bench/sweep.py` tries
+    other numbers.
     """
     wanted = launch.multiprocessors(device)
-    number = 1 if programs >= wanted else min(2 * wanted // max(programs, 1), tokens // LEAST_TOKENS)
-    blocks = triton.cdiv(tokens, block)
-    span = triton.cdiv(blocks, max(number, 1)) * block
-    return max(triton.cdiv(tokens, max(span, 1)), 1), span
+    least = LEAST_TOKENS[backward]
+    number = 1 if programs >= wanted else max(1, min(2 * wanted // max(programs, 1), tokens // least))
+    # halves of what does not fill whole blocks are as long as any: a block may be cut anywhere
+    span = max(triton.cdiv(tokens, number), 1)
+    return max(triton.cdiv(tokens, span), 1), span
 
 
 def precisions(device: torch.device, dtype: torch.dtype) -> dict[str, object]:

@@ -1,7 +1,9 @@
 """Device functions that the slot-attention kernels share: indices, loads, products and the softmax of a tile.
 
 Queries, updates and their gradients are tiles [ROWS, COLUMNS] of rows (head, slot) and columns (head, channel), blocks
-of tokens [TOKENS, COLUMNS], weights and logits [TOKENS, ROWS].
+of tokens [TOKENS, COLUMNS], weights and logits [ROWS, TOKENS]. Their rows are few, 16 for up to 16 slots, so that the
+warps of a program share out the tokens: each warp has all rows of its tokens, and the softmax over them stays within
+it, without a barrier.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ def operand(tile, ROUND: tl.constexpr):
 @triton.jit
 def load_tile(x, rows, columns, mask, WIDEN: tl.constexpr):
     """x at the offsets rows + columns, 0 outside the mask; float32 if WIDEN (the interpreter's bfloat16 is wrong)."""
-    tile = tl.load(x + rows[:, None] + columns[None, :], mask=mask, other=0.0)
+    tile = tl.load(x + (rows[:, None] + columns[None, :]), mask=mask, other=0.0)
     if WIDEN:
         tile = tile.to(tl.float32)
     return tile
@@ -43,10 +45,10 @@ def load_tile(x, rows, columns, mask, WIDEN: tl.constexpr):
 def inner_products(
     x,
     x_rows,
+    stride_x,
     m_x,
     y,
     y_rows,
-    stride_y,
     m_y,
     width,
     COLUMNS: tl.constexpr,
@@ -59,8 +61,8 @@ def inner_products(
     for first in range(0, width, COLUMNS):
         o_c = first + tl.arange(0, COLUMNS)
         m_c = o_c < width
-        b_x = load_tile(x, x_rows, o_c, m_x[:, None] & m_c[None, :], WIDEN)
-        b_y = load_tile(y, y_rows, o_c * stride_y, m_y[:, None] & m_c[None, :], WIDEN)
+        b_x = load_tile(x, x_rows, o_c * stride_x, m_x[:, None] & m_c[None, :], WIDEN)
+        b_y = load_tile(y, y_rows, o_c, m_y[:, None] & m_c[None, :], WIDEN)
         product = tl.dot(b_x, tl.trans(b_y), product, input_precision=PRECISION)
     return product
 
@@ -105,13 +107,13 @@ def tile_indices(
 
 @triton.jit
 def softmax(b_l, m_r, m_t, peak, mass, o_n, JOINT: tl.constexpr):
-    """a from logits [TOKENS, ROWS]: over the rows, or with the joint kernel's statistics of all heads. 0 in padding."""
-    b_l = tl.where(m_r[None, :], b_l, float("-inf"))
+    """a from logits [ROWS, TOKENS]: over the rows, or with the joint kernel's statistics of all heads. 0 in padding."""
+    b_l = tl.where(m_r[:, None], b_l, float("-inf"))
     if JOINT:
         b_peak = tl.load(peak + o_n, mask=m_t, other=0.0)
         b_mass = tl.load(mass + o_n, mask=m_t, other=1.0)
-        b_a = tl.exp(b_l - b_peak[:, None]) / b_mass[:, None]
+        b_a = tl.exp(b_l - b_peak[None, :]) / b_mass[None, :]
     else:
-        b_a = tl.exp(b_l - tl.max(b_l, 1)[:, None])
-        b_a = b_a / tl.sum(b_a, 1)[:, None]
+        b_a = tl.exp(b_l - tl.max(b_l, 0)[None, :])
+        b_a = b_a / tl.sum(b_a, 0)[None, :]
     return b_a

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from spot_kernels import dispatch
 from spot_kernels.add_norm import MAX_WIDTH, add_norm
 from spot_kernels.checks import autocast_dtype
 from spot_kernels.gru_norm import gru_norm
+from spot_kernels.linear_relu import linear_relu
 from spot_kernels.reference.add_norm import join
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
@@ -40,14 +41,36 @@ def linear(
     return layer
 
 
+class MLP(nn.Sequential):
+    """A Sequential that begins with a linear layer and an activation.
+
+    On a GPU a ReLU is the epilogue of the first product (`linear_relu`). Elsewhere, and if one of these two layers is
+    more than PyTorch's own (`is_exactly`), all layers are called.
+    """
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if not self._begins_with_relu() or dispatch.choose("linear_relu", inputs) != "triton":
+            return super().forward(inputs)
+        first, _, *rest = self
+        inputs = linear_relu(inputs, first.weight, first.bias)
+        for layer in rest:
+            inputs = layer(inputs)
+        return inputs
+
+    def _begins_with_relu(self) -> bool:
+        if not dispatch.uses("linear_relu") or len(self) < 2:
+            return False
+        return is_exactly(self[0], nn.Linear) and self[0].bias is not None and is_exactly(self[1], nn.ReLU)
+
+
 def mlp(
     inputs: int, hidden: int, outputs: int, *, gain: float = 1.0, activation: str = "relu", dropout: float = 0.0
-) -> nn.Sequential:
+) -> MLP:
     """Linear (kaiming), ReLU or GELU, dropout if above 0, Linear (xavier × gain).
 
     The layers with parameters have the names 0 and 2 with and without dropout, so that checkpoints fit both.
     """
-    layers = nn.Sequential()
+    layers = MLP()
     layers.add_module("0", linear(inputs, hidden, init="kaiming"))
     layers.add_module("1", ACTIVATIONS[activation]())
     if dropout:
@@ -186,9 +209,16 @@ def is_exactly(layer: nn.Module, kind: type[nn.Module]) -> bool:
         torch_module._global_backward_hooks,
         torch_module._global_backward_pre_hooks,
     )
-    if type(layer) is not kind or any(own_hooks) or any(global_hooks):
+    if type(layer) is not kind or any(own_hooks):
+        return False
+    if any(not _only_watches(hook) for hooks in global_hooks for hook in hooks.values()):
         return False
     if layer._compiled_call_impl is not None or "forward" in layer.__dict__:
         return False
     # DTensor, quantised tensors and their like wrap other tensors
     return not any(hasattr(parameter, "__tensor_flatten__") for parameter in layer._parameters.values())
+
+
+def _only_watches(hook: Callable) -> bool:
+    """Whether a global hook is PyTorch's own record of which module runs: its counter of FLOPs must not change them."""
+    return type(getattr(hook, "__self__", None)).__module__ == "torch.utils.module_tracker"

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from spot_kernels import dispatch
 from spot_kernels.modules.initial_slots import InitialSlots
 from spot_kernels.modules.layers import (
     ACTIVATIONS,
@@ -17,6 +19,7 @@ from spot_kernels.modules.layers import (
     eps_in_sum,
     gru_and_norm,
     gru_step,
+    is_exactly,
     layer_norm,
     linear,
     merge_heads,
@@ -260,8 +263,7 @@ class SlotAttention(nn.Module):
         iterations = self.iterations if iterations is None else iterations
         _check_iterations(iterations)
         inputs = layer_norm(self.norm_inputs, inputs)
-        k = self._split(self.project_k(inputs) * self.scale)
-        v = self._split(self.project_v(inputs))
+        k, v = map(self._split, self._keys_values(inputs))
         initial = slots
         # Truncated gradients never reach these iterations, so they build no graph.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.truncation == "none"):
@@ -284,6 +286,20 @@ class SlotAttention(nn.Module):
         if num_slots is not None or noise is not None:
             raise ValueError("slot attention: slots were passed, so num_slots and noise have no effect: drop them")
         return slots
+
+    def _keys_values(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k, scaled, and v of normed inputs, [B, N, inner] each.
+
+        One product instead of two, if both layers are no more than PyTorch's own: inputs are read once each way, and
+        their gradient is not a sum of two. The scale goes into the weights, which are fewer than the keys; a power of
+        two, as for 64 or 256 channels a head, changes no bit of the result.
+        """
+        k, v = self.project_k, self.project_v
+        if not (dispatch.uses("joined_projections") and is_exactly(k, nn.Linear) and is_exactly(v, nn.Linear)):
+            return k(inputs) * self.scale, v(inputs)
+        weight = torch.cat((k.weight * self.scale, v.weight))
+        bias = None if k.bias is None else torch.cat((k.bias * self.scale, v.bias))
+        return F.linear(inputs, weight, bias).chunk(2, -1)
 
     def _split(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B, N, inner] → [B, H, N, d], or [B·H, 1, N, d] if each head has its own softmax."""

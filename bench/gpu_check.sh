@@ -67,7 +67,7 @@ limited_pytest() {
 correct() {
   local first=() workers=() name
   shopt -s nullglob
-  for name in slot_attention permuted_attention order_layout slot_cross_attention shift_by_order mask_matching gru_norm linear_relu modules drop_in; do
+  for name in slot_attention permuted_attention order_layout slot_cross_attention shift_by_order mask_matching gru_norm linear_relu add_norm clipped_adam modules drop_in; do
     first+=(tests/kernels/test_"$name"*.py)
   done
   shopt -u nullglob

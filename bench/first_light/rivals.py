@@ -31,6 +31,7 @@ WANTED = {
     "slot_cross_map": "teacher",
     "folded_cross_attention": "decoder",
     "gru_norm": "SPOT",
+    "add_norm": "24 bits",
     "linear_relu": "decoder FFN",
     "shift_by_order": "decoder",
     "match_masks": "SPOT",

@@ -5,6 +5,7 @@ few lines of PyTorch each.
 """
 
 from spot_kernels import flops
+from spot_kernels.add_norm import add_norm
 from spot_kernels.clipped_adam import clipped_adam, infinity_norm
 from spot_kernels.dispatch import chosen_backend, use_backend
 from spot_kernels.folded_cross_attention import folded_cross_attention, folded_cross_map
@@ -24,6 +25,7 @@ __all__ = [
     "PermutedDecoder",
     "PermutedDecoderBlock",
     "SlotAttention",
+    "add_norm",
     "assign_masks",
     "chosen_backend",
     "clipped_adam",

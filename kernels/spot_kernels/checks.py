@@ -71,6 +71,14 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype that `autocast` would give the tensor."""
+    kind = tensor.device.type
+    if kind == "meta" or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return tensor.dtype
+    return torch.get_autocast_dtype(kind)
+
+
 def without_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """A block in which products keep their operands' dtypes, whatever torch.autocast would cast them to."""
     kind = tensor.device.type

@@ -44,6 +44,7 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "folded_cross_attention": {"triton": (torch.float32, *_HALF)},
     "folded_cross_map": {"triton": (torch.float32, *_HALF)},
     "gru_norm": {"triton": (torch.float32, *_HALF)},
+    "add_norm": {"triton": (torch.float32, *_HALF)},
     "linear_relu": {"triton": (torch.float32, *_HALF)},
     "linear_assignment": {
         "triton": (torch.float64, torch.float32, *_HALF),

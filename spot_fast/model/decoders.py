@@ -19,12 +19,18 @@ from spot_fast.model.implementations import IMPLEMENTATIONS
 from spot_fast.model.patch_orders import patch_orders
 from spot_kernels import PermutedDecoder, dispatch, shift_by_order
 from spot_kernels.modules import linear
+from spot_kernels.modules.layers import layer_norm
 from spot_kernels.modules.order_layout import SEQUENCE, Order, from_sequence, prefers_order_layout, take_rows
 
 
-def _projection(inputs: int, outputs: int) -> nn.Sequential:
+class _Projection(nn.Sequential):
     """Linear layer without bias, then LayerNorm."""
-    return nn.Sequential(linear(inputs, outputs, bias=False), nn.LayerNorm(outputs))
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(linear(inputs, outputs, bias=False), nn.LayerNorm(outputs))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return layer_norm(self[1], self[0](inputs))
 
 
 class AutoregressiveDecoder(nn.Module):
@@ -60,8 +66,8 @@ class AutoregressiveDecoder(nn.Module):
         self.register_buffer("orders", patch_orders(grid, orders), persistent=False)
         self.cappa = cappa
         self.bos = nn.Parameter(torch.empty(self.num_orders, dim).normal_(std=0.02))
-        self.input_proj = _projection(dim, dim)
-        self.slot_proj = _projection(slot_dim, dim)
+        self.input_proj = _Projection(dim, dim)
+        self.slot_proj = _Projection(slot_dim, dim)
         self.transformer = PermutedDecoder(
             dim,
             blocks=blocks,
@@ -197,7 +203,7 @@ class MlpDecoder(nn.Module):
     def __init__(self, dim: int, slot_dim: int, num_tokens: int, *, hidden: int, project_slots: bool = True) -> None:
         super().__init__()
         width = dim if project_slots else slot_dim
-        self.slot_proj = _projection(slot_dim, dim) if project_slots else nn.Identity()
+        self.slot_proj = _Projection(slot_dim, dim) if project_slots else nn.Identity()
         self.positions = nn.Parameter(torch.empty(num_tokens, width).normal_(std=0.02))
         self.mlp = nn.Sequential(
             nn.Linear(width, hidden),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from spot_fast.config import IMAGENET_MEAN, IMAGENET_STD
 from spot_fast.errors import UserError
+from spot_kernels.modules.layers import Stream, is_exactly, residual_norm
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -43,6 +44,7 @@ class Encoder(nn.Module):
             raise UserError(f"--train-blocks is {last_blocks} but the encoder has {depth} blocks: use 0 to {depth}")
         self.vit = vit.eval().requires_grad_(False)
         self.feature_norm = feature_norm
+        self.norm = nn.LayerNorm(vit.embed_dim, elementwise_affine=False)
         self.first_last_block = depth - last_blocks
         self.num_prefix = vit.num_prefix_tokens
         height, width = vit.patch_embed.grid_size
@@ -93,10 +95,20 @@ class Encoder(nn.Module):
         tokens, rope = tokens if isinstance(tokens, tuple) else (tokens, None)
         return self.vit.norm_pre(tokens), rope
 
-    def _run(self, blocks: Iterable[nn.Module], tokens: Tensor) -> Tensor:
+    def _run(self, blocks: Iterable[nn.Module], tokens: Tensor) -> Stream:
+        stream = Stream(tokens)
         for block in blocks:
-            tokens = block(tokens) if self._rope is None else block(tokens, rope=self._rope)
-        return tokens
+            if self._rope is None and is_plain_block(block):
+                # as the block does it, but each addition waits for the next LayerNorm
+                kind = type(block.norm1)
+                stream, normed = residual_norm(block.norm1, stream, kind=kind)
+                stream = stream._replace(delta=block.drop_path1(block.ls1(block.attn(normed))))
+                stream, normed = residual_norm(block.norm2, stream, kind=kind)
+                stream = stream._replace(delta=block.drop_path2(block.ls2(block.mlp(normed))))
+                continue
+            tokens = stream.total()
+            stream = Stream(block(tokens) if self._rope is None else block(tokens, rope=self._rope))
+        return stream
 
     @torch.no_grad()
     def trunk(self, images: Tensor) -> Tensor:
@@ -107,17 +119,17 @@ class Encoder(nn.Module):
                 f"images have shape {list(images.shape)} but the encoder was built for "
                 f"[B, 3, {height}, {width}]: resize them"
             )
-        return self._run(self.vit.blocks[: self.first_last_block], self._embed(images)[0])
+        return self._run(self.vit.blocks[: self.first_last_block], self._embed(images)[0]).total()
 
     def finish(self, hidden: Tensor, blocks: nn.ModuleList | None = None) -> Tensor:
         """hidden [B, prefix + N, D] → features [B, N, D] through `blocks`, by default the frozen ones."""
         if blocks is None:
             with torch.no_grad():
-                tokens = self._run(self.vit.blocks[self.first_last_block :], hidden)
+                stream = self._run(self.vit.blocks[self.first_last_block :], hidden)
         else:
-            tokens = self._run(blocks, hidden)
-        tokens = tokens[:, self.num_prefix :]
-        return F.layer_norm(tokens, (self.dim,)) if self.feature_norm else tokens
+            stream = self._run(blocks, hidden)
+        patches = Stream(*(None if part is None else part[:, self.num_prefix :] for part in stream))
+        return residual_norm(self.norm, patches, for_product=False)[1] if self.feature_norm else patches.total()
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, S, S] → frozen features [B, N, D]."""
@@ -139,6 +151,18 @@ class Encoder(nn.Module):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
             digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def is_plain_block(block: nn.Module) -> bool:
+    """Whether `block` is timm's own pre-norm block with LayerNorms, whose layers may be called one by one."""
+    if _name(block) != "timm.models.vision_transformer.Block" or not is_exactly(block, type(block)):
+        return False
+    norms = block.norm1, block.norm2
+    return all(_name(norm) == "timm.layers.norm.LayerNorm" and not norm._fast_norm for norm in norms)
+
+
+def _name(layer: nn.Module) -> str:
+    return f"{type(layer).__module__}.{type(layer).__qualname__}"
 
 
 def use_plain_attention(blocks: Iterable[nn.Module]) -> None:

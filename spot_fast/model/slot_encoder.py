@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from spot_fast.model.implementations import IMPLEMENTATIONS, Implementation
 from spot_kernels import SlotAttention
 from spot_kernels.modules import mlp
+from spot_kernels.modules.layers import layer_norm
 
 INITIALISERS = ("gaussian", "learned")
 
@@ -69,4 +70,4 @@ class SlotEncoder(nn.Module):
 
     def forward(self, features: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """features [B, N, D] → slots [B, K, U], attn [B, N, K] (summed over heads), logits [B, H, N, K]."""
-        return self.attention(self.mlp(self.norm(features)), self.initial_slots(features.shape[0], noise))
+        return self.attention(self.mlp(layer_norm(self.norm, features)), self.initial_slots(features.shape[0], noise))

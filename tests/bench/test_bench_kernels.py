@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 
+import bench_add_norm
 import bench_folded_cross_attention
 import bench_gru_norm
 import bench_linear_relu
@@ -33,7 +34,7 @@ from stand_in_gpu import pretend_gpu, square_case
 CEILINGS = Ceilings(1e9, {"float32": 1e12, "bfloat16": 2e12})
 OPERATORS = set(
     "slot_attention_step permuted_causal_attention slot_cross_attention linear_assignment match_masks SlotAttention "
-    "slot_cross_map folded_cross_attention folded_cross_map shift_by_order gru_norm linear_relu".split()
+    "slot_cross_map folded_cross_attention folded_cross_map shift_by_order gru_norm add_norm linear_relu".split()
 )
 
 
@@ -54,6 +55,9 @@ def test_work_by_hand():
     assert bench_shift_by_order.work(1, 2, 4, 2) == (Work(32 + 16, 0),) * 2
     # 2 rows of 4: gates of 2 × 12 elements of 2 bytes a row, a state of 4 floats
     assert bench_gru_norm.work(2, 4, 2) == (Work(96 + 32 + 16 + 32, 240), Work(2 * 128 + 48, 480))
+    # 10 elements of a bfloat16 stream, 24 bits of it, a float32 stream, and a LayerNorm alone
+    found = [bench_add_norm.work(10, *sizes) for sizes in ((2, 2, 2, 0), (2, 2, 2, 1), (4, 2, 2, 0), (2, 0, 2, 0))]
+    assert [[one.bytes for one in both] for both in found] == [[80, 80], [100, 80], [120, 160], [40, 60]]
     # 2 rows of 3 inputs and 4 outputs, weights of 12 elements: 24 multiply-adds a product
     assert bench_linear_relu.work(2, 3, 4, 2) == (Work(2 * (6 + 12 + 4 + 8), 48), Work(2 * (12 + 24 + 4 + 32), 96))
     assert bench_mask_matching.assignment_work(2, 3) == Work(72 + 48, 0)
@@ -81,6 +85,7 @@ def test_every_gpu_shape_of_the_plan_is_there():
         ("folded_cross_map", "teacher 64×6 heads 196 K7 D768"),
         ("shift_by_order", "decoder 64×196 D768"),
         ("gru_norm", "SPOT 64×K7 U256"),
+        ("add_norm", "24 bits 64×196 D768"),
         ("linear_relu", "decoder FFN 64×196 768 to 3072"),
         ("linear_relu", "slots 64×7 256 to 1024"),
         ("linear_assignment", "64 of 7×7"),
@@ -488,7 +493,7 @@ def test_sweep_reaches_the_launches():
     for entry in sweep.SWEEPS:
         assert launches(entry, None), entry.title
         for name, values in entry.grid.items():
-            if name not in ("number", "programs"):  # a tiny shape has nothing to split
+            if name not in ("number", "programs"):  # a tiny shape has nothing to split, nor rows for as many programs
                 assert launches(entry, {name: values[0]}) != launches(entry, {name: values[-1]}), (entry.title, name)
 
 

@@ -79,6 +79,7 @@ def test_every_operator_runs_its_kernels_on_a_gpu(traced):
         "permuted_causal_attention": (k, k, v, order),
         "shift_by_order": (tokens, tensor(384), order),
         "gru_norm": (gates, gates, tensor(14, 64, dtype=torch.float32), weight, weight),
+        "add_norm": (tokens, *[tensor(384, dtype=torch.float32)] * 2, 1e-5, tokens),
         "linear_relu": (tokens, tensor(1536, 384), tensor(1536)),
         "linear_assignment": (tensor(2, 7, 7, dtype=torch.float32),),
         "assign_masks": (labels, labels, 7),

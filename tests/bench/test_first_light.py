@@ -92,7 +92,7 @@ def test_each_part_has_what_it_is_for(rehearsal):
     assert checked >= set(
         "slot_attention_step permuted_causal_attention slot_cross_attention slot_cross_map shift_by_order gru_norm "
         "folded_cross_attention folded_cross_map "
-        "linear_relu linear_assignment match_masks SlotAttention".split()
+        "add_norm linear_relu linear_assignment match_masks SlotAttention".split()
     )
     for stage in ("stage 1", "stage 2"):
         of_stage = [row for row in rows["steps"] if row.subject == stage]

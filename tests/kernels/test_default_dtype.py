@@ -56,7 +56,7 @@ def test_every_operator_is_the_same_with_another_default_device(operator, backen
 
 @every_backend
 @pytest.mark.parametrize(
-    "operator", ["slot_attention_step", "slot_cross_attention", "gru_norm", "shift_by_order", "linear_relu"]
+    "operator", ["slot_attention_step", "slot_cross_attention", "gru_norm", "add_norm", "shift_by_order", "linear_relu"]
 )
 def test_autocast_is_the_same_under_any_default_dtype(operator, backend):
     function, tensors = calls()[operator]

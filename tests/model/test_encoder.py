@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from kernel_tier import DEVICE, needs_triton
 from spot_fast.errors import UserError
-from spot_fast.model.encoder import Encoder, normalise, resample_positions
+from spot_fast.model.encoder import Encoder, is_plain_block, normalise, resample_positions
 from spot_fast.model.timm_import import import_timm
+from spot_kernels.dispatch import use_backend, without
+from spot_kernels.modules import layers
 
 
 def small_vit(**changes):
@@ -30,6 +33,45 @@ def test_trunk_and_last_blocks_are_the_whole_vit_without_its_final_norm():
     assert again.requires_grad
     assert not any(p.requires_grad for p in encoder.parameters())
     assert not encoder(images).requires_grad
+
+
+@needs_triton
+@pytest.mark.parametrize("changes", [{}, {"init_values": 0.5, "reg_tokens": 2}], ids=str)
+@pytest.mark.parametrize("feature_norm", [True, False])
+def test_blocks_add_and_normalise_in_one_kernel(changes, feature_norm, monkeypatch):
+    """With the results and gradients of timm's blocks; under autocast to bfloat16 with features in float32 as well."""
+    encoder = Encoder(small_vit(**changes), last_blocks=2, feature_norm=feature_norm).to(DEVICE)
+    images, blocks = torch.randn(2, 3, 32, 32, device=DEVICE), encoder.copy_last_blocks()
+    calls, own = [], layers.add_norm
+    monkeypatch.setattr(layers, "add_norm", lambda *given, **options: calls.append(1) or own(*given, **options))
+
+    def run(*techniques, cast=False):
+        with use_backend("triton"), without(*techniques), torch.autocast(DEVICE.type, torch.bfloat16, enabled=cast):
+            features = encoder.finish(encoder.trunk(images), blocks)
+        weight = torch.linspace(-1, 1, features.numel(), device=DEVICE).view(features.shape)
+        return features.detach(), *torch.autograd.grad((features * weight).sum(), blocks.parameters())
+
+    expected = run("residual_norm")
+    assert not calls
+    results = run()
+    assert len(calls) == 4 * 2 + feature_norm
+    torch.testing.assert_close(results, expected, rtol=1e-3, atol=1e-4)
+    features, *gradients = run(cast=True)
+    assert features.dtype == torch.float32 and all(torch.isfinite(gradient).all() for gradient in gradients)
+    torch.testing.assert_close(features, expected[0], rtol=0.05, atol=0.05)
+
+
+def test_only_timms_own_blocks_are_taken_apart():
+    block = small_vit().blocks[0]
+    assert is_plain_block(block)
+    hook = block.register_forward_hook(lambda *given: None)
+    assert not is_plain_block(block)
+    hook.remove()
+    block.norm2.eps, block.norm2._fast_norm = 1e-6, True
+    assert not is_plain_block(block)
+    block.norm2 = torch.nn.Identity()
+    assert not is_plain_block(block)
+    assert not is_plain_block(import_timm().create_model("vit_small_patch16_dinov3", num_classes=0).blocks[0])
 
 
 def test_training_mode_never_reaches_the_frozen_vit():

@@ -57,6 +57,10 @@ def calls(device: str = "cpu", batch: int = 2, tokens: int = 9) -> dict[str, tup
             spot_kernels.gru_norm,
             (normal(rows, 24), normal(rows, 24), normal(rows, 8), normal(8), normal(8)),
         ),
+        "add_norm": (
+            lambda x, delta, weight, bias: spot_kernels.add_norm(x, weight, bias, delta=delta)[:2],
+            (normal(batch, tokens, 8), normal(batch, tokens, 8), normal(8), normal(8)),
+        ),
         "linear_relu": (spot_kernels.linear_relu, (normal(batch, tokens, 8), normal(24, 8), normal(24))),
         "linear_assignment": (spot_kernels.linear_assignment, (normal(batch, 3, 4),)),
         "assign_masks": (lambda a, b: spot_kernels.assign_masks(a, b, 3), (labels(), labels())),

@@ -35,9 +35,7 @@ import triton
 import triton.language as tl
 
 from spot_kernels.gpu import launch
-
-# Parts and units of a tile that sums the programs' parts of dweight and dbias.
-_SUM_PARTS, _SUM_UNITS = 128, 32
+from spot_kernels.gpu.part_sums import sum_parts
 
 
 @triton.jit
@@ -195,23 +193,6 @@ def _backward(
         tl.store(p_parts + tl.num_programs(0) * units, tl.sum(b_grad_b, 0), mask=m_u)
 
 
-@triton.jit
-def _sum_parts(parts, grad_weight, grad_bias, programs, units, BLOCK_P: tl.constexpr, BLOCK_U: tl.constexpr):
-    """grad_weight and grad_bias [U] from parts [2, programs, U]. Grid: blocks of units."""
-    o_p, o_u = tl.arange(0, BLOCK_P), tl.program_id(0) * BLOCK_U + tl.arange(0, BLOCK_U)
-    m_u = o_u < units
-    b_w = tl.zeros((BLOCK_P, BLOCK_U), dtype=tl.float32)
-    b_b = tl.zeros((BLOCK_P, BLOCK_U), dtype=tl.float32)
-    # [BLOCK_P, BLOCK_U] parts of each at a time, always in the same order
-    for start in range(0, programs, BLOCK_P):
-        m = (start + o_p < programs)[:, None] & m_u[None, :]
-        p = parts + (start + o_p)[:, None] * units + o_u[None, :]
-        b_w += tl.load(p, mask=m, other=0.0)
-        b_b += tl.load(p + programs * units, mask=m, other=0.0)
-    tl.store(grad_weight + o_u, tl.sum(b_w, 0).to(grad_weight.dtype.element_ty), mask=m_u)
-    tl.store(grad_bias + o_u, tl.sum(b_b, 0).to(grad_bias.dtype.element_ty), mask=m_u)
-
-
 class _Config(NamedTuple):
     rows: int
     num_warps: int
@@ -337,16 +318,4 @@ def backward(
         grad_weight.zero_()
         grad_bias.zero_()
         return
-    launch.launch(
-        _sum_parts,
-        (triton.cdiv(units, _SUM_UNITS),),
-        parts,
-        grad_weight,
-        grad_bias,
-        programs,
-        units,
-        num_warps=8,
-        num_stages=1,
-        BLOCK_P=_SUM_PARTS,
-        BLOCK_U=_SUM_UNITS,
-    )
+    sum_parts(parts, grad_weight, grad_bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,11 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from spot_kernels import dispatch
+from spot_kernels.add_norm import MAX_WIDTH, add_norm
+from spot_kernels.checks import autocast_dtype
 from spot_kernels.gru_norm import gru_norm
 from spot_kernels.linear_relu import linear_relu
+from spot_kernels.reference.add_norm import join
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
 # An eps that keeps the mean over tokens defined if every weight of a slot has underflowed, and changes no other sum.
@@ -127,6 +131,71 @@ def _fusible(gru: nn.Module, norm: nn.Module, width: int) -> bool:
     if not (is_exactly(gru, nn.GRUCell) and is_exactly(norm, nn.LayerNorm)):
         return False
     return norm.normalized_shape == (width,) and norm.weight is not None and norm.bias is not None
+
+
+class Stream(NamedTuple):
+    """The residual stream [..., D] between two layers.
+
+    tokens and what the next LayerNorm has yet to add to them, in any dtypes; low: eight more bits of bfloat16 tokens,
+    see `add_norm`.
+    """
+
+    tokens: torch.Tensor
+    delta: torch.Tensor | None = None
+    low: torch.Tensor | None = None
+
+    def total(self) -> torch.Tensor:
+        """The sum as one tensor."""
+        tokens = join(self.tokens, self.low)
+        return tokens if self.delta is None else tokens + self.delta
+
+
+def residual_norm(
+    norm: nn.LayerNorm,
+    stream: Stream,
+    *,
+    replaces: bool = False,
+    for_product: bool = True,
+    kind: type[nn.LayerNorm] = nn.LayerNorm,
+) -> tuple[Stream, torch.Tensor]:
+    """Does the addition that a residual stream waits for → stream, and its LayerNorm [..., D].
+
+    On a GPU one kernel does both; elsewhere, and if `norm` is more than a plain `kind` (`is_exactly`), they run one
+    after the other. Under torch.autocast to bfloat16 the kernel keeps the stream in 24 bits: its error is that of
+    a float32 stream, which is what autocast makes without the kernel.
+
+    replaces: the LayerNorm's result is the stream from here on. for_product: the kernel gives the LayerNorm's result
+    in autocast's dtype, as a product wants it; otherwise in that of the layer. kind: a type that computes what
+    nn.LayerNorm does.
+    """
+    tokens, delta, low = stream
+    if not _normalises(norm, kind, stream):
+        total = stream.total()
+        normed = norm(total)
+        return Stream(normed if replaces else total), normed
+    low_of, dtype = None, None
+    if torch.is_autocast_enabled(tokens.device.type):
+        if autocast_dtype(tokens) == torch.bfloat16 and tokens.dtype in (torch.bfloat16, torch.float32):
+            low_of = "normed" if replaces else "sum"
+        if not for_product or (replaces and low_of is None):
+            dtype = torch.float32
+    total, normed, low = add_norm(tokens, norm.weight, norm.bias, norm.eps, delta, low=low, low_of=low_of, dtype=dtype)
+    return Stream(normed if replaces else total, None, low), normed
+
+
+def layer_norm(norm: nn.LayerNorm, tokens: torch.Tensor) -> torch.Tensor:
+    """The LayerNorm [..., D] of a layer's result that goes into a product, see `residual_norm`."""
+    return residual_norm(norm, Stream(tokens))[1]
+
+
+def _normalises(norm: nn.LayerNorm, kind: type[nn.LayerNorm], stream: Stream) -> bool:
+    """Whether the kernel of `add_norm` runs, and does what `norm` does."""
+    tokens, delta, _ = stream
+    if not dispatch.uses("residual_norm") or dispatch.choose("add_norm", tokens) != "triton":
+        return False
+    if not is_exactly(norm, kind) or norm.normalized_shape != tokens.shape[-1:] or tokens.shape[-1] > MAX_WIDTH:
+        return False
+    return (norm.weight is None) == (norm.bias is None) and (delta is None or delta.shape == tokens.shape)
 
 
 def is_exactly(layer: nn.Module, kind: type[nn.Module]) -> bool:

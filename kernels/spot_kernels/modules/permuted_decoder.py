@@ -19,12 +19,14 @@ from spot_kernels.folded_cross_attention import folded_cross_attention, folded_c
 from spot_kernels.folded_cross_attention import takes as folded_cross_attention_takes
 from spot_kernels.modules.layers import (
     ACTIVATIONS,
+    Stream,
     check_choice,
     check_heads,
     is_exactly,
     linear,
     merge_heads,
     mlp,
+    residual_norm,
     split_heads,
 )
 from spot_kernels.modules.order_layout import SEQUENCE, Order, from_sequence, prefers_order_layout, to_sequence
@@ -187,25 +189,44 @@ class PermutedDecoderBlock(nn.Module):
 
         projected: the slots' k and v [B, K, D], if they are known.
         """
-        tokens = self.attend_to_tokens(tokens, order)
-        return self.attend_to_slots(tokens, self.cross_attention.keys_values(slots, projected), return_map=return_map)
+        stream, mean_map = self.advance(Stream(tokens), slots, order, return_map=return_map, projected=projected)
+        return stream.total(), mean_map
 
-    def attend_to_tokens(self, tokens: torch.Tensor, order: Order) -> torch.Tensor:
-        """The first part of the block, self-attention: tokens [B, N, D] → tokens [B, N, D]."""
-        normed = self.norm_self(tokens)
-        return (normed if self.first else tokens) + self.self_attention(normed, order)
+    def advance(
+        self,
+        stream: Stream,
+        slots: torch.Tensor,
+        order: Order,
+        *,
+        return_map: bool = False,
+        projected: Sequence[torch.Tensor] | None = None,
+    ) -> tuple[Stream, torch.Tensor | None]:
+        """`forward` that leaves the last addition to the next block's first LayerNorm."""
+        stream = self.attend_to_tokens(stream, order)
+        return self.attend_to_slots(stream, self.cross_attention.keys_values(slots, projected), return_map=return_map)
+
+    def attend_to_tokens(self, stream: Stream, order: Order) -> Stream:
+        """The first part of the block, self-attention."""
+        stream, normed = residual_norm(self.norm_self, stream, replaces=self.first)
+        return stream._replace(delta=self.self_attention(normed, order))
 
     def attend_to_slots(
-        self, tokens: torch.Tensor, slots: KeysValues, *, return_map: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The rest of the block: cross-attention to the slots, and FFN → tokens, map or None."""
-        out, mean_map = self.cross_attention.attend(self.norm_cross(tokens), slots, return_map=return_map)
-        tokens = tokens + out
-        return tokens + self.ffn(self.norm_ffn(tokens)), mean_map
+        self, stream: Stream, slots: KeysValues, *, return_map: bool = False
+    ) -> tuple[Stream, torch.Tensor | None]:
+        """The rest of the block: cross-attention to the slots, and FFN → stream, map or None."""
+        stream, normed = residual_norm(self.norm_cross, stream)
+        out, mean_map = self.cross_attention.attend(normed, slots, return_map=return_map)
+        stream, normed = residual_norm(self.norm_ffn, stream._replace(delta=out))
+        return stream._replace(delta=self.ffn(normed)), mean_map
 
     def map(self, tokens: torch.Tensor, slots: torch.Tensor, order: Order) -> torch.Tensor:
         """The map [B, N, K] alone, without the FFN and what else comes after it."""
-        return self.cross_attention.map(self.norm_cross(self.attend_to_tokens(tokens, order)), slots)
+        return self.map_of(Stream(tokens), slots, order)
+
+    def map_of(self, stream: Stream, slots: torch.Tensor, order: Order) -> torch.Tensor:
+        """`map` behind other blocks."""
+        _, normed = residual_norm(self.norm_cross, self.attend_to_tokens(stream, order))
+        return self.cross_attention.map(normed, slots)
 
 
 def joins_projections(slots: torch.Tensor) -> bool:
@@ -273,12 +294,36 @@ class PermutedDecoder(nn.Module):
         return self._decode(tokens, slots, order)
 
     def _decode(self, tokens: torch.Tensor, slots: torch.Tensor, order: Order) -> tuple[torch.Tensor, torch.Tensor]:
-        *before, last = zip(self.blocks, self._project(self.blocks, slots), strict=True)
-        for block, projected in before:
-            tokens, _ = block(tokens, slots, order, **projected)
-        block, projected = last
-        tokens, mean_map = block(tokens, slots, order, return_map=True, **projected)
-        return self.norm(tokens), mean_map
+        projected = self._project(self.blocks, slots)
+        stream, _ = self._run(self.blocks[:-1], projected[:-1], Stream(tokens), slots, order)
+        stream, mean_map = self._run(self.blocks[-1:], projected[-1:], stream, slots, order, return_map=True)
+        return self._finish(stream), mean_map
+
+    def _run(
+        self,
+        blocks: Sequence[nn.Module],
+        projected: list[dict[str, Sequence[torch.Tensor]]],
+        stream: Stream,
+        slots: torch.Tensor,
+        order: Order,
+        *,
+        return_map: bool = False,
+    ) -> tuple[Stream, torch.Tensor | None]:
+        """The stream behind these blocks, and the map of the last one, or None."""
+        mean_map = None
+        for block, known in zip(blocks, projected, strict=True):
+            if is_exactly(block, PermutedDecoderBlock):
+                stream, mean_map = block.advance(stream, slots, order, return_map=return_map, **known)
+            else:  # hooks and wrappers see whole blocks
+                tokens, mean_map = block(stream.total(), slots, order, return_map=return_map, **known)
+                stream = Stream(tokens)
+        return stream, mean_map
+
+    def _finish(self, stream: Stream) -> torch.Tensor:
+        """The prediction [B, N, D]."""
+        if isinstance(self.norm, nn.Identity):
+            return self.norm(stream.total())
+        return residual_norm(self.norm, stream, for_product=False)[1]
 
     def _project(self, blocks: Sequence[nn.Module], slots: torch.Tensor) -> list[dict[str, Sequence[torch.Tensor]]]:
         """For each block the argument `projected`: k and v [B, K, D] of all by one product, which costs a copy of the
@@ -303,9 +348,8 @@ class PermutedDecoder(nn.Module):
 
     def _masks(self, tokens: torch.Tensor, slots: torch.Tensor, order: Order) -> torch.Tensor:
         before = self.blocks[:-1]
-        for block, projected in zip(before, self._project(before, slots), strict=True):
-            tokens, _ = block(tokens, slots, order, **projected)
-        return self.blocks[-1].map(tokens, slots, order)
+        stream, _ = self._run(before, self._project(before, slots), Stream(tokens), slots, order)
+        return self.blocks[-1].map_of(stream, slots, order)
 
     def decode_orders(
         self, tokens: torch.Tensor, slots: torch.Tensor, orders: torch.Tensor, sources: torch.Tensor
@@ -322,7 +366,7 @@ class PermutedDecoder(nn.Module):
             sources: int64 [P, N], the index among the M inputs of the token at each raster position.
         """
         first, last = self.blocks[0], len(self.blocks) - 1
-        normed = first.norm_self(tokens)
+        begin, normed = residual_norm(first.norm_self, Stream(tokens), replaces=True)
         qkv = first.self_attention.project_qkv(normed)
         slots_kv = [
             block.cross_attention.keys_values(slots, **projected)
@@ -332,10 +376,12 @@ class PermutedDecoder(nn.Module):
         for order, source in zip(orders, sources, strict=True):
             masked: Order = SEQUENCE if in_order else order
             source = source.index_select(0, order) if in_order else source
-            x = normed.index_select(1, source) + first.self_attention.attend(qkv.index_select(1, source), masked)
+            out = first.self_attention.attend(qkv.index_select(1, source), masked)
+            low = None if begin.low is None else begin.low.index_select(1, source)
+            stream = Stream(begin.tokens.index_select(1, source), out, low)
             for i, (block, kv) in enumerate(zip(self.blocks, slots_kv, strict=True)):
                 if i > 0:  # the first block's self-attention is done
-                    x = block.attend_to_tokens(x, masked)
-                x, mean_map = block.attend_to_slots(x, kv, return_map=i == last)
-            out = self.norm(x)
+                    stream = block.attend_to_tokens(stream, masked)
+                stream, mean_map = block.attend_to_slots(stream, kv, return_map=i == last)
+            out = self._finish(stream)
             yield (from_sequence(out, order), from_sequence(mean_map, order)) if in_order else (out, mean_map)

@@ -20,6 +20,7 @@ from spot_kernels.modules.layers import (
     gru_and_norm,
     gru_step,
     is_exactly,
+    layer_norm,
     linear,
     merge_heads,
     mlp,
@@ -261,7 +262,7 @@ class SlotAttention(nn.Module):
         slots = self._initial(inputs.shape[0], slots, num_slots, noise)
         iterations = self.iterations if iterations is None else iterations
         _check_iterations(iterations)
-        inputs = self.norm_inputs(inputs)
+        inputs = layer_norm(self.norm_inputs, inputs)
         k, v = map(self._split, self._keys_values(inputs))
         initial = slots
         # Truncated gradients never reach these iterations, so they build no graph.

@@ -22,7 +22,8 @@ H200's 4.2 TB/s, for a table on the device that would have to be right in every 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -177,22 +178,23 @@ class FlatAdam:
     @torch.no_grad()
     def collect(self) -> None:
         """After each backward pass: moves its gradients into the buffers, adding those of several passes."""
-        moves: dict[bool, tuple[list[Tensor], list[Tensor]]] = {False: ([], []), True: ([], [])}
+        moves: dict[Hashable, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
         for parameter, view in self._views.items():
             leaf = self._shadows.get(parameter, parameter)
             # Later passes add to the view themselves where it is the leaf's own gradient.
             if leaf.grad is None or leaf.grad is view:
                 continue
-            views, gradients = moves[parameter in self._found]
+            later, same = parameter in self._found, leaf.grad.stride() == view.stride()
+            # One launch for each kind: a list of several dtypes, or one transposed tensor, is copied one by one.
+            views, gradients = moves[later, same, view.dtype, leaf.grad.dtype]
             views.append(view)
             gradients.append(leaf.grad)
             leaf.grad = None
             if view.dtype == parameter.dtype:
                 parameter.grad = view
             self._found.add(parameter)
-        for later, move in ((False, torch._foreach_copy_), (True, torch._foreach_add_)):
-            if moves[later][0]:
-                move(*moves[later])
+        for (later, *_), (views, gradients) in moves.items():
+            (torch._foreach_add_ if later else torch._foreach_copy_)(views, gradients)
 
     @torch.no_grad()
     def clip(self, limit: float) -> Tensor:

@@ -127,11 +127,11 @@ class AutoregressiveDecoder(nn.Module):
         if in_order:
             # The projection has no bias: [BOS] is added to a row of zeros, whose gradient needs no masking.
             rows = F.pad(take_rows(target, order[..., :-1]), (0, 0, 1, 0))
-            return norm(project(rows) + F.pad(first, (0, 0, 0, count - 1)))
+            return layer_norm(norm, project(rows) + F.pad(first, (0, 0, 0, count - 1)))
         before = torch.empty_like(order).scatter_(-1, order, order.roll(1, -1))
         tokens = project(take_rows(target, before))
         begin = order[..., :1, None].expand(batch, 1, tokens.shape[2])
-        return norm(tokens.scatter(1, begin, first.to(tokens.dtype)))
+        return layer_norm(norm, tokens.scatter(1, begin, first.to(tokens.dtype)))
 
     def _prepare(
         self, slots: Tensor, target: Tensor, order_index: Tensor | None, parallel: bool

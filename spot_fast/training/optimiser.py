@@ -5,18 +5,26 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from spot_fast.training.flat import FlatAdam
     from spot_fast.training.shared_gradients import LocalGradients
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 FUSED = ("cpu", "cuda")
 _STATE = "adam."
+
+
+class Optimiser(Protocol):
+    """What `Adam` and `flat.FlatAdam` have in common for those who set their rate or save their state."""
+
+    param_groups: list[dict[str, Any]]
+    state: Mapping[nn.Parameter, Mapping[str, Tensor]]
+
+    def load(self, parameter: nn.Parameter, what: str, value: Tensor) -> None: ...
 
 
 class Adam(torch.optim.Adam):
@@ -85,7 +93,7 @@ def update(optimiser: torch.optim.Adam, bad: Tensor) -> None:
     optimiser.step()
 
 
-def set_learning_rate(optimiser: Adam | FlatAdam, rate: float) -> None:
+def set_learning_rate(optimiser: Optimiser, rate: float) -> None:
     for group in optimiser.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -112,7 +120,7 @@ def clip_by_infinity_norm(parameters: Sequence[nn.Parameter], limit: float) -> T
     return norm
 
 
-def optimiser_tensors(optimiser: Adam | FlatAdam, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+def optimiser_tensors(optimiser: Optimiser, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
     """Moments and step counts of all parameters that have had a gradient, as adam.<what>.<parameter name>."""
     return {
         f"{_STATE}{what}.{names[parameter]}": value
@@ -122,7 +130,7 @@ def optimiser_tensors(optimiser: Adam | FlatAdam, names: Mapping[nn.Parameter, s
 
 
 def load_optimiser_tensors(
-    optimiser: Adam | FlatAdam, names: Mapping[nn.Parameter, str], tensors: Mapping[str, Tensor]
+    optimiser: Optimiser, names: Mapping[nn.Parameter, str], tensors: Mapping[str, Tensor]
 ) -> None:
     """Restores what `optimiser_tensors` returned."""
     by_name = {name: parameter for parameter, name in names.items()}

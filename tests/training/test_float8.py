@@ -9,6 +9,7 @@ from spot_fast.checkpoints.runs import MODEL, read_tensors
 from spot_fast.errors import UserError
 from spot_fast.training import float8
 from spot_fast.training.trainer import Trainer
+from spot_kernels import dispatch
 from tiny_runs import CPU, tiny, train
 
 if not os.environ.get("CI"):  # where it has to be there
@@ -43,7 +44,9 @@ def test_only_the_student_decoder_is_converted_and_can_be_left_out(emulated):
     plain = Trainer(tiny(precision="bf16"), device=CPU)
     batch = next(iter(plain.batches()))
     draws = plain.draw(0)
-    with torch.no_grad(), float8.left_out(trainer.model.decoder):
+    # float8 layers are not plain ones, so their cross-attentions are not folded
+    unfolded = dispatch.without("folded_cross_attention")
+    with torch.no_grad(), float8.left_out(trainer.model.decoder), unfolded:
         assert torch.equal(trainer.forward.terms(batch, draws)["rec"], plain.forward.terms(batch, draws)["rec"])
     with torch.no_grad():
         assert not torch.equal(trainer.forward.terms(batch, draws)["rec"], plain.forward.terms(batch, draws)["rec"])

@@ -84,7 +84,7 @@ _LOOP = {"tokens": (32, 64, 128), "num_warps": (4, 8, 16), "num_stages": (1, 2, 
 _NUMBERS = {"number": (1, 2, 3, 4, 8, 16, 32, 64)}
 _TILES = {"block_m": (32, 64, 128), "block_n": (32, 64), "num_warps": (4, 8), "num_stages": (2, 3)}
 _BLOCK = {"block_n": (16, 32, 64), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
-_NORM = {"rows": (1, 2, 4), "num_warps": (2, 4, 8), "programs": (2, 4, 6, 8), "num_stages": (1, 2)}
+_NORM = {"rows": (1, 2, 4), "num_warps": (1, 2, 4), "programs": (4, 6, 8, 12), "num_stages": (1, 2, 3)}
 _ROWS_BY_CHANNELS = {
     "block_n": (16, 32, 64, 128),
     "block_d": (64, 128, 256),

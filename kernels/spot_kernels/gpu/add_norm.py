@@ -215,8 +215,8 @@ def _forward_config(block_d: int) -> _Config:
 
 
 def _backward_config(block_d: int) -> _BackwardConfig:
-    """Two rows a block, the next two blocks on their way: of 91 configurations the fastest at 12,544 × 768 on an H200,
-    27 µs, where four warps, six programs and no loads ahead take 40."""
+    """Few warps a program and the next two blocks on their way: timed on an H200 at 12,544 × 768, where more warps and
+    programs without loads ahead were slower by half (`bench/sweep.py --only add_norm` tries them)."""
     return _BackwardConfig(2, max(1, min(16, block_d // 512)), 4, 3)
 
 

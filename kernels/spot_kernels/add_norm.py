@@ -5,10 +5,9 @@
 x, delta [..., D], each of any floating dtype, computed in float32 at least. x and delta get the same gradient. Saved
 for the backward pass: sum, or x where nothing is added, weight, and mean and 1 / √(variance + eps) of each row.
 
-A residual stream in bfloat16 loses to each addition what one in float32 keeps, which shows in the gradients behind a few
-blocks. A stream may therefore have 24 bits: bfloat16 and `low`, the
-next eight bits of its mantissa. Forward passes read and write both; backward passes need the bfloat16 alone, and so
-does the stream's gradient, which is bfloat16 too.
+A residual stream in bfloat16 loses to each addition what one in float32 keeps, which shows in the gradients behind a
+few blocks. A stream may therefore have 24 bits: bfloat16 and `low`, the next eight bits of its mantissa. Forward passes
+read and write both; backward passes need the bfloat16 alone, and so does the stream's gradient, which is bfloat16 too.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ class Study:
                 for index in range(2)
             ]
         run = _Pass(self.trainer.model.eval(), 0, [truth.protocol for truth in truths], (), "bf16")
-        run.add([self.val_set.label(index) for index, _, _ in batch], *zip(*batch, strict=True))
+        run.collect(run.measure(batch), [self.val_set.label(index) for index, _, _ in batch])
 
 
 def report(sections: Sequence[Section]) -> str:

@@ -356,7 +356,11 @@ class Scores:
 
     def add_counts(self, counts: Tensor, truth: Pairs) -> None:
         """Scores a batch from its pixel counts [B, K, J] on the CPU."""
-        self._batches.append(scores_of_counts(counts, truth, self.rules))
+        self.add_scores(scores_of_counts(counts, truth, self.rules))
+
+    def add_scores(self, scores: dict[str, Tensor]) -> None:
+        """Takes a batch's `scores_of_counts`."""
+        self._batches.append(scores)
 
     def _all(self, name: str, empty: Tensor) -> Tensor:
         return torch.cat([empty, *(batch[name] for batch in self._batches)])

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -24,7 +26,7 @@ from spot_fast.data.loading.loader import MAX_CORRUPT
 from spot_fast.data.loading.read_ahead import read_ahead
 from spot_fast.errors import UserError
 from spot_fast.evaluation.baselines import block_mask_candidates, block_masks, kmeans_labels
-from spot_fast.evaluation.metrics import Pairs, Scores, count_pairs, labels_from_soft, pair_labels
+from spot_fast.evaluation.metrics import Pairs, Scores, count_pairs, labels_from_soft, pair_labels, scores_of_counts
 from spot_fast.evaluation.protocols import GroundTruth, Protocol, chosen
 from spot_fast.model.encoder import normalise
 from spot_fast.model.spot import Spot, mean_of_orders
@@ -34,6 +36,11 @@ from spot_fast.system.devices import send
 
 WORKERS = min(8, os.cpu_count() or 1)
 _AHEAD = 64  # images read beyond the one in use
+# On a CPU every thread scores batches of its own: threads that share each product wait for each other thousands of
+# times a batch. Beyond so many at once, batches get several threads each: Python runs one line at a time.
+_BATCHES_AT_ONCE = 4
+# Tokens that go through the model together on a CPU: what one layer writes for more does not fit its caches.
+_TOKENS_AT_ONCE = 1152
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,7 @@ def evaluate(
     workers: int = WORKERS,
     precision: str = "float32",
     progress: bool = True,
+    title: str = "evaluate",
     between_batches: Callable[[], object] = lambda: None,
 ) -> Evaluation:
     """Scores `model`, on its device, on the first `limit` (0 = all) images of `val_set`.
@@ -138,7 +146,8 @@ def evaluate(
     Decoder masks are those of one slot-attention pass, in patch order 0 and averaged over all orders. k-means runs on
     the frozen target features with as many clusters as slots. Block masks are the best by mBO_i of 1 to 4 columns with
     as many masks as slots, and each of `layouts` (columns, masks). `workers` threads read ahead (0: none). precision:
-    of the model alone. Images that cannot be read, or whose masks cannot, go to `Evaluation.skipped`.
+    of the model alone. title: of the progress bar. Images that cannot be read, or whose masks cannot, go to
+    `Evaluation.skipped`. On a CPU PyTorch's threads score several batches at once, each with one thread.
 
     UserError if the set has no masks, no image can be read, more than one image and more than 1 % cannot be read, or a
     protocol is unknown.
@@ -166,12 +175,20 @@ def evaluate(
         return index, val_set.val_image(index), [_small(truth.masks(index, read)) for truth in truths]
 
     skipped: dict[str, str] = {}
-    with tqdm(total=count, desc="evaluate", unit="image", disable=None if progress else True) as bar:
+    # Every thread gets a batch, also of few images.
+    at_once = _batches_at_once(run.device)
+    batch_size = min(batch_size, -(-count // at_once))
+    with tqdm(total=count, desc=title, unit="image", disable=None if progress else True) as bar:
         readable = read_images(load, val_set, range(count), workers, skipped, bar.update)
-        while batch := list(islice(readable, batch_size)):
-            between_batches()
-            _require_few(skipped, count, val_set)
-            run.add([val_set.label(index) for index, _, _ in batch], *zip(*batch, strict=True))
+
+        def batches() -> Iterator[list[tuple]]:
+            while batch := list(islice(readable, batch_size)):
+                between_batches()
+                _require_few(skipped, count, val_set)
+                yield batch
+
+        for scored in _each_scored(run.measure, batches(), run.device, at_once):
+            run.collect(scored, [val_set.label(index) for index in scored.indices])
     if not run.labels:
         raise UserError(
             f"none of the {count} images of {val_set.name} can be read; the first: {next(iter(skipped.values()))}"
@@ -190,8 +207,41 @@ def evaluate(
             orders: total / images for orders, total in zip(run.orders, run.squared_error.tolist(), strict=True)
         },
         seconds_per_image=(time.perf_counter() - start) / images,
-        metric_seconds_per_image=run.metric_seconds / images,
+        metric_seconds_per_image=run.metric_seconds / at_once / images,
     )
+
+
+def _batches_at_once(device: torch.device) -> int:
+    return min(torch.get_num_threads(), _BATCHES_AT_ONCE) if device.type == "cpu" else 1
+
+
+def _each_scored(
+    measure: Callable[[list[tuple]], _Batch], batches: Iterable[list[tuple]], device: torch.device, at_once: int
+) -> Iterator[_Batch]:
+    """`measure` of each of `batches`, in their order, up to `at_once` at the same time.
+
+    Fewer while PyTorch has fewer threads. Leaving early cancels what has not begun.
+    """
+    if at_once == 1:
+        yield from map(measure, batches)
+        return
+    threads = torch.get_num_threads()
+
+    def alone(batch: list[tuple]) -> _Batch:
+        torch.set_num_threads(max(1, threads // at_once))  # of this thread
+        return measure(batch)
+
+    pool, ahead = ThreadPoolExecutor(at_once, "evaluate-batch"), deque[Future]()
+    try:
+        for batch in batches:
+            while len(ahead) >= _batches_at_once(device):
+                yield ahead.popleft().result()
+            ahead.append(pool.submit(alone, batch))
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(torch.get_num_threads())  # MKL's number is one for the whole process
 
 
 def read_images(
@@ -235,6 +285,22 @@ def _small(masks: Masks) -> Masks:
     return Masks(*(m if m is None or m.max() >= 2**15 else m.to(torch.int16) for m in (masks.instances, masks.classes)))
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """What `_Pass.measure` finds of a batch.
+
+    squared_error: of each of `_Pass.orders`, a sum over the images. scores: of each protocol, `scores_of_counts` by
+    kind of masks. sizes: of each protocol's label maps. objects: of each protocol, whether an image has any.
+    """
+
+    indices: list[int]
+    squared_error: Tensor
+    scores: list[dict[tuple, dict[str, Tensor]]]
+    sizes: list[int]
+    objects: list[list[bool]]
+    metric_seconds: float
+
+
 class _Pass:
     """One pass over a validation set: the model's outputs batch by batch, scored as they come."""
 
@@ -258,11 +324,45 @@ class _Pass:
         self.sizes = [0] * len(protocols)
         self.unlabelled: list[list[str]] = [[] for _ in protocols]
 
-    def add(
-        self, labels: Sequence[str], indices: Sequence[int], images: Sequence[Tensor], masks: Sequence[Sequence[Masks]]
-    ) -> None:
-        model = self.model
-        noise = None
+    @torch.no_grad()
+    def measure(self, batch: Sequence[tuple[int, Tensor, Sequence[Masks]]]) -> _Batch:
+        """Scores a batch of (index, image, masks of every protocol); may run in several threads at once."""
+        indices, images, masks = (list(part) for part in zip(*batch, strict=True))
+        step = max(1, _TOKENS_AT_ONCE // self.model.encoder.num_tokens) if self.device.type == "cpu" else len(batch)
+        parts = [self._forward(indices[at : at + step], images[at : at + step]) for at in range(0, len(batch), step)]
+        squared_error = torch.stack([error for error, _ in parts]).sum(0)
+
+        start = time.perf_counter()
+        soft = torch.cat([soft for _, soft in parts], 1)
+        predicted: dict[int, Tensor] = {}  # label maps of all kinds by mask size, shared by protocols
+        scores, sizes, objects = [], [], []
+        for index, protocol in enumerate(self.protocols):
+            truth = stack_truth([m[index] for m in masks], self.device)
+            objects.append((truth.instances > 0).any(1).tolist())
+            size = truth.labels.shape[-1]
+            sizes.append(size)
+            if size not in predicted:
+                predicted[size] = labels_from_soft(soft.flatten(0, 1), size).unflatten(0, soft.shape[:2])
+            counts = [
+                (key, count_pairs(p, self.num_slots, truth)) for key, p in zip(self.soft, predicted[size], strict=True)
+            ]
+            counts += [
+                (key, count_pairs(block.expand(len(indices), -1, -1), number, truth))
+                for key, number, block in self._blocks(size)
+            ]
+            # All counts in one copy, which waits for the device once.
+            flat = torch.cat([c.flatten() for _, c in counts]).cpu().split([c.numel() for _, c in counts])
+            scores.append(
+                {
+                    key: scores_of_counts(part.view(c.shape), truth, protocol.rules)
+                    for (key, c), part in zip(counts, flat, strict=True)
+                }
+            )
+        return _Batch(indices, squared_error, scores, sizes, objects, time.perf_counter() - start)
+
+    def _forward(self, indices: list[int], images: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Squared errors [orders], sums over the images, and soft masks [kinds, B, N, K] of `soft`."""
+        model, noise = self.model, None
         if model.slot_encoder.init == "gaussian":
             noise = send(slot_noise(self.seed, indices, self.num_slots, model.slot_encoder.slot_dim), self.device)
         with float32_products(self.precision), autocast(self.precision, self.device):
@@ -275,33 +375,21 @@ class _Pass:
                 decoded[model.num_orders] = mean_of_orders(chain([first], orders))
         clusters = kmeans_labels(target, self.num_slots, self.seed, indices=torch.tensor(indices))
         errors = [F.mse_loss(decoded[orders][0].float(), target.float()) for orders in self.orders]
-        self.squared_error += torch.stack(errors).double() * len(indices)  # stays on the device: nothing waits for it
-
-        start = time.perf_counter()
         soft = [*(decoded[orders][1] for orders in self.orders), slot_attn, F.one_hot(clusters, self.num_slots)]
-        soft = torch.stack([m.float() for m in soft])
-        predicted: dict[int, Tensor] = {}  # label maps of all kinds by mask size, shared by protocols
+        # Errors stay on the device: nothing waits for them.
+        return torch.stack(errors).double() * len(indices), torch.stack([m.float() for m in soft])
+
+    def collect(self, batch: _Batch, labels: Sequence[str]) -> None:
+        """Adds what `measure` found; labels: of the batch's images."""
+        self.squared_error += batch.squared_error
+        self.metric_seconds += batch.metric_seconds
+        self.sizes = batch.sizes
         for index, protocol in enumerate(self.protocols):
-            truth = stack_truth([m[index] for m in masks], self.device)
-            has_object = (truth.instances > 0).any(1).tolist()
-            self.unlabelled[index] += [name for name, has in zip(labels, has_object, strict=True) if not has]
-            size = self.sizes[index] = truth.labels.shape[-1]
-            if size not in predicted:
-                predicted[size] = labels_from_soft(soft.flatten(0, 1), size).unflatten(0, soft.shape[:2])
-            counts = [
-                (key, count_pairs(p, self.num_slots, truth)) for key, p in zip(self.soft, predicted[size], strict=True)
-            ]
-            counts += [
-                (key, count_pairs(block.expand(len(indices), -1, -1), number, truth))
-                for key, number, block in self._blocks(size)
-            ]
-            # All counts in one copy, which waits for the device once.
-            flat = torch.cat([c.flatten() for _, c in counts]).cpu().split([c.numel() for _, c in counts])
-            for (key, c), part in zip(counts, flat, strict=True):
-                self.scores[index].setdefault(key, Scores(protocol.rules)).add_counts(part.view(c.shape), truth)
-        self.metric_seconds += time.perf_counter() - start
+            self.unlabelled[index] += [n for n, has in zip(labels, batch.objects[index], strict=True) if not has]
+            for key, scores in batch.scores[index].items():
+                self.scores[index].setdefault(key, Scores(protocol.rules)).add_scores(scores)
         self.labels += labels
-        self.indices += indices
+        self.indices += batch.indices
 
     def _blocks(self, size: int) -> list[tuple[tuple, int, Tensor]]:
         if size not in self.blocks:

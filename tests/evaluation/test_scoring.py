@@ -319,6 +319,60 @@ class Empty(Images):
         return Masks(masks.instances * (index > 0), masks.classes * (index > 0))
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_each_thread_scores_batches_of_its_own(model, scenes, monkeypatch, two_threads):
+    names, encode, both = set(), model.encode, threading.Barrier(2, timeout=60)
+
+    def recorded(images):
+        if threading.current_thread().name not in names:
+            names.add(threading.current_thread().name)
+            both.wait()  # breaks unless two batches are on their way at once
+        assert torch.get_num_threads() == 1 and not torch.is_grad_enabled()
+        return encode(images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "encode", recorded)
+        together = evaluate(model, scenes, batch_size=2, progress=False)
+    assert len(names) == 2 and "MainThread" not in names and torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    alone = evaluate(model, scenes, batch_size=2, progress=False)
+    assert alone.tables == together.tables and alone.indices == together.indices == list(range(10))
+    assert alone.reconstruction == together.reconstruction
+
+
+def test_few_images_are_divided_among_the_threads(model, scenes, monkeypatch, two_threads):
+    sizes, encode = [], model.encode
+    monkeypatch.setattr(model, "encode", lambda images: sizes.append(len(images)) or encode(images))
+    evaluate(model, scenes, progress=False)
+    assert sizes == [5, 5]
+
+
+def test_an_error_of_a_batch_ends_the_evaluation(model, scenes, monkeypatch, two_threads):
+    def fail(images):
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(model, "encode", fail)
+    with pytest.raises(RuntimeError, match="out of order"):
+        evaluate(model, scenes, batch_size=2, progress=False)
+    assert torch.get_num_threads() == 2
+
+
+def test_many_tokens_go_through_the_model_in_parts(model, scenes, monkeypatch):
+    sizes, encode = [], model.encode
+    monkeypatch.setattr(model, "encode", lambda images: sizes.append(len(images)) or encode(images))
+    monkeypatch.setattr(evaluation, "_TOKENS_AT_ONCE", 4 * 16)
+    monkeypatch.setattr(evaluation, "_batches_at_once", lambda device: 1)
+    evaluate(model, scenes, batch_size=6, progress=False)
+    assert sizes == [4, 2, 4]
+
+
 def test_images_without_an_object_are_named(model):
     result = evaluate(model, Empty(4), progress=False)
     assert result.tables[0].unlabelled == ["0.jpg"] and result.row("slots").counted["mbo_i"] == 3

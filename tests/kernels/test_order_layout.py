@@ -154,3 +154,13 @@ def test_a_debug_switch_checks_the_order(monkeypatch):
     monkeypatch.setattr("spot_kernels.checks.CHECK_ORDERS", True)
     with pytest.raises(ValueError, match="order layout: order .* is not a permutation of 0 to 8"):
         to_sequence(torch.randn(1, 9, 3), torch.zeros(9, dtype=torch.int64))
+
+
+def test_a_cpu_orders_gathered_tokens_without_a_backward_pass(monkeypatch):
+    tokens = torch.empty(1, 9, 24)
+    assert not prefers_order_layout(tokens, gathered=True)
+    with torch.no_grad():
+        assert prefers_order_layout(tokens, gathered=True) and not prefers_order_layout(tokens)
+        assert not prefers_order_layout(tokens.bfloat16(), gathered=True)
+        monkeypatch.setattr("spot_kernels.dispatch.uses", lambda name: name != "order_layout")
+        assert not prefers_order_layout(tokens, gathered=True)

@@ -11,7 +11,7 @@ _USERS = ("spot_kernels.modules.permuted_decoder", "spot_fast.model.decoders")
 def in_order_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on decoders move tokens into the order on any device, unless they are to do without."""
 
-    def prefers(tokens: torch.Tensor) -> bool:
+    def prefers(tokens: torch.Tensor, *, gathered: bool = False) -> bool:
         return dispatch.uses("order_layout")
 
     for module in _USERS:

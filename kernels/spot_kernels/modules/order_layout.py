@@ -18,13 +18,19 @@ SEQUENCE: Final = "sequence"
 Order = torch.Tensor | Literal["sequence"] | None
 
 
-def prefers_order_layout(tokens: torch.Tensor) -> bool:
+def prefers_order_layout(tokens: torch.Tensor, *, gathered: bool = False) -> bool:
     """Whether a decoder moves its tokens into the order rather than to gather them in every self-attention.
 
     On a GPU, where PyTorch's causal attention is faster than the kernels of `permuted_causal_attention`. A CPU masks
-    the matrix of weights in any order at the same speed.
+    the matrix of weights in any order at the same speed; but without a backward pass PyTorch's attention, which never
+    writes that matrix, saves a third of the time there in float32. gathered: the tokens are gathered in any case, so
+    that their layout costs nothing.
     """
-    if not dispatch.uses("order_layout") or tokens.device.type != "cuda":
+    if not dispatch.uses("order_layout"):
+        return False
+    if tokens.device.type == "cpu":
+        return gathered and tokens.dtype is torch.float32 and not torch.is_grad_enabled()
+    if tokens.device.type != "cuda":
         return False
     # not under backend torch, nor in transforms, which PyTorch's fused attention does not know
     return dispatch.choose("permuted_causal_attention", tokens) == "triton"

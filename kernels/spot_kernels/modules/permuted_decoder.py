@@ -372,7 +372,7 @@ class PermutedDecoder(nn.Module):
             block.cross_attention.keys_values(slots, **projected)
             for block, projected in zip(self.blocks, self._project(self.blocks, slots), strict=True)
         ]
-        in_order = prefers_order_layout(tokens)
+        in_order = prefers_order_layout(tokens, gathered=True)
         for order, source in zip(orders, sources, strict=True):
             masked: Order = SEQUENCE if in_order else order
             source = source.index_select(0, order) if in_order else source

@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     opened: dict[str, ImageSet] = {}
     for run in runs:
         val_set = open_val_set(run.config, args.data, opened)
-        result = score(run.model, val_set, [protocol.name for protocol in protocols], args, device)
+        result = score(run.model, val_set, [protocol.name for protocol in protocols], args, device, run.name)
         scored.append(ScoredRun(run.name, run.config, result))
         # On disk before it is printed: neither a terminal nor a later run can lose it.
         failed = _write(args, targets, protocols, scored, device)

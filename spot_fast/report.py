@@ -20,9 +20,10 @@ from spot_fast.evaluation.options import add_scoring_options, open_val_set, scor
 from spot_fast.evaluation.protocols import chosen
 from spot_fast.evaluation.tables import seed_groups
 from spot_fast.files import atomic_write, writable_target
+from spot_fast.model.spot import Spot
 from spot_fast.precision import resolve
-from spot_fast.reporting.introspection import PatchGradients, introspect, patch_gradients, read_image
-from spot_fast.reporting.page import page
+from spot_fast.reporting.introspection import Introspection, PatchGradients, introspect, patch_gradients, read_image
+from spot_fast.reporting.page import SET_PARTS, page
 from spot_fast.reporting.records import (
     ImageRecord,
     Report,
@@ -32,6 +33,7 @@ from spot_fast.reporting.records import (
     read_log,
     state_metadata,
 )
+from spot_fast.system.cpu_threads import computing, side_by_side
 from spot_fast.system.devices import usable_device
 from spot_fast.system.optional import required
 
@@ -98,9 +100,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         indices = [index for index, own in enumerate(image_sets) if own is image_set]
         groups = seed_groups([runs[index].config for index in indices])
         report.sets.append(SetRecord(image_set, indices, [[indices[i] for i in group] for group in groups]))
-    for shown in report.sets:
-        _measure(report, shown, args, device)
-    text = page(report)
+    with computing(args.threads, device):
+        for shown in report.sets:
+            _measure(report, shown, args, device)
+    with tqdm(total=1 + len(SET_PARTS) * len(report.sets), unit="part", disable=None) as bar:
+
+        def begin(part: str) -> None:
+            bar.set_description(f"{out.name}: {part}")
+            bar.update()
+
+        text = page(report, begin)
     atomic_write(out, lambda partial: partial.write_text(text, encoding="utf-8"))
     print(f"{out.resolve()}  {out.stat().st_size / 1e6:.1f} MB, open it in a browser")
 
@@ -126,7 +135,7 @@ def _measure(report: Report, shown: SetRecord, args: argparse.Namespace, device:
     records = [report.runs[index] for index in shown.run_indices]
     if image_set.has_masks:
         for record in records:
-            record.evaluation = score(record.run.model, image_set, args.protocols, args, device)
+            record.evaluation = score(record.run.model, image_set, args.protocols, args, device, record.name)
     if not len(image_set):
         return
     picks = choose_images(
@@ -136,17 +145,17 @@ def _measure(report: Report, shown: SetRecord, args: argparse.Namespace, device:
     shown.images = [ImageRecord(pick, pixels, truth) for pick, (pixels, truth) in read]
     for record in records:
         model = record.run.model.to(device)
-        for image in tqdm(shown.images, desc=f"images of {record.name}", unit="image", disable=None):
-            image.introspections.append(
-                introspect(
-                    model,
-                    image.pixels,
-                    image.truth,
-                    index=image.choice.index,
-                    seed=args.seed,
-                    precision=args.precision,
-                )
+
+        def masks(image: ImageRecord, model: Spot = model) -> Introspection:
+            return introspect(
+                model, image.pixels, image.truth, index=image.choice.index, seed=args.seed, precision=args.precision
             )
+
+        name = f"{record.name}: gallery, patch orders and attention"
+        with tqdm(total=len(shown.images), desc=name, unit="image", disable=None) as bar:
+            for image, found in zip(shown.images, side_by_side(masks, shown.images, device), strict=True):
+                image.introspections.append(found)
+                bar.update()
         model.to("cpu")
     for index in shown.distinct:
         record = report.runs[index]
@@ -165,7 +174,7 @@ def _gradients(run: Run, image_set: ImageSet, args: argparse.Namespace, device: 
     model = run.model.to(device)
     batches = -(-images // args.batch_size)
     with tqdm(
-        total=batches * patches * model.num_orders, desc=f"gradients of {run.name}", unit="patch", disable=None
+        total=batches * patches * model.num_orders, desc=f"{run.name}: gradient norm", unit="patch", disable=None
     ) as bar:
         norms = patch_gradients(model, image_set, images=images, seed=args.seed, batch=args.batch_size, done=bar.update)
     model.to("cpu")

@@ -54,9 +54,12 @@ def open_val_set(config: Config, data: str | None, opened: dict[str, ImageSet]) 
 
 
 def score(
-    model: Spot, val_set: ImageSet, protocols: Sequence[str], args: argparse.Namespace, device: torch.device
+    model: Spot, val_set: ImageSet, protocols: Sequence[str], args: argparse.Namespace, device: torch.device, name: str
 ) -> Evaluation:
-    """Scores a model on `device`; afterwards it is on the CPU, so that the next one has the memory."""
+    """Scores a model on `device`; afterwards it is on the CPU, so that the next one has the memory.
+
+    name: of the run, for the progress bar.
+    """
     with computing(args.threads, device) as adapt:
         result = evaluate(
             model.to(device),
@@ -68,6 +71,7 @@ def score(
             limit=args.limit,
             workers=args.workers,
             precision=args.precision,
+            title=f"{name}: scores",
             between_batches=adapt,
         )
     model.to("cpu")

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -32,13 +30,11 @@ from spot_fast.model.encoder import normalise
 from spot_fast.model.spot import Spot, mean_of_orders
 from spot_fast.precision import autocast, float32_products, resolve
 from spot_fast.random_streams import Stream, generator
+from spot_fast.system.cpu_threads import side_by_side, threads_apart
 from spot_fast.system.devices import send
 
 WORKERS = min(8, os.cpu_count() or 1)
 _AHEAD = 64  # images read beyond the one in use
-# On a CPU every thread scores batches of its own: threads that share each product wait for each other thousands of
-# times a batch. Beyond so many at once, batches get several threads each: Python runs one line at a time.
-_BATCHES_AT_ONCE = 4
 # Tokens that go through the model together on a CPU: what one layer writes for more does not fit its caches.
 _TOKENS_AT_ONCE = 1152
 
@@ -176,7 +172,7 @@ def evaluate(
 
     skipped: dict[str, str] = {}
     # Every thread gets a batch, also of few images.
-    at_once = _batches_at_once(run.device)
+    at_once = threads_apart(run.device)
     batch_size = min(batch_size, -(-count // at_once))
     with tqdm(total=count, desc=title, unit="image", disable=None if progress else True) as bar:
         readable = read_images(load, val_set, range(count), workers, skipped, bar.update)
@@ -187,7 +183,7 @@ def evaluate(
                 _require_few(skipped, count, val_set)
                 yield batch
 
-        for scored in _each_scored(run.measure, batches(), run.device, at_once):
+        for scored in side_by_side(run.measure, batches(), run.device):
             run.collect(scored, [val_set.label(index) for index in scored.indices])
     if not run.labels:
         raise UserError(
@@ -209,39 +205,6 @@ def evaluate(
         seconds_per_image=(time.perf_counter() - start) / images,
         metric_seconds_per_image=run.metric_seconds / at_once / images,
     )
-
-
-def _batches_at_once(device: torch.device) -> int:
-    return min(torch.get_num_threads(), _BATCHES_AT_ONCE) if device.type == "cpu" else 1
-
-
-def _each_scored(
-    measure: Callable[[list[tuple]], _Batch], batches: Iterable[list[tuple]], device: torch.device, at_once: int
-) -> Iterator[_Batch]:
-    """`measure` of each of `batches`, in their order, up to `at_once` at the same time.
-
-    Fewer while PyTorch has fewer threads. Leaving early cancels what has not begun.
-    """
-    if at_once == 1:
-        yield from map(measure, batches)
-        return
-    threads = torch.get_num_threads()
-
-    def alone(batch: list[tuple]) -> _Batch:
-        torch.set_num_threads(max(1, threads // at_once))  # of this thread
-        return measure(batch)
-
-    pool, ahead = ThreadPoolExecutor(at_once, "evaluate-batch"), deque[Future]()
-    try:
-        for batch in batches:
-            while len(ahead) >= _batches_at_once(device):
-                yield ahead.popleft().result()
-            ahead.append(pool.submit(alone, batch))
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(torch.get_num_threads())  # MKL's number is one for the whole process
 
 
 def read_images(

@@ -4,6 +4,7 @@ that follow the annotations; over several images the gradient norm per patch."""
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,9 +17,10 @@ from spot_fast.evaluation.metrics import Scores, count_overlaps, count_pairs, la
 from spot_fast.evaluation.protocols import PROTOCOLS, GroundTruth
 from spot_fast.evaluation.scoring import slot_noise, stack_truth
 from spot_fast.model.encoder import normalise
-from spot_fast.model.spot import Spot
+from spot_fast.model.spot import Spot, mean_of_orders
 from spot_fast.precision import autocast, float32_products, resolve
 from spot_fast.reporting.patch_gradients import patch_gradient_norms
+from spot_fast.system.cpu_threads import side_by_side
 from spot_kernels import linear_assignment
 
 BACKGROUND = -1  # the background's colour number
@@ -68,9 +70,9 @@ def introspect(
     with float32_products(precision), autocast(precision, device):
         features, target = model.encode(normalise(image[None].to(device)))
         slots, attn, _ = encoder(features, noise)
-        by_order = [model.decode_masks(slots, target, order) for order in orders_of(model, device)]
+        decoded = list(model.decode_orders(slots, target))
         iterations = [*attention_by_iteration(model, features, noise)[:-1], attn]
-        decoder = model.decode_all_orders(slots, target)[1]
+        by_order, decoder = [masks for _, masks in decoded], mean_of_orders(decoded)[1]
     maps = torch.cat([decoder, *by_order, *iterations]).float().cpu()
     scores, colours = [None] * len(maps), list(range(encoder.num_slots))
     if truth is not None:
@@ -169,8 +171,14 @@ def patch_gradients(
 ) -> PatchGradients | None:
     """Gradient norms of `model` on the first `images` readable images, in float32; None where none can be read.
 
-    `done` is called after each backward pass: one per patch, order and batch.
+    `done` is called for each patch, order and batch, by one thread at a time.
     """
+    lock = threading.Lock()
+
+    def locked() -> None:
+        with lock:
+            done()
+
     encoder, device = model.slot_encoder, next(model.slot_encoder.parameters()).device
     readable: list[tuple[int, Tensor]] = []
     for index in range(len(image_set)):
@@ -188,6 +196,9 @@ def patch_gradients(
         with torch.no_grad():
             features, target = model.encode(normalise(torch.stack(pixels).to(device)))
             slots = encoder(features, _noise(model, seed, indices, device))[0]
-        norms = [patch_gradient_norms(model, slots, target, order, done).sum(0) for order in orders_of(model, device)]
-        total = total + torch.stack(norms).cpu()
+
+        def norms(order: Tensor, slots: Tensor = slots, target: Tensor = target) -> Tensor:
+            return patch_gradient_norms(model, slots, target, order, locked).sum(0)
+
+        total = total + torch.stack(list(side_by_side(norms, orders_of(model, device), device))).cpu()
     return PatchGradients(total / len(readable), len(readable))

@@ -22,8 +22,13 @@ _EXAMPLES = ("best", "median", "worst")  # the first image of each is shown in e
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
 
 
-def page(report: Report) -> str:
-    """The whole document."""
+# What is drawn for each validation set, in order.
+SET_PARTS = ("scores", "gallery", "patch orders", "attention by iteration", "gradient norm")
+
+
+def page(report: Report, begin: Callable[[str], object] = lambda part: None) -> str:
+    """The whole document. begin: told what is drawn next, the curves and `SET_PARTS` of each set."""
+    begin("curves")
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -44,28 +49,41 @@ def page(report: Report) -> str:
         notes=NOTES,
         protocols=PROTOCOLS,
         heat_scale=heat_scale(),
-        sets=[_set(report, shown) for shown in report.sets],
+        sets=[_set(report, shown, begin) for shown in report.sets],
         settings=tables.settings_rows(report),
     )
     return _UNPRINTABLE.sub("\ufffd", text.lstrip())
 
 
-def _set(report: Report, shown: SetRecord) -> dict:
+def _set(report: Report, shown: SetRecord, begin: Callable[[str], object]) -> dict:
     """What the template shows of one validation set."""
     runs = [report.runs[index] for index in shown.run_indices]
     one_order = [index for index in shown.distinct if report.runs[index].run.model.num_orders == 1]
+    several = [i for i in shown.distinct if i not in one_order]
+    with_gradients = [index for index in shown.distinct if report.runs[index].gradients]
+    drawing = (
+        lambda: None if runs[0].evaluation is None else _scores(report, shown),
+        lambda: [(image.choice, gallery_panels(image, [run.name for run in runs])) for image in shown.images],
+        lambda: _examples_by_run(report, shown, several, order_panels),
+        lambda: _examples_by_run(report, shown, shown.distinct, iteration_rows),
+        lambda: [_gradients(report, shown, index) for index in with_gradients],
+    )
+    drawn = {}
+    for part, draw in zip(SET_PARTS, drawing, strict=True):
+        begin(part)
+        drawn[part] = draw()
     return {
         "name": shown.image_set.name,
         "runs": runs,
-        "scores": None if runs[0].evaluation is None else _scores(report, shown),
-        "images": [(image.choice, gallery_panels(image, [run.name for run in runs])) for image in shown.images],
+        "scores": drawn["scores"],
+        "images": drawn["gallery"],
         "with_truth": any(image.truth is not None for image in shown.images),
         "source": words.source_words(report, len(shown.images), shown),
         "examples_source": words.source_words(report, len(_examples(shown)), shown),
-        "orders": _examples_by_run(report, shown, [i for i in shown.distinct if i not in one_order], order_panels),
+        "orders": drawn["patch orders"],
         "one_order": [report.runs[index].name for index in one_order],
-        "iterations": _examples_by_run(report, shown, shown.distinct, iteration_rows),
-        "gradients": [_gradients(report, shown, index) for index in shown.distinct if report.runs[index].gradients],
+        "iterations": drawn["attention by iteration"],
+        "gradients": drawn["gradient norm"],
     }
 
 

@@ -13,9 +13,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +27,9 @@ _EVERY = 0.5  # seconds between measurements; the system counts in hundredths
 # Of a core: others take it if they use more, and have left it if they use less.
 _TAKEN, _FREE = 0.25, 0.1
 _CALM = 3  # measurements in a row with a free core before it is used again
+_MOST_APART = 4
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def available_cores() -> int:
@@ -102,6 +108,41 @@ def computing(threads: int | None, device: torch.device) -> Iterator[Callable[[]
             yield CpuThreads(min(before, available_cores()), lambda line: print(line, file=sys.stderr)).adapt
     finally:
         torch.set_num_threads(before)
+
+
+def threads_apart(device: torch.device) -> int:
+    """How many calls `side_by_side` runs at once: one for each of PyTorch's threads on a CPU, but at most 4, since
+    Python runs one line at a time; one on a GPU."""
+    return min(torch.get_num_threads(), _MOST_APART) if device.type == "cpu" else 1
+
+
+def side_by_side(function: Callable[[T], R], items: Iterable[T], device: torch.device) -> Iterator[R]:
+    """`function` of each of `items`, in their order; on a CPU several at once, each with its share of the threads.
+
+    For work on small tensors that falls into independent parts: threads that share each product wait for each other
+    thousands of times a second. Fewer run at once while PyTorch has fewer threads. Grad mode and autocast are a
+    thread's own, so `function` sets them. An exception comes in its turn; then what has not begun is cancelled.
+    """
+    at_once, threads = threads_apart(device), torch.get_num_threads()
+    if at_once == 1:
+        yield from map(function, items)
+        return
+
+    def apart(item: T) -> R:
+        torch.set_num_threads(max(1, threads // at_once))  # of this thread
+        return function(item)
+
+    pool, ahead = ThreadPoolExecutor(at_once, "side-by-side"), deque[Future[R]]()
+    try:
+        for item in items:
+            while len(ahead) >= threads_apart(device):
+                yield ahead.popleft().result()
+            ahead.append(pool.submit(apart, item))
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(torch.get_num_threads())  # MKL's number is one for the whole process
 
 
 def _busy_seconds() -> float | None:

@@ -364,11 +364,11 @@ def test_an_error_of_a_batch_ends_the_evaluation(model, scenes, monkeypatch, two
     assert torch.get_num_threads() == 2
 
 
-def test_many_tokens_go_through_the_model_in_parts(model, scenes, monkeypatch):
+def test_many_tokens_go_through_the_model_in_parts(model, scenes, monkeypatch, two_threads):
     sizes, encode = [], model.encode
     monkeypatch.setattr(model, "encode", lambda images: sizes.append(len(images)) or encode(images))
     monkeypatch.setattr(evaluation, "_TOKENS_AT_ONCE", 4 * 16)
-    monkeypatch.setattr(evaluation, "_batches_at_once", lambda device: 1)
+    torch.set_num_threads(1)
     evaluate(model, scenes, batch_size=6, progress=False)
     assert sizes == [4, 2, 4]
 

@@ -5,6 +5,7 @@ import torch
 
 from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.model.spot import Spot
+from spot_fast.reporting import patch_gradients
 from spot_fast.reporting.patch_gradients import patch_gradient_norms
 from tiny_runs import tiny
 
@@ -70,3 +71,16 @@ def test_a_model_is_left_as_it_was():
     assert len(calls) == 4
     assert all(p.grad is None for p in model.parameters()) and not slots.requires_grad
     assert torch.equal(model.decoder(slots, target)[0], before)
+
+
+@pytest.mark.parametrize("order", [torch.tensor(8), torch.tensor([3, 5])])
+def test_patches_at_once_are_patches_one_by_one(order, monkeypatch):
+    model, slots, target = make(dec_blocks=3)
+    monkeypatch.setattr(patch_gradients, "_PATCHES_AT_ONCE", 3)  # the last batch is smaller
+    backward, calls = torch.autograd.grad, []
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or backward(*a, **k))
+    together = patch_gradient_norms(model, slots, target, order)
+    assert len(calls) == 2
+    monkeypatch.setattr(patch_gradients, "_one_pass_for_some", lambda decoder, slots: False)
+    torch.testing.assert_close(together, patch_gradient_norms(model, slots, target, order))
+    assert len(calls) == 2 + 4

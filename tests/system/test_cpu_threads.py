@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spot_fast.system import cpu_threads
-from spot_fast.system.cpu_threads import CpuThreads, available_cores
+from spot_fast.system.cpu_threads import CpuThreads, available_cores, side_by_side, threads_apart
 
 
 class Machine:
@@ -118,3 +118,50 @@ def test_a_container_of_the_older_kind_has_its_quota(monkeypatch, tmp_path):
     assert available_cores() == 4
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("200000\n")
     assert available_cores() == 2
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_calls_side_by_side_come_in_order_with_a_thread_each(three_threads):
+    together = threading.Barrier(3, timeout=60)
+
+    def call(item):
+        if item < 3:
+            together.wait()  # breaks unless three are on their way at once
+        return item, torch.get_num_threads()
+
+    assert list(side_by_side(call, range(7), torch.device("cpu"))) == [(item, 1) for item in range(7)]
+    assert torch.get_num_threads() == 3
+    assert threads_apart(torch.device("cpu")) == 3 and threads_apart(torch.device("cuda")) == 1
+
+
+def test_with_one_thread_calls_run_in_their_turn():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        names = set(side_by_side(lambda _: threading.current_thread().name, range(3), torch.device("cpu")))
+    finally:
+        torch.set_num_threads(before)
+    assert names == {threading.current_thread().name}
+
+
+def test_an_error_side_by_side_comes_in_its_turn_and_ends_the_rest(three_threads):
+    begun = []
+
+    def call(item):
+        begun.append(item)
+        if item == 1:
+            raise ValueError("item 1")
+        return item
+
+    results = side_by_side(call, range(100), torch.device("cpu"))
+    assert next(results) == 0
+    with pytest.raises(ValueError, match="item 1"):
+        next(results)
+    assert len(begun) <= 6

@@ -103,13 +103,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with computing(args.threads, device):
         for shown in report.sets:
             _measure(report, shown, args, device)
-    with tqdm(total=1 + len(SET_PARTS) * len(report.sets), unit="part", disable=None) as bar:
+        with tqdm(total=1 + len(SET_PARTS) * len(report.sets), unit="part", disable=None) as bar:
 
-        def begin(part: str) -> None:
-            bar.set_description(f"{out.name}: {part}")
-            bar.update()
+            def begin(part: str) -> None:
+                bar.set_description(f"{out.name}: {part}")
+                bar.update()
 
-        text = page(report, begin)
+            text = page(report, begin)
     atomic_write(out, lambda partial: partial.write_text(text, encoding="utf-8"))
     print(f"{out.resolve()}  {out.stat().st_size / 1e6:.1f} MB, open it in a browser")
 

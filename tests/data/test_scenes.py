@@ -41,7 +41,7 @@ def test_no_object_is_mostly_hidden():
     """Checked on the outlines themselves: an object's visible part against its area drawn alone."""
     from spot_fast.data.datasets import scenes
 
-    instances, layers = scenes._place_objects(0, np.arange(60), 64)
+    instances, layers, _ = scenes._place_objects(0, np.arange(60), 64)
     axis = (np.arange(64, dtype=np.float32) + 0.5) / 64
     x, y = np.tile(axis, 64), np.repeat(axis, 64)
     for image, draws in zip(instances, layers, strict=True):

@@ -5,7 +5,10 @@ are the same in any batch, and on any machine up to one grey level. Training ima
 images odd ones, so the two never share an image.
 
 Candidate objects are placed one in front of the other; one stays if it is large enough and hides at most `MAX_HIDDEN`
-of every object behind it. Outlines are radius tables r(angle), one per class.
+of every object behind it. Outlines are radius tables r(angle), one per class. Objects are solids: they darken towards
+their outline, so that one is told from another of the same look. Half of them look like the one placed before (class,
+colours, pattern; not size, place or direction): an image may have several of a kind, which only their shading and
+place tell apart.
 """
 
 from __future__ import annotations
@@ -16,15 +19,18 @@ from torch import Tensor
 
 from spot_fast.data.base import ImageSet, Masks
 from spot_fast.errors import UserError
+from spot_fast.system.cpu_threads import side_by_side
 
 CLASSES = ("disc", "square", "triangle", "star", "cross", "ellipse", "flower", "drop")
 MIN_OBJECTS, MAX_OBJECTS = 2, 5
 MIN_AREA = 0.05  # visible part of an object, as a fraction of the image
 MAX_HIDDEN = 0.4  # of an object, by the objects in front of it
 RADIUS = (0.17, 0.36)  # of the outline's bounding circle, in image sides
+REPEAT = 0.5  # probability that an object looks like the one placed before
 TRIES = 14  # candidates of an image before MIN_OBJECTS are enough
 _CHUNK = 64
 _LAYER_DRAWS = 20  # uniform draws of an object, or of the ground
+_LOOK = (3, 5, 6, 7, 8, 9, 10, 12, 15, 16)  # those of class, two colours, period, pattern and warp
 
 
 def _uniform(seed: int, index: np.ndarray, stream: int, count: int) -> np.ndarray:
@@ -84,7 +90,8 @@ def draw_scenes(seed: int, index: np.ndarray, size: int) -> tuple[np.ndarray, np
     """index int64 [n] → images uint8 [n, size, size, 3]; instances uint8 [n, size, size], 0 = ground, others from
     back to front; and classes uint8 [n, size, size], 0 = ground, else 1 + index in `CLASSES`."""
     index = np.asarray(index, dtype=np.int64)
-    parts = [_draw_chunk(seed, index[i : i + _CHUNK], size) for i in range(0, len(index), _CHUNK)]
+    chunks = [index[i : i + _CHUNK] for i in range(0, len(index), _CHUNK)]
+    parts = list(side_by_side(lambda chunk: _draw_chunk(seed, chunk, size), chunks, torch.device("cpu")))
     if not parts:
         return (np.zeros((0, size, size, 3), np.uint8), *(np.zeros((0, size, size), np.uint8) for _ in range(2)))
     images, instances, classes = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -92,12 +99,12 @@ def draw_scenes(seed: int, index: np.ndarray, size: int) -> tuple[np.ndarray, np
 
 
 def _draw_chunk(seed: int, index: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    instances, layers = _place_objects(seed, index, size)
+    instances, layers, shade = _place_objects(seed, index, size)
     n = len(index)
     per_object = layers.reshape(n * (MAX_OBJECTS + 1), _LAYER_DRAWS)
     owner = instances + (np.arange(n, dtype=np.int64) * (MAX_OBJECTS + 1))[:, None]
     classes = np.where(instances > 0, 1 + (per_object[:, 3] * len(CLASSES)).astype(np.int64)[owner], 0)
-    image = _paint(per_object, owner, size)
+    image = _paint(per_object, owner, size) * shade[..., None]
     noise = _uniform(seed, index, 997, 2)
     # Light falls off across the image: one object's colour is not one value.
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
@@ -108,12 +115,14 @@ def _draw_chunk(seed: int, index: np.ndarray, size: int) -> tuple[np.ndarray, np
     return image, instances.reshape(n, size, size).astype(np.uint8), classes.reshape(n, size, size).astype(np.uint8)
 
 
-def _place_objects(seed: int, index: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Instance maps [n, size²] int64 and the draws of ground and objects [n, MAX_OBJECTS + 1, _LAYER_DRAWS]."""
+def _place_objects(seed: int, index: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Instance maps [n, size²] int64, the draws of ground and objects [n, MAX_OBJECTS + 1, _LAYER_DRAWS], and the
+    factor [n, size²] by which shading changes a pixel's brightness."""
     n, pixels = len(index), size * size
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size
     x, y = np.tile(axis, size), np.repeat(axis, size)
     instances = np.zeros((n, pixels), np.int64)
+    shade = np.ones((n, pixels), np.float32)
     layers = np.zeros((n, MAX_OBJECTS + 1, _LAYER_DRAWS), np.float32)
     layers[:, 0] = _uniform(seed, index, 0, _LAYER_DRAWS)
     wanted = MIN_OBJECTS + (_uniform(seed, index, 998, 1)[:, 0] * (MAX_OBJECTS - MIN_OBJECTS + 1)).astype(np.int64)
@@ -124,15 +133,18 @@ def _place_objects(seed: int, index: np.ndarray, size: int) -> tuple[np.ndarray,
         attempt += 1
         todo = np.flatnonzero((count < wanted) if attempt <= TRIES else (count < MIN_OBJECTS))
         if not len(todo):
-            return instances, layers
+            return instances, layers, shade
         draws = _uniform(seed, index[todo], attempt, _LAYER_DRAWS)
+        again = np.flatnonzero((draws[:, 17] < REPEAT) & (count[todo] > 0))
+        draws[np.ix_(again, _LOOK)] = layers[todo[again], count[todo[again]]][:, _LOOK]
         radius = RADIUS[0] + (RADIUS[1] - RADIUS[0]) * draws[:, 2:3]
         centre = radius * 0.6 + draws[:, :2] * (1 - 1.2 * radius)
         dx, dy = x[None] - centre[:, :1], y[None] - centre[:, 1:]
         turn = np.arctan2(dy, dx) * np.float32(1 / (2 * np.pi)) + draws[:, 4:5]
         table = _OUTLINES[(draws[:, 3] * len(CLASSES)).astype(np.int64)]
         bins = ((turn - np.floor(turn)) * np.float32(table.shape[1] - 1)).astype(np.int64)
-        inside = np.hypot(dx, dy) < radius * np.take_along_axis(table, bins, axis=1)
+        outward = np.hypot(dx, dy) / (radius * np.take_along_axis(table, bins, axis=1))  # 0: centre, 1: outline
+        inside = outward < 1
         area = inside.sum(1)
         covered = np.where(inside, 0, instances[todo])
         left = np.stack([(covered == k).sum(1) for k in range(1, MAX_OBJECTS + 1)], 1)
@@ -142,6 +154,7 @@ def _place_objects(seed: int, index: np.ndarray, size: int) -> tuple[np.ndarray,
         chosen = todo[good]
         count[chosen] += 1
         instances[chosen] = np.where(inside[good], count[chosen, None], instances[chosen])
+        shade[chosen] = np.where(inside[good], 1.1 - 0.6 * outward[good] ** 4, shade[chosen])
         layers[chosen, count[chosen]] = draws[good]
         full[chosen, count[chosen]] = area[good]
 

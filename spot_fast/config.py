@@ -220,6 +220,13 @@ class Config:
     slot_heads: int = _slots(1, "heads of slot attention", source="authors' code", least=1)
     slot_iterations: int = _slots(3, "slot-attention iterations", source="D.2", least=1, inherited=True)
     slot_init: str = _slots("gaussian", "initial slots", source="3.3", choices=("gaussian", "learned"))
+    start: str = _slots(
+        "xavier",
+        "weights that training starts from: xavier, as the authors' code, or clustering: slots begin as soft k-means "
+        "of the features and the decoder by looking them up, from which short runs profit",
+        choices=("xavier", "clustering"),
+        inherited=True,
+    )
     truncation: str = _slots(
         "none",
         "which iterations gradients pass through",
@@ -277,6 +284,9 @@ class Config:
     )
     lr: float = _optimisation(4e-4, "peak learning rate", least=0)
     lr_low: float = _optimisation(4e-7, "learning rate approached at the end", least=0)
+    slot_rate: float = _optimisation(
+        1.0, "learning rate of slot attention and its MLPs, as a factor of the others'", least=0, inherited=True
+    )
     warmup_steps: int = _optimisation(10_000, "linear warm-up, rounded to whole epochs", source="D.2", least=0)
     clip: float = _optimisation(
         0.3, "largest infinity norm of the gradient, 0 = no clipping", source="authors' code", least=0
@@ -365,6 +375,8 @@ def check_config(config: Config) -> Config:
     if config.orders != "standard" and (config.cappa > 0 or config.decoder == "mlp"):
         refused = f"--cappa {config.cappa}" if config.cappa > 0 else "--decoder mlp"
         raise UserError(f"{refused} works in the standard patch order only: add --orders standard")
+    if config.start == "clustering" and (config.implementation != "spot" or config.slot_heads != 1):
+        raise UserError("--start clustering is for --implementation spot with --slot-heads 1: use --start xavier")
     if config.stage == 2 and config.slot_heads != 1:
         raise UserError(f"--slot-heads {config.slot_heads}: the student of stage 2 needs 1")
     return config

@@ -22,6 +22,8 @@ from spot_kernels.modules import linear
 from spot_kernels.modules.layers import layer_norm
 from spot_kernels.modules.order_layout import SEQUENCE, Order, from_sequence, prefers_order_layout, take_rows
 
+_TEMPERATURE = 3.0  # of the cross-attention's logits in `start_from_slots`
+
 
 class _Projection(nn.Sequential):
     """Linear layer without bias, then LayerNorm."""
@@ -81,6 +83,24 @@ class AutoregressiveDecoder(nn.Module):
                 raise ValueError(f"cappa={cappa} decodes in the standard order only, not in {orders!r}")
             self.positions = nn.Parameter(torch.empty(grid * grid, dim).normal_(std=0.02))
             self.mask_token = nn.Parameter(torch.empty(dim).normal_(std=0.02))
+
+    @torch.no_grad()
+    def start_from_slots(self, rotation: Tensor) -> None:
+        """Sets the weights so that, before training, a token attends to the slot most like its predecessor.
+
+        Neighbours mostly belong to one object, so masks begin as those of the slots, moved on by one token.
+        rotation: of `SlotEncoder.start_as_clustering`.
+        """
+        to_dim = torch.eye(*self.slot_proj[0].weight.shape)
+        self.slot_proj[0].weight.copy_(to_dim)
+        self.input_proj[0].weight.copy_(to_dim @ rotation)
+        for block in self.transformer.blocks:
+            cross = block.cross_attention
+            for layer in (cross.project_q, cross.project_k):
+                layer.weight.copy_(_TEMPERATURE**0.5 * torch.eye(*layer.weight.shape))
+            # What blocks add to the stream would hide the predecessor's feature from later blocks.
+            for layer in (block.self_attention.project_o, cross.project_o, block.ffn[2]):
+                layer.weight.mul_(0.2)
 
     @property
     def num_orders(self) -> int:

@@ -14,7 +14,7 @@ from spot_fast.model.timm_import import import_timm
 from spot_fast.recipes import ENCODERS, timm_name
 
 SCENES_ENCODER = "spot_scenes"
-_SCENES_VIT = dict(patch_size=8, embed_dim=128, depth=4, num_heads=4, num_classes=0)
+_SCENES_VIT = dict(patch_size=8, embed_dim=128, depth=6, num_heads=4, num_classes=0)
 # Encoders of `recipes` whose weights neither timm nor the hub has: timm's name of the architecture.
 FILE_ONLY = {"moco_vitb16": "vit_base_patch16_224"}
 # timm's names of ViTs by (width, patch size, registers), for weights without a name.

@@ -28,7 +28,7 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from spot_fast.training.optimiser import BETAS, EPS, clip_by_infinity_norm
+from spot_fast.training.optimiser import BETAS, EPS, Slow, clip_by_infinity_norm, slowed
 from spot_fast.training.shared_gradients import LocalGradients, SharedGradients
 from spot_kernels import clipped_adam, dispatch, infinity_norm
 from spot_kernels.clipped_adam import UNIT
@@ -51,7 +51,10 @@ class FlatAdam:
 
     leaves: what backward has to give gradients to, in the sequence of `parameters`: shadows, else the parameters.
     state: of each parameter that has had a gradient its `step`, `exp_avg` and `exp_avg_sq`, views.
+    slow: parameters with a lower rate, None for none.
     """
+
+    slow: Slow | None = None
 
     def __init__(
         self,
@@ -227,10 +230,13 @@ class FlatAdam:
 
     def update(self, bad: Tensor) -> None:
         """Adam's step. bad: [] float32 on the device, which the host never reads: if it is 1, nothing changes."""
-        if self._kernels:
-            self._update_at_once(bad)
-        else:
-            self._update_one_by_one(bad)
+        with slowed(self.slow):
+            if self._kernels:
+                self._update_at_once(bad)
+            else:
+                self._update_one_by_one(bad)
+        if self.slow is not None:
+            self.refresh()  # the update rounded what was taken back in part
 
     @torch.no_grad()
     def _update_at_once(self, bad: Tensor) -> None:

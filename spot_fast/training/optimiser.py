@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,22 @@ class Optimiser(Protocol):
 
     param_groups: list[dict[str, Any]]
     state: Mapping[nn.Parameter, Mapping[str, Tensor]]
+    slow: Slow | None
 
     def load(self, parameter: nn.Parameter, what: str, value: Tensor) -> None: ...
 
 
+class Slow(NamedTuple):
+    """Parameters whose learning rate is `factor` times that of the others."""
+
+    parameters: list[nn.Parameter]
+    factor: float
+
+
 class Adam(torch.optim.Adam):
     """torch's Adam with the methods of `flat.FlatAdam`."""
+
+    slow: Slow | None = None
 
     @property
     def leaves(self) -> list[nn.Parameter]:
@@ -49,7 +59,8 @@ class Adam(torch.optim.Adam):
         return clip_by_infinity_norm(self.leaves, limit)
 
     def update(self, bad: Tensor) -> None:
-        update(self, bad)
+        with slowed(self.slow):
+            update(self, bad)
 
     def last_gradients(self) -> list[Tensor | None]:
         """The gradients of the last step, clipped."""
@@ -91,6 +102,22 @@ def update(optimiser: torch.optim.Adam, bad: Tensor) -> None:
     # The attribute by which GradScaler tells fused Adam to leave a step out.
     optimiser.found_inf = bad if optimiser.param_groups[0]["fused"] else None
     optimiser.step()
+
+
+@contextlib.contextmanager
+def slowed(slow: Slow | None) -> Iterator[None]:
+    """Around Adam's step, which is proportional to the rate: the slow parameters make `factor` of it.
+
+    So they need no group of their own, which buffers, kernels and recorded steps would have to know.
+    """
+    if slow is None:
+        yield
+        return
+    with torch.no_grad():
+        weights = [parameter.data for parameter in slow.parameters]
+        before = [weight.clone() for weight in weights]
+        yield
+        torch._foreach_lerp_(weights, before, 1 - slow.factor)
 
 
 def set_learning_rate(optimiser: Optimiser, rate: float) -> None:

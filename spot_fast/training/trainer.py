@@ -42,6 +42,7 @@ from spot_fast.training.losses import loss_weights
 from spot_fast.training.optimiser import (
     FUSED,
     Adam,
+    Slow,
     adam,
     load_optimiser_tensors,
     optimiser_tensors,
@@ -179,6 +180,12 @@ class Trainer:
             self.float8_layers = float8.convert(self.model.decoder)
 
     def _build_optimiser(self, *, graphed: bool) -> Adam | FlatAdam:
+        optimiser = self._build_adam(graphed=graphed)
+        if self.config.slot_rate != 1:
+            optimiser.slow = Slow(list(self.model.slot_encoder.parameters()), self.config.slot_rate)
+        return optimiser
+
+    def _build_adam(self, *, graphed: bool) -> Adam | FlatAdam:
         if self.device.type not in FUSED or not dispatch.uses("flat_parameters"):
             return adam(self.parameters, graphed=graphed)
         rounded = rounded_weights(self.model) if self.precision == "bf16" else ()

@@ -13,6 +13,7 @@ from spot_fast.training.compiled import Compiled
 from spot_fast.training.flat import UNIT, FlatAdam, rounded_weights
 from spot_fast.training.optimiser import (
     Adam,
+    Slow,
     adam,
     load_optimiser_tensors,
     optimiser_tensors,
@@ -408,3 +409,50 @@ def test_the_model_has_its_float32_weights_outside_of_a_step(teacher):
         assert all(one is other for one, other in zip(inside, leaves, strict=True))
         raise RuntimeError("inside")
     assert all(parameter is named[name] for name, parameter in flat.model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", [FlatAdam, adam])
+def test_slow_parameters_make_a_share_of_the_step(kind):
+    """With moments and step counts of a full one; a bad step changes nothing; rounded copies are of the new weights."""
+    ours, theirs = parameters(), parameters()
+    slowed, plain = kind(ours), kind(theirs)
+    slowed.slow = Slow(ours[1:3], 0.25)
+    for number in range(4):
+        before = [one.detach().clone() for one in theirs]
+        for one, other in zip(ours, before, strict=True):
+            one.data.copy_(other)
+        bad = float(number == 2)
+        for optimiser, given in ((slowed, ours), (plain, theirs)):
+            step(optimiser, given, number, bad=bad)
+        for index, (one, other, start) in enumerate(zip(ours, theirs, before, strict=True)):
+            share = 0.25 if index in (1, 2) else 1.0
+            torch.testing.assert_close(one - start, share * (other - start), atol=1e-6, rtol=1e-4)
+            assert bool(torch.equal(other, start)) == bool(bad)
+        assert all(
+            torch.equal(slowed.state[one]["exp_avg"], plain.state[other]["exp_avg"])
+            for one, other in zip(ours, theirs, strict=True)
+        )
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_run_with_a_slower_slot_encoder(precision):
+    runs = [Trainer(tiny(precision=precision, slot_rate=rate, warmup_steps=0), device=CPU) for rate in (1.0, 0.2)]
+    before = copy.deepcopy(runs[0].model.state_dict())
+    for trainer in runs:
+        for batch, _ in zip(trainer.batches(), range(4), strict=False):
+            trainer.train_step(batch)
+    moved = [
+        {
+            part: max(
+                float((value - before[name]).abs().max())
+                for name, value in trainer.model.named_parameters()
+                if part in name
+            )
+            for part in ("slot_encoder", "decoder")
+        }
+        for trainer in runs
+    ]
+    assert moved[1]["slot_encoder"] < 0.5 * moved[0]["slot_encoder"]
+    assert moved[1]["decoder"] > 0.5 * moved[0]["decoder"]
+    flat = runs[1].optimiser
+    assert torch.equal(flat.shadow, flat.weights[: len(flat.shadow)].bfloat16())

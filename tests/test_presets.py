@@ -162,7 +162,7 @@ def test_encoders_by_their_names():
 @pytest.mark.parametrize("encoder", ["spot_scenes", *ENCODERS])
 def test_every_combination_builds_a_model(encoder):
     """On the meta device, so without memory. The slots are all in which models of other data sets differ."""
-    grid, dim = {"spot_scenes": (8, 128), "dinov2_vitb14": (16, 768)}.get(encoder, (14, 768))
+    grid, dim = {"spot_scenes": (12, 128), "dinov2_vitb14": (16, 768)}.get(encoder, (14, 768))
     named = ["scenes"] if encoder == "spot_scenes" else ["coco", encoder]
     with torch.device("meta"):
         first = preset("+".join(named))
@@ -174,7 +174,7 @@ def test_every_combination_builds_a_model(encoder):
                 model = Spot(config, frozen)
                 assert model.num_orders == (9 if config.orders == "spot9" else 1)
                 assert hasattr(model.slot_encoder, "slot_embedding") == (config.slot_init == "learned")
-                assert model.slot_encoder.attention.iterations == 3
+                assert model.slot_encoder.attention.iterations == (5 if encoder == "spot_scenes" else 3)
                 learned = sum(parameter.numel() for parameter in model.decoder.parameters())
                 assert learned > 4 * dim * 2048 if config.decoder == "mlp" else learned > 4 * 16 * dim * dim
 

@@ -48,9 +48,23 @@ _RECIPE = (
     "0",
 )
 # Defaults under --cpu, and what it changes in the recipe; the last are the student's alone.
-_CPU = {"size": 112, "steps": 4000, "student_steps": 2000, "batch_size": 32, "seeds": [0], "threads": 1}
-_CPU_RECIPE = ("--feature-norm", "--dec-blocks", "2", "--lr", "1e-3", "--lr-low", "1e-5")
-_CPU_STUDENT = ("--train-blocks", "2")
+_CPU = {"size": 112, "steps": 4000, "student_steps": 2000, "batch_size": 16, "seeds": [0], "threads": 1}
+_CPU_RECIPE = (
+    "--feature-norm",
+    "--slot-init",
+    "learned",
+    "--truncation",
+    "bi_level",
+    "--dec-blocks",
+    "2",
+    "--lr-low",
+    "1e-5",
+    "--eval-every",
+    "1",
+    "--eval-images",
+    "64",
+)
+_CPU_STUDENT = ("--train-blocks", "2", "--att-weight", "0.02")
 # Name, patch orders, stage.
 METHODS = (("plain", "standard", 1), ("+ orders", "spot9", 1), ("+ self-training", "standard", 2), ("both", "spot9", 2))
 
@@ -112,12 +126,10 @@ def plans(args: argparse.Namespace, options: Sequence[str]) -> list[Plan]:
     images = min(args.train_images or available, available)
 
     def duration(steps: int) -> tuple[str, ...]:
-        return (
-            "--epochs",
-            str(epochs(steps, images, args.batch_size)),
-            "--warmup-steps",
-            str(steps // 10),
-        )
+        count = epochs(steps, images, args.batch_size)
+        # The trainer rounds the warm-up down to whole epochs: of a short run none would be left.
+        warmup = max(steps // 10, math.ceil(images / args.batch_size) if count > 1 else 0)
+        return "--epochs", str(count), "--warmup-steps", str(warmup)
 
     recipe = (
         *_RECIPE,

@@ -137,6 +137,8 @@ def test_photo_plans_teach_their_own_kind(tmp_path):
         ("spot9", 2, "5"),
         ("spot9", 2, "5"),
     ]
+    # Rounded down to whole epochs, of 4 steps here, two steps would be no warm-up at all.
+    assert [p.options[p.options.index("--warmup-steps") + 1] for p in made] == ["5", "5", "4", "4"]
     args.size = 230
     with pytest.raises(BenchError, match="--size 230 is not a whole number of patches: use a multiple of 14"):
         photo_table.plans(args, [])

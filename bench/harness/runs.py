@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -29,6 +29,7 @@ from harness.tables import (
     MODEL,
     BenchError,
     Result,
+    Scores,
     read_csv,
     read_metadata,
     read_run,
@@ -114,9 +115,11 @@ def results_of(
     args: argparse.Namespace,
     options: Sequence[str],
     trainer: Sequence[str] = TRAINER,
+    more: Callable[[], dict[tuple[str, int], Scores]] = dict,
 ) -> list[Result]:
     """What the arguments of `add_arguments` ask for: trains, evaluates and writes the CSV, or only reads. OutOfTime
-    where time was short, after the CSV of what is finished. trainer: as `Runner` has it."""
+    where time was short, after the CSV of what is finished. trainer: as `Runner` has it. more: called where a run is
+    finished; scores that are no run's own, which every run's lines in the CSV then have beside them."""
     if args.plain_table:
         return read_csv(args.plain_table)
     about = {
@@ -132,12 +135,12 @@ def results_of(
         args.out, about, device=args.device, threads=args.threads, jobs=args.jobs, minutes=args.minutes, trainer=trainer
     )
     if args.plain_table is not None:
-        results = runner.collect(plans)
+        results = _with(runner.collect(plans), more)
         if not results:
             raise BenchError(f"nothing is finished in {args.out}: give CSV files, or train without --plain-table")
         return results
     in_time = runner.run(plans)
-    results = runner.collect(plans)
+    results = _with(runner.collect(plans), more)
     if results:
         # A rehearsal with other options is no result of the project.
         path = args.csv or (args.out / f"{bench}.csv" if options else default_csv(bench, results))
@@ -146,6 +149,11 @@ def results_of(
     if not in_time:
         raise OutOfTime
     return results
+
+
+def _with(results: list[Result], more: Callable[[], dict[tuple[str, int], Scores]]) -> list[Result]:
+    scores = more() if results else {}
+    return [replace(result, scores=result.scores | scores) for result in results]
 
 
 def command_line(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
@@ -247,7 +255,9 @@ class Runner:
         target = folder / EVALUATION
         if target.is_file() and target.stat().st_mtime_ns > (folder / MODEL).stat().st_mtime_ns:
             return None
-        return self._start(plan, ("-m", "spot_fast.evaluate"), [str(folder), "--json", str(target), *self.device])
+        return self._start(
+            plan, ("-m", "spot_fast.evaluate"), [str(folder), "--json", str(target), *self.device, *self.threads]
+        )
 
     def _require_same(self, plan: Plan) -> None:
         """A folder of another recipe must not stand in for the run that is asked for."""

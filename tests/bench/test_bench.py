@@ -14,8 +14,10 @@ import torch
 from harness import runs, tables
 from harness.runs import Plan, Runner
 from harness.tables import BenchError, Result, Row, Scores, spread
+from harness.token_ceiling import rounded, token_ceiling
 
 from paths import BENCH
+from spot_fast.data.base import ImageSet, Masks
 
 
 def result(stage: int, seed: int, *, variant: str = "scenes", settings: str = "one", **mbo_i: float) -> Result:
@@ -95,14 +97,20 @@ def test_csv_there_and_back(tmp_path, capsys):
 
 
 def test_photo_table_has_the_four_methods():
-    masks = {"blocks": 0.2, "kmeans": 0.4, "decoder_1": 0.3, "slots": 0.3}
+    masks = {"ceiling": 0.7, "blocks": 0.2, "kmeans": 0.4, "decoder_1": 0.3, "slots": 0.3}
     variants = {"standard": masks, "spot9": masks | {"decoder_9": 0.35}}
     results = [result(stage, 0, variant=name, **scores) for name, scores in variants.items() for stage in (1, 2)]
     text = photo_table.report(results)
     for title in ("plain, decoder |", "+ orders, decoder, nine orders |", "+ self-training, slots |", "both, slots |"):
         assert title in text
     table = text.split("\n\n")[0]
-    assert table.count("\n") == 13 and "| – | – | – | – |" not in table
+    assert table.count("\n") == 14 and "| – | – | – | – |" not in table
+    # --cpu trains two of them: baselines come from those, and no line is empty
+    few = photo_table.report([r for r in results if r.about["variant"] == "spot9"])
+    assert (
+        "ceiling: the ground truth on the token grid | 70.0" in few and "k-means per image, same features | 40.0" in few
+    )
+    assert few.split("\n\n")[0].count("\n") == 10 and "| – | – | – | – |" not in few and "plain" not in few
     assert photo_table.epochs(10_000, 8000, 64) == 80 and photo_table.epochs(1, 64, 64) == 1
     with pytest.raises(BenchError, match="do not fill a batch"):
         photo_table.epochs(10, 63, 64)
@@ -112,8 +120,8 @@ def test_photo_plans_teach_their_own_kind(tmp_path):
     folder = tmp_path / "annotations"
     folder.mkdir()
     (folder / "instances_train2017.json").write_text(json.dumps({"images": [{}] * 100}))
-    args = SimpleNamespace(photos=tmp_path, encoder_weights="f", seeds=[0, 1], steps=50, batch_size=10)
-    args.train_images, args.val_images, args.short = 40, 0, False
+    args = SimpleNamespace(photos=tmp_path, encoder_weights="f", seeds=[0, 1], steps=50, batch_size=10, size=224)
+    args.train_images, args.val_images, args.student_steps, args.cpu = 40, 0, None, False
     made = photo_table.plans(args, ["--lr", "1e-3"])
     assert len(made) == 8 and [p.stage for p in made] == [1] * 4 + [2] * 4
     for plan in made:
@@ -121,6 +129,75 @@ def test_photo_plans_teach_their_own_kind(tmp_path):
         assert plan.options[plan.options.index("--lr") + 1] == "1e-3"
         if plan.teacher:
             assert (plan.teacher.variant, plan.teacher.seed) == (plan.variant, plan.seed)
+    args.cpu, args.student_steps = True, 20
+    made = photo_table.plans(args, [])
+    assert [(p.variant, p.stage, p.options[p.options.index("--epochs") + 1]) for p in made] == [
+        ("spot9", 1, "13"),
+        ("spot9", 1, "13"),
+        ("spot9", 2, "5"),
+        ("spot9", 2, "5"),
+    ]
+    # Rounded down to whole epochs, of 4 steps here, two steps would be no warm-up at all.
+    assert [p.options[p.options.index("--warmup-steps") + 1] for p in made] == ["5", "5", "4", "4"]
+    args.size = 230
+    with pytest.raises(BenchError, match="--size 230 is not a whole number of patches: use a multiple of 14"):
+        photo_table.plans(args, [])
+
+
+def test_scores_of_no_run_stand_in_each_run(stand_in, tmp_path):
+    """Such as the ceiling of the token grid; computed once, and not where nothing is finished."""
+    made = [Plan("photos", 1, seed, ("--lr", "0.5")) for seed in (0, 1)]
+    calls = []
+
+    def more():
+        calls.append(1)
+        return {("ceiling", 0): Scores(dict.fromkeys(tables.METRICS, 0.7))}
+
+    args = SimpleNamespace(out=stand_in, device=None, threads=2, jobs=1, minutes=None, plain_table=None)
+    args.csv = tmp_path / "photos.csv"
+    runs.results_of("photos", made, args, [], more=more)
+    for results in (tables.read_csv([args.csv]), runs.results_of("photos", made, args, [], more=more)):
+        assert [r.scores["ceiling", 0].values["mbo_i"] for r in results] == [0.7, 0.7]
+        assert all(r.scores["slots", 0].values["mbo_i"] == 0.5 for r in results)
+    assert len(calls) == 2
+    # --threads holds for a run's evaluation as for its training
+    assert (stand_in / "photos-stage1-seed0.log").read_text().count("--threads 2") == 2
+
+
+class Halves(ImageSet):
+    """Three images of 8 x 8 pixels: object 3 on the left up to column 3, 4 or 5; object 7 right of it, and void."""
+
+    has_masks = True
+
+    def __len__(self):
+        return 3
+
+    def label(self, index):
+        return str(index)
+
+    def prepared(self, index):
+        raise NotImplementedError
+
+    val_image = prepared
+
+    def val_masks(self, index):
+        labels = torch.full((8, 8), 7)
+        labels[:, : 3 + index] = 3
+        labels[7, 7] = -1
+        return Masks(labels, labels)
+
+
+def test_ceiling_of_a_token_grid():
+    maps = [Halves().val_masks(index).instances for index in range(3)]
+    assert [r.tolist() for r in rounded(maps, 2)] == [[0, 1, 0, 1]] * 3
+    exact = token_ceiling(Halves(), 8)
+    assert exact["mbo_i"] == exact["miou"] == exact["fg_ari"] == 1
+    # columns 3 to 5 of 8: two of three images have a column, of 8 pixels, on the wrong side
+    wrong = (24 / 32 + 31 / 39) / 2
+    other = (32 / 40 + 23 / 31) / 2
+    coarse = token_ceiling(Halves(), 2, batch_size=2)
+    assert coarse["mbo_i"] == pytest.approx((wrong + 1 + other) / 3)
+    assert coarse["fg_ari"] < 1
 
 
 # Trains and evaluates in no time: makes the files that the engine looks for.

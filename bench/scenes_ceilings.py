@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"| {name} | " + " | ".join(f"{value:.1f}" for value in values) + " |")
     share, read = about_position(features)
     print(
-        f"\nposition: {100 * share:.0f} % of the features' variance, R² {read:.3f} of a linear map; {len(scenes)} scenes"
+        f"\nposition: {100 * share:.0f} % of the variance of features, R² {read:.3f} of a linear map, {len(scenes)} scenes"
     )
 
 

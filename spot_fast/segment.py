@@ -76,7 +76,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="S",
         help="shorter side in pixels at which the model sees an image, for interpolate, rounded to "
         "patches (default: the side of its square); with --encoder also the side of the "
-        f"square for stretch (default: {CLUSTER_SIZE}, {SCENES_ENCODER}: 64)",
+        f"square for stretch (default: {CLUSTER_SIZE}, {SCENES_ENCODER}: 96)",
     )
     parser.add_argument(
         "--orders", choices=("0", "all"), default="0", help="patch order 0, or the average over all nine (default: 0)"

@@ -47,6 +47,6 @@ def test_the_command(capsys, monkeypatch):
     monkeypatch.setattr(ceilings, "probe", lambda features, truth: torch.nn.Identity())
     ceilings.main(["--images", "4"])
     printed = capsys.readouterr().out
-    assert printed.count("\n| ") == 8 and "position: " in printed
+    assert printed.count("\n| ") == 7 and "position: " in printed
     with pytest.raises(SystemExit):
         ceilings.main(["--images", "1"])

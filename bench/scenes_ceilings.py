@@ -133,9 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, values in rows.items():
         print(f"| {name} | " + " | ".join(f"{value:.1f}" for value in values) + " |")
     share, read = about_position(features)
-    print(
-        f"\nposition: {100 * share:.0f} % of the variance of features, R² {read:.3f} of a linear map, {len(scenes)} scenes"
-    )
+    print(f"\nposition: {100 * share:.0f} % of features' variance, R² {read:.3f} of a linear map; {len(scenes)} scenes")
 
 
 if __name__ == "__main__":

@@ -285,7 +285,7 @@ class Config:
     lr: float = _optimisation(4e-4, "peak learning rate", least=0)
     lr_low: float = _optimisation(4e-7, "learning rate approached at the end", least=0)
     slot_rate: float = _optimisation(
-        1.0, "learning rate of slot attention and its MLPs, as a factor of the others'", least=0, inherited=True
+        1.0, "learning rate of slot attention and its MLPs, as a factor of the others'", least=0
     )
     warmup_steps: int = _optimisation(10_000, "linear warm-up, rounded to whole epochs", source="D.2", least=0)
     clip: float = _optimisation(

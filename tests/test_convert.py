@@ -156,6 +156,8 @@ def test_every_command_takes_the_authors_file_itself(tmp_path, monkeypatch, caps
         str(FILE),
         "--num-slots",
         "5",
+        "--mask-size",
+        "64",
         "--train-images",
         "4",
         "--val-images",

@@ -138,7 +138,7 @@ def test_pixels_of_every_kind_of_image(kinds, crop, flip):
 def test_features_of_the_packaged_encoder(kinds):
     """What the pixels' distance does to what the model sees: half a percent of an image's features."""
     encoder = frozen_encoder(preset("scenes"))
-    images = Folder(kinds, image_size=64)
+    images = Folder(kinds, image_size=96)
     (ours,), (pillows,) = DaliLoader(images, len(kinds)).epoch(0), Loader(images, len(kinds)).epoch(0)
     ours, pillows = (encoder.finish(encoder.trunk(normalise(batch.images))) for batch in (ours, pillows))
     apart = (ours - pillows).norm(dim=(1, 2)) / pillows.norm(dim=(1, 2))

@@ -35,13 +35,13 @@ def images(height, width):
 def test_the_trained_grid_gives_the_same_bits_and_others_run(changes):
     one = model(**changes)
     noise = torch.randn(2, 6, 16)
-    before = one.segment(images(8, 8), noise=noise, orders="all")
-    same = at_grid(one, 8, 8).segment(images(8, 8), noise=noise, orders="all")
+    before = one.segment(images(12, 12), noise=noise, orders="all")
+    same = at_grid(one, 12, 12).segment(images(12, 12), noise=noise, orders="all")
     other = at_grid(one, 5, 12)
     output = other.segment(images(5, 12), noise=noise, orders="all")
     assert output.masks.shape == output.slot_attn.shape == (2, 60, 6) and output.masks.isfinite().all()
     torch.testing.assert_close(output.masks.sum(-1), torch.ones(2, 60))
-    after = one.segment(images(8, 8), noise=noise, orders="all")
+    after = one.segment(images(12, 12), noise=noise, orders="all")
     for name in ("slots", "slot_attn", "masks", "prediction"):
         assert torch.equal(getattr(before, name), getattr(same, name))
         assert torch.equal(getattr(before, name), getattr(after, name))
@@ -52,7 +52,7 @@ def test_weights_are_shared_and_positions_are_not():
     other = at_grid(one, 4, 6)
     own = {name for name, value in one.named_parameters() if value is not dict(other.named_parameters())[name]}
     assert own == {"encoder.vit.pos_embed"}
-    assert one.decoder.orders.shape == (9, 64) and other.decoder.orders.shape == (9, 24)
+    assert one.decoder.orders.shape == (9, 144) and other.decoder.orders.shape == (9, 24)
 
 
 def test_positions_are_those_of_a_vit_of_that_size():

@@ -47,8 +47,8 @@ def test_anchors_are_distinct_and_inside_the_image():
 def test_two_seeds_agree_nearly_as_far_as_their_segments_do():
     """Of the patches whose cluster recurs with another seed most keep their colour, unlike their label."""
     encoder = frozen_encoder(preset("scenes"))
-    features = encoder(normalise(Scenes(60, "val", size=64).images))
-    one, other = (kmeans_labels(features, 6, seed).view(-1, 8, 8).numpy().astype(np.uint8) for seed in (0, 1))
+    features = encoder(normalise(Scenes(60, "val", size=96).images))
+    one, other = (kmeans_labels(features, 6, seed).view(-1, 12, 12).numpy().astype(np.uint8) for seed in (0, 1))
     coloured = [np.stack([segment_colours(labels)[labels] for labels in maps]) for maps in (one, other)]
     kept = (coloured[0] == coloured[1]).all(-1).mean()
     could = np.mean([_matched(a, b) for a, b in zip(one, other, strict=True)])

@@ -59,7 +59,7 @@ def labels_of(path):
 def test_any_size_and_shape_stretched(run, untrained, tmp_path, size):
     source = photo(tmp_path / "photo.png", size)
     assert run(source, "--precision", "float32") == 0
-    square = Image.open(source).resize((64, 64), Image.Resampling.BILINEAR)
+    square = Image.open(source).resize((96, 96), Image.Resampling.BILINEAR)
     noise = torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(seed_of(Stream.SEGMENTATION_SLOTS, 0)))
     image = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]
     output = untrained.model.segment(normalise(image), noise=noise)
@@ -81,7 +81,7 @@ def test_any_size_and_shape_in_its_own_shape(run, tmp_path):
         soft = load_file(tmp_path / "segments" / f"{width}_soft.safetensors")
         assert soft["decoder"].shape == soft["slots"].shape
         _, rows, columns = soft["decoder"].shape
-        assert min(rows, columns) == 8 and (columns > rows) == (width > height)
+        assert min(rows, columns) == 12 and (columns > rows) == (width > height)
         slots = load_file(tmp_path / "segments" / f"{width}_slots.safetensors")
         assert slots["slots"].shape == (6, 16) and len(soft["decoder"]) == 6
         assert torch.allclose(soft["decoder"].sum(0).float(), torch.ones(rows, columns), atol=5e-3)
@@ -180,7 +180,7 @@ def test_folders_lists_scenes_and_grid(run, tmp_path):
     written = sorted(str(path.relative_to(root)) for path in root.rglob("*_labels.png") if "slot" not in path.name)
     assert written == ["scene_000_labels.png", "scene_001_labels.png", "sub/one_labels.png", "turned_labels.png"]
     assert labels_of(root / "turned_labels.png").shape == (90, 50)  # upright by EXIF
-    assert labels_of(root / "scene_001_labels.png").shape == (64, 64)
+    assert labels_of(root / "scene_001_labels.png").shape == (96, 96)
     assert Image.open(tmp_path / "new" / "grid.png").width > 6 * 200
     assert run(tmp_path / "in" / "list.txt", "--out", tmp_path / "listed", "--masks", "decoder") == 0
     assert sorted(path.name for path in (tmp_path / "listed").iterdir()) == ["turned_labels.png", "turned_overlay.png"]
@@ -274,7 +274,7 @@ def test_corrupt_image_is_named_and_the_others_done(run, tmp_path, capsys):
         (["--scenes", "1", "--encoder", "e", "--slots"], "--slots belongs to a run"),
         (["--scenes", "1", "--encoder", "e", "--masks", "slots"], "--masks slots belongs to a run"),
         (["--scenes", "1", "--device", "nonsense"], "--device nonsense cannot be used"),
-        (["--scenes", "1", "--encoder", "spot_scenes", "--encoder-weights", "none", "--clusters", "65"], "use 1 to 64"),
+        (["--scenes", "1", "--encoder", "spot_scenes", "--encoder-weights", "none", "--clusters", "145"], "use 1 to 144"),
         (["--scenes", "1", "--encoder", "spot_scenes", "--encoder-weights", "none", "--size", "-8"], "--size -8"),
         (
             ["--scenes", "1", "--encoder", "spot_scenes", "--encoder-weights", "none", "--size", "60"],

@@ -59,9 +59,9 @@ def test_soft_masks_sum_to_one_on_any_grid(folder, precision):
 
 def test_a_runs_segmenter_is_named_after_it(folder):
     model = run_segmenter(folder, orders="all", device="cpu")
-    assert (model.title, model.size, model.patch) == (f"run {folder}", 64, 8)
-    masks = model.segment(images(1)).masks
-    assert {kind: tuple(soft.shape) for kind, soft in masks.items()} == {"decoder": (1, 64, 6), "slots": (1, 64, 6)}
+    assert (model.title, model.size, model.patch) == (f"run {folder}", 96, 8)
+    masks = model.segment(images(1, 96, 96)).masks
+    assert {kind: tuple(soft.shape) for kind, soft in masks.items()} == {"decoder": (1, 144, 6), "slots": (1, 144, 6)}
 
 
 def test_few_grids_are_kept(folder, monkeypatch):
@@ -69,4 +69,4 @@ def test_few_grids_are_kept(folder, monkeypatch):
     model = run_segmenter(folder, orders="0", device="cpu")
     for width in (8, 16, 24, 32):
         model.segment(images(1, 8, width))
-    assert list(model._grids) == [(8, 8), (1, 3), (1, 4)]
+    assert list(model._grids) == [(12, 12), (1, 3), (1, 4)]

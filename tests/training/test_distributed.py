@@ -113,6 +113,10 @@ def test_both_stages_and_one_process_that_writes(workplace, whole):
         "7",
         "--precision",
         "float32",
+        "--lr",
+        "1e-3",
+        "--slot-rate",
+        "1",
     ]
     ending = two_processes.train(workplace, [*student, "--out", "second"])
     assert ending.codes == [0, 0], ending.err

@@ -149,7 +149,7 @@ def test_help_shows_the_defaults_of_preset_and_stage(capsys):
         ("--epochs 0", "--epochs is 0: use 1 or more"),
         ("--lr nan", "--lr is nan: use"),
         ("--lr 0", "--lr is 0: nothing would be learned"),
-        ("--lr-low 1", "--lr-low 1.0 is above the peak --lr 0.001"),
+        ("--lr-low 1", "--lr-low 1.0 is above the peak --lr 0.002"),
         ("--seed -1", "--seed is -1: use 0 or more"),
         ("--threads 0", "--threads is 0: use 1 or more"),
         ("--slot-heads 5 --slot-dim 64", "--slot-heads 5 does not divide --slot-dim 64"),
@@ -172,7 +172,7 @@ def test_help_shows_the_defaults_of_preset_and_stage(capsys):
         ("--cuda-graph yes --device cpu", "--cuda-graph yes needs an NVIDIA GPU, not cpu: use auto or no"),
         (
             "--image-size 32 --encoder-weights none",
-            "mask_size is 64 but scenes are drawn at 32: --mask-size must equal",
+            "mask_size is 96 but scenes are drawn at 32: --mask-size must equal",
         ),
         ("--float8 --precision bf16 --device cpu", "--float8 needs an NVIDIA GPU of compute capability 8.9 or more"),
         ("--float8 --precision float32", "--float8 belongs to --precision bf16, not float32: leave one out"),

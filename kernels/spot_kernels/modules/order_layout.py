@@ -29,7 +29,8 @@ def prefers_order_layout(tokens: torch.Tensor, *, gathered: bool = False) -> boo
     if not dispatch.uses("order_layout"):
         return False
     if tokens.device.type == "cpu":
-        return gathered and tokens.dtype is torch.float32 and not torch.is_grad_enabled()
+        exact = tokens.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
+        return gathered and exact and not torch.is_grad_enabled()
     if tokens.device.type != "cuda":
         return False
     # not under backend torch, nor in transforms, which PyTorch's fused attention does not know

@@ -52,7 +52,7 @@ def test_two_seeds_agree_nearly_as_far_as_their_segments_do():
     coloured = [np.stack([segment_colours(labels)[labels] for labels in maps]) for maps in (one, other)]
     kept = (coloured[0] == coloured[1]).all(-1).mean()
     could = np.mean([_matched(a, b) for a, b in zip(one, other, strict=True)])
-    assert kept > 0.8 * could and (one == other).mean() < 0.4 * could
+    assert kept > 0.7 * could and (one == other).mean() < 0.4 * could
 
 
 def _matched(one, other):

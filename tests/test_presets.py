@@ -176,7 +176,11 @@ def test_every_combination_builds_a_model(encoder):
                 assert hasattr(model.slot_encoder, "slot_embedding") == (config.slot_init == "learned")
                 assert model.slot_encoder.attention.iterations == (5 if encoder == "spot_scenes" else 3)
                 learned = sum(parameter.numel() for parameter in model.decoder.parameters())
-                assert learned > 4 * dim * 2048 if config.decoder == "mlp" else learned > config.dec_blocks * 16 * dim * dim
+                assert (
+                    learned > 4 * dim * 2048
+                    if config.decoder == "mlp"
+                    else learned > config.dec_blocks * 16 * dim * dim
+                )
 
 
 def a_run(root: Path, name: str, number: int, **changes) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -53,6 +54,22 @@ def test_no_object_is_mostly_hidden():
             table = scenes._OUTLINES[int(d[3] * len(CLASSES))]
             whole = (np.hypot(x - centre[0], y - centre[1]) < radius * table[(turn * 512).astype(int)]).sum()
             assert (image == k).sum() >= (1 - MAX_HIDDEN) * whole - 3  # a few pixels of float rounding on the rim
+
+
+def test_half_of_the_objects_look_like_the_one_before():
+    """Of one class then, by chance an eighth of the others too; and objects are darker at their outline than inside."""
+    images, instances, classes = draw_scenes(0, np.arange(600), 64)
+    same, inside, rim = [], [], []
+    for image, m, c in zip(images.astype(float), instances, classes, strict=True):
+        kinds = [c[m == k][0] for k in range(1, m.max() + 1)]
+        same += [one == other for one, other in itertools.pairwise(kinds)]
+        front = m == m.max()  # nothing hides it
+        edge = front & ~(np.roll(front, 1, 0) & np.roll(front, -1, 0) & np.roll(front, 1, 1) & np.roll(front, -1, 1))
+        inside.append(image[front & ~edge].mean())
+        rim.append(image[edge].mean())
+    # a half, and an eighth of the rest
+    assert 0.5 < np.mean(same) < 0.65
+    assert np.mean(rim) < 0.85 * np.mean(inside)
 
 
 def test_train_and_val_share_no_image():

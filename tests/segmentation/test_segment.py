@@ -274,7 +274,10 @@ def test_corrupt_image_is_named_and_the_others_done(run, tmp_path, capsys):
         (["--scenes", "1", "--encoder", "e", "--slots"], "--slots belongs to a run"),
         (["--scenes", "1", "--encoder", "e", "--masks", "slots"], "--masks slots belongs to a run"),
         (["--scenes", "1", "--device", "nonsense"], "--device nonsense cannot be used"),
-        (["--scenes", "1", "--encoder", "spot_scenes", "--encoder-weights", "none", "--clusters", "145"], "use 1 to 144"),
+        (
+            ["--scenes", "1", "--encoder", "spot_scenes", "--encoder-weights", "none", "--clusters", "145"],
+            "use 1 to 144",
+        ),
         (["--scenes", "1", "--encoder", "spot_scenes", "--encoder-weights", "none", "--size", "-8"], "--size -8"),
         (
             ["--scenes", "1", "--encoder", "spot_scenes", "--encoder-weights", "none", "--size", "60"],

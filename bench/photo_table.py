@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cpu",
         action="store_true",
-        help="an hour and a half on one core: {size} px, {steps} steps of {batch_size} and {student_steps} of the "
+        help="for one core: {size} px, {steps} steps of {batch_size} and {student_steps} of the "
         "student, seed 0, nine orders alone, a smaller decoder".format(**_CPU),
     )
     cpu = "--cpu" in words

@@ -8,9 +8,9 @@ pixels. No label is used. Four things are not the original's:
 - The decoder gets positions for the hidden patches only, so that the features of the visible ones must carry theirs:
   SPOT's decoder has no positions of its own, and without positions in the features its masks are blurred.
 - Positions start as sines of a fixed amplitude. From small random ones the ViT first has to discover that there are
-  positions, and for a thousand steps it predicts mean colours.
+  positions, and until then it predicts mean colours.
 - Pixels are predicted as they are, not normalised patch by patch: an object's colours are what it is known by.
-- Matrices of the transformer blocks train with Muon: it takes less than half of Adam's steps here.
+- Matrices of the transformer blocks train with Muon.
 
 The file holds float16 weights (under 3 MB) that load into timm's VisionTransformer.
 """
@@ -138,7 +138,7 @@ def pretrain(steps: int, batch: int, images: int, lr: float, seed: int) -> tuple
         nn.utils.clip_grad_norm_(model.parameters(), 3.0)
         for optimiser in optimisers:
             optimiser.step()
-        recent.append(loss.item())
+        recent.append(loss.item())  # a number: small tensors that stay would scatter the memory of every step
         if step % 50 == 49:
             mean = f"{sum(recent[-50:]) / 50:.4f}"
             bar.set_postfix(loss=mean)

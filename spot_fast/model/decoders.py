@@ -89,7 +89,7 @@ class AutoregressiveDecoder(nn.Module):
         """Sets the weights so that, before training, a token attends to the slot most like its predecessor.
 
         Neighbours mostly belong to one object, so masks begin as those of the slots, moved on by one token.
-        rotation: of `SlotEncoder.start_as_clustering`.
+        rotation: [U, D], of `SlotEncoder.start_as_clustering`.
         """
         to_dim = torch.eye(*self.slot_proj[0].weight.shape)
         self.slot_proj[0].weight.copy_(to_dim)

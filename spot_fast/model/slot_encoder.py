@@ -11,7 +11,7 @@ from spot_kernels.modules import mlp
 from spot_kernels.modules.layers import layer_norm
 
 INITIALISERS = ("gaussian", "learned")
-_TEMPERATURE = 4.0  # of the clustering's logits; 2 to 8 give the same masks within a point of mBO_i
+_TEMPERATURE = 4.0  # of the clustering's logits, in `start_as_clustering`
 
 
 class SlotEncoder(nn.Module):
@@ -64,7 +64,7 @@ class SlotEncoder(nn.Module):
         Returns the matrix [U, D] that takes normalised features into the space of the slots, a rotation where U = D.
         For SPOT's own modules (`implementation` "spot", one head).
 
-        With SPOT's own start, masks are noise for hundreds of steps, in which the decoder learns to do without slots.
+        With SPOT's own start, masks are noise at first, while the decoder learns to do without slots.
         Here queries, keys and values are the normalised slots and features themselves (up to a rotation), the GRU
         hands on the mean of what a slot attends to, and the MLPs begin close to a rotation or to nothing.
         """

@@ -29,6 +29,7 @@ from spot_fast.evaluation.tables import (
 )
 from spot_fast.model.encoder import normalise
 from spot_fast.model.spot import reconstruction_loss
+from thread_count import threads
 
 
 @pytest.fixture(scope="module")
@@ -321,10 +322,8 @@ class Empty(Images):
 
 @pytest.fixture
 def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with threads(2):
+        yield
 
 
 def test_each_thread_scores_batches_of_its_own(model, scenes, monkeypatch, two_threads):

@@ -9,6 +9,7 @@ import torch
 
 from spot_fast.system import cpu_threads
 from spot_fast.system.cpu_threads import CpuThreads, available_cores, side_by_side, threads_apart
+from thread_count import threads
 
 
 class Machine:
@@ -122,10 +123,8 @@ def test_a_container_of_the_older_kind_has_its_quota(monkeypatch, tmp_path):
 
 @pytest.fixture
 def three_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
+    with threads(3):
+        yield
 
 
 def test_calls_side_by_side_come_in_order_with_a_thread_each(three_threads):

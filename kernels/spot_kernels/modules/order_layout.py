@@ -23,7 +23,7 @@ def prefers_order_layout(tokens: torch.Tensor, *, gathered: bool = False) -> boo
 
     On a GPU, where PyTorch's causal attention is faster than the kernels of `permuted_causal_attention`. A CPU masks
     the matrix of weights in any order at the same speed; but without a backward pass PyTorch's attention, which never
-    writes that matrix, saves a third of the time there in float32. gathered: the tokens are gathered in any case, so
+    writes that matrix, is faster there in float32. gathered: the tokens are gathered in any case, so
     that their layout costs nothing.
     """
     if not dispatch.uses("order_layout"):

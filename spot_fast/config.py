@@ -220,7 +220,7 @@ class Config:
     slot_heads: int = _slots(1, "heads of slot attention", source="authors' code", least=1)
     slot_iterations: int = _slots(3, "slot-attention iterations", source="D.2", least=1, inherited=True)
     slot_init: str = _slots("gaussian", "initial slots", source="3.3", choices=("gaussian", "learned"))
-    start: str = _slots(
+    slot_start: str = _slots(
         "xavier",
         "weights that training starts from: xavier, as the authors' code, or clustering: slots begin as soft k-means "
         "of the features and the decoder by looking them up, from which short runs profit",
@@ -375,8 +375,10 @@ def check_config(config: Config) -> Config:
     if config.orders != "standard" and (config.cappa > 0 or config.decoder == "mlp"):
         refused = f"--cappa {config.cappa}" if config.cappa > 0 else "--decoder mlp"
         raise UserError(f"{refused} works in the standard patch order only: add --orders standard")
-    if config.start == "clustering" and (config.implementation != "spot" or config.slot_heads != 1):
-        raise UserError("--start clustering is for --implementation spot with --slot-heads 1: use --start xavier")
+    if config.slot_start == "clustering" and (config.implementation != "spot" or config.slot_heads != 1):
+        raise UserError(
+            "--slot-start clustering is for --implementation spot with --slot-heads 1: use --slot-start xavier"
+        )
     if config.stage == 2 and config.slot_heads != 1:
         raise UserError(f"--slot-heads {config.slot_heads}: the student of stage 2 needs 1")
     return config

@@ -23,7 +23,9 @@ from image_files import make_images, truncate
 from paths import ROOT
 from spot_fast import train
 from spot_fast.checkpoints.runs import MODEL, STATE, read_metadata
+from spot_fast.config import Config
 from spot_fast.errors import UserError
+from spot_fast.training.arguments import _parser
 from spot_fast.training.distributed import World
 from spot_fast.training.trainer import Trainer
 from tiny_runs import STEPS, metrics, options, tiny
@@ -265,6 +267,17 @@ def test_more_processes_than_gpus(monkeypatch):
         World(1, 2, 1).device("cuda")
 
 
+def test_torchrun_leaves_every_option_to_training():
+    """torchrun refuses an option of ours that begins more than one of its own, wherever it stands (--start did)."""
+    from torch.distributed.run import get_args_parser
+
+    names = [option for action in _parser(Config())._actions for option in action.option_strings]
+    assert "--slot-start" in names and len(names) > 70
+    for name in names:
+        words = get_args_parser().parse_args(["--standalone", "-m", "spot_fast.train", name, "value"])
+        assert words.training_script_args == [name, "value"], name
+
+
 @pytest.mark.slow
 def test_torchrun_itself(workplace, whole):
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
@@ -287,6 +300,7 @@ def test_torchrun_itself(workplace, whole):
     state = workplace / "run" / STATE
     end = time.monotonic() + 300
     while not (state.is_file() and int(read_metadata(state)["step"]) >= 2) and time.monotonic() < end:
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]

@@ -220,13 +220,6 @@ class Config:
     slot_heads: int = _slots(1, "heads of slot attention", source="authors' code", least=1)
     slot_iterations: int = _slots(3, "slot-attention iterations", source="D.2", least=1, inherited=True)
     slot_init: str = _slots("gaussian", "initial slots", source="3.3", choices=("gaussian", "learned"))
-    slot_start: str = _slots(
-        "xavier",
-        "weights that training starts from: xavier, as the authors' code, or clustering: slots begin as soft k-means "
-        "of the features and the decoder by looking them up, from which short runs profit",
-        choices=("xavier", "clustering"),
-        inherited=True,
-    )
     truncation: str = _slots(
         "none",
         "which iterations gradients pass through",
@@ -284,6 +277,13 @@ class Config:
     )
     lr: float = _optimisation(4e-4, "peak learning rate", least=0)
     lr_low: float = _optimisation(4e-7, "learning rate approached at the end", least=0)
+    initial_weights: str = _optimisation(
+        "xavier",
+        "weights that training starts from: xavier, as the authors' code; clustering: slots begin as soft k-means of "
+        "the features and the decoder by looking them up; teacher: the student begins as its teacher. Short runs "
+        "profit from the last two",
+        choices=("xavier", "clustering", "teacher"),
+    )
     slot_rate: float = _optimisation(
         1.0, "learning rate of slot attention and its MLPs, as a factor of the others'", least=0
     )
@@ -375,10 +375,12 @@ def check_config(config: Config) -> Config:
     if config.orders != "standard" and (config.cappa > 0 or config.decoder == "mlp"):
         refused = f"--cappa {config.cappa}" if config.cappa > 0 else "--decoder mlp"
         raise UserError(f"{refused} works in the standard patch order only: add --orders standard")
-    if config.slot_start == "clustering" and (config.implementation != "spot" or config.slot_heads != 1):
+    if config.initial_weights == "clustering" and (config.implementation != "spot" or config.slot_heads != 1):
         raise UserError(
-            "--slot-start clustering is for --implementation spot with --slot-heads 1: use --slot-start xavier"
+            "--initial-weights clustering is for --implementation spot and --slot-heads 1: use --initial-weights xavier"
         )
+    if config.initial_weights == "teacher" and config.stage == 1:
+        raise UserError("--initial-weights teacher is for --stage 2: use xavier or clustering in stage 1")
     if config.stage == 2 and config.slot_heads != 1:
         raise UserError(f"--slot-heads {config.slot_heads}: the student of stage 2 needs 1")
     return config

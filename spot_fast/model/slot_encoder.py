@@ -89,6 +89,18 @@ class SlotEncoder(nn.Module):
         attention.mlp[2].weight.mul_(0.1)
         return attention.project_v.weight @ back @ rotation
 
+    @torch.no_grad()
+    def start_as(self, other: SlotEncoder) -> None:
+        """Takes the weights of `other`; learned initial slots where it draws them are one draw. RuntimeError as
+        `load_state_dict` where shapes differ.
+        """
+        weights = other.state_dict()
+        if (self.init, other.init) == ("learned", "gaussian"):
+            noise = torch.randn(1, other.num_slots, other.slot_dim).to(other.slot_mean)
+            del weights["slot_mean"], weights["slot_log_scale"]
+            weights["slot_embedding"] = other.initial_slots(1, noise)[0]
+        self.load_state_dict(weights)
+
     def initial_slots(self, batch: int, noise: Tensor | None = None) -> Tensor:
         """Initial slots [B, K, U]. noise: the standard-normal draw [B, K, U] of `gaussian`; None draws it here."""
         if self.init == "learned":

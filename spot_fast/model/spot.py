@@ -73,7 +73,7 @@ class Spot(nn.Module):
                 implementation=IMPLEMENTATIONS[config.implementation],
             )
             self.decoder = build_decoder(config, encoder)
-            if config.slot_start == "clustering":
+            if config.initial_weights == "clustering":
                 rotation = self.slot_encoder.start_as_clustering()
                 if isinstance(self.decoder, AutoregressiveDecoder):
                     self.decoder.start_from_slots(rotation)

@@ -80,6 +80,18 @@ def load_teacher(folder: Path, config: Config, encoder: Encoder, device: torch.d
     return load_run(folder, device, encoder=encoder, like=config).model.requires_grad_(False)
 
 
+def start_as_teacher(model: Spot, teacher: Spot, folder: Path) -> None:
+    """Gives the student the teacher's slot encoder and decoder; UserError if their shapes differ."""
+    try:
+        model.slot_encoder.start_as(teacher.slot_encoder)
+        model.decoder.load_state_dict(teacher.decoder.state_dict())
+    except RuntimeError as error:
+        raise UserError(
+            f"--initial-weights teacher: the student is not made as its teacher {folder} "
+            f"({str(error).splitlines()[1].strip()}): leave out what differs, or use --initial-weights xavier"
+        ) from error
+
+
 def teacher_hash(folder: Path) -> str:
     """sha256 of the teacher's model file."""
     with open(folder if folder.is_file() else folder / MODEL, "rb") as file:

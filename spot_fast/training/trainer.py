@@ -52,7 +52,7 @@ from spot_fast.training.run_cache import Chosen, choose, open_source
 from spot_fast.training.run_folder import OthersFolder, RunFolder
 from spot_fast.training.schedule import learning_rate
 from spot_fast.training.step import Draw, Forward, Update
-from spot_fast.training.teacher import load_teacher, teacher_hash
+from spot_fast.training.teacher import load_teacher, start_as_teacher, teacher_hash
 from spot_fast.training.throughput import Pace, Profile, Throughput, count_flops
 from spot_fast.training.validation import quick_validation, skipped_images_line
 from spot_kernels import dispatch
@@ -166,6 +166,8 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(Stream.INITIAL_WEIGHTS, config.seed, config.stage))
             self.model = Spot(config, encoder).to(device).train()
+            if config.initial_weights == "teacher":
+                start_as_teacher(self.model, self.teacher, self.teacher_path)
         if self.precision == "bf16":
             # Frozen weights need no float32 master: autocast would round them anew in every step.
             store_in_bfloat16(encoder)

@@ -1,4 +1,4 @@
-"""Protects `--slot-start clustering`: before any training slots group features, and the decoder looks slots up."""
+"""Protects `--initial-weights clustering`: before any training slots group features, and the decoder looks slots up."""
 
 from __future__ import annotations
 
@@ -76,5 +76,5 @@ def test_the_decoders_masks_begin_as_the_predecessors_slots():
 
 @pytest.mark.parametrize("changes", [dict(implementation="ocbench"), dict(slot_heads=2)])
 def test_other_modules_than_spots_own_are_refused(changes):
-    with pytest.raises(UserError, match="^--slot-start clustering is for --implementation spot with --slot-heads 1"):
-        check_config(replace(Config(), slot_start="clustering", **changes))
+    with pytest.raises(UserError, match="^--initial-weights clustering is for --implementation spot and"):
+        check_config(replace(Config(), initial_weights="clustering", **changes))

@@ -29,7 +29,7 @@ CHANGES = dict(
     precision="float32",
     dec_blocks=2,
     # SPOT's own start and rates: what the scenes preset has instead is tested in test_start and test_flat
-    slot_start="xavier",
+    initial_weights="xavier",
     slot_rate=1.0,
     slot_iterations=3,
     lr=1e-3,

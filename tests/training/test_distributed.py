@@ -272,7 +272,7 @@ def test_torchrun_leaves_every_option_to_training():
     from torch.distributed.run import get_args_parser
 
     names = [option for action in _parser(Config())._actions for option in action.option_strings]
-    assert "--slot-start" in names and len(names) > 70
+    assert "--initial-weights" in names and len(names) > 70
     for name in names:
         words = get_args_parser().parse_args(["--standalone", "-m", "spot_fast.train", name, "value"])
         assert words.training_script_args == [name, "value"], name

@@ -16,6 +16,11 @@ from spot_fast.model.encoder import Encoder
 from spot_fast.model.spot import Spot
 from spot_fast.recipes import METHODS
 
+# What a student that begins as its teacher has in common with it: all that makes slot encoder and decoder, but for what
+# has no weights and for initial slots, which may become learned ones.
+_MADE_OF = ("slot attention", "decoder")
+_FREE = ("slot_init", "slot_iterations", "truncation", "cappa")
+
 
 def find_teacher(name: str | None, root: Path, preset: str, method: str = "spot", encoder: str | None = None) -> Path:
     """The teacher's run folder: the one named, or the newest finished stage-1 run that can teach preset and method.
@@ -72,6 +77,15 @@ def check_teacher(folder: Path, teacher: Config, config: Config) -> None:
                 f"the teacher {folder} has {name} {theirs} but {flag(name)} is {ours}: both need the "
                 f"same {OPTIONS[name].shared}, drop the option or choose another --teacher"
             )
+    if config.initial_weights != "teacher":
+        return
+    for name, option in OPTIONS.items():
+        theirs, ours = getattr(teacher, name), getattr(config, name)
+        if option.group in _MADE_OF and name not in _FREE and theirs != ours:
+            raise UserError(
+                f"the teacher {folder} has {name} {theirs} but {flag(name)} is {ours}: a student that begins as its "
+                "teacher needs the same, or --initial-weights xavier"
+            )
 
 
 def load_teacher(folder: Path, config: Config, encoder: Encoder, device: torch.device) -> Spot:
@@ -80,16 +94,10 @@ def load_teacher(folder: Path, config: Config, encoder: Encoder, device: torch.d
     return load_run(folder, device, encoder=encoder, like=config).model.requires_grad_(False)
 
 
-def start_as_teacher(model: Spot, teacher: Spot, folder: Path) -> None:
-    """Gives the student the teacher's slot encoder and decoder; UserError if their shapes differ."""
-    try:
-        model.slot_encoder.start_as(teacher.slot_encoder)
-        model.decoder.load_state_dict(teacher.decoder.state_dict())
-    except RuntimeError as error:
-        raise UserError(
-            f"--initial-weights teacher: the student is not made as its teacher {folder} "
-            f"({str(error).splitlines()[1].strip()}): leave out what differs, or use --initial-weights xavier"
-        ) from error
+def start_as_teacher(model: Spot, teacher: Spot) -> None:
+    """Gives the student the weights of its teacher's slot encoder and decoder; `check_teacher` checks that they fit."""
+    model.slot_encoder.start_as(teacher.slot_encoder)
+    model.decoder.load_state_dict(teacher.decoder.state_dict())
 
 
 def teacher_hash(folder: Path) -> str:

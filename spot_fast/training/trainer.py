@@ -167,7 +167,7 @@ class Trainer:
             torch.manual_seed(seed_of(Stream.INITIAL_WEIGHTS, config.seed, config.stage))
             self.model = Spot(config, encoder).to(device).train()
             if config.initial_weights == "teacher":
-                start_as_teacher(self.model, self.teacher, self.teacher_path)
+                start_as_teacher(self.model, self.teacher)
         if self.precision == "bf16":
             # Frozen weights need no float32 master: autocast would round them anew in every step.
             store_in_bfloat16(encoder)

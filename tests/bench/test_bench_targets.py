@@ -44,7 +44,10 @@ def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
             kind(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("bench", ["exchange_speed", "ladder", "growth", "native_table", "bench_data", "scenes_table"])
+@pytest.mark.parametrize(
+    "bench",
+    ["exchange_speed", "ladder", "growth", "native_table", "bench_data", "scenes_table", "scenes_ablations"],
+)
 def test_every_bench_looks_before_it_measures(bench, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setattr(sys, "argv", [bench, "--csv", str(tmp_path / "file" / "x.csv")])

@@ -6,6 +6,7 @@ and prints (`distributed`).
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -232,6 +233,11 @@ def _run(trainer: Trainer, folder: RunFolder | OthersFolder, args: Arguments) ->
     trained = sum(parameter.numel() for parameter in trainer.parameters) / 1e6
     for note in dict.fromkeys([*trainer.train_set.notes, *(trainer.val_set.notes if trainer.val_set else ())]):
         print(f"note: {note}")
+    if config.warmup_steps and not trainer.rate.warmup_steps:
+        print(
+            f"note: --warmup-steps {config.warmup_steps} is less than an epoch and rounded to none: use "
+            f"{math.ceil(len(trainer.train_set) / config.batch_size)} or more for a warm-up"
+        )
     print(
         f"{path}: preset {config.recipe}, stage {config.stage}, {len(trainer.train_set)} images, "
         f"{trainer.total_steps} steps of {config.batch_size}, {trained:.1f} M parameters train, "

@@ -70,8 +70,10 @@ def test_both_stages_with_nothing_but_sizes(tmp_path, monkeypatch, capsys):
     assert re.search(r"is finished: 24 steps in \d+ s", output)
     student = re.search(r"python -m spot_fast.train (--stage 2 --teacher \S+)", output)[1].split()
 
-    assert call(*student, "--epochs", "2", "--warmup-steps", "7") == 0
+    assert "note: " not in output
+    assert call(*student, "--epochs", "2", "--warmup-steps", "5") == 0
     output = capsys.readouterr().out
+    assert "note: --warmup-steps 5 is less than an epoch and rounded to none: use 7 or more for a warm-up" in output
     assert "from the teacher: batch_size 4, dec_blocks 2" in output and "att " in output
     assert "runs/scenes-stage2-001 is finished" in output and "--stage 2" not in output
     run = load_run("runs/scenes-stage2-001")

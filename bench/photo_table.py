@@ -48,15 +48,19 @@ _RECIPE = (
     "0",
 )
 # Defaults under --cpu, and what it changes in the recipe; the last are the student's alone.
-_CPU = {"size": 112, "steps": 4000, "student_steps": 2000, "batch_size": 16, "seeds": [0], "threads": 1}
+_CPU = {"size": 112, "steps": 3000, "student_steps": 1000, "batch_size": 16, "seeds": [0], "threads": 1}
 _CPU_RECIPE = (
     "--feature-norm",
-    "--slot-init",
-    "learned",
-    "--truncation",
-    "bi_level",
+    "--initial-weights",
+    "clustering",
+    "--slot-rate",
+    "0.2",
+    "--slot-iterations",
+    "5",
     "--dec-blocks",
-    "2",
+    "3",
+    "--lr",
+    "1e-3",
     "--lr-low",
     "1e-5",
     "--eval-every",
@@ -64,7 +68,7 @@ _CPU_RECIPE = (
     "--eval-images",
     "64",
 )
-_CPU_STUDENT = ("--train-blocks", "2", "--att-weight", "0.02")
+_CPU_STUDENT = ("--train-blocks", "2", "--att-weight", "0.02", "--initial-weights", "teacher", "--slot-rate", "1")
 # Name, patch orders, stage.
 METHODS = (("plain", "standard", 1), ("+ orders", "spot9", 1), ("+ self-training", "standard", 2), ("both", "spot9", 2))
 
@@ -182,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--cpu",
         action="store_true",
         help="for one core: {size} px, {steps} steps of {batch_size} and {student_steps} of the "
-        "student, seed 0, nine orders alone, a smaller decoder".format(**_CPU),
+        "student, seed 0, nine orders alone, the scenes recipe's start".format(**_CPU),
     )
     cpu = "--cpu" in words
     bench = "photos-cpu" if cpu else "photos"

@@ -28,7 +28,7 @@ CHANGES = dict(
     slot_mlp=16,
     precision="float32",
     dec_blocks=2,
-    # SPOT's own start and rates: what the scenes preset has instead is tested in test_start and test_flat
+    # SPOT's own start and rates: what the scenes preset has instead is tested in test_student_start and test_flat
     initial_weights="xavier",
     slot_rate=1.0,
     slot_iterations=3,

@@ -26,9 +26,11 @@ class Ablation(NamedTuple):
 
 ABLATIONS = (
     Ablation("scenes", 1, "the recipe", ()),
-    Ablation("clustering", 1, "slots begin as clusters", ("--initial-weights", "clustering")),
+    Ablation("plain", 1, "one patch order", ("--orders", "standard")),
+    Ablation("xavier", 1, "SPOT's start", ("--initial-weights", "xavier")),
+    Ablation("xavier-plain", 1, "SPOT's start, one order", ("--initial-weights", "xavier", "--orders", "standard")),
     Ablation("two-epochs", 1, "2 epochs", ("--epochs", "2")),
-    Ablation("two-clustering", 1, "both", ("--epochs", "2", "--initial-weights", "clustering")),
+    Ablation("xavier-two-epochs", 1, "SPOT's start, 2 epochs", ("--initial-weights", "xavier", "--epochs", "2")),
     Ablation("full-rate", 1, "slots learn as fast as the rest", ("--slot-rate", "1")),
     Ablation("three-iterations", 1, "3 slot-attention iterations", ("--slot-iterations", "3")),
     Ablation("one-block", 1, "1 decoder block", ("--dec-blocks", "1")),

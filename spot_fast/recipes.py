@@ -107,6 +107,7 @@ DATA_SETS: dict[str, DataSet] = {
             slot_dim=128,
             slot_mlp=256,
             slot_iterations=5,
+            initial_weights="clustering",
             slot_rate=0.2,
             dec_blocks=3,
             dec_heads=4,

@@ -279,9 +279,8 @@ class Config:
     lr_low: float = _optimisation(4e-7, "learning rate approached at the end", least=0)
     initial_weights: str = _optimisation(
         "xavier",
-        "weights that training starts from: xavier, as the authors' code; clustering, for runs of a few hundred steps: "
-        "slots begin as soft k-means of the features and the decoder by looking them up; teacher: the student begins "
-        "as its teacher",
+        "weights that training starts from: xavier, as the authors' code; clustering, for short runs: slots begin as "
+        "soft k-means of the features and the decoder by looking them up; teacher: the student begins as its teacher",
         choices=("xavier", "clustering", "teacher"),
     )
     slot_rate: float = _optimisation(

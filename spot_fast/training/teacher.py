@@ -17,9 +17,9 @@ from spot_fast.model.spot import Spot
 from spot_fast.recipes import METHODS
 
 # What a student that begins as its teacher has in common with it: all that makes slot encoder and decoder, but for what
-# has no weights and for initial slots, which may become learned ones.
+# has no weights. Drawn initial slots may become learned ones besides.
 _MADE_OF = ("slot attention", "decoder")
-_FREE = ("slot_init", "slot_iterations", "truncation", "cappa")
+_FREE = ("slot_iterations", "truncation", "cappa")
 
 
 def find_teacher(name: str | None, root: Path, preset: str, method: str = "spot", encoder: str | None = None) -> Path:
@@ -81,7 +81,8 @@ def check_teacher(folder: Path, teacher: Config, config: Config) -> None:
         return
     for name, option in OPTIONS.items():
         theirs, ours = getattr(teacher, name), getattr(config, name)
-        if option.group in _MADE_OF and name not in _FREE and theirs != ours:
+        same = theirs == ours or (name, theirs, ours) == ("slot_init", "gaussian", "learned")
+        if option.group in _MADE_OF and name not in _FREE and not same:
             raise UserError(
                 f"the teacher {folder} has {name} {theirs} but {flag(name)} is {ours}: a student that begins as its "
                 "teacher needs the same, or --initial-weights xavier"

@@ -69,6 +69,14 @@ def test_a_student_made_otherwise_names_what_differs(changes, sentence, teacher)
     Trainer(tiny(2, **changes), device=CPU, teacher=teacher)  # with xavier it is allowed
 
 
+def test_learned_slots_stay_learned(tmp_path):
+    path = train(tmp_path, tiny(slot_init="learned", epochs=2, eval_images=0))[0]
+    trainer = student(path)
+    assert torch.equal(trainer.model.slot_encoder.slot_embedding, trainer.teacher.slot_encoder.slot_embedding)
+    with pytest.raises(UserError, match="has slot_init learned but --slot-init is gaussian"):
+        student(path, slot_init="gaussian")
+
+
 def test_stage_1_has_no_teacher_to_start_as():
     with pytest.raises(UserError, match="^--initial-weights teacher is for --stage 2: use xavier or clustering"):
         check_config(replace(tiny(), initial_weights="teacher"))

@@ -70,7 +70,7 @@ _CPU_RECIPE = (
     "--eval-images",
     "64",
 )
-_CPU_STUDENT = ("--train-blocks", "2", "--att-weight", "0.02", "--initial-weights", "teacher", "--slot-rate", "1")
+_CPU_STUDENT = ("--train-blocks", "2", "--att-weight", "0.02", "--initial-weights", "teacher")
 # Name, patch orders, stage.
 METHODS = (("plain", "standard", 1), ("+ orders", "spot9", 1), ("+ self-training", "standard", 2), ("both", "spot9", 2))
 

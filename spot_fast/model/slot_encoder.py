@@ -91,7 +91,9 @@ class SlotEncoder(nn.Module):
 
     @torch.no_grad()
     def start_as(self, other: SlotEncoder) -> None:
-        """Takes the weights of `other`; learned initial slots, where it draws them, are one draw."""
+        """Takes the weights of `other`, of the same shapes; where `other` draws initial slots and this one has learned
+        ones [K, U], these are one draw.
+        """
         weights = other.state_dict()
         if (self.init, other.init) == ("learned", "gaussian"):
             noise = torch.randn(1, other.num_slots, other.slot_dim).to(other.slot_mean)

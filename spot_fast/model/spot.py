@@ -73,10 +73,6 @@ class Spot(nn.Module):
                 implementation=IMPLEMENTATIONS[config.implementation],
             )
             self.decoder = build_decoder(config, encoder)
-            if config.initial_weights == "clustering":
-                rotation = self.slot_encoder.start_as_clustering()
-                if isinstance(self.decoder, AutoregressiveDecoder):
-                    self.decoder.start_from_slots(rotation)
         except UserError:
             raise
         except ValueError as error:

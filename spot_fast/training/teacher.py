@@ -95,12 +95,6 @@ def load_teacher(folder: Path, config: Config, encoder: Encoder, device: torch.d
     return load_run(folder, device, encoder=encoder, like=config).model.requires_grad_(False)
 
 
-def start_as_teacher(model: Spot, teacher: Spot) -> None:
-    """Gives the student the weights of its teacher's slot encoder and decoder; `check_teacher` checks that they fit."""
-    model.slot_encoder.start_as(teacher.slot_encoder)
-    model.decoder.load_state_dict(teacher.decoder.state_dict())
-
-
 def teacher_hash(folder: Path) -> str:
     """sha256 of the teacher's model file."""
     with open(folder if folder.is_file() else folder / MODEL, "rb") as file:

@@ -38,6 +38,7 @@ from spot_fast.training.console import Display, Meter, epoch_line
 from spot_fast.training.cuda_graph import Graphed, Recorder, resolve_cuda_graph
 from spot_fast.training.distributed import Ended, World
 from spot_fast.training.flat import FlatAdam, rounded_weights
+from spot_fast.training.initial_weights import set_initial_weights
 from spot_fast.training.losses import loss_weights
 from spot_fast.training.optimiser import (
     FUSED,
@@ -52,7 +53,7 @@ from spot_fast.training.run_cache import Chosen, choose, open_source
 from spot_fast.training.run_folder import OthersFolder, RunFolder
 from spot_fast.training.schedule import learning_rate
 from spot_fast.training.step import Draw, Forward, Update
-from spot_fast.training.teacher import load_teacher, start_as_teacher, teacher_hash
+from spot_fast.training.teacher import load_teacher, teacher_hash
 from spot_fast.training.throughput import Pace, Profile, Throughput, count_flops
 from spot_fast.training.validation import quick_validation, skipped_images_line
 from spot_kernels import dispatch
@@ -165,9 +166,9 @@ class Trainer:
         # Weights are drawn on the CPU, so that they are the same on every device.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(Stream.INITIAL_WEIGHTS, config.seed, config.stage))
-            self.model = Spot(config, encoder).to(device).train()
-            if config.initial_weights == "teacher":
-                start_as_teacher(self.model, self.teacher)
+            model = Spot(config, encoder)
+            set_initial_weights(model, config.initial_weights, self.teacher)
+            self.model = model.to(device).train()
         if self.precision == "bf16":
             # Frozen weights need no float32 master: autocast would round them anew in every step.
             store_in_bfloat16(encoder)

@@ -11,6 +11,9 @@ from spot_fast.config import Config, check_config
 from spot_fast.errors import UserError
 from spot_fast.model.decoders import AutoregressiveDecoder
 from spot_fast.model.slot_encoder import SlotEncoder
+from spot_fast.model.spot import Spot
+from spot_fast.training.trainer import Trainer
+from tiny_runs import CPU, tiny
 
 GRID, DIM = 8, 32
 
@@ -72,6 +75,15 @@ def test_the_decoders_masks_begin_as_the_predecessors_slots():
     assert (
         before.argmax(-1)[:, decoder.orders[0][1:]] == attn.argmax(-1)[:, decoder.orders[0][:-1]]
     ).float().mean() < 0.6
+
+
+def test_a_new_run_begins_so_and_a_loaded_one_draws_nothing():
+    config = tiny(initial_weights="clustering")
+    trainer = Trainer(config, device=CPU)
+    query = trainer.model.slot_encoder.attention.project_q.weight
+    assert torch.equal(query, query[0, 0] * torch.eye(*query.shape))
+    query = Spot(config, trainer.model.encoder).slot_encoder.attention.project_q.weight
+    assert not torch.equal(query, query[0, 0] * torch.eye(*query.shape))
 
 
 @pytest.mark.parametrize("changes", [dict(implementation="ocbench"), dict(slot_heads=2)])

@@ -108,6 +108,15 @@ def add_threads(parser: argparse._ActionsContainer, more: str = "") -> None:
     )
 
 
+def add_adaptive_slots(parser: argparse._ActionsContainer, more: str = "") -> None:
+    """more: what else --help says."""
+    parser.add_argument(
+        "--adaptive-slots",
+        action=argparse.BooleanOptionalAction,
+        help=f"join the masks of slots that divide an object (default: as the run was trained){more}",
+    )
+
+
 def add_precision(parser: argparse._ActionsContainer, default: str, about: str) -> None:
     parser.add_argument(
         "--precision", choices=OPTIONS["precision"].choices, default=default, help=f"{about} (default: {default})"

@@ -220,6 +220,16 @@ class Config:
     slot_heads: int = _slots(1, "heads of slot attention", source="authors' code", least=1)
     slot_iterations: int = _slots(3, "slot-attention iterations", source="D.2", least=1, inherited=True)
     slot_init: str = _slots("gaussian", "initial slots", source="3.3", choices=("gaussian", "learned"))
+    adaptive_slots: bool = _slots(
+        False, "join slots that divide an object, so that an image uses as many as it needs", inherited=True
+    )
+    slot_variance: float = _slots(
+        0.01,
+        "share of the variance of an image's features that a slot has to explain to remain apart",
+        least=0,
+        inherited=True,
+        only=("adaptive_slots", True),
+    )
     truncation: str = _slots(
         "none",
         "which iterations gradients pass through",
@@ -283,6 +293,13 @@ class Config:
         "soft k-means of the features and the decoder by looking them up; teacher: the student begins as its teacher",
         choices=("xavier", "clustering", "teacher"),
     )
+    init_from: str | None = _optimisation(
+        None,
+        "run whose weights training starts from instead, at this or another image size; of a run of the same stage all "
+        "settings are taken, for a tenth of its epochs",
+        path="RUN",
+        resumable=True,
+    )
     slot_rate: float = _optimisation(
         1.0, "learning rate of slot attention and its MLPs, as a factor of the others'", least=0
     )
@@ -295,6 +312,21 @@ class Config:
     )
     att_weight_final: float | None = _optimisation(
         None, "lambda at the end of a cosine schedule (default: constant)", least=0, only=("stage", 2)
+    )
+    att_warmup_steps: int = _optimisation(
+        0, "steps before L_ATT, and with it the teacher, sets in", least=0, only=("stage", 2)
+    )
+    online_teacher: bool = _optimisation(
+        False,
+        "the student's exponential moving average is its teacher, as --teacher ema says; without --init-from one run "
+        "of stage 1's length",
+        only=("stage", 2),
+    )
+    ema_momentum: float = _optimisation(
+        0.996,
+        "share of the online teacher's weights that remains in a step, at first; it rises to 1 along a cosine",
+        least=0,
+        only=("online_teacher", True),
     )
 
     @property
@@ -380,6 +412,15 @@ def check_config(config: Config) -> Config:
         )
     if config.initial_weights == "teacher" and config.stage == 1:
         raise UserError("--initial-weights teacher is for --stage 2: use xavier or clustering in stage 1")
+    if config.online_teacher and config.stage == 1:
+        raise UserError("--teacher ema belongs to stage 2: add --stage 2 or drop it")
+    if config.ema_momentum > 1:
+        raise UserError(f"--ema-momentum {config.ema_momentum} is a share: use 0 to 1")
+    if config.online_teacher and config.initial_weights == "teacher" and config.init_from is None:
+        raise UserError(
+            "--initial-weights teacher needs a stage-1 run: add --init-from RUN to --teacher ema, or start from "
+            "xavier or clustering"
+        )
     if config.stage == 2 and config.slot_heads != 1:
         raise UserError(f"--slot-heads {config.slot_heads}: the student of stage 2 needs 1")
     return config

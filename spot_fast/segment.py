@@ -81,6 +81,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--orders", choices=("0", "all"), default="0", help="patch order 0, or the average over all nine (default: 0)"
     )
+    cli.add_adaptive_slots(parser)
     parser.add_argument("--masks", choices=tuple(_MASKS), help="which masks to write and show (default: both)")
     parser.add_argument("--soft", action="store_true", help="also write soft masks")
     parser.add_argument("--slots", action="store_true", help="also write the slots")
@@ -121,6 +122,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.encoder and (args.masks or args.slots):
         option = f"--masks {args.masks}" if args.masks else "--slots"
         raise UserError(f"{option} belongs to a run: an encoder has clusters only, drop it or --encoder {args.encoder}")
+    if args.encoder and args.adaptive_slots is not None:
+        raise UserError(f"--adaptive-slots belongs to a run: drop it or --encoder {args.encoder}")
     if not args.encoder and args.encoder_weights:
         raise UserError("--encoder-weights belongs to --encoder NAME: a run keeps the encoder it was trained with")
     if args.size is not None and args.size < 1:
@@ -138,7 +141,13 @@ def _check(args: argparse.Namespace) -> None:
 
 def _segmenter(args: argparse.Namespace, device: str) -> Segmenter:
     if not args.encoder:
-        return run_segmenter(args.run, orders=args.orders, device=device, precision=args.precision)
+        return run_segmenter(
+            args.run,
+            orders=args.orders,
+            device=device,
+            precision=args.precision,
+            adaptive_slots=args.adaptive_slots,
+        )
     return cluster_segmenter(
         args.encoder,
         args.encoder_weights,

@@ -26,7 +26,7 @@ from spot_fast.checkpoints.runs import (
     run_folders,
     write_config,
 )
-from spot_fast.config import Config, check_config
+from spot_fast.config import Config, check_config, preset
 from spot_fast.errors import UserError
 from spot_fast.precision import resolve
 from spot_fast.recipes import METHODS
@@ -37,7 +37,15 @@ from spot_fast.training.compiled import resolve_compile
 from spot_fast.training.console import duration, scores_text
 from spot_fast.training.distributed import World, join
 from spot_fast.training.run_folder import CORRUPT, OthersFolder, RunFolder, is_free
-from spot_fast.training.teacher import check_teacher, find_teacher, inherit, student_method
+from spot_fast.training.teacher import (
+    check_origin,
+    check_teacher,
+    find_teacher,
+    going_on,
+    inherit,
+    one_run,
+    student_method,
+)
 from spot_fast.training.throughput import measured_peak
 from spot_fast.training.trainer import Outcome, Trainer
 
@@ -103,7 +111,12 @@ def _train(world: World, argv: Sequence[str] | None) -> int:
         torch.set_num_threads(job.threads or min(torch.get_num_threads(), available_cores()))
         trainer = world.on_all_ranks(
             lambda: Trainer(
-                job.config, device=device, teacher=job.teacher, world=world, fixed_threads=job.fixed_threads
+                job.config,
+                device=device,
+                teacher=job.teacher,
+                world=world,
+                fixed_threads=job.fixed_threads,
+                resumed=job.path is not None and (job.path / STATE).is_file(),
             )
         )
         if len(kinds := set(world.gather(trainer.loader.kind))) > 1:
@@ -130,22 +143,63 @@ def _job(args: Arguments, device: torch.device, world: World) -> _Job | None:
 
 def _new_config(args: Arguments) -> tuple[Config, Path | None]:
     """Config and teacher of a new run."""
-    if args.stage == 1:
-        if args.teacher is not None:
-            raise UserError(f"--teacher {args.teacher} belongs to stage 2: add --stage 2 or drop it")
-        return check_config(args.config()), None
     given = args.given
+    if args.stage == 1 and args.teacher is not None:
+        raise UserError(f"--teacher {args.teacher} belongs to stage 2: add --stage 2 or drop it")
+    origin = Path(given["init_from"]) if given.get("init_from") else None
+    if origin is not None:
+        return _config_from(origin, args)
+    if args.stage == 1:
+        return check_config(args.config()), None
+    if given.get("online_teacher"):
+        return check_config(one_run(args.config(), preset(args.preset_name, 1), given)), None
     teacher = find_teacher(args.teacher, args.runs, args.preset, given.get("method", "spot"), given.get("encoder"))
-    first = read_config(teacher)
-    method = student_method(given.get("method"), teacher, first)
-    # The teacher's encoder is the student's and brings its rates.
-    asked = args.config(given.get("preset", first.preset), method=method, encoder=first.encoder)
-    theirs = read_config(teacher, like=asked)
-    config, taken = inherit(asked, theirs, given)
+    config, theirs, taken = _student(args, teacher)
     check_teacher(teacher, theirs, check_config(config))
-    if taken and not args.print_config:
-        print("from the teacher: " + ", ".join(f"{name} {getattr(config, name)}" for name in taken))
+    _print_taken(args, config, "the teacher", taken)
     return config, teacher
+
+
+def _student(args: Arguments, folder: Path) -> tuple[Config, Config, list[str]]:
+    """A student's Config, that of the stage-1 run in `folder`, and the names of what is taken from it."""
+    first = read_config(folder)
+    method = student_method(args.given.get("method"), folder, first)
+    # The teacher's encoder is the student's and brings its rates.
+    asked = args.config(args.given.get("preset", first.preset), method=method, encoder=first.encoder)
+    theirs = read_config(folder, like=asked)
+    config, taken = inherit(asked, theirs, args.given)
+    return config, theirs, taken
+
+
+def _config_from(folder: Path, args: Arguments) -> tuple[Config, Path | None]:
+    """Config and teacher of a run that begins with the weights of the one in `folder`.
+
+    A stage-1 run teaches the student that begins with its weights, unless another teacher is named. A student that
+    goes on has an online teacher, because its own may have had another image size.
+    """
+    given = args.given
+    if "initial_weights" in given:
+        raise UserError(f"--init-from {folder} and --initial-weights both say where training starts: drop one")
+    first = read_config(folder)
+    teacher = None
+    if args.stage == 2:
+        given = {"online_teacher": first.stage == 2 and args.teacher is None} | given
+        if not given["online_teacher"]:
+            teacher = find_folder(args.teacher, args.runs) if args.teacher else folder
+    if first.stage == args.stage:
+        config, taken = going_on(args.config(first.preset), first, given), []
+    else:
+        config, first, taken = _student(replace(args, given=given), folder)
+    check_origin(folder, first, check_config(config))
+    if teacher is not None:
+        check_teacher(teacher, read_config(teacher, like=config), config)
+    _print_taken(args, config, f"--init-from {folder}", taken)
+    return config, teacher
+
+
+def _print_taken(args: Arguments, config: Config, origin: str, taken: Sequence[str]) -> None:
+    if taken and not args.print_config:
+        print(f"from {origin}: " + ", ".join(f"{name} {getattr(config, name)}" for name in taken))
 
 
 def _run_to_resume(args: Arguments) -> Path | None:
@@ -214,7 +268,7 @@ def _same_machine(args: Arguments, about: dict[str, str], device: torch.device, 
 
 
 def _same_teacher(args: Arguments, config: Config, about: dict[str, str], path: Path) -> Path | None:
-    if config.stage == 1:
+    if config.stage == 1 or config.online_teacher:
         return None
     if args.teacher is not None or "teacher_path" not in about:
         return find_teacher(args.teacher, args.runs, config.preset, config.method)

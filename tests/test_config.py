@@ -70,7 +70,7 @@ def test_auto_asks_a_resumed_run_for_what_it_settled_on():
 
 def test_paths_become_absolute_but_keywords_do_not(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert option_names("path") == ("data", "sbd", "cache_dir", "encoder_weights")
+    assert option_names("path") == ("data", "sbd", "cache_dir", "encoder_weights", "init_from")
     for name in option_names("path"):
         assert parse([flag(name), "here"]).given == {name: str(tmp_path / "here")}
         for word in OPTIONS[name].keywords:
@@ -98,6 +98,7 @@ def test_resumable_options_are_those_that_decide_nothing():
         "data",
         "sbd",
         "encoder_weights",
+        "init_from",  # its weights are in the run's first saved state
         "workers",
         "cache",
         "cache_dir",

@@ -150,10 +150,9 @@ class Checks:
         forward = trainer.forward
         teach = forward.teach
         if trainer.teacher is not None:  # a label that falls on another side is no error of the gradients
-            features = self.batch.features[0].float()
             with forward.autocast():
-                labels = teach(features, trainer.draw(_FIRST_STEP))
-            forward.teach = lambda target, draws: labels
+                labels = teach(*forward.targets(self.batch), trainer.draw(_FIRST_STEP))
+            forward.teach = lambda target, hidden, draws: labels
         try:
             with use_backend("torch"):
                 forward.precision = "float32"

@@ -194,7 +194,7 @@ class Study:
             optimiser.refresh()
         if trainer.teacher is not None:
             with self.section("teaching"), trainer.forward.autocast():
-                trainer.forward.teach(features[0].float(), draws)
+                trainer.forward.teach(features[0].float(), features[1].float(), draws)
         with self.section("losses"), optimiser.in_use():
             losses = trainer.forward.losses(batch, draws, weights)
         # a wait would break the graph, which is an error

@@ -37,6 +37,7 @@ def add_scoring_options(parser: argparse.ArgumentParser, *, protocol: str, proto
         help=f"{', '.join(PROTOCOLS)}, several with commas, or all{protocol_note} (default: {protocol})",
     )
     parser.add_argument("--limit", action=cli.Number, least=0, default=0, help="only the first N images (default: all)")
+    cli.add_adaptive_slots(parser, "; k-means' clusters are joined likewise")
     cli.add_batch_size(parser, 32)
     cli.add_workers(parser, WORKERS, "threads that read images and masks ahead, 0 = none")
     cli.add_threads(parser)
@@ -60,6 +61,8 @@ def score(
 
     name: of the run, for the progress bar.
     """
+    if args.adaptive_slots is not None:
+        model.config = replace(model.config, adaptive_slots=args.adaptive_slots)
     with computing(args.threads, device) as adapt:
         result = evaluate(
             model.to(device),

@@ -26,6 +26,7 @@ from spot_fast.errors import UserError
 from spot_fast.evaluation.baselines import block_mask_candidates, block_masks, kmeans_labels
 from spot_fast.evaluation.metrics import Pairs, Scores, count_pairs, labels_from_soft, pair_labels, scores_of_counts
 from spot_fast.evaluation.protocols import GroundTruth, Protocol, chosen
+from spot_fast.model.adaptive_slots import joined
 from spot_fast.model.encoder import normalise
 from spot_fast.model.spot import Spot, mean_of_orders
 from spot_fast.precision import autocast, float32_products, resolve
@@ -338,9 +339,13 @@ class _Pass:
                 decoded[model.num_orders] = mean_of_orders(chain([first], orders))
         clusters = kmeans_labels(target, self.num_slots, self.seed, indices=torch.tensor(indices))
         errors = [F.mse_loss(decoded[orders][0].float(), target.float()) for orders in self.orders]
-        soft = [*(decoded[orders][1] for orders in self.orders), slot_attn, F.one_hot(clusters, self.num_slots)]
+        members = F.one_hot(clusters, self.num_slots).float()
+        soft = [*(decoded[orders][1] for orders in self.orders), slot_attn]
+        groups = model.groups(slot_attn, target)
+        # Clusters are joined as slots are, so that the comparison remains one.
+        soft = [*(joined(m.float(), groups) for m in soft), joined(members, model.groups(members, target))]
         # Errors stay on the device: nothing waits for them.
-        return torch.stack(errors).double() * len(indices), torch.stack([m.float() for m in soft])
+        return torch.stack(errors).double() * len(indices), torch.stack(soft)
 
     def collect(self, batch: _Batch, labels: Sequence[str]) -> None:
         """Adds what `measure` found; labels: of the batch's images."""

@@ -6,7 +6,7 @@ Axes: B images, N = G·G patch tokens in raster layout, D encoder width, K slots
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spot_fast.config import Config
 from spot_fast.errors import UserError
+from spot_fast.model.adaptive_slots import joined, slot_groups
 from spot_fast.model.decoders import AutoregressiveDecoder, build_decoder
 from spot_fast.model.encoder import Encoder
 from spot_fast.model.implementations import IMPLEMENTATIONS
@@ -128,6 +129,11 @@ class Spot(nn.Module):
         prediction, masks = self.decoder(slots, target, order_index, parallel=parallel)
         return SpotOutput(slots, attn, logits, prediction, masks)
 
+    def groups(self, slot_attn: Tensor, target: Tensor) -> Tensor | None:
+        """The slots that belong together, int64 [B, K], of slot masks [B, N, K]; None without `adaptive_slots`."""
+        config = self.config
+        return slot_groups(slot_attn, target, config.slot_variance) if config.adaptive_slots else None
+
     def decode_masks(self, slots: Tensor, target: Tensor, order_index: Tensor | None = None) -> Tensor:
         """The decoder masks [B, N, K] alone: all that a teacher has to give."""
         return self.decoder.masks(slots, target, order_index)
@@ -147,15 +153,21 @@ class Spot(nn.Module):
 
     @torch.no_grad()
     def segment(self, images: Tensor, *, orders: str = "0", noise: Tensor | None = None) -> SpotOutput:
-        """Normalised images [B, 3, S, S] → outputs with patch order 0 (`orders="0"`) or all averaged (`"all"`)."""
+        """Normalised images [B, 3, S, S] → outputs with patch order 0 (`orders="0"`) or all averaged (`"all"`).
+
+        With `Config.adaptive_slots` the masks of slots that belong together are added up in one; the others are 0.
+        """
         if orders not in ("0", "all"):
             raise ValueError(f"orders {orders!r} is unknown: use '0' or 'all'")
         features, target = self.encode(images)
         if orders == "0":
-            return self(features, target, noise=noise)
-        # Slots do not depend on the order: they are computed once.
-        slots, attn, logits = self.slot_encoder(features, noise)
-        return SpotOutput(slots, attn, logits, *self.decode_all_orders(slots, target))
+            output = self(features, target, noise=noise)
+        else:
+            # Slots do not depend on the order: they are computed once.
+            slots, attn, logits = self.slot_encoder(features, noise)
+            output = SpotOutput(slots, attn, logits, *self.decode_all_orders(slots, target))
+        groups = self.groups(output.slot_attn, target)
+        return replace(output, slot_attn=joined(output.slot_attn, groups), masks=joined(output.masks, groups))
 
     def learned_state_dict(self) -> dict[str, Tensor]:
         """All that training changes: the state dict without the frozen encoder."""

@@ -115,10 +115,18 @@ def model_segmenter(
 
 
 def run_segmenter(
-    run: str | Path | None, *, orders: str, device: str, seed: int = 0, precision: str = "float32"
+    run: str | Path | None,
+    *,
+    orders: str,
+    device: str,
+    seed: int = 0,
+    precision: str = "float32",
+    adaptive_slots: bool | None = None,
 ) -> Segmenter:
-    """A trained run, by default the newest finished one."""
+    """A trained run, by default the newest finished one; adaptive_slots: None is as the run was trained."""
     loaded = load_run(find_folder(run) if run else find_run(), device)
+    if adaptive_slots is not None:
+        loaded.model.config = replace(loaded.config, adaptive_slots=adaptive_slots)
     title, identity = f"run {loaded.path}", f"run {loaded.path.resolve()}"
     return model_segmenter(loaded.model, title=title, identity=identity, orders=orders, seed=seed, precision=precision)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from spot_fast import cli
+from spot_fast.checkpoints.runs import find_folder
 from spot_fast.config import OPTIONS, Config, flag, option_names, preset
 from spot_fast.errors import UserError
-from spot_fast.recipes import DATA_SETS, needs_data, split, timm_name
+from spot_fast.recipes import DATA_SETS, encoder_recipe, needs_data, split, timm_name
 
 _EPILOG = """presets: {without} (generated, needs no data), {with_data} (need --data PATH); with + a
 method and an encoder where they are not SPOT's own: coco+dinosaur, coco+mae_vitb16, voc+spot_mlp+moco_vitb16.
@@ -49,6 +50,12 @@ class Arguments:
         return self.given.get("preset", "scenes")
 
     @property
+    def preset_name(self) -> str:
+        """Data set, method and encoder as `config.preset` takes them."""
+        parts = (self.preset, self.given.get("method"), encoder_recipe(self.given.get("encoder", "")))
+        return "+".join(filter(None, parts))
+
+    @property
     def stage(self) -> int:
         return self.given.get("stage", 1)
 
@@ -76,11 +83,20 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     for name in option_names("keeps_auto"):
         if given.get(name) == "auto":  # asks for the default, also of a run that has settled on one
             del given[name]
-    given = _named_parts(given, has_data=values["teacher"] is not None or values["resume"] is not None)
+    if values["teacher"] == "ema":
+        values["teacher"], given["online_teacher"] = None, True
+    if given.get("init_from"):
+        given["init_from"] = str(find_folder(given["init_from"], values["runs"]))
+    given = _named_parts(given, has_data=_names_a_run(values, given))
     for name in option_names("path"):  # absolute, so that they also hold when the run is used from another folder
         if given.get(name) is not None and given[name] not in OPTIONS[name].keywords:
             given[name] = os.path.abspath(given[name])
     return Arguments(given=given, **values)
+
+
+def _names_a_run(values: dict[str, Any], given: dict[str, Any]) -> bool:
+    """Whether another run determines the data set."""
+    return any(run is not None for run in (values["teacher"], values["resume"], given.get("init_from")))
 
 
 def _named_parts(given: dict[str, Any], *, has_data: bool) -> dict[str, Any]:
@@ -129,7 +145,7 @@ def _add_own_options(run: argparse._ArgumentGroup) -> None:
         "--teacher",
         metavar="RUN",
         help="stage-1 run, or checkpoint file of the authors, that teaches stage 2 (default: the newest "
-        "finished run of the preset)",
+        "finished run of the preset); ema: the student's own moving average",
     )
     run.add_argument(
         "--resume",

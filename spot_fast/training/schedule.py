@@ -52,7 +52,14 @@ def learning_rate(config: Config, images: int) -> LearningRate:
 
 
 def attention_weight(config: Config, step: int, total_steps: int) -> float:
-    """Lambda of a step: constant, or a cosine from `att_weight` to `att_weight_final`."""
+    """Lambda of a step: 0 before `att_warmup_steps`; then constant, or a cosine from `att_weight` to its end."""
+    if step < config.att_warmup_steps:
+        return 0.0
     if config.att_weight_final is None:
         return config.att_weight
     return cosine(config.att_weight, config.att_weight_final, step, total_steps)
+
+
+def teacher_momentum(config: Config, step: int, total_steps: int) -> float:
+    """Share of an online teacher's weights that remains in a step: a cosine from `ema_momentum` to 1, as in BYOL."""
+    return cosine(config.ema_momentum, 1.0, step, total_steps)

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from spot_fast.config import Config
 from spot_fast.data.batch import Batch
+from spot_fast.model.adaptive_slots import joined
 from spot_fast.model.encoder import normalise
 from spot_fast.model.spot import Spot
 from spot_fast.precision import autocast
@@ -39,7 +40,8 @@ class Draws:
     """Random values of one step, a pytree; None where the model needs none.
 
     order, teacher_order: patch orders, int64 [] on the device. noise, teacher_noise: of the initial slots [B, K, U].
-    parallel: whether it is a CapPa step. decoder: draws of the student's decoder for its own losses, each [B, …].
+    parallel: whether it is a CapPa step. taught: whether the teacher's masks are in the loss.
+    decoder: draws of the student's decoder for its own losses, each [B, …].
     """
 
     order: Tensor | None
@@ -47,6 +49,7 @@ class Draws:
     teacher_order: Tensor | None
     teacher_noise: Tensor | None
     parallel: bool
+    taught: bool = False
     decoder: dict[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, rows: slice) -> Draws:
@@ -78,7 +81,8 @@ class Draw:
         # On the host, because a parallel step is another graph of operations.
         chance = generator(Stream.PARALLEL, config.seed, step).random() if 0 < config.cappa < 1 else 1.0
         parallel = chance < config.cappa < 1
-        draws = Draws(order, noise, teacher_order, teacher_noise, parallel)
+        taught = self.teacher is not None and step >= config.att_warmup_steps
+        draws = Draws(order, noise, teacher_order, teacher_noise, parallel, taught)
         if hasattr(self.model.decoder, "draws"):
             draws = replace(draws, decoder=self.model.decoder.draws(config.batch_size, self.generator))
         # Drawn for the whole batch and cut afterwards: an image's noise does not depend on the number of processes.
@@ -120,8 +124,8 @@ class Forward:
         frozen = (target,) if self.model.last_blocks is None else (target, hidden)
         return tuple(t.bfloat16() for t in frozen) if self.precision == "bf16" else frozen
 
-    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Features for the slots and target features, both [B, N, D]; in stage 1 they are the same.
+    def targets(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Target features [B, N, D], and in stage 2 the trunk's output [B, prefix + N, D].
 
         Of a bf16 run the target is in bfloat16, as it was computed or cached: what reads it rounds it to bfloat16 for a
         product, or takes LayerNorm or loss in float32.
@@ -129,16 +133,25 @@ class Forward:
         target, *hidden = batch.features or self.frozen_features(batch.images)
         if self.precision != "bf16" or not dispatch.uses("input_path"):
             target = target.float()
-        if not hidden:
-            return target, target
         # in float32 for the blocks' residual stream
-        return self.model.encoder.finish(hidden[0].float(), self.model.last_blocks), target
+        return target, hidden[0].float() if hidden else None
+
+    def slot_features(self, model: Spot, target: Tensor, hidden: Tensor | None) -> Tensor:
+        """What `model` makes slots of [B, N, D]: the target, or what its own last blocks make of `hidden`."""
+        return target if model.last_blocks is None else model.encoder.finish(hidden, model.last_blocks)
+
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Features for the slots and target features, both [B, N, D]; in stage 1 they are the same."""
+        target, hidden = self.targets(batch)
+        return self.slot_features(self.model, target, hidden), target
 
     @torch.no_grad()
-    def teach(self, target: Tensor, draws: Draws) -> Tensor:
+    def teach(self, target: Tensor, hidden: Tensor | None, draws: Draws) -> Tensor:
         """The teacher's labels [B, N]."""
-        slots, _, _ = self.teacher.slot_encoder(target, draws.teacher_noise)
-        return teacher_labels(self.teacher.decode_masks(slots, target, draws.teacher_order))
+        teacher = self.teacher
+        slots, attn, _ = teacher.slot_encoder(self.slot_features(teacher, target, hidden), draws.teacher_noise)
+        masks = teacher.decode_masks(slots, target, draws.teacher_order)
+        return teacher_labels(joined(masks, self.model.groups(attn, target)))
 
     def terms(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """Unweighted loss terms by name, scalars.
@@ -147,15 +160,18 @@ class Forward:
         weight 1; one called `rec` replaces the reconstruction loss.
         """
         with self.autocast():
-            features, target = self.features(batch)
+            target, hidden = self.targets(batch)
+            features = self.slot_features(self.model, target, hidden)
             own = getattr(self.model.decoder, "losses", None)
             # Mean squared error is the same in any order of tokens, and the target is moved without a backward pass.
             output = self.model(
                 features, target, draws.order, noise=draws.noise, parallel=draws.parallel, moved=own is None
             )
-            labels = None if self.teacher is None else self.teach(target, draws)
+            labels = self.teach(target, hidden, draws) if draws.taught else None
             more = {} if own is None else own(output, target, draws.decoder)
         terms = loss_terms(output, output.beside_prediction(target), labels)
+        if self.teacher is not None and not draws.taught:
+            terms["att"] = torch.zeros_like(terms["rec"])  # the same names in every step
         return terms | {name: term.float() for name, term in more.items()}
 
     def losses(self, batch: Batch, draws: Draws, weights: dict[str, Tensor]) -> dict[str, Tensor]:

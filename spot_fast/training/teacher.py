@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,10 @@ from spot_fast.recipes import METHODS
 # What a student that begins as its teacher has in common with it: all that makes slot encoder and decoder, but for what
 # has no weights. Drawn initial slots may become learned ones besides.
 _MADE_OF = ("slot attention", "decoder")
-_FREE = ("slot_iterations", "truncation", "cappa")
+_FREE = ("slot_iterations", "truncation", "adaptive_slots", "slot_variance", "cappa")
+# What a student without a stage-1 run has as that would have it.
+_STAGE1_COURSE = ("epochs", "lr", "lr_low", "warmup_steps", "slot_rate", "initial_weights")
+_AS_TEACHER = "a student that begins as its teacher needs the same, or --initial-weights xavier"
 
 
 def find_teacher(name: str | None, root: Path, preset: str, method: str = "spot", encoder: str | None = None) -> Path:
@@ -66,6 +70,21 @@ def inherit(config: Config, teacher: Config, given: Iterable[str]) -> tuple[Conf
     return replace(config, **taken), sorted(taken)
 
 
+def one_run(config: Config, first: Config, given: Iterable[str]) -> Config:
+    """A student's `config` without a stage-1 run: it trains as long, and from the same start, as `first` of stage 1."""
+    values = {name: getattr(first, name) for name in _STAGE1_COURSE if name not in set(given)}
+    return replace(config, **values)
+
+
+def going_on(config: Config, first: Config, given: Mapping[str, Any]) -> Config:
+    """The Config of a run that goes on with a run `first` of its stage, as `config` says in what is no part of a model
+    or its training: a tenth of its epochs, at least one, and of its warm-up (FT-DINOSAUR's high-resolution stage)."""
+    own = {name for name, option in OPTIONS.items() if option.group == "run"} | {"init_from"}
+    values = {name: getattr(config, name) for name in own if name not in ("preset", "method", "stage")}
+    shorter = {"epochs": max(1, round(first.epochs / 10)), "warmup_steps": first.warmup_steps // 10}
+    return replace(first, **(values | shorter | dict(given)))
+
+
 def check_teacher(folder: Path, teacher: Config, config: Config) -> None:
     """UserError if the teacher cannot teach a student of `config`; it names both values."""
     if teacher.stage != 1:
@@ -77,16 +96,32 @@ def check_teacher(folder: Path, teacher: Config, config: Config) -> None:
                 f"the teacher {folder} has {name} {theirs} but {flag(name)} is {ours}: both need the "
                 f"same {OPTIONS[name].shared}, drop the option or choose another --teacher"
             )
-    if config.initial_weights != "teacher":
-        return
+    if config.initial_weights == "teacher" and config.init_from is None:
+        _check_alike(f"the teacher {folder}", teacher, config, _AS_TEACHER)
+
+
+def check_origin(folder: Path, origin: Config, config: Config) -> None:
+    """UserError if a run of `config` cannot begin with the weights of the run in `folder`; it names both values."""
+    about = f"--init-from {folder}"
+    if origin.stage > config.stage:
+        raise UserError(f"{about} is a student, whose encoder has trained: add --stage 2 or choose a stage-1 run")
+    names = ("encoder", "pos_resize", "feature_norm", *(["train_blocks"] if origin.stage == 2 else []))
+    for name in names:
+        if getattr(origin, name) != getattr(config, name):
+            raise UserError(
+                f"{about} has {name} {getattr(origin, name)} but {flag(name)} is {getattr(config, name)}: drop the "
+                "option or choose another run"
+            )
+    _check_alike(about, origin, config, "drop the option or choose another run")
+
+
+def _check_alike(about: str, source: Config, config: Config, remedy: str) -> None:
+    """UserError if slot encoder or decoder of `config` are made otherwise than those whose weights they begin with."""
     for name, option in OPTIONS.items():
-        theirs, ours = getattr(teacher, name), getattr(config, name)
+        theirs, ours = getattr(source, name), getattr(config, name)
         same = theirs == ours or (name, theirs, ours) == ("slot_init", "gaussian", "learned")
         if option.group in _MADE_OF and name not in _FREE and not same:
-            raise UserError(
-                f"the teacher {folder} has {name} {theirs} but {flag(name)} is {ours}: a student that begins as its "
-                "teacher needs the same, or --initial-weights xavier"
-            )
+            raise UserError(f"{about} has {name} {theirs} but {flag(name)} is {ours}: {remedy}")
 
 
 def load_teacher(folder: Path, config: Config, encoder: Encoder, device: torch.device) -> Spot:

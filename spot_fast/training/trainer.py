@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder
 from spot_fast.checkpoints.runs import STATE
 from spot_fast.config import Config
 from spot_fast.data import open_set
@@ -26,9 +25,7 @@ from spot_fast.data.caching.feature_cache import FeatureCache
 from spot_fast.data.loading import prefetch
 from spot_fast.data.loading.open_loader import open_loader
 from spot_fast.errors import UserError
-from spot_fast.model.spot import Spot
-from spot_fast.precision import float32_products, resolve, store_in_bfloat16
-from spot_fast.random_streams import Stream, seed_of
+from spot_fast.precision import float32_products, resolve
 from spot_fast.system.cpu_threads import CpuThreads
 from spot_fast.system.interrupt import StopRequest
 from spot_fast.training import float8, resume_state
@@ -38,8 +35,9 @@ from spot_fast.training.console import Display, Meter, epoch_line
 from spot_fast.training.cuda_graph import Graphed, Recorder, resolve_cuda_graph
 from spot_fast.training.distributed import Ended, World
 from spot_fast.training.flat import FlatAdam, rounded_weights
-from spot_fast.training.initial_weights import set_initial_weights
 from spot_fast.training.losses import loss_weights
+from spot_fast.training.models import build_models
+from spot_fast.training.moving_average import MovingAverage
 from spot_fast.training.optimiser import (
     FUSED,
     Adam,
@@ -51,15 +49,15 @@ from spot_fast.training.optimiser import (
 )
 from spot_fast.training.run_cache import Chosen, choose, open_source
 from spot_fast.training.run_folder import OthersFolder, RunFolder
-from spot_fast.training.schedule import learning_rate
+from spot_fast.training.schedule import learning_rate, teacher_momentum
 from spot_fast.training.step import Draw, Forward, Update
-from spot_fast.training.teacher import load_teacher, teacher_hash
 from spot_fast.training.throughput import Pace, Profile, Throughput, count_flops
 from spot_fast.training.validation import quick_validation, skipped_images_line
 from spot_kernels import dispatch
 
 _SAVE_SECONDS = 300
-_MODEL = "model."  # prefix of the model's tensors in a saved state
+# Prefixes of the model's tensors in a saved state, and of an online teacher's.
+_MODEL, _TEACHER = "model.", "teacher."
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,7 @@ class Trainer:
 
     Each process of `world` has a Trainer for its shard of every batch; all call the same methods.
     fixed_threads: keep the number of CPU threads while other programs use the CPU.
+    resumed: `run` is given a folder with a saved state, so the run that this one began from is not needed.
     """
 
     def __init__(
@@ -88,6 +87,7 @@ class Trainer:
         teacher: Path | None = None,
         world: World | None = None,
         fixed_threads: bool = True,
+        resumed: bool = False,
     ) -> None:
         self.device, self.teacher_path, self.world = device, teacher, world or World()
         self.precision = resolve(config.precision, device)
@@ -104,12 +104,15 @@ class Trainer:
         self.rate = learning_rate(config, len(self.train_set))
         self.total_steps = self.rate.total_steps
 
-        self._build_models()
+        models = build_models(config, device, self.precision, teacher=teacher, resumed=resumed)
+        self.model, self.teacher, self.float8_layers = models.model, models.teacher, models.float8_layers
+        self.encoder_metadata, self.origins = models.encoder_metadata, models.origins
         self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         self.parameters = list(self.names)
         self.optimiser = self._build_optimiser(graphed=graph == "yes")
         if config.on_bad_step == "skip" and not self.optimiser.param_groups[0]["fused"]:
             raise UserError(f"--on-bad-step skip does not work on {device}: use stop")
+        self.average = MovingAverage(self.teacher, self.model, self.optimiser) if config.online_teacher else None
         self.bad_steps = BadSteps(device, config.spike)
 
         self.draw = Draw(config, self.model, self.teacher, device=device, shard=self.loader.shard)
@@ -155,33 +158,6 @@ class Trainer:
             self.world.size,
         )
 
-    def _build_models(self) -> None:
-        config, device = self.config, self.device
-        encoder = frozen_encoder(config).to(device)
-        self.encoder_metadata = encoder_metadata(encoder, config)
-        self.teacher, self.teacher_sha256 = None, ""
-        if self.teacher_path is not None:
-            self.teacher = load_teacher(self.teacher_path, config, encoder, device)
-            self.teacher_sha256 = teacher_hash(self.teacher_path)
-        # Weights are drawn on the CPU, so that they are the same on every device.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(Stream.INITIAL_WEIGHTS, config.seed, config.stage))
-            model = Spot(config, encoder)
-            set_initial_weights(model, config.initial_weights, self.teacher)
-            self.model = model.to(device).train()
-        if self.precision == "bf16":
-            # Frozen weights need no float32 master: autocast would round them anew in every step.
-            store_in_bfloat16(encoder)
-            if self.teacher is not None:
-                store_in_bfloat16(self.teacher.slot_encoder)
-                store_in_bfloat16(self.teacher.decoder)
-        self.float8_layers = 0  # until their error has been reported
-        if config.float8:
-            if self.precision != "bf16":
-                raise UserError(f"--float8 belongs to --precision bf16, not {self.precision}: leave one out")
-            float8.require(device)
-            self.float8_layers = float8.convert(self.model.decoder)
-
     def _build_optimiser(self, *, graphed: bool) -> Adam | FlatAdam:
         optimiser = self._build_adam(graphed=graphed)
         if self.config.slot_rate != 1:
@@ -214,6 +190,8 @@ class Trainer:
         set_learning_rate(self.optimiser, self.rate(self.step))
         weights = loss_weights(self.config, self.step, self.total_steps, self.device)
         verdict, values = self.update(batch, self.draw(self.step), weights)
+        if self.average is not None:
+            self.average.update(teacher_momentum(self.config, self.step, self.total_steps))
         self.meter.add(values, verdict[0])
         self.bad_steps.note(self.step + 1, verdict)
 
@@ -250,6 +228,8 @@ class Trainer:
             folder.cut_metrics(-1)
             self.save(folder)
         world.copy_from_rank_0(self.parameters)
+        if self.average is not None:
+            world.copy_from_rank_0(list(self.average.weights.values()))
         self.display = Display(
             folder.path,
             title=f"{config.preset} stage {config.stage}",
@@ -437,6 +417,8 @@ class Trainer:
             "meter.epoch": self.meter.epoch,
             "bad_steps": self.bad_steps.mean,
         }
+        if self.average is not None:
+            tensors |= {_TEACHER + name: value for name, value in self.average.weights.items()}
         return tensors, self._about() | {
             "config": self.config.fingerprint(),
             "images": str(len(self.train_set)),
@@ -454,15 +436,14 @@ class Trainer:
 
     def _about(self) -> dict[str, str]:
         """Facts in both the state and the model file."""
-        about = {"step": str(self.step), "stage": str(self.config.stage), **self.encoder_metadata}
-        if self.teacher_path is not None:
-            about |= {"teacher": self.teacher_path.name, "teacher_sha256": self.teacher_sha256}
-        return about
+        return {"step": str(self.step), "stage": str(self.config.stage), **self.encoder_metadata, **self.origins}
 
     def load_state(self, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
         """Continues from what `state` returned."""
-        model = {name.removeprefix(_MODEL): value for name, value in tensors.items() if name.startswith(_MODEL)}
-        self.model.load_learned_state_dict(model)
+        self.model.load_learned_state_dict(_named(tensors, _MODEL))
+        if self.average is not None:
+            self.average.load(_named(tensors, _TEACHER))
+        self.origins |= {name: facts[name] for name in ("init_from", "init_from_sha256") if name in facts}
         load_optimiser_tensors(self.optimiser, self.names, tensors)
         self.meter.restore(json.loads(facts["meter"]), tensors["meter.interval"], tensors["meter.epoch"])
         self.step = self.saved_step = int(facts["step"])
@@ -495,6 +476,10 @@ class Trainer:
 
     def _save_is_due(self) -> bool:
         return self.step % self.config.save_every == 0 or time.monotonic() - self.save_clock > _SAVE_SECONDS
+
+
+def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _first_few(names: list[str]) -> str:

@@ -11,6 +11,7 @@ from spot_fast.data.base import ImageSet
 from spot_fast.evaluation.metrics import Scores, count_pairs, labels_from_soft
 from spot_fast.evaluation.protocols import PROTOCOLS, GroundTruth
 from spot_fast.evaluation.scoring import WORKERS, read_images, slot_noise, stack_truth
+from spot_fast.model.adaptive_slots import joined
 from spot_fast.model.encoder import normalise
 from spot_fast.model.spot import Spot
 from spot_fast.system.devices import send
@@ -53,8 +54,9 @@ def quick_validation(
         seen += len(batch)
         if truths:
             truth = stack_truth(masks, device)
+            groups = model.groups(output.slot_attn, target)
             for name, soft in (("decoder", output.masks), ("slots", output.slot_attn)):
-                labels = labels_from_soft(soft, truth.labels.shape[-1])
+                labels = labels_from_soft(joined(soft, groups), truth.labels.shape[-1])
                 scores[name].add_counts(count_pairs(labels, slots.num_slots, truth).cpu(), truth)
     if not seen:
         return {}

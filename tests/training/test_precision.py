@@ -150,7 +150,7 @@ def test_frozen_weights_in_bfloat16_change_no_bit(changes, tmp_path, monkeypatch
     teacher, _ = train(tmp_path, config)
     config = tiny(2, precision="bf16", dec_blocks=1, **changes)
     stored = Trainer(config, device=CPU, teacher=teacher)
-    monkeypatch.setattr("spot_fast.training.trainer.store_in_bfloat16", lambda module: None)
+    monkeypatch.setattr("spot_fast.training.models.store_in_bfloat16", lambda module: None)
     plain = Trainer(config, device=CPU, teacher=teacher)
     kinds = {
         module: {p.dtype for p in module.parameters() if p.dim() > 1}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from spot_fast.model.decoders import AutoregressiveDecoder
 from spot_fast.model.spot import Spot
+from spot_fast.model.transformer_decoder import TransformerDecoder
 
 
 def set_initial_weights(model: Spot, start: str, teacher: Spot | None = None) -> None:
@@ -14,7 +14,7 @@ def set_initial_weights(model: Spot, start: str, teacher: Spot | None = None) ->
     """
     if start == "clustering":
         rotation = model.slot_encoder.start_as_clustering()
-        if isinstance(model.decoder, AutoregressiveDecoder):
+        if isinstance(model.decoder, TransformerDecoder):
             model.decoder.start_from_slots(rotation)
     elif start == "teacher":
         model.slot_encoder.start_as(teacher.slot_encoder)

@@ -39,7 +39,7 @@ class Draws:
     """Random values of one step, a pytree; None where the model needs none.
 
     order, teacher_order: patch orders, int64 [] on the device. noise, teacher_noise: of the initial slots [B, K, U].
-    parallel: whether it is a CapPa step. decoder: draws of the student's decoder for its own losses, each [B, …].
+    parallel: whether it is a CapPa step. decoder: draws of the trained decoder, each [B, …].
     """
 
     order: Tensor | None
@@ -63,7 +63,7 @@ class Draw:
     """draw(step) → Draws. `shard`: this process's rows of a batch.
 
     A decoder's method `draws(batch_size, generator)` adds to them a dict of tensors [B, …] on the generator's device,
-    for its `losses` (see `Forward.terms`).
+    for its `losses` (see `Forward.terms`) and, if its `needs` names them, its `forward`.
     """
 
     def __init__(self, config: Config, model: Spot, teacher: Spot | None, *, device: torch.device, shard: slice):
@@ -137,8 +137,8 @@ class Forward:
     @torch.no_grad()
     def teach(self, target: Tensor, draws: Draws) -> Tensor:
         """The teacher's labels [B, N]."""
-        slots, _, _ = self.teacher.slot_encoder(target, draws.teacher_noise)
-        return teacher_labels(self.teacher.decode_masks(slots, target, draws.teacher_order))
+        slots, attn, _ = self.teacher.slot_encoder(target, draws.teacher_noise)
+        return teacher_labels(self.teacher.decode_masks(slots, target, draws.teacher_order, slot_attn=attn))
 
     def terms(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """Unweighted loss terms by name, scalars.
@@ -151,7 +151,13 @@ class Forward:
             own = getattr(self.model.decoder, "losses", None)
             # Mean squared error is the same in any order of tokens, and the target is moved without a backward pass.
             output = self.model(
-                features, target, draws.order, noise=draws.noise, parallel=draws.parallel, moved=own is None
+                features,
+                target,
+                draws.order,
+                noise=draws.noise,
+                parallel=draws.parallel,
+                moved=own is None,
+                draws=draws.decoder,
             )
             labels = None if self.teacher is None else self.teach(target, draws)
             more = {} if own is None else own(output, target, draws.decoder)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from spot_fast.model.transformer_decoder import TransformerDecoder
 
+_SMALL = 0.1  # of positions beside features, in `start_from_slots`
+
 
 class MaskedDecoder(TransformerDecoder):
     """Predicts all tokens from the slots and from the tokens that are shown; every token sees all others.
@@ -38,6 +40,16 @@ class MaskedDecoder(TransformerDecoder):
         # A projected token has a variance of 1, and positions are as large, as in the authors' code.
         self.positions = nn.Parameter(torch.empty(num_tokens, dim).normal_())
         self.mask_token = nn.Parameter(torch.empty(dim).normal_(std=dim**-0.5))
+
+    @torch.no_grad()
+    def start_from_slots(self, rotation: Tensor) -> None:
+        """As in `TransformerDecoder`; a token reads its own feature, so with nothing hidden masks begin as the slots'.
+
+        Beside features positions begin small, or they would choose the slots too. Hidden tokens have no feature to look
+        up with: what they attend to is random until self-attention has learned to bring them their neighbours'.
+        """
+        super().start_from_slots(rotation)
+        self.positions.mul_(_SMALL)
 
     def draws(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """hidden: bool [B, N] on the generator's device, which tokens of a training step are hidden."""

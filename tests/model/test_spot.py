@@ -57,6 +57,7 @@ VARIANTS = [
     {"slot_heads": 2, "dec_cross_heads": 2},
     {"decoder": "mlp", "orders": "standard"},
     {"decoder": "mlp", "orders": "standard", "mlp_slot_proj": False},
+    {"decoder": "mlp", "orders": "standard", "mlp_top_k": 2},
     {"cappa": 0.25, "orders": "standard"},
     {"num_slots": 1},
 ]
@@ -180,8 +181,10 @@ def test_weights_of_another_model_are_refused_by_name():
         ({"dec_heads": 5}, "heads=5 does not divide the width 24"),
         ({"slot_heads": 3}, "heads=3 does not divide the width 16"),
         ({"decoder": "mlp"}, "--decoder mlp works in the standard patch order only: add --orders standard"),
+        ({"decoder": "masked"}, "--decoder masked works in the standard patch order only: add --orders standard"),
         ({"cappa": 0.25}, "--cappa 0.25 works in the standard patch order only: add --orders standard"),
         ({"cappa": 0.25, "decoder": "mlp", "orders": "standard"}, "--cappa 0.25 belongs to the transformer decoder"),
+        ({"cappa": 0.25, "decoder": "masked", "orders": "standard"}, "drop it or --decoder masked"),
     ],
 )
 def test_impossible_settings_are_user_errors(changes, sentence):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernel_tier import DEVICE, needs_triton
 from small_models import small_model
+from spot_fast.model.decoders import AutoregressiveDecoder
 from spot_fast.model.masked_decoder import MaskedDecoder
 from spot_fast.model.spot import reconstruction_loss
+from spot_kernels.dispatch import use_backend
 
 TOKENS, WIDTH = 16, 24
 
@@ -115,3 +119,41 @@ def test_the_model_hands_it_its_draws_in_training_alone():
     assert torch.equal(model.decode_masks(slots, features), plain.masks)
     for found, name in zip(model.decode_all_orders(slots, features), ("prediction", "masks"), strict=True):
         assert torch.equal(found, getattr(plain, name))
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators of ours that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, _, name = func.name().partition("::")
+        if namespace == "spot_kernels":
+            self.names.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+def results(decoder, slots, target, **options) -> tuple[set[str], list[torch.Tensor]]:
+    """Operators that ran, and prediction, masks and gradients of one decoding."""
+    with Operators() as ran:
+        prediction, masks = decoder(slots, target, **options)
+        loss = reconstruction_loss(prediction, target) + masks.sin().mean()
+        gradients = torch.autograd.grad(loss, list(decoder.parameters()), allow_unused=True)
+    return ran.names, [prediction, masks, *(gradient for gradient in gradients if gradient is not None)]
+
+
+@needs_triton
+def test_kernels_are_those_of_a_parallel_autoregressive_step():
+    """No causal mask, so attention among tokens is PyTorch's; all else runs in the kernels that CapPa's steps use."""
+    decoder, (slots, target) = masked().float().to(DEVICE), (each.float().to(DEVICE) for each in inputs())
+    options = {"draws": {"hidden": drawn(decoder, 3)["hidden"].to(DEVICE)}}
+    cappa = AutoregressiveDecoder(WIDTH, 12, 4, blocks=2, heads=4, orders="standard", cappa=0.5).to(DEVICE)
+    with use_backend("torch"):
+        _, expected = results(decoder, slots, target, **options)
+    with use_backend("triton"):
+        ran, found = results(decoder, slots, target, **options)
+        of_cappa, _ = results(cappa, slots, target, parallel=True)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    assert ran == of_cappa > {"slot_cross_attention", "slot_cross_attention_backward"}

@@ -80,7 +80,8 @@ def test_output_shapes_and_gradients(changes):
     unused = {"decoder.mask_token"} if model.config.cappa else set()
     assert {name for name in without if not name.startswith("encoder.")} == unused
     assert not any(p.requires_grad for p in model.encoder.parameters())
-    torch.testing.assert_close(model.decode_masks(out.slots, target, index), out.masks)
+    masks = model.decode_masks(out.slots, target, index, slot_attn=out.slot_attn)
+    torch.testing.assert_close(masks, out.masks)
 
 
 @pytest.mark.parametrize("changes", VARIANTS)

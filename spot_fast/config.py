@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -29,14 +29,14 @@ class Option:
     help, group: its line in --help, and the section of that line.
     source: section or table of the paper with its default; empty for a choice of ours.
     choices: all its values. names: gives the values that --help lists, where plugins may add to them.
-    least: the smallest value of a number.
+    least, most: the smallest and the largest value of a number.
     path: what --help calls a value that is a path. keywords: values that are none nevertheless.
     resumable: changes only the last bits of the weights, so a resumed run may change it.
     keeps_auto: config.json holds what "auto" became, and a resumed run stays with it.
     inherited: a student takes its teacher's value unless its own command line sets another.
     shared: its name in words, if student and teacher must have the same value.
     validation: decides which validation images and masks there are.
-    only: (field, value) of the runs in which it has an effect.
+    only: (field, values) of the runs in which it has an effect.
     """
 
     help: str
@@ -45,6 +45,7 @@ class Option:
     choices: tuple[Any, ...] | None = None
     names: Callable[[], Iterable[str]] | None = None
     least: float | None = None
+    most: float | None = None
     path: str | None = None
     keywords: tuple[str, ...] = ()
     resumable: bool = False
@@ -52,7 +53,7 @@ class Option:
     inherited: bool = False
     shared: str = ""
     validation: bool = False
-    only: tuple[str, Any] | None = None
+    only: tuple[str, tuple[Any, ...]] | None = None
 
 
 def _option(default: Any, help: str, *, group: str, **about: Any) -> Any:
@@ -65,6 +66,9 @@ _encoder = functools.partial(_option, group="frozen encoder")
 _slots = functools.partial(_option, group="slot attention")
 _decoder = functools.partial(_option, group="decoder", inherited=True)
 _optimisation = functools.partial(_option, group="optimisation")
+
+ONE_ORDER = ("masked", "mlp")  # decoders that know no other patch order than the standard one
+_TRANSFORMERS, _MASKED, _MLP = (("decoder", names) for names in (("transformer", "masked"), ("masked",), ("mlp",)))
 
 
 @dataclass(frozen=True)
@@ -211,7 +215,7 @@ class Config:
         False, "layer-normalise the encoder's features (no parameters)", inherited=True, shared="feature_norm"
     )
     train_blocks: int = _encoder(
-        4, "last encoder blocks that train in stage 2", source="D.2", least=0, only=("stage", 2)
+        4, "last encoder blocks that train in stage 2", source="D.2", least=0, only=("stage", (2,))
     )
 
     num_slots: int = _slots(7, "slots K", least=1, inherited=True, shared="number of slots")
@@ -228,7 +232,7 @@ class Config:
         "share of the variance of an image's features that a slot has to explain to remain apart",
         least=0,
         inherited=True,
-        only=("adaptive_slots", True),
+        only=("adaptive_slots", (True,)),
     )
     truncation: str = _slots(
         "none",
@@ -244,29 +248,53 @@ class Config:
         inherited=True,
     )
 
-    decoder: str = _decoder("transformer", "decoder: transformer or mlp")
-    dec_blocks: int = _decoder(4, "transformer decoder blocks", source="D.2", least=1, only=("decoder", "transformer"))
+    decoder: str = _decoder(
+        "transformer",
+        "decoder: transformer (autoregressive), masked (a transformer that sees a random share of the tokens and fills "
+        "in the rest; DIAS, SmoothSA) or mlp",
+    )
+    dec_blocks: int = _decoder(4, "transformer decoder blocks", source="D.2", least=1, only=_TRANSFORMERS)
     dec_heads: int = _decoder(
         6,
         "heads of its self-attention, and of the first cross-attention",
         source="D.2",
         least=1,
-        only=("decoder", "transformer"),
+        only=_TRANSFORMERS,
     )
     dec_cross_heads: int = _decoder(
-        0, "heads of the later cross-attentions, 0 = dec_heads", least=0, only=("decoder", "transformer")
+        0, "heads of the later cross-attentions, 0 = dec_heads", least=0, only=_TRANSFORMERS
     )
-    dec_mlp_hidden: int = _decoder(
-        2048, "hidden width of the MLP decoder", source="D.2", least=1, only=("decoder", "mlp")
+    dec_mlp_hidden: int = _decoder(2048, "hidden width of the MLP decoder", source="D.2", least=1, only=_MLP)
+    mlp_slot_proj: bool = _decoder(True, "project slots to the feature width before the MLP decoder", only=_MLP)
+    mlp_top_k: int = _decoder(
+        0,
+        "the MLP decoder decodes a token from so many slots, those with the largest slot attention (FT-DINOSAUR: 3), "
+        "0 = all",
+        least=0,
+        only=_MLP,
     )
-    mlp_slot_proj: bool = _decoder(
-        True, "project slots to the feature width before the MLP decoder", only=("decoder", "mlp")
+    masked_shown: float = _decoder(
+        0.1,
+        "share of its tokens that the masked decoder sees of an image in training, as in DIAS's code",
+        least=0,
+        most=1,
+        only=_MASKED,
+    )
+    masked_drawn: float = _decoder(
+        0.5,
+        "probability that an image's share of seen tokens is drawn from [0, 1) instead, as in DIAS's code",
+        least=0,
+        most=1,
+        only=_MASKED,
     )
     orders: str = _decoder(
-        "spot9", "patch orders drawn in training", source="3.2, 4.2 (A)", choices=("spot9", "standard")
+        "spot9",
+        "patch orders drawn in training (the masked and the MLP decoder have the standard one alone)",
+        source="3.2, 4.2 (A)",
+        choices=("spot9", "standard"),
     )
     cappa: float = _decoder(
-        0.0, "probability of a parallel (CapPa) step, standard order only", least=0, only=("decoder", "transformer")
+        0.0, "probability of a parallel (CapPa) step, standard order only", least=0, only=("decoder", ("transformer",))
     )
 
     epochs: int = _optimisation(50, "passes over the training images", least=1)
@@ -308,25 +336,26 @@ class Config:
         0.3, "largest infinity norm of the gradient, 0 = no clipping", source="authors' code", least=0
     )
     att_weight: float = _optimisation(
-        0.005, "lambda, weight of L_ATT in stage 2", source="D.2", least=0, only=("stage", 2)
+        0.005, "lambda, weight of L_ATT in stage 2", source="D.2", least=0, only=("stage", (2,))
     )
     att_weight_final: float | None = _optimisation(
-        None, "lambda at the end of a cosine schedule (default: constant)", least=0, only=("stage", 2)
+        None, "lambda at the end of a cosine schedule (default: constant)", least=0, only=("stage", (2,))
     )
     att_warmup_steps: int = _optimisation(
-        0, "steps before L_ATT, and with it the teacher, sets in", least=0, only=("stage", 2)
+        0, "steps before L_ATT, and with it the teacher, sets in", least=0, only=("stage", (2,))
     )
     online_teacher: bool = _optimisation(
         False,
         "the student's exponential moving average is its teacher, as --teacher ema says; without --init-from one run "
         "of stage 1's length",
-        only=("stage", 2),
+        only=("stage", (2,)),
     )
     ema_momentum: float = _optimisation(
         0.996,
         "share of the online teacher's weights that remains in a step, at first; it rises to 1 along a cosine",
         least=0,
-        only=("online_teacher", True),
+        most=1,
+        only=("online_teacher", (True,)),
     )
 
     @property
@@ -393,6 +422,8 @@ def check_config(config: Config) -> Config:
         value = getattr(config, name)
         if option.least is not None and value is not None and not (math.isfinite(value) and value >= option.least):
             raise UserError(f"{flag(name)} is {value}: use {option.least} or more")
+        if option.most is not None and value > option.most:
+            raise UserError(f"{flag(name)} is {value}: use {option.most} or less")
     if 0 < config.spike <= 1:
         raise UserError(
             f"--spike {config.spike} takes ordinary losses for spikes: use more than 1, or 0 to accept every loss"
@@ -403,9 +434,7 @@ def check_config(config: Config) -> Config:
         raise UserError(f"--lr-low {config.lr_low} is above the peak --lr {config.lr}: lower it")
     if config.slot_dim % config.slot_heads:
         raise UserError(f"--slot-heads {config.slot_heads} does not divide --slot-dim {config.slot_dim}: change one")
-    if config.orders != "standard" and (config.cappa > 0 or config.decoder == "mlp"):
-        refused = f"--cappa {config.cappa}" if config.cappa > 0 else "--decoder mlp"
-        raise UserError(f"{refused} works in the standard patch order only: add --orders standard")
+    check_orders(config)
     if config.initial_weights == "clustering" and (config.implementation != "spot" or config.slot_heads != 1):
         raise UserError(
             "--initial-weights clustering is for --implementation spot and --slot-heads 1: use --initial-weights xavier"
@@ -414,8 +443,6 @@ def check_config(config: Config) -> Config:
         raise UserError("--initial-weights teacher is for --stage 2: use xavier or clustering in stage 1")
     if config.online_teacher and config.stage == 1:
         raise UserError("--teacher ema belongs to stage 2: add --stage 2 or drop it")
-    if config.ema_momentum > 1:
-        raise UserError(f"--ema-momentum {config.ema_momentum} is a share: use 0 to 1")
     if config.online_teacher and config.initial_weights == "teacher" and config.init_from is None:
         raise UserError(
             "--initial-weights teacher needs a stage-1 run: add --init-from RUN to --teacher ema, or start from "
@@ -423,6 +450,20 @@ def check_config(config: Config) -> Config:
         )
     if config.stage == 2 and config.slot_heads != 1:
         raise UserError(f"--slot-heads {config.slot_heads}: the student of stage 2 needs 1")
+    return config
+
+
+def check_orders(config: Config) -> None:
+    """UserError for patch orders that the decoder does not have."""
+    if config.orders != "standard" and (config.cappa > 0 or config.decoder in ONE_ORDER):
+        refused = f"--cappa {config.cappa}" if config.cappa > 0 else f"--decoder {config.decoder}"
+        raise UserError(f"{refused} works in the standard patch order only: add --orders standard")
+
+
+def with_own_orders(config: Config, given: Container[str]) -> Config:
+    """`config`, in the standard order where its decoder knows no other and `orders` is not among the fields given."""
+    if config.decoder in ONE_ORDER and "orders" not in given:
+        return replace(config, orders="standard")
     return config
 
 
@@ -445,4 +486,4 @@ def preset(name: str, stage: int = 1, **changes: Any) -> Config:
     values = {name: value for name, (value, _) in recipes.values(data, method, known, stage).items()}
     if encoder:
         changes = changes | {"encoder": recipes.timm_name(encoder)}
-    return replace(Config(preset=data, method=method, stage=stage, **values), **changes)
+    return with_own_orders(replace(Config(preset=data, method=method, stage=stage, **values), **changes), changes)

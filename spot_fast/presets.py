@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from spot_fast import cli, recipes
-from spot_fast.config import OPTIONS, SOURCED_DEFAULTS, Config, Option, flag, preset
+from spot_fast.config import ONE_ORDER, OPTIONS, SOURCED_DEFAULTS, Config, Option, flag, preset
 from spot_fast.errors import UserError
 from spot_fast.published import METRICS, Score, scores
 from spot_fast.recipes import DATA_SETS, ENCODERS, METHODS
@@ -92,9 +92,9 @@ def _has_effect(option: Option, config: Config) -> bool:
     """Whether an option has an effect in a run; a registered decoder may read every option of decoders."""
     if option.only is None:
         return True
-    field, value = option.only
-    registered = field == "decoder" and config.decoder not in ("transformer", "mlp")
-    return registered or getattr(config, field) == value
+    field, values = option.only
+    registered = field == "decoder" and config.decoder not in ("transformer", *ONE_ORDER)
+    return registered or getattr(config, field) in values
 
 
 def commands(data: str, method: str, encoder: str | None) -> list[str]:

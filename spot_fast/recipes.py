@@ -170,6 +170,7 @@ DATA_SETS: dict[str, DataSet] = {
 
 _RATES_ON_VOC = ("dino_vitb16", "moco_vitb16")  # encoders whose rates on PASCAL the paper gives
 _MLP = {**_from("D.1, Tab. 4", decoder="mlp"), **_from("no order to draw", orders="standard")}
+_MASKED = {**_from("DIAS", decoder="masked"), **_from("no order to draw", orders="standard")}
 _LESS = _from("D.2", att_weight=0.001)
 _OWN_NUMBERS = "DINOSAUR's own numbers are of its authors' settings, some of ViT-S/8"
 _SILENT = "the paper does not say its epochs on {}: as SPOT's first stage"
@@ -199,6 +200,16 @@ METHODS: dict[str, Method] = {
         stage2=_LESS,
         teachers=("spot_mlp", "dinosaur_mlp"),
         notes=("the paper has it on COCO; elsewhere epochs and rates are SPOT's of the data set",),
+    ),
+    "spot_masked": Method(
+        "the masked decoder of DIAS and SmoothSA, then self-training",
+        _MASKED,
+        stage2={},
+        teachers=("spot_masked",),
+        notes=(
+            "not in the paper: epochs and rates are SPOT's of the data set",
+            "it trains on random shares of the tokens and is scored with all of them shown, as DIAS's code does",
+        ),
     ),
     "dinosaur": Method(
         "one patch order, no self-training: a re-implementation of DINOSAUR",

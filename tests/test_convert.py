@@ -246,7 +246,7 @@ def test_a_registered_decoder_goes_by_its_own_name_and_is_no_checkpoint_of_the_a
         card = (tmp_path / "shared" / "README.md").read_text(encoding="utf-8")
         for text in (capsys.readouterr().out, card):
             assert "dot decoder" in text and "transformer" not in text and "MLP" not in text
-    with pytest.raises(UserError, match="--decoder dot is unknown: use one of transformer, mlp, or call the command"):
+    with pytest.raises(UserError, match="--decoder dot is unknown: use one of transformer, masked, mlp, or call"):
         load_run(source)
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from image_files import make_images
-from spot_fast import presets, recipes, train
+from spot_fast import evaluate, presets, recipes, train
 from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.checkpoints.runs import CONFIG, MODEL, find_run, write_config
-from spot_fast.config import SOURCED_DEFAULTS, Config, check_config, preset
+from spot_fast.config import ONE_ORDER, SOURCED_DEFAULTS, Config, check_config, preset
 from spot_fast.data import READERS, Folder, Reader, open_set
 from spot_fast.errors import UserError
 from spot_fast.model.encoder import Encoder
@@ -99,6 +99,16 @@ def test_every_combination_is_a_valid_config_with_a_source_for_every_value():
         assert all(source for _, source in found.values())
 
 
+@pytest.mark.parametrize("decoder", ONE_ORDER)
+def test_a_decoder_of_one_order_has_it_unless_another_is_asked_for(decoder):
+    assert check_config(preset("coco", decoder=decoder)).orders == "standard"
+    assert preset("coco+spot_mlp", decoder="transformer").orders == "standard"
+    assert preset("coco").orders == "spot9"
+    asked = preset("coco", decoder=decoder, orders="spot9")
+    with pytest.raises(UserError, match=f"^--decoder {decoder} works in the standard patch order only: add --orders"):
+        check_config(asked)
+
+
 def test_names_come_in_any_order_and_as_options():
     config = preset("coco+cappa+mae_vitb16")
     assert preset("mae_vitb16+cappa+coco") == preset("coco", method="cappa", encoder="mae_vitb16") == config
@@ -129,7 +139,7 @@ def test_the_command_line_takes_names_apart():
         ("--preset coco+mae_vitb16+dino_vitb16", "has two encoders: choose mae_vitb16 or dino_vitb16"),
         ("--preset coco+cappa --method spot", "--preset coco+cappa and --method spot differ: give the method once"),
         ("--preset coco+mae_vitb16 --encoder vit_b", "--encoder vit_b differ: give the encoder once"),
-        ("--preset coco --method capa", "--method capa is unknown: use one of spot, spot_ens, spot_mlp, dinosaur"),
+        ("--preset coco --method capa", "--method capa is unknown: use one of spot, spot_ens, spot_mlp, spot_masked"),
         ("--preset coco+bo_qsa --stage 2", "--method bo_qsa has no stage 2, it is stage 1 alone: use --method spot"),
         (
             "--preset dinosaur --data COCO",
@@ -223,6 +233,15 @@ def test_a_student_follows_its_teacher(tmp_path, capsys):
     mlp = a_run(tmp_path, "coco+dinosaur_mlp", 1)
     config = config_of(capsys, tmp_path, *student, str(mlp))
     assert (config["method"], config["decoder"], config["att_weight"]) == ("spot_mlp", "mlp", 0.001)
+    masked = a_run(tmp_path, "coco", 2, decoder="masked", masked_shown=0.25)
+    config = config_of(capsys, tmp_path, *student, str(masked))
+    names = ("method", "decoder", "orders", "masked_shown", "att_weight")
+    assert [config[name] for name in names] == ["spot", "masked", "standard", 0.25, 0.005]
+    config = config_of(capsys, tmp_path, *student, str(a_run(tmp_path, "coco+spot_masked", 3)))
+    assert [config[name] for name in names] == ["spot_masked", "masked", "standard", 0.1, 0.005]
+    # The teacher has nine orders, which the student's decoder does not know.
+    config = config_of(capsys, tmp_path, "--decoder", "masked", *student, str(a_run(tmp_path, "coco", 4)))
+    assert (config["decoder"], config["orders"]) == ("masked", "standard")
     config = config_of(capsys, tmp_path, "--preset", "spot_ens", *student, str(a_run(tmp_path, "voc", 1)))
     assert (config["preset"], config["method"], config["epochs"]) == ("voc", "spot_ens", 560)
     assert train.main(["--print-config", "--method", "spot", *student, str(mlp)]) == 2
@@ -303,6 +322,23 @@ def test_methods_of_scenes_train(tmp_path, monkeypatch, capsys):
     student = ["--preset", "spot_mlp", "--stage", "2", "--epochs", "2", "--warmup-steps", "2", "--eval-images", "0"]
     assert train.main([*student, "--no-tensorboard", "--threads", "1"]) == 0
     assert "runs/scenes-spot_mlp-stage2-001 is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "method, words",
+    [("spot_masked", "--initial-weights clustering"), ("spot_mlp", "--mlp-top-k 2 --initial-weights teacher")],
+)
+def test_both_stages_of_other_decoders_train_and_are_evaluated(tmp_path, monkeypatch, capsys, method, words):
+    monkeypatch.chdir(tmp_path)
+    tiny = options(epochs=2, train_images=8, warmup_steps=2, val_images=2, eval_images=2, dec_mlp_hidden=16)
+    words = ["--preset", method, "--no-tensorboard", "--threads", "1", *tiny, *words.split()]
+    first = [word.replace("teacher", "xavier") for word in words]
+    assert train.main(first) == 0 and train.main([*words, "--stage", "2"]) == 0
+    for stage in (1, 2):
+        run = f"runs/scenes-{method}-stage{stage}-001"
+        capsys.readouterr()
+        assert evaluate.main([run, "--threads", "1"]) == 0
+        assert "decoder" in capsys.readouterr().out
 
 
 def test_presets_and_readers_are_the_same_sets():

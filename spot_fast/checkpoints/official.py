@@ -259,6 +259,7 @@ def authors_state_dict(model: Spot, vit: Mapping[str, Tensor] | None = None) -> 
     rope = getattr(model.encoder.vit, "rope", None) is not None
     for wrong, why in (
         (config.decoder not in ("transformer", "mlp"), f"its decoder is {config.decoder}"),
+        (config.decoder == "mlp" and config.mlp_top_k > 0, f"it decodes the top {config.mlp_top_k} slots of a token"),
         (config.implementation != "spot", f"implementation is {config.implementation}"),
         (config.feature_norm, "its features are normalised (feature_norm)"),
         (config.slot_heads != 1, f"slot attention has {config.slot_heads} heads"),

@@ -332,7 +332,7 @@ class _Pass:
         with float32_products(self.precision), autocast(self.precision, self.device):
             features, target = model.encode(normalise(send(torch.stack(images), self.device)))
             slots, slot_attn, _ = model.slot_encoder(features, noise)
-            orders = model.decode_orders(slots, target)
+            orders = model.decode_orders(slots, target, slot_attn=slot_attn)
             first = next(orders)
             decoded = {1: first}
             if model.num_orders > 1:

@@ -1,4 +1,5 @@
-"""The decoders (SPOT, sections 3.1-3.3 and table 4): autoregressive transformer, per-slot MLP, and registered ones.
+"""The decoders (SPOT, sections 3.1-3.3 and table 4): autoregressive transformer, per-slot MLP, and those that
+`DECODERS` names beside them.
 
 A decoder predicts the target features [B, N, D] from slots [B, K, U] and returns soft masks [B, N, K] with them, all in
 raster layout. The transformer is teacher-forced with the target features, at evaluation too.
@@ -7,35 +8,25 @@ raster layout. The transformer is teacher-forced with the target features, at ev
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spot_fast.config import Config
+from spot_fast.config import ONE_ORDER, Config, check_orders
 from spot_fast.errors import UserError
 from spot_fast.model.encoder import Encoder
 from spot_fast.model.implementations import IMPLEMENTATIONS
+from spot_fast.model.masked_decoder import MaskedDecoder
 from spot_fast.model.patch_orders import patch_orders
-from spot_kernels import PermutedDecoder, dispatch, shift_by_order
-from spot_kernels.modules import linear
+from spot_fast.model.transformer_decoder import Projection, TransformerDecoder
+from spot_kernels import dispatch, shift_by_order
 from spot_kernels.modules.layers import layer_norm
 from spot_kernels.modules.order_layout import SEQUENCE, Order, from_sequence, prefers_order_layout, take_rows
 
-_TEMPERATURE = 3.0  # of the cross-attention's logits in `start_from_slots`
 
-
-class _Projection(nn.Sequential):
-    """Linear layer without bias, then LayerNorm."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(linear(inputs, outputs, bias=False), nn.LayerNorm(outputs))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return layer_norm(self[1], self[0](inputs))
-
-
-class AutoregressiveDecoder(nn.Module):
+class AutoregressiveDecoder(TransformerDecoder):
     """Transformer that predicts each patch from its predecessors in a patch order and from the slots.
 
     Args:
@@ -64,43 +55,26 @@ class AutoregressiveDecoder(nn.Module):
         activation: str = "relu",
         final_norm: bool = True,
     ) -> None:
-        super().__init__()
-        self.register_buffer("orders", patch_orders(grid, orders), persistent=False)
-        self.cappa = cappa
-        self.bos = nn.Parameter(torch.empty(self.num_orders, dim).normal_(std=0.02))
-        self.input_proj = _Projection(dim, dim)
-        self.slot_proj = _Projection(slot_dim, dim)
-        self.transformer = PermutedDecoder(
+        # Drawn before the modules, so that a seed gives the weights it always gave.
+        orders_of_grid = patch_orders(grid, orders)
+        bos = torch.empty(len(orders_of_grid), dim).normal_(std=0.02)
+        super().__init__(
             dim,
+            slot_dim,
             blocks=blocks,
             heads=heads,
-            cross_heads=cross_heads or None,
+            cross_heads=cross_heads,
             activation=activation,
             final_norm=final_norm,
         )
+        self.register_buffer("orders", orders_of_grid, persistent=False)
+        self.cappa = cappa
+        self.bos = nn.Parameter(bos)
         if cappa > 0:
             if self.num_orders > 1:
                 raise ValueError(f"cappa={cappa} decodes in the standard order only, not in {orders!r}")
             self.positions = nn.Parameter(torch.empty(grid * grid, dim).normal_(std=0.02))
             self.mask_token = nn.Parameter(torch.empty(dim).normal_(std=0.02))
-
-    @torch.no_grad()
-    def start_from_slots(self, rotation: Tensor) -> None:
-        """Sets the weights so that, before training, a token attends to the slot most like its predecessor.
-
-        Neighbours mostly belong to one object, so masks begin as those of the slots, moved on by one token.
-        rotation: [U, D], of `SlotEncoder.start_as_clustering`.
-        """
-        to_dim = torch.eye(*self.slot_proj[0].weight.shape)
-        self.slot_proj[0].weight.copy_(to_dim)
-        self.input_proj[0].weight.copy_(to_dim @ rotation)
-        for block in self.transformer.blocks:
-            cross = block.cross_attention
-            for layer in (cross.project_q, cross.project_k):
-                layer.weight.copy_(_TEMPERATURE**0.5 * torch.eye(*layer.weight.shape))
-            # What blocks add to the stream would hide the predecessor's feature from later blocks.
-            for layer in (block.self_attention.project_o, cross.project_o, block.ffn[2]):
-                layer.weight.mul_(0.2)
 
     @property
     def num_orders(self) -> int:
@@ -216,14 +190,25 @@ class MlpDecoder(nn.Module):
         num_tokens: patch tokens N.
         hidden: width of the three hidden layers.
         project_slots: bring slots to the feature width (linear + LayerNorm) before they are broadcast.
+        top_k: slots decoded for each token, those with the largest slot attention (FT-DINOSAUR, arXiv 2408.09162);
+            the masks of the others are 0 there. 0, or no fewer than there are slots: all.
     """
 
     num_orders = 1
 
-    def __init__(self, dim: int, slot_dim: int, num_tokens: int, *, hidden: int, project_slots: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        slot_dim: int,
+        num_tokens: int,
+        *,
+        hidden: int,
+        project_slots: bool = True,
+        top_k: int = 0,
+    ) -> None:
         super().__init__()
         width = dim if project_slots else slot_dim
-        self.slot_proj = _Projection(slot_dim, dim) if project_slots else nn.Identity()
+        self.slot_proj = Projection(slot_dim, dim) if project_slots else nn.Identity()
         self.positions = nn.Parameter(torch.empty(num_tokens, width).normal_(std=0.02))
         self.mlp = nn.Sequential(
             nn.Linear(width, hidden),
@@ -236,65 +221,128 @@ class MlpDecoder(nn.Module):
         )
         for layer in self.mlp[::2]:
             nn.init.zeros_(layer.bias)
+        self.top_k = top_k
+        self.needs = ("slot_attn",) if top_k else ()
 
     def forward(
-        self, slots: Tensor, target: Tensor, order_index: Tensor | None = None, *, parallel: bool = False
+        self,
+        slots: Tensor,
+        target: Tensor,
+        order_index: Tensor | None = None,
+        *,
+        parallel: bool = False,
+        slot_attn: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """slots [B, K, U] → prediction [B, N, D], masks [B, N, K]; the other arguments are ignored."""
+        """slots [B, K, U], with top_k also slot_attn [B, N, K] → prediction [B, N, D], masks [B, N, K].
+
+        The other arguments are ignored.
+        """
         first, last = self.mlp[0], self.mlp[-1]
+        chosen = self._chosen(slots, slot_attn)
         # The first layer is linear in slot + position: products with B · K and N rows replace one with B · K · N.
-        hidden = F.linear(self.slot_proj(slots), first.weight).unsqueeze(2) + first(self.positions)
-        hidden = self.mlp[1:-1](hidden)
+        hidden = F.linear(self.slot_proj(slots), first.weight)
+        hidden = hidden.unsqueeze(2) if chosen is None else _rows(hidden, chosen)
+        hidden = self.mlp[1:-1](hidden + first(self.positions))
         logits = F.linear(hidden, last.weight[-1:], last.bias[-1:]).squeeze(-1)
         # Softmax over slots, in float32 at least: masks are compared and averaged later.
         weights = logits.float().softmax(1) if logits.dtype in (torch.bfloat16, torch.float16) else logits.softmax(1)
         masks = weights.transpose(1, 2)
         # Weights sum to 1 over slots, so mixing the hidden layer and projecting once equals mixing K projections.
         mixed = (masks.to(hidden.dtype).unsqueeze(2) @ hidden.transpose(1, 2)).squeeze(2)
+        if chosen is not None:
+            everywhere = masks.new_zeros(*masks.shape[:2], slots.shape[1])
+            masks = everywhere.scatter(2, chosen.transpose(1, 2), masks)
         return F.linear(mixed, last.weight[:-1], last.bias[:-1]), masks
 
-    def masks(self, slots: Tensor, target: Tensor, order_index: Tensor | None = None) -> Tensor:
+    def _chosen(self, slots: Tensor, slot_attn: Tensor | None) -> Tensor | None:
+        """The slots [B, k, N] that each token is decoded from; None for all."""
+        if not 0 < self.top_k < slots.shape[1]:
+            return None
+        if slot_attn is None:
+            raise ValueError(f"slot_attn is missing: with top_k={self.top_k} it says which slots decode a token")
+        return slot_attn.detach().topk(self.top_k, dim=-1).indices.transpose(1, 2)
+
+    def masks(
+        self,
+        slots: Tensor,
+        target: Tensor,
+        order_index: Tensor | None = None,
+        *,
+        slot_attn: Tensor | None = None,
+    ) -> Tensor:
         """The masks of `forward` alone, [B, N, K]."""
-        return self(slots, target)[1]
+        return self(slots, target, slot_attn=slot_attn)[1]
 
 
-def _transformer(config: Config, encoder: Encoder) -> AutoregressiveDecoder:
+def _rows(tokens: Tensor, index: Tensor) -> Tensor:
+    """tokens [B, K, D], index int64 [B, k, N] → rows [B, k, N, D].
+
+    As a product with ones and zeros: the backward pass of a gather would add rows up in no fixed order on a GPU.
+    """
+    ones = index.flatten(1).unsqueeze(-1) == torch.arange(tokens.shape[1], device=index.device)
+    return (ones.to(tokens.dtype) @ tokens).unflatten(1, index.shape[1:])
+
+
+def _of_transformer(config: Config) -> dict[str, Any]:
+    """The settings that the transformer decoders share."""
     implementation = IMPLEMENTATIONS[config.implementation]
-    return AutoregressiveDecoder(
-        encoder.dim,
-        config.slot_dim,
-        encoder.grid,
+    return dict(
         blocks=config.dec_blocks,
         heads=config.dec_heads,
         cross_heads=config.dec_cross_heads,
-        orders=config.orders,
-        cappa=config.cappa,
         activation=implementation.activation,
         final_norm=implementation.final_norm,
     )
 
 
+def _transformer(config: Config, encoder: Encoder) -> AutoregressiveDecoder:
+    return AutoregressiveDecoder(
+        encoder.dim,
+        config.slot_dim,
+        encoder.grid,
+        orders=config.orders,
+        cappa=config.cappa,
+        **_of_transformer(config),
+    )
+
+
+def _masked(config: Config, encoder: Encoder) -> MaskedDecoder:
+    return MaskedDecoder(
+        encoder.dim,
+        config.slot_dim,
+        encoder.num_tokens,
+        shown=config.masked_shown,
+        drawn=config.masked_drawn,
+        **_of_transformer(config),
+    )
+
+
 def _mlp(config: Config, encoder: Encoder) -> MlpDecoder:
-    if config.cappa > 0:
-        raise UserError(f"--cappa {config.cappa} belongs to the transformer decoder: drop it or --decoder mlp")
     return MlpDecoder(
         encoder.dim,
         config.slot_dim,
         encoder.num_tokens,
         hidden=config.dec_mlp_hidden,
         project_slots=config.mlp_slot_proj,
+        top_k=config.mlp_top_k,
     )
 
 
 # --decoder → its builder. A script registers a decoder of its own here (docs/extending.md).
-DECODERS: dict[str, Callable[[Config, Encoder], nn.Module]] = {"transformer": _transformer, "mlp": _mlp}
+DECODERS: dict[str, Callable[[Config, Encoder], nn.Module]] = {
+    "transformer": _transformer,
+    "masked": _masked,
+    "mlp": _mlp,
+}
 
 
 def build_decoder(config: Config, encoder: Encoder) -> nn.Module:
     """The decoder that `config` names, with random weights; UserError for settings that do not go together."""
-    if config.orders != "standard" and (config.decoder == "mlp" or config.cappa > 0):
-        option = "--decoder mlp" if config.decoder == "mlp" else f"--cappa {config.cappa}"
-        raise UserError(f"{option} works in the standard patch order only: add --orders standard")
+    check_orders(config)
+    if config.cappa > 0 and config.decoder in ONE_ORDER:
+        raise UserError(
+            f"--cappa {config.cappa} belongs to the transformer decoder: drop it or --decoder {config.decoder}"
+        )
     if config.decoder not in DECODERS:
         raise UserError(
             f"--decoder {config.decoder} is unknown: use one of {', '.join(DECODERS)}, or call the command from the "
@@ -305,6 +353,9 @@ def build_decoder(config: Config, encoder: Encoder) -> nn.Module:
 
 def decoder_name(config: Config) -> str:
     """The decoder in words; a registered one goes by its own name."""
-    if config.decoder == "transformer":
-        return f"transformer decoder of {config.dec_blocks} blocks"
-    return "MLP decoder" if config.decoder == "mlp" else f"{config.decoder} decoder"
+    if config.decoder in ("transformer", "masked"):
+        kind = "masked transformer" if config.decoder == "masked" else "transformer"
+        return f"{kind} decoder of {config.dec_blocks} blocks"
+    if config.decoder == "mlp":
+        return f"MLP decoder of each token's top {config.mlp_top_k} slots" if config.mlp_top_k else "MLP decoder"
+    return f"{config.decoder} decoder"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +113,7 @@ class Spot(nn.Module):
         noise: Tensor | None = None,
         parallel: bool = False,
         moved: bool = False,
+        draws: Mapping[str, Tensor] | None = None,
     ) -> SpotOutput:
         """Slots of `features` [B, N, D], and what the decoder makes of them.
 
@@ -121,12 +123,14 @@ class Spot(nn.Module):
             noise: standard-normal draw [B, K, U] for gaussian slots; None draws it.
             parallel: a CapPa step.
             moved: the decoder may leave prediction and masks in the order in which it decoded them.
+            draws: of the decoder for a training step, as its method `draws` makes them.
         """
         slots, attn, logits = self.slot_encoder(features, noise)
         # not where a derived class or a hook may expect a call of forward
         if moved and is_exactly(self.decoder, AutoregressiveDecoder):
             return SpotOutput(slots, attn, logits, *self.decoder.decode(slots, target, order_index, parallel=parallel))
-        prediction, masks = self.decoder(slots, target, order_index, parallel=parallel)
+        needed = self.needed_by_decoder(slot_attn=attn, draws=draws)
+        prediction, masks = self.decoder(slots, target, order_index, parallel=parallel, **needed)
         return SpotOutput(slots, attn, logits, prediction, masks)
 
     def groups(self, slot_attn: Tensor, target: Tensor) -> Tensor | None:
@@ -134,22 +138,36 @@ class Spot(nn.Module):
         config = self.config
         return slot_groups(slot_attn, target, config.slot_variance) if config.adaptive_slots else None
 
-    def decode_masks(self, slots: Tensor, target: Tensor, order_index: Tensor | None = None) -> Tensor:
+    def needed_by_decoder(self, **values: Any) -> dict[str, Any]:
+        """The keyword arguments that the decoder takes beside slots, target and order: those that its `needs` names."""
+        return {name: values[name] for name in getattr(self.decoder, "needs", ()) if name in values}
+
+    def decode_masks(
+        self, slots: Tensor, target: Tensor, order_index: Tensor | None = None, *, slot_attn: Tensor | None = None
+    ) -> Tensor:
         """The decoder masks [B, N, K] alone: all that a teacher has to give."""
-        return self.decoder.masks(slots, target, order_index)
+        return self.decoder.masks(slots, target, order_index, **self.needed_by_decoder(slot_attn=slot_attn))
 
-    def decode_all_orders(self, slots: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def decode_all_orders(
+        self, slots: Tensor, target: Tensor, *, slot_attn: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Prediction [B, N, D] and masks [B, N, K] averaged over all patch orders (ENS)."""
-        return mean_of_orders(self.decode_orders(slots, target))
+        return mean_of_orders(self.decode_orders(slots, target, slot_attn=slot_attn))
 
-    def decode_orders(self, slots: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Prediction and masks in each patch order in turn, order 0 first."""
+    def decode_orders(
+        self, slots: Tensor, target: Tensor, *, slot_attn: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Prediction and masks in each patch order in turn, order 0 first.
+
+        slot_attn: [B, N, K] of the slots, for decoders that need it.
+        """
         if hasattr(self.decoder, "all_orders"):
             yield from self.decoder.all_orders(slots, target)
             return
+        needed = self.needed_by_decoder(slot_attn=slot_attn)
         for index in range(self.num_orders):
             # filled on the device: a copy from the host would synchronise with it
-            yield self.decoder(slots, target, torch.full((), index, dtype=torch.int64, device=slots.device))
+            yield self.decoder(slots, target, torch.full((), index, dtype=torch.int64, device=slots.device), **needed)
 
     @torch.no_grad()
     def segment(self, images: Tensor, *, orders: str = "0", noise: Tensor | None = None) -> SpotOutput:
@@ -165,7 +183,7 @@ class Spot(nn.Module):
         else:
             # Slots do not depend on the order: they are computed once.
             slots, attn, logits = self.slot_encoder(features, noise)
-            output = SpotOutput(slots, attn, logits, *self.decode_all_orders(slots, target))
+            output = SpotOutput(slots, attn, logits, *self.decode_all_orders(slots, target, slot_attn=attn))
         groups = self.groups(output.slot_attn, target)
         return replace(output, slot_attn=joined(output.slot_attn, groups), masks=joined(output.masks, groups))
 

@@ -57,7 +57,9 @@ def run_facts(record: RunRecord) -> dict[str, str | None]:
     decoder = {
         "transformer": f"transformer, {config.dec_blocks} blocks of {config.dec_heads} heads, "
         f"{orders_words(model.num_orders)}",
-        "mlp": f"MLP, hidden width {config.dec_mlp_hidden}",
+        "masked": f"masked transformer, {config.dec_blocks} blocks of {config.dec_heads} heads",
+        "mlp": f"MLP, hidden width {config.dec_mlp_hidden}"
+        + f", top {config.mlp_top_k} slots of each token" * (config.mlp_top_k > 0),
     }.get(config.decoder, config.decoder)  # a registered decoder goes by its own name
     if config.cappa:
         decoder += f", CapPa {config.cappa}"

@@ -70,7 +70,7 @@ def introspect(
     with float32_products(precision), autocast(precision, device):
         features, target = model.encode(normalise(image[None].to(device)))
         slots, attn, _ = encoder(features, noise)
-        decoded = list(model.decode_orders(slots, target))
+        decoded = list(model.decode_orders(slots, target, slot_attn=attn))
         iterations = [*attention_by_iteration(model, features, noise)[:-1], attn]
         by_order, decoder = [masks for _, masks in decoded], mean_of_orders(decoded)[1]
     maps = torch.cat([decoder, *by_order, *iterations]).float().cpu()
@@ -195,10 +195,10 @@ def patch_gradients(
         indices, pixels = zip(*readable[start : start + batch], strict=True)
         with torch.no_grad():
             features, target = model.encode(normalise(torch.stack(pixels).to(device)))
-            slots = encoder(features, _noise(model, seed, indices, device))[0]
+            slots, attn, _ = encoder(features, _noise(model, seed, indices, device))
 
-        def norms(order: Tensor, slots: Tensor = slots, target: Tensor = target) -> Tensor:
-            return patch_gradient_norms(model, slots, target, order, locked).sum(0)
+        def norms(order: Tensor, slots: Tensor = slots, target: Tensor = target, attn: Tensor = attn) -> Tensor:
+            return patch_gradient_norms(model, slots, target, order, locked, slot_attn=attn).sum(0)
 
         total = total + torch.stack(list(side_by_side(norms, orders_of(model, device), device))).cpu()
     return PatchGradients(total / len(readable), len(readable))

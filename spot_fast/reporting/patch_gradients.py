@@ -29,11 +29,14 @@ def patch_gradient_norms(
     target: Tensor,
     order_index: Tensor | None = None,
     done: Callable[[], object] = lambda: None,
+    *,
+    slot_attn: Tensor | None = None,
 ) -> Tensor:
     """g [B, N] in raster layout, float32 at least, of slots [B, K, U] and target features [B, N, D].
 
-    order_index: int64 [] or [B] as the decoder takes it; None = order 0. `done` is called for each patch. The MLP
-    decoder reads the slots once, as one block. Gradients of the parameters stay as they are.
+    order_index: int64 [] or [B] as the decoder takes it; None = order 0. `done` is called for each patch. slot_attn:
+    [B, N, K], for decoders that need it. The MLP decoder reads the slots once, as one block. Gradients of the
+    parameters stay as they are.
     """
     decoder = model.decoder
     if _one_pass_for_some(decoder, slots):
@@ -51,7 +54,8 @@ def patch_gradient_norms(
 
             hooks.append(block.register_forward_pre_hook(own_slots))
         try:
-            prediction, _ = decoder(copies[0], target, order_index)
+            needed = model.needed_by_decoder(slot_attn=slot_attn)
+            prediction, _ = decoder(copies[0], target, order_index, **needed)
         finally:
             for hook in hooks:
                 hook.remove()

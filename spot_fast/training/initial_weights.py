@@ -9,10 +9,10 @@ import torch
 
 from spot_fast.checkpoints.runs import load_run
 from spot_fast.errors import UserError
-from spot_fast.model.decoders import AutoregressiveDecoder
 from spot_fast.model.encoder import Encoder
 from spot_fast.model.regrid import at_grid
 from spot_fast.model.spot import Spot
+from spot_fast.model.transformer_decoder import TransformerDecoder
 
 
 def set_initial_weights(model: Spot, start: str, teacher: Spot | None = None) -> None:
@@ -23,7 +23,7 @@ def set_initial_weights(model: Spot, start: str, teacher: Spot | None = None) ->
     """
     if start == "clustering":
         rotation = model.slot_encoder.start_as_clustering()
-        if isinstance(model.decoder, AutoregressiveDecoder):
+        if isinstance(model.decoder, TransformerDecoder):
             model.decoder.start_from_slots(rotation)
     elif start == "teacher":
         model.slot_encoder.start_as(teacher.slot_encoder)

@@ -41,7 +41,7 @@ class Draws:
 
     order, teacher_order: patch orders, int64 [] on the device. noise, teacher_noise: of the initial slots [B, K, U].
     parallel: whether it is a CapPa step. taught: whether the teacher's masks are in the loss.
-    decoder: draws of the student's decoder for its own losses, each [B, …].
+    decoder: draws of the trained decoder, each [B, …].
     """
 
     order: Tensor | None
@@ -66,7 +66,7 @@ class Draw:
     """draw(step) → Draws. `shard`: this process's rows of a batch.
 
     A decoder's method `draws(batch_size, generator)` adds to them a dict of tensors [B, …] on the generator's device,
-    for its `losses` (see `Forward.terms`).
+    for its `losses` (see `Forward.terms`) and, if its `needs` names them, its `forward`.
     """
 
     def __init__(self, config: Config, model: Spot, teacher: Spot | None, *, device: torch.device, shard: slice):
@@ -150,7 +150,7 @@ class Forward:
         """The teacher's labels [B, N]."""
         teacher = self.teacher
         slots, attn, _ = teacher.slot_encoder(self.slot_features(teacher, target, hidden), draws.teacher_noise)
-        masks = teacher.decode_masks(slots, target, draws.teacher_order)
+        masks = teacher.decode_masks(slots, target, draws.teacher_order, slot_attn=attn)
         return teacher_labels(joined(masks, self.model.groups(attn, target)))
 
     def terms(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
@@ -165,7 +165,13 @@ class Forward:
             own = getattr(self.model.decoder, "losses", None)
             # Mean squared error is the same in any order of tokens, and the target is moved without a backward pass.
             output = self.model(
-                features, target, draws.order, noise=draws.noise, parallel=draws.parallel, moved=own is None
+                features,
+                target,
+                draws.order,
+                noise=draws.noise,
+                parallel=draws.parallel,
+                moved=own is None,
+                draws=draws.decoder,
             )
             labels = self.teach(target, hidden, draws) if draws.taught else None
             more = {} if own is None else own(output, target, draws.decoder)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from spot_fast.checkpoints.runs import MODEL, find_folder, find_run, is_finished, load_run, read_config
-from spot_fast.config import OPTIONS, Config, flag, option_names
+from spot_fast.config import OPTIONS, Config, flag, option_names, with_own_orders
 from spot_fast.errors import UserError
 from spot_fast.model.encoder import Encoder
 from spot_fast.model.spot import Spot
@@ -20,7 +20,10 @@ from spot_fast.recipes import METHODS
 # What a student that begins as its teacher has in common with it: all that makes slot encoder and decoder, but for what
 # has no weights. Drawn initial slots may become learned ones besides.
 _MADE_OF = ("slot attention", "decoder")
-_FREE = ("slot_iterations", "truncation", "adaptive_slots", "slot_variance", "cappa")
+_FREE = (
+    *("slot_iterations", "truncation", "adaptive_slots", "slot_variance"),
+    *("cappa", "mlp_top_k", "masked_shown", "masked_drawn"),
+)
 # What a student without a stage-1 run has as that would have it.
 _STAGE1_COURSE = ("epochs", "lr", "lr_low", "warmup_steps", "slot_rate", "initial_weights")
 _AS_TEACHER = "a student that begins as its teacher needs the same, or --initial-weights xavier"
@@ -50,7 +53,7 @@ def student_method(given: str | None, folder: Path, teacher: Config) -> str:
     if given is None:
         if METHODS[teacher.method].stage2 is not None:
             return teacher.method
-        return "spot_mlp" if teacher.decoder == "mlp" else "spot"
+        return {"mlp": "spot_mlp", "masked": "spot_masked"}.get(teacher.decoder, "spot")
     if teacher.method not in METHODS[given].teachers:
         raise UserError(
             f"the teacher {folder} was trained with method {teacher.method} but --method {given} needs "
@@ -62,12 +65,14 @@ def student_method(given: str | None, folder: Path, teacher: Config) -> str:
 
 def inherit(config: Config, teacher: Config, given: Iterable[str]) -> tuple[Config, list[str]]:
     """`config` with the teacher's values of all inherited fields but those `given`, and the names that changed."""
+    given = set(given)
     taken = {
         name: getattr(teacher, name)
         for name in option_names("inherited")
-        if name not in set(given) and getattr(teacher, name) != getattr(config, name)
+        if name not in given and getattr(teacher, name) != getattr(config, name)
     }
-    return replace(config, **taken), sorted(taken)
+    student = with_own_orders(replace(config, **taken), given)
+    return student, sorted(name for name in taken if getattr(student, name) != getattr(config, name))
 
 
 def one_run(config: Config, first: Config, given: Iterable[str]) -> Config:

@@ -15,6 +15,8 @@ VARIANTS = [
     {"stage": 2},
     {"decoder": "mlp", "orders": "standard", "dec_mlp_hidden": 32},
     {"cappa": 0.5, "orders": "standard"},
+    {"decoder": "masked"},
+    {"decoder": "mlp", "dec_mlp_hidden": 32, "mlp_top_k": 2},
 ]
 
 

@@ -57,6 +57,7 @@ VARIANTS = [
     {"slot_heads": 2, "dec_cross_heads": 2},
     {"decoder": "mlp", "orders": "standard"},
     {"decoder": "mlp", "orders": "standard", "mlp_slot_proj": False},
+    {"decoder": "mlp", "orders": "standard", "mlp_top_k": 2},
     {"cappa": 0.25, "orders": "standard"},
     {"num_slots": 1},
 ]
@@ -79,7 +80,8 @@ def test_output_shapes_and_gradients(changes):
     unused = {"decoder.mask_token"} if model.config.cappa else set()
     assert {name for name in without if not name.startswith("encoder.")} == unused
     assert not any(p.requires_grad for p in model.encoder.parameters())
-    torch.testing.assert_close(model.decode_masks(out.slots, target, index), out.masks)
+    masks = model.decode_masks(out.slots, target, index, slot_attn=out.slot_attn)
+    torch.testing.assert_close(masks, out.masks)
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
@@ -180,8 +182,10 @@ def test_weights_of_another_model_are_refused_by_name():
         ({"dec_heads": 5}, "heads=5 does not divide the width 24"),
         ({"slot_heads": 3}, "heads=3 does not divide the width 16"),
         ({"decoder": "mlp"}, "--decoder mlp works in the standard patch order only: add --orders standard"),
+        ({"decoder": "masked"}, "--decoder masked works in the standard patch order only: add --orders standard"),
         ({"cappa": 0.25}, "--cappa 0.25 works in the standard patch order only: add --orders standard"),
         ({"cappa": 0.25, "decoder": "mlp", "orders": "standard"}, "--cappa 0.25 belongs to the transformer decoder"),
+        ({"cappa": 0.25, "decoder": "masked", "orders": "standard"}, "drop it or --decoder masked"),
     ],
 )
 def test_impossible_settings_are_user_errors(changes, sentence):

@@ -10,6 +10,7 @@ import torch
 from spot_fast.config import Config, check_config
 from spot_fast.errors import UserError
 from spot_fast.model.decoders import AutoregressiveDecoder
+from spot_fast.model.masked_decoder import MaskedDecoder
 from spot_fast.model.slot_encoder import SlotEncoder
 from spot_fast.model.spot import Spot
 from spot_fast.training.trainer import Trainer
@@ -75,6 +76,19 @@ def test_the_decoders_masks_begin_as_the_predecessors_slots():
     assert (
         before.argmax(-1)[:, decoder.orders[0][1:]] == attn.argmax(-1)[:, decoder.orders[0][:-1]]
     ).float().mean() < 0.6
+
+
+def test_the_masked_decoders_masks_begin_as_the_slots_own():
+    """With nothing hidden a token reads its own feature, not its predecessor's."""
+    features, _ = grouped(16)
+    torch.manual_seed(2)
+    encoder = SlotEncoder(DIM, 6, DIM, 64, iterations=5)
+    decoder = MaskedDecoder(DIM, DIM, GRID * GRID, blocks=3, heads=4)
+    before = decoder.masks(encoder(features)[0], features).argmax(-1)
+    decoder.start_from_slots(encoder.start_as_clustering())
+    slots, attn, _ = encoder(features)
+    assert (decoder.masks(slots, features).argmax(-1) == attn.argmax(-1)).float().mean() > 0.9
+    assert (before == attn.argmax(-1)).float().mean() < 0.6
 
 
 def test_a_new_run_begins_so_and_a_loaded_one_draws_nothing():

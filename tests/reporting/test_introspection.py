@@ -50,6 +50,19 @@ def test_masks_are_those_that_evaluate_scores(model, scenes):
         assert of_image.by_order.shape == (9, 16, 3) and of_image.iterations.shape == (3, 16, 3)
 
 
+@pytest.mark.parametrize("changes", [dict(decoder="masked"), dict(decoder="mlp", dec_mlp_hidden=16, mlp_top_k=2)])
+def test_a_decoder_that_needs_more_than_slots_is_shown_as_it_is_scored(changes, scenes):
+    torch.manual_seed(0)
+    config = tiny(slot_init="gaussian", val_images=4, dec_blocks=1, **changes)
+    model = Spot(config, frozen_encoder(config)).eval()
+    row = evaluate(model, scenes, seed=5, progress=False, workers=0).table("spot").row("decoder", 1)
+    of_image = introspect(model, *read_image(scenes, 1), index=1, seed=5)
+    assert of_image.decoder_score == pytest.approx(row.per_image["mbo_i"][1].item())
+    assert torch.equal(of_image.decoder, of_image.by_order[0])
+    gradients = patch_gradients(model, scenes, images=2, seed=5)
+    assert gradients.images == 2 and gradients.by_order.shape == (1, 16) and gradients.by_order.min() > 0
+
+
 @torch.no_grad()
 def test_attention_after_n_iterations_is_that_of_a_model_with_n(model, scenes):
     features, _ = model.encode(normalise(scenes.val_image(0)[None]))

@@ -51,16 +51,26 @@ def test_norms_are_those_of_finite_differences_through_every_block(order):
     assert norms.min() > 0
 
 
-@pytest.mark.parametrize("changes", [dict(dec_blocks=1), dict(decoder="mlp", orders="standard")])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(dec_blocks=1),
+        dict(decoder="masked", dec_blocks=1),
+        dict(decoder="mlp"),
+        dict(decoder="mlp", mlp_top_k=1),
+    ],
+)
 def test_where_slots_are_read_once_it_is_the_plain_gradient(changes):
     model, slots, target = make(**changes)
+    attn = torch.rand(IMAGES, 4, SLOTS, dtype=torch.float64)
+    needed = model.needed_by_decoder(slot_attn=attn)
 
     def loss(slots):
-        return (model.decoder(slots, target)[0] - target).square().mean(-1)
+        return (model.decoder(slots, target, **needed)[0] - target).square().mean(-1)
 
     jacobian = torch.autograd.functional.jacobian(loss, slots)  # [B, N, B, K, U]
     expected = torch.stack([jacobian[b, :, b].abs().sum((1, 2)) for b in range(IMAGES)])
-    torch.testing.assert_close(patch_gradient_norms(model, slots, target), expected)
+    torch.testing.assert_close(patch_gradient_norms(model, slots, target, slot_attn=attn), expected)
 
 
 def test_a_model_is_left_as_it_was():

@@ -1,5 +1,7 @@
 """The compiled forward pass: one graph, whatever is drawn; the same numbers as without."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -17,6 +19,8 @@ CASES = [
     (1, SMALL, False, 1),
     (1, SMALL | STANDARD | {"cappa": 0.5}, True, 2),
     (1, SMALL | STANDARD | {"decoder": "mlp", "dec_mlp_hidden": 16}, True, 1),
+    (1, SMALL | {"decoder": "masked"}, True, 1),
+    (1, SMALL | {"decoder": "mlp", "dec_mlp_hidden": 16, "mlp_top_k": 2}, True, 1),
     (2, SMALL | {"att_weight_final": 0.001, "precision": "bf16"}, True, 1),
 ]
 
@@ -47,7 +51,8 @@ def all_orders(trainer: Trainer, drawn: Draws, step: int) -> Draws:
     order, teacher_order = (
         None if o is None else torch.tensor(i % 9) for o, i in ((drawn.order, step), (drawn.teacher_order, step + 4))
     )
-    return Draws(order, drawn.noise, teacher_order, drawn.teacher_noise, bool(trainer.config.cappa and step % 2))
+    parallel = bool(trainer.config.cappa and step % 2)
+    return replace(drawn, order=order, teacher_order=teacher_order, parallel=parallel)
 
 
 @pytest.mark.parametrize("stage, changes, cached, graphs", CASES)

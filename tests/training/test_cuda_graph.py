@@ -16,6 +16,8 @@ CASES = [
     (1, {}),
     (1, {"cappa": 0.5, "orders": "standard", "accumulate": 2}),
     (1, {"decoder": "mlp", "dec_mlp_hidden": 16, "orders": "standard"}),
+    (1, {"decoder": "masked", "accumulate": 2}),
+    (1, {"decoder": "mlp", "dec_mlp_hidden": 16, "mlp_top_k": 2}),
     (2, {"att_weight_final": 0.001, "precision": "bf16"}),
 ]
 

@@ -109,7 +109,7 @@ def config_of(capsys, words: list[str]) -> Config:
     "stage, changes, sentence",
     [
         (1, {}, "--teacher ema belongs to stage 2"),
-        (2, {"ema_momentum": 1.5}, "--ema-momentum 1.5 is a share: use 0 to 1"),
+        (2, {"ema_momentum": 1.5}, "--ema-momentum is 1.5: use 1 or less"),
         (2, {"initial_weights": "teacher"}, "--initial-weights teacher needs a stage-1 run: add --init-from RUN"),
     ],
 )

@@ -79,6 +79,7 @@ def test_killed_twice_and_resumed_is_uninterrupted(tmp_path):
     [
         {"cache": "none", "flip": True, "orders": "standard", "cappa": 0.5},
         {"decoder": "mlp", "dec_mlp_hidden": 16, "orders": "standard", "log_every": 5},
+        {"decoder": "masked", "log_every": 5},
     ],
 )
 def test_stopping_anywhere_changes_nothing(changes, tmp_path, monkeypatch):

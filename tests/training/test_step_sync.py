@@ -13,6 +13,8 @@ CASES = [
     (1, {}),
     (1, STANDARD | {"decoder": "mlp", "dec_mlp_hidden": 16}),
     (1, STANDARD | {"cappa": 0.5, "precision": "bf16"}),
+    (1, {"decoder": "masked", "precision": "bf16"}),
+    (1, {"decoder": "mlp", "dec_mlp_hidden": 16, "mlp_top_k": 2}),
     (2, {"att_weight_final": 0.001}),
     (2, {"precision": "bf16", "clip": 0.0, "on_bad_step": "skip"}),
 ]

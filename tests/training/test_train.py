@@ -156,7 +156,8 @@ def test_help_shows_the_defaults_of_preset_and_stage(capsys):
         ("--threads 0", "--threads is 0: use 1 or more"),
         ("--slot-heads 5 --slot-dim 64", "--slot-heads 5 does not divide --slot-dim 64"),
         ("--cappa 0.25", "--cappa 0.25 works in the standard patch order only: add --orders standard"),
-        ("--decoder mlp", "--decoder mlp works in the standard patch order only"),
+        ("--decoder mlp --orders spot9", "--decoder mlp works in the standard patch order only"),
+        ("--decoder masked --masked-drawn 2", "--masked-drawn is 2.0: use 1 or less"),
         ("--batch-size 100 --train-images 9", "9 training images, fewer than --batch-size 100"),
         (
             "--warmup-steps 9000 --epochs 24",

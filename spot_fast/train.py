@@ -135,7 +135,8 @@ def _new_config(args: Arguments) -> tuple[Config, Path | None]:
             raise UserError(f"--teacher {args.teacher} belongs to stage 2: add --stage 2 or drop it")
         return check_config(args.config()), None
     given = args.given
-    teacher = find_teacher(args.teacher, args.runs, args.preset, given.get("method", "spot"), given.get("encoder"))
+    wanted = given.get("method", "spot"), given.get("encoder"), given.get("image_size")
+    teacher = find_teacher(args.teacher, args.runs, args.preset, *wanted)
     first = read_config(teacher)
     method = student_method(given.get("method"), teacher, first)
     # The teacher's encoder is the student's and brings its rates.

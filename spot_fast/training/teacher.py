@@ -22,10 +22,17 @@ _MADE_OF = ("slot attention", "decoder")
 _FREE = ("slot_iterations", "truncation", "cappa")
 
 
-def find_teacher(name: str | None, root: Path, preset: str, method: str = "spot", encoder: str | None = None) -> Path:
+def find_teacher(
+    name: str | None,
+    root: Path,
+    preset: str,
+    method: str = "spot",
+    encoder: str | None = None,
+    image_size: int | None = None,
+) -> Path:
     """The teacher's run folder: the one named, or the newest finished stage-1 run that can teach preset and method.
 
-    encoder: preferred if runs have several. `check_teacher` checks whether the teacher fits.
+    encoder, image_size: preferred if runs have several. `check_teacher` checks whether the teacher fits.
     """
     if name is not None:
         folder = find_folder(name, root)
@@ -36,7 +43,14 @@ def find_teacher(name: str | None, root: Path, preset: str, method: str = "spot"
             )
         return folder
     try:
-        return find_run(root, preset=preset, stage=1, methods=METHODS[method].teachers, encoder=encoder)
+        return find_run(
+            root,
+            preset=preset,
+            stage=1,
+            methods=METHODS[method].teachers,
+            encoder=encoder,
+            image_size=image_size,
+        )
     except UserError as error:
         raise UserError(f"stage 2 needs a teacher, but {error}") from None
 

@@ -90,6 +90,7 @@ _MOVI = {
     **_from("D.3", crop="stretch", flip=False, mask_size=128),
     **_from("D.2", lr=2e-4, lr_low=4e-5),
 }
+_MOVI_256 = _from("size of the released masks", mask_size=256)
 _MOVI2 = {**_from("4.1, D.2", epochs=30), **_from("D.2", lr_low=1.5e-4)}
 
 DATA_SETS: dict[str, DataSet] = {
@@ -161,6 +162,34 @@ DATA_SETS: dict[str, DataSet] = {
         {**_from("4.1, D.2", num_slots=24), **_MOVI},
         _MOVI2,
         folder="MOVI_E",
+        own_rates=True,
+    ),
+    "movi_c_256": DataSet(
+        "MOVi-C as it is released at 256 x 256, masks compared at that size; settings as movi_c",
+        "MOVi-C at 256 x 256",
+        {**_from("as movi_c", num_slots=11), **_MOVI, **_MOVI_256},
+        _MOVI2,
+        folder="MOVI_C",
+        own_rates=True,
+    ),
+    "movi_e_256": DataSet(
+        "MOVi-E as it is released at 256 x 256, masks compared at that size; settings as movi_e",
+        "MOVi-E at 256 x 256",
+        {**_from("as movi_e", num_slots=24), **_MOVI, **_MOVI_256},
+        _MOVI2,
+        folder="MOVI_E",
+        own_rates=True,
+    ),
+    "clevrtex": DataSet(
+        "ClevrTex, 40,000 images to train, its test split (5,000) to evaluate; not in the paper",
+        "ClevrTex",
+        {
+            **_from("ClevrTex, arXiv 2111.10265", num_slots=11, crop="center", mask_size=128),
+            **_from("as movi_c", flip=False, lr=2e-4, lr_low=4e-5),
+            **_from("ours: the steps of movi_c", epochs=142),
+        },
+        {**_from("ours: the steps of movi_c", epochs=66), **_from("as movi_c", lr_low=1.5e-4)},
+        folder="CLEVRTEX",
         own_rates=True,
     ),
     "folder": DataSet(

@@ -169,7 +169,7 @@ DATA_SETS: dict[str, DataSet] = {
         "MOVi-C at 256 x 256",
         {**_from("as movi_c", num_slots=11), **_MOVI, **_MOVI_256},
         _MOVI2,
-        folder="MOVI_C",
+        folder="MOVI_C_256",
         own_rates=True,
     ),
     "movi_e_256": DataSet(
@@ -177,7 +177,7 @@ DATA_SETS: dict[str, DataSet] = {
         "MOVi-E at 256 x 256",
         {**_from("as movi_e", num_slots=24), **_MOVI, **_MOVI_256},
         _MOVI2,
-        folder="MOVI_E",
+        folder="MOVI_E_256",
         own_rates=True,
     ),
     "clevrtex": DataSet(

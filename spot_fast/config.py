@@ -77,7 +77,7 @@ class Config:
 
     preset: str = _run(
         "scenes",
-        "data set, with + a method and an encoder if you like",
+        "data set, with + a method, an encoder and a size if you like",
         names=lambda: recipes.DATA_SETS,
         validation=True,
     )
@@ -468,22 +468,24 @@ def with_own_orders(config: Config, given: Container[str]) -> Config:
 
 
 def preset(name: str, stage: int = 1, **changes: Any) -> Config:
-    """Config of a data set, method and encoder for one stage, with `changes` applied.
+    """Config of a data set, method, encoder and size for one stage, with `changes` applied.
 
-    name joins the three with + in any order, such as "coco", "coco+dinosaur" or "voc+spot_mlp+mae_vitb16"; the rest
-    is scenes, spot and the data set's own encoder. `method` and `encoder` may be among the changes: an encoder that
-    the presets know brings its rates under either of its names. UserError names what is unknown.
+    name joins the four with + in any order, such as "coco", "coco+dinosaur" or "voc+spot_mlp+mae_vitb16+448px"; the
+    rest is scenes, spot, and the data set's own encoder and size. `method`, `encoder` and `image_size` may be among
+    the changes: an encoder that the presets know brings its rates under either of its names. UserError names what is
+    unknown.
     """
-    data, method, encoder = recipes.split(name)
-    for option, named in (("method", method), ("encoder", encoder)):
+    data, method, encoder, size = recipes.split(name)
+    for option, named in (("method", method), ("encoder", encoder), ("image_size", size)):
         given = changes.get(option)
         if named and given and recipes.timm_name(named) != recipes.timm_name(given):
-            raise UserError(f"--preset {name} and --{option} {given} differ: give the {option} once")
+            what = option.replace("_", " ")
+            raise UserError(f"--preset {name} and {flag(option)} {given} differ: give the {what} once")
     data, method = data or "scenes", method or changes.get("method") or "spot"
     encoder = encoder or changes.get("encoder")
     recipes.check_method(method, stage)
     known = recipes.encoder_recipe(encoder) if encoder else recipes.default_encoder(data)
-    values = {name: value for name, (value, _) in recipes.values(data, method, known, stage).items()}
+    values = {name: value for name, (value, _) in recipes.values(data, method, known, stage, size).items()}
     if encoder:
         changes = changes | {"encoder": recipes.timm_name(encoder)}
     return with_own_orders(replace(Config(preset=data, method=method, stage=stage, **values), **changes), changes)

@@ -1,4 +1,4 @@
-"""python -m spot_fast.presets: data sets, methods and encoders, what each sets, from where, and the paper's scores."""
+"""python -m spot_fast.presets: data sets, methods, encoders and sizes, what each sets, from where, and scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from spot_fast import cli, recipes
 from spot_fast.config import ONE_ORDER, OPTIONS, SOURCED_DEFAULTS, Config, Option, flag, preset
 from spot_fast.errors import UserError
 from spot_fast.published import METRICS, Score, scores
-from spot_fast.recipes import DATA_SETS, ENCODERS, METHODS
+from spot_fast.recipes import DATA_SETS, ENCODERS, METHODS, SIZES
+
+_NAME = 18  # width of the column of names
+_SIZE = (
+    "FT-DINOSAUR (arXiv 2408.09162) first trains at 224 pixels and then goes on at 518; here both stages train at the "
+    "size from their start"
+)
 
 
 @cli.command("nothing was written")
@@ -32,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         prog="python -m spot_fast.presets",
-        description="Lists what --preset of python -m spot_fast.train takes: a data set, a method and an encoder, each "
-        "optional, joined with +, such as coco+dinosaur+mae_vitb16; with the paper's scores.",
+        description="Lists what --preset of python -m spot_fast.train takes: a data set, a method, an encoder and a "
+        "size, each optional, joined with +, such as coco+dinosaur+mae_vitb16; with the paper's scores.",
     )
     parser.add_argument(
         "name",
@@ -48,10 +54,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def describe(name: str) -> dict[str, Any]:
     """A preset in full, as plain data; UserError names what is unknown."""
-    data, method, encoder = recipes.split(name)
-    # A method or an encoder alone is shown on COCO, where the paper has most of it.
+    data, method, encoder, size = recipes.split(name)
+    # What names no data set is shown on COCO, where the paper has most of it.
     shown_data, shown_method = data or "coco", method or "spot"
-    whole = (shown_data, shown_method, encoder or recipes.default_encoder(shown_data))
+    shown_encoder = encoder or recipes.default_encoder(shown_data)
+    whole = recipes.Parts(shown_data, shown_method, shown_encoder, size)
     notes, about = [], {}
     if data:
         about["data"] = DATA_SETS[data].about
@@ -62,14 +69,17 @@ def describe(name: str) -> dict[str, Any]:
         vit = ENCODERS[encoder]
         about["encoder"] = f"{vit.about} ({vit.licence}); weights: {vit.weights}"
         notes += vit.notes
-    rows = scores(data, method, encoder)
+    if size:
+        about["size"] = f"the encoder sees {size} x {size} pixels{_tokens(shown_encoder, size)}; all else as at 224"
+        notes.append(_SIZE)
+    rows = [] if size else scores(data, method, encoder)
     if scores(shown_data) and not rows:
         notes.append("the paper has no scores of this combination")
     return {
         "name": name,
         "about": about,
-        "named": {"data": data, "method": method, "encoder": encoder},
-        "shown": dict(zip(("data", "method", "encoder"), whole, strict=True)),
+        "named": {"data": data, "method": method, "encoder": encoder, "size": size},
+        "shown": whole._asdict(),
         "settings": {f"stage {stage}": settings(*whole, stage) for stage in range(1, _stages(shown_method) + 1)},
         "commands": commands(*whole),
         "notes": notes,
@@ -77,10 +87,15 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
-def settings(data: str, method: str, encoder: str | None, stage: int) -> dict[str, dict[str, Any]]:
+def _tokens(encoder: str | None, size: int) -> str:
+    patch = ENCODERS[encoder].patch if encoder else None
+    return f", {size // patch} x {size // patch} tokens" if patch else ""
+
+
+def settings(data: str, method: str, encoder: str | None, size: int | None, stage: int) -> dict[str, dict[str, Any]]:
     """Every value that the paper or a preset chose: field → value and source."""
-    chosen = SOURCED_DEFAULTS | recipes.values(data, method, encoder, stage)
-    config = preset("+".join(filter(None, (data, method, encoder))), stage)
+    chosen = SOURCED_DEFAULTS | recipes.values(data, method, encoder, stage, size)
+    config = preset("+".join(filter(None, (data, method, encoder, size and f"{size}px"))), stage)
     return {
         name: {"value": getattr(config, name), "source": chosen[name].source}
         for name, option in OPTIONS.items()
@@ -97,10 +112,11 @@ def _has_effect(option: Option, config: Config) -> bool:
     return registered or getattr(config, field) in values
 
 
-def commands(data: str, method: str, encoder: str | None) -> list[str]:
+def commands(data: str, method: str, encoder: str | None, size: int | None = None) -> list[str]:
     """The training commands of both stages, and evaluation."""
     parts = [data, *([method] if method != "spot" else [])]
     parts += [encoder] if encoder and encoder != recipes.default_encoder(data) else []
+    parts += [f"{size}px"] if size else []
     words = ["python -m spot_fast.train"]
     if parts != ["scenes"]:
         words.append(f"--preset {'+'.join(parts)}")
@@ -145,15 +161,16 @@ def _everything() -> dict[str, Any]:
             | {"notes": list(vit.notes)}
             for name, vit in ENCODERS.items()
         },
+        "sizes": SIZES,
         "scores": [_score(row) for row in scores()],
     }
 
 
 def _list() -> str:
     lines = [
-        "python -m spot_fast.train --preset DATA+METHOD+ENCODER, in any order. Left out they are scenes, spot and "
-        "dino_vitb16;",
-        "scenes have an encoder of their own.",
+        "python -m spot_fast.train --preset DATA+METHOD+ENCODER+SIZE, in any order. Left out they are scenes, spot, "
+        "dino_vitb16",
+        "and 224 pixels; scenes have an encoder and a size of their own.",
         "",
     ]
     lines += _section("data sets", ((name, one.about) for name, one in DATA_SETS.items()))
@@ -161,6 +178,7 @@ def _list() -> str:
         "methods", ((name, one.about + "; stage 1 alone" * (_stages(name) == 1)) for name, one in METHODS.items())
     )
     lines += _section("encoders", ((name, _about_encoder(name)) for name in ENCODERS))
+    lines += _section("sizes", ((name, _about_size(side)) for name, side in SIZES.items()))
     lines.append("scores of the paper, percent, decoder masks, mean ± standard deviation of 3 seeds where it has them")
     lines += _table(main_scores())
     lines += [
@@ -194,8 +212,14 @@ def _about_encoder(name: str) -> str:
     return f"{vit.about}; lr {lr:g} to {lr_low:g}, lambda {lam:g}{paper}"
 
 
+def _about_size(side: int) -> str:
+    """Tokens with the patches of the known encoders."""
+    patches = sorted({vit.patch for vit in ENCODERS.values() if vit.patch and side % vit.patch == 0})
+    return "; ".join(f"{side // patch} x {side // patch} tokens of /{patch} encoders" for patch in patches)
+
+
 def _section(title: str, rows: Iterable[tuple[str, str]]) -> list[str]:
-    return [title, *(f"  {name:<14} {text}" for name, text in rows), ""]
+    return [title, *(f"  {name:<{_NAME}} {text}" for name, text in rows), ""]
 
 
 def _table(rows: Sequence[Score], *, with_stages: bool = False) -> list[str]:
@@ -229,7 +253,8 @@ def _page(about: dict[str, Any]) -> str:
     if about["notes"]:
         lines += ["", "notes", *(f"  {note}" for note in about["notes"])]
     if about["scores"]:
-        lines += ["", "scores of the paper, percent", *_table(scores(*about["named"].values()), with_stages=True)]
+        named = (about["named"][kind] for kind in ("data", "method", "encoder"))
+        lines += ["", "scores of the paper, percent", *_table(scores(*named), with_stages=True)]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The values that presets set, with their sources: data sets, methods and encoders are three independent choices.
+"""The values that presets set, with their sources: data sets, methods, encoders and sizes are independent choices.
 
 Sources are sections and tables of the paper (arXiv 2312.00648v3); "authors' code" is gkakogeorgiou/spot, "ours" a
 choice on which the paper is silent. `python -m spot_fast.presets NAME` shows them. The rest are `Config`'s defaults.
@@ -7,6 +7,7 @@ choice on which the paper is silent. `python -m spot_fast.presets NAME` shows th
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -65,6 +66,7 @@ class Vit:
 
     untagged: timm's name without the tag, where that means the same weights.
     rates: learning rates on COCO and PASCAL; MOVi has its own.
+    patch: side of a patch in pixels; None leaves the check of image sizes to the ViT itself.
     """
 
     about: str
@@ -76,6 +78,7 @@ class Vit:
     values: Values = field(default_factory=dict)
     rates: Values = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    patch: int | None = None
 
 
 # Stage 2 starts its student fresh, with learned slots whose gradient rule is bi-level.
@@ -87,6 +90,7 @@ _MOVI = {
     **_from("D.3", crop="stretch", flip=False, mask_size=128),
     **_from("D.2", lr=2e-4, lr_low=4e-5),
 }
+_MOVI_256 = _from("size of the released masks", mask_size=256)
 _MOVI2 = {**_from("4.1, D.2", epochs=30), **_from("D.2", lr_low=1.5e-4)}
 
 DATA_SETS: dict[str, DataSet] = {
@@ -158,6 +162,34 @@ DATA_SETS: dict[str, DataSet] = {
         {**_from("4.1, D.2", num_slots=24), **_MOVI},
         _MOVI2,
         folder="MOVI_E",
+        own_rates=True,
+    ),
+    "movi_c_256": DataSet(
+        "MOVi-C as it is released at 256 x 256, masks compared at that size; settings as movi_c",
+        "MOVi-C at 256 x 256",
+        {**_from("as movi_c", num_slots=11), **_MOVI, **_MOVI_256},
+        _MOVI2,
+        folder="MOVI_C_256",
+        own_rates=True,
+    ),
+    "movi_e_256": DataSet(
+        "MOVi-E as it is released at 256 x 256, masks compared at that size; settings as movi_e",
+        "MOVi-E at 256 x 256",
+        {**_from("as movi_e", num_slots=24), **_MOVI, **_MOVI_256},
+        _MOVI2,
+        folder="MOVI_E_256",
+        own_rates=True,
+    ),
+    "clevrtex": DataSet(
+        "ClevrTex, 40,000 images to train, its test split (5,000) to evaluate; not in the paper",
+        "ClevrTex",
+        {
+            **_from("ClevrTex, arXiv 2111.10265", num_slots=11, crop="center", mask_size=128),
+            **_from("as movi_c", flip=False, lr=2e-4, lr_low=4e-5),
+            **_from("ours: the steps of movi_c", epochs=142),
+        },
+        {**_from("ours: the steps of movi_c", epochs=66), **_from("as movi_c", lr_low=1.5e-4)},
+        folder="CLEVRTEX",
         own_rates=True,
     ),
     "folder": DataSet(
@@ -245,6 +277,37 @@ METHODS: dict[str, Method] = {
 _META = "https://dl.fbaipublicfiles.com/"
 _AS_DINO = _from("as coco+dino_vitb16", lr=4e-4, lr_low=4e-7)
 _NOT_IN_PAPER = "not in the paper: rates and lambda as for DINO"
+
+
+def _dinov2(size: str, word: str, registers: str = "") -> Vit:
+    folder = f"dinov2_vit{size.lower()}14"
+    return Vit(
+        f"DINOv2 ViT-{size}/14" + (", four registers" if registers else ": 16 x 16 tokens at 224 pixels"),
+        f"vit_{word}_patch14{registers}_dinov2.lvd142m",
+        "not in the paper",
+        "Apache-2.0",
+        f"the hub, or {_META}dinov2/{folder}/{folder}{registers}_pretrain.pth",
+        f"vit_{word}_patch14{registers}_dinov2",
+        rates=_AS_DINO,
+        notes=(_NOT_IN_PAPER,),
+        patch=14,
+    )
+
+
+def _dinov3(size: str, word: str) -> Vit:
+    return Vit(
+        f"DINOv3 ViT-{size}/16, registers and rotary positions",
+        f"vit_{word}_patch16_dinov3.lvd1689m",
+        "not in the paper",
+        "DINOv3 licence",
+        "the hub",
+        f"vit_{word}_patch16_dinov3",
+        rates=_AS_DINO,
+        notes=(_NOT_IN_PAPER,),
+        patch=16,
+    )
+
+
 ENCODERS: dict[str, Vit] = {
     "dino_vitb16": Vit(
         "DINO ViT-B/16, the paper's",
@@ -253,6 +316,7 @@ ENCODERS: dict[str, Vit] = {
         "Apache-2.0",
         f"the hub, or {_META}dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
         rates=_RATES,
+        patch=16,
     ),
     "moco_vitb16": Vit(
         "MoCo-v3 ViT-B/16",
@@ -266,6 +330,7 @@ ENCODERS: dict[str, Vit] = {
             "neither timm nor the hub has its weights: pass the file as --encoder-weights",
             "the paper has it on COCO",
         ),
+        patch=16,
     ),
     "mae_vitb16": Vit(
         "MAE ViT-B/16",
@@ -279,28 +344,18 @@ ENCODERS: dict[str, Vit] = {
             "the paper has it on COCO; PASCAL takes the same rates, MOVi its own, which are the same in stage 1",
             "the authors' command leaves lambda at 0.005",
         ),
+        patch=16,
     ),
-    "dinov2_vitb14": Vit(
-        "DINOv2 ViT-B/14: 16 x 16 tokens at 224 pixels",
-        "vit_base_patch14_dinov2.lvd142m",
-        "not in the paper",
-        "Apache-2.0",
-        f"the hub, or {_META}dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
-        "vit_base_patch14_dinov2",
-        rates=_AS_DINO,
-        notes=(_NOT_IN_PAPER,),
-    ),
-    "dinov3_vitb16": Vit(
-        "DINOv3 ViT-B/16, with registers and rotary positions",
-        "vit_base_patch16_dinov3.lvd1689m",
-        "not in the paper",
-        "DINOv3 licence",
-        "the hub",
-        "vit_base_patch16_dinov3",
-        rates=_AS_DINO,
-        notes=(_NOT_IN_PAPER,),
-    ),
+    "dinov2_vits14": _dinov2("S", "small"),
+    "dinov2_vitb14": _dinov2("B", "base"),
+    "dinov2_vits14_reg4": _dinov2("S", "small", "_reg4"),
+    "dinov2_vitb14_reg4": _dinov2("B", "base", "_reg4"),
+    "dinov3_vits16": _dinov3("S", "small"),
+    "dinov3_vitb16": _dinov3("B", "base"),
 }
+
+# Sides of the square that the encoder sees, in pixels. All other settings stay what they are at 224.
+SIZES: dict[str, int] = {f"{side}px": side for side in (336, 448, 512, 518)}
 
 
 def timm_name(encoder: str) -> str:
@@ -323,24 +378,46 @@ def needs_data(data: str) -> bool:
     return data not in DATA_SETS or DATA_SETS[data].folder is not None
 
 
-def split(name: str) -> tuple[str | None, str | None, str | None]:
-    """(data set, method, encoder) of names joined with + in any order, None for a missing one.
+class Parts(NamedTuple):
+    """What a --preset names; None for a part that it leaves out. size: pixels."""
 
-    UserError for an unknown name and for two of a kind.
+    data: str | None
+    method: str | None
+    encoder: str | None
+    size: int | None
+
+
+def split(name: str) -> Parts:
+    """The parts of names joined with + in any order.
+
+    UserError for an unknown name, for two of a kind, and for a size that the named encoder's patches do not divide.
     """
-    kinds = {"data sets": DATA_SETS, "methods": METHODS, "encoders": ENCODERS}
+    kinds: dict[str, Iterable[str]] = {"data sets": DATA_SETS, "methods": METHODS, "encoders": ENCODERS, "sizes": SIZES}
     chosen: dict[str, str] = {}
     for part in name.split("+"):
         kind = next((kind for kind, known in kinds.items() if part in known), None)
         if kind is None:
             raise UserError(
-                f"--preset {name} is unknown: use one of {', '.join(DATA_SETS)}, with + a method and an encoder that "
-                f"python -m spot_fast.presets lists{_closest(part, [*DATA_SETS, *METHODS, *ENCODERS])}"
+                f"--preset {name} is unknown: use one of {', '.join(DATA_SETS)}, with + a method, an encoder and a "
+                f"size that python -m spot_fast.presets lists{_closest(part, itertools.chain(*kinds.values()))}"
             )
         if kind in chosen:
             raise UserError(f"--preset {name} has two {kind}: choose {chosen[kind]} or {part}")
         chosen[kind] = part
-    return chosen.get("data sets"), chosen.get("methods"), chosen.get("encoders")
+    data, method, encoder, size = map(chosen.get, kinds)
+    if size:
+        _check_patches(name, size, encoder or (default_encoder(data) if data else None))
+    return Parts(data, method, encoder, SIZES[size] if size else None)
+
+
+def _check_patches(name: str, size: str, encoder: str | None) -> None:
+    patch = ENCODERS[encoder].patch if encoder else None
+    if patch and SIZES[size] % patch:
+        fitting = [other for other, side in SIZES.items() if side % patch == 0]
+        raise UserError(
+            f"--preset {name}: {size} is not a multiple of the patch size {patch} of {encoder}, use "
+            f"{', '.join(fitting[:-1])} or {fitting[-1]}"
+        )
 
 
 def _closest(name: str, known: Iterable[str]) -> str:
@@ -358,10 +435,10 @@ def check_method(method: str, stage: int) -> None:
         raise UserError(f"--method {method} has no stage 2, it is stage 1 alone: use --method {student} for a student")
 
 
-def values(data: str, method: str, encoder: str | None, stage: int) -> dict[str, Value]:
+def values(data: str, method: str, encoder: str | None, stage: int, size: int | None = None) -> dict[str, Value]:
     """The values that a combination sets beside Config's defaults, later sources over earlier ones.
 
-    encoder: our name; None for the data set's own or one that no preset knows.
+    encoder: our name; None for the data set's own or one that no preset knows. size: None for the data set's own.
     """
     data_set, chosen = DATA_SETS[data], METHODS[method]
     result = dict(data_set.values)
@@ -380,4 +457,6 @@ def values(data: str, method: str, encoder: str | None, stage: int) -> dict[str,
             if data != "coco" and not (data == "voc" and encoder in _RATES_ON_VOC):
                 rates = {name: Value(value, f"as coco+{encoder}") for name, (value, _) in rates.items()}
             result |= rates
+    if size is not None:
+        result["image_size"] = Value(size, "not in the paper")
     return result

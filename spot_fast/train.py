@@ -153,7 +153,8 @@ def _new_config(args: Arguments) -> tuple[Config, Path | None]:
         return check_config(args.config()), None
     if given.get("online_teacher"):
         return check_config(one_run(args.config(), preset(args.preset_name, 1), given)), None
-    teacher = find_teacher(args.teacher, args.runs, args.preset, given.get("method", "spot"), given.get("encoder"))
+    wanted = given.get("method", "spot"), given.get("encoder"), given.get("image_size")
+    teacher = find_teacher(args.teacher, args.runs, args.preset, *wanted)
     config, theirs, taken = _student(args, teacher)
     check_teacher(teacher, theirs, check_config(config))
     _print_taken(args, config, "the teacher", taken)

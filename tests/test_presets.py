@@ -21,7 +21,7 @@ from spot_fast.model.encoder import Encoder
 from spot_fast.model.spot import Spot
 from spot_fast.model.vits import build_vit
 from spot_fast.published import SCORES, scores
-from spot_fast.recipes import DATA_SETS, ENCODERS, METHODS
+from spot_fast.recipes import DATA_SETS, ENCODERS, METHODS, SIZES
 from spot_fast.training.arguments import parse
 from spot_fast.training.teacher import find_teacher
 from tiny_runs import options
@@ -118,6 +118,10 @@ def test_names_come_in_any_order_and_as_options():
     assert preset("coco+mae_vitb16", lr=0.5, att_weight=1.0).lr == 0.5
     assert preset("coco+spot_ens") == replace(preset("coco"), method="spot_ens")
     assert preset("coco").recipe == "coco" and config.recipe == "coco+cappa"
+    large = preset("448px+coco+dinov2_vits14", 2)
+    assert large == replace(preset("coco+dinov2_vits14", 2), image_size=448) == preset("coco+dinov2_vits14+448px", 2)
+    assert preset("coco+448px", image_size=448) == preset("coco", image_size=448)
+    assert preset("518px", encoder="dinov2_vits14").image_size == 518
 
 
 def test_the_command_line_takes_names_apart():
@@ -127,6 +131,7 @@ def test_the_command_line_takes_names_apart():
     assert args.config() == preset("voc+spot_mlp+mae_vitb16", 2)
     assert "preset" not in parse("--preset spot_mlp --stage 2 --teacher x --data y".split()).given
     assert parse("--preset coco --encoder mae_vitb16".split()).config() == preset("coco+mae_vitb16")
+    assert parse("--preset 336px+voc".split()).given == dict(preset="voc", image_size=336)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +151,14 @@ def test_the_command_line_takes_names_apart():
             "--preset dinosaur names no data set for --data COCO: write the set before it",
         ),
         ("--preset coco+", "--preset coco+ is unknown: use one of scenes"),
+        ("--preset coco+518", "did you mean 518px?"),
+        ("--preset coco+336px+448px", "--preset coco+336px+448px has two sizes: choose 336px or 448px"),
+        ("--preset coco+336px --image-size 448", "and --image-size 448 differ: give the image size once"),
+        (
+            "--preset voc+518px",
+            "voc+518px: 518px is not a multiple of the patch size 16 of dino_vitb16, use 336px, 448px or 512px",
+        ),
+        ("--preset coco+dinov2_vits14+512px", "patch size 14 of dinov2_vits14, use 336px, 448px or 518px"),
     ],
 )
 def test_names_that_make_no_sense_are_refused(capsys, words, sentence):
@@ -172,7 +185,8 @@ def test_encoders_by_their_names():
 @pytest.mark.parametrize("encoder", ["spot_scenes", *ENCODERS])
 def test_every_combination_builds_a_model(encoder):
     """On the meta device, so without memory. The slots are all in which models of other data sets differ."""
-    grid, dim = {"spot_scenes": (12, 128), "dinov2_vitb14": (16, 768)}.get(encoder, (14, 768))
+    grid = 12 if encoder == "spot_scenes" else 16 if "14" in encoder else 14
+    dim = 128 if encoder == "spot_scenes" else 384 if "vits" in encoder else 768
     named = ["scenes"] if encoder == "spot_scenes" else ["coco", encoder]
     with torch.device("meta"):
         first = preset("+".join(named))
@@ -191,6 +205,22 @@ def test_every_combination_builds_a_model(encoder):
                     if config.decoder == "mlp"
                     else learned > config.dec_blocks * 16 * dim * dim
                 )
+
+
+@pytest.mark.parametrize("encoder", [name for name in ENCODERS if name.startswith("dinov")])
+def test_positions_and_registers_at_every_size(encoder):
+    """Features are one a patch at each size that fits: positions resampled, class token and registers dropped."""
+    patch, registers = ENCODERS[encoder].patch, 4 if "reg4" in encoder or "dinov3" in encoder else 0
+    sides = [224, *(side for side in SIZES.values() if side % patch == 0)]
+    assert sides == [224, 336, 448, 518 if patch == 14 else 512]
+    for side in sides:
+        config = preset("+".join(["coco", encoder, *([f"{side}px"] if side != 224 else [])]))
+        with torch.device("meta"):
+            frozen = Encoder(build_vit(config), last_blocks=4)
+            features = frozen(torch.empty(2, 3, side, side))
+        assert frozen.num_prefix == 1 + registers
+        assert features.shape == (2, (side // patch) ** 2, frozen.dim) and frozen.grid == side // patch
+        assert Spot(config, frozen).num_orders == 9
 
 
 def a_run(root: Path, name: str, number: int, **changes) -> Path:
@@ -214,6 +244,9 @@ def test_a_student_finds_a_teacher_of_its_kind(tmp_path):
     for encoder, teacher in (("vit_base_patch16_224.dino", spot), ("vit_base_patch16_224.mae", mae), ("another", mae)):
         assert find_teacher(None, tmp_path, "coco", "spot", encoder) == teacher
     assert find_run(tmp_path, preset="coco", stage=1) == mae  # the newest, whatever its method
+    large = a_run(tmp_path, "coco+448px", 3)
+    for size, teacher in ((448, large), (224, spot), (None, large)):
+        assert find_teacher(None, tmp_path, "coco", "spot", "vit_base_patch16_224.dino", size) == teacher
     with pytest.raises(UserError, match=r"no finished stage 1 run of preset voc\+spot_mlp in .*voc\+spot_mlp$"):
         find_teacher(None, tmp_path, "voc", "spot_mlp")
 
@@ -244,6 +277,14 @@ def test_a_student_follows_its_teacher(tmp_path, capsys):
     assert (config["decoder"], config["orders"]) == ("masked", "standard")
     config = config_of(capsys, tmp_path, "--preset", "spot_ens", *student, str(a_run(tmp_path, "voc", 1)))
     assert (config["preset"], config["method"], config["epochs"]) == ("voc", "spot_ens", 560)
+    large = a_run(tmp_path, "coco+dinov3_vits16+336px", 1)
+    for words in (["--preset", "coco"], ["--preset", "coco+336px"], []):
+        config = config_of(capsys, tmp_path, *words, *student, str(large))
+        assert (config["image_size"], config["encoder"]) == (336, "vit_small_patch16_dinov3.lvd1689m")
+    config = config_of(capsys, tmp_path, "--preset", "coco+336px", "--stage", "2")
+    assert config["image_size"] == 336
+    assert train.main(["--print-config", "--preset", "coco+448px", *student, str(large)]) == 2
+    assert "has image_size 336 but --image-size is 448: both need the same image size" in capsys.readouterr().err
     assert train.main(["--print-config", "--method", "spot", *student, str(mlp)]) == 2
     assert "was trained with method dinosaur_mlp but --method spot needs spot or spot_ens" in capsys.readouterr().err
 
@@ -260,7 +301,7 @@ def test_a_run_from_before_methods_is_spot(tmp_path):
 def test_the_list_names_every_preset_and_the_main_scores(capsys):
     assert presets.main([]) == 0
     text = capsys.readouterr().out
-    for name in (*DATA_SETS, *METHODS, *ENCODERS):
+    for name in (*DATA_SETS, *METHODS, *ENCODERS, *SIZES):
         assert f"  {name} " in text
     rows = {line.split()[0]: line.split()[1:5] for line in text.splitlines() if line.startswith("  coco+")}
     # Tables 1 (f) and (g), 4, 3, 9 and 10 of the paper
@@ -275,7 +316,17 @@ def test_the_list_names_every_preset_and_the_main_scores(capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["scenes", "coco", "movi_e+spot", "spot_mlp", "coco+bo_qsa", "moco_vitb16", "voc+cappa+dinov3_vitb16"]
+    "name",
+    [
+        "scenes",
+        "coco",
+        "movi_e+spot",
+        "spot_mlp",
+        "coco+bo_qsa",
+        "moco_vitb16",
+        "voc+cappa+dinov3_vitb16",
+        "518px+dinov2_vitb14_reg4",
+    ],
 )
 def test_a_page_is_what_its_commands_train(capsys, name):
     assert presets.main([name]) == 0
@@ -353,7 +404,7 @@ def test_a_registered_data_set_is_a_preset_like_any_other(tmp_path, monkeypatch,
     monkeypatch.setitem(READERS, "photos", Reader(Folder, "a folder of photos"))
     monkeypatch.setitem(DATA_SETS, "photos", recipes.DataSet("our photos", "photos", DATA_SETS["coco"].values))
     assert presets.main([]) == 0
-    assert "\n  photos         our photos\n" in capsys.readouterr().out
+    assert "\n  photos             our photos\n" in capsys.readouterr().out
     for name in ("photos", "photos+spot_mlp+mae_vitb16"):
         assert presets.main([name, "--json"]) == 0
         about = json.loads(capsys.readouterr().out)
@@ -379,5 +430,5 @@ def test_a_registered_encoder_without_rates_has_those_of_the_data_set(monkeypatc
     vit = recipes.Vit("a small ViT", timm="vit_mini", source="ours", licence="yours", weights="mini.safetensors")
     monkeypatch.setitem(ENCODERS, "mini", vit)
     assert presets.main([]) == 0
-    assert "  mini           a small ViT; lr 0.0004 to 4e-07, lambda 0.005\n" in capsys.readouterr().out
+    assert "  mini               a small ViT; lr 0.0004 to 4e-07, lambda 0.005\n" in capsys.readouterr().out
     assert preset("movi_e+mini") == preset("movi_e", encoder="vit_mini")

@@ -2,15 +2,21 @@
 
 Every operator's results are followed until they are freed. What a kernel allocates for itself inside an operator is not
 seen, nor what an allocator rounds up or keeps. Products need not be computed for it: they cost nearly all of the time.
+With `kernels` the operators of spot_kernels allocate what they do on a GPU, where no N × N matrix is kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+
+from spot_kernels import dispatch
 
 _ATEN = torch.ops.aten
 _PRODUCTS = {
@@ -39,14 +45,17 @@ class LiveBytes(TorchDispatchMode):
             self._follow(tensor)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self._products or func not in _PRODUCTS:
+        if func.namespace == "spot_kernels" and "triton" in args:  # counted, not run: there is no GPU
+            skipped = True
+        else:
+            skipped = not self._products and func in _PRODUCTS
+        if not skipped:
             results = func(*args, **(kwargs or {}))
         else:
             shapes = func(*tree_map(_on(torch.device("meta")), args), **(kwargs or {}))
+            device = next(value.device for value in tree_flatten(args)[0] if isinstance(value, torch.Tensor))
             results = tree_map(
-                lambda value: (
-                    torch.zeros_like(value, device=args[0].device) if isinstance(value, torch.Tensor) else value
-                ),
+                lambda value: torch.zeros_like(value, device=device) if isinstance(value, torch.Tensor) else value,
                 shapes,
             )
         for result in tree_flatten(results)[0]:
@@ -72,6 +81,19 @@ class LiveBytes(TorchDispatchMode):
 
 def _on(device: torch.device):
     return lambda value: value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+@contextlib.contextmanager
+def kernels() -> Iterator[None]:
+    """Operators of spot_kernels choose their kernels on any device; inside `LiveBytes` they then give zeros."""
+    choose = dispatch.choose
+
+    def on_gpu(operator: str, tensor: torch.Tensor, limit: str = "") -> str:
+        taken = not limit and tensor.dtype in dispatch.SUPPORT[operator].get("triton", ())
+        return "triton" if taken else choose(operator, tensor, limit)
+
+    with patch.object(dispatch, "choose", on_gpu):
+        yield
 
 
 def of_step(steps, *, products: bool = True) -> int:

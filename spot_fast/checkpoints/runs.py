@@ -215,11 +215,13 @@ def find_run(
     stage: int | None = None,
     methods: Sequence[str] = (),
     encoder: str | None = None,
+    image_size: int | None = None,
     finished: bool = True,
 ) -> Path:
     """The newest finished (or unfinished) run below `root`, optionally of one preset, one stage and some methods.
 
-    Runs with `encoder` are preferred. UserError, which names the first method, without such a run.
+    Runs with `encoder`, of them those with `image_size`, are preferred. UserError, which names the first method,
+    without a run.
     """
     runs = [
         folder
@@ -229,11 +231,13 @@ def find_run(
         and (not methods or config.method in methods)
     ]
     fitting = [folder for folder in runs if is_finished(folder) == finished]
-    for folder in fitting:
-        if encoder is None or read_config(folder).encoder == encoder:
-            return folder
     if fitting:
-        return fitting[0]
+
+        def agrees(folder: Path) -> tuple[bool, bool]:
+            config = read_config(folder)
+            return encoder in (None, config.encoder), image_size in (None, config.image_size)
+
+        return max(fitting, key=agrees)  # of equals the first, which is the newest
     wanted = " ".join(["finished" if finished else "unfinished", *(["stage", str(stage)] if stage else []), "run"])
     if preset and methods and methods[0] != "spot":
         preset += f"+{methods[0]}"

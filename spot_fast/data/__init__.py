@@ -10,7 +10,7 @@ from pathlib import Path
 from spot_fast.config import Config
 from spot_fast.data.base import ImageFiles, ImageSet, Masks
 from spot_fast.data.batch import Batch
-from spot_fast.data.datasets import coco, folder, movi, movi_check, scenes, voc
+from spot_fast.data.datasets import clevrtex, coco, folder, movi, movi_check, scenes, voc
 from spot_fast.data.datasets.folder import Folder
 from spot_fast.data.datasets.movi_tfrecord import open_clips
 from spot_fast.data.datasets.scenes import Scenes
@@ -43,9 +43,9 @@ class Reader:
     inspect: Callable[[Path, bool], CheckResult] | None = None
 
 
-def _movi(name: str) -> Reader:
+def _movi(name: str, side: int = 0) -> Reader:
     return Reader(
-        partial(open_clips, release=name),
+        partial(open_clips, release=name.removesuffix(f"_{side}"), side=side),
         f"a folder with {movi.EXPECTED}",
         recognises=lambda path: movi_check.recognised(path) == name,
         inspect=partial(movi_check.inspect, name=name),
@@ -68,6 +68,14 @@ READERS: dict[str, Reader] = {
     ),
     "movi_c": _movi("movi_c"),
     "movi_e": _movi("movi_e"),
+    "movi_c_256": _movi("movi_c_256", 256),
+    "movi_e_256": _movi("movi_e_256", 256),
+    "clevrtex": Reader(
+        clevrtex.ClevrTex,
+        f"a folder with {clevrtex.EXPECTED}",
+        recognises=clevrtex.recognises,
+        remarks=clevrtex.remarks,
+    ),
     "folder": Reader(Folder, f"a folder of {folder.EXPECTED}", takes_list=True, title="image folder"),
 }
 

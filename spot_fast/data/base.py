@@ -92,12 +92,15 @@ class ImageSet(ABC):
 
 @dataclass(frozen=True)
 class Geometry:
-    """How an image becomes a square: resized to width x height, then cropped with the corner at (left, top)."""
+    """How an image becomes a square: resized to width x height, then cropped with the corner at (left, top).
 
-    width: int
-    height: int
-    left: int
-    top: int
+    Fractions of a pixel stand for a square that is cut out of the stored image before it is resized.
+    """
+
+    width: float
+    height: float
+    left: float
+    top: float
 
 
 class ImageFiles(ImageSet):

@@ -16,7 +16,7 @@ from spot_fast.errors import UserError
 from spot_fast.recipes import DATA_SETS, encoder_recipe, needs_data, split, timm_name
 
 _EPILOG = """presets: {without} (generated, needs no data), {with_data} (need --data PATH); with + a
-method and an encoder where they are not SPOT's own: coco+dinosaur, coco+mae_vitb16, voc+spot_mlp+moco_vitb16.
+method, an encoder and a size where they are not SPOT's own: coco+dinosaur, coco+dinov2_vitb14+518px.
 All of them with their sources and the paper's numbers: python -m spot_fast.presets
 The defaults above are those of the chosen preset and stage: try --preset coco --stage 2 --help.
 
@@ -75,6 +75,7 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     first.add_argument("--preset", default="scenes")
     first.add_argument("--method", default=argparse.SUPPRESS)
     first.add_argument("--encoder", default=argparse.SUPPRESS)
+    first.add_argument("--image-size", type=int, default=argparse.SUPPRESS)
     first.add_argument("--stage", default="1")
     known = vars(first.parse_known_args(argv)[0])
     defaults = preset(known.pop("preset"), 2 if known.pop("stage") == "2" else 1, **known)
@@ -100,19 +101,24 @@ def _names_a_run(values: dict[str, Any], given: dict[str, Any]) -> bool:
 
 
 def _named_parts(given: dict[str, Any], *, has_data: bool) -> dict[str, Any]:
-    """`given` with the named parts of --preset as preset, method and encoder.
+    """`given` with the named parts of --preset as preset, method, encoder and image_size.
 
     has_data: another run determines the data set. UserError for --data of a set that nothing names.
     """
     name = given.get("preset", "scenes")
-    data, method, encoder = split(name)
+    data, method, encoder, size = split(name)
     if data is None and not has_data and given.get("data") is not None:
         raise UserError(
             f"--preset {name} names no data set for --data {given['data']}: write the set before it, such "
             f"as --preset coco+{name}"
         )
     encoder = encoder or given.get("encoder")
-    parts = {"preset": data if "preset" in given else None, "method": method, "encoder": encoder and timm_name(encoder)}
+    parts = {
+        "preset": data if "preset" in given else None,
+        "method": method,
+        "encoder": encoder and timm_name(encoder),
+        "image_size": size,
+    }
     rest = {key: value for key, value in given.items() if key != "preset"}
     return rest | {key: value for key, value in parts.items() if value is not None}
 

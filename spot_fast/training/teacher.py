@@ -29,10 +29,17 @@ _STAGE1_COURSE = ("epochs", "lr", "lr_low", "warmup_steps", "slot_rate", "initia
 _AS_TEACHER = "a student that begins as its teacher needs the same, or --initial-weights xavier"
 
 
-def find_teacher(name: str | None, root: Path, preset: str, method: str = "spot", encoder: str | None = None) -> Path:
+def find_teacher(
+    name: str | None,
+    root: Path,
+    preset: str,
+    method: str = "spot",
+    encoder: str | None = None,
+    image_size: int | None = None,
+) -> Path:
     """The teacher's run folder: the one named, or the newest finished stage-1 run that can teach preset and method.
 
-    encoder: preferred if runs have several. `check_teacher` checks whether the teacher fits.
+    encoder, image_size: preferred if runs have several. `check_teacher` checks whether the teacher fits.
     """
     if name is not None:
         folder = find_folder(name, root)
@@ -43,7 +50,14 @@ def find_teacher(name: str | None, root: Path, preset: str, method: str = "spot"
             )
         return folder
     try:
-        return find_run(root, preset=preset, stage=1, methods=METHODS[method].teachers, encoder=encoder)
+        return find_run(
+            root,
+            preset=preset,
+            stage=1,
+            methods=METHODS[method].teachers,
+            encoder=encoder,
+            image_size=image_size,
+        )
     except UserError as error:
         raise UserError(f"stage 2 needs a teacher, but {error}") from None
 

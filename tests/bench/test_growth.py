@@ -10,6 +10,8 @@ from harness import live_bytes
 from harness.live_bytes import LiveBytes
 from harness.step_runs import TrainerSteps, settings
 
+from spot_kernels import chosen_backend, permuted_causal_attention
+
 points = growth.points
 
 
@@ -58,7 +60,7 @@ def test_growth_is_told_as_ratios():
 
 
 def test_a_card_is_filled_by_as_much_of_the_batch_as_fits(monkeypatch, capsys):
-    monkeypatch.setattr(memory, "bytes_of", lambda name, stage, size, tiny: 2e9 + 1e9 * size)
+    monkeypatch.setattr(memory, "bytes_of", lambda config: 2e9 + 1e9 * config.batch_size)
     assert memory.line("coco", 1, 80e9) == (2e9, 1e9, 1) and memory.line("coco", 1, 24e9)[2] == 4
     assert memory.line("coco", 1, 4e9)[2] is None
     assert memory.main(["--presets", "movi_e"]) == 0
@@ -75,3 +77,25 @@ def test_a_step_holds_its_weights_and_moments_and_more():
     # Without its products a step holds the same.
     again = TrainerSteps(settings(1, precision="float32", batch_size=2, tiny=True), torch.device("cpu"))
     assert live_bytes.of_step(again, products=False) == pytest.approx(counted, rel=0.01)
+
+
+def test_the_kernels_keep_no_matrix_of_tokens():
+    """Of the attention in a patch order live its result and two numbers a row, as on a GPU; forward and backward."""
+    tokens, order = 64, torch.arange(64).flip(0)
+    q, k, v = (torch.zeros(1, 2, tokens, 8, requires_grad=True) for _ in "qkv")
+    with live_bytes.kernels(), LiveBytes([q, k, v, order]) as counter:
+        before = counter.now
+        out = permuted_causal_attention(q, k, v, order)
+        assert counter.peak - before == 4 * (out.numel() + 2 * 2 * tokens)
+        out.sum().backward()
+    assert q.grad.shape == q.shape and counter.peak - before < 4 * 2 * tokens**2
+    assert chosen_backend("permuted_causal_attention", q) == "torch"
+
+
+def test_the_table_of_sizes_has_every_size_that_fits(monkeypatch, capsys):
+    monkeypatch.setattr(memory, "bytes_of", lambda config: 2e9 + config.image_size * 1e6 * config.batch_size)
+    monkeypatch.setattr(memory, "flops", lambda encoder, side, stage: stage * side * 1e12)
+    assert memory.main(["--sizes", "--encoders", "dinov2_vits14", "dinov3_vits16"]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [int(row.split(" | ")[1]) for row in rows[::2]] == [224, 336, 448, 518, 224, 336, 448, 512]
+    assert rows[7] == "| dinov2_vits14 | 518 | 1,369 | 2 | 1036.0 | 2.00 | 518 | 35.2 | 39 | 147 | 265 |"

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import tfrecord_files as files
-from data_folders import labels, make_coco, make_folder, make_voc, save
+from data_folders import labels, make_clevrtex, make_coco, make_folder, make_voc, save
 from spot_fast.config import preset
 from spot_fast.data import open_set, open_sets
 from spot_fast.data.__main__ import main
@@ -45,6 +45,12 @@ def make_shards(root):
     files.write_shards(root / "movi_e/128x128/1.0.0", "movi_e-validation.tfrecord", [[one]])
 
 
+def make_large_shards(root):
+    one = files.clip([Image.new("RGB", (256, 256), "red")] * 10, [Image.new("L", (256, 256))] * 10)
+    files.write_shards(root / "movi_e/256x256/1.0.0", "movi_e-train.tfrecord", [[one, one]])
+    files.write_shards(root / "movi_e/256x256/1.0.0", "movi_e-validation.tfrecord", [[one]])
+
+
 def make_masks(root):
     make_folder(root)
     save(root / "a_mask.png", labels())
@@ -56,6 +62,8 @@ KINDS = {
     make_voc: ("PASCAL VOC 2012", "train  3 images", "val    2 images, 4 mask files", "voc", 3),
     make_clips: ("MOVi as PNG clips", "train  2 clips, 20 frames", "val    1 clip, 10 frames, masks", "movi_c", 18),
     make_shards: ("MOVi as TFRecord (movi_e)", "train  3 clips in 2 shards", "val    1 clip in 1 shard", "movi_e", 27),
+    make_large_shards: ("MOVi as TFRecord (movi_e)", "train  2 clips in 1", "val    1 clip in 1", "movi_e_256", 18),
+    make_clevrtex: ("ClevrTex", "train  3 images", "val    2 images, 2 mask files", "clevrtex", 3),
     make_folder: ("image folder", "train  3 images", "val    3 images\n", "folder", 3),
     make_masks: ("image folder", "train  3 images", "val    2 images, 2 mask files", "folder", 3),
 }

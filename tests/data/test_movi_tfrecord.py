@@ -173,3 +173,35 @@ def test_damaged_frame_is_a_corrupt_image(tmp_path):
     train = MoviRecords(tmp_path, "train")
     with pytest.raises(CorruptImage, match=r"00000-of-00001/00000000/\d{8}_image.png cannot be read: not an image"):
         train.train_image(0, np.random.default_rng(0))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A clip of each split as the release at 256 × 256 has them: a square of object 3 in the left upper corner."""
+    root = tmp_path_factory.mktemp("large")
+    instances = np.zeros((256, 256), np.uint8)
+    instances[:101, :99] = 3
+    frame = Image.effect_noise((256, 256), 60).convert("RGB")
+    for split in ("train", "validation"):
+        clip = files.clip([frame] * 2, [Image.fromarray(instances)] * 2)
+        files.write_shards(root / "movi_e/256x256/1.0.0", f"movi_e-{split}.tfrecord", [[clip]])
+    return root, frame, instances
+
+
+def test_frames_of_256_pixels(large):
+    """Read whole: images are resized from 256, masks compared at that size; movi_e compares them at 128 and says so."""
+    root, frame, instances = large
+    images = open_set(preset("movi_e_256", data=str(root), image_size=256), "val")
+    assert len(images) == 2 and not images.notes
+    assert torch.equal(images.val_image(0), torch.from_numpy(np.asarray(frame).transpose(2, 0, 1).copy()))
+    assert torch.equal(images.val_masks(1).instances, torch.from_numpy(instances.astype(np.int64)))
+    assert len(open_set(preset("movi_e_256+336px", data=str(root)), "train")) == 2
+    halved = open_set(preset("movi_e", data=str(root)), "val")
+    assert halved.val_masks(0).instances.shape == (128, 128)
+    assert halved.notes == ("frames are 256 x 256: --preset movi_e_256 also compares masks at that size",)
+
+
+def test_the_preset_of_256_pixels_refuses_smaller_frames(both):
+    for root in both:
+        with pytest.raises(UserError, match=r"holds frames of 12 x 12, not 256 x 256: use --preset movi_c$"):
+            open_set(preset("movi_c_256", data=str(root)), "val")

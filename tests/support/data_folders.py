@@ -79,3 +79,20 @@ def make_labelled_voc(root):
     save_labels(inside / "SegmentationObject" / "2007_000032.png", objects)
     save_labels(inside / "SegmentationClass" / "2007_000032.png", np.where(objects == 255, 255, (objects > 0) * 15))
     return root
+
+
+def save_clevrtex(folder, variant, numbers):
+    """Frames of 320 × 240 with an alpha channel and palette masks, and two of the other files that lie beside them."""
+    numbered = np.zeros((240, 320), np.uint8)
+    numbered[40:120, 80:140], numbered[100:200, 160:250], numbered[60:90, 200:230], numbered[:20] = 1, 2, 10, 3
+    for number in numbers:
+        stem = folder / str(number // 1000) / f"CLEVRTEX_{variant}_{number:06d}"
+        noise = [Image.effect_noise((320, 240), 60) for _ in "RGB"]
+        save(stem.with_name(f"{stem.name}.png"), Image.merge("RGBA", [*noise, Image.new("L", (320, 240), 255)]))
+        save(stem.with_name(f"{stem.name}_depth_0001.png"), Image.new("L", (320, 240)))
+        save_labels(stem.with_name(f"{stem.name}_flat.png"), numbered)
+        stem.with_name(f"{stem.name}.json").write_text("{}")
+
+
+def make_clevrtex(root):
+    save_clevrtex(root / "clevrtex_full", "full", [0, 4_999, 5_000, 9_999, 10_000, 10_001, 49_999])

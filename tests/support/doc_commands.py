@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import golden_tensors
 import tfrecord_files
-from data_folders import make_coco, make_folder, make_voc, save
+from data_folders import make_clevrtex, make_coco, make_folder, make_voc, save
 from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder
 from spot_fast.checkpoints.runs import MODEL, save_tensors, write_config
 from spot_fast.config import preset
@@ -64,10 +64,12 @@ def furnish(place: Path) -> None:
     for split, names in (("train", "ab"), ("val", "c")):
         save(place / "SBD" / "dataset" / "img" / f"{names[0]}.jpg")
         (place / "SBD" / "dataset" / f"{split}.txt").write_text("\n".join(names))
-    one = tfrecord_files.clip([Image.new("RGB", (8, 8), "red")] * 10, [Image.new("L", (8, 8))] * 10)
-    for name in ("movi_c", "movi_e"):
+    make_clevrtex(place / "CLEVRTEX")
+    for folder, name, side in (("MOVI_C", "movi_c", 8), ("MOVI_E", "movi_e", 8), ("MOVI_E_256", "movi_e", 256)):
+        frame, instances = Image.new("RGB", (side, side), "red"), Image.new("L", (side, side))
+        one = tfrecord_files.clip([frame] * 10, [instances] * 10)
         for split in ("train", "validation"):
-            tfrecord_files.write_shards(place / name.upper() / "1.0.0", f"{name}-{split}.tfrecord", [[one]])
+            tfrecord_files.write_shards(place / folder / "1.0.0", f"{name}-{split}.tfrecord", [[one]])
     for name in ("PHOTOS", "PATH", "BOXES"):
         make_folder(place / name)
     (place / "BOXES" / "boxes.csv").write_text("a.jpg,2,2,9,9\na.jpg,12,2,19,9\nb.jpg,2,2,9,9\n")

@@ -9,6 +9,7 @@ from spot_fast.data.datasets import movi, movi_tfrecord, tfrecord
 from spot_fast.data.decoding.damage import data_damage
 from spot_fast.data.inspection import CheckResult, Inspection, Split, of_sets
 from spot_fast.data.listing.search import counted
+from spot_fast.data.masks import fit
 from spot_fast.errors import UserError
 
 _ALL_FRAMES = 1 << 30
@@ -19,9 +20,23 @@ def recognised(path: Path) -> str | None:
     """The preset of the clips at `path`; None if it holds none."""
     if _has_png_clips(path):
         names = {part.lower() for part in path.absolute().parts}
-        return "movi_e" if names & {"movi_e", "movi-e", "e"} else "movi_c"
-    release = _release(path)
-    return release and ("movi_e" if release == "movi_e" else "movi_c")
+        release = "movi_e" if names & {"movi_e", "movi-e", "e"} else "movi_c"
+    elif release := _release(path):
+        release = "movi_e" if release == "movi_e" else "movi_c"
+    else:
+        return None
+    return f"{release}_{movi_tfrecord.LARGE}" if _is_large(path) else release
+
+
+def _is_large(path: Path) -> bool:
+    """Whether the first frame is one of the release at 256 pixels."""
+    for split in movi.SPLITS:
+        try:
+            clips = movi_tfrecord.open_clips(path, split, limit=1)
+            return fit.stored_size(clips.paths[0], clips.encoded(0)) == (movi_tfrecord.LARGE,) * 2
+        except UserError:  # `inspect` reports it
+            continue
+    return False
 
 
 def inspect(path: Path, decode: bool, name: str) -> CheckResult:

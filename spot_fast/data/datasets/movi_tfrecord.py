@@ -1,5 +1,7 @@
 """MOVi-C and MOVi-E as they are released: TFRecord shards such as movi_c-train.tfrecord-00000-of-01024.
 
+Both sizes of the release, 128 × 128 and 256 × 256 pixels, have the same names and are read alike.
+
 A record is a clip. Its feature "video" is a list of encoded RGB frames, "segmentations" a list of encoded maps of
 instance numbers, 0 for the background (Kubric, challenges/movi). Clips are numbered in the order in which TensorFlow
 Datasets reads them unshuffled: conversions to PNG clips name their folders so, 00000000 and so on, and both give the
@@ -17,6 +19,7 @@ from typing import Any
 
 from spot_fast.data.base import ImageFiles, Masks
 from spot_fast.data.datasets import movi, tfrecord
+from spot_fast.data.masks import fit
 from spot_fast.data.masks.labels import open_labels
 from spot_fast.errors import CorruptImage, UserError
 
@@ -25,6 +28,7 @@ _SHARD = re.compile(r"(?P<set>.+)-(?P<split>train|validation)\.tfrecord-\d{5}-of
 _OTHER_SHARD = re.compile(r".+-(train|validation)\.(?P<format>array_record|riegeli|parquet)-\d{5}-of-\d{5}")
 _DEPTH = 6  # folders below the root that are searched
 _INTERLEAVED, _BLOCK = 16, 16  # files that TensorFlow Datasets reads in turn, and records per turn
+LARGE = 256  # side of the larger release, in pixels
 VIDEO, MASKS = "video", "segmentations"  # names of the features
 
 
@@ -112,8 +116,26 @@ class MoviRecords(ImageFiles):
         return offsets
 
 
-def open_clips(root: str | Path, split: str, *, release: str = "", **options: Any) -> ImageFiles:
-    """Opens one split of MOVi under `root`: PNG clips if there are any, else TFRecord shards."""
+def open_clips(root: str | Path, split: str, *, release: str = "", side: int = 0, **options: Any) -> ImageFiles:
+    """Opens one split of MOVi under `root`: PNG clips if there are any, else TFRecord shards.
+
+    side: of the frames that the preset is for, in pixels, which UserError demands; 0 for the preset of any.
+    """
+    clips = _open_clips(root, split, release=release, **options)
+    try:
+        size = fit.stored_size(clips.paths[0], clips.encoded(0))
+    except CorruptImage:  # reported when it is read
+        return clips
+    if side and size != (side, side):
+        raise UserError(
+            f"--data {root} holds frames of {size[0]} x {size[1]}, not {side} x {side}: use --preset {release}"
+        )
+    if not side and size == (LARGE, LARGE):
+        clips.notes = (f"frames are {LARGE} x {LARGE}: --preset {release}_{LARGE} also compares masks at that size",)
+    return clips
+
+
+def _open_clips(root: str | Path, split: str, *, release: str, **options: Any) -> ImageFiles:
     if (Path(root) / movi.SPLITS[split]).is_dir():  # a listing of its millions of files would take minutes
         return movi.Movi(root, split, **options)
     if not releases(Path(root))[movi.SPLITS[split]]:

@@ -14,6 +14,7 @@ from spot_kernels.permuted_attention import empty_gradients, empty_results
 # B, N, H, d of q, k, v, which are thirds of one tensor, as the modules have them: few tokens and many, wide heads and
 # narrow ones, and a width that is no power of two.
 _WIDE, _NARROW, _PADDED, _MANY = (2, 196, 6, 128), (2, 1024, 6, 64), (2, 196, 4, 96), (2, 4096, 2, 128)
+_518_PIXELS = (2, 1369, 6, 128)  # ViT-B/14; no tile and no vector divides the tokens
 
 
 def _attend(shape: tuple[int, int, int, int], dtype: torch.dtype, per_sample: bool) -> None:
@@ -36,7 +37,7 @@ def _attend_tf32() -> None:
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    for shape in (_WIDE, _NARROW, _PADDED):
+    for shape in (_WIDE, _NARROW, _PADDED, _518_PIXELS):
         yield f"bfloat16 {shape}", partial(_attend, shape, torch.bfloat16, False)
     for shape in (_WIDE, _NARROW):
         yield f"float32 {shape}", partial(_attend, shape, torch.float32, False)

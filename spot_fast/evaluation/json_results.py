@@ -65,6 +65,7 @@ def _run(run: ScoredRun) -> dict:
         {
             "protocol": scored.protocol,
             "mask_size": scored.mask_size,
+            "panoptic": scored.panoptic,
             "without_object": scored.unlabelled,
             "rows": [_row(row) for row in scored.rows],
         }

@@ -16,7 +16,15 @@ from spot_fast.evaluation.metrics import METRICS, SIZE_BINS
 from spot_fast.evaluation.scoring import Evaluation, Row, Table
 from spot_fast.files import atomic_write
 
-TITLES = {"mbo_i": "mBO_i", "mbo_c": "mBO_c", "miou": "mIoU", "fg_ari": "FG-ARI"}
+TITLES = {
+    "mbo_i": "mBO_i",
+    "mbo_c": "mBO_c",
+    "miou": "mIoU",
+    "fg_ari": "FG-ARI",
+    "ari": "ARI",
+    "p_ari": "P-ARI",
+    "pq": "PQ",
+}
 BINS = [f"{100 * low:g}–{100 * high:g}" for low, high in zip(SIZE_BINS, SIZE_BINS[1:], strict=False)]
 _CSV = ("run", "image", "protocol", "masks", "orders", "columns", "num_masks", *METRICS, "objects", "note")
 _MOST_NAMES = 10  # in a line of text; the JSON and CSV files name all images
@@ -28,6 +36,8 @@ NOTES = (
     f"[2] as many masks as slots, in 1 to {MAX_COLUMNS} columns, whichever has the best mBO_i",
     f"[3] per image on the frozen features that the decoder reconstructs, at unit length; best of {STARTS} starts",
     "[4] the layout of SPOT's Table 6",
+    "ARI is over all pixels, the background a segment; P-ARI is of panoptic annotations, – without them; PQ is of them "
+    "or, without them, of the objects and the background",
 )
 
 
@@ -143,7 +153,8 @@ def run_report(run: ScoredRun, sizes: bool) -> str:
     for scored in evaluation.tables:
         lines += [
             f"{run.name} · preset {config.recipe} · stage {config.stage} · {count} of {evaluation.data}, "
-            f"masks {scored.mask_size} × {scored.mask_size} · protocol {scored.protocol} · percent",
+            f"masks {scored.mask_size} × {scored.mask_size}{', panoptic annotations' * scored.panoptic} · "
+            f"protocol {scored.protocol} · percent",
             "",
             evaluation_table(scored),
             "",

@@ -25,7 +25,7 @@ from harness.machine import commit, cpu_name
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from spot_fast.evaluation.metrics import METRICS, count_pairs, labels_from_soft, pair_labels, scores_of_counts
+from spot_fast.evaluation.metrics import SPOT_METRICS, count_pairs, labels_from_soft, pair_labels, scores_of_counts
 from spot_kernels import chosen_backend
 
 MOST_OBJECTS = 15
@@ -81,7 +81,7 @@ def ours(given: Images, batch_size: int = 32) -> Tensor:
         for soft in given.soft:
             labels = labels_from_soft(soft[part], given.instances.shape[-1])
             scores = scores_of_counts(count_pairs(labels, soft.shape[2], truth).cpu(), truth)
-            kinds.append(torch.stack([scores[name] for name in METRICS], 1))
+            kinds.append(torch.stack([scores[name] for name in SPOT_METRICS], 1))
         batches.append(torch.stack(kinds))
     return torch.cat(batches, 1)
 

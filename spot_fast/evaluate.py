@@ -1,5 +1,5 @@
 """python -m spot_fast.evaluate [RUN ...]: a table for each run and protocol, and mean ± std over runs that differ in
-their seed only."""
+their seed only; with --transfer one table of all runs over other data sets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from spot_fast.evaluation.tables import (
     tables_by_protocol,
     write_csv,
 )
+from spot_fast.evaluation.transfer import Target, open_target, targets_of, transfer_report
 from spot_fast.files import writable_target, write_json
 from spot_fast.system.devices import usable_device
 
@@ -68,6 +70,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_scoring_options(parser, protocol="spot", protocol_note=": a table each")
+    parser.add_argument(
+        "--transfer",
+        nargs="+",
+        metavar="SET=PATH",
+        help="instead: one table over these data sets, such as coco=COCO voc=VOCdevkit scenes, with the size of each "
+        "one's own masks and the runs' own input size and slots",
+    )
     parser.add_argument("--sizes", action="store_true", help="also print mBO_i by the size of the instances")
     parser.add_argument(
         "--size-plot",
@@ -97,25 +106,46 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     if targets["size-plot"]:
         check_target(targets["size-plot"])
+    others = _targets(args)
     device = usable_device(args.device)
     # All runs are opened before the first is measured: a missing one should not cost the others' minutes.
     runs = open_runs(args.runs, args.root)
     scored: list[ScoredRun] = []
     opened: dict[str, ImageSet] = {}
+    names = [protocol.name for protocol in protocols]
+    for run in runs if others else ():  # and all sets, likewise
+        for other in others:
+            open_target(other, run.config, opened)
     for run in runs:
-        val_set = open_val_set(run.config, args.data, opened)
-        result = score(run.model, val_set, [protocol.name for protocol in protocols], args, device, run.name)
-        scored.append(ScoredRun(run.name, run.config, result))
-        # On disk before it is printed: neither a terminal nor a later run can lose it.
-        failed = _write(args, targets, protocols, scored, device)
-        print(run_report(scored[-1], args.sizes), end="\n\n", flush=True)
-    for group in seed_groups([run.config for run in scored]):
-        print(group_report([scored[index] for index in group], args.sizes), end="\n\n")
+        for other in others or (None,):
+            val_set = open_target(other, run.config, opened) if other else open_val_set(run.config, args.data, opened)
+            of_set = other.name if other else ""
+            result = score(run.model, val_set, names, args, device, " ".join([run.name, of_set]).strip(), of_set)
+            if other:  # MOVi-C and MOVi-E have the same name
+                result = replace(result, data=f"{of_set}: {result.data}")
+            scored.append(ScoredRun(run.name, run.config, result, of_set))
+            # On disk before it is printed: neither a terminal nor a later run can lose it.
+            failed = _write(args, targets, protocols, scored, device)
+        if not others:
+            print(run_report(scored[-1], args.sizes), end="\n\n", flush=True)
+    if others:
+        print("\n\n".join(transfer_report(scored, name) for name in names), end="\n\n")
+    else:
+        for group in seed_groups([run.config for run in scored]):
+            print(group_report([scored[index] for index in group], args.sizes), end="\n\n")
     print("\n".join(NOTES))
     if failed is not None:
         raise failed
     for target in filter(None, targets.values()):
         print(f"wrote {target}")
+
+
+def _targets(args: argparse.Namespace) -> list[Target]:
+    """The data sets of --transfer, none without it; UserError for options that are of a single set."""
+    for option in ("data", "sizes", "size-plot"):
+        if args.transfer and getattr(args, option.replace("-", "_")):
+            raise UserError(f"--{option} is for one data set: leave it out, or --transfer")
+    return targets_of(args.transfer or ())
 
 
 def _write(
@@ -126,7 +156,7 @@ def _write(
     device: torch.device,
 ) -> UserError | None:
     """Writes the files of the options; returns the first error, to be raised after the scores are printed."""
-    groups = seed_groups([run.config for run in runs])
+    groups = [] if args.transfer else seed_groups([run.config for run in runs])
     settings = {name: getattr(args, name) for name in ("seed", "batch_size", "limit", "precision")}
     settings["device"] = str(device)
     writers = {

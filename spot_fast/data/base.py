@@ -30,6 +30,7 @@ class ImageSet(ABC):
     name         for messages and tables
     has_masks    `val_masks` works
     has_classes  those masks have class maps
+    has_panoptic `panoptic_segments` works
     flip         training images are mirrored with probability 1/2; the loader does it, `train_image` does not
     random_crop  `finish` and `train_image` depend on their rng
     notes        lines for the user, such as how many files or annotations are left out
@@ -40,6 +41,7 @@ class ImageSet(ABC):
     name: str = "images"
     has_masks: bool = False
     has_classes: bool = False
+    has_panoptic: bool = False
     flip: bool = False
     random_crop: bool = False
     notes: Sequence[str] = ()
@@ -84,6 +86,10 @@ class ImageSet(ABC):
     def val_masks(self, index: int) -> Masks:
         """Label maps of the same part of the image as `val_image`; UserError if missing or unreadable."""
         raise UserError(f"{self.name} has no masks: evaluate on a set that has them")
+
+    def panoptic_segments(self, index: int) -> np.ndarray:
+        """int32 [height, width] at the size of the image: things and stuff from 1, 0 where nothing is labelled."""
+        raise UserError(f"{self.name} has no panoptic annotations: ask for none")
 
     def mask_files(self, index: int) -> list[Path]:
         """The files that `val_masks` reads; none if masks are not files of their own."""

@@ -12,12 +12,14 @@ from spot_fast.evaluation.metrics import METRICS, SIZE_BINS
 from spot_fast.evaluation.protocols import Protocol
 from spot_fast.evaluation.scoring import Row
 from spot_fast.evaluation.tables import ScoredRun, mean_rows, mean_sizes, tables_by_protocol
+from spot_fast.evaluation.transfer import transfer_json
 
 
 def json_results(
     runs: Sequence[ScoredRun], groups: Sequence[Sequence[int]], protocols: Sequence[Protocol], settings: dict
 ) -> dict:
-    """groups: indices of `runs` that differ only in their seed."""
+    """groups: indices of `runs` that differ only in their seed. With --transfer there are none, but its table."""
+    transfer = runs and runs[0].data_set
     return {
         "protocol": protocols[0].name,
         "protocols": {protocol.name: {"about": protocol.about, "source": protocol.source} for protocol in protocols},
@@ -26,6 +28,7 @@ def json_results(
         "settings": settings,
         "runs": [_run(run) for run in runs],
         "summary": [entry for group in groups for entry in _summary([runs[index] for index in group])],
+        **({"transfer": transfer_json(runs, [protocol.name for protocol in protocols])} if transfer else {}),
     }
 
 
@@ -65,6 +68,7 @@ def _run(run: ScoredRun) -> dict:
         {
             "protocol": scored.protocol,
             "mask_size": scored.mask_size,
+            "panoptic": scored.panoptic,
             "without_object": scored.unlabelled,
             "rows": [_row(row) for row in scored.rows],
         }
@@ -73,6 +77,7 @@ def _run(run: ScoredRun) -> dict:
     return {
         "run": run.name,
         **{name: getattr(run.config, name) for name in ("preset", "stage", "seed")},
+        **({"set": run.data_set} if run.data_set else {}),
         "data": evaluation.data,
         "images": evaluation.images,
         "skipped": evaluation.skipped,

@@ -1,16 +1,20 @@
-"""mBO, mIoU and FG-ARI of predicted label maps, all from one table of pixel counts per image.
+"""mBO, mIoU, ARI and panoptic quality of predicted label maps, all from one table of pixel counts per image.
 
-A pixel of the ground truth has an instance g and a class h. Each pair (g, h) in an image gets a number j, and c[k, j]
-counts the pixels of predicted label k and pair j, in one pass. Summing columns of the same instance, or class, gives
-the contingency tables of all metrics (SPOT, section 4), with areas as row and column sums:
+A pixel of the ground truth has an instance g and a class h, in some sets a panoptic segment too. Each pair (g, h) in an
+image gets a number j, and c[k, j] counts the pixels of predicted label k and pair j, in one pass. Summing columns of
+the same instance, class or segment gives the contingency tables of all metrics, with areas as row and column sums:
 
     IoU[k, g] = c[k, g] / (area of k + area of g - c[k, g])
     mBO       = mean over non-empty ground-truth masks g > 0 of max_k IoU[k, g]
     mIoU      = mean over the same masks of IoU under the one-to-one matching that maximises it; unmatched masks give 0
     FG-ARI    = adjusted Rand index of c without column 0 (pixels of the ground truth's background)
+    ARI       = adjusted Rand index of c, the background a segment
+    P-ARI     = adjusted Rand index of the table of panoptic segments, things and stuff
+    PQ        = panoptic quality of that table, or of c where the set has no panoptic segments (partitions.py)
 
-Label 0 of the ground truth is background; each of the K predicted masks counts. `Rules` are those of other code bases
-than SPOT's (protocols.py names them).
+The first four are SPOT's (section 4); P-ARI and PQ are what FT-DINOSAUR (arXiv 2408.09162) reports beside FG-ARI and
+mBO. Label 0 of the ground truth is background; each of the K predicted masks counts. `Rules` are those of other code
+bases than SPOT's (protocols.py names them).
 """
 
 from __future__ import annotations
@@ -21,10 +25,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spot_fast.evaluation.partitions import adjusted_rand, panoptic_quality
 from spot_fast.system.devices import send
 from spot_kernels import linear_assignment, mask_labels, overlap_counts
 
-METRICS = ("mbo_i", "mbo_c", "miou", "fg_ari")
+SPOT_METRICS = ("mbo_i", "mbo_c", "miou", "fg_ari")
+METRICS = (*SPOT_METRICS, "ari", "p_ari", "pq")
 MAX_LABEL = 255  # of the ground truth; with larger labels each image is renumbered
 # Labels of pixels without a single instance. VOID: counted nowhere. OVERLAP: background in the truth, and a predicted
 # mask of their own.
@@ -65,11 +71,13 @@ class Pairs:
     labels     [B, H, W] int16 or int64 on the maps' device: the number of each pixel's pair
     instances  [B, J] int64 on the CPU: each pair's instance, VOID or OVERLAP; VOID beyond the image's last pair
     classes    [B, J] likewise; all VOID without classes
+    panoptic   [B, J] likewise, of panoptic segments; None in sets without
     """
 
     labels: Tensor
     instances: Tensor
     classes: Tensor
+    panoptic: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -94,29 +102,23 @@ def labels_from_soft(masks: Tensor, size: int) -> Tensor:
     return mask_labels(masks.detach() if masks.is_floating_point() else masks.float(), size)
 
 
-def pair_labels(instances: Tensor, classes: Tensor | None = None, ignore: Tensor | None = None) -> Pairs:
-    """Numbers the pairs of instance and class of each image.
+def pair_labels(
+    instances: Tensor, classes: Tensor | None = None, ignore: Tensor | None = None, panoptic: Tensor | None = None
+) -> Pairs:
+    """Numbers the pairs of instance and class of each image; with panoptic segments, the triples.
 
-    instances and classes [B, H, W] are integer maps of labels from 0 on (with gaps), VOID or OVERLAP; where ignore
-    [B, H, W] is not 0 both are VOID. With labels above 255 each image is renumbered from 1, in order: no score depends
-    on the numbers. Waits for a GPU twice. ValueError names a map that does not fit.
+    instances, classes and panoptic [B, H, W] are integer maps of labels from 0 on (with gaps), VOID or OVERLAP; where
+    ignore [B, H, W] is not 0 the first two are VOID. With labels above 255 each image is renumbered from 1, in order:
+    no score depends on the numbers. Waits for a GPU twice for each of pairs and triples. ValueError names a map that
+    does not fit.
     """
     maps = [instances] if classes is None else [instances, classes]
-    for labels in maps:
+    for labels in maps if panoptic is None else [*maps, panoptic]:
         _check_map("truth", labels, instances.shape)
-    maps = [labels.flatten(1) for labels in maps]
     if not instances.numel():
         nothing = torch.full((len(instances), 1), VOID)
-        return Pairs(instances.to(torch.int16), nothing, nothing)
-    bounds = _bounds(maps)
-    for low, high in bounds:
-        if low < OVERLAP:
-            raise ValueError(
-                f"ground truth has labels {low} to {high}: expected 0 for the background, 1 and above for objects"
-            )
-    if any(high > MAX_LABEL for _, high in bounds):
-        maps = [_renumbered(labels) for labels in maps]
-        bounds = _bounds(maps)
+        return Pairs(instances.to(torch.int16), nothing, nothing, None if panoptic is None else nothing)
+    maps, bounds = _bounded([labels.flatten(1) for labels in maps])
     (low, high), (low_class, high_class) = bounds[0], bounds[-1]
     wide = 1 if classes is None else high_class - low_class + 1
     codes = (high - low + 1) * wide + 1
@@ -127,24 +129,54 @@ def pair_labels(instances: Tensor, classes: Tensor | None = None, ignore: Tensor
     if ignore is not None:
         _check_map("ignore", ignore, instances.shape)
         code.masked_fill_(ignore.flatten(1) != 0, 0)
-    code = code.long()
+    labels, of_code = _numbered(code.long(), codes)
+    pair, void = of_code - 1, of_code < 1
+    of = torch.full((2, *pair.shape), VOID)
+    of[0] = (pair // wide + low).masked_fill(void, VOID)
+    if classes is not None:
+        of[1] = (pair % wide + low_class).masked_fill(void, VOID)
+    if panoptic is None:
+        return Pairs(labels.reshape(instances.shape), of[0], of[1])
+    (segments,), ((low, high),) = _bounded([panoptic.flatten(1)])
+    wide = high - low + 1
+    labels, of_code = _numbered(labels.long().mul_(wide).add_(segments).sub_(low), of.shape[2] * wide)
+    beyond = of_code < 0
+    of = of.gather(2, (of_code // wide).clamp(min=0).expand(2, -1, -1)).masked_fill(beyond, VOID)
+    return Pairs(labels.reshape(instances.shape), of[0], of[1], (of_code % wide + low).masked_fill(beyond, VOID))
+
+
+def _bounded(maps: list[Tensor]) -> tuple[list[Tensor], list[tuple[int, int]]]:
+    """Maps [B, P], renumbered where labels are too large, and their bounds; ValueError for labels that mean nothing."""
+    bounds = _bounds(maps)
+    for low, high in bounds:
+        if low < OVERLAP:
+            raise ValueError(
+                f"ground truth has labels {low} to {high}: expected 0 for the background, 1 and above for objects"
+            )
+    if any(high > MAX_LABEL for _, high in bounds):
+        maps = [_renumbered(labels) for labels in maps]
+        bounds = _bounds(maps)
+    return maps, bounds
+
+
+def _numbered(code: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+    """Each image's codes, int64 [B, P] in 0…codes-1, numbered from 0 in order.
+
+    Returns the numbers, int16 or int64 [B, P] on the codes' device, and the code of each number, int64 [B, J] on the
+    CPU, -1 beyond the image's last.
+    """
     if codes > _MOST_CODES:
         listed, code = code.unique(return_inverse=True)
         listed, codes = listed.cpu(), len(listed)
     else:
         listed = torch.arange(codes)
     present = torch.zeros(len(code), codes, dtype=torch.bool, device=code.device).scatter_(1, code, True).cpu()
-    number = present.cumsum(1) - 1  # each image numbers the codes that it has, in order
-    pairs = int(present.sum(1).max())
+    number = present.cumsum(1) - 1
+    most = int(present.sum(1).max())
     image, index = present.nonzero(as_tuple=True)
-    column, pair = number[image, index], listed[index] - 1
-    void = pair < 0
-    of = torch.full((2, len(code), pairs), VOID)
-    of[0, image, column] = (pair // wide + low).masked_fill(void, VOID)
-    if classes is not None:
-        of[1, image, column] = (pair % wide + low_class).masked_fill(void, VOID)
-    labels = send(number.to(torch.int16) if pairs < 2**15 else number, code.device).gather(1, code)
-    return Pairs(labels.reshape(instances.shape), of[0], of[1])
+    of = torch.full((len(code), most), -1)
+    of[image, number[image, index]] = listed[index]
+    return send(number.to(torch.int16) if most < 2**15 else number, code.device).gather(1, code), of
 
 
 def _bounds(maps: list[Tensor]) -> list[tuple[int, int]]:
@@ -241,26 +273,8 @@ def _matched(values: Tensor, columns: Tensor) -> Tensor:
 
 
 def foreground_ari(counts: Tensor) -> Tensor:
-    """Adjusted Rand index over foreground pixels of each image: float64 [B], 1 where its denominator is 0.
-
-    counts [B, K, J] from `count_overlaps`. In Python integers at the end: at 320 x 320 products of pair counts exceed
-    64 bits.
-    """
-    objects = counts[:, :, 1:]
-    both = _pairs(objects).sum((1, 2)).tolist()
-    in_pred = _pairs(objects.sum(2)).sum(1).tolist()
-    in_truth = _pairs(objects.sum(1)).sum(1).tolist()
-    total = _pairs(objects.sum((1, 2))).tolist()
-    scores = []
-    for s, a, b, t in zip(both, in_pred, in_truth, total, strict=True):
-        # (s - ab/t) / ((a + b)/2 - ab/t), numerator and denominator times 2t to stay in integers.
-        denominator = t * (a + b) - 2 * a * b
-        scores.append(2 * (s * t - a * b) / denominator if denominator else 1.0)
-    return torch.tensor(scores, dtype=torch.float64)
-
-
-def _pairs(count: Tensor) -> Tensor:
-    return count * (count - 1) // 2
+    """`adjusted_rand` over the foreground pixels of each image: float64 [B]; counts [B, K, J] of `count_overlaps`."""
+    return adjusted_rand(counts[:, :, 1:])
 
 
 def scores_of_counts(counts: Tensor, truth: Pairs, rules: Rules = SPOT_RULES) -> dict[str, Tensor]:
@@ -278,6 +292,8 @@ def scores_of_counts(counts: Tensor, truth: Pairs, rules: Rules = SPOT_RULES) ->
         "mbo_i": best_overlap(iou[:, :, first:], present[:, first:]),
         "mbo_c": torch.full((len(counts),), math.nan, dtype=torch.float64),
         "fg_ari": foreground_ari(table),
+        # Without a pixel that counts there is nothing to compare.
+        "ari": adjusted_rand(table).where(present.any(1), math.nan),
         "objects": present[:, first:].sum(1),
     }
     if rules.cosine:
@@ -290,8 +306,25 @@ def scores_of_counts(counts: Tensor, truth: Pairs, rules: Rules = SPOT_RULES) ->
         scores["mbo_c"] = best_overlap(*(part[..., first:] for part in of_classes))
     if not rules.empty_ari:
         scores["fg_ari"] = scores["fg_ari"].where(present[:, 1:].any(1), math.nan)
+    scores["p_ari"], scores["pq"] = _panoptic(counts, table, truth)
     scores["size_sums"], scores["size_counts"] = _by_size(iou, table.sum(1), pixels)
     return scores
+
+
+def _panoptic(counts: Tensor, table: Tensor, truth: Pairs) -> tuple[Tensor, Tensor]:
+    """P-ARI and PQ of each image, float64 [B].
+
+    Without panoptic segments there is no P-ARI, and PQ is of the instances and the background as one segment more;
+    pixels of several instances are then void, as no predicted mask is theirs (`merge_columns` makes one up).
+    """
+    if truth.panoptic is None:
+        own = table[:, : counts.shape[1]]
+        nothing = torch.full((len(counts),), math.nan, dtype=torch.float64)
+        return nothing, panoptic_quality(own, counts.sum(2) - own.sum(2))
+    segments = merge_columns(counts, truth.panoptic)
+    in_all = counts.sum(2)
+    rand = adjusted_rand(segments).where(segments.any(2).any(1), math.nan)
+    return rand, panoptic_quality(segments, in_all - segments.sum(2))
 
 
 def _cosine_matched(table: Tensor, iou: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -325,14 +358,15 @@ def image_scores(
     classes: Tensor | None = None,
     ignore: Tensor | None = None,
     rules: Rules = SPOT_RULES,
+    panoptic: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """`scores_of_counts` of label maps.
 
-    pred [B, H, W] in 0…num_pred-1; instances, classes and ignore [B, H, W] as in `data.base.Masks`. An image without
-    objects has no mBO and no mIoU, but an FG-ARI of 1. mbo_c is NaN without classes.
+    pred [B, H, W] in 0…num_pred-1; the others [B, H, W] as in `pair_labels`. An image without objects has no mBO and no
+    mIoU, but an FG-ARI of 1. mbo_c is NaN without classes, p_ari without panoptic segments.
     """
     _check_pred(pred, num_pred, instances)
-    truth = pair_labels(instances, classes, ignore)
+    truth = pair_labels(instances, classes, ignore, panoptic)
     return scores_of_counts(count_pairs(pred, num_pred, truth).cpu(), truth, rules)
 
 

@@ -55,11 +55,17 @@ def open_val_set(config: Config, data: str | None, opened: dict[str, ImageSet]) 
 
 
 def score(
-    model: Spot, val_set: ImageSet, protocols: Sequence[str], args: argparse.Namespace, device: torch.device, name: str
+    model: Spot,
+    val_set: ImageSet,
+    protocols: Sequence[str],
+    args: argparse.Namespace,
+    device: torch.device,
+    name: str,
+    data_set: str = "",
 ) -> Evaluation:
     """Scores a model on `device`; afterwards it is on the CPU, so that the next one has the memory.
 
-    name: of the run, for the progress bar.
+    name: of the run, for the progress bar. data_set: whose published block masks are scored too; "" for the run's.
     """
     if args.adaptive_slots is not None:
         model.config = replace(model.config, adaptive_slots=args.adaptive_slots)
@@ -68,7 +74,7 @@ def score(
             model.to(device),
             val_set,
             protocols=protocols,
-            layouts=published_layouts(model.config.preset),
+            layouts=published_layouts(data_set or model.config.preset),
             batch_size=args.batch_size,
             seed=args.seed,
             limit=args.limit,

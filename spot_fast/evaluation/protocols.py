@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ class Protocol:
     truth            (annotations at full size, size) → Masks with VOID and OVERLAP; None: the set's own `val_masks`
     crowd            COCO's crowd regions are instances
     ignored          label of pixels that a set without full annotations ignores; None: they keep their own
+    square           the square of panoptic segments, which has to be that of `truth`: (label map, size) → label map
     """
 
     name: str
@@ -45,10 +46,7 @@ class Protocol:
     truth: Callable[[FullLabels, int], Masks] | None = None
     crowd: bool = True
     ignored: int | None = VOID
-
-
-def _minor_side(labels: np.ndarray, size: int) -> torch.Tensor:
-    return transforms.center_crop_labels(labels, size)
+    square: Callable[[np.ndarray, int], torch.Tensor] = transforms.center_crop_labels
 
 
 def _crop_first(labels: np.ndarray, size: int) -> torch.Tensor:
@@ -80,7 +78,7 @@ def _oclf_truth(full: FullLabels, size: int) -> Masks:
     both = (full.instances > 0) & (full.top_classes > 0)
     instances = _masked(np.where(both, full.instances, 0), full.covered | full.undecided, VOID)
     classes = _masked(np.where(both, full.top_classes, 0), full.undecided, VOID)
-    return Masks(_minor_side(instances, size), _minor_side(classes, size))
+    return Masks(transforms.center_crop_labels(instances, size), transforms.center_crop_labels(classes, size))
 
 
 def _slotdiffusion_truth(full: FullLabels, size: int) -> Masks:
@@ -94,7 +92,7 @@ def _ocbench_truth(full: FullLabels, size: int) -> Masks:
 
 
 def _lsd_truth(full: FullLabels, size: int) -> Masks:
-    return Masks(_minor_side(full.instances, size))
+    return Masks(transforms.center_crop_labels(full.instances, size))
 
 
 PROTOCOLS = {
@@ -125,6 +123,7 @@ PROTOCOLS = {
             stretched=256,
             truth=_ocbench_truth,
             ignored=None,
+            square=_crop_first,
         ),
         Protocol(
             "slotdiffusion",
@@ -138,6 +137,7 @@ PROTOCOLS = {
             truth=_slotdiffusion_truth,
             crowd=False,
             ignored=OVERLAP,
+            square=_nearest_corner,
         ),
         Protocol(
             "lsd",
@@ -169,25 +169,41 @@ def chosen(names: str | Sequence[str]) -> list[Protocol]:
 
 
 class GroundTruth:
-    """Label maps of the images of `image_set` under one protocol."""
+    """Label maps of the images of `image_set` under one protocol.
 
-    def __init__(self, protocol: Protocol, image_set: ImageSet) -> None:
+    panoptic: with panoptic segments where the set has them, which costs another image file a picture.
+    """
+
+    def __init__(self, protocol: Protocol, image_set: ImageSet, *, panoptic: bool = False) -> None:
         self.protocol = protocol
+        self.panoptic = panoptic and image_set.has_panoptic
         stretched = getattr(image_set, "crop", "center") == "stretch"
+        self._square = transforms.stretch_labels if stretched else protocol.square
         self._size = protocol.stretched if stretched else protocol.size
         self._set = image_set
         if self._size and isinstance(image_set, ImageFiles):
             self._set = copy.copy(image_set)
             self._set.mask_size = self._size
 
-    def masks(self, index: int, read: dict[bool, FullLabels] | None = None) -> Masks:
+    def masks(self, index: int, read: dict[bool | str, FullLabels | np.ndarray] | None = None) -> Masks:
         """int label maps, all of one size, with VOID and OVERLAP; UserError if they cannot be read.
 
-        read: the image's annotations with and without crowd regions, filled in here and shared between protocols.
+        read: the image's annotations with and without crowd regions (True, False) and its "panoptic" segments, filled
+        in here and shared between protocols.
         """
+        read = {} if read is None else read
+        masks = self._masks(index, read)
+        if not self.panoptic:
+            return masks
+        if "panoptic" not in read:
+            read["panoptic"] = self._set.panoptic_segments(index)
+        square = self._square(read["panoptic"], len(masks.instances))
+        return replace(masks, panoptic=square.masked_fill(square == 0, VOID))
+
+    def _masks(self, index: int, read: dict[bool | str, FullLabels | np.ndarray]) -> Masks:
         full_labels = getattr(self._set, "full_labels", None)
         if self.protocol.truth is not None and full_labels is not None:
-            read, crowd = {} if read is None else read, self.protocol.crowd
+            crowd = self.protocol.crowd
             if crowd not in read:
                 read[crowd] = full_labels(index, crowd=crowd)
             return self.protocol.truth(read[crowd], self._size or self._set.mask_size)

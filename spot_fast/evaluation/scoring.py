@@ -73,12 +73,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows under one protocol. unlabelled: labels of the images without an object."""
+    """All rows under one protocol. unlabelled: labels of the images without an object. panoptic: P-ARI and PQ are of
+    panoptic annotations; otherwise there is no P-ARI, and PQ is of the objects and the background."""
 
     protocol: str
     mask_size: int
     rows: list[Row]
     unlabelled: list[str] = field(default_factory=list)
+    panoptic: bool = False
 
     def row(self, masks: str, orders: int | None = None) -> Row:
         """The row of `masks`, averaged over so many patch orders."""
@@ -163,8 +165,9 @@ def evaluate(
     if not count:
         raise UserError(f"{val_set.name} has no validation images: set val_images or the data folder")
     start = time.perf_counter()
-    truths = [GroundTruth(protocol, val_set) for protocol in chosen(protocols)]
+    truths = [GroundTruth(protocol, val_set, panoptic=True) for protocol in chosen(protocols)]
     run = _Pass(model, seed, [truth.protocol for truth in truths], layouts, precision)
+    run.panoptic = truths[0].panoptic
 
     def load(index: int) -> tuple[int, Tensor, list[Masks]]:
         read: dict[bool, FullLabels] = {}
@@ -246,7 +249,11 @@ def _require_few(skipped: dict[str, str], count: int, val_set: ImageSet) -> None
 
 def _small(masks: Masks) -> Masks:
     """The maps as int16, unless their labels need more."""
-    return Masks(*(m if m is None or m.max() >= 2**15 else m.to(torch.int16) for m in (masks.instances, masks.classes)))
+
+    def small(labels: Tensor | None) -> Tensor | None:
+        return labels if labels is None or labels.max() >= 2**15 else labels.to(torch.int16)
+
+    return Masks(small(masks.instances), small(masks.classes), panoptic=small(masks.panoptic))
 
 
 @dataclass(frozen=True)
@@ -287,6 +294,7 @@ class _Pass:
         self.scores: list[dict[tuple, Scores]] = [{} for _ in protocols]
         self.sizes = [0] * len(protocols)
         self.unlabelled: list[list[str]] = [[] for _ in protocols]
+        self.panoptic = False
 
     @torch.no_grad()
     def measure(self, batch: Sequence[tuple[int, Tensor, Sequence[Masks]]]) -> _Batch:
@@ -369,7 +377,7 @@ class _Pass:
 
     def tables(self) -> list[Table]:
         return [
-            Table(protocol.name, size, self._rows(scores), unlabelled)
+            Table(protocol.name, size, self._rows(scores), unlabelled, self.panoptic)
             for protocol, size, scores, unlabelled in zip(
                 self.protocols, self.sizes, self.scores, self.unlabelled, strict=True
             )
@@ -402,5 +410,9 @@ class _Pass:
 
 def stack_truth(masks: Sequence[Masks], device: torch.device) -> Pairs:
     """The ground truth of a batch on the device, from `GroundTruth.masks` of each image."""
-    classes = None if masks[0].classes is None else send(torch.stack([m.classes for m in masks]), device)
-    return pair_labels(send(torch.stack([m.instances for m in masks]), device), classes)
+
+    def stacked(name: str) -> Tensor | None:
+        maps = [getattr(m, name) for m in masks]
+        return None if maps[0] is None else send(torch.stack(maps), device)
+
+    return pair_labels(stacked("instances"), stacked("classes"), panoptic=stacked("panoptic"))

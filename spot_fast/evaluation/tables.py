@@ -16,9 +16,17 @@ from spot_fast.evaluation.metrics import METRICS, SIZE_BINS
 from spot_fast.evaluation.scoring import Evaluation, Row, Table
 from spot_fast.files import atomic_write
 
-TITLES = {"mbo_i": "mBO_i", "mbo_c": "mBO_c", "miou": "mIoU", "fg_ari": "FG-ARI"}
+TITLES = {
+    "mbo_i": "mBO_i",
+    "mbo_c": "mBO_c",
+    "miou": "mIoU",
+    "fg_ari": "FG-ARI",
+    "ari": "ARI",
+    "p_ari": "P-ARI",
+    "pq": "PQ",
+}
 BINS = [f"{100 * low:g}–{100 * high:g}" for low, high in zip(SIZE_BINS, SIZE_BINS[1:], strict=False)]
-_CSV = ("run", "image", "protocol", "masks", "orders", "columns", "num_masks", *METRICS, "objects", "note")
+_CSV = ("run", "image", "protocol", "masks", "orders", "columns", "num_masks", *METRICS, "objects", "note", "data")
 _MOST_NAMES = 10  # in a line of text; the JSON and CSV files name all images
 NO_OBJECT = "no object"
 _SIZES_HEADING = "mBO_i by size of the instance, percent of the label map"
@@ -28,14 +36,19 @@ NOTES = (
     f"[2] as many masks as slots, in 1 to {MAX_COLUMNS} columns, whichever has the best mBO_i",
     f"[3] per image on the frozen features that the decoder reconstructs, at unit length; best of {STARTS} starts",
     "[4] the layout of SPOT's Table 6",
+    "ARI: over all pixels, the background a segment; P-ARI and PQ: of panoptic annotations; without them there is no "
+    "P-ARI,\nand PQ is of the objects and the background",
 )
 
 
 @dataclass(frozen=True)
 class ScoredRun:
+    """data_set: its name in --transfer; "" for the set that the run was trained on."""
+
     name: str
     config: Config
     evaluation: Evaluation
+    data_set: str = ""
 
 
 def seed_groups(configs: Sequence[Config]) -> list[list[int]]:
@@ -103,7 +116,7 @@ def _aligned(tables: Sequence[Table]) -> Iterator[tuple[str, tuple[Row, ...]]]:
         yield shared_title(rows), rows
 
 
-def _mean(values: Sequence[float | None]) -> tuple[float, float] | None:
+def mean_and_deviation(values: Sequence[float | None]) -> tuple[float, float] | None:
     """Mean and standard deviation with n - 1; None where a value is missing."""
     return None if None in values else (float(np.mean(values)), float(np.std(values, ddof=1)))
 
@@ -111,14 +124,15 @@ def _mean(values: Sequence[float | None]) -> tuple[float, float] | None:
 def mean_rows(tables: Sequence[Table]) -> list[tuple[str, dict[str, tuple[float, float] | None]]]:
     """Title and (mean, standard deviation) of each metric, row by row, of two or more tables."""
     return [
-        (title, {name: _mean([r.scores[name] for r in rows]) for name in METRICS}) for title, rows in _aligned(tables)
+        (title, {name: mean_and_deviation([r.scores[name] for r in rows]) for name in METRICS})
+        for title, rows in _aligned(tables)
     ]
 
 
 def mean_sizes(tables: Sequence[Table]) -> list[tuple[str, list[tuple[float, float] | None]]]:
     """Title and (mean, standard deviation) of mBO_i in each size bin, row by row; tables as in `mean_rows`."""
     return [
-        (title, [_mean([mean for mean, _ in bins]) for bins in zip(*(r.sizes for r in rows), strict=True)])
+        (title, [mean_and_deviation([mean for mean, _ in bins]) for bins in zip(*(r.sizes for r in rows), strict=True)])
         for title, rows in _aligned(tables)
     ]
 
@@ -143,7 +157,8 @@ def run_report(run: ScoredRun, sizes: bool) -> str:
     for scored in evaluation.tables:
         lines += [
             f"{run.name} · preset {config.recipe} · stage {config.stage} · {count} of {evaluation.data}, "
-            f"masks {scored.mask_size} × {scored.mask_size} · protocol {scored.protocol} · percent",
+            f"masks {scored.mask_size} × {scored.mask_size}{', panoptic annotations' * scored.panoptic} · "
+            f"protocol {scored.protocol} · percent",
             "",
             evaluation_table(scored),
             "",
@@ -184,7 +199,7 @@ def write_csv(path: Path, evaluations: Sequence[tuple[str, Evaluation]]) -> None
     """Writes a line for each run, image, protocol and kind of masks atomically; a skipped image has one line a run.
 
     Scores are fractions, empty if an image is not counted; `objects` is the number of masks in its mBO_i; `note` says
-    why an image was skipped or that it has no object.
+    why an image was skipped or that it has no object; `data` names its set.
     """
 
     def write(partial: Path) -> None:
@@ -192,7 +207,7 @@ def write_csv(path: Path, evaluations: Sequence[tuple[str, Evaluation]]) -> None
             writer = csv.DictWriter(file, _CSV, restval="", lineterminator="\n")
             writer.writeheader()
             for run, evaluation in evaluations:
-                writer.writerows({"run": run, **line} for line in _lines(evaluation))
+                writer.writerows({"run": run, **line, "data": evaluation.data} for line in _lines(evaluation))
 
     atomic_write(path, write)
 

@@ -15,6 +15,7 @@ from spot_fast.config import preset
 from spot_fast.errors import UserError
 from spot_fast.evaluation.metrics import METRICS
 from spot_fast.evaluation.protocols import PROTOCOLS
+from spot_fast.evaluation.tables import percent
 from spot_fast.model.spot import Spot
 
 SIZES = dict(
@@ -68,11 +69,12 @@ def test_newest_finished_run_without_arguments(here, call):
     heading, _, columns, *rows = out.splitlines()
     assert heading.startswith("scenes-stage2-001 · preset scenes · stage 2 · 6 images of scenes, masks 32 × 32")
     assert "protocol spot" in heading
-    assert columns.split() == ["masks", "mBO_i", "mBO_c", "mIoU", "FG-ARI"]
+    assert columns.split() == ["masks", "mBO_i", "mBO_c", "mIoU", "FG-ARI", "ARI", "P-ARI", "PQ"]
     titles = ["decoder masks, order 0", "decoder masks, all 9 orders", "slot masks [1]", "block masks, ", "k-means, "]
     for title, row in zip(titles, rows[:5], strict=True):
         assert row.startswith(title)
-        assert all(0 <= float(cell) <= 100 for cell in row.split()[-4:])
+        cells = row.split()[-7:]
+        assert cells.pop(5) == "–" and all(-100 <= float(cell) <= 100 for cell in cells)
     assert "[1] the slot-attention map" in out and "mean ± std" not in out
 
 
@@ -91,8 +93,8 @@ def test_json_is_the_table(here, call):
     assert [row["masks"] for row in run["rows"]] == ["decoder", "decoder", "slots", "blocks", "kmeans", "layout"]
     lines = out.splitlines()[3:9]
     for row, line in zip(run["rows"], lines, strict=True):
-        assert [f"{100 * row[name]:.1f}" for name in METRICS] == line.split()[-4:]
-        assert row["counted"] == dict.fromkeys(METRICS, 4)
+        assert [percent(row[name]) for name in METRICS] == line.split()[-7:]
+        assert row["counted"] == dict.fromkeys(METRICS, 4) | {"p_ari": 0} and row["p_ari"] is None
         assert row["num_masks"] == (1 if row["masks"] == "layout" else 4)
     assert [path.name for path in here.iterdir() if path.is_file()] == ["table.json"]
 

@@ -80,7 +80,8 @@ def test_numbers_are_those_that_the_named_command_prints(here, capsys):
     assert evaluate.main([*words[3:], "--device", "cpu"]) == 0
     printed = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
     rows = [row for row in printed if len(row) > 4 and re.fullmatch(r"–|-?[\d.]+( ± [\d.]+)?", row[-1])]
-    scores, sizes = [r for r in rows if len(r) == 5], [r for r in rows if len(r) == 9 and r[0] != "instances"]
+    # A row has seven scores, of which P-ARI is none here, or eight sizes.
+    scores, sizes = [r for r in rows if len(r) == 8], [r for r in rows if len(r) == 9 and r[0] != "instances"]
     # six kinds of masks, of three runs and of the mean of two, under two protocols
     assert len(scores) == len(sizes) == 6 * 4 * 2
     shown = cells_of(page)

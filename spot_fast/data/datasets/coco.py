@@ -1,10 +1,13 @@
 """COCO 2017 as it is distributed: annotations/instances_*.json beside the image folders.
 
+annotations/panoptic_val2017.json and panoptic_val2017/ are read where they are there and panoptic scores are asked for.
+
 Classes are numbered from 1 by position in the list of categories: COCO's 80, or those of another set in its layout.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import numpy as np
 from spot_fast.data.base import FullLabels, ImageFiles, Masks
 from spot_fast.data.listing.names import located
 from spot_fast.data.masks.instances import Instances, read_images
+from spot_fast.data.masks.panoptic import Panoptic
 from spot_fast.errors import UserError
 
 # COCO's 80 things: ids run to 90 with ten numbers left out.
@@ -67,6 +71,36 @@ class Coco(ImageFiles):
         """For protocols other than SPOT's. crowd: draw crowd regions as instances, or not at all."""
         self.fitting(index, self.drawn_size(index), self.instances.path)
         return self.instances.full_labels(self.listed[index], crowd=crowd)
+
+    @property
+    def has_panoptic(self) -> bool:
+        return self.has_masks and self._panoptic is not None
+
+    @cached_property
+    def _panoptic(self) -> Panoptic | None:
+        path = self.annotation_file.with_name(self.annotation_file.name.replace("instances", "panoptic"))
+        if not path.is_file():
+            return None
+        root = path.parent.parent
+        for folder in (path.with_suffix(""), root / path.stem, root / "images" / path.stem):
+            if folder.is_dir():
+                found = Panoptic(path, folder)
+                if lacking := sum(found.file(number) is None for number in self.image_ids):
+                    self.notes = [*self.notes, f"{lacking} of {len(self)} images are not in {path.name}"]
+                return found
+        self.notes = [
+            *self.notes,
+            f"{path} is not used: there is no {path.stem}/ with its PNGs, unpack {path.stem}.zip",
+        ]
+        return None
+
+    def panoptic_segments(self, index: int) -> np.ndarray:
+        image = self.listed[index]
+        segments = self._panoptic.segments(image.id) if self.has_panoptic else super().panoptic_segments(index)
+        if segments is None:  # the list lacks the image
+            return np.zeros(self.drawn_size(index)[::-1], np.int32)
+        self.fitting(index, segments.shape[::-1], self._panoptic.file(image.id))
+        return segments
 
     def drawn_size(self, index: int) -> tuple[int, int] | None:
         return self.instances.size(self.listed[index]) if self.has_masks else None

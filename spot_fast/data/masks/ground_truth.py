@@ -10,11 +10,15 @@ import torch
 
 @dataclass(frozen=True)
 class Masks:
-    """Ground truth of one image, int64 label maps [M, M]; 0 is background. ignore: 1 = void, which counts nowhere."""
+    """Ground truth of one image, int64 label maps [M, M]; 0 is background. ignore: 1 = void, which counts nowhere.
+
+    panoptic: segments of things and stuff; -1 where nothing is labelled.
+    """
 
     instances: torch.Tensor
     classes: torch.Tensor | None = None
     ignore: torch.Tensor | None = None
+    panoptic: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

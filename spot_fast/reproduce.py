@@ -20,11 +20,13 @@ from spot_fast.evaluation.protocols import chosen as chosen_protocols
 from spot_fast.files import atomic_write
 from spot_fast.recipes import DATA_SETS, needs_data
 from spot_fast.reproduction.execution import Runner, Settings
+from spot_fast.reproduction.figures import draw
 from spot_fast.reproduction.folders import Folders
 from spot_fast.reproduction.plan import Plan, chosen, make_plan, rest, state
 from spot_fast.reproduction.results import markdown, write_csv
 from spot_fast.reproduction.runs import Planner, RunSpec
-from spot_fast.reproduction.tables import OURS, PAPER
+from spot_fast.reproduction.tables import OURS, PAPER, TABLES
+from spot_fast.system.optional import required
 
 OUT_OF_TIME = 3
 _GOES_ON = "every run is saved, the same command line goes on"
@@ -109,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen_protocols(args.protocol)
     planner = Planner(args.preset, args.data, options, _weights(args.weights))
     plan = make_plan(chosen(args.tables), planner, list(dict.fromkeys(args.seeds)))
+    if any(TABLES[name].figure for name in plan.tables):
+        required("matplotlib.figure", "a figure", "matplotlib")  # drawing comes last: a missing package must show now
     if args.list:
         print("\n".join(run.name for run in plan.runs))
         return 0
@@ -180,14 +184,22 @@ def _tables() -> str:
 
 def _write(plan: Plan, folders: Folders, args: argparse.Namespace) -> None:
     """Prints the tables and writes them."""
-    text = markdown(plan, folders, args.protocol)
-    print(text)
     out = args.out or args.runs
     out.mkdir(parents=True, exist_ok=True)
-    stem = "-".join([plan.preset, *plan.tables])
-    atomic_write(out / f"{stem}.md", lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
-    write_csv(out / f"{stem}.csv", plan, folders, args.protocol)
-    _say(f"wrote {out / stem}.md and .csv")
+    parts = [markdown(plan, folders, args.protocol)]
+    for name in plan.tables:
+        if TABLES[name].figure:
+            stem = out / f"{plan.preset}-{name}"
+            parts += draw(name, TABLES[name].title, plan.tables[name], folders, stem, args.protocol, args.device)
+    text = "\n\n".join(filter(None, [*parts, *plan.left_out]))
+    print(text)
+    file = out / "-".join([plan.preset, *args.tables])
+    atomic_write(file.with_suffix(".md"), lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
+    written = "md"
+    if not all(TABLES[name].figure for name in plan.tables):  # a figure has a CSV file of its own
+        write_csv(file.with_suffix(".csv"), plan, folders, args.protocol)
+        written += " and .csv"
+    _say(f"wrote {file}.{written}")
 
 
 def _say(text: str) -> None:

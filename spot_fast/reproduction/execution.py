@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
+
 import spot_fast
 import spot_kernels
 from spot_fast.checkpoints.runs import MODEL
@@ -26,7 +28,7 @@ from spot_fast.errors import UserError
 from spot_fast.evaluation.protocols import chosen
 from spot_fast.reproduction.folders import LOGS, Folders
 from spot_fast.reproduction.runs import RunSpec
-from spot_fast.system.machine import commit, cpu_name
+from spot_fast.system.machine import commit, cpu_name, gpu_name
 from spot_fast.training.console import duration
 from spot_fast.training.run_folder import is_free
 
@@ -89,7 +91,8 @@ class Runner:
         self.folders, self.settings, self.say = folders, settings, say
         self.running: list[_Task] = []
         self.outcome = Outcome()
-        self._about = {"commit": commit(), "cpu": cpu_name(), "jobs": str(settings.jobs)}
+        gpu = gpu_name() if torch.cuda.is_available() else ""
+        self._about = {"commit": commit(), "cpu": cpu_name(), "gpu": gpu, "jobs": str(settings.jobs)}
 
     def run(self, runs: Sequence[RunSpec], rest: Callable[[], str] = lambda: "") -> Outcome:
         """rest: what is left to do, for the line after each training. UserError where the first process fails."""

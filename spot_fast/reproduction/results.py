@@ -31,10 +31,14 @@ FIELDS = (*_MASKS, *_ABOUT, "options")
 
 @dataclass(frozen=True)
 class Scored:
-    """Masks of a run under one protocol. values: fractions, None where there was nothing to count."""
+    """Masks of a run under one protocol. values: fractions, None where there was nothing to count.
+
+    sizes: mBO_i and number of the instances in each size bin.
+    """
 
     run: RunSpec
     values: dict[str, float | None]
+    sizes: list[tuple[float | None, int]]
     columns: int
     images: int
 
@@ -51,7 +55,8 @@ def scored(row: PlannedRow, folders: Folders, protocol: str) -> list[Scored]:
         tables = {table["protocol"]: table["rows"] for table in scores["tables"]}
         if masks := _masks(tables[protocol], row.row.masks):
             values = {name: masks[name] for name in METRICS}
-            found.append(Scored(run, values, masks["columns"] or 0, scores["images"]))
+            sizes = [(size["mbo_i"], size["instances"]) for size in masks["sizes"]]
+            found.append(Scored(run, values, sizes, masks["columns"] or 0, scores["images"]))
     return found
 
 
@@ -85,7 +90,7 @@ def markdown(plan: Plan, folders: Folders, protocols: str) -> str:
             parts.append(title + _table(TABLES[name], plan, rows, folders, protocol))
     if machines := _machines(plan, folders):
         parts.append(machines)
-    return "\n\n".join([*parts, *plan.left_out])
+    return "\n\n".join(parts)
 
 
 def paper_data(table: Table, preset: str) -> str | None:
@@ -188,7 +193,7 @@ def _about(run: RunSpec, folders: Folders) -> dict[str, str] | None:
 
 
 def write_csv(path: Path, plan: Plan, folders: Folders, protocols: str) -> None:
-    """A line for each row of a table, seed and protocol that is scored; paper's figures in lines of their own."""
+    """A line for each row of a table, seed and protocol that is scored."""
 
     def write(partial: Path) -> None:
         with partial.open("w", encoding="utf-8", newline="") as file:
@@ -201,6 +206,8 @@ def write_csv(path: Path, plan: Plan, folders: Folders, protocols: str) -> None:
 
 def _lines(plan: Plan, folders: Folders, protocols: str) -> Iterator[dict[str, object]]:
     for name, rows in plan.tables.items():
+        if TABLES[name].figure:
+            continue
         for row in rows:
             for protocol in chosen(protocols):
                 for each in scored(row, folders, protocol.name):

@@ -112,7 +112,7 @@ class Planner:
             if parent is not None
         }
         words = self._words(recipe, seed, parents)
-        config = _resolved(words, parents)
+        config = resolved(words, parents)
         spec = RunSpec(_name(config, parents), config, words, parents.get("--teacher"), parents.get("--init-from"))
         return self.runs.setdefault(spec.name, spec)
 
@@ -147,7 +147,7 @@ class Planner:
                 name = word.removeprefix("--").replace("-", "_")
             factor = word[:-1] if word.endswith("x") else ""
             if _is_number(factor):
-                base = _resolved(words, parents) if recipe.stage == 1 or parents else parse(words).config()
+                base = resolved(words, parents) if recipe.stage == 1 or parents else parse(words).config()
                 yield _times(float(factor), getattr(base, name))
             elif word in ("sum", "steps1"):
                 stages = [parse([*words, "--stage", str(stage)]).config() for stage in (1, 2)]
@@ -187,7 +187,7 @@ def steps(config: Config, images: int | None = None) -> int | None:
     return known // config.batch_size * config.epochs if known else None
 
 
-def _resolved(words: Sequence[str], parents: dict[str, RunSpec]) -> Config:
+def resolved(words: Sequence[str], parents: dict[str, RunSpec]) -> Config:
     """The Config that spot_fast.train makes of `words`, with stand-ins for the folders of runs that may not exist."""
     with tempfile.TemporaryDirectory() as place:
         named = []

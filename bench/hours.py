@@ -25,9 +25,9 @@ from spot_fast.config import Config, preset
 from spot_fast.model.encoder import Encoder
 from spot_fast.model.spot import Spot
 from spot_fast.model.vits import build_vit
+from spot_fast.published import IMAGES
 from spot_fast.training.throughput import peak_by_name
 
-IMAGES = {"coco": 118_287, "voc": 10_582, "movi_c": 87_633, "movi_e": 87_741}  # appendix D.3
 CARDS = ("RTX 3090", "A100", "H100")
 SHARE = 0.4
 

@@ -11,6 +11,16 @@ import re
 from dataclasses import dataclass
 
 METRICS = ("mBO_i", "mBO_c", "mIoU", "FG-ARI")
+Figures = tuple[str, str, str, str]
+# Images of the training sets (D.3).
+IMAGES = {"coco": 118_287, "voc": 10_582, "movi_c": 87_633, "movi_e": 87_741}
+# Table 6: data set → masks → figures; `evaluation.baselines.PUBLISHED_BLOCKS` has their columns.
+BLOCK_MASKS: dict[str, dict[int, Figures]] = {
+    "coco": {7: ("16.8", "19.5", "15.9", "22.7")},
+    "voc": {6: ("24.7", "25.9", "24.2", "13.9"), 1: ("19.1", "23.0", "17.4", "49.9")},
+    "movi_c": {11: ("19.5", "-", "18.2", "42.7")},
+    "movi_e": {24: ("20.4", "-", "18.8", "41.9")},
+}
 
 
 @dataclass(frozen=True)
@@ -25,9 +35,14 @@ class Score:
     encoder: str
     stage: int
     masks: str
-    figures: tuple[str, str, str, str]
+    figures: Figures
     source: str
     note: str = ""
+
+    @property
+    def tables(self) -> list[str]:
+        """The tables that have it, such as "1 (f)" and "10"."""
+        return self.source.removeprefix("Tab. ").split(", ")
 
     @property
     def means(self) -> tuple[float | None, ...]:
@@ -47,6 +62,10 @@ coco spot dino_vitb16 1 slots | 31.1±0.1 38.9±0.3 29.4±0.1 33.4±0.4 | Tab. 1
 coco spot dino_vitb16 2 decoder | 30.1±0.5 38.2±1.0 28.3±0.4 22.5±1.6 | Tab. 1 (e) | --orders standard in both stages
 coco spot dino_vitb16 2 slots | 33.2±0.1 43.6±0.2 31.1±0.0 34.4±0.5 | Tab. 1 (e) | --orders standard in both stages
 coco spot dino_vitb16 2 decoder | 30.7±2.2 - - - | Tab. 2 (a), 8 | --att-weight 0
+coco spot dino_vitb16 2 decoder | 34.6±0.3 - - - | Tab. 2 (a) | --att-weight 0.002
+coco spot dino_vitb16 2 decoder | 34.1±0.5 - - - | Tab. 2 (a) | --att-weight 0.01
+coco spot dino_vitb16 2 decoder | 33.4±1.5 - - - | Tab. 2 (a) | --att-weight 0.02
+coco spot dino_vitb16 2 decoder | 32.4±0.2 - - - | Tab. 2 (c) | --train-blocks 0
 coco spot moco_vitb16 2 decoder | 32.7±0.2 41.7±0.4 30.7±0.2 34.4±0.2 | Tab. 10
 coco spot mae_vitb16 2 decoder | 33.3±0.3 40.7±0.7 31.4±0.3 37.5±1.0 | Tab. 10
 coco spot_ens dino_vitb16 2 decoder | 35.0±0.1 44.7±0.3 33.0±0.1 37.0±0.2 | Tab. 1 (g), 5, 6, 10
@@ -112,3 +131,20 @@ def scores(data: str | None = None, method: str | None = None, encoder: str | No
         for score in SCORES
         if data in (None, score.data) and method in (None, score.method) and encoder in (None, score.encoder)
     ]
+
+
+def figures(table: str, masks: str = "decoder", **named: str) -> dict[str, Figures]:
+    """Data set → the figures of a row of a table, such as "1 (f)". named: fields that tell it from others.
+
+    ValueError without exactly one row for each data set.
+    """
+    named["masks"] = masks
+    found = [
+        row
+        for row in SCORES
+        if table in row.tables and all(getattr(row, name) == value for name, value in named.items())
+    ]
+    by_data = {row.data: row.figures for row in found}
+    if not found or len(by_data) < len(found):
+        raise ValueError(f"{len(found)} rows of table {table} have {named}: name one a data set")
+    return by_data

@@ -159,24 +159,35 @@ def _measure(report: Report, shown: SetRecord, args: argparse.Namespace, device:
         model.to("cpu")
     for index in shown.distinct:
         record = report.runs[index]
-        record.gradients = _gradients(record.run, image_set, args, device)
+        record.gradients = gradients(
+            record.run, image_set, device, args.gradient_images, args.limit, seed=args.seed, batch_size=args.batch_size
+        )
 
 
-def _gradients(run: Run, image_set: ImageSet, args: argparse.Namespace, device: torch.device) -> PatchGradients | None:
+def gradients(
+    run: Run,
+    image_set: ImageSet,
+    device: torch.device,
+    images: int | None = None,
+    limit: int = 0,
+    *,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> PatchGradients | None:
+    """Gradient norm per patch of a run, a mean over `images` (default: few on a slow device), at most `limit`."""
     patches = run.model.encoder.num_tokens
-    images = args.gradient_images
     if images is None:
         few = device.type == "cpu" and patches > _FEW_PATCHES
         images = _FEW_IMAGES if few else _GRADIENT_IMAGES
-    images = min(images, args.limit or images, len(image_set))
+    images = min(images, limit or images, len(image_set))
     if not images:
         return None
     model = run.model.to(device)
-    batches = -(-images // args.batch_size)
+    batches = -(-images // batch_size)
     with tqdm(
         total=batches * patches * model.num_orders, desc=f"{run.name}: gradient norm", unit="patch", disable=None
     ) as bar:
-        norms = patch_gradients(model, image_set, images=images, seed=args.seed, batch=args.batch_size, done=bar.update)
+        norms = patch_gradients(model, image_set, images=images, seed=seed, batch=batch_size, done=bar.update)
     model.to("cpu")
     return norms
 

@@ -133,7 +133,7 @@ def _job(args: Arguments, device: torch.device, world: World) -> _Job | None:
     path = _run_to_resume(args) if args.resume is not None else None
     if path is not None:
         return _resume(args, path, device, world)
-    config, teacher = _new_config(args)
+    config, teacher = new_config(args)
     config = replace(config, precision=resolve(config.precision, device))
     if args.print_config:
         print(replace(config, compile=resolve_compile(config.compile, device)).to_json(), end="")
@@ -141,7 +141,7 @@ def _job(args: Arguments, device: torch.device, world: World) -> _Job | None:
     return _Job(config, teacher, args.threads, fixed_threads=args.threads is not None)
 
 
-def _new_config(args: Arguments) -> tuple[Config, Path | None]:
+def new_config(args: Arguments) -> tuple[Config, Path | None]:
     """Config and teacher of a new run."""
     given = args.given
     if args.stage == 1 and args.teacher is not None:

@@ -96,15 +96,6 @@ class Row:
     orders: int = 0
 
 
-@dataclass(frozen=True)
-class Target:
-    """Something that has to hold; passed is None while runs are missing."""
-
-    text: str
-    passed: bool | None
-    detail: str
-
-
 # ---- numbers
 
 
@@ -194,31 +185,6 @@ def machines(results: Sequence[Result]) -> str:
 
 def _count(number: str, noun: str) -> str:
     return f"{number} {noun}" + "s" * (number != "1")
-
-
-def targets_table(targets: Sequence[Target]) -> str:
-    word = {True: "PASS", False: "FAIL", None: "????"}
-    return "\n".join(f"{word[t.passed]}  {t.text}: {t.detail}" for t in targets)
-
-
-def above(
-    text: str,
-    ours: tuple[Sequence[Result], Row],
-    theirs: tuple[Sequence[Result], Row],
-    by: float = 0.0,
-    *,
-    strict: bool = True,
-) -> Target:
-    """Whether mBO_i of `ours` is more than `theirs` + `by` (a fraction; strict=False: at least) for every seed."""
-    ours_by_seed = {r.seed: column([r], ours[1], "mbo_i") for r in ours[0]}
-    other = {r.seed: column([r], theirs[1], "mbo_i") for r in theirs[0]}
-    seeds = [s for s in ours_by_seed if ours_by_seed[s] and other.get(s) and None not in (*ours_by_seed[s], *other[s])]
-    if not seeds:
-        return Target(text, None, "no finished runs to compare")
-    gaps = [ours_by_seed[s][0] - other[s][0] for s in seeds]
-    passed = all(gap > by or (not strict and gap >= by) for gap in gaps)
-    each = ", ".join(f"{100 * gap:+.1f} (seed {seed})" for seed, gap in zip(seeds, gaps, strict=True))
-    return Target(text, passed, f"{100 * mean(gaps):+.1f} points on average; {each}")
 
 
 # ---- run folders

@@ -61,6 +61,13 @@ PLAIN_STUDENT = Recipe(2, teacher=PLAIN)
 SPOT = Recipe(2, teacher=ORDERS)
 MLP = Recipe(1, parts="spot_mlp")
 MLP_STUDENT = Recipe(2, parts="spot_mlp", teacher=MLP)
+TOP_K = Recipe(1, "--mlp-top-k 2", parts="spot_mlp")
+TOP_K_STUDENT = Recipe(2, "--mlp-top-k 2", parts="spot_mlp", teacher=TOP_K)
+MASKED = Recipe(1, parts="spot_masked")
+MASKED_STUDENT = Recipe(2, parts="spot_masked", teacher=MASKED)
+_ONLINE = "--teacher ema --ema-momentum 0.99"
+ONE_RUN = Recipe(2, "--teacher ema --epochs sum --att-warmup-steps steps1")
+_TWICE = "--image-size 2x --mask-size 2x"
 _BI_LEVEL = Recipe(1, f"{_ONE_ORDER} --epochs 2x --slot-init learned --truncation bi_level")
 
 
@@ -210,8 +217,17 @@ OURS: dict[str, Table] = {
         "Options that are not in the paper, beside SPOT",
         (
             *_ours("SPOT", SPOT),
+            *_ours("online teacher, from the stage-1 model", Recipe(2, _ONLINE, init_from=ORDERS)),
+            *_ours("online teacher, one run", Recipe(2, "--teacher ema --epochs sum")),
+            *_ours("online teacher, one run, after a warm-up", ONE_RUN),
+            *_ours("adaptive slots", _changed("--adaptive-slots")),
+            *_ours("masked decoder", MASKED_STUDENT),
             *_ours("MLP decoder", MLP_STUDENT),
+            *_ours("MLP decoder, top-k", TOP_K_STUDENT),
+            *_ours("fine-tuned at twice the resolution", Recipe(2, _TWICE, init_from=SPOT)),
         ),
+        note="One run is as long as both stages. Top-k decodes each token from two slots; a run at twice the resolution "
+        "is a tenth of the student's epochs long and scored at its own resolution.",
     ),
     "ablations": Table(
         "What each setting of the scenes recipe brings: the same run without it",

@@ -226,8 +226,8 @@ OURS: dict[str, Table] = {
             *_ours("MLP decoder, top-k", TOP_K_STUDENT),
             *_ours("fine-tuned at twice the resolution", Recipe(2, _TWICE, init_from=SPOT)),
         ),
-        note="One run is as long as both stages. Top-k decodes each token from two slots. A run at twice the resolution "
-        "has a tenth of the student's epochs and is scored at its own resolution.",
+        note="One run is as long as both stages. Top-k decodes each token from two slots. A run at twice the size "
+        "has a tenth of the student's epochs and is scored at that size.",
     ),
     "ablations": Table(
         "What each setting of the scenes recipe brings: the same run without it",

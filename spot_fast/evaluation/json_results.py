@@ -96,6 +96,7 @@ def _row(row: Row) -> dict:
     return {
         **{name: getattr(row, name) for name in ("masks", "num_masks", "orders", "columns")},
         **{name: row.scores[name] for name in METRICS},
+        "used": row.used,
         "counted": row.counted,
         "sizes": [_size_bin(index, mbo_i=mean, instances=number) for index, (mean, number) in enumerate(row.sizes)],
     }

@@ -280,7 +280,7 @@ def foreground_ari(counts: Tensor) -> Tensor:
 def scores_of_counts(counts: Tensor, truth: Pairs, rules: Rules = SPOT_RULES) -> dict[str, Tensor]:
     """Each metric of each image as a fraction, float64 [B], NaN where it is not counted, from `count_pairs` on the CPU.
 
-    Also "objects" int64 [B], the number of masks in mBO_i; "size_counts" int64 and "size_sums" float64 [B, bins], the
+    Also int64 [B] "objects", the number of masks in mBO_i, and "used", that of predicted masks with pixels; "size_counts" int64 and "size_sums" float64 [B, bins], the
     number of instances in each of SIZE_BINS (above its lower bound, at most its upper; without void pixels, as a
     fraction of the label map), and the sum of their best IoU.
     """
@@ -295,6 +295,7 @@ def scores_of_counts(counts: Tensor, truth: Pairs, rules: Rules = SPOT_RULES) ->
         # Without a pixel that counts there is nothing to compare.
         "ari": adjusted_rand(table).where(present.any(1), math.nan),
         "objects": present[:, first:].sum(1),
+        "used": counts.any(2).sum(1),
     }
     if rules.cosine:
         scores["mbo_i"], scores["miou"], scores["objects"] = _cosine_matched(table, iou, present)
@@ -406,6 +407,10 @@ class Scores:
     def objects(self) -> Tensor:
         """The number of masks in each image's mBO_i: int64 [n]."""
         return self._all("objects", torch.empty(0, dtype=torch.int64))
+
+    def used(self) -> Tensor:
+        """The number of predicted masks with pixels in each image: int64 [n]."""
+        return self._all("used", torch.empty(0, dtype=torch.int64))
 
     def counted(self) -> dict[str, int]:
         """The number of images that each metric counts."""

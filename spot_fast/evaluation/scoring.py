@@ -47,7 +47,8 @@ class Row:
     masks: decoder, slots, blocks (the best of several layouts), layout (a given one) or kmeans. scores: fractions, None
     where nothing counts. counted: number of images in each score. orders: number of patch orders averaged, for decoder
     masks. columns: of block masks. sizes: mBO_i and number of the instances in each of metrics.SIZE_BINS. per_image:
-    the metrics, NaN where not counted, and "objects", of each image of `Evaluation.labels`.
+    the metrics, NaN where not counted, "objects" and "used" (predicted masks with pixels), of each image of
+    `Evaluation.labels`.
     """
 
     masks: str
@@ -58,6 +59,11 @@ class Row:
     columns: int | None = None
     sizes: list[tuple[float | None, int]] = field(default_factory=list)
     per_image: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def used(self) -> float:
+        """Predicted masks with pixels, mean over the images."""
+        return self.per_image["used"].double().mean().item()
 
     @property
     def title(self) -> str:
@@ -395,7 +401,7 @@ class _Pass:
                 of_masks.counted(),
                 masks,
                 sizes=of_masks.by_size(),
-                per_image=of_masks.per_image() | {"objects": of_masks.objects()},
+                per_image=of_masks.per_image() | {"objects": of_masks.objects(), "used": of_masks.used()},
                 **extra,
             )
 

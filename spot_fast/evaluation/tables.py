@@ -26,7 +26,20 @@ TITLES = {
     "pq": "PQ",
 }
 BINS = [f"{100 * low:g}–{100 * high:g}" for low, high in zip(SIZE_BINS, SIZE_BINS[1:], strict=False)]
-_CSV = ("run", "image", "protocol", "masks", "orders", "columns", "num_masks", *METRICS, "objects", "note", "data")
+_CSV = (
+    "run",
+    "image",
+    "protocol",
+    "masks",
+    "orders",
+    "columns",
+    "num_masks",
+    *METRICS,
+    "objects",
+    "note",
+    "data",
+    "used",
+)
 _MOST_NAMES = 10  # in a line of text; the JSON and CSV files name all images
 NO_OBJECT = "no object"
 _SIZES_HEADING = "mBO_i by size of the instance, percent of the label map"
@@ -105,6 +118,28 @@ def unlabelled_line(scored: Table) -> str:
     return f"{len(names)} without an object, which no mBO counts: {named}"
 
 
+def used_by_objects(scored: Table) -> list[tuple[int, int, dict[str, float]]]:
+    """For each number of objects in an image: that number, its images, and the masks used in them, mean by title.
+
+    Of decoder and slot masks.
+    """
+    rows = [row for row in scored.rows if row.masks in ("decoder", "slots")]
+    objects = rows[0].per_image["objects"]
+    found = []
+    for number in objects.unique().tolist():
+        here = objects == number
+        used = {row.title: row.per_image["used"][here].double().mean().item() for row in rows}
+        found.append((number, int(here.sum()), used))
+    return found
+
+
+def used_line(scored: Table) -> str:
+    """How many masks an image uses, beside its objects."""
+    rows = [row for row in scored.rows if row.masks in ("decoder", "slots")]
+    used = ", ".join(f"{row.used:.1f} {row.title.removesuffix(' [1]')}" for row in rows)
+    return f"in use: {used}; {rows[0].per_image['objects'].double().mean():.1f} objects"
+
+
 def shared_title(rows: Sequence[Row]) -> str:
     """Title of rows of one kind from several tables, whose best block masks may differ in their columns."""
     titles = {row.title for row in rows}
@@ -162,6 +197,8 @@ def run_report(run: ScoredRun, sizes: bool) -> str:
             "",
             evaluation_table(scored),
             "",
+            used_line(scored),
+            "",
         ]
         if sizes:
             lines += [_SIZES_HEADING, "", size_table(scored), ""]
@@ -198,8 +235,9 @@ def group_report(group: Sequence[ScoredRun], sizes: bool) -> str:
 def write_csv(path: Path, evaluations: Sequence[tuple[str, Evaluation]]) -> None:
     """Writes a line for each run, image, protocol and kind of masks atomically; a skipped image has one line a run.
 
-    Scores are fractions, empty if an image is not counted; `objects` is the number of masks in its mBO_i; `note` says
-    why an image was skipped or that it has no object; `data` names its set.
+    Scores are fractions, empty if an image is not counted; `objects` is the number of masks in its mBO_i; `used`
+    that of predicted masks with pixels; `note` says why an image was skipped or that it has no object; `data` names its
+    set.
     """
 
     def write(partial: Path) -> None:
@@ -227,6 +265,7 @@ def _lines(evaluation: Evaluation) -> Iterator[dict[str, object]]:
                     "columns": row.columns,
                     "num_masks": row.num_masks,
                     "objects": values["objects"][index],
+                    "used": values["used"][index],
                     "note": NO_OBJECT if image in empty else "",
                     **{name: "" if math.isnan(score) else f"{score:.6f}" for name, score in scores.items()},
                 }

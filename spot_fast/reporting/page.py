@@ -103,6 +103,7 @@ def _scores(report: Report, shown: SetRecord) -> dict:
         "command": words.evaluate_command(report, shown),
         "size_chart": sizes_chart(rows, instances),
         "size_table": tables.size_table(rows, instances),
+        "used_table": tables.used_table(report, shown),
         "source": words.source_words(report, evaluation.images, shown),
     }
 

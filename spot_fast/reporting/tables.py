@@ -8,7 +8,16 @@ from dataclasses import dataclass, field, fields
 from spot_fast.config import Config
 from spot_fast.evaluation.metrics import METRICS
 from spot_fast.evaluation.size_plot import SizeRow
-from spot_fast.evaluation.tables import BINS, TITLES, mean_rows, mean_sizes, percent, shared_title, spread
+from spot_fast.evaluation.tables import (
+    BINS,
+    TITLES,
+    mean_rows,
+    mean_sizes,
+    percent,
+    shared_title,
+    spread,
+    used_by_objects,
+)
 from spot_fast.reporting.records import Report, SetRecord
 
 TitledRow = tuple[str, list[str]]  # title, cells
@@ -103,6 +112,18 @@ def size_table(rows: Sequence[SizeRow], instances: Sequence[int]) -> ReportTable
         ]
         lines.append((row.name, cells))
     return ReportTable(["masks", *BINS], [("", [*lines, ("instances", [str(count) for count in instances])])])
+
+
+def used_table(report: Report, shown: SetRecord) -> ReportTable:
+    """Masks with pixels in an image, mean by the number of its objects, of every run."""
+    bodies, heading = [], ["masks"]
+    for index in shown.run_indices:
+        record = report.runs[index]
+        found = used_by_objects(record.evaluation.table("spot"))
+        heading = ["masks", *(f"{number} object{'s' * (number != 1)}" for number, _, _ in found)]
+        lines = [(title, [f"{used[title]:.1f}" for _, _, used in found]) for title in found[0][2]]
+        bodies.append((record.name if len(shown.run_indices) > 1 else "", lines))
+    return ReportTable(heading, [*bodies, ("", [("images", [str(images) for _, images, _ in found])])])
 
 
 def size_rows(report: Report, shown: SetRecord) -> list[SizeRow]:

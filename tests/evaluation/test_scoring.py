@@ -15,7 +15,7 @@ from spot_fast.data.datasets.scenes import Scenes
 from spot_fast.errors import UserError
 from spot_fast.evaluation import scoring as evaluation
 from spot_fast.evaluation.baselines import block_masks, kmeans_labels, published_layouts
-from spot_fast.evaluation.metrics import METRICS, SIZE_BINS, image_scores, labels_from_soft
+from spot_fast.evaluation.metrics import METRICS, SIZE_BINS, Scores, image_scores, labels_from_soft
 from spot_fast.evaluation.scoring import Evaluation, Row, Table, evaluate, read_images, slot_noise
 from spot_fast.evaluation.tables import (
     evaluation_table,
@@ -25,6 +25,8 @@ from spot_fast.evaluation.tables import (
     mean_table,
     size_table,
     unlabelled_line,
+    used_by_objects,
+    used_line,
     write_csv,
 )
 from spot_fast.model.encoder import normalise
@@ -436,3 +438,27 @@ def test_sizes_hold_every_object(model, scenes):
 def test_first_table_is_the_evaluations(model, scenes):
     result = evaluate(model, scenes, protocols=["lsd", "spot"], limit=2, progress=False)
     assert isinstance(result, Evaluation) and result.row("slots") == result.table("lsd").row("slots")
+
+
+def test_masks_in_use_are_counted_beside_the_objects():
+    """Three images of one or two objects; one predicted label has no pixel in the first, two in the last."""
+    truth = torch.zeros(3, 4, 4, dtype=torch.long)
+    truth[:, 0] = 1
+    truth[1, 1] = 2
+    pred = torch.zeros(3, 4, 4, dtype=torch.long)
+    pred[0, 0], pred[1, 0], pred[1, 1] = 1, 1, 2
+    scores = Scores()
+    scores.add(pred, 3, truth)
+    assert scores.used().tolist() == [2, 3, 1]
+    per_image = scores.per_image() | {"objects": scores.objects(), "used": scores.used()}
+    decoder, slots = (
+        Row(masks, scores.result(), scores.counted(), 3, orders=1 if masks == "decoder" else None, per_image=per_image)
+        for masks in ("decoder", "slots")
+    )
+    scored = Table("spot", 4, [decoder, slots])
+    title = decoder.title
+    assert [(number, images, used[title]) for number, images, used in used_by_objects(scored)] == [
+        (1, 2, 1.5),
+        (2, 1, 3),
+    ]
+    assert used_line(scored) == "in use: 2.0 decoder masks, order 0, 2.0 slot masks; 1.3 objects"

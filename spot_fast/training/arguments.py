@@ -15,8 +15,9 @@ from spot_fast.config import OPTIONS, Config, flag, option_names, preset
 from spot_fast.errors import UserError
 from spot_fast.recipes import DATA_SETS, encoder_recipe, needs_data, split, timm_name
 
-_EPILOG = """presets: {without} (generated, needs no data), {with_data} (need --data PATH); with + a
-method, an encoder and a size where they are not SPOT's own: coco+dinosaur, coco+dinov2_vitb14+518px.
+_EPILOG = """presets: {without} (generated, needs no data),
+{with_data} (need --data PATH);
+with + a method, an encoder and a size where they are not SPOT's own: coco+dinosaur, coco+dinov2_vitb14+518px.
 All of them with their sources and the paper's numbers: python -m spot_fast.presets
 The defaults above are those of the chosen preset and stage: try --preset coco --stage 2 --help.
 

@@ -190,6 +190,8 @@ def test_cappas_positions_go_back_too():
         ({"feature_norm": True}, "features are normalised"),
         ({"slot_heads": 2}, "slot attention has 2 heads"),
         ({"implementation": "videosaur"}, "implementation is videosaur"),
+        ({"decoder": "masked"}, "its decoder is masked"),
+        ({"decoder": "mlp", "mlp_top_k": 2}, "it decodes the top 2 slots of a token"),
     ],
 )
 def test_a_model_that_the_authors_code_cannot_be_is_refused(changes, reason):

@@ -127,7 +127,6 @@ scenes() {
     seeds=(--seeds 0)
     quick=(-- --epochs 2 --train-images 64 --val-images 8 --batch-size 32 --warmup-steps 2 --eval-images 0)
   }
-  mkdir -p "$OUT/scenes_gpu"
   "$PYTHON" -m spot_fast.reproduce 1 "${seeds[@]}" --runs "$STORE/scenes" --out "$OUT/scenes_gpu" --device "$DEVICE" \
     --threads 4 --jobs 3 --minutes "$(minutes_left)" "${quick[@]}" | tee "$OUT/scenes_gpu.md"
 }

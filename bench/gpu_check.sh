@@ -12,7 +12,7 @@
 #   growth      how a step's time and memory grow with images, tokens and slots
 #   decoding    whether DALI decodes as fast as a step trains, caches and evaluation beside it; once all pieces of
 #               `prepare_gpu.py --dali` have come
-#   scenes      whether the README's results hold on a GPU, three seeds
+#   scenes      the README's results on a GPU, three seeds: python -m spot_fast.reproduce 1
 #   photos      whether the paper's Table 1 holds in small, three seeds; needs the folder that bench/prepare_gpu.py makes
 #
 # A part keeps within MINUTES (8.5), and so do several parts in one call together; scenes and photos go on where they
@@ -127,7 +127,7 @@ scenes() {
     seeds=(--seeds 0)
     quick=(-- --epochs 2 --train-images 64 --val-images 8 --batch-size 32 --warmup-steps 2 --eval-images 0)
   }
-  "$PYTHON" bench/scenes_table.py "${seeds[@]}" --out "$STORE/scenes" --csv "$OUT/scenes_gpu.csv" --device "$DEVICE" \
+  "$PYTHON" -m spot_fast.reproduce 1 "${seeds[@]}" --runs "$STORE/scenes" --out "$OUT/scenes_gpu" --device "$DEVICE" \
     --threads 4 --jobs 3 --minutes "$(minutes_left)" "${quick[@]}" | tee "$OUT/scenes_gpu.md"
 }
 

@@ -6,7 +6,7 @@
 DINOv2-S/14 at 224 px (16 x 16 tokens), 7 slots, 4 decoder blocks. plain and + orders are stage 1 with the standard and
 with the nine patch orders; + self-training and both are students of teachers of the same kind. Unlike the paper's COCO
 protocol, images are not mirrored (--no-flip): they are then the same in every epoch and frozen features are computed
-once. Exit codes and resuming as in scenes_table.py.
+once. Exit code 0, 2 on an error, 3 where --minutes are over. Started again with the same line it goes on.
 
 --cpu fits one core with AVX-512 BF16: 112 px (8 x 8 tokens), a shorter schedule at a higher rate, and of the four
 methods only + orders and its student. `_CPU_RECIPE` has all that it changes. Its grid is coarse for objects as small as

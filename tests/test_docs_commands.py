@@ -93,6 +93,17 @@ def helped(words: list[str]) -> None:
         assert option in output
 
 
+def planned(words: list[str]) -> None:
+    """python -m spot_fast.reproduce …, which trains: with --plan, the words of a shell ($…, >) left out."""
+    words = words[: words.index(">")] if ">" in words else words
+    if "--only" in words:
+        at = words.index("--only")
+        words = words[:at] + words[at + 2 :]
+    end = words.index("--") if "--" in words else len(words)
+    plan = [] if {"--plan", "--list", "--show"} & set(words) or end == 3 else ["--plan"]
+    as_written([*words[:end], *plan, *words[end:]])
+
+
 def script(words: list[str]) -> None:
     """python FILE …, as written."""
     code, output = call(Path(words[1]).stem, words[2:])
@@ -129,6 +140,7 @@ HOW: list[tuple[str, Callable[[list[str]], None], str]] = [
     (r"python -m spot_fast\.train --resume", as_written, "as written; the newest run is finished"),
     (r"python -m spot_fast\.train .*--preset (?!scenes|dinosaur)", configured, "configuration and data set, untrained"),
     (r"python -m spot_fast\.train", with_options(SHORT), "trains two steps"),
+    (r"python -m spot_fast\.reproduce", planned, "what it would train"),
     (r"python -m spot_fast\.pretrain", helped, "takes minutes: its options are checked"),
     (r"python -m spot_fast\.segment .*--encoder vit_small_patch14", with_options("--size 56"), "on 16 tokens"),
     (r"python -m spot_fast\.segment --scenes", with_options("--scenes 1"), "with one scene"),

@@ -145,7 +145,8 @@ def results_of(
 
 def _noted(folders: Folders, spec: RunSpec) -> dict[str, str]:
     """What was noted when the training began, with an empty text where it was not."""
-    return dict.fromkeys(("date", "cpu", "commit", "jobs"), "") | folders.about(spec)
+    noted = folders.about(spec)
+    return {name: noted.get(name, "") for name in ("date", "cpu", "commit", "jobs")}
 
 
 def _which(plan: Plan) -> dict[str, str]:

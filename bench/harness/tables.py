@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from harness.machine import gpu_name
 from spot_fast.config import option_names
+from spot_fast.reproduction.results import cell
 
 METRICS = ("mbo_i", "mbo_c", "miou", "fg_ari")
 _TITLES = ("mBO_i", "mBO_c", "mIoU", "FG-ARI")
@@ -104,14 +105,6 @@ def spread(values: Sequence[float]) -> tuple[float, float | None]:
     if not values:
         raise ValueError("spread needs at least one value")
     return mean(values), stdev(values) if len(values) > 1 else None
-
-
-def cell(values: Sequence[float | None]) -> str:
-    """Fractions as percent, mean ± std; – where one is missing. Without ± where all are the same."""
-    if not values or None in values:
-        return "–"
-    centre, width = spread(values)
-    return f"{100 * centre:.1f}" if not width or len(set(values)) == 1 else f"{100 * centre:.1f} ± {100 * width:.1f}"
 
 
 def select(results: Iterable[Result], variant: str, stage: int) -> list[Result]:

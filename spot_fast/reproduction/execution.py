@@ -195,8 +195,9 @@ class Runner:
         self._ended_well.append(task.run)
         verb = "trained" if task.kind == "train" else "evaluated"
         now = ", ".join(other.run.name for other in self.running)
-        more = f"; {rest()}" if task.kind == "train" and here.finished else ""
-        self.say(f"{name}: {verb} in {duration(seconds)}{more}{f'; running: {now}' if now else ''}")
+        left = rest() if task.kind == "train" and here.finished else ""
+        parts = [f"{name}: {verb} in {duration(seconds)}", left, now and f"running: {now}"]
+        self.say("; ".join(filter(None, parts)))
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:

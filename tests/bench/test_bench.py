@@ -1,26 +1,24 @@
-"""The arithmetic of the benchmark tables, the engine that runs them (with stand-ins for training), the shell script."""
+"""The arithmetic of the benchmark tables, the runs of photos (with stand-ins for training), the shell script."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import photo_table
 import pytest
-import scenes_ablations
-import scenes_table
 import torch
 from harness import runs, tables
-from harness.runs import Plan, Runner
+from harness.runs import Plan
 from harness.tables import BenchError, Result, Row, Scores, spread
 from harness.token_ceiling import rounded, token_ceiling
 
+import stand_in_commands
 from paths import BENCH
-from spot_fast.config import flag, preset
 from spot_fast.data.base import ImageSet, Masks
-from spot_fast.training.arguments import parse
+from spot_fast.errors import UserError
+from spot_fast.reproduction import execution
 
 
 def result(stage: int, seed: int, *, variant: str = "scenes", settings: str = "one", **mbo_i: float) -> Result:
@@ -34,13 +32,10 @@ def result(stage: int, seed: int, *, variant: str = "scenes", settings: str = "o
     return Result(about, scores)
 
 
-def three_seeds(*, gain: float = 0.02, decoder: float = 0.45, plain: float = 0.4) -> list[Result]:
-    first = [result(1, s, variant="plain", decoder_1=plain, slots=0.4) for s in range(3)]
-    first += [
-        result(1, s, blocks=0.33, kmeans=0.4, decoder_1=decoder + s / 100, decoder_9=decoder + 0.05, slots=0.5)
-        for s in range(3)
-    ]
-    return first + [result(2, s, decoder_1=0.5, decoder_9=0.6, slots=0.5 + gain * (s + 1)) for s in range(3)]
+def three_seeds() -> list[Result]:
+    first = [result(1, s, variant="plain", decoder_1=0.4, slots=0.4) for s in range(3)]
+    first += [result(1, s, blocks=0.33, kmeans=0.4, decoder_1=0.45 + s / 100, slots=0.5) for s in range(3)]
+    return first + [result(2, s, decoder_1=0.5, slots=0.52 + 0.02 * s) for s in range(3)]
 
 
 def test_mean_and_standard_deviation():
@@ -50,49 +45,21 @@ def test_mean_and_standard_deviation():
         spread([])
 
 
-@pytest.mark.parametrize(
-    ("values", "text"),
-    [([0.2, 0.4, 0.6], "40.0 ± 20.0"), ([0.333], "33.3"), ([0.3, 0.3], "30.0"), ([], "–"), ([0.1, None], "–")],
+ROWS = (
+    Row("block masks", "scenes", 1, "blocks"),
+    Row("plain, decoder", "plain", 1, "decoder", 1),
+    Row("stage 1, order 0", "scenes", 1, "decoder", 1),
+    Row("stage 2, slots", "scenes", 2, "slots"),
 )
-def test_cells(values, text):
-    assert tables.cell(values) == text
 
 
-def test_table_of_scenes():
-    lines = tables.markdown(scenes_table.ROWS, three_seeds()).splitlines()
-    assert len(lines) == 2 + len(scenes_table.ROWS)
-    assert lines[2] == "| block masks (best of 1 to 4 columns) | 33.0 | – | 25.0 | -1.0 |"
-    assert lines[4] == "| plain: stage 1 in one order, decoder | 40.0 | – | 25.0 | -1.0 |"
-    assert lines[8] == "| stage 1, decoder, order 0 | 46.0 ± 1.0 | – | 25.0 | -1.0 |"
-    assert lines[-1].startswith("| stage 2, slots | 54.0 ± 2.0 |")
+def test_table():
+    lines = tables.markdown(ROWS, three_seeds()).splitlines()
+    assert lines[2] == "| block masks | 33.0 | – | 25.0 | -1.0 |"
+    assert lines[3] == "| plain, decoder | 40.0 | – | 25.0 | -1.0 |"
+    assert lines[4] == "| stage 1, order 0 | 46.0 ± 1.0 | – | 25.0 | -1.0 |"
+    assert lines[5].startswith("| stage 2, slots | 54.0 ± 2.0 |") and len(lines) == 6
     assert {line.count("|") for line in lines} == {6}
-
-
-def test_targets():
-    def passed(results):
-        return [target.passed for target in scenes_table.targets(results)]
-
-    assert passed(three_seeds(gain=0.04, decoder=0.53)) == [True] * 8
-    # one seed is enough to miss one: 11.5 points above k-means, 1.5 above slots
-    assert passed(three_seeds(gain=0.04, decoder=0.515)) == [True, False, False, True, True, True, True, True]
-    assert passed(three_seeds(gain=0.0, decoder=0.56)) == [True, True, True, True, True, False, True, False]
-    assert passed(three_seeds(gain=0.04, decoder=0.53, plain=0.6))[6:] == [False, True]
-    assert passed(three_seeds(decoder=0.53)[:6]) == [True, True, True, True, None, None, True, None]
-    detail = scenes_table.targets(three_seeds())[0].detail
-    assert "+13.0 points on average; +12.0 (seed 0), +13.0 (seed 1), +14.0 (seed 2)" in detail
-
-
-def test_ablations_share_the_recipe_and_differ_in_what_they_say():
-    made = {(plan.variant, plan.stage): plan for plan in scenes_ablations.plans([0])}
-    assert made.keys() == {(each.variant, each.stage) for each in scenes_ablations.ABLATIONS}
-    table = {(plan.variant, plan.stage): plan for plan in scenes_table.plans([0])}
-    assert made["scenes", 1] == table["scenes", 1] and made["scenes", 2] == table["scenes", 2]
-    settings = {(each.variant, each.stage): each.options[::2] for each in scenes_ablations.ABLATIONS}
-    for key, plan in made.items():
-        assert plan.teacher == (table["scenes", 1] if plan.stage == 2 else None)
-        recipe, config = preset("scenes", plan.stage), parse(["--stage", str(plan.stage), *plan.options]).config()
-        changed = {flag(name) for name, value in vars(config).items() if value != getattr(recipe, name)}
-        assert changed == set(settings[key]), key
 
 
 def test_runs_of_different_settings_are_not_averaged():
@@ -103,17 +70,13 @@ def test_runs_of_different_settings_are_not_averaged():
         tables.markdown(row, [result(1, 3, slots=0.1), result(1, 3, slots=0.2)])
 
 
-def test_csv_there_and_back(tmp_path, capsys):
+def test_csv_there_and_back(tmp_path):
     path = tmp_path / "results" / "scenes.csv"
-    good = three_seeds(gain=0.04, decoder=0.53)
+    good = three_seeds()
     tables.write_csv(path, good)
     assert [p.name for p in path.parent.iterdir()] == ["scenes.csv"]
     back = tables.read_csv([path])
-    assert tables.markdown(scenes_table.ROWS, back) == tables.markdown(scenes_table.ROWS, good)
-    assert scenes_table.main(["--plain-table", str(path)]) == 0
-    assert capsys.readouterr().out.count("PASS") == 8
-    tables.write_csv(path, three_seeds(gain=-0.1))
-    assert scenes_table.main(["--plain-table", str(path)]) == 1
+    assert tables.markdown(ROWS, back) == tables.markdown(ROWS, good)
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     for name in ("other.csv", "missing.csv"):
         with pytest.raises(BenchError, match=name):
@@ -168,24 +131,40 @@ def test_photo_plans_teach_their_own_kind(tmp_path):
         photo_table.plans(args, [])
 
 
-def test_scores_of_no_run_stand_in_each_run(stand_in, tmp_path):
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(execution.sys, "executable", str(stand_in_commands.python(tmp_path / "python")))
+    return tmp_path / "out"
+
+
+def test_runs_are_trained_once_and_scores_of_no_run_stand_in_each(stand_in, tmp_path):
     """Such as the ceiling of the token grid; computed once, and not where nothing is finished."""
-    made = [Plan("photos", 1, seed, ("--lr", "0.5")) for seed in (0, 1)]
+    options = ("--preset", "scenes", "--epochs", "1")
+    made = [Plan("photos", 1, seed, options) for seed in (0, 1)]
+    made.append(Plan("photos", 2, 0, options, made[0]))
     calls = []
 
     def more():
         calls.append(1)
         return {("ceiling", 0): Scores(dict.fromkeys(tables.METRICS, 0.7))}
 
-    args = SimpleNamespace(out=stand_in, device=None, threads=2, jobs=1, minutes=None, plain_table=None)
+    args = SimpleNamespace(out=stand_in, device=None, threads=2, jobs=1, minutes=None, plain_table=[])
     args.csv = tmp_path / "photos.csv"
+    with pytest.raises(BenchError, match="nothing is finished"):
+        runs.results_of("photos", made, args, [], more=more)
+    args.plain_table = None
     runs.results_of("photos", made, args, [], more=more)
     for results in (tables.read_csv([args.csv]), runs.results_of("photos", made, args, [], more=more)):
-        assert [r.scores["ceiling", 0].values["mbo_i"] for r in results] == [0.7, 0.7]
-        assert all(r.scores["slots", 0].values["mbo_i"] == 0.5 for r in results)
+        assert sorted(r.key for r in results) == [("photos", 1, 0), ("photos", 1, 1), ("photos", 2, 0)]
+        assert [r.scores["ceiling", 0].values["mbo_i"] for r in results] == [0.7] * 3
+        slots = sorted(r.scores["slots", 0].values["mbo_i"] for r in results)
+        assert slots == pytest.approx([0.09, 0.091, 0.19])
+        assert results[0].about["cores"] and results[0].minutes == 1
     assert len(calls) == 2
-    # --threads holds for a run's evaluation as for its training
-    assert (stand_in / "photos-stage1-seed0.log").read_text().count("--threads 2") == 2
+    # --threads holds for a run's evaluation as for its training, of which there is one
+    assert (stand_in / "logs" / "photos-stage1-seed0.log").read_text().count("--threads 2") == 2
+    with pytest.raises(UserError, match="photos-stage1-seed0 holds a run of other settings"):
+        runs.results_of("photos", [Plan("photos", 1, 0, (*options, "--lr", "1e-4"))], args, [])
 
 
 class Halves(ImageSet):
@@ -222,61 +201,6 @@ def test_ceiling_of_a_token_grid():
     coarse = token_ceiling(Halves(), 2, batch_size=2)
     assert coarse["mbo_i"] == pytest.approx((wrong + 1 + other) / 3)
     assert coarse["fg_ari"] < 1
-
-
-# Trains and evaluates in no time: makes the files that the engine looks for.
-STAND_IN = """
-import json, sys, time
-from pathlib import Path
-import numpy as np
-from safetensors.numpy import save_file
-words = sys.argv[1:]
-def after(name): return words[words.index(name) + 1]
-if words[0] == "train":
-    config = {"lr": float(after("--lr")), "seed": int(after("--seed")), "batch_size": 4}
-    config["loader"] = "auto" if "--print-config" in words else "torch"  # a run keeps what auto became
-    if "--print-config" in words:
-        print(json.dumps(config)); sys.exit()
-    folder = Path(after("--out")); folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    if config["lr"] > 1: sys.exit("error: the loss is not finite")
-    if config["lr"] == 1: time.sleep(60)
-    about = {"step": "8", "seconds": "60", "torch": "2", "threads": "1", "device": "cpu", "images": "32"}
-    save_file({"a": np.zeros(1)}, folder / "training_state.safetensors", about)
-    save_file({"a": np.zeros(1)}, folder / "model.safetensors", about)
-else:
-    row = {"masks": "slots", "orders": None, "columns": None, "mbo_i": 0.5, "mbo_c": 0.5, "miou": 0.5, "fg_ari": 0.5}
-    Path(after("--json")).write_text(json.dumps({"runs": [{"images": 3, "rows": [row]}]}))
-"""
-
-
-@pytest.fixture
-def stand_in(tmp_path, monkeypatch):
-    script = tmp_path / "stand_in.py"
-    script.write_text(STAND_IN)
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nname=${{2#spot_fast.}}\nshift 2\nexec {sys.executable} {script} "$name" "$@"\n')
-    python.chmod(0o755)
-    monkeypatch.setattr(runs.sys, "executable", str(python))
-    return tmp_path / "out"
-
-
-def test_engine_trains_once_and_knows_a_recipe_by_its_settings(stand_in, capsys):
-    made = [Plan("scenes", 1, seed, ("--lr", "0.5")) for seed in (0, 1)]
-    for jobs in (2, 1):
-        Runner(stand_in, {"bench": "scenes", "date": "d"}, jobs=jobs).run(made)
-    assert capsys.readouterr().err.count("trained already") == 2
-    results = Runner(stand_in, {}).collect(made)
-    assert [r.seed for r in results] == [0, 1] and len({r.about["settings"] for r in results}) == 1
-    assert results[0].about["date"] == "d" and results[0].minutes == 1
-    with pytest.raises(BenchError, match="trained with lr 0.5 and now it is 0.25"):
-        Runner(stand_in, {}).run([Plan("scenes", 1, 0, ("--lr", "0.25"))])
-
-
-def test_engine_reports_a_failure_and_keeps_to_its_time(stand_in):
-    with pytest.raises(BenchError, match="exit code 1: error: the loss is not finite"):
-        Runner(stand_in, {}).run([Plan("bad", 1, 0, ("--lr", "2"))])
-    assert not Runner(stand_in, {}, minutes=0.005).run([Plan("slow", 1, 0, ("--lr", "1"))])
 
 
 def test_packed_weights_are_float16(tmp_path):

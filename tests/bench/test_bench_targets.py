@@ -46,7 +46,7 @@ def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "bench",
-    ["exchange_speed", "ladder", "growth", "native_table", "bench_data", "scenes_table", "scenes_ablations"],
+    ["exchange_speed", "ladder", "growth", "native_table", "bench_data"],
 )
 def test_every_bench_looks_before_it_measures(bench, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()

@@ -232,5 +232,6 @@ def test_several_gpus_take_turns(monkeypatch):
 
 
 def test_cells():
+    """Percent, n - 1 in the deviation, no deviation where all seeds agree, a dash where one has nothing to count."""
     assert cell([0.2, 0.4, 0.6]) == "40.0 ± 20.0" and cell([0.333]) == "33.3" and cell([0.3, 0.3]) == "30.0"
     assert cell([]) == cell([0.1, None]) == "–"

@@ -280,9 +280,9 @@ def foreground_ari(counts: Tensor) -> Tensor:
 def scores_of_counts(counts: Tensor, truth: Pairs, rules: Rules = SPOT_RULES) -> dict[str, Tensor]:
     """Each metric of each image as a fraction, float64 [B], NaN where it is not counted, from `count_pairs` on the CPU.
 
-    Also int64 [B] "objects", the number of masks in mBO_i, and "used", that of predicted masks with pixels; "size_counts" int64 and "size_sums" float64 [B, bins], the
-    number of instances in each of SIZE_BINS (above its lower bound, at most its upper; without void pixels, as a
-    fraction of the label map), and the sum of their best IoU.
+    Also int64 [B] "objects", the number of masks in mBO_i, and "used", that of predicted masks with pixels;
+    "size_counts" int64 and "size_sums" float64 [B, bins], the number of instances in each of SIZE_BINS (above its lower
+    bound, at most its upper; without void pixels, as a fraction of the label map), and the sum of their best IoU.
     """
     pixels = truth.labels[0].numel() if len(truth) else 0
     table = merge_columns(counts, truth.instances)

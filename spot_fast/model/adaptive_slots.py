@@ -13,7 +13,6 @@ and the cheapest pair is joined while its cost is at most a share of the image's
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -31,17 +30,21 @@ def slot_groups(masks: Tensor, features: Tensor, share: float) -> Tensor:
         limit = share * features.square().sum((1, 2))
         mass, sums = masks.sum(1), masks.mT @ features
         slots = masks.shape[2]
-        groups = torch.arange(slots, device=masks.device).expand(len(masks), -1)
-        apart = ~torch.eye(slots, dtype=torch.bool, device=masks.device).expand(len(masks), -1, -1)
+        numbers = torch.arange(slots, device=masks.device)
+        groups = numbers.expand(len(masks), -1)
+        apart = (numbers[:, None] != numbers).expand(len(masks), -1, -1)
         for _ in range(slots - 1):
-            cost, pair = _ward(mass, sums).where(apart, torch.inf).flatten(1).min(1)
-            joined = cost <= limit
-            kept, gone = torch.minimum(pair // slots, pair % slots), torch.maximum(pair // slots, pair % slots)
-            ends = F.one_hot(gone, slots).bool() & joined[:, None]
-            change = (F.one_hot(kept, slots) - F.one_hot(gone, slots)) * joined[:, None]
-            mass = mass + change * (mass * ends).sum(1, keepdim=True)
-            sums = sums + change[..., None] * (sums * ends[..., None]).sum(1, keepdim=True)
-            groups = torch.where((groups == gone[:, None]) & joined[:, None], kept[:, None], groups)
+            cost, pair = _ward(mass, sums).where(apart, torch.inf).flatten(1).min(1, keepdim=True)
+            first, second = pair // slots, pair % slots
+            kept, gone = torch.minimum(first, second), torch.maximum(first, second)
+            joins = cost <= limit[:, None]
+            ends = (numbers == gone) & joins
+            change = ((numbers == kept) & joins).float() - ends.float()
+            mass, sums = (
+                mass + change * (mass * ends).sum(1, keepdim=True),
+                sums + change[..., None] * (sums * ends[..., None]).sum(1, keepdim=True),
+            )
+            groups = torch.where((groups == gone) & joins, kept, groups)
             apart = apart & ~ends[:, None] & ~ends[..., None]
         return groups
 

@@ -113,22 +113,26 @@ class Folders:
                     "present one: remove it"
                 )
             return _found(own, config)
-        # An --init-from run's parent is not recorded: only its own folder shows it.
-        if run.init_from is None:
-            for path, config in self._others:
-                if is_finished(path) and is_same(run.config, config) and self._fits(run, path):
-                    return _found(path, config)
+        for path, config in self._others:
+            if is_finished(path) and is_same(run.config, config) and self._fits(run, path):
+                return _found(path, config)
         return Found(own, run.config, False, {})
 
     def _fits(self, run: RunSpec, path: Path) -> bool:
-        """Whether the run in `path` had the teacher wanted; true while it has saved nothing."""
-        if run.teacher is None:
-            return True
+        """Whether the run in `path` had the teacher wanted, and began with the run wanted; true while it has saved
+        nothing."""
         file = next((path / name for name in (MODEL, STATE) if (path / name).is_file()), None)
         if file is None:
             return True
-        teacher = self.find(run.teacher)
-        return teacher.finished and read_metadata(file).get("teacher_sha256") == model_hash(teacher.path)
+        metadata = read_metadata(file)
+        if run.init_from is None and "init_from_sha256" in metadata:
+            return False
+        parents = (("teacher", run.teacher), ("init_from", run.init_from))
+        return all(
+            self.find(parent).finished and metadata.get(f"{what}_sha256") == model_hash(self.find(parent).path)
+            for what, parent in parents
+            if parent is not None
+        )
 
 
 def _found(path: Path, config: Config) -> Found:

@@ -17,6 +17,7 @@ CASES = [
     (1, {"decoder": "mlp", "dec_mlp_hidden": 16, "mlp_top_k": 2}),
     (2, {"att_weight_final": 0.001}),
     (2, {"precision": "bf16", "clip": 0.0, "on_bad_step": "skip"}),
+    (2, {"precision": "bf16", "online_teacher": True, "att_warmup_steps": 3, "adaptive_slots": True}),
 ]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -75,7 +76,8 @@ def test_the_trap_finds_what_waits(wait):
 
 @pytest.mark.parametrize("stage, changes", CASES)
 def test_no_step_reads_a_number(stage, changes, teacher):
-    trainer = Trainer(tiny(stage, **changes), device=CPU, teacher=teacher if stage == 2 else None)
+    config = tiny(stage, **changes)
+    trainer = Trainer(config, device=CPU, teacher=teacher if stage == 2 and not config.online_teacher else None)
     orders = set()
     batches = list(trainer.batches())
     cached = [with_features(trainer, batch) for batch in batches]
@@ -90,7 +92,8 @@ def test_no_step_reads_a_number(stage, changes, teacher):
 
 def assert_no_step_waits_for_the_gpu(stage, changes, teacher):
     device = torch.device("cuda")
-    trainer = Trainer(tiny(stage, **changes), device=device, teacher=teacher if stage == 2 else None)
+    config = tiny(stage, **changes)
+    trainer = Trainer(config, device=device, teacher=teacher if stage == 2 and not config.online_teacher else None)
     batches = list(trainer.batches())
     cached = [with_features(trainer, batch) for batch in batches]
     # Kernels are compiled and Adam's moments made in the first steps, also in those of a parallel step.

@@ -147,8 +147,8 @@ def transfer_report(runs: Sequence[ScoredRun], protocol: str) -> str:
     for run in runs[: len(sets)]:
         evaluation, scored = run.evaluation, run.evaluation.table(protocol)
         lines.append(
-            f"{run.data_set}: {evaluation.images} image{'s' * (evaluation.images != 1)}, masks {scored.mask_size} × {scored.mask_size}"
-            + ", panoptic annotations" * scored.panoptic
+            f"{run.data_set}: {evaluation.images} image{'s' * (evaluation.images != 1)}, "
+            f"masks {scored.mask_size} × {scored.mask_size}{', panoptic annotations' * scored.panoptic}"
         )
         lines += [f"  note: {note}" for note in evaluation.notes]
         lines += [f"  skipped {label}: {reason}" for label, reason in evaluation.skipped.items()]

@@ -22,6 +22,7 @@ CASES = [
     (1, SMALL | {"decoder": "masked"}, True, 1),
     (1, SMALL | {"decoder": "mlp", "dec_mlp_hidden": 16, "mlp_top_k": 2}, True, 1),
     (2, SMALL | {"att_weight_final": 0.001, "precision": "bf16"}, True, 1),
+    (2, SMALL | {"online_teacher": True, "att_warmup_steps": 2, "adaptive_slots": True}, True, 2),
 ]
 
 
@@ -38,7 +39,7 @@ def nothing_compiled():
 
 def pair(stage, changes, teacher, backend) -> tuple[Trainer, Trainer]:
     """The same run without and with compilation."""
-    teacher = teacher if stage == 2 else None
+    teacher = teacher if stage == 2 and "online_teacher" not in changes else None
     plain, compiled = (Trainer(tiny(stage, **changes), device=CPU, teacher=teacher) for _ in "pc")
     compiled.update.losses = Compiled(
         compiled.forward.losses, compiled.parameters, backend=backend, say=lambda text: None

@@ -19,6 +19,7 @@ CASES = [
     (1, {"decoder": "masked", "accumulate": 2}),
     (1, {"decoder": "mlp", "dec_mlp_hidden": 16, "mlp_top_k": 2}),
     (2, {"att_weight_final": 0.001, "precision": "bf16"}),
+    (2, {"online_teacher": True, "att_warmup_steps": 6, "adaptive_slots": True}),
 ]
 
 
@@ -31,9 +32,8 @@ def teacher(tmp_path_factory):
 def test_recorded_steps_are_the_steps(stage, changes, teacher):
     if stage == 2:
         changes = changes | {"dec_blocks": 1}
-    plain, recorded = (
-        Trainer(tiny(stage, **changes), device=CPU, teacher=teacher if stage == 2 else None) for _ in "pr"
-    )
+    taught = stage == 2 and "online_teacher" not in changes
+    plain, recorded = (Trainer(tiny(stage, **changes), device=CPU, teacher=teacher if taught else None) for _ in "pr")
     rate_on_device(plain)
     graphed(recorded)
     orders, calls = set(), []
@@ -53,8 +53,9 @@ def test_recorded_steps_are_the_steps(stage, changes, teacher):
             assert torch.equal(one, other), (plain.step, plain.names[one])
     assert torch.equal(plain.meter.epoch, recorded.meter.epoch)
     assert torch.equal(plain.bad_steps.mean, recorded.bad_steps.mean)
-    # After the steps that warm up and the one that is recorded, for parallel steps too, no Python runs.
-    assert len(calls) == (WARMUP + 1) * (2 if changes.get("cappa") else 1)
+    # After the steps that warm up and the one that is recorded, for parallel steps and those with a teacher too, no
+    # Python runs.
+    assert len(calls) == (WARMUP + 1) * (2 if changes.keys() & {"cappa", "att_warmup_steps"} else 1)
     assert len(orders) > 4 or plain.model.num_orders == 1
 
 
@@ -163,9 +164,9 @@ def test_auto_records_on_an_nvidia_gpu_in_one_process(monkeypatch):
 def test_recorded_steps_are_the_steps_on_a_gpu(stage, changes, compiled, teacher):
     changes = changes | {"compile": compiled} | ({"dec_blocks": 1} if stage == 2 else {})
     device = torch.device("cuda")
+    teacher = teacher if stage == 2 and "online_teacher" not in changes else None
     plain, recorded = (
-        Trainer(tiny(stage, cuda_graph=graph, **changes), device=device, teacher=teacher if stage == 2 else None)
-        for graph in ("no", "yes")
+        Trainer(tiny(stage, cuda_graph=graph, **changes), device=device, teacher=teacher) for graph in ("no", "yes")
     )
     batches = list(plain.batches())
     for step in range(24):

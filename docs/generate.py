@@ -1,4 +1,4 @@
-"""Writes what is generated in docs/: the tables of reproducing.md.
+"""Writes what is generated in docs/ and the README: the tables of reproducing.md, and measured ones from bench/results.
 
 python docs/generate.py            # writes; --check says whether all is current
 """
@@ -6,12 +6,14 @@ python docs/generate.py            # writes; --check says whether all is current
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
+RESULTS = DOCS.parent / "bench" / "results"
 sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "kernels"), str(DOCS.parent / "bench")]
 
 import hours
@@ -19,6 +21,7 @@ import hours
 from spot_fast.files import atomic_write
 from spot_fast.presets import main_scores, score_name
 from spot_fast.reproduction.plan import make_plan
+from spot_fast.reproduction.results import cell
 from spot_fast.reproduction.runs import Planner, steps
 from spot_fast.reproduction.tables import PAPER
 
@@ -40,7 +43,32 @@ def tables() -> str:
     return "\n".join(lines)
 
 
+_SHOWN = {"mbo_i": "mBO_i", "miou": "mIoU", "fg_ari": "FG-ARI"}
+
+
+def measured(name: str) -> str:
+    """The rows of a CSV that spot_fast.reproduce wrote: a line a row, decoder masks beside slot masks."""
+    with open(RESULTS / name, encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    heading = [f"{kind}{title}" for kind in ("decoder: ", "slots: ") for title in _SHOWN.values()]
+    heading = [
+        text.removeprefix("decoder: ").removeprefix("slots: ") if i % 3 else text for i, text in enumerate(heading)
+    ]
+    text = [f"| | {' | '.join(heading)} | seeds |", "|---|" + "---|" * (len(heading) + 1)]
+    for row in dict.fromkeys(line["row"] for line in lines):
+        cells, seeds = [], set()
+        for slots in (False, True):
+            found = [line for line in lines if line["row"] == row and (line["masks"] == "slots") == slots]
+            seeds |= {line["seed"] for line in found}
+            values = [[float(line[metric]) if line[metric] else None for line in found] for metric in _SHOWN]
+            cells += [cell(each) if found else "" for each in values]
+        text.append(f"| {row} | {' | '.join(cells)} | {len(seeds)} |")
+    return "\n".join(text)
+
+
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
+    "../README.md": {"scenes": lambda: measured("scenes-1.csv")},
+    "options.md": {"options": lambda: measured("scenes-options.csv")},
     "reproducing.md": {"tables": tables, "scores": scores, "hours": lambda: hours.table(hours.SHARE)},
 }
 
@@ -66,13 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = parser.parse_args(argv).check
     old = 0
     for name in SECTIONS:
-        file, text = DOCS / name, renewed(name)
+        file, text = (DOCS / name).resolve(), renewed(name)
         if text == file.read_text(encoding="utf-8"):
             continue
         old += 1
         if not check:
             atomic_write(file, partial(_write, text))
-        print(f"docs/{name} {'is not current: python docs/generate.py' if check else 'is written'}")
+        print(f"{file.relative_to(DOCS.parent)} {'is not current: python docs/generate.py' if check else 'is written'}")
     return int(check and old > 0)
 
 

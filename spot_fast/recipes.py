@@ -203,7 +203,7 @@ DATA_SETS: dict[str, DataSet] = {
 _RATES_ON_VOC = ("dino_vitb16", "moco_vitb16")  # encoders whose rates on PASCAL the paper gives
 _MLP = {**_from("D.1, Tab. 4", decoder="mlp"), **_from("no order to draw", orders="standard")}
 # The paper's 2,048 are 2.7 times its features' width; those of scenes are narrow, and CPUs slow.
-_NARROW = {"scenes": _from("ours", dec_mlp_hidden=256)}
+_NARROW = {"scenes": _from("ours", dec_mlp_hidden=128)}
 _MASKED = {**_from("DIAS", decoder="masked"), **_from("no order to draw", orders="standard")}
 _LESS = _from("D.2", att_weight=0.001)
 _OWN_NUMBERS = "DINOSAUR's own numbers are of its authors' settings, some of ViT-S/8"

@@ -107,31 +107,33 @@ class Folders:
             config = read_config(own)
             if not is_same(run.config, config):
                 raise UserError(f"{own} holds a run of other settings than its name says: remove it")
-            if not self._fits(run, own):
+            if not self._fits(run, own, config):
                 raise UserError(
                     f"{own} began with another {' or '.join(each.name for each in run.parents.values())} than the "
                     "present one: remove it"
                 )
             return _found(own, config)
         for path, config in self._others:
-            if is_finished(path) and is_same(run.config, config) and self._fits(run, path):
+            if is_finished(path) and is_same(run.config, config) and self._fits(run, path, config):
                 return _found(path, config)
         return Found(own, run.config, False, {})
 
-    def _fits(self, run: RunSpec, path: Path) -> bool:
-        """Whether the run in `path` had the teacher wanted, and began with the run wanted; true while it has saved
-        nothing."""
-        file = next((path / name for name in (MODEL, STATE) if (path / name).is_file()), None)
-        if file is None:
-            return True
-        metadata = read_metadata(file)
-        if run.init_from is None and "init_from_sha256" in metadata:
+    def _fits(self, run: RunSpec, path: Path, config: Config) -> bool:
+        """Whether the run in `path` had the teacher wanted, and began with the run wanted.
+
+        True while it has saved nothing.
+        """
+        if (run.init_from is None) != (config.init_from is None):
             return False
-        parents = (("teacher", run.teacher), ("init_from", run.init_from))
+        wanted = {"teacher": run.teacher, "init_from": run.init_from}
+        parents = {what: parent for what, parent in wanted.items() if parent is not None}
+        file = next((path / name for name in (MODEL, STATE) if (path / name).is_file()), None)
+        if file is None or not parents:
+            return True
+        recorded = read_metadata(file)
         return all(
-            self.find(parent).finished and metadata.get(f"{what}_sha256") == model_hash(self.find(parent).path)
-            for what, parent in parents
-            if parent is not None
+            self.find(parent).finished and recorded.get(f"{what}_sha256") == model_hash(self.find(parent).path)
+            for what, parent in parents.items()
         )
 
 

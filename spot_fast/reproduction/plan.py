@@ -63,7 +63,7 @@ def make_plan(names: Sequence[str], planner: Planner, seeds: Sequence[int]) -> P
         rows = []
         for row in table.rows:
             if why := planner.lacks(row.recipe):
-                left_out[f"table {name}, rows with {row.recipe.parts}: left out, {why}"] = None
+                left_out[f"table {name}, {_about(row)}: left out, {why}"] = None
             else:
                 rows.append(PlannedRow(row, tuple(planner.run(row.recipe, seed) for seed in seeds)))
         if rows:
@@ -71,6 +71,10 @@ def make_plan(names: Sequence[str], planner: Planner, seeds: Sequence[int]) -> P
     if not tables:
         raise UserError("; ".join(left_out))
     return Plan(planner.preset, tuple(seeds), tables, list(left_out), list(planner.runs.values()))
+
+
+def _about(row: Row) -> str:
+    return f"rows with {row.recipe.parts}" if row.recipe.parts else f"row {row.title}"
 
 
 def state(plan: Plan, folders: Folders) -> str:

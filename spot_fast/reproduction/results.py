@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from spot_fast.evaluation.metrics import METRICS
+from spot_fast.evaluation.metrics import METRICS, SPOT_METRICS
 from spot_fast.evaluation.protocols import chosen
 from spot_fast.evaluation.tables import TITLES
 from spot_fast.files import atomic_write
@@ -54,7 +54,7 @@ def scored(row: PlannedRow, folders: Folders, protocol: str) -> list[Scored]:
         (scores,) = result["runs"]
         tables = {table["protocol"]: table["rows"] for table in scores["tables"]}
         if masks := _masks(tables[protocol], row.row.masks):
-            values = {name: masks[name] for name in METRICS}
+            values = {name: masks.get(name) for name in METRICS}
             sizes = [(size["mbo_i"], size["instances"]) for size in masks["sizes"]]
             found.append(Scored(run, values, sizes, masks["columns"] or 0, scores["images"]))
     return found
@@ -101,18 +101,18 @@ def paper_data(table: Table, preset: str) -> str | None:
 
 def _table(table: Table, plan: Plan, rows: Sequence[PlannedRow], folders: Folders, protocol: str) -> str:
     data = paper_data(table, plan.preset)
-    titles = [TITLES[name] for name in METRICS]
-    heading = ["", "masks", *titles]
+    heading = ["", "masks", *(TITLES[name] for name in METRICS)]
     if data:
         where = "paper" if data == plan.preset else f"paper ({DATA_SETS[data].title})"
-        heading += [f"{where}: {titles[0]}", *titles[1:]]
+        first, *others = (TITLES[name] for name in SPOT_METRICS)
+        heading += [f"{where}: {first}", *others]
     lines = [[*heading, "seeds"]]
     for row in rows:
         found = scored(row, folders, protocol)
         cells = [row.row.title, _masks_name(row.row.masks, found)]
         cells += [cell([each.values[name] for each in found]) for name in METRICS]
         if data:
-            cells += [_paper(text) for text in row.row.paper.get(data, ("",) * len(METRICS))]
+            cells += [_paper(text) for text in row.row.paper.get(data, ("",) * len(SPOT_METRICS))]
         lines.append([*cells, _seeds(row, found, folders)])
     head, *body = ("| " + " | ".join(line) + " |" for line in lines)
     text = "\n".join([head, "|" + "---|" * len(lines[0]), *body])

@@ -121,6 +121,11 @@ class Planner:
         encoder = next((part for part in recipe.parts.split("+") if part in ENCODERS), None)
         if encoder and "encoder" in DATA_SETS[self.preset].values:
             return f"{DATA_SETS[self.preset].title} have an encoder of their own"
+        if (
+            "steps1" in recipe.options.split()
+            and steps(parse(["--preset", self.preset, *self.options]).config()) is None
+        ):
+            return f"the steps of {DATA_SETS[self.preset].title} are not known before it is opened"
         if encoder == "moco_vitb16" and encoder not in self.weights:
             return "neither timm nor the hub has MoCo-v3's weights: add --weights moco_vitb16=FILE"
         return None

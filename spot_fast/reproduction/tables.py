@@ -226,8 +226,8 @@ OURS: dict[str, Table] = {
             *_ours("MLP decoder, top-k, stage 1", TOP_K),
         ),
         note="One run is as long as both stages and begins self-training where the second would. Top-k decodes each "
-        "token from two slots. The run at twice the resolution has a tenth of the student's epochs and is scored at its "
-        "own size.",
+        "token from two slots. The run at twice the resolution has a tenth of the student's epochs and is scored at "
+        "its own size.",
     ),
     "ablations": Table(
         "What each setting of the scenes recipe brings: the same run without it",

@@ -8,12 +8,10 @@ import pytest
 import stand_in_commands
 from spot_fast.checkpoints.runs import CONFIG
 from spot_fast.errors import UserError
-from spot_fast.reproduction import runs
 from spot_fast.reproduction.folders import Folders, pace
 from spot_fast.reproduction.plan import chosen, make_plan, state
 from spot_fast.reproduction.runs import Planner, check_options, is_same
 from spot_fast.reproduction.tables import ORDERS, PLAIN, SPOT, Recipe
-from spot_fast.training.arguments import parse
 
 FIRST, SECOND = Recipe(1), Recipe(2, teacher=Recipe(1))
 
@@ -46,23 +44,14 @@ def test_names_do_not_depend_on_folders_devices_or_the_other_tables():
     assert Planner("coco", options=["--encoder-weights", "none"]).run(SPOT, 0).name != names
 
 
-def test_a_second_kind_of_parent(monkeypatch):
+def test_a_second_kind_of_parent():
     """--init-from is passed to spot_fast.train with that run's folder, and makes another run."""
-    given = []
-
-    def without(words):
-        words = list(words)
-        if "--init-from" in words:
-            at = words.index("--init-from")
-            given.append(words[at + 1])
-            del words[at : at + 2]
-        return parse(words)
-
-    monkeypatch.setattr(runs, "parse", without)
     planner = Planner("scenes")
-    tuned = planner.run(Recipe(1, init_from=Recipe(1, "--epochs 2")), 0)
-    assert tuned.parents == {"--init-from": tuned.init_from} and tuned.init_from.config.epochs == 2
-    assert given[0].endswith(tuned.init_from.name) and tuned.name != planner.run(FIRST, 0).name
+    tuned = planner.run(Recipe(1, init_from=Recipe(1, "--epochs 20")), 0)
+    assert tuned.parents == {"--init-from": tuned.init_from} and tuned.init_from.config.epochs == 20
+    assert tuned.config.epochs == 2 and tuned.name != planner.run(FIRST, 0).name
+    online = planner.run(Recipe(2, "--teacher ema", init_from=FIRST), 0)
+    assert online.parents == {"--init-from": planner.run(FIRST, 0)} and online.config.online_teacher
 
 
 def test_options_that_the_plan_sets_are_refused():
@@ -73,10 +62,11 @@ def test_options_that_the_plan_sets_are_refused():
         Planner("photos")
 
 
-def write(folder, run, teacher=None, **changes):
+def write(folder, run, teacher=None, init_from=None, **changes):
     """A finished run by the stand-in, with other settings than `run` wants."""
     words = [*run.words, "--out", str(folder)]
     words += ["--teacher", str(teacher)] if teacher else []
+    words += ["--init-from", str(init_from)] if init_from else []
     for name, value in changes.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     stand_in_commands.train(words)
@@ -98,6 +88,19 @@ def test_finished_runs_are_adopted_whatever_their_name(tmp_path):
     # its teacher is trained anew, so it is another's student
     (mine / "model.safetensors").write_bytes(b"other")
     assert not Folders(tmp_path).find(second).finished
+
+
+def test_a_run_that_began_with_another_is_found_by_what_it_began_with(tmp_path):
+    planner = Planner("scenes", options=["--epochs", "1"])
+    first, plain = planner.run(FIRST, 0), planner.run(Recipe(2, "--teacher ema", init_from=FIRST), 0)
+    alone = planner.run(Recipe(2, "--teacher ema"), 0)
+    mine = write(tmp_path / "mine", first)
+    begun = write(tmp_path / "begun", plain, init_from=mine)
+    assert Folders(tmp_path).find(plain).path == begun
+    # of the same settings, but from nothing
+    assert not Folders(tmp_path).find(alone).finished
+    (mine / "model.safetensors").write_bytes(b"other")
+    assert not Folders(tmp_path).find(plain).finished
 
 
 def test_a_folder_of_another_run_under_the_name_is_refused(tmp_path):

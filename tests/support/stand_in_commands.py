@@ -42,6 +42,9 @@ def train(words: list[str]) -> None:
         taken = {name: getattr(teacher, name) for name in option_names("inherited") if name not in args.given}
         config = replace(config, **taken)
         about = {"teacher_sha256": hashlib.sha256((theirs / "model.safetensors").read_bytes()).hexdigest()}
+    if config.init_from is not None:
+        origin = Path(config.init_from) / "model.safetensors"
+        about = {"init_from_sha256": hashlib.sha256(origin.read_bytes()).hexdigest()}
     config = replace(config, precision="float32", loader="torch")  # a run keeps what auto became
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(config.to_json())

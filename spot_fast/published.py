@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 METRICS = ("mBO_i", "mBO_c", "mIoU", "FG-ARI")
 Figures = tuple[str, str, str, str]
-# Images of the training sets (D.3).
+# Images of the training sets (D.3), and of sets that are not in the paper.
 IMAGES = {"coco": 118_287, "voc": 10_582, "movi_c": 87_633, "movi_e": 87_741}
-# Of sets that are not in the paper.
-IMAGES |= {"movi_c_256": IMAGES["movi_c"], "movi_e_256": IMAGES["movi_e"], "clevrtex": 40_000}
+OTHER_IMAGES = {"movi_c_256": IMAGES["movi_c"], "movi_e_256": IMAGES["movi_e"], "clevrtex": 40_000}
 # Table 6: data set → masks → figures; `evaluation.baselines.PUBLISHED_BLOCKS` has their columns.
 BLOCK_MASKS: dict[str, dict[int, Figures]] = {
     "coco": {7: ("16.8", "19.5", "15.9", "22.7")},

@@ -17,7 +17,7 @@ from pathlib import Path
 from spot_fast.checkpoints.runs import MODEL, write_config
 from spot_fast.config import OPTIONS, Config
 from spot_fast.errors import UserError
-from spot_fast.published import IMAGES
+from spot_fast.published import IMAGES, OTHER_IMAGES
 from spot_fast.recipes import DATA_SETS, ENCODERS, default_encoder, encoder_recipe, timm_name
 from spot_fast.reproduction.tables import Recipe
 from spot_fast.train import new_config
@@ -184,7 +184,7 @@ def _name(config: Config, parents: dict[str, RunSpec]) -> str:
 
 def steps(config: Config, images: int | None = None) -> int | None:
     """Of a run; images: of its training set, by default as many as are known without opening it. None: unknown."""
-    known = images or IMAGES.get(config.preset, 0)
+    known = images or (IMAGES | OTHER_IMAGES).get(config.preset, 0)
     if config.train_images and known:
         known = min(known, config.train_images)
     elif config.train_images:

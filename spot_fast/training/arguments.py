@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from spot_fast import cli
-from spot_fast.checkpoints.runs import find_folder
 from spot_fast.config import OPTIONS, Config, flag, option_names, preset
 from spot_fast.errors import UserError
 from spot_fast.recipes import DATA_SETS, encoder_recipe, needs_data, split, timm_name
@@ -88,7 +87,9 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     if values["teacher"] == "ema":
         values["teacher"], given["online_teacher"] = None, True
     if given.get("init_from"):
-        given["init_from"] = str(find_folder(given["init_from"], values["runs"]))
+        below = values["runs"] / given["init_from"]
+        if below.is_dir() and not os.path.exists(given["init_from"]):
+            given["init_from"] = str(below)
     given = _named_parts(given, has_data=_names_a_run(values, given))
     for name in option_names("path"):  # absolute, so that they also hold when the run is used from another folder
         if given.get(name) is not None and given[name] not in OPTIONS[name].keywords:

@@ -188,7 +188,7 @@ def _config_from(folder: Path, args: Arguments) -> tuple[Config, Path | None]:
         if not given["online_teacher"]:
             teacher = find_folder(args.teacher, args.runs) if args.teacher else folder
     if first.stage == args.stage:
-        config, taken = going_on(args.config(first.preset), first, given), []
+        config, taken = going_on(args.config(given.get("preset", first.preset)), first, given), []
     else:
         config, first, taken = _student(replace(args, given=given), folder)
     check_origin(folder, first, check_config(config))

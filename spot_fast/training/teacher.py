@@ -96,10 +96,15 @@ def one_run(config: Config, first: Config, given: Iterable[str]) -> Config:
 
 
 def going_on(config: Config, first: Config, given: Mapping[str, Any]) -> Config:
-    """The Config of a run that goes on with a run `first` of its stage, as `config` says in what is no part of a model
-    or its training: a tenth of its epochs, at least one, and of its warm-up (FT-DINOSAUR's high-resolution stage)."""
-    own = {name for name, option in OPTIONS.items() if option.group == "run"} | {"init_from"}
-    values = {name: getattr(config, name) for name in own if name not in ("preset", "method", "stage")}
+    """The Config of a run that goes on with a run `first` of its stage.
+
+    Model and training are those of `first`, for a tenth of its epochs, at least one, and of its warm-up, as in
+    FT-DINOSAUR's high-resolution stage. The rest is as in `config`; its data too, but for the image size, if they are
+    another set.
+    """
+    groups = ["run"] if config.preset == first.preset else ["run", "data"]
+    own = {name for name, option in OPTIONS.items() if option.group in groups} - {"method", "stage", "image_size"}
+    values = {name: getattr(config, name) for name in (*own, "init_from")}
     shorter = {"epochs": max(1, round(first.epochs / 10)), "warmup_steps": first.warmup_steps // 10}
     return replace(first, **(values | shorter | dict(given)))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spot_fast.checkpoints.runs import load_run, read_config
-from spot_fast.config import Config
+from spot_fast.config import Config, preset
 from spot_fast.errors import UserError
 from spot_fast.train import main
 from spot_fast.training.teacher import check_origin, going_on
@@ -75,6 +75,10 @@ def test_a_run_goes_on_for_a_tenth_with_its_own_settings(student):
     assert (config.epochs, config.warmup_steps, config.lr, config.image_size) == (4, 10, 3e-4, 64)
     assert (config.seed, config.log_every, config.init_from, config.slot_dim) == (5, 7, "RUN", first.slot_dim)
     assert going_on(asked, replace(first, epochs=2), {}).epochs == 1
+    # on another data set its images, not its slots
+    other = going_on(preset("voc", 2, data="VOC", init_from="RUN"), first, {"preset": "voc"})
+    assert (other.preset, other.data, other.crop, other.mask_size) == ("voc", "VOC", "random", 320)
+    assert (other.num_slots, other.image_size, other.lr) == (first.num_slots, first.image_size, 3e-4)
 
 
 def test_the_command_line(tmp_path, teacher, capsys):

@@ -201,7 +201,7 @@ def test_every_combination_builds_a_model(encoder):
                 assert model.slot_encoder.attention.iterations == (5 if encoder == "spot_scenes" else 3)
                 learned = sum(parameter.numel() for parameter in model.decoder.parameters())
                 assert (
-                    learned > 4 * dim * 2048
+                    learned > 4 * dim * config.dec_mlp_hidden
                     if config.decoder == "mlp"
                     else learned > config.dec_blocks * 16 * dim * dim
                 )

@@ -132,7 +132,7 @@ def test_a_set_keeps_its_own_protocol_and_the_run_its_input():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--transfer", "coc=COCO"], "--transfer coc=COCO names no data set: use scenes, coco=PATH, voc=PATH"),
+        (["--transfer", "coc=COCO"], "--transfer coc=COCO names no data set: use scenes, coco=PATH"),
         (["--transfer", "coc=COCO"], "did you mean coco?"),
         (["--transfer", "scenes", "two"], "--transfer two names no data set"),
         (["--transfer", "coco"], "--transfer coco has no folder: use coco=PATH, a folder with annotations/"),

@@ -14,6 +14,7 @@ import pytest
 import stand_in_commands
 from paths import ROOT
 from spot_fast import reproduce
+from spot_fast.checkpoints.runs import STATE
 from spot_fast.reproduction import execution, results
 from spot_fast.reproduction.execution import evaluation
 from spot_fast.reproduction.results import cell
@@ -132,10 +133,17 @@ def test_a_run_that_fails_costs_only_its_own(stand_in, capsys, monkeypatch):
     assert capsys.readouterr().err.count("trained in") == 1
 
 
+def once_written(file, since: float, number: int) -> None:
+    """Sends this process a signal when `file` has been written since then: the run has begun, on a busy machine too."""
+    while file.stat().st_mtime <= since:
+        time.sleep(0.05)
+    os.kill(os.getpid(), number)
+
+
 def test_time_is_up_and_ctrl_c(stand_in, capsys, monkeypatch):
     """Both end the runs with a signal, so that they save, and say that the same line goes on."""
     monkeypatch.setenv("STAND_IN_LASTS", "stage1")
-    assert call("4", "--seeds", 0, "--minutes", 0.02, runs=stand_in) == 3
+    assert call("4", "--seeds", 0, "--minutes", 0.08, runs=stand_in) == 3
     assert "out of time: every run is saved, the same command line goes on" in capsys.readouterr().err
     assert "stopped at step 1" in next((stand_in / "logs").glob("*stage1*.log")).read_text()
     assert call("4", "--seeds", 0, "--plan", runs=stand_in) == 0
@@ -143,10 +151,10 @@ def test_time_is_up_and_ctrl_c(stand_in, capsys, monkeypatch):
     folder = next(stand_in.glob("scenes-mlp-stage1-*"))
     begun = time.monotonic()
     for number in (signal.SIGINT, signal.SIGTERM):
-        timer = threading.Timer(1, os.kill, (os.getpid(), number))
-        timer.start()
+        sender = threading.Thread(target=once_written, args=(folder / STATE, time.time(), number))
+        sender.start()
         assert call("4", "--seeds", 0, runs=stand_in) == 130
-        timer.join()
+        sender.join()
         assert "interrupted; every run is saved, the same command line goes on" in capsys.readouterr().err
     assert time.monotonic() - begun < 30 and is_free(folder)
 

@@ -51,8 +51,8 @@ def train(words: list[str]) -> None:
     about |= {"step": "4", "seconds": "60.0", "images": "32", "torch": "2", "device": "cpu", "threads": "1"}
     state, model = folder / "training_state.safetensors", folder / "model.safetensors"
     if asked_for("STAND_IN_LASTS", folder):
-        save_facts(state, about | {"step": "1"})
         signal.signal(signal.SIGINT, lambda *_: sys.exit("stopped at step 1"))
+        save_facts(state, about | {"step": "1"})
         time.sleep(60)
     if asked_for("STAND_IN_FAILS", folder):
         sys.exit("error: the loss is not finite")

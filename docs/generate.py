@@ -43,18 +43,18 @@ def tables() -> str:
     return "\n".join(lines)
 
 
-_SHOWN = {"mbo_i": "mBO_i", "miou": "mIoU", "fg_ari": "FG-ARI"}
+_SHOWN = {"mbo_i": "mBO_i", "miou": "mIoU", "fg_ari": "FG-ARI", "pq": "PQ"}
 
 
 def measured(name: str) -> str:
     """The rows of a CSV that spot_fast.reproduce wrote: a line a row, decoder masks beside slot masks."""
     with open(RESULTS / name, encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
-    heading = [f"{kind}{title}" for kind in ("decoder: ", "slots: ") for title in _SHOWN.values()]
-    heading = [
-        text.removeprefix("decoder: ").removeprefix("slots: ") if i % 3 else text for i, text in enumerate(heading)
+    first, *others = _SHOWN.values()
+    text = [
+        "| | " + " | ".join([f"decoder: {first}", *others, f"slots: {first}", *others, "seeds"]) + " |",
+        "|---|" + "---|" * (2 * len(_SHOWN) + 1),
     ]
-    text = [f"| | {' | '.join(heading)} | seeds |", "|---|" + "---|" * (len(heading) + 1)]
     for row in dict.fromkeys(line["row"] for line in lines):
         cells, seeds = [], set()
         for slots in (False, True):

@@ -140,7 +140,15 @@ def once_written(file, since: float, number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def test_time_is_up_and_ctrl_c(stand_in, capsys, monkeypatch):
+@pytest.fixture
+def interruptible():
+    """Python ignores Ctrl-C where the shell started it in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_time_is_up_and_ctrl_c(stand_in, capsys, monkeypatch, interruptible):
     """Both end the runs with a signal, so that they save, and say that the same line goes on."""
     monkeypatch.setenv("STAND_IN_LASTS", "stage1")
     assert call("4", "--seeds", 0, "--minutes", 0.08, runs=stand_in) == 3

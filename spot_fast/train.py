@@ -146,6 +146,8 @@ def new_config(args: Arguments) -> tuple[Config, Path | None]:
     given = args.given
     if args.stage == 1 and args.teacher is not None:
         raise UserError(f"--teacher {args.teacher} belongs to stage 2: add --stage 2 or drop it")
+    if given.get("online_teacher") and args.teacher is not None:
+        raise UserError(f"--online-teacher and --teacher {args.teacher} both name the teacher: drop one")
     origin = Path(given["init_from"]) if given.get("init_from") else None
     if origin is not None:
         return _config_from(origin, args)

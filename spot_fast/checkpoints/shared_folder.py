@@ -55,9 +55,8 @@ def save_pretrained(
     if others := {value.dtype for value in model.parameters()} - {torch.float32}:
         raise UserError(f"the model has weights in {others.pop()}, files are float32: save it after model.float()")
     include = vit is not None or config.encoder_weights not in (None, "hub")
-    config = replace(
-        config, data=None, sbd=None, cache_dir=None, encoder_weights=ENCODER if include else config.encoder_weights
-    )
+    weights = ENCODER if include else config.encoder_weights
+    config = replace(config, data=None, sbd=None, cache_dir=None, init_from=None, encoder_weights=weights)
     if include and vit is None:
         vit = _stored_weights(model)
     unused = unused_of(origin) if unused is None else unused

@@ -68,7 +68,9 @@ def seed_groups(configs: Sequence[Config]) -> list[list[int]]:
     """Indices of runs that differ only in their seed, two or more each."""
     groups: dict[str, list[int]] = {}
     for index, config in enumerate(configs):
-        groups.setdefault(replace(config, seed=0).to_json(), []).append(index)
+        # Each seed begins with its own seed's run, if with any.
+        alike = replace(config, seed=0, init_from=config.init_from and "RUN")
+        groups.setdefault(alike.to_json(), []).append(index)
     return [group for group in groups.values() if len(group) > 1]
 
 

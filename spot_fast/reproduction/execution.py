@@ -25,6 +25,7 @@ import spot_fast
 import spot_kernels
 from spot_fast.checkpoints.runs import MODEL
 from spot_fast.errors import UserError
+from spot_fast.evaluation.metrics import METRICS
 from spot_fast.evaluation.protocols import chosen
 from spot_fast.reproduction.folders import LOGS, Folders
 from spot_fast.reproduction.runs import RunSpec
@@ -60,7 +61,7 @@ class Outcome:
 
 
 def evaluation(folder: Path, protocol: str) -> dict | None:
-    """The scores of a finished run; None where they are older than its model or of other protocols."""
+    """The scores of a finished run; None where they are older than its model, of other protocols or fewer metrics."""
     file, model = folder / EVALUATION, folder / MODEL
     if not file.is_file() or file.stat().st_mtime_ns < model.stat().st_mtime_ns:
         return None
@@ -68,6 +69,7 @@ def evaluation(folder: Path, protocol: str) -> dict | None:
         scores = json.loads(file.read_text(encoding="utf-8"))
         there = set(scores["protocols"]) if "protocols" in scores else {scores["protocol"]}
         complete = {each.name for each in chosen(protocol)} <= there and scores["settings"]["limit"] == 0
+        complete &= set(METRICS) <= scores["runs"][0]["rows"][0].keys()  # older versions had fewer
     except (ValueError, KeyError, TypeError):
         return None
     return scores if complete else None

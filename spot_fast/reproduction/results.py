@@ -54,7 +54,7 @@ def scored(row: PlannedRow, folders: Folders, protocol: str) -> list[Scored]:
         (scores,) = result["runs"]
         tables = {table["protocol"]: table["rows"] for table in scores["tables"]}
         if masks := _masks(tables[protocol], row.row.masks):
-            values = {name: masks.get(name) for name in METRICS}
+            values = {name: masks[name] for name in METRICS}
             sizes = [(size["mbo_i"], size["instances"]) for size in masks["sizes"]]
             found.append(Scored(run, values, sizes, masks["columns"] or 0, scores["images"]))
     return found

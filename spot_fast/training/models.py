@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from spot_fast.training.moving_average import frozen_copy
 from spot_fast.training.teacher import load_teacher, teacher_hash
 
 
-@dataclass
+@dataclass(frozen=True)
 class Models:
     """encoder_metadata, origins: about the encoder, and about the runs that teach and that it began from.
 
@@ -29,8 +29,8 @@ class Models:
     model: Spot
     teacher: Spot | None
     encoder_metadata: dict[str, str]
-    origins: dict[str, str] = field(default_factory=dict)
-    float8_layers: int = 0
+    origins: dict[str, str]
+    float8_layers: int
 
 
 def build_models(
@@ -42,32 +42,33 @@ def build_models(
     not read again.
     """
     encoder = frozen_encoder(config).to(device)
-    models = Models(None, None, encoder_metadata(encoder, config))
+    metadata, origins, taught_by = encoder_metadata(encoder, config), {}, None
     if teacher is not None:
-        models.teacher = load_teacher(teacher, config, encoder, device)
-        models.origins |= {"teacher": teacher.name, "teacher_sha256": teacher_hash(teacher)}
+        taught_by = load_teacher(teacher, config, encoder, device)
+        origins |= {"teacher": teacher.name, "teacher_sha256": teacher_hash(teacher)}
     # Weights are drawn on the CPU, so that they are the same on every device.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(Stream.INITIAL_WEIGHTS, config.seed, config.stage))
         model = Spot(config, encoder)
         if config.init_from is None:
-            set_initial_weights(model, config.initial_weights, models.teacher)
+            set_initial_weights(model, config.initial_weights, taught_by)
         elif not resumed:
             origin = Path(config.init_from)
             start_from_run(model, origin)
-            models.origins |= {"init_from": origin.name, "init_from_sha256": teacher_hash(origin)}
-        models.model = model.to(device).train()
+            origins |= {"init_from": origin.name, "init_from_sha256": teacher_hash(origin)}
+        model = model.to(device).train()
     if precision == "bf16":
         # Frozen weights need no float32 master: autocast would round them anew in every step.
         store_in_bfloat16(encoder)
-        if models.teacher is not None:
-            store_in_bfloat16(models.teacher.slot_encoder)
-            store_in_bfloat16(models.teacher.decoder)
+        if taught_by is not None:
+            store_in_bfloat16(taught_by.slot_encoder)
+            store_in_bfloat16(taught_by.decoder)
     if config.online_teacher:
-        models.teacher = frozen_copy(models.model)  # in float32: small changes would be rounded away
+        taught_by = frozen_copy(model)  # in float32: small changes would be rounded away
+    layers = 0
     if config.float8:
         if precision != "bf16":
             raise UserError(f"--float8 belongs to --precision bf16, not {precision}: leave one out")
         float8.require(device)
-        models.float8_layers = float8.convert(models.model.decoder)
-    return models
+        layers = float8.convert(model.decoder)
+    return Models(model, taught_by, metadata, origins, layers)

@@ -103,6 +103,11 @@ class Trainer:
             )
         self.rate = learning_rate(config, len(self.train_set))
         self.total_steps = self.rate.total_steps
+        if config.att_warmup_steps >= self.total_steps:
+            raise UserError(
+                f"--att-warmup-steps {config.att_warmup_steps} leaves none of the {self.total_steps} steps to the "
+                "teacher: use fewer"
+            )
 
         models = build_models(config, device, self.precision, teacher=teacher, resumed=resumed)
         self.model, self.teacher, self.float8_layers = models.model, models.teacher, models.float8_layers

@@ -18,7 +18,7 @@ from untrained_runs import untrained
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Of an encoder that neither the hub nor the package has."""
-    config = tiny(data="/home/me", sbd="/home/me", cache_dir="/home/me")
+    config = tiny(data="/home/me", sbd="/home/me", cache_dir="/home/me", init_from="/home/me")
     run = untrained(tmp_path_factory.mktemp("runs") / "run", config)
     lines = [
         {"kind": "validation", "step": 1, "epoch": 1, "mbo_i_slots": 0.1},

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from small_models import SIZE, Images, small_model
+from spot_fast.config import preset
 from spot_fast.data.base import Masks
 from spot_fast.data.datasets.scenes import Scenes
 from spot_fast.errors import UserError
@@ -23,6 +24,7 @@ from spot_fast.evaluation.tables import (
     mean_size_table,
     mean_sizes,
     mean_table,
+    seed_groups,
     size_table,
     unlabelled_line,
     used_by_objects,
@@ -462,3 +464,10 @@ def test_masks_in_use_are_counted_beside_the_objects():
         (2, 1, 3),
     ]
     assert used_line(scored) == "in use: 2.0 decoder masks, order 0, 2.0 slot masks; 1.3 objects"
+
+
+def test_seeds_that_began_with_a_run_each_are_a_group():
+    """Other folders are no other settings, but a run that began with none is another experiment."""
+    first = preset("scenes", 2, init_from="/a")
+    runs = [first, replace(first, seed=1, init_from="/b"), replace(first, seed=2, init_from=None)]
+    assert seed_groups(runs) == [[0, 1]]

@@ -68,7 +68,7 @@ def evaluate(words: list[str]) -> None:
     best = (config.stage + config.seed / 100) / 10
 
     def row(masks: str, value: float, orders=None, columns=None, num_masks=6) -> dict:
-        scores = {"mbo_i": value, "mbo_c": None, "miou": value, "fg_ari": value}
+        scores = {"mbo_i": value, "mbo_c": None, "miou": value, "fg_ari": value, "ari": None, "p_ari": None, "pq": None}
         sizes = [{"above": 0.0, "to": 1.0, "mbo_i": value, "instances": 3}] * 8
         return {
             "masks": masks, "orders": orders, "columns": columns, "num_masks": num_masks, **scores, "sizes": sizes

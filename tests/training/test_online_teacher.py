@@ -116,3 +116,13 @@ def config_of(capsys, words: list[str]) -> Config:
 def test_senseless_settings(stage, changes, sentence):
     with pytest.raises(UserError, match=sentence):
         check_config(tiny(stage, **{"online_teacher": True, **changes}))
+
+
+def test_a_warm_up_as_long_as_the_run():
+    with pytest.raises(UserError, match=f"--att-warmup-steps {STEPS} leaves none of the {STEPS} steps to the teacher"):
+        Trainer(tiny(2, att_warmup_steps=STEPS, **ONLINE), device=CPU)
+
+
+def test_one_teacher_is_named(capsys):
+    assert main(["--stage", "2", "--online-teacher", "--teacher", "runs/x"]) == 2
+    assert "--online-teacher and --teacher runs/x both name the teacher: drop one" in capsys.readouterr().err

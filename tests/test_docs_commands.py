@@ -139,6 +139,7 @@ HOW: list[tuple[str, Callable[[list[str]], None], str]] = [
     (r"python -m spot_fast\.train .*--print-config", as_written, "as written"),
     (r"python -m spot_fast\.train --resume", as_written, "as written; the newest run is finished"),
     (r"python -m spot_fast\.train .*--preset (?!scenes|dinosaur)", configured, "configuration and data set, untrained"),
+    (r"python -m spot_fast\.train .*--att-warmup-steps", with_options(f"{SHORT} --att-warmup-steps 1"), "likewise"),
     (r"python -m spot_fast\.train", with_options(SHORT), "trains two steps"),
     (r"python -m spot_fast\.reproduce", planned, "what it would train"),
     (r"python -m spot_fast\.pretrain", helped, "takes minutes: its options are checked"),

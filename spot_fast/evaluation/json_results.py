@@ -11,7 +11,7 @@ from spot_fast import __version__
 from spot_fast.evaluation.metrics import METRICS, SIZE_BINS
 from spot_fast.evaluation.protocols import Protocol
 from spot_fast.evaluation.scoring import Row
-from spot_fast.evaluation.tables import ScoredRun, mean_rows, mean_sizes, tables_by_protocol
+from spot_fast.evaluation.tables import ScoredRun, mean_recall, mean_rows, mean_sizes, tables_by_protocol
 from spot_fast.evaluation.transfer import transfer_json
 
 
@@ -44,9 +44,12 @@ def _summary(group: Sequence[ScoredRun]) -> list[dict]:
                 {
                     "title": title,
                     **{name: _mean_std(score) for name, score in scores.items()},
+                    "average_recall": {name: _mean_std(score) for name, score in recall.items()},
                     "sizes": [_size_bin(index, mbo_i=_mean_std(cell)) for index, cell in enumerate(cells)],
                 }
-                for (title, scores), (_, cells) in zip(mean_rows(tables), mean_sizes(tables), strict=True)
+                for (title, scores), (_, recall), (_, cells) in zip(
+                    mean_rows(tables), mean_recall(tables), mean_sizes(tables), strict=True
+                )
             ],
         }
         for tables in tables_by_protocol(group)
@@ -97,6 +100,7 @@ def _row(row: Row) -> dict:
         **{name: getattr(row, name) for name in ("masks", "num_masks", "orders", "columns")},
         **{name: row.scores[name] for name in METRICS},
         "used": row.used,
+        "average_recall": row.recall,
         "counted": row.counted,
         "sizes": [_size_bin(index, mbo_i=mean, instances=number) for index, (mean, number) in enumerate(row.sizes)],
     }

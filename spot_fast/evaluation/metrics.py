@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from spot_fast.evaluation.partitions import adjusted_rand, panoptic_quality
+from spot_fast.evaluation.recall import DETECTIONS, THRESHOLDS, average_recall, found_objects
 from spot_fast.system.devices import send
 from spot_kernels import linear_assignment, mask_labels, overlap_counts
 
@@ -277,12 +278,16 @@ def foreground_ari(counts: Tensor) -> Tensor:
     return adjusted_rand(counts[:, :, 1:])
 
 
-def scores_of_counts(counts: Tensor, truth: Pairs, rules: Rules = SPOT_RULES) -> dict[str, Tensor]:
+def scores_of_counts(
+    counts: Tensor, truth: Pairs, rules: Rules = SPOT_RULES, confidence: Tensor | None = None
+) -> dict[str, Tensor]:
     """Each metric of each image as a fraction, float64 [B], NaN where it is not counted, from `count_pairs` on the CPU.
 
     Also int64 [B] "objects", the number of masks in mBO_i, and "used", that of predicted masks with pixels;
     "size_counts" int64 and "size_sums" float64 [B, bins], the number of instances in each of SIZE_BINS (above its lower
-    bound, at most its upper; without void pixels, as a fraction of the label map), and the sum of their best IoU.
+    bound, at most its upper; without void pixels, as a fraction of the label map), and the sum of their best IoU;
+    "found" int64 [B, 3, 10] of `found_objects`, the masks ranked by `confidence` [B, K], and "foreground", how many
+    objects there are.
     """
     pixels = truth.labels[0].numel() if len(truth) else 0
     table = merge_columns(counts, truth.instances)
@@ -309,6 +314,9 @@ def scores_of_counts(counts: Tensor, truth: Pairs, rules: Rules = SPOT_RULES) ->
         scores["fg_ari"] = scores["fg_ari"].where(present[:, 1:].any(1), math.nan)
     scores["p_ari"], scores["pq"] = _panoptic(counts, table, truth)
     scores["size_sums"], scores["size_counts"] = _by_size(iou, table.sum(1), pixels)
+    masks = counts.shape[1]  # the table may have a row more
+    scores["found"] = found_objects(iou[:, :masks, 1:], present[:, 1:], counts.any(2), confidence)
+    scores["foreground"] = present[:, 1:].sum(1)
     return scores
 
 
@@ -424,6 +432,11 @@ class Scores:
             weight = weights.get(name, (~values.isnan()).long())
             means[name] = ((values.nan_to_num() * weight).sum() / weight.sum()).item() if weight.any() else None
         return means
+
+    def recall(self) -> list[float | None]:
+        """AR@1, AR@10 and AR@100 over all objects; None where it has no meaning (`average_recall`)."""
+        found = self._all("found", torch.empty(0, len(DETECTIONS), len(THRESHOLDS), dtype=torch.int64))
+        return average_recall(found, self._all("foreground", torch.empty(0, dtype=torch.int64)))
 
     def by_size(self) -> list[tuple[float | None, int]]:
         """mBO_i over the instances in each of SIZE_BINS, None without instances, and their number."""

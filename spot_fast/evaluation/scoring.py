@@ -26,6 +26,7 @@ from spot_fast.errors import UserError
 from spot_fast.evaluation.baselines import block_mask_candidates, block_masks, kmeans_labels
 from spot_fast.evaluation.metrics import Pairs, Scores, count_pairs, labels_from_soft, pair_labels, scores_of_counts
 from spot_fast.evaluation.protocols import GroundTruth, Protocol, chosen
+from spot_fast.evaluation.recall import by_detections, mask_scores
 from spot_fast.model.adaptive_slots import joined
 from spot_fast.model.encoder import normalise
 from spot_fast.model.spot import Spot, mean_of_orders
@@ -46,9 +47,9 @@ class Row:
 
     masks: decoder, slots, blocks (the best of several layouts), layout (a given one) or kmeans. scores: fractions, None
     where nothing counts. counted: number of images in each score. orders: number of patch orders averaged, for decoder
-    masks. columns: of block masks. sizes: mBO_i and number of the instances in each of metrics.SIZE_BINS. per_image:
-    the metrics, NaN where not counted, "objects" and "used" (predicted masks with pixels), of each image of
-    `Evaluation.labels`.
+    masks. columns: of block masks. sizes: mBO_i and number of the instances in each of metrics.SIZE_BINS. recall: AR@1,
+    AR@10 and AR@100, class-agnostic (recall.py), None where masks have no ranking. per_image: the metrics, NaN where
+    not counted, "objects" and "used" (predicted masks with pixels), of each image of `Evaluation.labels`.
     """
 
     masks: str
@@ -58,6 +59,7 @@ class Row:
     orders: int | None = None
     columns: int | None = None
     sizes: list[tuple[float | None, int]] = field(default_factory=list)
+    recall: dict[str, float | None] = field(default_factory=dict)
     per_image: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -312,6 +314,8 @@ class _Pass:
 
         start = time.perf_counter()
         soft = torch.cat([soft for _, soft in parts], 1)
+        # k-means' members and blocks are hard: each is as sure as the others.
+        ranked = {key: mask_scores(s).cpu() for key, s in zip(self.soft, soft, strict=True) if key[0] != "kmeans"}
         predicted: dict[int, Tensor] = {}  # label maps of all kinds by mask size, shared by protocols
         scores, sizes, objects = [], [], []
         for index, protocol in enumerate(self.protocols):
@@ -332,7 +336,7 @@ class _Pass:
             flat = torch.cat([c.flatten() for _, c in counts]).cpu().split([c.numel() for _, c in counts])
             scores.append(
                 {
-                    key: scores_of_counts(part.view(c.shape), truth, protocol.rules)
+                    key: scores_of_counts(part.view(c.shape), truth, protocol.rules, ranked.get(key))
                     for (key, c), part in zip(counts, flat, strict=True)
                 }
             )
@@ -401,6 +405,7 @@ class _Pass:
                 of_masks.counted(),
                 masks,
                 sizes=of_masks.by_size(),
+                recall=by_detections(of_masks.recall()),
                 per_image=of_masks.per_image() | {"objects": of_masks.objects(), "used": of_masks.used()},
                 **extra,
             )

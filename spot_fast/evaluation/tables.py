@@ -13,6 +13,7 @@ import numpy as np
 from spot_fast.config import Config
 from spot_fast.evaluation.baselines import MAX_COLUMNS, STARTS
 from spot_fast.evaluation.metrics import METRICS, SIZE_BINS
+from spot_fast.evaluation.recall import DETECTIONS
 from spot_fast.evaluation.scoring import Evaluation, Row, Table
 from spot_fast.files import atomic_write
 
@@ -43,6 +44,8 @@ _CSV = (
 _MOST_NAMES = 10  # in a line of text; the JSON and CSV files name all images
 NO_OBJECT = "no object"
 _SIZES_HEADING = "mBO_i by size of the instance, percent of the label map"
+_RECALL = [f"AR@{most}" for most in DETECTIONS]
+_RECALL_HEADING = "average recall of objects, IoU 0.5 to 0.95, class-agnostic: of the 1, 10, 100 most confident masks"
 
 NOTES = (
     "[1] the slot-attention map, from before the decoder: the same for every patch order",
@@ -111,6 +114,12 @@ def size_table(scored: Table) -> str:
     return table([*(r.title for r in scored.rows), "instances"], [*cells, numbers], BINS)
 
 
+def recall_table(scored: Table) -> str:
+    """AR@1, AR@10 and AR@100 in percent."""
+    cells = [[percent(row.recall[name]) for name in _RECALL] for row in scored.rows]
+    return table([row.title for row in scored.rows], cells, _RECALL)
+
+
 def unlabelled_line(scored: Table) -> str:
     """Names the images without an object; empty without any."""
     names = scored.unlabelled
@@ -166,6 +175,14 @@ def mean_rows(tables: Sequence[Table]) -> list[tuple[str, dict[str, tuple[float,
     ]
 
 
+def mean_recall(tables: Sequence[Table]) -> list[tuple[str, dict[str, tuple[float, float] | None]]]:
+    """Title and (mean, standard deviation) of AR@1, AR@10 and AR@100, row by row; tables as in `mean_rows`."""
+    return [
+        (title, {name: mean_and_deviation([r.recall[name] for r in rows]) for name in _RECALL})
+        for title, rows in _aligned(tables)
+    ]
+
+
 def mean_sizes(tables: Sequence[Table]) -> list[tuple[str, list[tuple[float, float] | None]]]:
     """Title and (mean, standard deviation) of mBO_i in each size bin, row by row; tables as in `mean_rows`."""
     return [
@@ -178,6 +195,12 @@ def mean_table(tables: Sequence[Table]) -> str:
     """`mean_rows` as a table in percent: mean ± standard deviation."""
     means = mean_rows(tables)
     return table([title for title, _ in means], [[spread(scores[name]) for name in METRICS] for _, scores in means])
+
+
+def mean_recall_table(tables: Sequence[Table]) -> str:
+    """`mean_recall` as a table in percent: mean ± standard deviation."""
+    means = mean_recall(tables)
+    return table([title for title, _ in means], [[spread(ar[name]) for name in _RECALL] for _, ar in means], _RECALL)
 
 
 def mean_size_table(tables: Sequence[Table]) -> str:
@@ -200,6 +223,10 @@ def run_report(run: ScoredRun, sizes: bool) -> str:
             evaluation_table(scored),
             "",
             used_line(scored),
+            "",
+            _RECALL_HEADING,
+            "",
+            recall_table(scored),
             "",
         ]
         if sizes:
@@ -229,6 +256,7 @@ def group_report(group: Sequence[ScoredRun], sizes: bool) -> str:
             f"mean ± std of {len(group)} runs · preset {config.recipe} · stage {config.stage} · "
             f"{', '.join(run.name for run in group)} · protocol {tables[0].protocol} · percent\n\n{mean_table(tables)}"
         )
+        parts.append(f"{_RECALL_HEADING}\n\n{mean_recall_table(tables)}")
         if sizes:
             parts.append(f"{_SIZES_HEADING}\n\n{mean_size_table(tables)}")
     return "\n\n".join(parts)

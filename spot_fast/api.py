@@ -8,7 +8,7 @@ result.labels[0], result.masks[0], result.slots[0]  # [H, W], [K, H, W], [K, U]
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from spot_fast.checkpoints.shared_folder import save_pretrained
 from spot_fast.data.decoding.opening import to_rgb
 from spot_fast.data.decoding.transforms import to_tensor
 from spot_fast.model import spot
+from spot_fast.segmentation import coco
+from spot_fast.segmentation.files import key_of
 from spot_fast.segmentation.overlays import labels_at
 from spot_fast.segmentation.segmenter import Segments, model_segmenter
 
@@ -35,7 +37,8 @@ class Segmentation:
     """Slots and masks of B images, on the CPU; `len` is B.
 
     slots [B, K, U]; decoder_masks and slot_masks [B, N, K]: soft masks of the N = G·G patches in raster layout, summing
-    to 1 over slots; sizes: (H, W) of each image; kind: which of the two `masks` and `labels` use.
+    to 1 over slots; sizes: (H, W) of each image; kind: which of the two masks the others are made from; model: a key
+    that tells the model from others.
     """
 
     slots: Tensor
@@ -43,6 +46,7 @@ class Segmentation:
     slot_masks: Tensor
     sizes: list[tuple[int, int]]
     kind: str = "decoder"
+    model: str = ""
 
     @property
     def token_masks(self) -> Tensor:
@@ -63,6 +67,32 @@ class Segmentation:
             torch.from_numpy(labels_at(masks, height, width))
             for masks, (height, width) in zip(self.token_masks, self.sizes, strict=True)
         ]
+
+    def to_coco(self, image_ids: Sequence[Any] | None = None, file_names: Sequence[str] | None = None) -> dict:
+        """The segments as a data set in COCO's format, for `json.dump` or `pycocotools.coco.COCO`.
+
+        Each is an annotation of the one category "segment": compressed run lengths, area, bbox, `slot` and `score`, the
+        mean of its soft mask over the patches where that is the largest. `COCO.loadRes` takes the "annotations".
+
+        Args:
+            image_ids: of the images in an annotation file to compare with (default: 1, 2, …).
+            file_names: of the images (default: their ids).
+
+        Raises:
+            ValueError: if there are not as many ids or names as images.
+        """
+        ids = list(image_ids) if image_ids is not None else list(range(1, len(self) + 1))
+        names = list(file_names) if file_names is not None else list(map(str, ids))
+        for name, values in (("image_ids", ids), ("file_names", names)):
+            if len(values) != len(self):
+                raise ValueError(f"{name} has {len(values)} entries: give one for each of the {len(self)} images")
+        images = (
+            coco.ImageEntry(id, name, width, height, coco.regions(labels.numpy(), masks))
+            for id, name, (height, width), labels, masks in zip(
+                ids, names, self.sizes, self.labels, self.token_masks, strict=True
+            )
+        )
+        return coco.data_set(coco.info(self.model, self.kind), images)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -141,7 +171,11 @@ def segment_images(
         parts.append(segmenter.segment(torch.stack([square(image, segmenter.size) for image in batch])))
     slots = torch.cat([part.slots for part in parts])
     decoder_masks, slot_masks = (torch.cat([part.masks[kind] for part in parts]) for kind in MASKS)
-    return Segmentation(slots, decoder_masks, slot_masks, [(image.height, image.width) for image in rgb], masks)
+    sizes = [(image.height, image.width) for image in rgb]
+    # What tells the segment command's files of this model from others'.
+    origin = getattr(model, "origin", None)
+    made_by = key_of(f"run {origin.resolve()}") if origin else ""
+    return Segmentation(slots, decoder_masks, slot_masks, sizes, masks, made_by)
 
 
 def square(image: Image.Image, size: int) -> Tensor:

@@ -8,6 +8,10 @@ For each image, in the folder of --out:
                           bilinearly (corners not aligned) to "height" and "width" of the metadata, the largest gives
                           the label map, but for rounding
   NAME_slots.safetensors  with --slots: "slots" [K, U]
+  .segments.jsonl         once: the record of what was written, with which --resume goes on
+--coco FILE.json also writes the segments of all images as a data set in COCO's format: region, area, box, and as score
+the mean of a mask over the patches where it is the largest. --slots-file FILE.safetensors writes all slots into one
+file: "slots" [images, K, U], the images' names in the metadata.
 Without --run the newest finished run is taken. With --encoder instead of a run, the masks are k-means clusters of
 that encoder's features.
 
@@ -29,14 +33,17 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from spot_fast import cli
 from spot_fast.errors import UserError
 from spot_fast.evaluation.scoring import WORKERS
 from spot_fast.model.vits import SCENES_ENCODER
-from spot_fast.segmentation.batch import MAX_SHEET, Outputs, segment_all, sources_of
-from spot_fast.segmentation.files import check_overwriting, find_images, output_names, save
+from spot_fast.segmentation import coco, slot_file
+from spot_fast.segmentation.batch import MAX_SHEET, Finished, Outputs, Results, Source, segment_all, sources_of
+from spot_fast.segmentation.collected import Collected
+from spot_fast.segmentation.files import check_overwriting, find_images, make_folder, output_names, save
 from spot_fast.segmentation.grids import FITS, Fit, fit_of
 from spot_fast.segmentation.overlays import contact_sheet
 from spot_fast.segmentation.segmenter import CLUSTER_SIZE, Segmenter, cluster_segmenter, run_segmenter
@@ -84,7 +91,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     cli.add_adaptive_slots(parser)
     parser.add_argument("--masks", choices=tuple(_MASKS), help="which masks to write and show (default: both)")
     parser.add_argument("--soft", action="store_true", help="also write soft masks")
-    parser.add_argument("--slots", action="store_true", help="also write the slots")
+    parser.add_argument("--slots", action="store_true", help="also write the slots, a file an image")
+    parser.add_argument(
+        "--slots-file", type=Path, metavar="FILE.safetensors", help="also write the slots of all images, as one file"
+    )
+    parser.add_argument("--coco", type=Path, metavar="FILE.json", help="also write the segments in COCO's format")
+    parser.add_argument(
+        "--annotations",
+        type=Path,
+        metavar="FILE.json",
+        help="for --coco: a COCO annotation file, whose ids, names and sizes of images are taken; images that it does "
+        "not list are left out",
+    )
+    parser.add_argument("--no-labels", dest="labels", action="store_false", help="write no label maps")
     parser.add_argument("--no-overlay", dest="overlay", action="store_false", help="write no overlays: faster")
     parser.add_argument(
         "--grid",
@@ -102,6 +121,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--encoder", metavar="NAME", help="without a run: cluster the features of this timm ViT")
     parser.add_argument("--encoder-weights", metavar="FILE", help="its weights (default: timm's own, from the hub)")
     parser.add_argument("--clusters", type=int, default=6, metavar="K", help="clusters for --encoder (default: 6)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a call that was stopped: images that --out has already, with the same settings, are not done "
+        "again",
+    )
     cli.add_batch_size(parser, 16, "images at a time, fewer where grids are larger; changes nothing but rounding")
     cli.add_workers(parser, WORKERS, "threads that read and write images", least=1)
     cli.add_threads(parser)
@@ -119,8 +144,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.run and args.encoder:
         raise UserError(f"--run {args.run} has its own encoder: drop --encoder {args.encoder} or --run")
-    if args.encoder and (args.masks or args.slots):
-        option = f"--masks {args.masks}" if args.masks else "--slots"
+    if args.encoder and (args.masks or args.slots or args.slots_file):
+        option = f"--masks {args.masks}" if args.masks else "--slots" if args.slots else "--slots-file"
         raise UserError(f"{option} belongs to a run: an encoder has clusters only, drop it or --encoder {args.encoder}")
     if args.encoder and args.adaptive_slots is not None:
         raise UserError(f"--adaptive-slots belongs to a run: drop it or --encoder {args.encoder}")
@@ -137,6 +162,24 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--grid {args.grid}: give the name of a .png file")
     if args.grid and args.grid.is_dir():
         raise UserError(f"--grid {args.grid} is a folder: give the name of a .png file")
+    if args.grid and args.resume:
+        raise UserError(f"--grid {args.grid} shows the images of one whole call: leave it out, or --resume")
+    for option, target, ending in (
+        ("coco", args.coco, ".json"),
+        ("slots-file", args.slots_file, ".safetensors"),
+    ):
+        if target and (target.suffix.lower() != ending or target.is_dir()):
+            raise UserError(f"--{option} {target}: give the name of a {ending} file")
+    if args.annotations and not args.coco:
+        raise UserError(f"--annotations {args.annotations} says what images are called in --coco FILE.json: add that")
+    if args.annotations and args.annotations.resolve() == args.coco.resolve():
+        raise UserError(f"--coco {args.coco} is the file of --annotations: choose another name")
+    if args.annotations and args.scenes:
+        raise UserError(f"--annotations {args.annotations} lists no generated images: leave out --scenes")
+    if not (args.labels or args.overlay or args.soft or args.slots or args.coco or args.slots_file or args.grid):
+        raise UserError(
+            "--no-labels and --no-overlay leave nothing to write: add --coco, --slots-file, --soft or --slots"
+        )
 
 
 def _segmenter(args: argparse.Namespace, device: str) -> Segmenter:
@@ -166,54 +209,113 @@ def _fit(args: argparse.Namespace, segmenter: Segmenter) -> Fit:
     return fit
 
 
-@cli.command("what was written is whole")
-def main(argv: Sequence[str] | None = None) -> None:
-    args = _parse(argv)
-    _check(args)
-    files = find_images(args.images, args.out, lambda note: print(f"note: {note}", file=sys.stderr))
+def _sources(args: argparse.Namespace, segmenter: Segmenter) -> list[Source]:
+    """The images to segment; UserError where there are none."""
+    files = find_images(args.images, args.out, _note)
     paths = [path for path, _ in files]
     if args.grid and args.grid.resolve() in {path.resolve() for path in paths}:
         raise UserError(f"--grid {args.grid} is one of the images: choose another name")
+    names = output_names([stem for _, stem in files] + [f"scene_{i:03d}" for i in range(args.scenes)], paths, args.out)
+    sources = sources_of(paths, args.scenes, segmenter.size, names, segmenter.identity)
+    if not args.annotations:
+        return sources
+    listed = coco.listed_images(args.annotations, [source.file_name for source in sources])
+    if left_out := listed.count(None):
+        _note(f"{args.annotations} does not list {left_out} of {len(sources)} images, which are left out")
+    return [replace(source, listed=image) for source, image in zip(sources, listed, strict=True) if image]
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def _collected(args: argparse.Namespace, segmenter: Segmenter, outputs: Outputs) -> Collected:
+    settings = {name: getattr(args, name) for name in ("fit", "size", "orders", "adaptive_slots", "precision")}
+    collected = Collected(
+        segmenter, outputs, settings, coco_file=args.coco, slot_file=args.slots_file, resume=args.resume
+    )
+    for target, check in ((args.coco, coco.check_target), (args.slots_file, slot_file.check_target)):
+        if target and not args.overwrite:
+            check(target, collected.model)
+        if target:
+            make_folder(target)
+    return collected
+
+
+@cli.command("what was written is whole, and --resume goes on from there")
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parse(argv)
+    _check(args)
     device = usable_device(args.device)
     segmenter = _segmenter(args, str(device))
     fit = _fit(args, segmenter)
+    sources = _sources(args, segmenter)
     kinds = _MASKS[args.masks or "both"] if "slots" in segmenter.kinds else segmenter.kinds
     metadata = {"fit": args.fit, "model": segmenter.title, **({} if args.encoder else {"orders": args.orders})}
-    outputs = Outputs(args.out, kinds, args.overlay, args.soft, args.slots, metadata)
-    images = sources_of(paths, args.scenes, segmenter.size, segmenter.identity)
-    names = output_names([stem for _, stem in files] + [f"scene_{i:03d}" for i in range(args.scenes)], paths, args.out)
+    outputs = Outputs(
+        args.out, kinds, args.labels, args.overlay, args.soft, args.slots, args.coco is not None, metadata
+    )
+    collected = _collected(args, segmenter, outputs)
+    missing = [source for source in sources if not collected.has(source)] if args.resume else sources
     if not args.overwrite:
-        check_overwriting(args.out, names, [image.origin for image in images], outputs.endings)
+        names = [source.name for source in missing]
+        check_overwriting(args.out, names, (source.origin for source in missing), outputs.endings)
     print(f"{segmenter.title}, {segmenter.size} px, {device}", flush=True)
+    if done := len(sources) - len(missing):
+        print(f"{done} of {len(sources)} images were done before", flush=True)
+    lines = []
+
+    def finished(source: Source, result: Finished) -> None:
+        collected.add(source, result)
+        if len(missing) <= _MOST_LINES:
+            lines.append(f"{args.out / source.name}_*  {result.size[0]} x {result.size[1]}")
+
     start = time.perf_counter()
-    with computing(args.threads, device) as adapt:
-        results = segment_all(
-            images,
-            names,
-            segmenter,
-            fit,
-            outputs,
-            batch_size=args.batch_size,
-            workers=args.workers,
-            contact_sheet=args.grid is not None,
-            between_batches=adapt,
-        )
+    try:
+        with computing(args.threads, device) as adapt:
+            results = segment_all(
+                missing,
+                segmenter,
+                fit,
+                outputs,
+                batch_size=args.batch_size,
+                workers=args.workers,
+                finished=finished,
+                contact_sheet=args.grid is not None,
+                between_batches=adapt,
+            )
+    finally:
+        collected.close()
     seconds = time.perf_counter() - start
     if results.rows:
         rows = [row for _, row in sorted(results.rows.items())]
         save(contact_sheet(rows, columns=1 if len(rows) < 4 else 2 if len(rows) <= 24 else 4), args.grid)
-    if len(images) <= _MOST_LINES:
-        for index, (width, height) in sorted(results.sizes.items()):
-            print(f"{args.out / names[index]}_*  {width} x {height}")
+    if outputs.endings:
+        print(*sorted(lines), sep="\n", end="\n" * bool(lines))
     if results.rows:
-        print(args.grid, f"(the first {MAX_SHEET} of {len(images)} images)" if len(images) > MAX_SHEET else "")
+        print(args.grid, f"(the first {MAX_SHEET} of {len(sources)} images)" if len(sources) > MAX_SHEET else "")
     if results.skipped:
-        print(f"{results.skipped} of {len(images)} could not be read and were skipped", file=sys.stderr)
-    if not (done := len(results.sizes)):
+        print(f"{results.skipped} of {len(missing)} could not be read and were skipped", file=sys.stderr)
+    if not (results.images or done):
         raise UserError("no image could be read: nothing was written")
-    print(
-        f"{done} image{'s' * (done != 1)} in {seconds:.1f} s, {done / seconds:.1f} images/s: "
-        f"{args.out}/NAME_{{{','.join(outputs.endings)}}}"
+    collected.finish(sources)
+    if results.images:
+        print(_summary(results, seconds))
+    else:
+        print("nothing was left to do")
+    if outputs.endings:
+        print(f"{args.out}/NAME_{{{','.join(outputs.endings)}}}")
+    for target in filter(None, (args.coco, args.slots_file)):
+        print(target)
+
+
+def _summary(results: Results, seconds: float) -> str:
+    """How fast it went: in all, and what reading, the model and the masks and files took of each image."""
+    count = results.images
+    read, model, write = (1000 * results.seconds[part] / count for part in ("read", "model", "write"))
+    return (
+        f"{count} image{'s' * (count != 1)} in {seconds:.1f} s, {count / seconds:.1f} images/s "
+        f"(an image: {read:.1f} ms reading, {model:.1f} ms model, {write:.1f} ms masks and files)"
     )
 
 

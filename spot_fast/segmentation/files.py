@@ -39,10 +39,23 @@ class Origin:
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(f"{self.path}\n{self.model}".encode(errors="surrogateescape")).hexdigest()[:32]
+        return key_of(f"{self.path}\n{self.model}")
 
     def metadata(self) -> dict[str, str]:
         return {"image": self.image, _OF: self.key}
+
+
+def key_of(identity: str) -> str:
+    """A key that tells an image or a model from others without naming its folder."""
+    return hashlib.sha256(identity.encode(errors="surrogateescape")).hexdigest()[:32]
+
+
+def stamp_of(path: Path | None) -> str:
+    """Size and time of a file, which change when it is written anew; "" for none."""
+    if path is None or not path.exists():
+        return ""
+    about = path.stat()
+    return f"{about.st_size} {about.st_mtime_ns}"
 
 
 def find_images(
@@ -86,7 +99,7 @@ def _is_image(path: Path) -> bool:
 
 def _is_output(path: Path, out: Path) -> bool:
     """Whether a file is an output of this command, by its name and its metadata."""
-    return any(path.name.endswith(f"_{ending}") for ending in ENDINGS) and _key_of(path) is not None
+    return any(path.name.endswith(f"_{ending}") for ending in ENDINGS) and _key_in(path) is not None
 
 
 def output_names(
@@ -111,13 +124,13 @@ def output_names(
     return names
 
 
-def check_overwriting(out: Path, names: Sequence[str], origins: Sequence[Origin], endings: Sequence[str]) -> None:
+def check_overwriting(out: Path, names: Sequence[str], origins: Iterable[Origin], endings: Sequence[str]) -> None:
     """UserError where an output would replace a file that is not of the same image and model."""
     others = [
         path
         for name, origin in zip(names, origins, strict=True)
         for path in (out / f"{name}_{ending}" for ending in endings)
-        if path.exists() and _key_of(path) != origin.key
+        if path.exists() and _key_in(path) != origin.key
     ]
     if others:
         exist = "exists and is" if len(others) == 1 else f"and {len(others) - 1} more exist and are"
@@ -126,7 +139,7 @@ def check_overwriting(out: Path, names: Sequence[str], origins: Sequence[Origin]
         )
 
 
-def _key_of(path: Path) -> str | None:
+def _key_in(path: Path) -> str | None:
     """The key in an output's metadata; None for any other file."""
     try:
         if path.suffix == ".png":
@@ -140,7 +153,7 @@ def _key_of(path: Path) -> str | None:
 
 def save(image: Image.Image, path: Path, metadata: dict[str, str] | None = None, *, fast: bool = False) -> None:
     """Writes a PNG, whole or not at all, and makes its folder where it is missing."""
-    _make_folder(path)
+    make_folder(path)
     text = PngImagePlugin.PngInfo()
     for name, value in (metadata or {}).items():
         text.add_itxt(name, _unicode(value))
@@ -150,7 +163,7 @@ def save(image: Image.Image, path: Path, metadata: dict[str, str] | None = None,
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Writes a safetensors file, whole or not at all, and makes its folder where it is missing."""
-    _make_folder(path)
+    make_folder(path)
     text = {name: _unicode(value) for name, value in metadata.items()}
     data = to_bytes({name: value.contiguous() for name, value in tensors.items()}, text)
     atomic_write(path, lambda partial: partial.write_bytes(data))
@@ -161,7 +174,8 @@ def _unicode(name: str) -> str:
     return name.encode(errors="replace").decode()
 
 
-def _make_folder(path: Path) -> None:
+def make_folder(path: Path) -> None:
+    """Makes the folder that a file is to be in. UserError where that cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spot_fast.checkpoints.encoder_weights import frozen_encoder
-from spot_fast.checkpoints.runs import find_folder, find_run, load_run
+from spot_fast.checkpoints.runs import MODEL, find_folder, find_run, load_run
 from spot_fast.config import preset
 from spot_fast.errors import UserError
 from spot_fast.evaluation.baselines import kmeans_labels
@@ -23,6 +23,7 @@ from spot_fast.model.vits import SCENES_ENCODER
 from spot_fast.precision import autocast, float32_products, resolve
 from spot_fast.random_streams import Stream, seed_of
 from spot_fast.segmentation.colours import MAX_LABELS
+from spot_fast.segmentation.files import stamp_of
 from spot_fast.system.devices import send
 
 CLUSTER_SIZE = 448  # twice what most ViTs were trained at: finer clusters
@@ -50,6 +51,7 @@ class Segmenter:
         size, patch: side of the square that the model was made for and of a patch, in pixels.
         title: names the model for people.
         identity: tells the model from others, for the files made with it.
+        version: changes when the model of that identity is trained anew.
         segment: segments images on the model's own grid.
         segment_at: (height, width) in patches → the same for another grid.
     """
@@ -64,8 +66,10 @@ class Segmenter:
         identity: str,
         segment: Segment,
         segment_at: Callable[[int, int], Segment],
+        version: str = "",
     ) -> None:
-        self.kinds, self.size, self.patch, self.title, self.identity = kinds, size, patch, title, identity
+        self.kinds, self.size, self.patch, self.title = kinds, size, patch, title
+        self.identity, self.version = identity, version
         self._device, self._segment_at = device, segment_at
         self._grids = {(size // patch, size // patch): segment}
 
@@ -128,7 +132,11 @@ def run_segmenter(
     if adaptive_slots is not None:
         loaded.model.config = replace(loaded.config, adaptive_slots=adaptive_slots)
     title, identity = f"run {loaded.path}", f"run {loaded.path.resolve()}"
-    return model_segmenter(loaded.model, title=title, identity=identity, orders=orders, seed=seed, precision=precision)
+    segmenter = model_segmenter(
+        loaded.model, title=title, identity=identity, orders=orders, seed=seed, precision=precision
+    )
+    segmenter.version = stamp_of(loaded.path if loaded.path.is_file() else loaded.path / MODEL)
+    return segmenter
 
 
 def cluster_segmenter(
@@ -172,4 +180,5 @@ def cluster_segmenter(
         f"{clusters} clusters of {encoder_name} {weights or ''}",
         segment_with(encoder),
         segment_at,
+        stamp_of(weights and Path(weights)),
     )

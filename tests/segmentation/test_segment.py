@@ -7,31 +7,19 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import untrained_runs
 from spot_fast import segment
-from spot_fast.checkpoints.encoder_weights import encoder_metadata, frozen_encoder
-from spot_fast.checkpoints.runs import MODEL, load_run, save_tensors, write_config
 from spot_fast.config import preset
 from spot_fast.model.encoder import normalise
-from spot_fast.model.spot import Spot
 from spot_fast.random_streams import Stream, seed_of
-from spot_fast.segmentation import batch, overlays
+from spot_fast.segmentation import batch, overlays, record
+from untrained_runs import TINY
 
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory):
     """A finished run of an untrained model."""
-    torch.manual_seed(0)
-    config = preset("scenes", encoder_weights="none", dec_blocks=1, slot_dim=16, slot_mlp=16)
-    encoder = frozen_encoder(config)
-    folder = tmp_path_factory.mktemp("work") / "runs" / "untrained"
-    folder.mkdir(parents=True)
-    write_config(folder, config)
-    save_tensors(
-        folder / MODEL,
-        Spot(config, encoder).learned_state_dict(),
-        encoder_metadata(encoder, config),
-    )
-    return load_run(folder)
+    return untrained_runs.untrained(tmp_path_factory.mktemp("work") / "runs" / "untrained", preset("scenes", **TINY))
 
 
 @pytest.fixture
@@ -47,6 +35,11 @@ def photo(path, size=(90, 50), **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(path, **options)
     return path
+
+
+def written(folder):
+    """Names of the files in a folder, but for the record."""
+    return {path.name for path in folder.iterdir()} - {record.NAME}
 
 
 def labels_of(path):
@@ -118,9 +111,9 @@ def test_batch_size_and_workers_change_no_label(run, tmp_path, fit):
             )
             == 0
         )
-    written = sorted(path.name for path in (tmp_path / "1").iterdir())
-    assert len(written) == 18
-    for name in written:
+    names = written(tmp_path / "1")
+    assert len(names) == 18
+    for name in names:
         assert np.array_equal(labels_of(tmp_path / "1" / name), labels_of(tmp_path / "8" / name)), name
 
 
@@ -132,7 +125,7 @@ def test_repeats_are_equal_and_leave_nothing_else(run, tmp_path):
     }
     for out in ("a", "b"):
         assert run(source, "--out", tmp_path / out, "--orders", "all", "--run", "untrained", "--soft", "--slots") == 0
-        assert {path.name for path in (tmp_path / out).iterdir()} == names
+        assert written(tmp_path / out) == names
     for name in names:
         one, other = tmp_path / "a" / name, tmp_path / "b" / name
         if one.suffix == ".png":
@@ -151,7 +144,7 @@ def test_masks_that_were_not_asked_for_are_not_written(run, tmp_path):
     for masks, name in (("decoder", "photo_labels.png"), ("slots", "photo_slot_labels.png")):
         out = tmp_path / masks
         assert run(source, "--masks", masks, "--soft", "--out", out) == 0
-        assert {path.name for path in out.iterdir()} == {name, "photo_overlay.png", "photo_soft.safetensors"}
+        assert written(out) == {name, "photo_overlay.png", "photo_soft.safetensors"}
         assert list(load_file(out / "photo_soft.safetensors")) == [masks]
 
 
@@ -177,13 +170,13 @@ def test_folders_lists_scenes_and_grid(run, tmp_path):
     (tmp_path / "in" / "list.txt").write_text("turned.jpg\nmissing.jpg\n")
     assert run(tmp_path / "in", "--scenes", 2, "--grid", tmp_path / "new" / "grid.png") == 0
     root = tmp_path / "segments"
-    written = sorted(str(path.relative_to(root)) for path in root.rglob("*_labels.png") if "slot" not in path.name)
-    assert written == ["scene_000_labels.png", "scene_001_labels.png", "sub/one_labels.png", "turned_labels.png"]
+    labels = sorted(str(path.relative_to(root)) for path in root.rglob("*_labels.png") if "slot" not in path.name)
+    assert labels == ["scene_000_labels.png", "scene_001_labels.png", "sub/one_labels.png", "turned_labels.png"]
     assert labels_of(root / "turned_labels.png").shape == (90, 50)  # upright by EXIF
     assert labels_of(root / "scene_001_labels.png").shape == (96, 96)
     assert Image.open(tmp_path / "new" / "grid.png").width > 6 * 200
     assert run(tmp_path / "in" / "list.txt", "--out", tmp_path / "listed", "--masks", "decoder") == 0
-    assert sorted(path.name for path in (tmp_path / "listed").iterdir()) == ["turned_labels.png", "turned_overlay.png"]
+    assert written(tmp_path / "listed") == {"turned_labels.png", "turned_overlay.png"}
 
 
 def _turned():
@@ -208,7 +201,7 @@ def test_outputs_of_earlier_calls_are_not_images(run, tmp_path):
     other = photo(tmp_path / "in" / "my_overlay.png")
     for _ in range(2):
         assert run(source.parent, "--out", source.parent) == 0
-    assert len(list(other.parent.iterdir())) == 2 + 2 * 3
+    assert len(written(other.parent)) == 2 + 2 * 3
 
 
 @pytest.mark.parametrize(
@@ -248,7 +241,7 @@ def test_corrupt_image_is_named_and_the_others_done(run, tmp_path, capsys):
     printed = capsys.readouterr()
     assert f"skipped: image {bad} cannot be read: not an image of a known format" in printed.err
     assert "1 of 2 could not be read" in printed.err and "1 image in " in printed.out
-    assert {path.name for path in (tmp_path / "segments").iterdir()} == {
+    assert written(tmp_path / "segments") == {
         "good_overlay.png",
         "good_labels.png",
         "good_slot_labels.png",
@@ -340,5 +333,5 @@ def test_large_images_are_worked_on_one_at_a_time(run, tmp_path, monkeypatch):
     monkeypatch.setattr(batch, "_prepare", counted)
     assert run(tmp_path / "in", "--workers", 3, "--out", tmp_path / "large") == 0
     assert most == [1] * 4
-    for file in (tmp_path / "small").iterdir():
-        assert (tmp_path / "large" / file.name).read_bytes() == file.read_bytes()
+    for name in written(tmp_path / "small"):
+        assert (tmp_path / "large" / name).read_bytes() == (tmp_path / "small" / name).read_bytes()

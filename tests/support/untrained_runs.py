@@ -11,6 +11,8 @@ from spot_fast.checkpoints.runs import MODEL, Run, load_run, save_tensors, write
 from spot_fast.config import Config
 from spot_fast.model.spot import Spot
 
+TINY = {"encoder_weights": "none", "dec_blocks": 1, "slot_dim": 16, "slot_mlp": 16}  # of preset scenes
+
 
 def untrained(folder: Path, config: Config, seed: int = 0) -> Run:
     """A run of `config` in `folder`, with random weights."""

@@ -106,9 +106,7 @@ class Coco(ImageFiles):
         return self.instances.size(self.listed[index]) if self.has_masks else None
 
     def upright_alike(self, index: int) -> bool:
-        # COCO's own masks were drawn on the stored pixels; annotators of other photos see them upright.
-        image = self.listed[index]
-        return not (isinstance(image.id, int) and image.file_name.endswith(f"{image.id:012}.jpg"))
+        return self.listed[index].drawn_upright
 
     def label(self, index: int) -> str:
         return self.listed[index].file_name

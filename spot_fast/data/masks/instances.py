@@ -36,6 +36,14 @@ class Listed:
     height: int
     width: int
 
+    @property
+    def drawn_upright(self) -> bool:
+        """Whether masks that fit the image both as stored and upright are taken for drawn on the latter.
+
+        COCO's own masks were drawn on the stored pixels; annotators of other photos see them upright.
+        """
+        return not (isinstance(self.id, int) and self.file_name.endswith(f"{self.id:012}.jpg"))
+
 
 class Instances:
     """Images and annotations of `path`; UserError if it is no such file.

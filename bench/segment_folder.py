@@ -21,16 +21,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
-from harness.machine import machine
+from harness.machine import cores, cpu_name
 from PIL import Image
 
 from spot_fast.data import Scenes
 from spot_fast.segmentation import record
 
 _DIFFERENT = 64
-_SPEED = re.compile(
-    r"([\d.]+) images/s \(an image: ([\d.]+) ms reading, ([\d.]+) ms model, ([\d.]+) ms masks and files\)"
-)
+_SPEED = re.compile(r"([\d.]+) images/s \(an image: ([\d.]+) ms reading, ([\d.]+) ms model, ([\d.]+) ms masks")
 
 
 def folder_of(root: Path, count: int, size: tuple[int, int]) -> Path:
@@ -52,24 +50,14 @@ def folder_of(root: Path, count: int, size: tuple[int, int]) -> Path:
 
 def segment(run: Path, folder: Path, out: Path, kill_at: int = 0) -> tuple[float, str, int]:
     """Seconds, output and largest resident memory in MB of a call; kill_at: images after which it is killed."""
-    command = [
-        sys.executable,
-        "-m",
-        "spot_fast.segment",
-        folder,
-        "--run",
-        run,
-        "--out",
-        out,
-        "--resume",
-        "--no-overlay",
-    ]
-    command += ["--masks", "decoder", "--coco", out / "all.json", "--slots-file", out / "slots.safetensors"]
+    command = [sys.executable, "-m", "spot_fast.segment", folder, "--run", run, "--out", out, "--resume"]
+    command += ["--masks", "decoder", "--no-overlay"]
+    command += ["--coco", out / "all.json", "--slots-file", out / "slots.safetensors"]
     start = time.perf_counter()
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     if kill_at:
         lines = out / record.NAME
-        while process.poll() is None and not (lines.exists() and _lines(lines) >= kill_at):
+        while _runs(process) and not (lines.exists() and _lines(lines) >= kill_at):
             time.sleep(1)
         process.send_signal(signal.SIGKILL)
     output = process.stdout.read()
@@ -77,6 +65,11 @@ def segment(run: Path, folder: Path, out: Path, kill_at: int = 0) -> tuple[float
     if status and not kill_at:
         raise SystemExit(f"segment ended with {os.waitstatus_to_exitcode(status)}: {output}")
     return time.perf_counter() - start, output, usage.ru_maxrss // 1024
+
+
+def _runs(process: subprocess.Popen) -> bool:
+    """Whether it has not ended; unlike `poll` this leaves its memory to `wait4`."""
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def _lines(path: Path) -> int:
@@ -91,16 +84,15 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=[640, 480], metavar=("W", "H"))
     parser.add_argument("--kill", action="store_true")
     args = parser.parse_args()
-    print(f"{machine()}; {args.size[0]} x {args.size[1]} JPEGs")
+    print(f"{cpu_name()}, {cores()} cores; {args.size[0]} x {args.size[1]} JPEGs")
     print("  images   images/s   ms reading   ms model   ms masks and files   peak memory, MB")
     with tempfile.TemporaryDirectory() as root:
         for count in sorted(args.images):
             folder, out = folder_of(Path(root), count, tuple(args.size)), Path(root) / f"out_{count}"
             if args.kill and count == max(args.images):
                 seconds, _, memory = segment(args.run, folder, out, kill_at=count // 2)
-                print(
-                    f"{count:>8}   killed after {seconds:.0f} s with {_lines(out / record.NAME)} recorded, {memory} MB"
-                )
+                lines = _lines(out / record.NAME)
+                print(f"{count:>8}   killed after {seconds:.0f} s with {lines} recorded, {memory} MB", flush=True)
             seconds, output, memory = segment(args.run, folder, out)
             cells = _SPEED.search(output).groups()
             print(f"{count:>8}" + "".join(f"{c:>{w}}" for c, w in zip(cells, (11, 13, 11, 21), strict=True)), end="")

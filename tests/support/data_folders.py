@@ -15,8 +15,8 @@ def coco_file(path, file_names, categories=(40, 7)):
         "categories": [{"id": i} for i in categories],
         "images": [{"id": f"i{n}", "file_name": name, "width": 30, "height": 20} for n, name in enumerate(file_names)],
         "annotations": [
-            {"image_id": "i0", "category_id": 7, "segmentation": BOX},
-            {"image_id": "i0", "category_id": 40, "segmentation": OVERLAP},
+            {"id": 1, "image_id": "i0", "category_id": 7, "segmentation": BOX, "area": 200, "iscrowd": 0},
+            {"id": 2, "image_id": "i0", "category_id": 40, "segmentation": OVERLAP, "area": 500, "iscrowd": 0},
         ],
     }
     path.write_text(json.dumps(content))

@@ -25,6 +25,7 @@ PACKAGE = "spot_kernels"
 # Those that have kernels; on a CPU PyTorch runs.
 BACKENDS = ("cpu", "cuda", "rocm")
 
+_PAPER = "https://arxiv.org/abs/2312.00648"
 _CARD = """---
 library_name: kernels
 license: apache-2.0
@@ -39,8 +40,8 @@ tags:
 
 {about}
 
-These are the Triton kernels of version {version}, forward and backward, for CUDA and ROCm; on a CPU, and outside a kernel's limits, PyTorch computes
-the same. Python 3.11 and PyTorch 2.11 or newer.
+These are its Triton kernels, version {version}, forward and backward, for CUDA and ROCm. On a CPU, and outside a
+kernel's limits, PyTorch computes the same. Python 3.11, PyTorch 2.11 and `kernels` 0.14 or newer.
 
 ```python
 import torch
@@ -51,10 +52,10 @@ attention = spot_kernels.SlotAttention(256, 256, mlp_hidden=1024)
 slots, attn, logits = attention(torch.randn(2, 196, 256), torch.randn(2, 7, 256))
 ```
 
-`spot_kernels.patch(model)` runs the slot attention of a published model on them, in place. All public names: {names}. `help()` of each says shapes
-and limits; without scipy there is no `linear_assignment` on a CPU.
+`spot_kernels.patch(model)` runs the slot attention of a published model on them, in place. `help()` of each name says
+its shapes and limits: {names}. `linear_assignment` on a CPU needs scipy.
 
-License: Apache 2.0, in LICENSE. {links}
+License: Apache 2.0. {link}
 """
 
 
@@ -76,9 +77,7 @@ def renamed(name: str, text: str, identifier: str) -> str:
     edits: list[tuple[int, int, int, str]] = []  # line, first and last column, the new text
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import) and any(_is_ours(alias.name) for alias in node.names):
-            raise ValueError(
-                f"{name}:{node.lineno}: import {PACKAGE} has no relative form: write from {PACKAGE} import"
-            )
+            raise ValueError(f"{name}:{node.lineno}: import {PACKAGE} has no relative form: use from {PACKAGE}")
         if isinstance(node, ast.ImportFrom) and _is_ours(node.module or ""):
             first = node.col_offset + len("from ")
             module = to_root + node.module.removeprefix(PACKAGE).removeprefix(".")
@@ -139,7 +138,6 @@ def major() -> int:
 def card(repo: str, upstream: str) -> str:
     """The repository's README.md; the introduction is that of kernels/README.md."""
     title, about = (HERE / "README.md").read_text(encoding="utf-8").split("\n\n")[:2]
-    links = "It is made for [SPOT](https://arxiv.org/abs/2312.00648), and knows nothing of it."
     return _CARD.format(
         title=title.removeprefix("# "),
         about=about,
@@ -147,7 +145,7 @@ def card(repo: str, upstream: str) -> str:
         major=major(),
         repo=repo,
         names=", ".join(f"`{name}`" for name in _assigned("__all__")),
-        links=f"Sources, tests and measurements: {upstream}" if upstream else links,
+        link=f"Sources, tests and measurements: {upstream}" if upstream else f"Made for SPOT, {_PAPER}.",
     )
 
 

@@ -30,7 +30,7 @@ _CARD = """---
 library_name: kernels
 license: apache-2.0
 tags:
-- kernels
+- kernel
 - triton
 - slot-attention
 - object-centric-learning
@@ -169,6 +169,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         parser.error(f"OUT is {args.out}, which exists and is no empty folder: name a new one")
+    if args.repo.count("/") != 1:
+        parser.error(f"--repo is {args.repo!r}: name it as on the hub, ORG/NAME")
+    if args.source and not args.source.startswith("https://"):  # `kernels` would not load what is no git address
+        parser.error(f"--source is {args.source!r}: pass an address that begins with https://")
     write(args.out, args.repo, args.source)
     variants = sorted((args.out / "build").iterdir())
     size = sum(file.stat().st_size for file in variants[0].rglob("*.py"))

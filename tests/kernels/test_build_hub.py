@@ -10,10 +10,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import build_hub
 import spot_kernels
 from paths import ROOT
+from spot_kernels.reference import mask_matching
 
 VARIANTS = ("torch-cpu", "torch-cuda", "torch-rocm")
 SOURCE = "https://git.example/spot.git"
@@ -54,6 +56,22 @@ def test_every_import_of_the_package_is_relative_and_stays_inside(variants):
                     assert not [alias for alias in node.names if alias.name.startswith("spot_kernels")], file
 
 
+def test_import_needs_pytorch_and_triton_alone(variants, monkeypatch):
+    """`kernels` knows a few packages that a kernel may require; scipy is none of them."""
+    imported = set()
+    for file in next(iter(variants)).rglob("*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+    assert imported - set(sys.stdlib_module_names) == {"torch", "triton"}
+
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(ImportError, match="on a CPU without the native library needs scipy: pip install scipy$"):
+        mask_matching.linear_assignment(torch.zeros(1, 2, 2))
+
+
 def test_folder_holds_python_and_metadata_alone(folder, variants):
     for variant, metadata in variants.items():
         files = {file.relative_to(variant).as_posix(): file for file in variant.rglob("*") if file.is_file()}
@@ -90,7 +108,7 @@ def test_two_copies_beside_the_installed_package_compute_the_same(folder, loader
 def test_card_says_what_it_is_and_its_example_runs(folder):
     card = (folder / "README.md").read_text(encoding="utf-8")
     head, text = re.fullmatch(r"---\n(.*?)---\n(.*)", card, re.S).groups()
-    assert head.startswith("library_name: kernels\nlicense: apache-2.0\ntags:\n- kernels\n")
+    assert head.startswith("library_name: kernels\nlicense: apache-2.0\ntags:\n- kernel\n")
     assert all(f"`{name}`" in text for name in spot_kernels.__all__)
     assert SOURCE in text and "{" not in text
     (example,) = re.findall(r"```python\n(.*?)```", text, re.S)
@@ -133,8 +151,20 @@ def step():
 
 def test_a_folder_in_use_is_left_alone(tmp_path, capsys):
     (tmp_path / "mine").write_text("")
-    with pytest.raises(SystemExit) as stopped:
-        build_hub.main([str(tmp_path)])
-    assert stopped.value.code == 2
-    assert f"OUT is {tmp_path}, which exists and is no empty folder: name a new one" in capsys.readouterr().err
+    assert refusal(capsys, str(tmp_path)) == f"OUT is {tmp_path}, which exists and is no empty folder: name a new one"
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_names_that_kernels_would_refuse_are_refused(tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert refusal(capsys, out, "--repo", "kernels") == "--repo is 'kernels': name it as on the hub, ORG/NAME"
+    told = "--source is 'here': pass an address that begins with https://"
+    assert refusal(capsys, out, "--source", "here") == told
+    assert not list(tmp_path.iterdir())
+
+
+def refusal(capsys, *words):
+    with pytest.raises(SystemExit) as stopped:
+        build_hub.main(words)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.strip().split("error: ")[1]

@@ -5,7 +5,6 @@ They are the tests' oracle, and run on the CPU where the native library was not 
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 
@@ -15,7 +14,8 @@ def linear_assignment(cost: torch.Tensor) -> torch.Tensor:
     Raises ValueError for a cost that is not finite or beyond ±1e300, where sums of costs might overflow, ImportError
     without scipy.
     """
-    try:  # here, because a copy from Hugging Face's hub cannot require scipy, and no other operator needs it
+    try:  # here, because a copy from Hugging Face's hub cannot require them, and no other operator needs them
+        import numpy as np
         from scipy.optimize import linear_sum_assignment
     except ImportError:
         remedy = "pip install scipy"

@@ -85,7 +85,7 @@ def renamed(name: str, text: str, identifier: str) -> str:
         elif isinstance(node, ast.Constant) and str(node.value).startswith(f"{PACKAGE}::"):
             first = node.col_offset + 1  # after the quotation mark
             edits.append((node.lineno, first, first + len(PACKAGE), identifier))
-        elif isinstance(node, ast.Attribute) and ast.unparse(node) == f"torch.ops.{PACKAGE}":
+        elif isinstance(node, ast.Attribute) and node.attr == PACKAGE and ast.unparse(node.value) == "torch.ops":
             edits.append((node.end_lineno, node.end_col_offset - len(PACKAGE), node.end_col_offset, identifier))
     for line, first, last, new in sorted(edits, reverse=True):
         old = lines[line - 1]

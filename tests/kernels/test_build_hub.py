@@ -98,7 +98,7 @@ def test_identifiers_are_unique_and_follow_the_sources(variants, tmp_path, monke
     assert again["id"] not in identifiers
 
 
-@pytest.mark.parametrize("loader", ["importlib", "kernels"])
+@pytest.mark.parametrize("loader", ["importlib", pytest.param("kernels", marks=pytest.mark.slow)])
 def test_two_copies_beside_the_installed_package_compute_the_same(folder, loader):
     if loader == "kernels":
         pytest.importorskip("kernels.layer", reason="needs Hugging Face's package: pip install kernels")

@@ -1,9 +1,13 @@
 """SPOT: unsupervised object discovery with slots, a patch-order-permuting decoder and self-training, made fast."""
 
-__version__ = "0.1.0"
-
 __all__ = ["Segmentation", "Spot", "UserError", "load"]
-_HOMES = {"Segmentation": "api", "Spot": "api", "UserError": "errors", "load": "api"}
+_HOMES = {
+    "Segmentation": "spot_fast.api",
+    "Spot": "spot_fast.api",
+    "UserError": "spot_fast.errors",
+    "__version__": "spot_kernels",  # both have one version
+    "load": "spot_fast.api",
+}
 
 
 def __getattr__(name: str) -> object:
@@ -12,8 +16,8 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *_HOMES})

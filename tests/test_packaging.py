@@ -1,4 +1,4 @@
-"""Protects the install: dependencies are declared and pinned, and a wheel holds everything.
+"""Protects the installs of spot-fast and of spot-kernels: dependencies are declared and pinned, a wheel holds all.
 
 The builds use the setuptools of this environment (no isolation, no network) on a copy of the sources, so that nothing
 an earlier build has left in the checkout can help.
@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -19,9 +20,12 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import spot_fast
+import spot_kernels
 from paths import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+KERNELS = tomllib.loads((ROOT / "kernels" / "pyproject.toml").read_text(encoding="utf-8"))
 SOURCES = {"spot_fast": ROOT / "spot_fast", "spot_kernels": ROOT / "kernels" / "spot_kernels"}
 # where a distribution is not named like what is imported
 DISTRIBUTION = {"PIL": "pillow", "nvidia": "nvidia-dali-cuda130"}
@@ -41,11 +45,11 @@ def _files(pattern: str = "*.py") -> dict[str, Path]:
     }
 
 
-def _python(*arguments: str, cwd: Path, **environment: str) -> str:
+def _python(*arguments: str, cwd: Path, python: str | Path = sys.executable, **environment: str) -> str:
     """Standard output and error of a run that has to succeed, in an environment that leads to no checkout."""
     base = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "CXX")}
     done = subprocess.run(
-        [sys.executable, *arguments],
+        [python, *arguments],
         cwd=cwd,
         env=base | environment,
         stdin=subprocess.DEVNULL,
@@ -63,9 +67,9 @@ def tree(tmp_path) -> Path:
     return Path(shutil.copytree(ROOT, tmp_path / "tree", ignore=LEFT_OUT))
 
 
-def _wheel(tree: Path, **environment: str) -> tuple[Path, str]:
-    out = tree.parent / "wheels"
-    words = ["-m", "pip", "wheel", ".", "-v", "--no-build-isolation", "--no-deps", "--wheel-dir", str(out)]
+def _wheel(tree: Path, source: str = ".", **environment: str) -> tuple[Path, str]:
+    out = tree.parent / f"wheels of {source}"
+    words = ["-m", "pip", "wheel", f"./{source}", "-v", "--no-build-isolation", "--no-deps", "--wheel-dir", str(out)]
     log = _python(*words, cwd=tree, **environment)
     (wheel,) = out.iterdir()
     return wheel, log
@@ -78,12 +82,10 @@ def _notes(log: str) -> list[str]:
 has_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler here")
 
 
-def test_every_import_is_declared():
-    extras = PROJECT["project"]["optional-dependencies"]
-    names = [*PROJECT["project"]["dependencies"], *extras["dali"], *extras["float8"]]
-    declared = {re.split(r"[<>=!~\[; ]", name)[0].lower() for name in names}
+def _imports(files: dict[str, Path]) -> dict[str, str]:
+    """Top-level module → one of the files that import it."""
     imported = {}
-    for file, path in _files().items():
+    for file, path in files.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
@@ -93,9 +95,26 @@ def test_every_import_is_declared():
                 continue
             for name in names:
                 imported.setdefault(name.split(".")[0], file)
+    return imported
+
+
+def test_every_import_is_declared():
+    extras = PROJECT["project"]["optional-dependencies"]
+    names = [*PROJECT["project"]["dependencies"], *extras["dali"], *extras["float8"]]
+    declared = {re.split(r"[<>=!~\[; ]", name)[0].lower() for name in names}
+    imported = _imports(_files())
     # triton comes with the torch builds that can use it
     known = {*sys.stdlib_module_names, *SOURCES, *declared, "triton"}
     assert {name: file for name, file in imported.items() if DISTRIBUTION.get(name, name) not in known} == {}
+
+
+def test_spot_kernels_alone_requires_what_it_imports():
+    """As spot-fast does, which contains it."""
+    kernels = _imports({name: path for name, path in _files().items() if name.startswith("spot_kernels/")})
+    required = {Requirement(line).name for line in KERNELS["project"]["dependencies"]}
+    assert set(kernels) - {*sys.stdlib_module_names, "spot_kernels", "triton"} == required
+    assert set(KERNELS["project"]["dependencies"]) <= set(PROJECT["project"]["dependencies"])
+    assert KERNELS["project"]["requires-python"] == PROJECT["project"]["requires-python"]
 
 
 def test_every_folder_with_python_files_is_a_package():
@@ -124,9 +143,17 @@ def test_constraints_pin_what_an_install_needs():
 
 
 def test_one_version():
-    version = PROJECT["project"]["version"]
+    """Both distributions take it from spot_kernels."""
+    version = spot_kernels.__version__
+    assert spot_fast.__version__ == version
+    for project in (PROJECT, KERNELS):
+        assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "spot_kernels.__version__"}
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_one_licence():
+    assert (ROOT / "kernels" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
 def test_readme_has_the_line_that_ci_runs():
@@ -161,8 +188,78 @@ def test_wheel_works_from_another_folder(tree, tmp_path):
     site = tmp_path / "site"
     _python("-m", "pip", "install", "--no-deps", "--target", str(site), str(wheel), cwd=tmp_path)
     elsewhere = {"cwd": tmp_path, "PYTHONPATH": str(site)}
-    assert _python("-m", "spot_kernels", **elsewhere).startswith(f"native library {site}")
+    assert f"\nnative library {site}" in _python("-m", "spot_kernels", **elsewhere)
     assert "--stage" in _python("-m", "spot_fast.train", "--help", **elsewhere)
+
+
+def _required(*names: str) -> set[str]:
+    """These distributions and all that they require, as installed here."""
+    found, queue = set(), [canonicalize_name(name) for name in names]
+    while queue:
+        if (name := queue.pop()) not in found:
+            found.add(name)
+            needed = map(Requirement, metadata.requires(name) or ())
+            queue += [
+                canonicalize_name(each.name)
+                for each in needed
+                if not each.marker or each.marker.evaluate({"extra": ""})
+            ]
+    return found
+
+
+@pytest.fixture
+def bare(tmp_path) -> Path:
+    """The Python of a new environment with what spot-kernels requires, by links into this one, and nothing else."""
+    venv.create(tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(subprocess.run([python, "-c", where], check=True, capture_output=True, text=True).stdout.strip())
+    for name in _required(*(Requirement(line).name for line in KERNELS["project"]["dependencies"])):
+        here = metadata.distribution(name)
+        for top in {file.parts[0] for file in here.files} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(here.locate_file(top))
+    return python
+
+
+_RUN = """
+from importlib.util import find_spec
+import torch
+from spot_kernels import SlotAttention, chosen_backend, linear_assignment
+cost = 1 - torch.eye(3)[None]
+print(*linear_assignment(cost).tolist(), chosen_backend("linear_assignment", cost))
+slots, *_ = SlotAttention(8, 8, mlp_hidden=16)(torch.ones(1, 4, 8), torch.ones(1, 2, 8))
+print(*slots.shape, find_spec("timm"), find_spec("spot_fast"))
+"""
+
+
+@pytest.mark.slow
+@has_compiler
+def test_spot_kernels_alone(tree, bare, tmp_path):
+    """The wheel built from its source distribution runs with torch, numpy and scipy alone, and beside spot-fast's."""
+    build = "from setuptools import build_meta; print(build_meta.build_sdist('..'))"
+    source = _python("-c", build, cwd=tree / "kernels").splitlines()[-1]
+    wheel, log = _wheel(tree, source)
+    assert _notes(log) == []
+    files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    (library,) = {name for name in files if "libspot_native" in name}
+    assert files - {library} == {name for name in _files("*") if name.startswith("spot_kernels/")}
+
+    def run(*words: str) -> str:
+        return _python(*words, cwd=tmp_path, python=bare)
+
+    install = ("-m", "pip", "--python", str(bare), "install", "--no-deps", "--force-reinstall")
+    _python(*install, str(wheel), cwd=tmp_path)
+    home, native = run("-m", "spot_kernels").splitlines()
+    assert home.startswith(f"spot_kernels {spot_kernels.__version__} in {bare.parents[1]}")
+    assert native.startswith(f"native library {bare.parents[1]}")
+    assert run("-c", _RUN).splitlines() == ["[0, 1, 2] native", "1 2 8 None None"]
+
+    _python(*install, str(_wheel(tree)[0]), cwd=tmp_path)
+    *same, shared = run("-m", "spot_kernels").splitlines()
+    assert same == [home, native]
+    version = spot_kernels.__version__
+    assert shared.startswith(f"spot-fast {version} and spot-kernels {version} share these files: ")
 
 
 @pytest.mark.slow

@@ -20,6 +20,9 @@ from spot_kernels.shift_by_order import shift_by_order
 from spot_kernels.slot_attention import slot_attention_step
 from spot_kernels.slot_cross_attention import slot_cross_attention, slot_cross_map
 
+# of spot-kernels and of spot-fast, which contains it
+__version__ = "0.1.0"
+
 __all__ = [
     "PatchReport",
     "PermutedDecoder",

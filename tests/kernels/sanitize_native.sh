@@ -12,7 +12,7 @@ compiler=${CXX:-c++}
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 
-if ! { cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_COMPILER="$compiler" \
+if ! { cmake -S "$root/kernels" -B "$build" -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_COMPILER="$compiler" \
   -DSPOT_SANITIZE=address,undefined && cmake --build "$build" --parallel 2; } >"$build/log" 2>&1; then
   echo "error: no build with sanitizers: $(grep -m1 -i error "$build/log" || tail -n1 "$build/log")" >&2
   exit 3

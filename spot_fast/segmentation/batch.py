@@ -36,7 +36,7 @@ Row = list[tuple[str, Image.Image]]  # captioned panels
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """An image to segment: a file, or pixels uint8 [3, S, S] in memory.
 

@@ -12,7 +12,7 @@ compiler=${CXX:-c++}
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 
-if ! { cmake -S "$root/kernels" -B "$build" -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_COMPILER="$compiler" \
+if ! { cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_COMPILER="$compiler" \
   -DSPOT_SANITIZE=address,undefined && cmake --build "$build" --parallel 2; } >"$build/log" 2>&1; then
   echo "error: no build with sanitizers: $(grep -m1 -i error "$build/log" || tail -n1 "$build/log")" >&2
   exit 3
@@ -25,7 +25,7 @@ echo "with address and undefined-behaviour sanitizers: pytest $*"
 # Python itself is not built with them: their run-time library has to be loaded first, with the C++ library whose exceptions
 # they intercept. Leak detection would report memory that Python keeps.
 cd "$root"
-PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}" SPOT_KERNELS_LIBRARY="$build/libspot_native.so" \
+PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}" SPOT_KERNELS_LIBRARY="$build/kernels/libspot_native.so" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)" \
   "$python" -m pytest -q --capture=no -p no:cacheprovider "$@"

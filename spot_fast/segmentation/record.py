@@ -34,7 +34,6 @@ class Record:
         # has: its files replaced those of the lines before.
         self._lines: dict[str, tuple[int, str]] = {}
         self._descriptor: int | None = None
-        self._end = 0
         if read and self.path.exists():
             self._read()
 
@@ -68,8 +67,8 @@ class Record:
                 f"{self.path} cannot be written ({reason(error)}): free some space or make it writable; --resume goes "
                 "on with what is missing"
             ) from None
-        self._lines[key] = self._end, stamp
-        self._end += len(line)
+        # Where the line went, also if another process writes to the same file.
+        self._lines[key] = os.lseek(self._descriptor, 0, os.SEEK_CUR) - len(line), stamp
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +79,6 @@ class Record:
         if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
             head = b"\n" + head
         _write_all(self._descriptor, head)
-        self._end = size + len(head)
 
     def entries(self, keys: list[str]) -> Iterator[dict]:
         """The lines of finished images."""

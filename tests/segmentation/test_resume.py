@@ -187,6 +187,18 @@ def test_half_a_line_is_left_behind(tmp_path):
     assert not Record(tmp_path, {"fit": "interpolate"}, read=True).has("a" * 32, "1")
 
 
+def test_processes_may_share_a_record(tmp_path):
+    """Each finds its own lines, whoever wrote in between."""
+    one, other = (Record(tmp_path, {"fit": "stretch"}, read=False) for _ in range(2))
+    for number in range(3):
+        for opened, name in ((one, "a"), (other, "b")):
+            opened.add(name * 31 + str(number), "1", {"name": f"{name}{number}"})
+    for opened, name in ((one, "a"), (other, "b")):
+        opened.close()
+        found = opened.entries([name * 31 + str(number) for number in range(3)])
+        assert [entry["name"] for entry in found] == [f"{name}{number}" for number in range(3)]
+
+
 def test_half_a_row_of_slots_is_left_behind(tmp_path):
     target = tmp_path / "slots.safetensors"
     slots = {name * 32: torch.randn(3, 4) for name in "abc"}

@@ -26,7 +26,8 @@ INPUTS = {
     "slots first": ((3, SLOTS, SLOT_WIDTH), (3, 25, WIDTH)),
     "as wide as slots": ((3, 25, SLOT_WIDTH), (3, SLOTS, SLOT_WIDTH)),
 }
-# Implementation as reports name it → class, the options of each variant, the inputs it takes.
+# Implementation as reports name it (and after ": " another class of it) → class, the options of each variant, the
+# inputs it takes.
 MODULES = {
     "Slot Attention (evelinehong)": (published.Evelinehong, [{}], "alone"),
     "Slot Attention (evelinehong, 2021)": (published.Evelinehong2021, [{}], "alone"),
@@ -47,6 +48,17 @@ MODULES = {
         [{}, {"n_heads": 2, "kvq_dim": 24, "bias": True}, {"implicit": True}, {"with_mlp": False}],
         "slots",
     ),
+    "AdaSlot, MOT (OCLF in another forward)": (
+        frameworks.AdaSlot,
+        [{}, {"n_heads": 2, "kvq_dim": 24, "low_bound": 4}, {"implicit": True, "with_mlp": False}],
+        "slots",
+    ),
+    "AdaSlot, MOT (OCLF in another forward): MOT": (frameworks.Mot, [{}, {"n_heads": 2, "implicit": True}], "slots"),
+    "FT-DINOSAUR": (
+        frameworks.FtDinosaur,
+        [{}, {"n_heads": 2, "kvq_dim": 24, "bias": True}, {"with_mlp": False}],
+        "slots",
+    ),
     "VideoSAUR, SlotContrast": (
         frameworks.Videosaur,
         [{}, {"kvq_dim": 24, "use_mlp": False}, {"use_gru": False}],
@@ -58,14 +70,21 @@ MODULES = {
         [{}, {"trunc_bp": "bi-level", "dropout": 0.0}],
         "slots",
     ),
+    "MetaSlot": (frameworks.MetaSlot, [{}, {"dropout": 0.0}], "slots"),
     "LSD": (published.Lsd, [{}, {"heads": 4}], "maps"),
     "LSD, learned slots": (published.Lsd, [{"learned": True}], "maps"),
+    "CODA": (published.Coda, [{}, {"heads": 4}], "maps"),
+    "CODA, learned slots": (published.Coda, [{"learned": True}], "maps"),
     "SlotDiffusion, SlotFormer": (frameworks.SlotFormer, [{}], "slots"),
     "SlotDiffusion, SlotFormer, with masks": (frameworks.SlotFormerWithMask, [{}], "slots"),
 }
 VARIANTS = [(name, i) for name, (_, options, _) in MODULES.items() for i in range(len(options))]
 NAMES = [f"{name} {i}" if i else name for name, i in VARIANTS]
 every_variant = pytest.mark.parametrize(("name", "variant"), VARIANTS, ids=NAMES)
+
+
+def known_as(name):
+    return name.partition(": ")[0]
 
 
 def build(name, variant=0):
@@ -113,7 +132,7 @@ def only(report):
 
 
 def test_every_known_implementation_is_rebuilt():
-    assert set(MODULES) == {known.name for known in IMPLEMENTATIONS if not known.default_noise}
+    assert {known_as(name) for name in MODULES} == {known.name for known in IMPLEMENTATIONS if not known.default_noise}
 
 
 def run_everywhere(name, module):
@@ -135,7 +154,7 @@ def test_outputs_and_gradients_stay(name, variant):
     module, kind = build(name, variant), MODULES[name][0]
     (before, half_before), keys = run_everywhere(name, module), list(module.state_dict())
     parameters = [id(parameter) for parameter in module.parameters()]
-    assert only(patch(module)).implementation == name
+    assert only(patch(module)).implementation == known_as(name)
     assert type(module) is not kind and isinstance(module, kind) and type(module).__name__ == kind.__name__
     after, half = run_everywhere(name, module)
     for patched, published_run in zip(after, before, strict=True):
@@ -169,7 +188,20 @@ def test_a_module_in_bfloat16_gives_bfloat16():
     assert [x.dtype for x in run(module, inputs)[0]] == [x.dtype for x in before[0]] == [torch.bfloat16] * 2
 
 
-@pytest.mark.parametrize("name", ["SLATE", "OCLF (DINOSAUR)", "VideoSAUR, SlotContrast"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SLATE",
+        "OCLF (DINOSAUR)",
+        "AdaSlot, MOT (OCLF in another forward)",
+        "AdaSlot, MOT (OCLF in another forward): MOT",
+        "FT-DINOSAUR",
+        "VideoSAUR, SlotContrast",
+        "OCBench, attention of every iteration",
+        "MetaSlot",
+        "CODA",
+    ],
+)
 def test_a_patched_module_compiles_to_one_graph(name):
     module, inputs = build(name).eval(), inputs_of(name)
     patch(module)

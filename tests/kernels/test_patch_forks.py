@@ -179,9 +179,9 @@ def test_operators_that_fail_in_a_dtype_are_detected(monkeypatch):
     """Errors above the original's own error against float64 are rejected."""
     from spot_kernels.patching import replacements as ours
 
-    right = ours._attend
+    right = ours.attention_step
     monkeypatch.setattr(
-        ours, "_attend", lambda q, *rest, **kwargs: right(q if q.dtype == torch.float64 else -q, *rest, **kwargs)
+        ours, "attention_step", lambda q, *rest, **kwargs: right(q if q.dtype == torch.float64 else -q, *rest, **kwargs)
     )
     assert only(patch(published.BoQsa().bfloat16())).note.startswith("its operators differ here: ")
     assert only(patch(published.BoQsa(width=256).bfloat16())).note.startswith("its operators differ here: ")

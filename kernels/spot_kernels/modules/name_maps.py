@@ -41,6 +41,33 @@ _EVELINEHONG = {
     "fc2": "mlp.2",
 }
 
+_OCLF = {
+    **_LUCIDRAINS,
+    "ff_mlp.module.0": "norm_mlp",
+    "ff_mlp.module.1": "mlp.0",
+    "ff_mlp.module.3": "mlp.2",
+    "slots": "initial.mean",
+}
+_BO_QSA = {
+    **{name: ours for name, ours in _SLATE.items() if name != "norm_inputs"},
+    "norm_feature": "norm_inputs",
+    "slots_init": "initial.mean",
+}
+_OCBENCH = {
+    "proj_q": "project_q",
+    "proj_k": "project_k",
+    "proj_v": "project_v",
+    "norm1kv": "norm_inputs",
+    "norm1q": "norm_slots",
+    "rnn": "gru",
+    "norm2": "norm_mlp",
+    "ffn.0": "mlp.0",
+    "ffn.2": "mlp.2",
+    "ffn.3": "mlp.2",
+    "mean": "initial.mean",
+    "logstd": "initial.scale",
+}
+
 # Implementation → its name of a layer or parameter → ours. If two map to the same one, a state dict has only one.
 NAMES: dict[str, dict[str, str]] = {
     # google-research/google-research, slot_attention/model.py, SlotAttention; attribute names, as in its checkpoints
@@ -74,19 +101,18 @@ NAMES: dict[str, dict[str, str]] = {
     "steve": _SLATE,
     # amazon-science/object-centric-learning-framework, ocl/perceptual_grouping.py, SlotAttention with the residual
     # two-layer MLP of ocl/neural_networks/convenience.py; the initialisers of ocl/conditioning.py
-    "dinosaur": {
-        **_LUCIDRAINS,
-        "ff_mlp.module.0": "norm_mlp",
-        "ff_mlp.module.1": "mlp.0",
-        "ff_mlp.module.3": "mlp.2",
-        "slots": "initial.mean",
-    },
+    "dinosaur": _OCLF,
+    # amazon-science/object-centric-multiple-object-tracking, ocl/perceptual_grouping.py, SlotAttention
+    "mot": _OCLF,
+    # amazon-science/AdaSlot, ocl/perceptual_grouping.py, SlotAttentionGumbelV1; what scores slots is left out
+    "adaslot": _OCLF,
+    # rw-ocrl/ftdinosaur-inference, ftdinosaur_inference/modules/slot_attention.py, SlotAttention with the MLP of
+    # helpers.py; its RandomSlotInitialization
+    "ftdinosaur": {name: ours for name, ours in _OCLF.items() if name != "slots"},
     # YuLiu-LY/BO-QSA, models/slot_attn.py, SlotAttention; the initialisers of its SlotAttentionEncoder
-    "bo_qsa": {
-        **{name: ours for name, ours in _SLATE.items() if name != "norm_inputs"},
-        "norm_feature": "norm_inputs",
-        "slots_init": "initial.mean",
-    },
+    "bo_qsa": _BO_QSA,
+    # YuLiu-LY/BO-QSA, models/SA.py, SlotAttention; the initialisers of its SlotAttentionEncoder
+    "bo_qsa_plain": _BO_QSA,
     # google-research/slot-attention-video, savi/modules/attention.py, SlotAttention (Flax)
     "savi": {
         "LayerNorm_0": "norm_slots",
@@ -133,26 +159,23 @@ NAMES: dict[str, dict[str, str]] = {
     # JindongJiang/latent-slot-diffusion, src/models/slot_attn.py, MultiHeadSTEVESA; the layers before and after slot
     # attention are left out
     "lsd": _SLATE,
+    # sony/coda, src/layers/slot_attn.py, SlotAttn, likewise
+    "coda": _SLATE,
     # Genera1Z/SmoothSA, object_centric_bench/model/ocl.py, SlotAttention, with dropout in its MLP or without; its
     # NormalShared and NormalSeparat
-    "ocbench": {
-        "proj_q": "project_q",
-        "proj_k": "project_k",
-        "proj_v": "project_v",
-        "norm1kv": "norm_inputs",
-        "norm1q": "norm_slots",
-        "rnn": "gru",
-        "norm2": "norm_mlp",
-        "ffn.0": "mlp.0",
-        "ffn.2": "mlp.2",
-        "ffn.3": "mlp.2",
-        "mean": "initial.mean",
-        "logstd": "initial.scale",
-    },
+    "ocbench": _OCBENCH,
+    # Genera1Z/DIAS, object_centric_bench/model/dias.py, SlotAttentionWithAllAttent
+    "dias": _OCBENCH,
+    # lhj-lhj/MetaSlot, object_centric_bench/model/metaslot.py, MetaSlot; its codebook is left out
+    "metaslot": _OCBENCH,
 }
+_AROUND_LSD = ("pos.", "in_layer_norm.", "in_mlp.", "out_layer_norm.", "out_linear.")
 _LEFT_OUT = {
     "steve": ("predictor.",),
-    "lsd": ("pos.", "in_layer_norm.", "in_mlp.", "out_layer_norm.", "out_linear."),
+    "adaslot": ("single_gumbel_score_network.",),
+    "lsd": _AROUND_LSD,
+    "coda": _AROUND_LSD,
+    "metaslot": ("vq.", "clust_prob"),
 }
 _NORMS = ("norm_inputs", "norm_slots", "norm_mlp")
 _GRU = ("gru.weight_ih", "gru.weight_hh", "gru.bias_ih", "gru.bias_hh")

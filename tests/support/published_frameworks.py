@@ -16,6 +16,17 @@ class Residual(nn.Module):
         return inputs + self.module(inputs)
 
 
+class VideosaurMlp(nn.Module):
+    """Residual as well."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.layers = norm_mlp(width)
+
+    def forward(self, inputs):
+        return inputs + self.layers(inputs)
+
+
 def norm_mlp(width):
     return nn.Sequential(nn.LayerNorm(width), *mlp(width, HIDDEN))
 
@@ -150,7 +161,7 @@ class Videosaur(nn.Module):
         self.to_k, self.to_v = (nn.Linear(WIDTH, kvq_dim, bias=False) for _ in range(2))
         self.to_q = nn.Linear(SLOT_WIDTH, kvq_dim, bias=False)
         self.gru = nn.GRUCell(kvq_dim, SLOT_WIDTH) if use_gru else None
-        self.mlp = Residual(norm_mlp(SLOT_WIDTH)) if use_mlp else None
+        self.mlp = VideosaurMlp(SLOT_WIDTH) if use_mlp else None
         self.norm_features, self.norm_slots = nn.LayerNorm(WIDTH), nn.LayerNorm(SLOT_WIDTH)
         self.n_iters, self.eps, self.scale = 3, 1e-8, kvq_dim**-0.5
 

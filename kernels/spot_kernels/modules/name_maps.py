@@ -187,7 +187,6 @@ _REQUIRED = (
     "project_q.weight",
     "project_k.weight",
     "project_v.weight",
-    *_GRU,
 )
 _MLP = ("norm_mlp.weight", "norm_mlp.bias", "mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias")
 
@@ -222,7 +221,10 @@ def from_state_dict_of(
     for ours, (theirs, parameters) in layers.items():
         converted.update(convert(ours, parameters))
         unknown += [f"{theirs}.{parameter}" for parameter in parameters]
-    required = [*_REQUIRED, *(_MLP if any(name in converted for name in _MLP) else ())]
+    # VideoSAUR's GRU is an option, as the MLP of all is
+    optional = (_MLP, _GRU) if variant == "videosaur" else (_MLP,)
+    absent = [group for group in optional if converted.keys().isdisjoint(group)]
+    required = [name for group in (_REQUIRED, _GRU, _MLP) if group not in absent for name in group]
     missing = [name for name in required if name not in converted]
     if unknown or missing:
         raise ValueError(

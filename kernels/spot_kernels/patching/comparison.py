@@ -40,6 +40,7 @@ class Call(NamedTuple):
 Draw = Callable[..., Tensor]
 ExampleCalls = Callable[[nn.Module, Draw], list[Call]]
 
+OTHER_LAYOUT = "the results differ in number, shape, dtype or layout"
 # The largest difference in float64, relative to the largest value: another formula is further away.
 _ROUNDING = 1e-9
 # The error in a module's own dtype, relative to the norm: that of TF32 and of a few roundings to bfloat16; a wrong
@@ -157,7 +158,7 @@ class _Comparison:
         if not reason and draws:
             with dispatch.use_backend("torch"), _default_dtype(torch.float32):
                 reason, _ = self._formula(wide, _SAME_NOISE)
-        return f"its forward computes something else: {reason}" if reason else ""
+        return reason
 
     def _formula(self, wide: nn.Module, allowed: float) -> tuple[str, bool]:
         """What differs in float64 by more than allowed, and whether random numbers were drawn."""
@@ -166,13 +167,14 @@ class _Comparison:
             before = _state(wide)
             expected = self._run(wide, self.original, call)
             changed = sorted(name for name, value in _state(wide).items() if before.get(name) != value)
+            other = f"its {call.method} computes something else: "
             if changed:
-                return f"it sets {', '.join(changed)}", draws
+                return f"{other}it sets {', '.join(changed)}", draws
             actual = self._run(wide, self.patched, call)
             draws = draws or bool(expected.draws)
             reason = _layout_or_draws_differ(actual, expected) or _values_differ(actual, expected, allowed)
             if reason:
-                return reason, draws
+                return other + reason, draws
         return "", draws
 
     def of_operators(self, module: nn.Module, dtype: torch.dtype) -> str:
@@ -299,7 +301,7 @@ def _layout(x: Any) -> Any:
 
 def _layout_or_draws_differ(actual: _Run, expected: _Run) -> str:
     if actual.layout != expected.layout:
-        return "the results differ in number, shape, dtype or layout"
+        return OTHER_LAYOUT
     if not all(torch.equal(a, b) for a, b in zip(actual.generator_states, expected.generator_states, strict=True)):
         return "it draws other random numbers"
     return ""

@@ -26,7 +26,7 @@ from typing import Any
 from torch import nn
 
 from spot_kernels.modules.slot_attention import SlotAttention
-from spot_kernels.patching.comparison import disagreement
+from spot_kernels.patching.comparison import OTHER_LAYOUT, disagreement
 from spot_kernels.patching.implementations import IMPLEMENTATIONS, Implementation
 from spot_kernels.patching.switches import has_attribute, unknown_reads
 
@@ -172,7 +172,7 @@ def _patch_one(path: str, module: nn.Module, wrapped: str) -> Patched | None:
     if obstacle := wrapped or _obstacle(module, fitting[0]):
         return entry(fitting[0].name, "", obstacle)
     # Some forms have the same attributes: the first one that agrees is taken. A fork of one of them differs from each;
-    # the note is about the one with which it agreed but for a switch.
+    # the note is about the closest one: it agreed but for a switch, or at least gave as many results.
     notes = []
     for known in fitting:
         try:
@@ -180,14 +180,14 @@ def _patch_one(path: str, module: nn.Module, wrapped: str) -> Patched | None:
         except Exception as error:  # a metaclass or __init_subclass__ may refuse
             return entry(known.name, "", f"no class can be derived from it: {error}")
         if note := disagreement(module, patched, known.example_calls):
-            notes.append((known.name, note))
+            notes.append((2 if OTHER_LAYOUT in note else 1, known.name, note))
         elif switches := unknown_reads(module, known.methods, known.reads):
-            read = _enumerated(switches, ", ")
-            notes.insert(0, (known.name, f"its forward reads {read}, which {known.name} does not: {_REMEDY}"))
+            method, read = next(iter(known.methods)), _enumerated(switches, ", ")
+            notes.append((0, known.name, f"its {method} reads {read}, which {known.name} does not: {_REMEDY}"))
         else:
             module.__class__ = patched
             return entry(known.name, known.replaced, known.note)
-    name, note = notes[0]
+    _, name, note = min(notes, key=lambda each: each[0])
     return entry(name, "", note)
 
 

@@ -107,6 +107,7 @@ def test_every_variant_is_rebuilt():
         ("slate", "slot_attn.slot_attention.", "slot_attn.", "slot_mu", "slot_log_sigma"),
         ("steve", "steve_encoder.savi.", None, "slot_mu", "slot_log_sigma"),
         ("dinosaur", "perceptual_grouping.slot_attention.", "conditioning.", "slots_mu", "slots_logsigma"),
+        ("ftdinosaur", "slot_attention.slot_attention.", "slot_init.", "slots_mu", "slots_logsigma"),
         ("spot", "slot_attn.slot_attention.", "slot_attn.", "slot_mu", "slot_log_sigma"),
     ],
 )
@@ -142,6 +143,15 @@ def test_learned_slots_of_a_checkpoint(variant, name):
     module = SlotAttention.like(variant, width, SLOT_WIDTH, mlp_hidden=HIDDEN, initial="learned", num_slots=SLOTS)
     module.double().load_variant(variant, state)
     assert torch.equal(module.initial(2), embedding.expand(2, -1, -1))
+
+
+def test_a_gaussian_for_each_slot_of_a_whole_checkpoint():
+    state = {f"slot_attn.{name}": value for name, value in random_state(CASES["bo_qsa_plain"][1]).items()}
+    mean, spread, noise = (torch.randn(size, SLOTS, SLOT_WIDTH).double() for size in (1, 1, 2))
+    state |= {"slot_mu": mean, "slot_log_sigma": spread, "decoder.weight": torch.empty(3)}
+    module = SlotAttention.like("bo_qsa_plain", SLOT_WIDTH, SLOT_WIDTH, mlp_hidden=HIDDEN, num_slots=SLOTS).double()
+    module.load_variant("bo_qsa_plain", state, prefix="slot_attn.", initial_prefix="")
+    torch.testing.assert_close(module.initial(2, noise=noise), mean + spread.exp() * noise)
 
 
 def test_the_standard_deviation_itself_is_read_as_that():

@@ -135,6 +135,13 @@ def test_every_known_implementation_is_rebuilt():
     assert {known_as(name) for name in MODULES} == {known.name for known in IMPLEMENTATIONS if not known.default_noise}
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if name == known_as(name)])
+def test_every_replaced_method_is_compared(name):
+    known = next(known for known in IMPLEMENTATIONS if known.name == name)
+    calls = known.example_calls(build(name), torch.randn)
+    assert {call.method for call in calls} == set(known.methods)
+
+
 def run_everywhere(name, module):
     """In float64 and float32, training and evaluation; and evaluation under autocast."""
     runs = [

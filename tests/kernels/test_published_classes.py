@@ -1,7 +1,10 @@
 """What `patch` knows and what `SlotAttention.like` and `load_variant` know is one list, and both compute the same."""
 
+import re
+
 import pytest
 import torch
+from test_drop_in import README
 from test_patch import MODULES, build, inputs_of, known_as
 
 from published_modules import HIDDEN, SLOT_WIDTH, SLOTS
@@ -68,6 +71,12 @@ def test_one_list_of_names():
     patched = {variant for known in PUBLISHED.values() for variant in known.variants}
     assert patched | OTHER_FRAMEWORKS == set(VARIANTS) == set(NAMES)
     assert {variant_of(name) for name in MODULES} == patched
+
+
+def test_the_readme_has_a_row_for_every_name():
+    table = README.read_text(encoding="utf-8").partition("| `like(…)` |")[2].partition("\n\n")[0]
+    first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(first_cells))) == sorted(VARIANTS)
 
 
 def published_results(name, module, inputs):

@@ -4,7 +4,7 @@ A module is replaced in four steps, and left alone with a reason in the report w
 
 1. it has the attributes and methods of a published class (`implementations`), whatever its own class is called;
 2. nothing is attached that the replacement would bypass: hooks on its layers, torch.compile, sharding;
-3. its own forward and ours agree on small inputs (`comparison`);
+3. its own methods and ours agree on small inputs (`comparison`);
 4. its code reads nothing that ours does not (`switches`): what has no effect now may have one later.
 
 Replacing a module exchanges its class for one derived from it, in which only the methods of `implementations` are

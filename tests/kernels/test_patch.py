@@ -20,6 +20,7 @@ from spot_kernels.patching.switches import has_attribute, unknown_reads
 
 INPUTS = {
     "alone": ((3, 25, SLOT_WIDTH),),
+    "narrow": ((3, 25, WIDTH),),
     "video": ((3, 2, 25, WIDTH),),
     "maps": ((3, 2, WIDTH, 4, 4),),
     "slots": ((3, 25, WIDTH), (3, SLOTS, SLOT_WIDTH)),
@@ -32,6 +33,9 @@ MODULES = {
     "Slot Attention (evelinehong)": (published.Evelinehong, [{}], "alone"),
     "Slot Attention (evelinehong, 2021)": (published.Evelinehong2021, [{}], "alone"),
     "Slot Attention (untitled-ai)": (published.Untitled, [{}], "alone"),
+    "object-centric-library": (published.ObjectCentricLibrary, [{}], "alone"),
+    "OSRT": (published.Osrt, [{}], "narrow"),
+    "Motion Grouping": (published.MotionGrouping, [{}, {"slots": SLOTS}], "alone"),
     "lucidrains": (published.LucidrainsSlots, [{}], "alone"),
     "lucidrains, heads": (published.LucidrainsHeads, [{}], "alone"),
     "SLATE": (published.Slate, [{}, {"heads": 4}], "slots"),
@@ -530,7 +534,7 @@ def test_the_table_lists_what_replacements_read(known):
     read = {name.removeprefix("self.") for name in unknown_reads(module, known.methods, known=())}
     read = {name for name in read if has_attribute(module, name) and not name.startswith(("_published", "__"))}
     # a width of the layers is no switch and so not among them
-    assert read | (known.reads & {"slot_size"}) == known.reads
+    assert read | (known.reads & {"slot_size", "slot_dim"}) == known.reads
 
 
 def test_a_model_that_is_no_module_raises():

@@ -304,6 +304,26 @@ class Harmless(Fork):
         return self.one() if self.training else 1.0
 
 
+class ObjectCentricLibraryWithMean(published.ObjectCentricLibrary):
+    """No noise in evaluation."""
+
+    def initial(self, inputs, num_slots):
+        slots = super().initial(inputs, num_slots)
+        return slots if self.training else self.slots_mu.expand_as(slots)
+
+
+class OsrtWithTwoNorms(published.Osrt):
+    def forward(self, inputs):
+        return super().forward(self.norm_input(inputs))
+
+
+class MotionGroupingWithTemperature(published.MotionGrouping):
+    temperature = 1.0
+
+    def forward(self, inputs, num_slots=None):
+        return super().forward(inputs / self.temperature, num_slots)
+
+
 class AdaSlotWithTemperature(frameworks.AdaSlot):
     """A switch in what is replaced."""
 
@@ -398,6 +418,13 @@ _OCLF_STEPS = "AdaSlot, MOT (OCLF in another forward)"
 _DIAS = "OCBench, attention of every iteration"
 # Fork, the form that it is reported as, and how the note begins.
 CHANGED = [
+    (
+        ObjectCentricLibraryWithMean,
+        "object-centric-library",
+        "its forward computes something else: results differ by",
+    ),
+    (OsrtWithTwoNorms, "OSRT", "its forward computes something else: results differ by"),
+    (MotionGroupingWithTemperature, "Motion Grouping", "its forward reads self.temperature, which"),
     (AdaSlotWithTemperature, _OCLF_STEPS, "its iterate reads self.temperature, which"),
     (AdaSlotOverTokens, _OCLF_STEPS, "its iterate computes something else: results differ by"),
     (MotWithOtherStep, _OCLF_STEPS, "its step computes something else: results differ by"),

@@ -95,6 +95,12 @@ NAMES: dict[str, dict[str, str]] = {
         "slots_mu": "initial.mean",
         "slots_log_sigma": "initial.scale",
     },
+    # addtt/object-centric-library, models/slot_attention/model.py, SlotAttentionModule
+    "object_centric_library": {**_PORT, "slots_log_sigma": "initial.scale"},
+    # stelzner/osrt, osrt/layers.py, SlotAttention
+    "osrt": {**_PORT, "norm_pre_mlp": "norm_mlp", "initial_slots": "initial.mean"},
+    # charigyang/motiongrouping, src/model.py, SlotAttention
+    "motion_grouping": {**_PORT, **_PROJECTIONS, "slots_embedding": "initial.mean"},
     # singhgautam/slate, slot_attn.py, SlotAttention; the initialiser of its SlotAttentionEncoder
     "slate": _SLATE,
     # singhgautam/steve, steve.py, SlotAttentionVideo; its predictor is left out

@@ -44,6 +44,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "evelinehong": {"bias": True, "initial": "gaussian"},
     "evelinehong_2021": {"bias": True, "initial": "gaussian", "spread": "abs"},
     "untitled_ai": {"initial": "gaussian"},
+    # further ports: of Dittadi et al. 2022, with Keras's eps; in Sajjadi et al. 2022's OSRT; in Yang et al. 2021
+    "object_centric_library": {"norm_eps": 1e-3, "initial": "gaussian"},
+    "osrt": {"initial": "learned"},
+    "motion_grouping": {"bias": True, "initial": "learned"},
     # Singh et al. 2021
     "slate": {"initial": "gaussian"},
     # Singh et al. 2022: the MLP runs between iterations only

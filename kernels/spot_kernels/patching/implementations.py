@@ -63,6 +63,12 @@ def _with_number_of_slots(module: nn.Module, draw: Draw) -> list[Call]:
     return [Call((inputs,)), Call((inputs,), {"num_slots": SLOTS})]
 
 
+def _with_one_slot(module: nn.Module, draw: Draw) -> list[Call]:
+    """forward(inputs, num_slots), where there may be parameters for two slots only"""
+    inputs = draw(BATCH, TOKENS, _width(module.norm_input))
+    return [Call((inputs,)), Call((inputs,), {"num_slots": 1})]
+
+
 def _with_slots(norm_inputs: str, norm_slots: str) -> ExampleCalls:
     """forward(inputs, slots)"""
 
@@ -177,6 +183,39 @@ _PUBLISHED = (
         _alone("norm_inputs"),
     ),
     Implementation(
+        "object-centric-library",
+        "addtt/object-centric-library, models/slot_attention/model.py, SlotAttentionModule",
+        ("object_centric_library",),
+        {"forward": replacements.object_centric_library},
+        _names(_LUCIDRAINS, "mlp slots_log_sigma"),
+        WHOLE,
+        _with_number_of_slots,
+    ),
+    Implementation(
+        "OSRT",
+        "stelzner/osrt, osrt/layers.py, SlotAttention",
+        ("osrt",),
+        {"forward": replacements.osrt},
+        _names(
+            "norm_input norm_slots norm_pre_mlp to_q to_k to_v gru mlp num_slots iters eps scale slot_dim",
+            "initial_slots randomize_initial_slots",
+        ),
+        WHOLE,
+        _alone("norm_input"),
+    ),
+    Implementation(
+        "Motion Grouping",
+        "charigyang/motiongrouping, src/model.py, SlotAttention",
+        ("motion_grouping",),
+        {"forward": replacements.motion_grouping},
+        _names(
+            "norm_input norm_slots norm_pre_ff project_q project_k project_v gru mlp num_slots iters eps scale",
+            "slots_embedding device",
+        ),
+        WHOLE,
+        _with_one_slot,
+    ),
+    Implementation(
         "lucidrains",
         "lucidrains/slot-attention, slot_attention/slot_attention.py, SlotAttention",
         ("lucidrains",),
@@ -241,7 +280,8 @@ _PUBLISHED = (
     ),
     Implementation(
         "OCLF (DINOSAUR)",
-        "amazon-science/object-centric-learning-framework, ocl/perceptual_grouping.py, SlotAttention",
+        "amazon-science/object-centric-learning-framework, ocl/perceptual_grouping.py, SlotAttention; "
+        "amazon-science/object-centric-vol has the same",
         ("dinosaur",),
         {"forward": frameworks.oclf_forward, "iterate": frameworks.oclf_iterate, "step": frameworks.oclf_step},
         _names(_OCLF_STEP, _OCLF_PROJECTIONS, "use_implicit_differentiation"),

@@ -22,10 +22,18 @@ from spot_kernels.patching.iterations import attention_step, gru_with_norm, nois
 
 
 def evelinehong(self, inputs, num_slots=None):
+    slots = _log_sigma_slots(self, inputs, num_slots)
+    return _lucidrains_iterations(self, inputs, slots, lambda normed: self.fc2(self.fc1(normed).relu()))
+
+
+def object_centric_library(self, inputs, num_slots=None):
+    return _lucidrains_iterations(self, inputs, _log_sigma_slots(self, inputs, num_slots), self.mlp)
+
+
+def _log_sigma_slots(self, inputs, num_slots):
     size = inputs.shape[0], num_slots if num_slots is not None else self.num_slots, -1
     spread = torch.exp(self.slots_log_sigma.expand(size))
-    slots = self.slots_mu.expand(size) + spread * noise_like(self, spread.shape, spread)
-    return _lucidrains_iterations(self, inputs, slots, lambda normed: self.fc2(self.fc1(normed).relu()))
+    return self.slots_mu.expand(size) + spread * noise_like(self, spread.shape, spread)
 
 
 def evelinehong_2021(self, inputs, num_slots=None):
@@ -46,15 +54,37 @@ def _gaussian_slots(self, inputs, num_slots):
     return mean + self.slots_logsigma.exp() * noise_like(self, mean.shape, inputs)
 
 
+def osrt(self, inputs):
+    if self.randomize_initial_slots:
+        return self._published_class.forward(self, inputs)
+    slots = self.initial_slots.expand(inputs.shape[0], -1, -1)
+    projections = self.to_q, self.to_k, self.to_v
+    slots = _port_iterations(self, inputs, slots, projections, self.norm_pre_mlp, self.mlp)
+    return slots.view(inputs.shape[0], self.num_slots, self.slot_dim)
+
+
+def motion_grouping(self, inputs, num_slots=None):
+    count = num_slots if num_slots is not None else self.num_slots
+    slots = self.slots_embedding(torch.arange(count).expand(inputs.shape[0], count).to(self.device))
+    projections = self.project_q, self.project_k, self.project_v
+    return _port_iterations(self, inputs, slots, projections, self.norm_pre_ff, self.mlp)
+
+
 def _lucidrains_iterations(self, inputs, slots, mlp):
+    return _port_iterations(self, inputs, slots, (self.to_q, self.to_k, self.to_v), self.norm_pre_ff, mlp)
+
+
+def _port_iterations(self, inputs, slots, projections, norm, mlp):
+    """projections: the layers to q, k and v; norm: the layer before the MLP."""
     inputs = self.norm_input(inputs)
-    k, v = single(self.to_k(inputs)), single(self.to_v(inputs))
+    to_q, to_k, to_v = projections
+    k, v = single(to_k(inputs)), single(to_v(inputs))
 
     def attend(slots, last):
-        return attention_step(single(self.to_q(self.norm_slots(slots)) * self.scale), k, v, self.eps, attn=False)
+        return attention_step(single(to_q(self.norm_slots(slots)) * self.scale), k, v, self.eps, attn=False)
 
     def update(updates, slots, last):
-        slots, normed = gru_with_norm(self.gru, self.norm_pre_ff, updates, slots)
+        slots, normed = gru_with_norm(self.gru, norm, updates, slots)
         return slots + mlp(normed)
 
     return refine(slots, self.iters, attend, update)[0]

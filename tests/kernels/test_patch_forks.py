@@ -5,12 +5,13 @@ import sys
 
 import pytest
 import torch
-from test_patch import assert_equal_to_rounding, build, inputs_of, only, run
 from torch import nn
 
 import published_frameworks as frameworks
 import published_modules as published
-from patch_forks import CHANGED, FORKS, Fork, Harmless, OclfWithGate
+from patch_changed_forks import CHANGED, OclfWithGate
+from patch_forks import FORKS, Fork, Harmless
+from patch_modules import assert_equal_to_rounding, build, inputs_of, only, run
 from spot_kernels import patch, unpatch
 from spot_kernels.patching.implementations import IMPLEMENTATIONS
 

@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 from test_drop_in import README
-from test_patch import MODULES, build, inputs_of, known_as
 
+from patch_modules import MODULES, build, inputs_of, known_as
 from published_modules import HIDDEN, SLOT_WIDTH, SLOTS
 from spot_kernels import SlotAttention
 from spot_kernels.modules import VARIANTS

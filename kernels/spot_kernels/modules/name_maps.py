@@ -11,6 +11,12 @@ from typing import Any
 
 import torch
 
+
+def _renamed(names: Mapping[str, str], changes: Mapping[str, str]) -> dict[str, str]:
+    """The same layers, some of them under other published names."""
+    return {changes.get(theirs, theirs): ours for theirs, ours in names.items()}
+
+
 _PROJECTIONS = {name: name for name in ("project_q", "project_k", "project_v")}
 _SLATE = {
     "norm_inputs": "norm_inputs",
@@ -34,13 +40,6 @@ _LUCIDRAINS = {
     "slots_logsigma": "initial.scale",
 }
 _PORT = {**_LUCIDRAINS, "norm_pre_ff": "norm_mlp", "mlp.0": "mlp.0", "mlp.2": "mlp.2"}
-_EVELINEHONG = {
-    **{name: ours for name, ours in _LUCIDRAINS.items() if name != "slots_logsigma"},
-    "norm_pre_ff": "norm_mlp",
-    "fc1": "mlp.0",
-    "fc2": "mlp.2",
-}
-
 _OCLF = {
     **_LUCIDRAINS,
     "ff_mlp.module.0": "norm_mlp",
@@ -48,11 +47,7 @@ _OCLF = {
     "ff_mlp.module.3": "mlp.2",
     "slots": "initial.mean",
 }
-_BO_QSA = {
-    **{name: ours for name, ours in _SLATE.items() if name != "norm_inputs"},
-    "norm_feature": "norm_inputs",
-    "slots_init": "initial.mean",
-}
+_BO_QSA = {**_renamed(_SLATE, {"norm_inputs": "norm_feature"}), "slots_init": "initial.mean"}
 _OCBENCH = {
     "proj_q": "project_q",
     "proj_k": "project_k",
@@ -87,20 +82,18 @@ NAMES: dict[str, dict[str, str]] = {
     # lucidrains/slot-attention, slot_attention/multi_head_slot_attention.py, MultiHeadSlotAttention
     "lucidrains_heads": {**_PORT, "combine_heads": "project_out"},
     # evelinehong/slot-attention-pytorch, model.py, SlotAttention, and before it learned the logarithm of sigma
-    "evelinehong": {**_EVELINEHONG, "slots_log_sigma": "initial.scale"},
-    "evelinehong_2021": {**_EVELINEHONG, "slots_sigma": "initial.scale"},
+    "evelinehong": _renamed(_PORT, {"mlp.0": "fc1", "mlp.2": "fc2", "slots_logsigma": "slots_log_sigma"}),
+    "evelinehong_2021": _renamed(_PORT, {"mlp.0": "fc1", "mlp.2": "fc2", "slots_logsigma": "slots_sigma"}),
     # untitled-ai/slot_attention, slot_attention/model.py, SlotAttention
-    "untitled_ai": {
-        **{name: ours for name, ours in _SLATE.items() if name not in ("slot_mu", "slot_log_sigma")},
-        "slots_mu": "initial.mean",
-        "slots_log_sigma": "initial.scale",
-    },
+    "untitled_ai": _renamed(_SLATE, {"slot_mu": "slots_mu", "slot_log_sigma": "slots_log_sigma"}),
     # addtt/object-centric-library, models/slot_attention/model.py, SlotAttentionModule
-    "object_centric_library": {**_PORT, "slots_log_sigma": "initial.scale"},
+    "object_centric_library": _renamed(_PORT, {"slots_logsigma": "slots_log_sigma"}),
     # stelzner/osrt, osrt/layers.py, SlotAttention
-    "osrt": {**_PORT, "norm_pre_mlp": "norm_mlp", "initial_slots": "initial.mean"},
+    "osrt": _renamed(_PORT, {"norm_pre_ff": "norm_pre_mlp", "slots_mu": "initial_slots"}),
     # charigyang/motiongrouping, src/model.py, SlotAttention
-    "motion_grouping": {**_PORT, **_PROJECTIONS, "slots_embedding": "initial.mean"},
+    "motion_grouping": _renamed(
+        _PORT, {"to_q": "project_q", "to_k": "project_k", "to_v": "project_v", "slots_mu": "slots_embedding"}
+    ),
     # singhgautam/slate, slot_attn.py, SlotAttention; the initialiser of its SlotAttentionEncoder
     "slate": _SLATE,
     # singhgautam/steve, steve.py, SlotAttentionVideo; its predictor is left out

@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
-from test_drop_in import README
 
 from patch_modules import MODULES, build, inputs_of, known_as
+from paths import ROOT
 from published_modules import HIDDEN, SLOT_WIDTH, SLOTS
 from spot_kernels import SlotAttention
 from spot_kernels.modules import VARIANTS
@@ -74,7 +74,8 @@ def test_one_list_of_names():
 
 
 def test_the_readme_has_a_row_for_every_name():
-    table = README.read_text(encoding="utf-8").partition("| `like(…)` |")[2].partition("\n\n")[0]
+    readme = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("| `like(…)` |")[2].partition("\n\n")[0]
     first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     assert sorted(re.findall(r"`(\w+)`", " ".join(first_cells))) == sorted(VARIANTS)
 

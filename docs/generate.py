@@ -1,4 +1,5 @@
-"""Writes what is generated in docs/ and the README: the tables of reproducing.md, and measured ones from bench/results.
+"""Writes what is generated in docs/ and the READMEs: the tables of reproducing.md, measured ones from bench/results,
+and the classes that spot_kernels.patch knows.
 
 python docs/generate.py            # writes; --check says whether all is current
 """
@@ -24,6 +25,7 @@ from spot_fast.reproduction.plan import make_plan
 from spot_fast.reproduction.results import cell
 from spot_fast.reproduction.runs import Planner, steps
 from spot_fast.reproduction.tables import PAPER
+from spot_kernels.patching.implementations import IMPLEMENTATIONS
 
 
 def scores() -> str:
@@ -66,8 +68,22 @@ def measured(name: str) -> str:
     return "\n".join(text)
 
 
+def patched() -> str:
+    """The published classes that spot_kernels.patch replaces."""
+    lines = ["| reported as | published as | `like` | replaced |", "|---|---|---|---|"]
+    for known in IMPLEMENTATIONS:
+        if not known.default_noise:
+            methods = (
+                "" if [*known.methods] == ["forward"] else f" ({', '.join(f'`{name}`' for name in known.methods)})"
+            )
+            variants = ", ".join(f"`{name}`" for name in known.variants)
+            lines.append(f"| {known.name} | {known.source} | {variants} | {known.replaced}{methods} |")
+    return "\n".join(lines)
+
+
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "../README.md": {"scenes": lambda: measured("scenes-1.csv")},
+    "../kernels/README.md": {"patched": patched},
     "options.md": {"options": lambda: measured("scenes-options.csv")},
     "reproducing.md": {"tables": tables, "scores": scores, "hours": lambda: hours.table(hours.SHARE)},
 }

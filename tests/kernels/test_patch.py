@@ -8,112 +8,29 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
-import published_frameworks as frameworks
 import published_modules as published
 from kernel_tier import DEVICE, needs_triton
+from patch_modules import MODULES, assert_equal_to_rounding, build, inputs_of, known_as, only, run
 from published_modules import SLOT_WIDTH, SLOTS, WIDTH
 from spot_kernels import PatchReport, SlotAttention, patch, unpatch, use_backend
 from spot_kernels.patching.implementations import IMPLEMENTATIONS
 from spot_kernels.patching.switches import has_attribute, unknown_reads
 
-INPUTS = {
-    "alone": ((3, 25, SLOT_WIDTH),),
-    "video": ((3, 2, 25, WIDTH),),
-    "maps": ((3, 2, WIDTH, 4, 4),),
-    "slots": ((3, 25, WIDTH), (3, SLOTS, SLOT_WIDTH)),
-    "slots first": ((3, SLOTS, SLOT_WIDTH), (3, 25, WIDTH)),
-    "as wide as slots": ((3, 25, SLOT_WIDTH), (3, SLOTS, SLOT_WIDTH)),
-}
-# Implementation as reports name it → class, the options of each variant, the inputs it takes.
-MODULES = {
-    "Slot Attention (evelinehong)": (published.Evelinehong, [{}], "alone"),
-    "Slot Attention (evelinehong, 2021)": (published.Evelinehong2021, [{}], "alone"),
-    "Slot Attention (untitled-ai)": (published.Untitled, [{}], "alone"),
-    "lucidrains": (published.LucidrainsSlots, [{}], "alone"),
-    "lucidrains, heads": (published.LucidrainsHeads, [{}], "alone"),
-    "SLATE": (published.Slate, [{}, {"heads": 4}], "slots"),
-    "STEVE": (published.Steve, [{}], "video"),
-    "BO-QSA": (
-        published.BoQsa,
-        [{}, {"truncate": "fixed-point", "drop_path": 0}, {"truncate": "none"}],
-        "as wide as slots",
-    ),
-    "BO-QSA, its Slot Attention": (published.BoQsaPlain, [{}], "as wide as slots"),
-    "SPOT": (published.Spot, [{}, {"truncate": "bi-level"}, {"truncate": "fixed-point", "heads": 2}], "slots"),
-    "OCLF (DINOSAUR)": (
-        frameworks.Oclf,
-        [{}, {"n_heads": 2, "kvq_dim": 24, "bias": True}, {"implicit": True}, {"with_mlp": False}],
-        "slots",
-    ),
-    "VideoSAUR, SlotContrast": (
-        frameworks.Videosaur,
-        [{}, {"kvq_dim": 24, "use_mlp": False}, {"use_gru": False}],
-        "slots first",
-    ),
-    "OCBench": (frameworks.OcBench, [{}, {"trunc_bp": "bi-level", "dropout": 0.0}], "slots"),
-    "OCBench, attention of every iteration": (
-        frameworks.OcBenchWithAllAttention,
-        [{}, {"trunc_bp": "bi-level", "dropout": 0.0}],
-        "slots",
-    ),
-    "LSD": (published.Lsd, [{}, {"heads": 4}], "maps"),
-    "LSD, learned slots": (published.Lsd, [{"learned": True}], "maps"),
-    "SlotDiffusion, SlotFormer": (frameworks.SlotFormer, [{}], "slots"),
-    "SlotDiffusion, SlotFormer, with masks": (frameworks.SlotFormerWithMask, [{}], "slots"),
-}
 VARIANTS = [(name, i) for name, (_, options, _) in MODULES.items() for i in range(len(options))]
 NAMES = [f"{name} {i}" if i else name for name, i in VARIANTS]
 every_variant = pytest.mark.parametrize(("name", "variant"), VARIANTS, ids=NAMES)
 
 
-def build(name, variant=0):
-    """A module with parameters of trained size: no layer is idle."""
-    torch.manual_seed(variant)
-    cls, options, _ = MODULES[name]
-    module = cls(**options[variant])
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.dim() == 1:
-                parameter += 0.3 * torch.randn_like(parameter)
-    return module
-
-
-def inputs_of(name, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(5)
-    shapes = INPUTS[MODULES[name][2]]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
-
-
-def run(module, inputs, *, seed=7, **kwargs):
-    """All results, and the gradients of all inputs and parameters, from one state of the random generator."""
-    torch.manual_seed(seed)
-    results = tree_leaves(module(*inputs, **kwargs))
-    weights = torch.Generator().manual_seed(6)
-    loss = sum((x * torch.randn(x.shape, generator=weights).to(x)).sum() for x in results if x.requires_grad)
-    leaves = [*inputs, *(p for p in module.parameters() if p.requires_grad)]
-    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return results, [torch.zeros(()) if g is None else g for g in gradients]
-
-
-def assert_equal_to_rounding(results, expected, units=100.0):
-    """Same shapes, dtypes and layouts; no difference above `units` roundings of the largest value."""
-    for a, b in zip(results, expected, strict=True):
-        assert len(a) == len(b)
-        largest = max(x.abs().max().item() for x in b)
-        for x, y in zip(a, b, strict=True):
-            assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
-            assert (x - y).abs().max().item() <= units * torch.finfo(y.dtype).eps * largest
-
-
-def only(report):
-    (module,) = report.modules
-    return module
-
-
 def test_every_known_implementation_is_rebuilt():
-    assert set(MODULES) == {known.name for known in IMPLEMENTATIONS if not known.default_noise}
+    assert {known_as(name) for name in MODULES} == {known.name for known in IMPLEMENTATIONS if not known.default_noise}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name == known_as(name)])
+def test_every_replaced_method_is_compared(name):
+    known = next(known for known in IMPLEMENTATIONS if known.name == name)
+    calls = known.example_calls(build(name), torch.randn)
+    assert {call.method for call in calls} == set(known.methods)
 
 
 def run_everywhere(name, module):
@@ -135,7 +52,7 @@ def test_outputs_and_gradients_stay(name, variant):
     module, kind = build(name, variant), MODULES[name][0]
     (before, half_before), keys = run_everywhere(name, module), list(module.state_dict())
     parameters = [id(parameter) for parameter in module.parameters()]
-    assert only(patch(module)).implementation == name
+    assert only(patch(module)).implementation == known_as(name)
     assert type(module) is not kind and isinstance(module, kind) and type(module).__name__ == kind.__name__
     after, half = run_everywhere(name, module)
     for patched, published_run in zip(after, before, strict=True):
@@ -150,7 +67,7 @@ def test_outputs_and_gradients_stay(name, variant):
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["SLATE", "STEVE", "SlotDiffusion, SlotFormer"])
+@pytest.mark.parametrize("name", ["SLATE", "STEVE", "FT-DINOSAUR", "MetaSlot", "SlotDiffusion, SlotFormer"])
 def test_outputs_and_gradients_stay_with_the_gpu_kernels(name):
     """GRU and LayerNorm are one kernel there."""
     module, inputs = build(name).to(DEVICE).eval(), [x.detach()[:1].to(DEVICE) for x in inputs_of(name)]
@@ -169,7 +86,20 @@ def test_a_module_in_bfloat16_gives_bfloat16():
     assert [x.dtype for x in run(module, inputs)[0]] == [x.dtype for x in before[0]] == [torch.bfloat16] * 2
 
 
-@pytest.mark.parametrize("name", ["SLATE", "OCLF (DINOSAUR)", "VideoSAUR, SlotContrast"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SLATE",
+        "OCLF (DINOSAUR)",
+        "AdaSlot, MOT (OCLF in another forward)",
+        "AdaSlot, MOT (OCLF in another forward): MOT",
+        "FT-DINOSAUR",
+        "VideoSAUR, SlotContrast",
+        "OCBench, attention of every iteration",
+        "MetaSlot",
+        "CODA",
+    ],
+)
 def test_a_patched_module_compiles_to_one_graph(name):
     module, inputs = build(name).eval(), inputs_of(name)
     patch(module)
@@ -491,7 +421,7 @@ def test_the_table_lists_what_replacements_read(known):
     read = {name.removeprefix("self.") for name in unknown_reads(module, known.methods, known=())}
     read = {name for name in read if has_attribute(module, name) and not name.startswith(("_published", "__"))}
     # a width of the layers is no switch and so not among them
-    assert read | (known.reads & {"slot_size"}) == known.reads
+    assert read | (known.reads & {"slot_size", "slot_dim"}) == known.reads
 
 
 def test_a_model_that_is_no_module_raises():

@@ -5,12 +5,13 @@ import sys
 
 import pytest
 import torch
-from test_patch import assert_equal_to_rounding, build, inputs_of, only, run
 from torch import nn
 
 import published_frameworks as frameworks
 import published_modules as published
+from patch_changed_forks import CHANGED, OclfWithGate
 from patch_forks import FORKS, Fork, Harmless
+from patch_modules import assert_equal_to_rounding, build, inputs_of, only, run
 from spot_kernels import patch, unpatch
 from spot_kernels.patching.implementations import IMPLEMENTATIONS
 
@@ -23,6 +24,23 @@ def test_a_fork_that_reads_a_switch_of_its_own_is_left_alone(fork):
     report = only(patch(module))
     assert report.implementation == "SLATE" and not report.replaced and type(module) is kind
     assert report.note.startswith("its forward reads ") and "spot_kernels.slot_attention_step" in report.note
+
+
+@pytest.mark.parametrize(("fork", "known", "note"), CHANGED, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_fork_with_a_changed_line_is_left_alone_with_the_reason(fork, known, note):
+    module = fork()
+    report = only(patch(module))
+    assert report.implementation == known and not report.replaced and type(module) is fork
+    assert report.note.startswith(note)
+
+
+def test_a_forward_around_published_steps_stays_and_its_switches_work():
+    module, inputs = OclfWithGate(), inputs_of("OCLF (DINOSAUR)")
+    plain = copy.deepcopy(module)
+    assert only(patch(module)).implementation == "AdaSlot, MOT (OCLF in another forward)"
+    for each in (module, plain):
+        each.gate = 0.5
+    assert_equal_to_rounding(run(module, inputs), run(plain, inputs))
 
 
 @pytest.mark.parametrize("fork", [Fork, Harmless])
@@ -179,9 +197,9 @@ def test_operators_that_fail_in_a_dtype_are_detected(monkeypatch):
     """Errors above the original's own error against float64 are rejected."""
     from spot_kernels.patching import replacements as ours
 
-    right = ours._attend
+    right = ours.attention_step
     monkeypatch.setattr(
-        ours, "_attend", lambda q, *rest, **kwargs: right(q if q.dtype == torch.float64 else -q, *rest, **kwargs)
+        ours, "attention_step", lambda q, *rest, **kwargs: right(q if q.dtype == torch.float64 else -q, *rest, **kwargs)
     )
     assert only(patch(published.BoQsa().bfloat16())).note.startswith("its operators differ here: ")
     assert only(patch(published.BoQsa(width=256).bfloat16())).note.startswith("its operators differ here: ")

@@ -5,12 +5,12 @@ from collections import Counter
 
 import pytest
 import torch
-from test_patch import assert_equal_to_rounding, build, inputs_of, run
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune
 
 from kernel_tier import TRITON, needs_triton
+from patch_modules import assert_equal_to_rounding, build, inputs_of, run
 from published_modules import SLOT_WIDTH
 from spot_kernels import SlotAttention, patch, use_backend
 from spot_kernels.gru_norm import gru_norm

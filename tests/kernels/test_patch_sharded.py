@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-from test_patch import assert_equal_to_rounding, build, inputs_of, only, run
 from torch import nn
 
+from patch_modules import assert_equal_to_rounding, build, inputs_of, only, run
 from published_modules import Slate
 from spot_kernels import patch, unpatch
 

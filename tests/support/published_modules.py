@@ -66,16 +66,16 @@ class DropPath(nn.Module):
 
 
 class Lucidrains(nn.Module):
-    """What both descendants of the port share: biases, inputs as wide as slots, slots drawn inside."""
+    """What the descendants of the port share: inputs as wide as slots, slots drawn inside."""
 
-    def __init__(self, dim=SLOT_WIDTH, inner=SLOT_WIDTH):
+    def __init__(self, dim=SLOT_WIDTH, inner=SLOT_WIDTH, bias=True, norm_eps=1e-5):
         super().__init__()
         self.dim, self.num_slots, self.iters, self.eps, self.scale = dim, SLOTS, 3, 1e-8, dim**-0.5
         self.slots_mu = nn.Parameter(torch.randn(1, 1, dim))
         self.add_sigma(nn.Parameter(torch.rand(1, 1, dim) * 0.1))
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner) for _ in range(3))
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner, bias=bias) for _ in range(3))
         self.gru = nn.GRUCell(dim, dim)
-        self.norm_input, self.norm_slots, self.norm_pre_ff = (nn.LayerNorm(dim) for _ in range(3))
+        self.norm_input, self.norm_slots, self.norm_pre_ff = (nn.LayerNorm(dim, eps=norm_eps) for _ in range(3))
         self.add_mlp(dim)
 
     def add_sigma(self, sigma):
@@ -369,11 +369,15 @@ class Lsd(Projected):
         return self.out_linear(self.out_layer_norm(slots)), attn
 
     def forward_slots(self, inputs):
+        return self.frames(inputs, None)
+
+    def frames(self, inputs, noise):
         x = self.in_mlp(self.in_layer_norm(self.pos(inputs).flatten(3).transpose(2, 3)))
         slots = self.slot_mu.expand(len(inputs), -1, -1)
         if not self.learnable_slot_init:
-            slots = x.new_empty(len(inputs), self.num_slots, self.slot_size).normal_()
-            slots = self.slot_mu + torch.exp(self.slot_log_sigma) * slots
+            if noise is None:
+                noise = x.new_empty(len(inputs), self.num_slots, self.slot_size).normal_()
+            slots = self.slot_mu + torch.exp(self.slot_log_sigma) * noise
         k, v = self.keys_values(x)
         k = self.slot_size**-0.5 * k
         all_slots, all_attn = [], []
@@ -386,3 +390,15 @@ class Lsd(Projected):
             all_slots.append(slots)
             all_attn.append(attn)
         return torch.stack(all_slots, 1), torch.stack(all_attn, 1)
+
+
+@published_as("SlotAttn")
+class Coda(Lsd):
+    """LSD's, to which the noise of the initial slots may be given."""
+
+    def forward(self, inputs, eps=None):
+        slots, attn = self.forward_slots(inputs, eps)
+        return self.out_linear(self.out_layer_norm(slots)), attn
+
+    def forward_slots(self, inputs, eps=None):
+        return self.frames(inputs, eps)

@@ -144,13 +144,21 @@ def lsd(p, inputs, slots, *, heads=1, truncation="none"):
     return truncated(step, slots, 3, truncation)
 
 
-def dinosaur(p, inputs, slots, *, heads=1, iterations=3):
+def bo_qsa_plain(p, inputs, slots):
+    return slate(p, inputs, slots, features="norm_feature")
+
+
+def ftdinosaur(p, inputs, slots, *, heads=1):
+    return dinosaur(p, inputs, slots, heads=heads, mean=mean_over_sum)
+
+
+def dinosaur(p, inputs, slots, *, heads=1, iterations=3, mean=weighted_mean):
     x = normed(inputs, p, "norm_input")
     k, v = (heads_of(dense(x, p, name), heads) for name in ("to_k", "to_v"))
     for _ in range(iterations):
         q = heads_of(dense(normed(slots, p, "norm_slots"), p, "to_q"), heads)
         attn = joint_softmax(q @ k.mT * k.shape[-1] ** -0.5)
-        slots = gru(weighted_mean(attn, v, 1e-8), slots, p)
+        slots = gru(mean(attn, v, 1e-8), slots, p)
         if "ff_mlp.module.1.weight" in p:
             hidden = dense(normed(slots, p, "ff_mlp.module.0"), p, "ff_mlp.module.1").relu()
             slots = slots + dense(hidden, p, "ff_mlp.module.3")
@@ -343,6 +351,9 @@ CASES = {
         {"heads": 2},
     ),
     "dinosaur without MLP": (dinosaur, torch_shapes(_DINOSAUR, with_mlp=False), {"mlp_hidden": None}, {}),
+    "ftdinosaur": (ftdinosaur, torch_shapes(_DINOSAUR), {}, {}),
+    "ftdinosaur, 2 heads": (ftdinosaur, torch_shapes(_DINOSAUR), {"heads": 2}, {"heads": 2}),
+    "bo_qsa_plain": (bo_qsa_plain, torch_shapes(("norm_feature", *_SLATE[1:]), width=SLOT_WIDTH), {}, {}),
     "bo_qsa": (
         bo_qsa,
         torch_shapes(("norm_feature", *_SLATE[1:]), width=SLOT_WIDTH),

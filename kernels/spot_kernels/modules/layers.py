@@ -16,6 +16,7 @@ from spot_kernels.checks import autocast_dtype
 from spot_kernels.gru_norm import gru_norm
 from spot_kernels.linear_relu import linear_relu
 from spot_kernels.reference.add_norm import join
+from spot_kernels.slot_attention import slot_attention_step
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
 # An eps that keeps the mean over tokens defined if every weight of a slot has underflowed, and changes no other sum.
@@ -99,9 +100,20 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise ValueError(f"{name}={value!r} is unknown: use one of {', '.join(choices)}")
 
 
-def eps_in_sum(updates: torch.Tensor, sums: torch.Tensor, eps: float) -> torch.Tensor:
-    """Moves eps from the weights into their sum: updates Σ a v / Σ a, sums Σ a over tokens → Σ a v / (Σ a + eps)."""
-    return updates * (sums / (sums + eps)).to(updates.dtype)
+def step_with_eps_in_sum(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float, *, return_attn: bool, return_logits: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """`slot_attention_step` with updates Σ a v / (Σ a + eps) over tokens, instead of Σ (a + eps) v / Σ (a + eps).
+
+    attn or logits may be returned without being asked for: the sums are made of them.
+    """
+    joint = q.shape[1] > 1
+    updates, attn, logits = slot_attention_step(
+        q, k, v, eps=TINY, return_attn=return_attn or not joint, return_logits=return_logits or joint
+    )
+    weights = logits.transpose(1, 2).flatten(2).softmax(-1) if joint else attn
+    sums = weights.sum(1).view(*updates.shape[:3], 1)
+    return updates * (sums / (sums + eps)).to(updates.dtype), attn, logits
 
 
 def gru_step(gru: nn.GRUCell, updates: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,12 @@ from typing import Any
 
 import torch
 
+
+def _renamed(names: Mapping[str, str], changes: Mapping[str, str]) -> dict[str, str]:
+    """The same layers, some of them under other published names."""
+    return {changes.get(theirs, theirs): ours for theirs, ours in names.items()}
+
+
 _PROJECTIONS = {name: name for name in ("project_q", "project_k", "project_v")}
 _SLATE = {
     "norm_inputs": "norm_inputs",
@@ -34,11 +40,27 @@ _LUCIDRAINS = {
     "slots_logsigma": "initial.scale",
 }
 _PORT = {**_LUCIDRAINS, "norm_pre_ff": "norm_mlp", "mlp.0": "mlp.0", "mlp.2": "mlp.2"}
-_EVELINEHONG = {
-    **{name: ours for name, ours in _LUCIDRAINS.items() if name != "slots_logsigma"},
-    "norm_pre_ff": "norm_mlp",
-    "fc1": "mlp.0",
-    "fc2": "mlp.2",
+_OCLF = {
+    **_LUCIDRAINS,
+    "ff_mlp.module.0": "norm_mlp",
+    "ff_mlp.module.1": "mlp.0",
+    "ff_mlp.module.3": "mlp.2",
+    "slots": "initial.mean",
+}
+_BO_QSA = {**_renamed(_SLATE, {"norm_inputs": "norm_feature"}), "slots_init": "initial.mean"}
+_OCBENCH = {
+    "proj_q": "project_q",
+    "proj_k": "project_k",
+    "proj_v": "project_v",
+    "norm1kv": "norm_inputs",
+    "norm1q": "norm_slots",
+    "rnn": "gru",
+    "norm2": "norm_mlp",
+    "ffn.0": "mlp.0",
+    "ffn.2": "mlp.2",
+    "ffn.3": "mlp.2",
+    "mean": "initial.mean",
+    "logstd": "initial.scale",
 }
 
 # Implementation → its name of a layer or parameter → ours. If two map to the same one, a state dict has only one.
@@ -60,33 +82,36 @@ NAMES: dict[str, dict[str, str]] = {
     # lucidrains/slot-attention, slot_attention/multi_head_slot_attention.py, MultiHeadSlotAttention
     "lucidrains_heads": {**_PORT, "combine_heads": "project_out"},
     # evelinehong/slot-attention-pytorch, model.py, SlotAttention, and before it learned the logarithm of sigma
-    "evelinehong": {**_EVELINEHONG, "slots_log_sigma": "initial.scale"},
-    "evelinehong_2021": {**_EVELINEHONG, "slots_sigma": "initial.scale"},
+    "evelinehong": _renamed(_PORT, {"mlp.0": "fc1", "mlp.2": "fc2", "slots_logsigma": "slots_log_sigma"}),
+    "evelinehong_2021": _renamed(_PORT, {"mlp.0": "fc1", "mlp.2": "fc2", "slots_logsigma": "slots_sigma"}),
     # untitled-ai/slot_attention, slot_attention/model.py, SlotAttention
-    "untitled_ai": {
-        **{name: ours for name, ours in _SLATE.items() if name not in ("slot_mu", "slot_log_sigma")},
-        "slots_mu": "initial.mean",
-        "slots_log_sigma": "initial.scale",
-    },
+    "untitled_ai": _renamed(_SLATE, {"slot_mu": "slots_mu", "slot_log_sigma": "slots_log_sigma"}),
+    # addtt/object-centric-library, models/slot_attention/model.py, SlotAttentionModule
+    "object_centric_library": _renamed(_PORT, {"slots_logsigma": "slots_log_sigma"}),
+    # stelzner/osrt, osrt/layers.py, SlotAttention
+    "osrt": _renamed(_PORT, {"norm_pre_ff": "norm_pre_mlp", "slots_mu": "initial_slots"}),
+    # charigyang/motiongrouping, src/model.py, SlotAttention
+    "motion_grouping": _renamed(
+        _PORT, {"to_q": "project_q", "to_k": "project_k", "to_v": "project_v", "slots_mu": "slots_embedding"}
+    ),
     # singhgautam/slate, slot_attn.py, SlotAttention; the initialiser of its SlotAttentionEncoder
     "slate": _SLATE,
     # singhgautam/steve, steve.py, SlotAttentionVideo; its predictor is left out
     "steve": _SLATE,
     # amazon-science/object-centric-learning-framework, ocl/perceptual_grouping.py, SlotAttention with the residual
     # two-layer MLP of ocl/neural_networks/convenience.py; the initialisers of ocl/conditioning.py
-    "dinosaur": {
-        **_LUCIDRAINS,
-        "ff_mlp.module.0": "norm_mlp",
-        "ff_mlp.module.1": "mlp.0",
-        "ff_mlp.module.3": "mlp.2",
-        "slots": "initial.mean",
-    },
+    "dinosaur": _OCLF,
+    # amazon-science/object-centric-multiple-object-tracking, ocl/perceptual_grouping.py, SlotAttention
+    "mot": _OCLF,
+    # amazon-science/AdaSlot, ocl/perceptual_grouping.py, SlotAttentionGumbelV1; what scores slots is left out
+    "adaslot": _OCLF,
+    # rw-ocrl/ftdinosaur-inference, ftdinosaur_inference/modules/slot_attention.py, SlotAttention with the MLP of
+    # helpers.py; its RandomSlotInitialization
+    "ftdinosaur": {name: ours for name, ours in _OCLF.items() if name != "slots"},
     # YuLiu-LY/BO-QSA, models/slot_attn.py, SlotAttention; the initialisers of its SlotAttentionEncoder
-    "bo_qsa": {
-        **{name: ours for name, ours in _SLATE.items() if name != "norm_inputs"},
-        "norm_feature": "norm_inputs",
-        "slots_init": "initial.mean",
-    },
+    "bo_qsa": _BO_QSA,
+    # YuLiu-LY/BO-QSA, models/SA.py, SlotAttention; the initialisers of its SlotAttentionEncoder
+    "bo_qsa_plain": _BO_QSA,
     # google-research/slot-attention-video, savi/modules/attention.py, SlotAttention (Flax)
     "savi": {
         "LayerNorm_0": "norm_slots",
@@ -133,26 +158,23 @@ NAMES: dict[str, dict[str, str]] = {
     # JindongJiang/latent-slot-diffusion, src/models/slot_attn.py, MultiHeadSTEVESA; the layers before and after slot
     # attention are left out
     "lsd": _SLATE,
+    # sony/coda, src/layers/slot_attn.py, SlotAttn, likewise
+    "coda": _SLATE,
     # Genera1Z/SmoothSA, object_centric_bench/model/ocl.py, SlotAttention, with dropout in its MLP or without; its
     # NormalShared and NormalSeparat
-    "ocbench": {
-        "proj_q": "project_q",
-        "proj_k": "project_k",
-        "proj_v": "project_v",
-        "norm1kv": "norm_inputs",
-        "norm1q": "norm_slots",
-        "rnn": "gru",
-        "norm2": "norm_mlp",
-        "ffn.0": "mlp.0",
-        "ffn.2": "mlp.2",
-        "ffn.3": "mlp.2",
-        "mean": "initial.mean",
-        "logstd": "initial.scale",
-    },
+    "ocbench": _OCBENCH,
+    # Genera1Z/DIAS, object_centric_bench/model/dias.py, SlotAttentionWithAllAttent
+    "dias": _OCBENCH,
+    # lhj-lhj/MetaSlot, object_centric_bench/model/metaslot.py, MetaSlot; its codebook is left out
+    "metaslot": _OCBENCH,
 }
+_AROUND_LSD = ("pos.", "in_layer_norm.", "in_mlp.", "out_layer_norm.", "out_linear.")
 _LEFT_OUT = {
     "steve": ("predictor.",),
-    "lsd": ("pos.", "in_layer_norm.", "in_mlp.", "out_layer_norm.", "out_linear."),
+    "adaslot": ("single_gumbel_score_network.",),
+    "lsd": _AROUND_LSD,
+    "coda": _AROUND_LSD,
+    "metaslot": ("vq.", "clust_prob"),
 }
 _NORMS = ("norm_inputs", "norm_slots", "norm_mlp")
 _GRU = ("gru.weight_ih", "gru.weight_hh", "gru.bias_ih", "gru.bias_hh")
@@ -164,7 +186,6 @@ _REQUIRED = (
     "project_q.weight",
     "project_k.weight",
     "project_v.weight",
-    *_GRU,
 )
 _MLP = ("norm_mlp.weight", "norm_mlp.bias", "mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias")
 
@@ -199,7 +220,10 @@ def from_state_dict_of(
     for ours, (theirs, parameters) in layers.items():
         converted.update(convert(ours, parameters))
         unknown += [f"{theirs}.{parameter}" for parameter in parameters]
-    required = [*_REQUIRED, *(_MLP if any(name in converted for name in _MLP) else ())]
+    # VideoSAUR's GRU is an option, as the MLP of all is
+    optional = (_MLP, _GRU) if variant == "videosaur" else (_MLP,)
+    absent = [group for group in optional if converted.keys().isdisjoint(group)]
+    required = [name for group in (_REQUIRED, _GRU, _MLP) if group not in absent for name in group]
     missing = [name for name in required if name not in converted]
     if unknown or missing:
         raise ValueError(

@@ -13,10 +13,8 @@ from spot_kernels import dispatch
 from spot_kernels.modules.initial_slots import InitialSlots
 from spot_kernels.modules.layers import (
     ACTIVATIONS,
-    TINY,
     check_choice,
     check_heads,
-    eps_in_sum,
     gru_and_norm,
     gru_step,
     is_exactly,
@@ -25,11 +23,14 @@ from spot_kernels.modules.layers import (
     merge_heads,
     mlp,
     split_heads,
+    step_with_eps_in_sum,
 )
 from spot_kernels.modules.name_maps import from_state_dict_of
 from spot_kernels.slot_attention import slot_attention_step
 
 TRUNCATIONS = ("none", "fixed_point", "bi_level")
+
+_OCBENCH = {"eps": 1e-5, "eps_in": "sum", "activation": "gelu", "initial": "gaussian"}
 
 # What `SlotAttention.like` sets; every option that is not named has the default of `SlotAttention`.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -43,14 +44,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "evelinehong": {"bias": True, "initial": "gaussian"},
     "evelinehong_2021": {"bias": True, "initial": "gaussian", "spread": "abs"},
     "untitled_ai": {"initial": "gaussian"},
+    # further ports: of Dittadi et al. 2022, with Keras's eps; in Sajjadi et al. 2022's OSRT; in Yang et al. 2021
+    "object_centric_library": {"norm_eps": 1e-3, "initial": "gaussian"},
+    "osrt": {"initial": "learned"},
+    "motion_grouping": {"bias": True, "initial": "learned"},
     # Singh et al. 2021
     "slate": {"initial": "gaussian"},
     # Singh et al. 2022: the MLP runs between iterations only
     "steve": {"iterations": 2, "mlp_last": False, "initial": "gaussian"},
-    # Seitzer et al. 2023
+    # Seitzer et al. 2023, and what was built on its code: Zhao et al. 2023 (multiple object tracking) and Fan et al.
+    # 2024, where a network after it drops slots; Didolkar et al. 2025 wrote it anew
     "dinosaur": {"initial": "gaussian"},
-    # Jia et al. 2023
+    "mot": {"initial": "gaussian"},
+    "adaslot": {"initial": "gaussian"},
+    "ftdinosaur": {"eps_in": "sum", "initial": "gaussian"},
+    # Jia et al. 2023, and the Slot Attention that they compare it with
     "bo_qsa": {"eps": 1.0, "eps_in": "sum", "truncation": "bi_level", "drop_path": 0.2, "initial": "learned"},
+    "bo_qsa_plain": {"initial": "slot_gaussian"},
     # Kipf et al. 2021, the corrector; Flax layer norms have eps 1e-6, several heads do not compete with one another
     "savi": {"iterations": 1, "eps_in": "sum", "norm_eps": 1e-6, "joint_heads": False},
     # the PyTorch SAVi of Wu et al. 2022
@@ -59,10 +69,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "spot": {"initial": "gaussian"},
     # Zadaianchuk et al. 2023
     "videosaur": {"hidden": "normed", "initial": "gaussian"},
-    # Jiang et al. 2023; `like` sets the scale, which is that of one head
+    # Jiang et al. 2023, and Nguyen et al. 2026 after it; `like` sets the scale, which is that of one head
     "lsd": {"initial": "gaussian"},
+    "coda": {"initial": "gaussian"},
     # the models of Zhao et al.'s OCBench, its SPOT among them
-    "ocbench": {"eps": 1e-5, "eps_in": "sum", "activation": "gelu", "initial": "gaussian"},
+    "ocbench": _OCBENCH,
+    # Zhao et al. 2025, who train with the attention of every iteration; Liu et al. 2025, without their codebook
+    "dias": {**_OCBENCH, "attn_of": "every"},
+    "metaslot": _OCBENCH,
 }
 
 
@@ -88,6 +102,7 @@ class SlotAttention(nn.Module):
         eps: keeps the mean over tokens defined.
         eps_in: `weights`: eps is added to the attention before it is normalised over tokens; `sum`: to its sum only.
         joint_heads: True: one softmax over heads × slots; False: one over the slots of each head.
+        attn_of: the iterations whose attention and logits are returned, the `last` or `every` one (DIAS).
         inner_dim: width of q, k and v; None: slot_dim.
         out_dim: width of a projection, with bias, of the updates of all heads; None: no projection.
         bias: whether the projections to q, k and v have a bias.
@@ -122,6 +137,7 @@ class SlotAttention(nn.Module):
         eps: float = 1e-8,
         eps_in: str = "weights",
         joint_heads: bool = True,
+        attn_of: str = "last",
         inner_dim: int | None = None,
         out_dim: int | None = None,
         bias: bool = False,
@@ -146,6 +162,7 @@ class SlotAttention(nn.Module):
         _check_iterations(iterations)
         check_choice("truncation", truncation, TRUNCATIONS)
         check_choice("eps_in", eps_in, ("weights", "sum"))
+        check_choice("attn_of", attn_of, ("last", "every"))
         check_choice("update", update, ("gru", "residual", "replace"))
         check_choice("hidden", hidden, ("slots", "normed"))
         check_choice("activation", activation, ACTIVATIONS)
@@ -160,7 +177,7 @@ class SlotAttention(nn.Module):
             )
         self.heads, self.iterations, self.truncation, self.eps = heads, iterations, truncation, eps
         self.eps_in, self.joint_heads, self.update = eps_in, joint_heads or heads == 1, update
-        self.hidden = hidden
+        self.hidden, self.attn_of = hidden, attn_of
         self.mlp_norm, self.mlp_residual, self.mlp_last = mlp_norm, mlp_residual, mlp_last
         self.drop_path = drop_path
         self.scale = (inner_dim // heads) ** -0.5 if scale is None else scale
@@ -206,7 +223,7 @@ class SlotAttention(nn.Module):
             options.setdefault("out_dim", (options.get("inner_dim") or slot_dim) // heads)
         if variant == "lucidrains_heads":
             options.setdefault("out_dim", slot_dim)
-        if variant in ("lucidrains_heads", "lsd"):
+        if variant in ("lucidrains_heads", "lsd", "coda"):
             options.setdefault("scale", slot_dim**-0.5)
         module = cls(input_dim, slot_dim, mlp_hidden=mlp_hidden, **options)
         if variant == "untitled_ai" and module.initial is not None:
@@ -254,7 +271,8 @@ class SlotAttention(nn.Module):
 
         Returns:
             slots [B, K, U]; attention [B, N, K], summed over heads (averaged if each has its own softmax); logits
-            [B, H, N, K]. Attention and logits are those of the last iteration, before its update.
+            [B, H, N, K]. Attention and logits are those of the last iteration, before its update; with
+            attn_of="every" those of all I iterations, [B, I, N, K] and [B, I, H, N, K].
 
         Raises:
             ValueError: if there are no initial slots, or both `slots` and what would make them.
@@ -265,16 +283,23 @@ class SlotAttention(nn.Module):
         inputs = layer_norm(self.norm_inputs, inputs)
         k, v = map(self._split, self._keys_values(inputs))
         initial = slots
-        # Truncated gradients never reach these iterations, so they build no graph.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.truncation == "none"):
+        every, earlier = self.attn_of == "every", []
+        # Truncated gradients reach these iterations through their attention only: if it is not returned, no graph is
+        # built.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (self.truncation == "none" or every)):
             for _ in range(iterations - 1):
-                slots, _, _ = self._refine(k, v, slots, last=False)
+                slots, *attention = self._refine(k, v, slots, last=False)
+                earlier.append(attention)
         if self.truncation != "none":
             slots = slots.detach()
         if self.truncation == "bi_level":
             # Straight through: adds 0, and sends the gradient of the last iteration's input to the initial slots.
             slots = slots + (initial - initial.detach())
-        return self._refine(k, v, slots, last=True)
+        slots, *attention = self._refine(k, v, slots, last=True)
+        if not every:
+            return slots, *attention
+        attn, logits = (torch.stack(each, dim=1) for each in zip(*earlier, attention, strict=True))
+        return slots, attn, logits
 
     def _initial(
         self, batch: int, slots: torch.Tensor | None, num_slots: int | None, noise: torch.Tensor | None
@@ -309,8 +334,8 @@ class SlotAttention(nn.Module):
     def _refine(
         self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, last: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """One iteration → slots, attn, logits; k (scaled) and v as from `_split`; attn and logits: None unless last."""
-        updates, attn, logits = self._attend(k, v, slots, last)
+        """One iteration → slots, attn, logits; k (scaled) and v as from `_split`; attn and logits may be None."""
+        updates, attn, logits = self._attend(k, v, slots, maps=last or self.attn_of == "every")
         if self.project_out is not None:
             updates = self.project_out(updates)
         if self.hidden == "normed":
@@ -318,27 +343,17 @@ class SlotAttention(nn.Module):
         return self._update(updates, slots, self.mlp is not None and (self.mlp_last or not last)), attn, logits
 
     def _attend(
-        self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, last: bool
+        self, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, maps: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         q = self._split(self.project_q(self.norm_slots(slots)))
-        in_sum, joint = self.eps_in == "sum", q.shape[1] > 1
-        updates, attn, logits = slot_attention_step(
-            q,
-            k,
-            v,
-            eps=TINY if in_sum else self.eps,
-            return_attn=last or in_sum and not joint,
-            return_logits=last or in_sum and joint,
-        )
-        if in_sum:
-            weights = logits.transpose(1, 2).flatten(2).softmax(-1) if joint else attn
-            updates = eps_in_sum(updates, weights.sum(1).view(*updates.shape[:3], 1), self.eps)
+        step = step_with_eps_in_sum if self.eps_in == "sum" else slot_attention_step
+        updates, attn, logits = step(q, k, v, eps=self.eps, return_attn=maps, return_logits=maps)
         if not self.joint_heads:
             size = (slots.shape[0], self.heads)
             updates = updates.squeeze(1).unflatten(0, size)
-            if last:
+            if maps:
                 attn, logits = attn.unflatten(0, size).mean(1), logits.squeeze(1).unflatten(0, size)
-        return merge_heads(updates), attn if last else None, logits if last else None
+        return merge_heads(updates), attn if maps else None, logits if maps else None
 
     def _update(self, updates: torch.Tensor, slots: torch.Tensor, with_mlp: bool) -> torch.Tensor:
         pre, normed = with_mlp and self.mlp_norm == "pre", None

@@ -16,9 +16,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,20 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from spot_kernels import dispatch
 
-# draw(*shape) gives random inputs of the module's dtype; a call is the arguments of one forward pass.
+
+class Call(NamedTuple):
+    """The arguments of one call of a method."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = {}
+    method: str = "forward"
+
+
+# draw(*shape) gives random inputs of the module's dtype.
 Draw = Callable[..., Tensor]
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 ExampleCalls = Callable[[nn.Module, Draw], list[Call]]
 
+OTHER_LAYOUT = "the results differ in number, shape, dtype or layout"
 # The largest difference in float64, relative to the largest value: another formula is further away.
 _ROUNDING = 1e-9
 # The error in a module's own dtype, relative to the norm: that of TF32 and of a few roundings to bfloat16; a wrong
@@ -117,7 +126,7 @@ class _Draws(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class _Run:
-    """Results of one forward and backward pass. layout: structure, shapes, dtypes and strides of the results."""
+    """Results and gradients of one call. layout: structure, shapes, dtypes and strides of the results."""
 
     results: list[Any]
     gradients: list[Tensor]
@@ -149,22 +158,23 @@ class _Comparison:
         if not reason and draws:
             with dispatch.use_backend("torch"), _default_dtype(torch.float32):
                 reason, _ = self._formula(wide, _SAME_NOISE)
-        return f"its forward computes something else: {reason}" if reason else ""
+        return reason
 
     def _formula(self, wide: nn.Module, allowed: float) -> tuple[str, bool]:
         """What differs in float64 by more than allowed, and whether random numbers were drawn."""
         draws = False
-        for args, kwargs in self._calls(wide, torch.float64):
+        for call in self._calls(wide, torch.float64):
             before = _state(wide)
-            expected = self._run(wide, self.original, args, kwargs)
+            expected = self._run(wide, self.original, call)
             changed = sorted(name for name, value in _state(wide).items() if before.get(name) != value)
+            other = f"its {call.method} computes something else: "
             if changed:
-                return f"it sets {', '.join(changed)}", draws
-            actual = self._run(wide, self.patched, args, kwargs)
+                return f"{other}it sets {', '.join(changed)}", draws
+            actual = self._run(wide, self.patched, call)
             draws = draws or bool(expected.draws)
             reason = _layout_or_draws_differ(actual, expected) or _values_differ(actual, expected, allowed)
             if reason:
-                return reason, draws
+                return other + reason, draws
         return "", draws
 
     def of_operators(self, module: nn.Module, dtype: torch.dtype) -> str:
@@ -189,17 +199,17 @@ class _Comparison:
         """What differs in the module's own dtype whatever the numbers; the error of ours, and the original's."""
         wide = copy.deepcopy(own).double() if self.has_float64 else None
         ours, originals = [], []
-        for args, kwargs in self._calls(own, dtype, seed):
-            plain = self._run(own, self.original, args, kwargs)
-            actual = self._run(own, self.patched, args, kwargs)
+        for call in self._calls(own, dtype, seed):
+            plain = self._run(own, self.original, call)
+            actual = self._run(own, self.patched, call)
             if reason := _layout_or_draws_differ(actual, plain):
                 return reason, 0.0, 0.0
             exact = plain
             if wide is not None:
                 wide.train(own.training)
-                inputs = tree_map_only(Tensor, lambda x: x.detach().double().requires_grad_(), (args, kwargs))
+                inputs = tree_map_only(Tensor, lambda x: x.detach().double().requires_grad_(), call)
                 with dispatch.use_backend("torch"), _default_dtype(torch.float64):
-                    exact = self._run(wide, self.original, *inputs, replayed=plain.draws, rounded_to=dtype)
+                    exact = self._run(wide, self.original, inputs, replayed=plain.draws, rounded_to=dtype)
             for name in ("results", "gradients"):
                 a, b, c = (_tensors(getattr(run, name)) for run in (actual, plain, exact))
                 if not all(bool(x.isfinite().all()) for x in a):
@@ -224,24 +234,26 @@ class _Comparison:
         self,
         module: nn.Module,
         kind: type,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        call: Call,
         *,
         replayed: list[Tensor] | None = None,
         rounded_to: torch.dtype | None = None,
     ) -> _Run:
-        """Forward and backward of the class `kind`. rounded_to: dtype to which the weights of the loss are rounded."""
+        """The call as the class `kind` has it, and its backward.
+
+        rounded_to: dtype to which the weights of the loss are rounded.
+        """
         self.generators.rewind()
         before, module.__class__ = type(module), kind
         try:
             with _Draws(replayed) as draws:
                 # not module(…): hooks of the user would be called
-                results, structure = tree_flatten(kind.forward(module, *args, **kwargs))
+                results, structure = tree_flatten(getattr(kind, call.method)(module, *call.args, **call.kwargs))
         finally:
             module.__class__ = before
         states = self.generators.states()
         layout = structure, [*map(_layout, results)]
-        leaves = [*args, *kwargs.values(), *module.parameters()]
+        leaves = [*call.args, *call.kwargs.values(), *module.parameters()]
         leaves = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
         weights = torch.Generator().manual_seed(2)
         loss = [
@@ -289,7 +301,7 @@ def _layout(x: Any) -> Any:
 
 def _layout_or_draws_differ(actual: _Run, expected: _Run) -> str:
     if actual.layout != expected.layout:
-        return "the results differ in number, shape, dtype or layout"
+        return OTHER_LAYOUT
     if not all(torch.equal(a, b) for a, b in zip(actual.generator_states, expected.generator_states, strict=True)):
         return "it draws other random numbers"
     return ""

@@ -4,7 +4,7 @@ A module is replaced in four steps, and left alone with a reason in the report w
 
 1. it has the attributes and methods of a published class (`implementations`), whatever its own class is called;
 2. nothing is attached that the replacement would bypass: hooks on its layers, torch.compile, sharding;
-3. its own forward and ours agree on small inputs (`comparison`);
+3. its own methods and ours agree on small inputs (`comparison`);
 4. its code reads nothing that ours does not (`switches`): what has no effect now may have one later.
 
 Replacing a module exchanges its class for one derived from it, in which only the methods of `implementations` are
@@ -26,7 +26,7 @@ from typing import Any
 from torch import nn
 
 from spot_kernels.modules.slot_attention import SlotAttention
-from spot_kernels.patching.comparison import disagreement
+from spot_kernels.patching.comparison import OTHER_LAYOUT, disagreement
 from spot_kernels.patching.implementations import IMPLEMENTATIONS, Implementation
 from spot_kernels.patching.switches import has_attribute, unknown_reads
 
@@ -172,7 +172,7 @@ def _patch_one(path: str, module: nn.Module, wrapped: str) -> Patched | None:
     if obstacle := wrapped or _obstacle(module, fitting[0]):
         return entry(fitting[0].name, "", obstacle)
     # Some forms have the same attributes: the first one that agrees is taken. A fork of one of them differs from each;
-    # the note is about the one with which it agreed but for a switch.
+    # the note is about the closest one: it agreed but for a switch, or at least gave as many results.
     notes = []
     for known in fitting:
         try:
@@ -180,14 +180,14 @@ def _patch_one(path: str, module: nn.Module, wrapped: str) -> Patched | None:
         except Exception as error:  # a metaclass or __init_subclass__ may refuse
             return entry(known.name, "", f"no class can be derived from it: {error}")
         if note := disagreement(module, patched, known.example_calls):
-            notes.append((known.name, note))
+            notes.append((2 if OTHER_LAYOUT in note else 1, known.name, note))
         elif switches := unknown_reads(module, known.methods, known.reads):
-            read = _enumerated(switches, ", ")
-            notes.insert(0, (known.name, f"its forward reads {read}, which {known.name} does not: {_REMEDY}"))
+            method, read = next(iter(known.methods)), _enumerated(switches, ", ")
+            notes.append((0, known.name, f"its {method} reads {read}, which {known.name} does not: {_REMEDY}"))
         else:
             module.__class__ = patched
             return entry(known.name, known.replaced, known.note)
-    name, note = notes[0]
+    _, name, note = min(notes, key=lambda each: each[0])
     return entry(name, "", note)
 
 

@@ -238,7 +238,7 @@ def test_sizes_that_no_memory_has_are_refused(sizes):
     """Calls the library directly, as from C: no product of sizes overflows."""
     library, cost = native._library(), torch.zeros(1, 3, 3)
     assignment = torch.zeros(1, 3, dtype=torch.int64)
-    assert library.spot_linear_assignment_f32(cost.data_ptr(), *sizes, assignment.data_ptr()) == 1
+    assert library.spot_linear_assignment_f32(cost.data_ptr(), None, *sizes, 1, assignment.data_ptr()) == 1
     labels = native._Labels(assignment.data_ptr(), 2)
     for both in (sizes, sizes[::-1]):
         assert library.spot_overlap_counts(labels, labels, None, 1, *both, 1, assignment.data_ptr()) == 1

@@ -1,0 +1,32 @@
+"""Optimal assignment by scipy: the tests' oracle, and the CPU's path where the native library was not built."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+
+
+def linear_assignment(cost: torch.Tensor, num_columns: torch.Tensor | None = None) -> torch.Tensor:
+    """cost [B, R, C] float32 or float64, on the CPU -> [B, R] int64: the column of each row, -1 for a row without one.
+
+    num_columns: int64 [B], the columns that each problem has. Raises ValueError for a cost among them that is not finite
+    or beyond ±1e300, where sums of costs might overflow.
+    """
+    cost = cost.detach().double()
+    if not ((cost.abs() <= 1e300) | padding(cost, num_columns)).all():
+        raise ValueError("cost holds NaN, infinity or a value beyond 1e300")
+    batch, rows, columns = cost.shape
+    assignment = np.full((batch, rows), -1, dtype=np.int64)
+    counts = [columns] * batch if num_columns is None else num_columns.tolist()
+    for assigned, problem, count in zip(assignment, cost.numpy(), counts, strict=True):
+        row, column = linear_sum_assignment(problem[:, :count])
+        assigned[row] = column
+    return torch.from_numpy(assignment)
+
+
+def padding(cost: torch.Tensor, num_columns: torch.Tensor | None) -> torch.Tensor:
+    """bool [B, 1, C], or one False: the columns that are none of the problem's."""
+    if num_columns is None:
+        return torch.zeros((), dtype=torch.bool, device=cost.device)
+    return (torch.arange(cost.shape[2], device=cost.device) >= num_columns[:, None])[:, None, :]

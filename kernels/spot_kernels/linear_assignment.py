@@ -1,9 +1,9 @@
 """Optimal one-to-one assignment of each problem of a batch: `linear_assignment`, and the interface of a known package.
 
-On a GPU one program solves one problem, up to 1024 × 1024, without waiting for the device. On the CPU the native library
-runs, over all threads, or scipy where it was not built. All of them are exact and search in the same order, so they also
-agree where several assignments are optimal. On a GPU, larger problems and backend torch copy the cost to the host and
-the result back, which waits for the device.
+On a GPU one program solves one problem, up to 1024 × 1024, without waiting for the device. On the CPU the native
+library runs on all threads, or scipy where it was not built. All of them are exact and search in the same order, so
+they also agree where several assignments are optimal. On a GPU, larger problems and backend torch copy the cost to the
+host and the result back, which waits for the device.
 
 `batch_linear_assignment` and `assignment_to_indices` have the signatures of the package torch-linear-assignment
 (ivan-chai/torch-linear-assignment, 0.1.0): `from spot_kernels import …` takes the place of its import.
@@ -115,8 +115,8 @@ def assignment_to_indices(assignment: torch.Tensor) -> tuple[torch.Tensor, torch
     pairs = assigned.sum(1).tolist()
     if len(set(pairs)) > 1:
         raise ValueError(
-            f"assignment_to_indices: assignment has {min(pairs)} to {max(pairs)} pairs a problem, which no [B, K] holds: "
-            "pass one problem at a time"
+            f"assignment_to_indices: assignment has {min(pairs)} to {max(pairs)} pairs a problem, "
+            "which no [B, K] holds: pass one problem at a time"
         )
     rows = assigned.sort(dim=1, descending=True, stable=True).indices[:, : pairs[0] if pairs else 0]
     return rows, assignment.gather(1, rows).long()

@@ -7,8 +7,8 @@
 On a GPU one kernel counts, assigns and renames, one program an image, without waiting for the device, for up to 64
 slots. On the CPU the native library runs, or scipy and PyTorch where it was not built; `chosen_backend` says which. All
 of them are exact and assign in the same order (`spot_kernels.linear_assignment`), so they also agree where several
-assignments are optimal. On a GPU, more slots and backend torch copy the cost to the host and the result back, which waits
-for the device.
+assignments are optimal. On a GPU, more slots and backend torch copy the cost to the host and the result back, which
+waits for the device.
 
 Labels and assignments are integers: no gradients flow through these operators.
 """

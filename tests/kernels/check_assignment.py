@@ -5,8 +5,9 @@
     python tests/kernels/check_assignment.py 100000 --device cuda         the kernel on a GPU
 
 Sizes go from 1 × 1 to 1024 × 256 and 256 × 1024, most of them small; costs are float32 or float64. A quarter of the
-batches have a number of columns for each problem, and NaN after them. For each size class it prints how many problems were solved, how many columns differ from scipy's (both search in one order, so none should,
-however many assignments are optimal), and the largest difference of a total cost in float64. A difference names its seed.
+batches have a number of columns for each problem, and NaN after them. For each size class it prints how many problems
+were solved, how many columns differ from scipy's (both search in one order, so none should, however many assignments
+are optimal), and the largest difference of a total cost in float64. A difference names its seed.
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ vectors over columns. Everything that belongs to a row (its dual) is kept at the
 side is augmented: where there are more rows than columns, the strides are exchanged and nothing is copied.
 
 Up to 128 columns lie in one warp; more are spread over several, which exchange through shared memory what a step
-reduces, looks up or finds. State of a search is in registers alone, so no access of one warp to memory has to be ordered
-with another's.
+reduces or looks up. A search keeps its state in registers alone, so that no warp waits for another's stores to memory.
 
 Computed in float64 whatever the dtype of the costs. Rounding decides near-ties: only the same operations in the same
 precision as on the CPU make the same choice, and only additions occur, which no compiler contracts. Float64 also keeps

@@ -10,8 +10,8 @@ from scipy.optimize import linear_sum_assignment
 def linear_assignment(cost: torch.Tensor, num_columns: torch.Tensor | None = None) -> torch.Tensor:
     """cost [B, R, C] float32 or float64, on the CPU -> [B, R] int64: the column of each row, -1 for a row without one.
 
-    num_columns: int64 [B], the columns that each problem has. Raises ValueError for a cost among them that is not finite
-    or beyond ±1e300, where sums of costs might overflow.
+    num_columns: int64 [B], the columns that each problem has. Raises ValueError for a cost among them that is not
+    finite or beyond ±1e300, where sums of costs might overflow.
     """
     cost = cost.detach().double()
     if not ((cost.abs() <= 1e300) | padding(cost, num_columns)).all():

@@ -13,13 +13,13 @@ def linear_assignment(cost: torch.Tensor, num_columns: torch.Tensor | None = Non
     num_columns: int64 [B], the columns that each problem has. Raises ValueError for a cost among them that is not
     finite or beyond ±1e300, where sums of costs might overflow.
     """
-    cost = cost.detach().double()
-    if not ((cost.abs() <= 1e300) | padding(cost, num_columns)).all():
+    problems = cost.detach().double().numpy()
+    if not ((np.abs(problems) <= 1e300) | padding(cost, num_columns).numpy()).all():
         raise ValueError("cost holds NaN, infinity or a value beyond 1e300")
     batch, rows, columns = cost.shape
     assignment = np.full((batch, rows), -1, dtype=np.int64)
     counts = [columns] * batch if num_columns is None else num_columns.tolist()
-    for assigned, problem, count in zip(assignment, cost.numpy(), counts, strict=True):
+    for assigned, problem, count in zip(assignment, problems, counts, strict=True):
         row, column = linear_sum_assignment(problem[:, :count])
         assigned[row] = column
     return torch.from_numpy(assignment)

@@ -60,11 +60,11 @@ class Solver {
   private:
     // Nearest free column from `start`. One exists: fewer rows than columns hold a column, and distances are finite.
     int64_t search(int64_t start) {
-        std::fill_n(distance_.begin(), columns_, kInfinity);
         searched_rows_.clear();
         reached_columns_.clear();
         for (int64_t i = 0; i < columns_; ++i) {
-            unreached_[i] = columns_ - 1 - i;
+            const int64_t column = columns_ - 1 - i;
+            unreached_[i] = {kInfinity, column_dual_[column], column, start};
         }
         double walked = 0.0;
         int64_t row = start;
@@ -75,27 +75,29 @@ class Solver {
             double lowest = kInfinity;
             // shorten the distances through the row that was reached, and find the shortest of all
             for (int64_t i = 0; i < left; ++i) {
-                const int64_t column = unreached_[i];
+                Unreached& u = unreached_[i];
                 // in scipy's order of operations, because rounding decides near-ties
-                const double through_row = walked + row_cost[column] - dual - column_dual_[column];
+                const double through_row = walked + row_cost[u.column] - dual - u.dual;
                 // selects instead of branches, which the processor could not predict
-                const bool shorter = through_row < distance_[column];
-                const double distance = shorter ? through_row : distance_[column];
-                distance_[column] = distance;
-                came_from_[column] = shorter ? row : came_from_[column];
+                const bool shorter = through_row < u.distance;
+                const double distance = shorter ? through_row : u.distance;
+                u.distance = distance;
+                u.came_from = shorter ? row : u.came_from;
                 lowest = distance < lowest ? distance : lowest;
             }
             int64_t nearest = kNone;  // index in the list: the last free column at that distance, or the first taken one
             for (int64_t i = 0; i < left; ++i) {
-                if (distance_[unreached_[i]] == lowest) {
-                    const bool also_free = row_of_[unreached_[i]] == kNone;
+                if (unreached_[i].distance == lowest) {
+                    const bool also_free = row_of_[unreached_[i].column] == kNone;
                     nearest = nearest == kNone || also_free ? i : nearest;
                 }
             }
-            const int64_t column = unreached_[nearest];
+            const Unreached reached = unreached_[nearest];
             unreached_[nearest] = unreached_[left - 1];
+            const int64_t column = reached.column;
+            distance_[column] = walked = lowest;
+            came_from_[column] = reached.came_from;
             reached_columns_.push_back(column);
-            walked = lowest;
             if (row_of_[column] == kNone) {
                 return column;
             }
@@ -124,12 +126,17 @@ class Solver {
         } while (row != start);
     }
 
+    // A column in the list of the comment on ties, with all that a step reads and writes of it side by side.
+    struct Unreached {
+        double distance, dual;
+        int64_t column, came_from;
+    };
     int64_t columns_ = 0;
     std::vector<double> row_dual_, column_dual_;
-    std::vector<double> distance_;    // from the new row to each column
+    std::vector<double> distance_;    // from the new row to each column that was reached
     std::vector<int64_t> row_of_;     // row that holds each column, or kNone
     std::vector<int64_t> came_from_;  // row before each column on its shortest path
-    std::vector<int64_t> unreached_;  // the list of the comment on ties
+    std::vector<Unreached> unreached_;
     std::vector<int64_t> searched_rows_, reached_columns_;
 };
 

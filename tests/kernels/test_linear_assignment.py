@@ -55,7 +55,7 @@ def test_the_largest_numbers_of_row_and_column_fit():
 
 @needs_triton
 @pytest.mark.parametrize("kind", ["tied", "constant", "sums"])
-def test_wide_ties_are_broken_as_by_scipy(kind):
+def test_triton_breaks_wide_ties_as_scipy(kind):
     """Over several warps too; searches of many steps, through columns that other rows hold."""
     few = torch.randint(0, 3, (1, 20, 260), generator=torch.Generator().manual_seed(0)).double()
     few[..., 24:] += 5  # no row but the first four finds a free column at once
@@ -100,7 +100,7 @@ def test_empty_counted_problems(backend, shape):
 
 
 @needs_triton
-def test_the_kernel_clamps_the_number_of_columns():
+def test_triton_clamps_the_number_of_columns():
     """It cannot raise without a wait, and must not read or write outside the tensors."""
     cost = _rand(2, 3, 4)
     found = _solve("triton", cost, torch.tensor([-7, 2**40]))

@@ -6,8 +6,8 @@ in `python tests/kernels/check_assignment.py 1000000`.
 
 import subprocess
 import sys
-from pathlib import Path
 
+import check_assignment
 import numpy as np
 import pytest
 import torch
@@ -20,7 +20,6 @@ from kernel_tier import DEVICE, every_backend, needs_library, needs_triton
 from spot_kernels import native
 from spot_kernels.reference import linear_assignment as reference
 
-CHECK = Path(__file__).with_name("check_assignment.py")
 NAN = float("nan")
 
 
@@ -212,29 +211,37 @@ def test_drop_in_names_bad_input(call, message):
 # ---- the command
 
 
-def test_check_compares_every_problem():
-    """A few of each size class, and the table that it prints."""
-    done = subprocess.run([sys.executable, CHECK, "2000"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "| 100 to 1024 | 100 to 256 | 1 | 0 | 0 |" in done.stdout and "all equal" in done.stdout
+@pytest.fixture
+def check(monkeypatch):
+    """check_assignment's main, for a number of problems."""
+    threads = torch.get_num_threads()
+
+    def run(problems: int) -> int:
+        monkeypatch.setattr(sys, "argv", ["check_assignment.py", str(problems)])
+        return check_assignment.main()
+
+    yield run
+    torch.set_num_threads(threads)
 
 
-def test_check_sees_a_wrong_column(monkeypatch, capsys):
-    import check_assignment
+def test_check_compares_every_problem(check, capsys):
+    """Some of each size class."""
+    assert check(2000) == 0
+    table = capsys.readouterr().out
+    assert "| 1 to 8 | 1 to 8 | 1,400 | 0 | 0 |" in table and "| 100 to 1024 | 100 to 256 | 1 | 0 | 0 |" in table
 
+
+def test_check_sees_a_wrong_column(check, capsys, monkeypatch):
     swapped = lambda cost, counts: reference.linear_assignment(cost, counts).flip(1)  # noqa: E731
     monkeypatch.setattr(spot_kernels, "linear_assignment", swapped)
-    monkeypatch.setattr(sys, "argv", ["check_assignment.py", "100"])
-    threads = torch.get_num_threads()
-    try:
-        assert check_assignment.main() == 1
-    finally:
-        torch.set_num_threads(threads)
+    assert check(100) == 1
     assert "DIFFERENT: seed 0, uniform" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 @needs_triton
 def test_check_in_the_interpreter():
-    done = subprocess.run([sys.executable, CHECK, "1000", "--interpreter"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, check_assignment.__file__, "1000", "--interpreter"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "backend triton" in done.stdout, done.stdout + done.stderr

@@ -240,8 +240,8 @@ def test_check_sees_a_wrong_column(check, capsys, monkeypatch):
 
 @pytest.mark.slow
 @needs_triton
-def test_check_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, check_assignment.__file__, "1000", "--interpreter"], capture_output=True, text=True
-    )
+def test_check_of_the_kernel():
+    """Twenty thousand on a GPU, a thousand in the interpreter."""
+    words = ["20000", "--device", "cuda"] if DEVICE.type == "cuda" else ["1000", "--interpreter"]
+    done = subprocess.run([sys.executable, check_assignment.__file__, *words], capture_output=True, text=True)
     assert done.returncode == 0 and "backend triton" in done.stdout, done.stdout + done.stderr

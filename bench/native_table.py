@@ -49,10 +49,11 @@ class Case:
 
 def cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
-    for size in (7, 11, 24, 64):
-        cost = torch.rand(64, size, size, generator=generator)
+    squares = ((64, size, size) for size in (7, 11, 24, 64))
+    for batch, rows, columns in (*squares, (16, 300, 100), (16, 100, 300), (4, 1024, 256)):
+        cost = torch.rand(batch, rows, columns, generator=generator)
         calls = [lambda f=f, x=cost: f(x) for f in (native.linear_assignment, reference.linear_assignment)]
-        yield Case("linear assignment", f"64 × {size} × {size}", *calls)
+        yield Case("linear assignment", f"{batch} × {rows} × {columns}", *calls)
     for batch, tokens in ((64, 196), (32, 320 * 320)):
         a, b = (torch.randint(7, (batch, tokens), generator=generator) for _ in range(2))
         calls = [lambda f=f, a=a, b=b: f(a, b, 7, 7) for f in (native.overlap_counts, reference.overlap_counts)]

@@ -11,7 +11,10 @@
 
 #include "sizes.h"
 #include "spot_native.h"
+#include "threads.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <exception>
 #include <limits>
@@ -24,25 +27,30 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kLargestCost = 1e300;
 constexpr int64_t kNone = -1;
 
-// One problem with rows <= columns; the buffers serve every problem of a batch.
+// Estimates that decide how many threads pay: ns of a core for each cost of a problem, and of work done in a row with the
+// same buffers.
+constexpr double kNsPerCost = 20.0, kBlockNs = 1e5;
+
+// Problems with rows <= columns, of `most` costs and `longest` columns at most; the buffers serve one after the other.
 class Solver {
   public:
-    Solver(int64_t rows, int64_t columns)
-        : cost(rows * columns), column_of(rows), rows_(rows), columns_(columns), row_dual_(rows), column_dual_(columns),
-          distance_(columns), row_of_(columns), came_from_(columns), unreached_(columns) {
-        searched_rows_.reserve(rows);
-        reached_columns_.reserve(columns);
+    Solver(int64_t most, int64_t longest)
+        : cost(most), column_of(longest), row_dual_(longest), column_dual_(longest), distance_(longest), row_of_(longest),
+          came_from_(longest), unreached_(longest) {
+        searched_rows_.reserve(longest);
+        reached_columns_.reserve(longest);
     }
 
     std::vector<double> cost;        // [rows, columns], in
     std::vector<int64_t> column_of;  // [rows], out
 
-    void solve() {
-        row_dual_.assign(rows_, 0.0);
-        column_dual_.assign(columns_, 0.0);
-        row_of_.assign(columns_, kNone);
-        column_of.assign(rows_, kNone);
-        for (int64_t row = 0; row < rows_; ++row) {
+    void solve(int64_t rows, int64_t columns) {
+        columns_ = columns;
+        std::fill_n(row_dual_.begin(), rows, 0.0);
+        std::fill_n(column_dual_.begin(), columns, 0.0);
+        std::fill_n(row_of_.begin(), columns, kNone);
+        std::fill_n(column_of.begin(), rows, kNone);
+        for (int64_t row = 0; row < rows; ++row) {
             const int64_t sink = search(row);
             move_duals(row, distance_[sink]);
             flip_path(row, sink);
@@ -52,11 +60,11 @@ class Solver {
   private:
     // Nearest free column from `start`. One exists: fewer rows than columns hold a column, and distances are finite.
     int64_t search(int64_t start) {
-        distance_.assign(columns_, kInfinity);
         searched_rows_.clear();
         reached_columns_.clear();
         for (int64_t i = 0; i < columns_; ++i) {
-            unreached_[i] = columns_ - 1 - i;
+            const int64_t column = columns_ - 1 - i;
+            unreached_[i] = {kInfinity, column_dual_[column], column, start};
         }
         double walked = 0.0;
         int64_t row = start;
@@ -67,27 +75,29 @@ class Solver {
             double lowest = kInfinity;
             // shorten the distances through the row that was reached, and find the shortest of all
             for (int64_t i = 0; i < left; ++i) {
-                const int64_t column = unreached_[i];
+                Unreached& u = unreached_[i];
                 // in scipy's order of operations, because rounding decides near-ties
-                const double through_row = walked + row_cost[column] - dual - column_dual_[column];
+                const double through_row = walked + row_cost[u.column] - dual - u.dual;
                 // selects instead of branches, which the processor could not predict
-                const bool shorter = through_row < distance_[column];
-                const double distance = shorter ? through_row : distance_[column];
-                distance_[column] = distance;
-                came_from_[column] = shorter ? row : came_from_[column];
+                const bool shorter = through_row < u.distance;
+                const double distance = shorter ? through_row : u.distance;
+                u.distance = distance;
+                u.came_from = shorter ? row : u.came_from;
                 lowest = distance < lowest ? distance : lowest;
             }
             int64_t nearest = kNone;  // index in the list: the last free column at that distance, or the first taken one
             for (int64_t i = 0; i < left; ++i) {
-                if (distance_[unreached_[i]] == lowest) {
-                    const bool also_free = row_of_[unreached_[i]] == kNone;
+                if (unreached_[i].distance == lowest) {
+                    const bool also_free = row_of_[unreached_[i].column] == kNone;
                     nearest = nearest == kNone || also_free ? i : nearest;
                 }
             }
-            const int64_t column = unreached_[nearest];
+            const Unreached reached = unreached_[nearest];
             unreached_[nearest] = unreached_[left - 1];
+            const int64_t column = reached.column;
+            distance_[column] = walked = lowest;
+            came_from_[column] = reached.came_from;
             reached_columns_.push_back(column);
-            walked = lowest;
             if (row_of_[column] == kNone) {
                 return column;
             }
@@ -116,62 +126,107 @@ class Solver {
         } while (row != start);
     }
 
-    int64_t rows_, columns_;
+    // A column in the list of the comment on ties, with all that a step reads and writes of it side by side.
+    struct Unreached {
+        double distance, dual;
+        int64_t column, came_from;
+    };
+    int64_t columns_ = 0;
     std::vector<double> row_dual_, column_dual_;
-    std::vector<double> distance_;        // from the new row to each column
-    std::vector<int64_t> row_of_;         // row that holds each column, or kNone
-    std::vector<int64_t> came_from_;      // row before each column on its shortest path
-    std::vector<int64_t> unreached_;      // the list of the comment on ties
+    std::vector<double> distance_;    // from the new row to each column that was reached
+    std::vector<int64_t> row_of_;     // row that holds each column, or kNone
+    std::vector<int64_t> came_from_;  // row before each column on its shortest path
+    std::vector<Unreached> unreached_;
     std::vector<int64_t> searched_rows_, reached_columns_;
 };
 
 template <typename T>
-int assign_batch(const T* cost, int64_t batch, int64_t rows, int64_t columns, int64_t* assignment) {
-    if (batch == 0 && rows >= 0 && columns >= 0) {
-        return SPOT_OK;
-    }
-    if (!spot::countable({batch, rows, columns}) || !spot::present(cost, rows * columns) || !spot::present(assignment, rows)) {
-        return SPOT_BAD_SIZE;
-    }
+struct Batch {
+    const T* cost;
+    const int64_t* num_columns;
+    int64_t batch, rows, columns;
+    int64_t* assignment;
+};
+
+// The problem of one image. Returns false for a cost that is not finite or too large.
+template <typename T>
+bool assign_one(const Batch<T>& all, int64_t image, Solver& solver) {
+    const int64_t rows = all.rows, columns = all.num_columns ? all.num_columns[image] : all.columns;
+    const T* cost = all.cost + image * rows * all.columns;
     // more rows than columns: solve the transposed problem, whose rows are the columns here
     const bool transposed = rows > columns;
-    Solver solver(transposed ? columns : rows, transposed ? rows : columns);
-    for (int64_t b = 0; b < batch; ++b, cost += rows * columns, assignment += rows) {
-        for (int64_t r = 0; r < rows; ++r) {
-            for (int64_t c = 0; c < columns; ++c) {
-                const double value = static_cast<double>(cost[r * columns + c]);
-                if (!(std::fabs(value) <= kLargestCost)) {  // NaN compares as false
-                    return SPOT_BAD_COST;
-                }
-                solver.cost[transposed ? c * rows + r : r * columns + c] = value;
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < columns; ++c) {
+            const double value = static_cast<double>(cost[r * all.columns + c]);
+            if (!(std::fabs(value) <= kLargestCost)) {  // NaN compares as false
+                return false;
             }
-        }
-        solver.solve();
-        for (int64_t r = 0; r < rows; ++r) {
-            assignment[r] = transposed ? kNone : solver.column_of[r];
-        }
-        for (int64_t c = 0; transposed && c < columns; ++c) {
-            assignment[solver.column_of[c]] = c;
+            solver.cost[transposed ? c * rows + r : r * columns + c] = value;
         }
     }
-    return SPOT_OK;
+    solver.solve(std::min(rows, columns), std::max(rows, columns));
+    int64_t* assignment = all.assignment + image * rows;
+    for (int64_t r = 0; r < rows; ++r) {
+        assignment[r] = transposed ? kNone : solver.column_of[r];
+    }
+    for (int64_t c = 0; transposed && c < columns; ++c) {
+        assignment[solver.column_of[c]] = c;
+    }
+    return true;
 }
 
 template <typename T>
-int guarded(const T* cost, int64_t batch, int64_t rows, int64_t columns, int64_t* assignment) {
+int assign_batch(const Batch<T>& all, int32_t threads) {
+    const int64_t batch = all.batch, rows = all.rows, columns = all.columns;
+    if (batch == 0 && rows >= 0 && columns >= 0) {
+        return SPOT_OK;
+    }
+    if (!spot::countable({batch, rows, columns}) || !spot::present(all.cost, rows * columns) ||
+        !spot::present(all.assignment, rows)) {
+        return SPOT_BAD_SIZE;
+    }
+    for (int64_t b = 0; all.num_columns && b < batch; ++b) {
+        if (all.num_columns[b] < 0 || all.num_columns[b] > columns) {
+            return SPOT_BAD_SIZE;
+        }
+    }
+    // a thread takes several small problems at once, for which it allocates once
+    const double nanoseconds = 1.0 + kNsPerCost * static_cast<double>(rows) * static_cast<double>(columns);
+    const int64_t block = std::clamp<int64_t>(static_cast<int64_t>(kBlockNs / nanoseconds), 1, batch);
+    std::atomic<int> status{SPOT_OK};
+    spot::each_image(threads, (batch + block - 1) / block, block * nanoseconds, [&](int64_t i) noexcept {
+        try {
+            Solver solver(rows * columns, std::max(rows, columns));
+            for (int64_t b = i * block; b < std::min(batch, (i + 1) * block); ++b) {
+                if (!assign_one(all, b, solver)) {
+                    status = SPOT_BAD_COST;
+                    return;
+                }
+            }
+        } catch (const std::exception&) {  // bad_alloc, length_error: nothing else here throws
+            status = SPOT_NO_MEMORY;
+        }
+    });
+    return status;
+}
+
+template <typename T>
+int guarded(const Batch<T>& all, int32_t threads) {
     try {
-        return assign_batch(cost, batch, rows, columns, assignment);
-    } catch (const std::exception&) {  // bad_alloc, length_error: nothing else here throws
+        return assign_batch(all, threads);
+    } catch (const std::exception&) {  // bad_alloc of the list of threads
         return SPOT_NO_MEMORY;
     }
 }
 
 }  // namespace
 
-int spot_linear_assignment_f32(const float* cost, int64_t batch, int64_t rows, int64_t columns, int64_t* assignment) {
-    return guarded(cost, batch, rows, columns, assignment);
+int spot_linear_assignment_f32(const float* cost, const int64_t* num_columns, int64_t batch, int64_t rows,
+                               int64_t columns, int32_t threads, int64_t* assignment) {
+    return guarded(Batch<float>{cost, num_columns, batch, rows, columns, assignment}, threads);
 }
 
-int spot_linear_assignment_f64(const double* cost, int64_t batch, int64_t rows, int64_t columns, int64_t* assignment) {
-    return guarded(cost, batch, rows, columns, assignment);
+int spot_linear_assignment_f64(const double* cost, const int64_t* num_columns, int64_t batch, int64_t rows,
+                               int64_t columns, int32_t threads, int64_t* assignment) {
+    return guarded(Batch<double>{cost, num_columns, batch, rows, columns, assignment}, threads);
 }

@@ -55,7 +55,7 @@ int count_with(const A* a, const spot_labels& b, const uint8_t* valid, const Siz
 
 }  // namespace
 
-int spot_native_abi(void) { return 6; }
+int spot_native_abi(void) { return 7; }
 
 int spot_overlap_counts(const spot_labels* a, const spot_labels* b, const uint8_t* valid, int64_t batch, int64_t tokens,
                         int64_t num_a, int64_t num_b, int32_t threads, int64_t* counts) {

@@ -32,15 +32,17 @@ SPOT_API int spot_native_abi(void);
 /* Minimum-cost assignment of each of `batch` problems.
 
    cost        [batch, rows, columns]
-   assignment  [batch, rows], written: the column of each row; with more rows than columns, -1 for a row without one.
+   num_columns [batch] or NULL: the columns that each problem has, at most `columns`; the costs after them are not read
+   threads     the most threads to use; the result does not depend on it
+   assignment  [batch, rows], written: the column of each row; with more rows than columns, -1 for a row without one
    On an error the content of `assignment` is undefined.
 
    Exact, in double precision. Of several optimal assignments it returns the one that the search order of
    linear_assignment.cpp finds first, which depends on the costs alone. */
-SPOT_API int spot_linear_assignment_f32(const float* cost, int64_t batch, int64_t rows, int64_t columns,
-                                        int64_t* assignment);
-SPOT_API int spot_linear_assignment_f64(const double* cost, int64_t batch, int64_t rows, int64_t columns,
-                                        int64_t* assignment);
+SPOT_API int spot_linear_assignment_f32(const float* cost, const int64_t* num_columns, int64_t batch, int64_t rows,
+                                        int64_t columns, int32_t threads, int64_t* assignment);
+SPOT_API int spot_linear_assignment_f64(const double* cost, const int64_t* num_columns, int64_t batch, int64_t rows,
+                                        int64_t columns, int32_t threads, int64_t* assignment);
 
 /* A label map and the type of its labels. */
 enum { SPOT_UINT8 = 0, SPOT_INT16 = 1, SPOT_INT64 = 2 };

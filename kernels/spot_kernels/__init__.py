@@ -10,9 +10,10 @@ from spot_kernels.clipped_adam import clipped_adam, infinity_norm
 from spot_kernels.dispatch import chosen_backend, use_backend
 from spot_kernels.folded_cross_attention import folded_cross_attention, folded_cross_map
 from spot_kernels.gru_norm import gru_norm
+from spot_kernels.linear_assignment import assignment_to_indices, batch_linear_assignment, linear_assignment
 from spot_kernels.linear_relu import linear_relu
 from spot_kernels.mask_labels import mask_labels
-from spot_kernels.mask_matching import assign_masks, linear_assignment, match_masks, overlap_counts
+from spot_kernels.mask_matching import assign_masks, match_masks, overlap_counts
 from spot_kernels.modules import PermutedDecoder, PermutedDecoderBlock, SlotAttention
 from spot_kernels.patching.patch import PatchReport, patch, unpatch
 from spot_kernels.permuted_attention import permuted_causal_attention
@@ -30,6 +31,8 @@ __all__ = [
     "SlotAttention",
     "add_norm",
     "assign_masks",
+    "assignment_to_indices",
+    "batch_linear_assignment",
     "chosen_backend",
     "clipped_adam",
     "folded_cross_attention",

@@ -5,10 +5,10 @@
     assignment = the one-to-one map of teacher masks to student masks of least total cost
 
 On a GPU one kernel counts, assigns and renames, one program an image, without waiting for the device, for up to 64
-slots; `linear_assignment` likewise for up to 64 rows and columns. On the CPU the native library runs, or scipy and
-PyTorch where it was not built; `chosen_backend` says which. All of them are exact and search in the same order, so they
-also agree where several assignments are optimal. On a GPU, larger problems and backend torch copy the cost to the host
-and the result back, which waits for the device.
+slots. On the CPU the native library runs, or scipy and PyTorch where it was not built; `chosen_backend` says which. All
+of them are exact and assign in the same order (`spot_kernels.linear_assignment`), so they also agree where several
+assignments are optimal. On a GPU, more slots and backend torch copy the cost to the host and the result back, which
+waits for the device.
 
 Labels and assignments are integers: no gradients flow through these operators.
 """
@@ -18,21 +18,17 @@ from __future__ import annotations
 import torch
 
 from spot_kernels import checks, dispatch, native
+from spot_kernels.linear_assignment import assign, empty_assignment
 from spot_kernels.reference import mask_matching as reference
 
 EMPTY_TEACHER_COST = 1e3
-# Limits of the kernels: rows, columns and slots, which are held in registers; tokens, so that float32 counts are exact.
-LARGEST_PROBLEM, MOST_TOKENS = 64, 2**24
+# Limits of the kernels: slots, whose counts are held in registers; tokens, so that float32 counts are exact.
+MOST_SLOTS, MOST_TOKENS = 64, 2**24
 
 
 def empty_counts(a: torch.Tensor, num_a: int, num_b: int) -> torch.Tensor:
     """Overlap counts [B, num_a, num_b]."""
     return a.new_empty((len(a), num_a, num_b), dtype=torch.int64)
-
-
-def empty_assignment(cost: torch.Tensor) -> torch.Tensor:
-    """The column of each row [B, R]."""
-    return cost.new_empty(cost.shape[:2], dtype=torch.int64)
 
 
 def empty_assigned(student: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -62,22 +58,6 @@ def _overlap_counts(
 @_overlap_counts.register_fake
 def _(a, b, num_a, num_b, valid, backend):
     return empty_counts(a, num_a, num_b)
-
-
-@torch.library.custom_op("spot_kernels::linear_assignment", mutates_args=())
-def _linear_assignment(cost: torch.Tensor, backend: str) -> torch.Tensor:
-    if backend == "triton":
-        from spot_kernels.gpu import linear_assignment as kernels
-
-        assignment = empty_assignment(cost)
-        kernels.linear_assignment(cost, assignment)
-        return assignment
-    return _assign(cost, backend)
-
-
-@_linear_assignment.register_fake
-def _(cost, backend):
-    return empty_assignment(cost)
 
 
 @torch.library.custom_op("spot_kernels::assign_masks", mutates_args=())
@@ -144,35 +124,6 @@ def overlap_counts(
     return _overlap_counts(a, b, num_a, num_b, valid, dispatch.choose("overlap_counts", a))
 
 
-def linear_assignment(cost: torch.Tensor) -> torch.Tensor:
-    """One-to-one assignment of rows to columns with the least total cost, for each problem of a batch.
-
-    Exact, in double precision. Where several assignments are optimal the result still depends on the costs alone: rows
-    are added in order, each by a shortest augmenting path that, at equal distance, ends at a free column rather than
-    pass through a taken one, and at the free column of lowest index if it has passed through none (a constant cost
-    gives row i column i). `csrc/linear_assignment.cpp` states the rule in full; scipy's is the same.
-
-    Args:
-        cost: [B, R, C], floating point, finite. Gradients do not flow.
-
-    Returns:
-        columns [B, R] int64, on the cost's device: the column of each row, -1 for the R - C rows without one if R > C.
-
-    Raises:
-        ValueError: naming what is wrong with the cost: its shape, its dtype, NaN, infinity, or values so large that
-            their sums might overflow (beyond ±1e300). On a GPU the kernel does not raise: all rows of a problem with
-            such a value get -1, and the other problems are not affected. It ends in R × C steps, whatever the costs.
-    """
-    checks.floating("linear_assignment", cost=cost)
-    checks.shape("linear_assignment", "cost", cost, "[B, R, C]")
-    limit = ""
-    if max(cost.shape[1:]) > LARGEST_PROBLEM:
-        limit = f"cost {tuple(cost.shape)} has more than {LARGEST_PROBLEM} rows or columns"
-    backend = dispatch.choose("linear_assignment", cost, limit)
-    # detached: torch.func would differentiate the operator, which has no rule for it
-    return _linear_assignment(cost.detach(), backend)
-
-
 def assign_masks(
     student: torch.Tensor, teacher: torch.Tensor, num_slots: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -218,8 +169,8 @@ def _choose(operator: str, student: torch.Tensor, teacher: torch.Tensor, num_slo
     if num_slots < 1:
         raise ValueError(f"{operator}: num_slots is {num_slots}: pass at least 1")
     limit = ""
-    if num_slots > LARGEST_PROBLEM:
-        limit = f"num_slots is {num_slots}, more than {LARGEST_PROBLEM}"
+    if num_slots > MOST_SLOTS:
+        limit = f"num_slots is {num_slots}, more than {MOST_SLOTS}"
     elif teacher.shape[1] > MOST_TOKENS:
         limit = f"teacher {tuple(teacher.shape)} has more than {MOST_TOKENS} tokens"
     return dispatch.choose(operator, student, limit)
@@ -249,7 +200,7 @@ def _assign_in_steps(
     in_teacher, in_student = both.sum(2, keepdim=True), both.sum(1, keepdim=True)
     iou = both.float() / (in_teacher + in_student - both).clamp_(min=1)
     cost = (1 - iou).masked_fill_(in_teacher == 0, EMPTY_TEACHER_COST)
-    assignment = _assign(cost, backend)
+    assignment = assign(cost, None, backend)
     return assignment, iou.gather(2, assignment[:, :, None]).squeeze(2), cost
 
 
@@ -276,17 +227,3 @@ def _count(
                     ) from None
             raise
     return reference.overlap_counts(a, b, num_a, num_b, valid)
-
-
-def _assign(cost: torch.Tensor, backend: str) -> torch.Tensor:
-    on_host = cost.cpu()
-    if on_host.dtype != torch.float64:
-        on_host = on_host.float()
-    solve = native.linear_assignment if backend == "native" else reference.linear_assignment
-    try:
-        return solve(on_host).to(cost.device)
-    except ValueError:
-        good = (on_host.abs() <= 1e300).flatten(1).all(1)
-        raise ValueError(
-            f"cost[{good.int().argmin()}] holds NaN, infinity or a value beyond 1e300: forbid pairs by a smaller cost"
-        ) from None

@@ -25,7 +25,7 @@ _NAMED = os.environ.get("SPOT_KERNELS_LIBRARY", "")
 _PATH = Path(_NAMED) if _NAMED else Path(__file__).with_name("libspot_native" + _SUFFIX)
 
 # From csrc/spot_native.h: the version of the interface, the codes for mistakes of the caller, the types of labels.
-_ABI = 6
+_ABI = 7
 _VALUE_ERRORS = {
     1: "a size is one that the native library does not take (negative, or too large), or a buffer is missing",
     2: "cost holds NaN, infinity or a value beyond 1e300",
@@ -53,10 +53,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         if version != _ABI:
             return None, f"no native library ({_PATH} has version {version} and not {_ABI}: install again)"
         pointer, size = ctypes.c_void_p, ctypes.c_int64
-        library.spot_linear_assignment_f32.argtypes = [pointer, size, size, size, pointer]
-        library.spot_linear_assignment_f64.argtypes = [pointer, size, size, size, pointer]
         labels = ctypes.POINTER(_Labels)
         flag = threads = ctypes.c_int32
+        library.spot_linear_assignment_f32.argtypes = [pointer, pointer, size, size, size, threads, pointer]
+        library.spot_linear_assignment_f64.argtypes = [pointer, pointer, size, size, size, threads, pointer]
         library.spot_overlap_counts.argtypes = [labels, labels, pointer, size, size, size, size, threads, pointer]
         library.spot_mask_labels.argtypes = [pointer, size, size, size, size, flag, threads, pointer]
     except (OSError, AttributeError) as error:
@@ -75,19 +75,23 @@ def describe() -> str:
     return line if library is not None else f"{line}; scipy and PyTorch are used"
 
 
-def linear_assignment(cost: torch.Tensor) -> torch.Tensor:
+def linear_assignment(cost: torch.Tensor, num_columns: torch.Tensor | None = None) -> torch.Tensor:
     """cost [B, R, C] float32 or float64, on the CPU -> [B, R] int64: the column of each row, -1 for a row without one.
 
-    Raises ValueError for a cost that is not finite or beyond ±1e300, RuntimeError without the library or memory.
+    num_columns: int64 [B], the columns that each problem has; costs after them are not read. Raises ValueError for a
+    cost that is not finite or beyond ±1e300, or a number out of range; RuntimeError without the library or memory.
     """
     library = _library()
     double = cost.dtype is torch.float64
     solve = library.spot_linear_assignment_f64 if double else library.spot_linear_assignment_f32
     cost = cost.detach().contiguous()
+    num_columns = None if num_columns is None else num_columns.contiguous()
     batch, rows, columns = cost.shape
     assignment = _empty((batch, rows), torch.int64)
     costs = _address("cost", cost, torch.float64 if double else torch.float32, (batch, rows, columns))
-    _check(solve(costs, batch, rows, columns, _address("assignment", assignment, torch.int64, (batch, rows))))
+    counts = None if num_columns is None else _address("num_columns", num_columns, torch.int64, (batch,))
+    written = _address("assignment", assignment, torch.int64, (batch, rows))
+    _check(solve(costs, counts, batch, rows, columns, torch.get_num_threads(), written))
     return assignment
 
 

@@ -60,7 +60,7 @@ def test_work_by_hand():
     assert [[one.bytes for one in both] for both in found] == [[80, 80], [100, 80], [120, 160], [40, 60]]
     # 2 rows of 3 inputs and 4 outputs, weights of 12 elements: 24 multiply-adds a product
     assert bench_linear_relu.work(2, 3, 4, 2) == (Work(2 * (6 + 12 + 4 + 8), 48), Work(2 * (12 + 24 + 4 + 32), 96))
-    assert bench_mask_matching.assignment_work(2, 3) == Work(72 + 48, 0)
+    assert bench_mask_matching.assignment_work(2, 3, 4) == Work(96 + 48, 0)
     assert bench_mask_matching.matching_work(2, 5) == Work(240, 0)
     # 1 token of 2 values, 1 slot of 1, MLP of 1 (4 bytes): k, v 8 bytes; inputs 8, slots 8
     forward, backward = bench_slot_module.work(1, 1, 1, 2, 1, 1, 4)
@@ -89,6 +89,7 @@ def test_every_gpu_shape_of_the_plan_is_there():
         ("linear_relu", "decoder FFN 64×196 768 to 3072"),
         ("linear_relu", "slots 64×7 256 to 1024"),
         ("linear_assignment", "64 of 7×7"),
+        ("linear_assignment", "64 of 300×100"),
         ("match_masks", "SPOT 64×196 K7"),
         ("SlotAttention", "SPOT 64×196 K7 D768 U256"),
     ]:
@@ -383,7 +384,7 @@ def test_a_capture_that_fails_leaves_the_stream_and_says_why(monkeypatch):
 
 
 def test_assignment_must_be_optimal():
-    problem = bench_mask_matching.assignment_problem(3, 4, torch.device("cpu"))
+    problem = bench_mask_matching.assignment_problem(3, 4, 4, torch.device("cpu"))
     inputs = problem.inputs(0)
     best = kernel_bench.evaluate(problem.exact, inputs)
     assert problem.check(best, best, best) == (0.0, None)

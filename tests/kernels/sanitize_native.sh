@@ -19,7 +19,7 @@ if ! { cmake -S "$root" -B "$build" -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_COMPILE
 fi
 
 if [ $# = 0 ]; then
-  set -- "$root"/tests/kernels/test_{native,mask_labels,mask_matching,default_dtype}.py -k "not triton and not sanitizer"
+  set -- "$root"/tests/kernels/test_{native,mask_labels,linear_assignment,mask_matching,default_dtype}.py -k "not triton and not sanitizer"
 fi
 echo "with address and undefined-behaviour sanitizers: pytest $*"
 # Python itself is not built with them: their run-time library has to be loaded first, with the C++ library whose exceptions

@@ -207,8 +207,8 @@ def test_opcheck(path, layout):
     student, teacher = _maps(3, 20, 5)
     if layout == "permuted":
         cost, student, teacher = (x.mT.contiguous().mT for x in (cost, student, teacher))
-    torch.library.opcheck(OPERATORS.linear_assignment.default, (cost, path))
-    torch.library.opcheck(OPERATORS.linear_assignment.default, (cost.clone().requires_grad_(), path))
+    torch.library.opcheck(OPERATORS.linear_assignment.default, (cost, None, path))
+    torch.library.opcheck(OPERATORS.linear_assignment.default, (cost.clone().requires_grad_(), None, path))
     torch.library.opcheck(OPERATORS.assign_masks.default, (student, teacher, 5, path))
     torch.library.opcheck(OPERATORS.match_masks.default, (student, teacher, 5, path))
     torch.library.opcheck(OPERATORS.overlap_counts.default, (student, teacher, 5, 6, None, path))

@@ -291,8 +291,8 @@ def test_opcheck(layout):
     student, teacher = (labels.to(DEVICE) for labels in _maps(2, 6, 3))
     if layout == "permuted":
         cost, student, teacher = (x.mT.contiguous().mT for x in (cost, student, teacher))
-    torch.library.opcheck(OPERATORS.linear_assignment.default, (cost, "triton"))
-    torch.library.opcheck(OPERATORS.linear_assignment.default, (cost.clone().requires_grad_(), "triton"))
+    torch.library.opcheck(OPERATORS.linear_assignment.default, (cost, None, "triton"))
+    torch.library.opcheck(OPERATORS.linear_assignment.default, (cost.clone().requires_grad_(), None, "triton"))
     torch.library.opcheck(OPERATORS.assign_masks.default, (student, teacher, 3, "triton"))
     torch.library.opcheck(OPERATORS.match_masks.default, (student, teacher, 3, "triton"))
     torch.library.opcheck(OPERATORS.overlap_counts.default, (student, teacher, 3, 4, student > 1, "triton"))
@@ -320,8 +320,10 @@ def test_autocast_changes_nothing():
 def test_limits_are_named():
     labels = torch.zeros(1, 4, dtype=torch.int64, device=DEVICE)
     with spot_kernels.use_backend("triton"):
-        for shape in ((1, 65, 2), (1, 2, 65)):
-            with pytest.raises(ValueError, match="linear_assignment.*more than 64 rows or columns: use backend torch"):
+        for shape in ((1, 1025, 2), (1, 2, 1025)):
+            with pytest.raises(
+                ValueError, match="linear_assignment.*more than 1024 rows or columns: use backend torch"
+            ):
                 spot_kernels.linear_assignment(torch.zeros(shape, device=DEVICE))
         for operator in (spot_kernels.assign_masks, spot_kernels.match_masks):
             with pytest.raises(ValueError, match="num_slots is 65, more than 64: use backend torch"):

@@ -238,7 +238,7 @@ def test_sizes_that_no_memory_has_are_refused(sizes):
     """Calls the library directly, as from C: no product of sizes overflows."""
     library, cost = native._library(), torch.zeros(1, 3, 3)
     assignment = torch.zeros(1, 3, dtype=torch.int64)
-    assert library.spot_linear_assignment_f32(cost.data_ptr(), *sizes, assignment.data_ptr()) == 1
+    assert library.spot_linear_assignment_f32(cost.data_ptr(), None, *sizes, 1, assignment.data_ptr()) == 1
     labels = native._Labels(assignment.data_ptr(), 2)
     for both in (sizes, sizes[::-1]):
         assert library.spot_overlap_counts(labels, labels, None, 1, *both, 1, assignment.data_ptr()) == 1
@@ -256,10 +256,11 @@ def test_no_sanitizer_finds_anything():
     `bash tests/kernels/sanitize_native.sh` runs all of them.
     """
     here = Path(__file__).parent
-    chosen = "empty or buffer or memory or sizes or missing or overlap or counts or (default and native)"
-    files = [here / f"test_{name}.py" for name in ("native", "mask_labels", "default_dtype")]
+    chosen = "empty or buffer or memory or sizes or missing or columns or threads or overlap or counts"
+    chosen = f"({chosen} or default and native) and not triton and not sanitizer"
+    files = [here / f"test_{name}.py" for name in ("native", "mask_labels", "linear_assignment", "default_dtype")]
     done = subprocess.run(
-        ["bash", here / "sanitize_native.sh", *files, "-k", f"({chosen}) and not triton and not sanitizer"],
+        ["bash", here / "sanitize_native.sh", *files, "-k", chosen],
         env={key: value for key, value in os.environ.items() if key != "LD_PRELOAD"} | {"PYTHON": sys.executable},
         capture_output=True,
         text=True,

@@ -1,9 +1,13 @@
-"""Optimal assignment by shortest augmenting paths: one program solves one problem, 64 × 64 at most.
+"""Optimal assignment by shortest augmenting paths: one program solves one problem, 1024 × 1024 at most.
 
 Algorithm and rule for ties are those of csrc/linear_assignment.cpp, so the result equals the native library's, down to
 the choice among equals: rows are added one at a time, a Dijkstra search over reduced costs finds the nearest free
 column, the path is flipped and the duals move. The search is sequential; a program runs one step of it in parallel, on
-vectors over columns. Everything that belongs to a row (its dual) is kept at the column that holds the row.
+vectors over columns. Everything that belongs to a row (its dual) is kept at the column that holds the row. The smaller
+side is augmented: where there are more rows than columns, the strides are exchanged and nothing is copied.
+
+Up to 128 columns lie in one warp; more are spread over several, which exchange through shared memory what a step
+reduces or looks up. A search keeps its state in registers alone, so that no warp waits for another's stores to memory.
 
 Computed in float64 whatever the dtype of the costs. Rounding decides near-ties: only the same operations in the same
 precision as on the CPU make the same choice, and only additions occur, which no compiler contracts. Float64 also keeps
@@ -19,6 +23,8 @@ distance, and gives up the whole problem, whose columns are then held by no row.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -26,7 +32,6 @@ import triton.language as tl
 from spot_kernels.gpu import launch
 
 LARGEST_COST = tl.constexpr(1e300)
-ROWS_CHECKED_AT_ONCE = tl.constexpr(8)
 
 
 @triton.jit
@@ -46,6 +51,9 @@ def shortest_augmenting_paths(cost_ptr, stride_row, stride_column, rows, columns
     cost_ptr points to finite costs [rows, columns] of any floating dtype. Where they are not finite, all may be -1; the
     search ends in rows × columns steps in any case.
     """
+    # of a row's or a column's number, below its rank in an int32
+    BITS: tl.constexpr = 7 if COLUMNS <= 64 else 10
+    MASK: tl.constexpr = (1 << BITS) - 1
     o_c = column_numbers(COLUMNS)
     m_c = o_c < columns
     p_cost = cost_ptr + o_c.to(tl.int64) * stride_column
@@ -61,9 +69,8 @@ def shortest_augmenting_paths(cost_ptr, stride_row, stride_column, rows, columns
         through = o_c
         # index in the list of columns not yet reached (csrc/linear_assignment.cpp), -1 once reached
         index = tl.where(m_c, columns - 1 - o_c, -1)
-        # column and row + 1 of each column in 7 bits each, below its rank in the step: one reduction finds all three of
-        # the nearest column
-        known = (o_c << 7) | (row_of + 1)
+        # column and row of each column, below its rank in the step: one reduction finds all three of the nearest column
+        known = (o_c << BITS) | tl.maximum(row_of, 0)
         left = columns
         row = start
         dual = tl.zeros([COLUMNS], tl.float64)
@@ -82,12 +89,12 @@ def shortest_augmenting_paths(cost_ptr, stride_row, stride_column, rows, columns
             walked = tl.min(tl.where(unreached, distance, float("inf")), 0)
             # of the nearest: free columns before taken ones, the last in the list of free ones, the first of taken ones
             rank = tl.where(row_of < 0, COLUMNS + index, COLUMNS - 1 - index)
-            nearest = tl.max(tl.where(unreached & (distance == walked), (rank << 14) | known, -1), 0)
+            nearest = tl.max(tl.where(unreached & (distance == walked), (rank << 2 * BITS) | known, -1), 0)
             given_up = (nearest < 0) | (walked == float("inf"))
             nearest = tl.maximum(nearest, 0)
-            row = (nearest & 127) - 1
-            column = (nearest >> 7) & 127
-            rank = nearest >> 14
+            column = (nearest >> BITS) & MASK
+            rank = nearest >> 2 * BITS
+            row = tl.where(rank < COLUMNS, nearest & MASK, -1)
             # the list's last entry moves to the index of the column that leaves it
             freed = tl.where(row < 0, rank - COLUMNS, COLUMNS - 1 - rank)
             left -= 1
@@ -118,25 +125,44 @@ def shortest_augmenting_paths(cost_ptr, stride_row, stride_column, rows, columns
 @triton.jit(do_not_specialize_on_alignment=["stride_batch", "stride_row", "stride_column", "rows", "columns"])
 def linear_assignment_kernel(
     cost_ptr,
+    num_columns_ptr,
     out_ptr,
     stride_batch,
     stride_row,
     stride_column,
     rows,
     columns,
+    COUNTED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ROWS_CHECKED: tl.constexpr,
 ):
-    """cost [B, rows, columns], rows <= columns -> out [B, rows], or [B, columns] of the transposed problem."""
+    """cost [B, rows, columns], rows <= columns -> out [B, rows], or [B, columns] of the transposed problem.
+
+    COUNTED: each problem has its own number of columns, at most `columns`, which may be below its rows. Then it is this
+    program that transposes.
+    """
     i_b = tl.program_id(0).to(tl.int64)
     cost_ptr += i_b * stride_batch
+    if COUNTED:
+        out_ptr += i_b * rows
+        counted = tl.minimum(tl.maximum(tl.load(num_columns_ptr + i_b), 0), columns).to(tl.int32)
+        transposed = counted < rows
+        columns = tl.maximum(counted, rows)
+        rows = tl.minimum(counted, rows)
+        row, column = stride_row, stride_column
+        stride_row = tl.where(transposed, column, row)
+        stride_column = tl.where(transposed, row, column)
+    else:
+        transposed = TRANSPOSED
+        out_ptr += i_b * (columns if TRANSPOSED else rows)
     o_c = column_numbers(COLUMNS)
     m_c = o_c < columns
-    # [ROWS_CHECKED_AT_ONCE, COLUMNS] costs at a time; reading all of them first also brings them into the cache
+    # [ROWS_CHECKED, COLUMNS] costs at a time; reading all of them first also brings them into the cache
     p_column = cost_ptr + o_c[None, :].to(tl.int64) * stride_column
-    b_bad = tl.zeros([ROWS_CHECKED_AT_ONCE, COLUMNS], tl.int32)
-    for r in range(0, rows, ROWS_CHECKED_AT_ONCE):
-        o_r = r + tl.arange(0, ROWS_CHECKED_AT_ONCE)[:, None]
+    b_bad = tl.zeros([ROWS_CHECKED, COLUMNS], tl.int32)
+    for r in range(0, rows, ROWS_CHECKED):
+        o_r = r + tl.arange(0, ROWS_CHECKED)[:, None]
         m_cost = (o_r < rows) & m_c[None, :]
         b_cost = tl.load(p_column + o_r.to(tl.int64) * stride_row, mask=m_cost, other=0.0).to(tl.float64)
         b_bad |= tl.where(tl.abs(b_cost) <= LARGEST_COST, 0, 1)  # NaN compares as false
@@ -144,32 +170,54 @@ def linear_assignment_kernel(
 
     row_of = shortest_augmenting_paths(cost_ptr, stride_row, stride_column, searched, columns, COLUMNS=COLUMNS)
     searched = tl.where(tl.max(row_of, 0) < 0, 0, searched)  # given up
-    if TRANSPOSED:
-        tl.store(out_ptr + i_b * columns + o_c, row_of.to(tl.int64), mask=m_c)
+    if transposed:
+        tl.store(out_ptr + o_c, row_of.to(tl.int64), mask=m_c)
     else:
-        p_out = out_ptr + i_b * rows
-        tl.store(p_out + row_of, o_c.to(tl.int64), mask=row_of >= 0)
-        tl.store(p_out + o_c, tl.full([COLUMNS], -1, tl.int64), mask=(o_c >= searched) & (o_c < rows))
+        tl.store(out_ptr + row_of, o_c.to(tl.int64), mask=row_of >= 0)
+        tl.store(out_ptr + o_c, tl.full([COLUMNS], -1, tl.int64), mask=(o_c >= searched) & (o_c < rows))
 
 
-def linear_assignment(cost: torch.Tensor, assignment: torch.Tensor) -> None:
-    """Fills assignment [B, R] int64, -1 in a row without a column; cost [B, R, C], R and C at most 64, any strides."""
+class Config(NamedTuple):
+    """Columns of the search, rows that are checked at once, warps."""
+
+    columns: int
+    rows_checked: int
+    warps: int
+
+
+def config(larger_side: int) -> Config:
+    """The same on every chip. Wide searches have four columns a thread: their state is 40 bytes a column."""
+    columns = launch.power_of_2(larger_side, 8)
+    return Config(columns, 8 if columns <= 64 else 4, max(1, columns // 128))
+
+
+def linear_assignment(cost: torch.Tensor, num_columns: torch.Tensor | None, assignment: torch.Tensor) -> None:
+    """Fills assignment [B, R] int64, -1 in a row without a column.
+
+    cost [B, R, C], R and C at most 1024, any strides; num_columns int64 [B], the columns of each problem, or None.
+    """
     batch, rows, columns = cost.shape
     launch.written("assignment", assignment, torch.int64, (batch, rows), cost.device)
+    if num_columns is not None:
+        num_columns = launch.dense("num_columns", num_columns, torch.int64, (batch,), cost.device)
     strides = cost.stride()
-    transposed = rows > columns
+    transposed = num_columns is None and rows > columns
+    chosen = config(max(rows, columns))
     if transposed:
         rows, columns, strides = columns, rows, (strides[0], strides[2], strides[1])
     launch.launch(
         linear_assignment_kernel,
-        (batch if columns else 0,),
+        (batch if assignment.numel() else 0,),
         cost.detach(),
+        num_columns,
         assignment,
         *strides,
         rows,
         columns,
+        COUNTED=num_columns is not None,
         TRANSPOSED=transposed,
-        COLUMNS=launch.power_of_2(columns, 8),
-        num_warps=1,
+        COLUMNS=chosen.columns,
+        ROWS_CHECKED=chosen.rows_checked,
+        num_warps=chosen.warps,
         num_stages=1,
     )

@@ -1,4 +1,4 @@
-"""Plain versions of the mask-matching operators: scipy for the assignment, PyTorch for the rest.
+"""Plain versions of the mask-matching operators, in PyTorch; scipy assigns (reference/linear_assignment.py).
 
 They are the tests' oracle, and run on the CPU where the native library was not built.
 """
@@ -7,27 +7,7 @@ from __future__ import annotations
 
 import torch
 
-
-def linear_assignment(cost: torch.Tensor) -> torch.Tensor:
-    """cost [B, R, C] float32 or float64, on the CPU -> [B, R] int64: the column of each row, -1 for a row without one.
-
-    Raises ValueError for a cost that is not finite or beyond ±1e300, where sums of costs might overflow, ImportError
-    without scipy.
-    """
-    try:  # here, because a copy from Hugging Face's hub cannot require them, and no other operator needs them
-        import numpy as np
-        from scipy.optimize import linear_sum_assignment
-    except ImportError:
-        remedy = "pip install scipy"
-        raise ImportError(f"linear_assignment on a CPU without the native library needs scipy: {remedy}") from None
-    problems = cost.detach().double().numpy()
-    if not (np.abs(problems) <= 1e300).all():
-        raise ValueError("cost holds NaN, infinity or a value beyond 1e300")
-    assignment = np.full(problems.shape[:2], -1, dtype=np.int64)
-    for columns, problem in zip(assignment, problems, strict=True):
-        row, column = linear_sum_assignment(problem)
-        columns[row] = column
-    return torch.from_numpy(assignment)
+from spot_kernels.reference.linear_assignment import linear_assignment
 
 
 def overlap_counts(

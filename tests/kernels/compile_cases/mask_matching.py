@@ -6,6 +6,7 @@ import torch
 
 from spot_kernels import mask_matching as operators
 from spot_kernels.gpu import linear_assignment, mask_matching
+from spot_kernels.linear_assignment import empty_assignment
 
 EMPTY_COST = operators.EMPTY_TEACHER_COST
 
@@ -14,8 +15,9 @@ def _labels(dtype, batch=64, tokens=196):
     return torch.empty(batch, tokens, dtype=dtype)
 
 
-def _linear_assignment(cost):
-    linear_assignment.linear_assignment(cost, operators.empty_assignment(cost))
+def _linear_assignment(cost, counted=False):
+    num_columns = torch.empty(len(cost), dtype=torch.int64) if counted else None
+    linear_assignment.linear_assignment(cost, num_columns, empty_assignment(cost))
 
 
 def _assign_masks(student, teacher, slots):
@@ -32,8 +34,9 @@ def _overlap_counts(a, b, num_a, num_b, valid):
 
 
 def cases():
-    shapes = [(7, 7), (11, 11), (24, 20), (64, 64)]
-    some = shapes[:1]
+    # every width of the search; the last two are those of detectors
+    shapes = [(7, 7), (11, 11), (24, 20), (64, 64), (100, 20), (100, 200), (300, 100), (256, 1024), (1024, 256)]
+    some = [(7, 7), (300, 100)]
     for dtype, sizes in (
         (torch.float64, shapes),
         (torch.float32, shapes),
@@ -44,6 +47,9 @@ def cases():
             cost = torch.empty(64, rows, columns, dtype=dtype)
             name = f"linear_assignment {rows}x{columns} {dtype}"
             yield name, partial(_linear_assignment, cost)
+    for rows, columns in ((64, 64), (300, 100), (1024, 256)):
+        cost = torch.empty(64, rows, columns)
+        yield f"linear_assignment {rows}x{columns} counted", partial(_linear_assignment, cost, counted=True)
 
     integers = [(torch.int64, (7, 11, 24, 64)), (torch.uint8, (7,)), (torch.int32, (24,))]
     for dtype, numbers in integers:

@@ -145,7 +145,7 @@ def _images(folder: str | None, reference: Segmenter) -> Tensor:
         return Scenes(_COMPARED, "val", size=size).images
     paths = [path for path, _ in find_images([folder], Path(folder))][:_COMPARED]
     if len(paths) < FEWEST:
-        raise UserError(f"--images {folder} has {len(paths)} images: give {FEWEST} or more, or leave it out")
+        raise UserError(f"--images {folder} has too few images, {len(paths)}: give {FEWEST} or more, or leave it out")
     return torch.stack([resized(open_rgb(path, upright=True), (size // patch,) * 2, patch) for path in paths])
 
 

@@ -9,7 +9,7 @@ For each image, in the folder of --out:
                           the label map, but for rounding
   NAME_slots.safetensors  with --slots: "slots" [K, U]
 Without --run the newest finished run is taken. With --encoder instead of a run, the masks are k-means clusters of
-that encoder's features.
+that encoder's features. With --onnx instead of a run, ONNX Runtime runs a file of spot_fast.export, on the CPU.
 
 Images may have any size and shape. --fit says how the model sees them:
   stretch      The whole image is resized to the square that the model was trained on. Fast; shapes are squeezed and
@@ -38,9 +38,10 @@ from spot_fast.model.vits import SCENES_ENCODER
 from spot_fast.segmentation.batch import MAX_SHEET, Outputs, segment_all, sources_of
 from spot_fast.segmentation.files import check_overwriting, find_images, output_names, save
 from spot_fast.segmentation.grids import FITS, Fit, fit_of
+from spot_fast.segmentation.onnx_segmenter import onnx_segmenter
 from spot_fast.segmentation.overlays import contact_sheet
 from spot_fast.segmentation.segmenter import CLUSTER_SIZE, Segmenter, cluster_segmenter, run_segmenter
-from spot_fast.system.cpu_threads import computing
+from spot_fast.system.cpu_threads import available_cores, computing
 from spot_fast.system.devices import usable_device
 
 _MOST_LINES = 10  # with more images none gets a line of its own
@@ -79,7 +80,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         f"square for stretch (default: {CLUSTER_SIZE}, {SCENES_ENCODER}: 96)",
     )
     parser.add_argument(
-        "--orders", choices=("0", "all"), default="0", help="patch order 0, or the average over all nine (default: 0)"
+        "--orders",
+        choices=("0", "all"),
+        help="patch order 0, or the average over all nine (default: 0, with --onnx those of the file)",
     )
     cli.add_adaptive_slots(parser)
     parser.add_argument("--masks", choices=tuple(_MASKS), help="which masks to write and show (default: both)")
@@ -99,6 +102,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0,
         help="also segment N generated validation scenes; needs no image",
     )
+    parser.add_argument("--onnx", type=Path, metavar="FILE", help="without a run: model.onnx of spot_fast.export")
     parser.add_argument("--encoder", metavar="NAME", help="without a run: cluster the features of this timm ViT")
     parser.add_argument("--encoder-weights", metavar="FILE", help="its weights (default: timm's own, from the hub)")
     parser.add_argument("--clusters", type=int, default=6, metavar="K", help="clusters for --encoder (default: 6)")
@@ -117,6 +121,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             "nothing to segment: name images, folders or lists, or ask for generated images with --scenes N"
         )
+    if args.onnx:
+        _check_onnx(args)
     if args.run and args.encoder:
         raise UserError(f"--run {args.run} has its own encoder: drop --encoder {args.encoder} or --run")
     if args.encoder and (args.masks or args.slots):
@@ -139,11 +145,45 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--grid {args.grid} is a folder: give the name of a .png file")
 
 
+def _check_onnx(args: argparse.Namespace) -> None:
+    """UserError for options that an exported file cannot follow."""
+    options = (
+        ("--run", args.run, "is another model"),
+        ("--encoder", args.encoder, "is another model"),
+        ("--fit", args.fit if args.fit != "stretch" else None, "needs other grids of patches"),
+        ("--size", args.size, "needs other grids of patches"),
+        ("--precision", args.precision if args.precision not in ("auto", "float32") else None, "is not the file's"),
+        ("--device", args.device if args.device != "cpu" else None, "is not the CPU"),
+    )
+    for option, value, problem in options:
+        if value:
+            raise UserError(f"{option} {value} {problem}, which --onnx {args.onnx} cannot give: drop one of the two")
+
+
+def _onnx_segmenter(args: argparse.Namespace) -> Segmenter:
+    segmenter, about = onnx_segmenter(args.onnx, args.threads or available_cores())
+    if args.masks and not set(_MASKS[args.masks]) <= set(about.kinds):
+        raise UserError(f"--masks {args.masks}: {args.onnx} has slot masks only, export it with --decoder")
+    if args.orders and args.orders != about.orders:
+        raise UserError(
+            f"--orders {args.orders}: {args.onnx} has orders {about.orders}, export it with --decoder --orders "
+            f"{args.orders}"
+        )
+    if args.adaptive_slots not in (None, about.adaptive_slots):
+        given = "--adaptive-slots" if args.adaptive_slots else "--no-adaptive-slots"
+        raise UserError(f"{given}: {args.onnx} was exported without it, export it with {given}")
+    args.masks = (args.masks or "both") if "decoder" in about.kinds else "slots"
+    args.orders = about.orders
+    return segmenter
+
+
 def _segmenter(args: argparse.Namespace, device: str) -> Segmenter:
+    if args.onnx:
+        return _onnx_segmenter(args)
     if not args.encoder:
         return run_segmenter(
             args.run,
-            orders=args.orders,
+            orders=args.orders or "0",
             device=device,
             precision=args.precision,
             adaptive_slots=args.adaptive_slots,
@@ -174,11 +214,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = [path for path, _ in files]
     if args.grid and args.grid.resolve() in {path.resolve() for path in paths}:
         raise UserError(f"--grid {args.grid} is one of the images: choose another name")
-    device = usable_device(args.device)
+    device = usable_device("cpu" if args.onnx else args.device)
     segmenter = _segmenter(args, str(device))
     fit = _fit(args, segmenter)
     kinds = _MASKS[args.masks or "both"] if "slots" in segmenter.kinds else segmenter.kinds
-    metadata = {"fit": args.fit, "model": segmenter.title, **({} if args.encoder else {"orders": args.orders})}
+    metadata = {"fit": args.fit, "model": segmenter.title, **({} if args.encoder else {"orders": args.orders or "0"})}
     outputs = Outputs(args.out, kinds, args.overlay, args.soft, args.slots, metadata)
     images = sources_of(paths, args.scenes, segmenter.size, segmenter.identity)
     names = output_names([stem for _, stem in files] + [f"scene_{i:03d}" for i in range(args.scenes)], paths, args.out)

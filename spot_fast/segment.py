@@ -13,7 +13,7 @@ For each image, in the folder of --out:
 the mean of a mask over the patches where it is the largest. --slots-file FILE.safetensors writes all slots into one
 file: "slots" [images, K, U], the images' names in the metadata.
 Without --run the newest finished run is taken. With --encoder instead of a run, the masks are k-means clusters of
-that encoder's features.
+that encoder's features. With --onnx instead of a run, ONNX Runtime runs a file of spot_fast.export, on the CPU.
 
 Images may have any size and shape. --fit says how the model sees them:
   stretch      The whole image is resized to the square that the model was trained on. Fast; shapes are squeezed and
@@ -34,159 +34,48 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from spot_fast import cli
 from spot_fast.errors import UserError
-from spot_fast.evaluation.scoring import WORKERS
-from spot_fast.model.vits import SCENES_ENCODER
 from spot_fast.segmentation import coco, slot_file
 from spot_fast.segmentation.batch import MAX_SHEET, Finished, Outputs, Results, Source, segment_all, sources_of
 from spot_fast.segmentation.collected import Collected
-from spot_fast.segmentation.files import check_overwriting, find_images, make_folder, output_names, save
-from spot_fast.segmentation.grids import FITS, Fit, fit_of
+from spot_fast.segmentation.files import check_overwriting, find_images, key_of, make_folder, output_names, save
+from spot_fast.segmentation.grids import Fit, fit_of
+from spot_fast.segmentation.onnx_segmenter import onnx_segmenter
+from spot_fast.segmentation.options import MASKS, parse
 from spot_fast.segmentation.overlays import contact_sheet
-from spot_fast.segmentation.segmenter import CLUSTER_SIZE, Segmenter, cluster_segmenter, run_segmenter
-from spot_fast.system.cpu_threads import computing
+from spot_fast.segmentation.segmenter import Segmenter, cluster_segmenter, run_segmenter
+from spot_fast.system.cpu_threads import available_cores, computing
 from spot_fast.system.devices import usable_device
 
 _MOST_LINES = 10  # with more images none gets a line of its own
-_MASKS = {"decoder": ("decoder",), "slots": ("slots",), "both": ("decoder", "slots")}
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(
-        prog="python -m spot_fast.segment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "images",
-        nargs="*",
-        metavar="IMAGE|FOLDER|LIST",
-        help="image files, folders to search for images, or text files that list images, one a line",
-    )
-    parser.add_argument(
-        "--run",
-        metavar="RUN",
-        help="run folder, checkpoint file of the authors, "
-        "or owner/name on the hub (default: the newest finished run under runs/)",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("segments"), metavar="DIR", help="where to write (default: segments)"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="also overwrite files that are not of the same image and model"
-    )
-    parser.add_argument("--fit", choices=FITS, default="stretch", help="see above (default: stretch)")
-    parser.add_argument(
-        "--size",
-        type=int,
-        metavar="S",
-        help="shorter side in pixels at which the model sees an image, for interpolate, rounded to "
-        "patches (default: the side of its square); with --encoder also the side of the "
-        f"square for stretch (default: {CLUSTER_SIZE}, {SCENES_ENCODER}: 96)",
-    )
-    parser.add_argument(
-        "--orders", choices=("0", "all"), default="0", help="patch order 0, or the average over all nine (default: 0)"
-    )
-    cli.add_adaptive_slots(parser)
-    parser.add_argument("--masks", choices=tuple(_MASKS), help="which masks to write and show (default: both)")
-    parser.add_argument("--soft", action="store_true", help="also write soft masks")
-    parser.add_argument("--slots", action="store_true", help="also write the slots, a file an image")
-    parser.add_argument(
-        "--slots-file", type=Path, metavar="FILE.safetensors", help="also write the slots of all images, as one file"
-    )
-    parser.add_argument("--coco", type=Path, metavar="FILE.json", help="also write the segments in COCO's format")
-    parser.add_argument(
-        "--annotations",
-        type=Path,
-        metavar="FILE.json",
-        help="for --coco: a COCO annotation file, whose ids, names and sizes of images are taken; images that it does "
-        "not list are left out",
-    )
-    parser.add_argument("--no-labels", dest="labels", action="store_false", help="write no label maps")
-    parser.add_argument("--no-overlay", dest="overlay", action="store_false", help="write no overlays: faster")
-    parser.add_argument(
-        "--grid",
-        type=Path,
-        metavar="FILE.png",
-        help=f"also write a contact sheet of the first {MAX_SHEET} images and their masks, captioned",
-    )
-    parser.add_argument(
-        "--scenes",
-        action=cli.Number,
-        least=0,
-        default=0,
-        help="also segment N generated validation scenes; needs no image",
-    )
-    parser.add_argument("--encoder", metavar="NAME", help="without a run: cluster the features of this timm ViT")
-    parser.add_argument("--encoder-weights", metavar="FILE", help="its weights (default: timm's own, from the hub)")
-    parser.add_argument("--clusters", type=int, default=6, metavar="K", help="clusters for --encoder (default: 6)")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with a call that was stopped: images that --out has already, with the same settings, are not done "
-        "again",
-    )
-    cli.add_batch_size(parser, 16, "images at a time, fewer where grids are larger; changes nothing but rounding")
-    cli.add_workers(parser, WORKERS, "threads that read and write images", least=1)
-    cli.add_threads(parser)
-    cli.add_precision(
-        parser, "auto", "of the model; auto is bf16 where the device multiplies it in hardware, else float32"
-    )
-    cli.add_device(parser)
-    return parser.parse_args(argv)
-
-
-def _check(args: argparse.Namespace) -> None:
-    if not args.images and not args.scenes:
+def _onnx_segmenter(args: argparse.Namespace) -> Segmenter:
+    segmenter, about = onnx_segmenter(args.onnx, args.threads or available_cores())
+    if args.masks and not set(MASKS[args.masks]) <= set(about.kinds):
+        raise UserError(f"--masks {args.masks}: {args.onnx} has slot masks only, export it with --decoder")
+    if args.orders and args.orders != about.orders:
         raise UserError(
-            "nothing to segment: name images, folders or lists, or ask for generated images with --scenes N"
+            f"--orders {args.orders}: {args.onnx} has orders {about.orders}, export it with --decoder --orders "
+            f"{args.orders}"
         )
-    if args.run and args.encoder:
-        raise UserError(f"--run {args.run} has its own encoder: drop --encoder {args.encoder} or --run")
-    if args.encoder and (args.masks or args.slots or args.slots_file):
-        option = f"--masks {args.masks}" if args.masks else "--slots" if args.slots else "--slots-file"
-        raise UserError(f"{option} belongs to a run: an encoder has clusters only, drop it or --encoder {args.encoder}")
-    if args.encoder and args.adaptive_slots is not None:
-        raise UserError(f"--adaptive-slots belongs to a run: drop it or --encoder {args.encoder}")
-    if not args.encoder and args.encoder_weights:
-        raise UserError("--encoder-weights belongs to --encoder NAME: a run keeps the encoder it was trained with")
-    if args.size is not None and args.size < 1:
-        raise UserError(f"--size {args.size}: use a multiple of the encoder's patch size")
-    if not args.encoder and args.size and args.fit == "stretch":
-        raise UserError(
-            f"--size {args.size}: a run keeps the size it was trained with; add --fit interpolate, "
-            "or cluster an --encoder NAME"
-        )
-    if args.grid and args.grid.suffix.lower() != ".png":
-        raise UserError(f"--grid {args.grid}: give the name of a .png file")
-    if args.grid and args.grid.is_dir():
-        raise UserError(f"--grid {args.grid} is a folder: give the name of a .png file")
-    if args.grid and args.resume:
-        raise UserError(f"--grid {args.grid} shows the images of one whole call: leave it out, or --resume")
-    for option, target, ending in (
-        ("coco", args.coco, ".json"),
-        ("slots-file", args.slots_file, ".safetensors"),
-    ):
-        if target and (target.suffix.lower() != ending or target.is_dir()):
-            raise UserError(f"--{option} {target}: give the name of a {ending} file")
-    if args.annotations and not args.coco:
-        raise UserError(f"--annotations {args.annotations} says what images are called in --coco FILE.json: add that")
-    if args.annotations and args.annotations.resolve() == args.coco.resolve():
-        raise UserError(f"--coco {args.coco} is the file of --annotations: choose another name")
-    if args.annotations and args.scenes:
-        raise UserError(f"--annotations {args.annotations} lists no generated images: leave out --scenes")
-    if not (args.labels or args.overlay or args.soft or args.slots or args.coco or args.slots_file or args.grid):
-        raise UserError(
-            "--no-labels and --no-overlay leave nothing to write: add --coco, --slots-file, --soft or --slots"
-        )
+    if args.adaptive_slots not in (None, about.adaptive_slots):
+        given = "--adaptive-slots" if args.adaptive_slots else "--no-adaptive-slots"
+        raise UserError(f"{given}: {args.onnx} was exported without it, export it with {given}")
+    args.masks = (args.masks or "both") if "decoder" in about.kinds else "slots"
+    args.orders = about.orders
+    return segmenter
 
 
 def _segmenter(args: argparse.Namespace, device: str) -> Segmenter:
+    if args.onnx:
+        return _onnx_segmenter(args)
     if not args.encoder:
         return run_segmenter(
             args.run,
-            orders=args.orders,
+            orders=args.orders or "0",
             device=device,
             precision=args.precision,
             adaptive_slots=args.adaptive_slots,
@@ -231,27 +120,25 @@ def _note(text: str) -> None:
 
 def _collected(args: argparse.Namespace, segmenter: Segmenter, outputs: Outputs) -> Collected:
     settings = {name: getattr(args, name) for name in ("fit", "size", "orders", "adaptive_slots", "precision")}
-    collected = Collected(
-        segmenter, outputs, settings, coco_file=args.coco, slot_file=args.slots_file, resume=args.resume
-    )
-    for target, check in ((args.coco, coco.check_target), (args.slots_file, slot_file.check_target)):
-        if target and not args.overwrite:
-            check(target, collected.model)
-        if target:
-            make_folder(target)
-    return collected
+    model = key_of(segmenter.identity)
+    if args.coco and not args.overwrite:
+        coco.check_target(args.coco, model)
+    if args.slots_file and not args.overwrite:
+        slot_file.check_target(args.slots_file, model, resume=args.resume)
+    for target in filter(None, (args.coco, args.slots_file)):
+        make_folder(target)
+    return Collected(segmenter, outputs, settings, coco_file=args.coco, slot_file=args.slots_file, resume=args.resume)
 
 
 @cli.command("what was written is whole, and --resume goes on from there")
 def main(argv: Sequence[str] | None = None) -> None:
-    args = _parse(argv)
-    _check(args)
-    device = usable_device(args.device)
+    args = parse(argv, __doc__)
+    device = usable_device("cpu" if args.onnx else args.device)
     segmenter = _segmenter(args, str(device))
     fit = _fit(args, segmenter)
     sources = _sources(args, segmenter)
-    kinds = _MASKS[args.masks or "both"] if "slots" in segmenter.kinds else segmenter.kinds
-    metadata = {"fit": args.fit, "model": segmenter.title, **({} if args.encoder else {"orders": args.orders})}
+    kinds = MASKS[args.masks or "both"] if "slots" in segmenter.kinds else segmenter.kinds
+    metadata = {"fit": args.fit, "model": segmenter.title, **({} if args.encoder else {"orders": args.orders or "0"})}
     outputs = Outputs(
         args.out, kinds, args.labels, args.overlay, args.soft, args.slots, args.coco is not None, metadata
     )

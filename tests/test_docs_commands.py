@@ -12,6 +12,7 @@ import importlib
 import io
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,19 @@ def planned(words: list[str]) -> None:
     as_written([*words[:end], *plan, *words[end:]])
 
 
+def exported(words: list[str]) -> None:
+    """python -m spot_fast.export RUN OUT …, as often as asked, without the minutes of --latency."""
+    shutil.rmtree(words[4], ignore_errors=True)
+    as_written([word for word in words if word != "--latency"])
+
+
+def of_export(words: list[str]) -> None:
+    """python -m spot_fast.segment … --onnx OUT/model.onnx, as written, after an export to OUT."""
+    out = Path(words[words.index("--onnx") + 1]).parent
+    exported(["python", "-m", "spot_fast.export", "runs/scenes-stage2-001", str(out), "--formats", "onnx"])
+    as_written(words)
+
+
 def script(words: list[str]) -> None:
     """python FILE …, as written."""
     code, output = call(Path(words[1]).stem, words[2:])
@@ -144,6 +158,8 @@ HOW: list[tuple[str, Callable[[list[str]], None], str]] = [
     (r"python -m spot_fast\.reproduce", planned, "what it would train"),
     (r"python -m spot_fast\.pretrain", helped, "takes minutes: its options are checked"),
     (r"python -m spot_fast\.segment .*--encoder vit_small_patch14", with_options("--size 56"), "on 16 tokens"),
+    (r"python -m spot_fast\.export", exported, "without --latency; tests/test_export.py has it"),
+    (r"python -m spot_fast\.segment .*--onnx", of_export, "as written, after an export"),
     (r"python -m spot_fast\.segment --scenes", with_options("--scenes 1"), "with one scene"),
     (r"python -m spot_fast\.evaluate", with_options("--limit 2"), "on two images"),
     (r"python -m (spot_fast\.\w+|spot_kernels)", as_written, "as written"),

@@ -82,7 +82,10 @@ def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
 def without_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """A block in which products keep their operands' dtypes, whatever torch.autocast would cast them to."""
     kind = tensor.device.type
-    return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+    # Where nothing is cast, torch.export need not record the block, as an operator that is not ATen's.
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def permutation(operator: str, order: torch.Tensor) -> None:

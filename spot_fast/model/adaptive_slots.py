@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spot_kernels import checks
+
 
 @torch.no_grad()
 def slot_groups(masks: Tensor, features: Tensor, share: float) -> Tensor:
@@ -24,15 +26,15 @@ def slot_groups(masks: Tensor, features: Tensor, share: float) -> Tensor:
     features, which a slot has to explain to remain apart. Waits for nothing on the device.
     """
     # Differences of means are small beside the means: no reduced precision.
-    with torch.autocast(masks.device.type, enabled=False):
+    with checks.without_autocast(masks):
         masks, features = masks.float(), features.float()
         features = features - features.mean(1, keepdim=True)
         limit = share * features.square().sum((1, 2))
         mass, sums = masks.sum(1), masks.mT @ features
         slots = masks.shape[2]
         numbers = torch.arange(slots, device=masks.device)
-        groups = numbers.expand(len(masks), -1)
-        apart = (numbers[:, None] != numbers).expand(len(masks), -1, -1)
+        groups = numbers.expand(masks.shape[0], -1)
+        apart = (numbers[:, None] != numbers).expand(masks.shape[0], -1, -1)
         for _ in range(slots - 1):
             cost, pair = _ward(mass, sums).where(apart, torch.inf).flatten(1).min(1, keepdim=True)
             first, second = pair // slots, pair % slots

@@ -9,7 +9,7 @@ from pathlib import Path
 from spot_fast import __version__
 from spot_fast.segmentation import coco
 from spot_fast.segmentation.batch import Finished, Outputs, Source
-from spot_fast.segmentation.files import key_of, make_folder, stamp_of
+from spot_fast.segmentation.files import key_of, stamp_of
 from spot_fast.segmentation.record import Record
 from spot_fast.segmentation.segmenter import Segmenter
 from spot_fast.segmentation.slot_file import SlotFile
@@ -35,7 +35,7 @@ class Collected:
         slot_file: Path | None = None,
         resume: bool = False,
     ) -> None:
-        self.model, self._coco_file, self._outputs = key_of(segmenter.identity), coco_file, outputs
+        self._model, self._coco_file, self._outputs = key_of(segmenter.identity), coco_file, outputs
         settings = {
             "model": key_of(f"{segmenter.identity}\n{segmenter.version}"),
             "version": __version__,
@@ -47,7 +47,6 @@ class Collected:
         self._record = Record(outputs.out, settings, read=resume)
         self._slots = None
         if slot_file is not None:
-            make_folder(slot_file)
             self._slots = SlotFile(slot_file, self._record.of_settings, read=resume)
 
     def has(self, source: Source) -> bool:
@@ -74,7 +73,7 @@ class Collected:
         self._record.close()
         done = [(number, key) for number, source in enumerate(sources) if (key := source.origin.key) in self._record]
         if self._coco_file is not None:
-            about = coco.info(self.model, self._outputs.kinds[0])
+            about = coco.info(self._model, self._outputs.kinds[0])
 
             def images() -> Iterator[coco.ImageEntry]:
                 entries = self._record.entries([key for _, key in done])
@@ -86,7 +85,7 @@ class Collected:
             coco.write_data_set(self._coco_file, about, images)
         if self._slots is not None:
             names = [sources[number].file_name for number, _ in done]
-            self._slots.finish([key for _, key in done], names, self.model)
+            self._slots.finish([key for _, key in done], names, self._model)
 
     def close(self) -> None:
         """What was added stays for a call that goes on."""

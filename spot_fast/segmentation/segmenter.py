@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spot_fast.checkpoints.encoder_weights import frozen_encoder
 from spot_fast.checkpoints.runs import MODEL, find_folder, find_run, load_run
-from spot_fast.config import preset
+from spot_fast.config import Config, preset
 from spot_fast.errors import UserError
 from spot_fast.evaluation.baselines import kmeans_labels
 from spot_fast.model.encoder import Encoder, normalise
@@ -40,7 +40,7 @@ class Segments:
     slots: Tensor | None = None
 
 
-Segment = Callable[[Tensor], Segments]  # normalised images [B, 3, H, W] on the device → segments
+Segment = Callable[[Tensor], Segments]  # uint8 images [B, 3, H, W] on the device → segments
 
 
 class Segmenter:
@@ -81,9 +81,17 @@ class Segmenter:
             if len(self._grids) > _MOST_GRIDS:
                 del self._grids[next(islice(self._grids, 1, None))]  # the oldest but the model's own
             self._grids[grid] = self._segment_at(*grid)
-        segments = self._grids[grid](normalise(send(images, torch.device(self._device))))
+        segments = self._grids[grid](send(images, torch.device(self._device)))
         masks = {kind: soft.float().cpu() for kind, soft in segments.masks.items()}
         return Segments(masks, None if segments.slots is None else segments.slots.float().cpu())
+
+
+def initial_noise(config: Config, seed: int = 0) -> Tensor | None:
+    """The draw [1, K, U] from which gaussian slots start in every image; None for learned slots."""
+    if config.slot_init != "gaussian":
+        return None
+    generator = torch.Generator().manual_seed(seed_of(Stream.SEGMENTATION_SLOTS, seed))
+    return torch.randn(1, config.num_slots, config.slot_dim, generator=generator)
 
 
 def model_segmenter(
@@ -92,16 +100,14 @@ def model_segmenter(
     """Masks and slots of a trained model, on its device. Gaussian slots start from the same noise for every image."""
     config, device = model.config, next(model.parameters()).device
     precision = resolve(precision, device)
-    noise = None
-    if config.slot_init == "gaussian":
-        generator = torch.Generator().manual_seed(seed_of(Stream.SEGMENTATION_SLOTS, seed))
-        noise = send(torch.randn(1, config.num_slots, config.slot_dim, generator=generator), device)
+    noise = initial_noise(config, seed)
+    noise = None if noise is None else send(noise, device)
 
     def segment_with(model: Spot) -> Segment:
         def segment(images: Tensor) -> Segments:
             initial = None if noise is None else noise.expand(len(images), -1, -1)
             with float32_products(precision), autocast(precision, device):
-                output = model.segment(images, orders=orders, noise=initial)
+                output = model.segment(normalise(images), orders=orders, noise=initial)
             return Segments({"decoder": output.masks, "slots": output.slot_attn}, output.slots)
 
         return segment
@@ -153,7 +159,7 @@ def cluster_segmenter(
     def segment_with(encoder: Encoder) -> Segment:
         def segment(images: Tensor) -> Segments:
             with float32_products(precision), autocast(precision, torch.device(device)):
-                features = encoder(images)
+                features = encoder(normalise(images))
             # Every image is the first of its batch to k-means: the same draws, whatever else is in the batch.
             first = torch.zeros(len(images), dtype=torch.int64)
             members = F.one_hot(kmeans_labels(features, clusters, 0, indices=first), clusters).float()

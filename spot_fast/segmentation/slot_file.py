@@ -32,7 +32,7 @@ class SlotFile:
 
     def __init__(self, target: Path, settings: str, *, read: bool) -> None:
         self.target, self._settings = target, settings
-        self._partial = target.with_name(f"{target.name}.partial")
+        self._partial = _partial(target)
         self._shape: tuple[int, int] | None = None
         self._rows: dict[str, int] = {}  # key of an image → its row, the last of several
         self._count = 0  # of rows
@@ -137,8 +137,16 @@ class SlotFile:
             self._descriptor = None
 
 
-def check_target(path: Path, model: str) -> None:
-    """UserError where `path` is a file, but not one with slots of the same model."""
+def _partial(target: Path) -> Path:
+    return target.with_name(f"{target.name}.partial")
+
+
+def check_target(path: Path, model: str, *, resume: bool) -> None:
+    """UserError where `path` is a file, but not one with slots of the same model, or a stopped call would be lost."""
+    if (partial := _partial(path)).exists() and not resume:
+        raise UserError(
+            f"{partial} has the slots of a stopped call: add --resume to go on, or --overwrite to begin anew"
+        )
     if not path.exists():
         return
     try:

@@ -219,6 +219,18 @@ def test_half_a_row_of_slots_is_left_behind(tmp_path):
     assert "a" * 32 not in SlotFile(target, "t" * 16, read=True)  # of other settings
 
 
+def test_the_slots_of_a_stopped_call_are_not_lost(work, monkeypatch, capsys):
+    """Without --resume the same call would begin anew, over what there is."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        assert segment.main(["images", *ALL]) == 130
+    before = (work / "slots.safetensors.partial").read_bytes()
+    assert segment.main(["images", *ALL]) == 2
+    assert "has the slots of a stopped call: add --resume, or --overwrite" in capsys.readouterr().err
+    assert (work / "slots.safetensors.partial").read_bytes() == before
+    assert segment.main(["images", *ALL, "--overwrite"]) == 0
+
+
 def test_slots_of_others_are_not_overwritten(work, capsys):
     (work / "slots.safetensors").write_bytes(b"someone's")
     assert segment.main(["images", *ALL]) == 2

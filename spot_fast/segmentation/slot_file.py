@@ -144,9 +144,7 @@ def _partial(target: Path) -> Path:
 def check_target(path: Path, model: str, *, resume: bool) -> None:
     """UserError where `path` is a file, but not one with slots of the same model, or a stopped call would be lost."""
     if (partial := _partial(path)).exists() and not resume:
-        raise UserError(
-            f"{partial} has the slots of a stopped call: add --resume to go on, or --overwrite to begin anew"
-        )
+        raise UserError(f"{partial} has the slots of a stopped call: add --resume, or --overwrite to begin anew")
     if not path.exists():
         return
     try:

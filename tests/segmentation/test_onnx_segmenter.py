@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from small_models import small_config
 from spot_fast import export, segment
+from spot_fast.segmentation import record
 from untrained_runs import untrained
 
 onnx = pytest.importorskip("onnx")

@@ -148,6 +148,7 @@ HOW: list[tuple[str, Callable[[list[str]], None], str]] = [
     (r"bash bench/(gpu_check|first_light)\.sh", gpu_parts, "needs a GPU; tests/bench/test_first_light.py rehearses it"),
     (r"python bench/hours\.py|python docs/generate\.py --check|python docs/import_graph\.py", script, "as written"),
     (r"python docs/generate\.py", lambda words: script([*words, "--check"]), "with --check: writes nothing"),
+    (r"python kernels/build_hub\.py", script, "as written"),
     (r"python bench/", helped, "takes minutes: its options are checked"),
     (r"python -m spot_fast\.train .*--help", as_written, "as written"),
     (r"python -m spot_fast\.train .*--print-config", as_written, "as written"),

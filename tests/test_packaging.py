@@ -80,7 +80,7 @@ has_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clan
 
 def test_every_import_is_declared():
     extras = PROJECT["project"]["optional-dependencies"]
-    names = [*PROJECT["project"]["dependencies"], *extras["dali"], *extras["float8"]]
+    names = [*PROJECT["project"]["dependencies"], *extras["dali"], *extras["float8"], *extras["onnx"]]
     declared = {re.split(r"[<>=!~\[; ]", name)[0].lower() for name in names}
     imported = {}
     for file, path in _files().items():

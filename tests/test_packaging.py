@@ -100,7 +100,7 @@ def _imports(files: dict[str, Path]) -> dict[str, str]:
 
 def test_every_import_is_declared():
     extras = PROJECT["project"]["optional-dependencies"]
-    names = [*PROJECT["project"]["dependencies"], *extras["dali"], *extras["float8"]]
+    names = [*PROJECT["project"]["dependencies"], *extras["dali"], *extras["float8"], *extras["onnx"]]
     declared = {re.split(r"[<>=!~\[; ]", name)[0].lower() for name in names}
     imported = _imports(_files())
     # triton comes with the torch builds that can use it

@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runners = _write(graph, _about(graph, Path(args.run).name), args.formats, folder, threads)
         agreements = compare(runners, reference, batches(images, args.batch_size))
         require_agreement(agreements)
-        _keep(folder, args.out)
+        os.replace(folder, args.out)  # one that exists is empty, as `check_free` saw
         _print_agreement(args.out, agreements, len(images))
         if args.latency:
             _print_latency(graph, runners, reference, images[: args.batch_size], threads)
@@ -159,11 +159,6 @@ def _write(
         FORMATS[name].write(program, about, path)
         runners[name] = FORMATS[name].open(path, threads)
     return runners
-
-
-def _keep(folder: Path, out: Path) -> None:
-    """Gives the folder its name; one that exists is empty, as `check_free` saw."""
-    os.replace(folder, out)
 
 
 def _print_agreement(out: Path, agreements: Mapping[str, Agreement], images: int) -> None:

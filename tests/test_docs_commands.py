@@ -114,7 +114,8 @@ def exported(words: list[str]) -> None:
 def of_export(words: list[str]) -> None:
     """python -m spot_fast.segment … --onnx OUT/model.onnx, as written, after an export to OUT."""
     out = Path(words[words.index("--onnx") + 1]).parent
-    exported(["python", "-m", "spot_fast.export", "runs/scenes-stage2-001", str(out), "--formats", "onnx"])
+    if not out.exists():
+        exported(["python", "-m", "spot_fast.export", "runs/scenes-stage2-001", str(out), "--formats", "onnx"])
     as_written(words)
 
 

@@ -168,7 +168,7 @@ def test_a_rows_process(stage, tmp_path, monkeypatch, capsys):
     ladder_row._exact(job)
     about = answers(capsys)[0]
     assert about["flops"]["False"] > about["flops"]["True"] > 0
-    assert about["plain"]["float32"][1] < 1e-4 < about["plain"]["bf16"][1] < 0.1
+    assert about["plain"]["float32"][1] < 5e-4 < about["plain"]["bf16"][1] < 0.1
     monkeypatch.setattr(ladder, "cpu_has_bfloat16", lambda: True)
     for technique in (*ladder.techniques(CPU)[:4], replace(OURS, changes={"att_weight": 0.5, "lr": 1.0, "seed": 1})):
         monkeypatch.setattr(sys, "stdin", io.StringIO("step\nend\n"))

@@ -111,7 +111,11 @@ def _sources(args: argparse.Namespace, segmenter: Segmenter) -> list[Source]:
     listed = coco.listed_images(args.annotations, [source.file_name for source in sources])
     if left_out := listed.count(None):
         _note(f"{args.annotations} does not list {left_out} of {len(sources)} images, which are left out")
-    return [replace(source, listed=image) for source, image in zip(sources, listed, strict=True) if image]
+    return [
+        replace(source, listed=image, file_name=image.file_name)
+        for source, image in zip(sources, listed, strict=True)
+        if image
+    ]
 
 
 def _note(text: str) -> None:

@@ -40,12 +40,13 @@ T = TypeVar("T")
 class Source:
     """An image to segment: a file, or pixels uint8 [3, S, S] in memory.
 
-    image: what the user knows it by. name: of its outputs. model: the segmenter's identity. listed: the image in an
-    annotation file, whose size and orientation the masks get.
+    image: what the user knows it by. name: of its outputs. file_name: in a data set. model: the segmenter's identity.
+    listed: the image in an annotation file, whose size and orientation the masks get.
     """
 
     image: str
     name: str
+    file_name: str
     model: str
     path: Path | None = None
     pixels: Tensor | None = None
@@ -55,13 +56,6 @@ class Source:
     def origin(self) -> files.Origin:
         # Made when it is asked for: the names of 100,000 images are most of what this command remembers.
         return files.Origin(self.image, str(self.path.resolve()) if self.path else self.image, self.model)
-
-    @property
-    def file_name(self) -> str:
-        """The image's name in a data set."""
-        if self.listed is not None:
-            return self.listed.file_name
-        return PurePosixPath(self.name).with_name(self.path.name).as_posix() if self.path else f"{self.name}.png"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -158,10 +152,17 @@ class _Prepared:
 def sources_of(paths: Sequence[Path], scenes: int, size: int, names: Sequence[str], model: str) -> list[Source]:
     """The files, then so many validation scenes of side `size`; names: of the outputs of each; model: the segmenter's
     identity."""
-    sources = [Source(str(path), name, model, path) for path, name in zip(paths, names, strict=False)]
+    file_names = [PurePosixPath(name).with_name(path.name).as_posix() for path, name in zip(paths, names, strict=False)]
+    # Files of one name from several places keep the paths that they were given by.
+    count = Counter(file_names)
+    file_names = [name if count[name] == 1 else path.as_posix() for path, name in zip(paths, file_names, strict=True)]
+    sources = [
+        Source(str(path), name, file, model, path) for path, name, file in zip(paths, names, file_names, strict=False)
+    ]
     for index, pixels in enumerate(Scenes(scenes, "val", size=size).images if scenes else ()):
         image = f"generated scene {index}, {size} px"
-        sources.append(Source(image, names[len(sources)], model, pixels=pixels))
+        name = names[len(sources)]
+        sources.append(Source(image, name, f"{name}.png", model, pixels=pixels))
     return sources
 
 

@@ -141,7 +141,8 @@ def check_target(path: Path, model: str) -> None:
 def listed_images(annotations: Path, names: Sequence[str]) -> list[Listed | None]:
     """For each file name the image that a COCO annotation file lists under it, None for those that it does not list.
 
-    A name is looked up as it is, then without its folders where only one image has it. UserError where none is listed.
+    A name is looked up as it is, then without its folders where only one image has it. UserError where none is listed,
+    or two files are one listed image.
     """
     images = read_images(annotations)
     exact = {composed(image.file_name): image for image in images}
@@ -153,4 +154,10 @@ def listed_images(annotations: Path, names: Sequence[str]) -> list[Listed | None
             f"--annotations {annotations} lists none of the {len(names)} images, such as {names[0]}: it lists "
             f"{', '.join(image.file_name for image in images[:3]) or 'nothing'}"
         )
+    files: dict[Listed, str] = {}
+    for name, image in zip(names, found, strict=True):
+        if image is not None and (other := files.setdefault(image, name)) != name:
+            raise UserError(
+                f"{other} and {name} are both {image.file_name} of --annotations {annotations}: give one of the two"
+            )
     return found

@@ -45,7 +45,7 @@ class Record:
                 if entry is not None and "key" in entry:
                     self._lines.pop(entry["key"], None)
                     if entry.get("settings") == self.of_settings:
-                        self._lines[entry["key"]] = at, entry["stamp"]
+                        self._lines[entry["key"]] = at, entry.get("stamp")
                 at += len(line)
 
     def __contains__(self, key: str) -> bool:

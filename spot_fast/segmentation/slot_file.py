@@ -63,10 +63,10 @@ class SlotFile:
 
     def _take_apart(self) -> None:
         """Begins with the rows of a finished file."""
+        metadata = _metadata(self.target)
+        if metadata.get(_SETTINGS) != self._settings:
+            return
         with safe_open(self.target, framework="np") as file:
-            metadata = file.metadata() or {}
-            if metadata.get(_SETTINGS) != self._settings:
-                return
             keys, slots = json.loads(metadata[_KEYS]), file.get_slice("slots")
             for at in range(0, len(keys), _ROWS):
                 end = min(at + _ROWS, len(keys))
@@ -141,16 +141,18 @@ def _partial(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial")
 
 
+def _metadata(path: Path) -> dict[str, str]:
+    """Of a safetensors file; none of any other file."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return file.metadata() or {}
+    except Exception:  # the library's own and the system's: whatever the file is, it was not written here
+        return {}
+
+
 def check_target(path: Path, model: str, *, resume: bool) -> None:
     """UserError where `path` is a file, but not one with slots of the same model, or a stopped call would be lost."""
     if (partial := _partial(path)).exists() and not resume:
         raise UserError(f"{partial} has the slots of a stopped call: add --resume, or --overwrite to begin anew")
-    if not path.exists():
-        return
-    try:
-        with safe_open(path, framework="np") as file:
-            of = (file.metadata() or {}).get(_OF)
-    except Exception:  # whatever it is, it was not written here
-        of = None
-    if of != model:
+    if path.exists() and _metadata(path).get(_OF) != model:
         raise UserError(f"{path} exists and holds no slots of the same model: choose another file, or add --overwrite")

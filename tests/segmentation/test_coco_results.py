@@ -164,6 +164,21 @@ def test_a_file_that_lists_other_images_is_an_error(run, tmp_path, capsys):
     assert not (tmp_path / "all.json").exists() and not (tmp_path / "out").exists()
 
 
+def test_files_of_one_name_are_told_apart(work, tmp_path, monkeypatch, capsys):
+    """By the paths they were given by; and they are not two results for one annotated image."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (30, 20), "red").save(tmp_path / folder / "x.png")
+    same = ["one/x.png", "two/x.png", "--run", str(work / "runs" / "untrained"), "--no-labels", "--no-overlay"]
+    assert segment.main([*same, "--coco", "all.json"]) == 0
+    images = json.loads((tmp_path / "all.json").read_text())["images"]
+    assert [image["file_name"] for image in images] == ["one/x.png", "two/x.png"]
+    file = annotations(tmp_path / "val.json", [(1, "x.png", 30, 20)])
+    assert segment.main([*same, "--coco", "val_segments.json", "--annotations", str(file)]) == 2
+    assert "one/x.png and two/x.png are both x.png of --annotations" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ['{"images": [], "annotations": []}', "no JSON", '{"info": {"contributor": "me"}}'])
 def test_someone_elses_file_is_not_overwritten(run, tmp_path, text, capsys):
     file = tmp_path / "all.json"

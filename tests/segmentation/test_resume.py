@@ -236,6 +236,8 @@ def test_slots_of_others_are_not_overwritten(work, capsys):
     assert segment.main(["images", *ALL]) == 2
     assert "holds no slots of the same model: choose another file" in capsys.readouterr().err
     assert (work / "slots.safetensors").read_bytes() == b"someone's" and not (work / "segments").exists()
+    assert segment.main(["images", *ALL, "--overwrite", "--resume"]) == 0
+    assert len(contents(work)[3]) == 9
 
 
 def test_a_contact_sheet_is_of_one_call(work, capsys):
